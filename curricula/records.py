@@ -1,0 +1,216 @@
+"""The nouns that the house is built from: domains, prompts, groups, evaluations, evidence and decisions.
+
+Frozen records only. K domains, G completions a group. Undefined is NaN, never 0; a grader's failure is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["structured", "open_ended"]
+"""`structured`: one right answer a program can check. `open_ended`: many right answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """One subject the policy practises (`train` given) or is only watched on (`train` None).
+
+    Example: `Domain(name="math", kind="structured", train="math.jsonl", heldout="math_test.jsonl", reward="math")`
+    """
+
+    name: str
+    kind: Kind
+    train: Any = None
+    """Rows to practise on: a path, a list of dicts or a `datasets.Dataset`. None makes the domain watch-only."""
+    heldout: Any = None
+    """Rows to be scored on; never trained on."""
+    reward: Any = None
+    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable of TRL's form."""
+    weight: float = 1.0
+    """Relative share under the `joint` scheduler."""
+    diversity: Any = None
+    """None, or how semantically different answers of a group are rewarded (open-ended domains)."""
+    max_completion_length: int | None = None
+    """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("structured", "open_ended"):
+            raise ValueError(f"domain {self.name!r}: kind is structured or open_ended, got {self.kind!r}")
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise ValueError(f"domain {self.name!r}: weight must be finite and >= 0, got {self.weight}")
+
+    @property
+    def is_watch_only(self) -> bool:
+        return self.train is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRef:
+    """Names one training prompt: its domain and its id (a content hash, stable across machines)."""
+
+    domain: str
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The G graded completions of one prompt in one draw.
+
+    Example: `Group(prompt_id="9f..", domain="math", draw=3, rewards=(1.0, 0.0, None, 0.0), lengths=(5, 9, 12, 7),
+    truncated=(False,) * 4)`
+    """
+
+    prompt_id: str
+    domain: str
+    draw: int
+    rewards: tuple[float | None, ...]
+    """[G]; None where the grader failed, which is never evidence of difficulty."""
+    lengths: tuple[int, ...]
+    """[G], tokens."""
+    truncated: tuple[bool, ...]
+    """[G]; True where the completion ran into the length limit."""
+
+    @property
+    def graded(self) -> tuple[float, ...]:
+        """The rewards that exist, in order."""
+        return tuple(r for r in self.rewards if r is not None)
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean over graded completions; NaN if there are none."""
+        return sum(self.graded) / len(self.graded) if self.graded else math.nan
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of graded completions with the full reward of 1; NaN if none was graded."""
+        return sum(r >= 1.0 for r in self.graded) / len(self.graded) if self.graded else math.nan
+
+    @property
+    def has_signal(self) -> bool:
+        """False where all rewards are equal: such a group has no gradient (a dead group)."""
+        return len(set(self.graded)) > 1
+
+    @property
+    def abs_advantage(self) -> float:
+        """Mean |A| with A = (r - mean) / population std, 0 for a dead group; NaN if none was graded.
+
+        For binary rewards it is 2 sqrt(p (1 - p)) (SEC, arXiv:2505.14970).
+        """
+        if not self.graded:
+            return math.nan
+        mean = self.mean_reward
+        std = math.sqrt(sum((r - mean) ** 2 for r in self.graded) / len(self.graded))
+        return sum(abs(r - mean) for r in self.graded) / len(self.graded) / std if std > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What every domain's held-out set said at one moment: one row of the transfer matrix.
+
+    `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint arm;
+    one name without `probe` is the end of (or a moment in) a stage of a run.
+    """
+
+    trained: tuple[str, ...]
+    step: int
+    """Optimizer steps done when this was measured."""
+    seed: int
+    scores: Mapping[str, tuple[float, ...]]
+    """Per domain, one score in [0, 1] an item, in the order of the held-out set."""
+    entropy: Mapping[str, float] = field(default_factory=dict)
+    """Per domain, mean token entropy in nats at the run's temperature; absent where it was not measured."""
+    exposure: Mapping[str, int] = field(default_factory=dict)
+    """Prompts drawn of each domain since the run began."""
+    probe: bool = False
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the row of `transfer.json`."""
+        return {
+            "trained": list(self.trained),
+            "step": self.step,
+            "seed": self.seed,
+            "scores": {name: list(items) for name, items in self.scores.items()},
+            "entropy": dict(self.entropy),
+            "exposure": dict(self.exposure),
+            "probe": self.probe,
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Evaluation:
+        """Read a row of `transfer.json`; `entropy`, `exposure` and `probe` may be absent."""
+        return cls(
+            trained=tuple(row["trained"]),
+            step=row["step"],
+            seed=row["seed"],
+            scores={name: tuple(items) for name, items in row["scores"].items()},
+            entropy=dict(row.get("entropy", {})),
+            exposure=dict(row.get("exposure", {})),
+            probe=bool(row.get("probe", False)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainStats:
+    """What one draw showed of one domain."""
+
+    groups: int = 0
+    reward: float = math.nan
+    """Mean reward over graded completions."""
+    pass_rate: float = math.nan
+    abs_advantage: float = math.nan
+    """Mean over groups of `Group.abs_advantage`."""
+    frac_dead: float = math.nan
+    """Share of groups without signal."""
+    entropy: float = math.nan
+    """Nats per token over all rows of the draw, dead groups included."""
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """All that a scheduler may look at before one draw. Tuples over trainable domains, [K], in the recipe's order."""
+
+    draw: int
+    """Index of the draw to be decided, from 0."""
+    total_draws: int
+    """Draws planned for the whole run."""
+    domains: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    weights: tuple[float, ...]
+    sizes: tuple[int, ...]
+    """Training prompts in each domain."""
+    drawn: tuple[int, ...]
+    """Prompts drawn of each domain so far."""
+    last: tuple[DomainStats, ...]
+    """What the previous draw showed; `groups` 0 where a domain was not drawn."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Held-out rows so far, oldest first, reduced to the `steer` half."""
+    notes: tuple[str, ...] = ()
+    """What happened to the run since the last draw that a scheduler should know (a rollback, an alarm)."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1)."""
+        return self.draw / self.total_draws
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """A scheduler's answer: probabilities over trainable domains [K], why in words, and its own next state."""
+
+    mixture: tuple[float, ...]
+    reason: str
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able; handed back at the next draw and saved in checkpoints."""
+    stage: str | None = None
+    """The domain whose stage this draw belongs to, where the scheduler works in stages."""
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean; NaN for no values."""
+    return sum(values) / len(values) if values else math.nan

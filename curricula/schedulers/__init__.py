@@ -1,0 +1,41 @@
+"""One protocol, one file a method: given evidence, what share of the next draw does each domain get?
+
+A scheduler is a frozen record of its settings with one pure method. Its memory is the `state` it returned last time,
+so it can be saved, restored and replayed offline. Add your own without a patch: `scheduler: my_package.module:MyScheduler`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from curricula.records import Decision, Evidence
+
+REGISTRY = {
+    "joint": "curricula.schedulers.joint:Joint",
+    "proportional": "curricula.schedulers.proportional:Proportional",
+    "sequential": "curricula.schedulers.sequential:Sequential",
+}
+
+
+class Scheduler(Protocol):
+    """Decide the mixture of the next draw."""
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        """Return mixture, reason and next state. Pure: same evidence and state, same decision. `state` is {} at first."""
+        ...
+
+
+def find_scheduler(name: str) -> type:
+    """Return the scheduler class of a registry name or of an import path `pkg.module:Class`.
+
+    Raises ValueError that lists the known names.
+    """
+    path = REGISTRY.get(name, name)
+    if ":" not in path:
+        raise ValueError(f"scheduler {name!r} does not exist; known: {', '.join(REGISTRY)}, or pkg.module:Class")
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
