@@ -9,9 +9,9 @@ from collections.abc import Sequence
 def allocate(n: int, mixture: Sequence[float], residual: Sequence[float]) -> tuple[list[int], list[float]]:
     """Split `n` prompts by `mixture` [K]; return the counts [K] and the residual [K] owed to each domain afterwards.
 
-    A domain's claim is n p_k plus what earlier draws still owe it. Everyone gets the whole part of its claim (never below
-    0), the rest goes to the largest remainders, ties to the earlier domain. Under a constant mixture the cumulative
-    counts stay within 1 of n p_k times draws for two domains, and within 1 + ln K in general.
+    A domain's claim is n p_k plus what earlier draws still owe it. Everyone gets the whole part of its claim (never
+    below 0), the rest goes to the largest remainders, ties to the earlier domain. Under a constant mixture the
+    cumulative counts stay within 1 of n p_k times draws for two domains, and within 1 + ln K in general.
     """
     claims = [n * p + r for p, r in zip(mixture, residual, strict=True)]
     counts = [max(0, math.floor(c + 1e-9)) for c in claims]

@@ -28,7 +28,7 @@ class Domain:
     heldout: Any = None
     """Rows to be scored on; never trained on."""
     reward: Any = None
-    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable of TRL's form."""
+    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's."""
     weight: float = 1.0
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
@@ -112,8 +112,8 @@ class Group:
 class Evaluation:
     """What every domain's held-out set said at one moment: one row of the transfer matrix.
 
-    `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint arm;
-    one name without `probe` is the end of (or a moment in) a stage of a run.
+    `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint
+    arm; one name without `probe` is a moment in that domain's stage of a run.
     """
 
     trained: tuple[str, ...]

@@ -14,7 +14,7 @@ class PassSampler:
 
     The order of pass k is a function of (seed, name, k) alone, so the position (pass, cursor) is the whole state.
 
-    Example: `PassSampler(["a", "b", "c"], seed=1, name="math").draw(4)` gives all three, then the first of the next pass.
+    Example: `PassSampler(["a", "b", "c"], seed=1, name="math").draw(4)` gives all three, then one of the next pass.
     """
 
     def __init__(self, ids: Sequence[str], *, seed: int, name: str) -> None:

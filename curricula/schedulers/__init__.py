@@ -1,7 +1,7 @@
 """One protocol, one file a method: given evidence, what share of the next draw does each domain get?
 
 A scheduler is a frozen record of its settings with one pure method. Its memory is the `state` it returned last time,
-so it can be saved, restored and replayed offline. Add your own without a patch: `scheduler: my_package.module:MyScheduler`.
+so it can be saved, restored and replayed offline. Add your own without a patch: `scheduler: my_package.module:Mine`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Scheduler(Protocol):
     """Decide the mixture of the next draw."""
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
-        """Return mixture, reason and next state. Pure: same evidence and state, same decision. `state` is {} at first."""
+        """Return mixture, reason and next state. Pure: same evidence and state, same decision. `state` starts as {}."""
         ...
 
 

@@ -1,0 +1,14 @@
+"""`exact`: the completion is the answer, letter for letter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewards.text import completion_text
+
+
+class Exact:
+    """1.0 where the completion, stripped of outer white space, equals the row's `answer`, else 0.0."""
+
+    def __call__(self, prompts: list, completions: list, answer: list, **columns: Any) -> list[float | None]:
+        return [float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
