@@ -1,0 +1,49 @@
+"""Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
+
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `transfer/<d>/<metric>` and
+`rollout/<metric>`. Undefined values are absent, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+METRICS: Mapping[str, Mapping[str, str]] = {
+    "domain": {
+        "reward": "mean reward over graded completions since the last log",
+        "reward_std": "standard deviation of those rewards",
+        "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
+        "pass_rate": "share of graded completions with reward 1",
+        "frac_dead": "share of groups whose rewards are all equal",
+        "mean_length": "tokens a completion",
+        "clipped_ratio": "share of completions cut at the length limit",
+        "grader_failures": "completions whose reward raised or returned None",
+        "n": "completions drawn",
+    },
+    "curriculum": {"mixture": "share of the last draw that the scheduler asked for"},
+    "heldout": {
+        "score": "mean held-out score in [0, 1], `report` half",
+        "entropy": "mean token entropy on held-out completions in nats",
+        "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+    },
+    "transfer": {
+        "bwt": "score now minus score at the end of the domain's own last stage, `report` half",
+        "drawdown": "cross-fitted best score so far minus score now, `report` half",
+    },
+    "rollout": {
+        "tokens_per_s": "generated tokens a second of generation",
+        "useful_token_frac": "share of generated tokens that lie in groups with signal",
+    },
+}
+
+
+def key(family: str, metric: str, domain: str | None = None) -> str:
+    """Return the full name of a metric. Raises KeyError for one that METRICS does not list."""
+    METRICS[family][metric]
+    return f"{family}/{metric}" if domain is None else f"{family}/{domain}/{metric}"
+
+
+def defined(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics that have a value: neither None nor NaN."""
+    return {name: value for name, value in metrics.items() if value is not None and not math.isnan(value)}
