@@ -94,8 +94,11 @@ class InProcessEngine(VLLMGeneration):
             # The CPU build repacks every Linear for oneDNN and drops the original weight, so that later loads land
             # nowhere without an error. Without oneDNN the weights stay where `load_weights` finds them.
             import vllm._custom_ops as ops
+            from vllm.platforms import current_platform
 
             ops._supports_onednn = False
+            # counting token ranks is not worth the 25 s that compiling it takes
+            current_platform.simple_compile_backend = "eager"
         from vllm import LLM
 
         many_ranks = self.accelerator.num_processes > 1
