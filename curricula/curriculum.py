@@ -44,6 +44,7 @@ class Curriculum:
         self.drawn = dict.fromkeys(self.names, 0)
         self.evaluations: list[Evaluation] = []
         self.decision: Decision | None = None
+        self.basis: Evidence | None = None  # what the last decision was made from
         self._state: Mapping[str, Any] = {}
         self._residual = [0.0] * len(self.names)
         self._last = tuple(DomainStats() for _ in self.names)
@@ -51,7 +52,8 @@ class Curriculum:
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
-        self.decision = self.scheduler.decide(self.evidence(), self._state)
+        self.basis = self.evidence()
+        self.decision = self.scheduler.decide(self.basis, self._state)
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
         self._state, self._notes = self.decision.state, []

@@ -34,7 +34,7 @@ class PassSampler:
             if self.cursor == len(self.ids):
                 self.passes, self.cursor = self.passes + 1, 0
                 self._order = self._permutation()
-            taken = self._order[self.cursor : self.cursor + n - len(drawn)]
+            taken: list[int] = self._order[self.cursor : self.cursor + n - len(drawn)].tolist()
             drawn.extend(self.ids[i] for i in taken)
             self.cursor += len(taken)
         return drawn
