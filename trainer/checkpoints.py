@@ -23,7 +23,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the ledgers of a checkpoint. Raises ValueError for one that is not whole."""
     path = checkpoint / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"checkpoint {checkpoint} has no {STATE_FILE}: it was not saved to the end, or not by Polyphony")
+        raise ValueError(
+            f"checkpoint {checkpoint} has no {STATE_FILE}: it was not saved to the end, or not by Polyphony"
+        )
     return json.loads(path.read_text())["curriculum"]
 
 

@@ -28,8 +28,10 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
     },
     "transfer": {
-        "bwt": "score now minus score at the end of the domain's own last stage, `report` half",
-        "drawdown": "cross-fitted best score so far minus score now, `report` half",
+        "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",
+        "fwt": "score before the domain's first stage minus the baseline's",
+        "drawdown": "score now minus the cross-fitted best so far; over all domains `drawdown_max`, as a loss",
+        "drawdown_max": "the largest loss of any domain against its cross-fitted best so far, as a positive number",
     },
     "rollout": {
         "tokens_per_s": "generated tokens a second of generation",

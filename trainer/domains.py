@@ -125,7 +125,9 @@ def _check_names(domains: Sequence[Domain]) -> None:
         raise ValueError(f"domains named twice: {repeated}")
     for domain in domains:
         if domain.heldout is None:
-            raise ValueError(f"domain {domain.name!r} has no `heldout` rows: what training does to it could not be seen")
+            raise ValueError(
+                f"domain {domain.name!r} has no `heldout` rows: what training does to it could not be seen"
+            )
 
 
 def _limit(domain: Domain, most: int) -> int:

@@ -9,7 +9,7 @@ and a weight loader of our own.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from curricula.curriculum import Curriculum
 from curricula.records import Domain, Group, PromptRef
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.checkpoints import load_state, save_state
+from trainer.dashboard import key
 from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
@@ -82,8 +83,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         optimizers: tuple = (None, None),
         peft_config: Any = None,
     ) -> None:
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
-        self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(
+            model if isinstance(model, str) else model.name_or_path
+        )
+        self.data = (
+            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+        )
         self.scorer = Scorer(self.data.domains)
         self.max_grader_failures = max_grader_failures
         self.plan = plan_draws(args, self.data.n_train)
@@ -96,6 +101,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.meter = Meter(domains=self.data.names)
         self.pending_metrics: dict[str, float] = {}
+        self.draw_listeners: list[Callable[[Sequence[PromptRef]], None]] = []
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
         self._resumed_from: str | None = None
@@ -243,6 +249,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
         refs = [self.curriculum.draw(n_rows * self.accelerator.num_processes // self.num_generations)]
         broadcast_object_list(refs, from_process=0)
+        if self.accelerator.is_main_process:
+            for listen in self.draw_listeners:
+                listen(refs[0])
         rows = [ref for ref in refs[0] for _ in range(self.num_generations)]
         start = self.accelerator.process_index * n_rows
         return rows[start : start + n_rows]
@@ -378,11 +387,10 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics beside TRL's, so that one step is one line."""
-        from trainer.dashboard import key
-
-        for name, value in self.curriculum.metrics().items():
-            domain, metric = name.rsplit("/", 1)
-            logs[key("curriculum", metric, domain)] = value
+        if "train_runtime" not in logs:  # the summary that Transformers logs once at the end
+            for name, value in self.curriculum.metrics().items():
+                owner, metric = name.rsplit("/", 1)
+                logs[key("curriculum", metric, owner)] = value
         logs.update(self.meter.flush())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
@@ -392,7 +400,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            save_state(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.curriculum.state_dict())
+            save_state(
+                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.curriculum.state_dict()
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""

@@ -14,15 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# vLLM reads these when it is imported. One process, so that weights are loaded in place; and no pinning of threads,
-# which would bind the trainer's too.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
+from trl.generation.vllm_generation import VLLMGeneration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +52,7 @@ def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int,
 
 
 class InProcessEngine(VLLMGeneration):
-    """A vLLM engine in the trainer's process; weights are loaded in place after every optimizer step that precedes a draw.
+    """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place.
 
     Overrides the three methods that TRL's trainer calls: `_init_vllm`, `sync_weights`, `generate`.
     """
@@ -117,6 +109,7 @@ class InProcessEngine(VLLMGeneration):
             logprobs_mode="processed_logprobs",  # importance correction needs what was really sampled from
             seed=0,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         self.accelerator.wait_for_everyone()
 

@@ -1,4 +1,4 @@
-"""What a run leaves: its recipe, its metrics, its decisions, its transfer rows. Appended line by line, cut on resume."""
+"""What a run leaves: recipe, metrics, decisions, samples, transfer rows. Appended line by line, cut on resume."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ class RunFolder:
         for name, (head, tail) in tails.items():
             replace_file(attempt / f"{name}.jsonl", tail)
             replace_file(self.ledger(name), head)
+        if self.transfer.exists():
+            replace_file(attempt / self.transfer.name, self.transfer.read_text(encoding="utf-8"))
         return attempt
 
     def _new_attempt(self) -> Path:

@@ -73,13 +73,17 @@ class Scorer:
         reward = self.rewards[name]
         try:
             values = _call(reward, samples)
-        except Exception as error:  # a user's grader may raise anything; retried one by one, so that one row costs one row
+        except (
+            Exception
+        ) as error:  # a user's grader may raise anything; retried one by one, so that one row costs one row
             if len(samples) == 1:
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
                 return [None]
             return [self._score(name, [sample])[0] for sample in samples]
         if len(values) != len(samples):
-            raise ValueError(f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions")
+            raise ValueError(
+                f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
+            )
         return [_checked(name, value) for value in values]
 
 

@@ -1,7 +1,7 @@
 """Before a run starts: does the engine really follow the policy's weights?
 
-Some engine builds keep serving old weights without an error (the stock CPU build of vLLM does). Such a run would learn from
-another model's samples. So the final norm is scaled, synced, compared, restored, synced and compared again.
+Some engine builds keep serving old weights without an error (the stock CPU build of vLLM does). Such a run would learn
+from another model's samples. So the final norm is scaled, synced, compared, restored, synced and compared again.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _scaled(parameter: torch.nn.Parameter):
 
 def _difference(completions: Sequence[Completion], policy: Sequence[Sequence[float]]) -> float:
     pairs = [
-        abs(e - p) for c, logps in zip(completions, policy, strict=True) for e, p in zip(c.logps or [], logps, strict=True)
+        abs(e - p)
+        for c, logps in zip(completions, policy, strict=True)
+        for e, p in zip(c.logps or [], logps, strict=True)
     ]
     return sum(pairs) / len(pairs)

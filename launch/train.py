@@ -1,0 +1,213 @@
+"""`polyphony train`: a recipe becomes a run folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from trainer.grpo import DomainGRPOTrainer
+    from trainer.rollouts import InProcessEngine
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A run that is ready to train."""
+
+    trainer: DomainGRPOTrainer
+    checkpoint: Path | None
+    """Where it goes on from; None for a start from the recipe's model."""
+
+
+def train(
+    recipe: Recipe, out: Path, *, resume: bool = False, engine: InProcessEngine | None = None
+) -> InProcessEngine | None:
+    """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
+
+    With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none.
+    """
+    folder = claim_folder(recipe, out, resume=resume)
+    started = start(recipe, folder, engine=engine)
+    trainer = started.trainer
+    trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+    save_final(trainer, out / "final")
+    if trainer.accelerator.is_main_process:
+        from trainer.report import write_report
+
+        write_report([out], out / "report.html")
+    return trainer.engine
+
+
+def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
+    """Make the run folder, or check that it is this recipe's. Raises RecipeError in one line."""
+    saved = out / RECIPE_FILE
+    if resume:
+        if not saved.is_file():
+            raise RecipeError(f"--resume {out}: no run there ({RECIPE_FILE} is missing)")
+        if load_recipe(saved) != recipe:
+            raise RecipeError(
+                f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
+            )
+        return out
+    if out.exists() and any(out.iterdir()):
+        raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(recipe.as_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"run folder {out} cannot be written: {error.strerror}") from error
+    return out
+
+
+def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -> Started:
+    """Build everything a run needs, check that the engine follows the weights, and wire up the run folder."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from trainer.callbacks import RunCallback
+    from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
+    from trainer.progress import ProgressLine
+    from trainer.provenance import provenance
+    from trainer.recorder import Recorder
+    from trainer.run_folder import RunFolder
+    from trainer.tracking import WandbSettings, WandbTracker
+
+    folder = RunFolder(out)
+    folder.checkpoints.mkdir(exist_ok=True)
+    remove_unfinished(folder.checkpoints)
+    checkpoint = (whole_checkpoints(folder.checkpoints) or [None])[-1]
+    step = checkpoint_step(checkpoint) if checkpoint else -1
+    folder.cut(step)
+
+    trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
+    trainer.remove_callback(PrinterCallback)
+    check = trainer.check_weight_sync()
+    if check is not None:
+        if not check.is_passed:
+            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {check}")
+        say(f"weight sync: {check}")
+    places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
+    origin = provenance(model=recipe.model, tables=places)
+    is_main = trainer.accelerator.is_main_process
+    if is_main:
+        folder.write("provenance.json", json.dumps(origin, indent=1))
+    recorder = Recorder(
+        folder=folder,
+        domains=trainer.data.domains,
+        curriculum=trainer.curriculum,
+        seed=trainer.args.seed,
+        provenance=origin,
+        is_main=is_main,
+    )
+    recorder.restore(step)
+    wandb = recipe.tracking.wandb
+    tracker = None
+    if wandb is not None and is_main:
+        settings = WandbSettings(**wandb.model_dump())
+        tracker = WandbTracker(settings, name=recipe.name, folder=out, config=recipe.model_dump())
+    trainer.add_callback(
+        RunCallback(
+            trainer,
+            recorder,
+            evaluate_every=recipe.eval.every,
+            keep_checkpoints=recipe.checkpoint.keep,
+            tracker=tracker,
+            progress=ProgressLine(recipe.name, trainer.plan.steps) if is_main else None,
+        )
+    )
+    if not trainer.use_vllm:
+        say("rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own")
+    return Started(trainer=trainer, checkpoint=checkpoint)
+
+
+def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | None = None) -> DomainGRPOTrainer:
+    """Return the trainer of a recipe; reads and checks all rows before weights are loaded."""
+    import warnings
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    from curricula.schedulers import find_scheduler
+    from trainer.domains import DomainData
+    from trainer.evaluation import EvaluationSettings
+    from trainer.grpo import DomainGRPOTrainer
+    from trainer.slots import plan_draws
+
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    args = grpo_config(recipe, output)
+    try:
+        data = DomainData.load(
+            domains_of(recipe),
+            tokenizer=AutoTokenizer.from_pretrained(recipe.model),
+            args=args,
+            context=AutoConfig.from_pretrained(recipe.model).get_text_config().max_position_embeddings,
+            overlap=recipe.data.overlap,
+        )
+        scheduler = find_scheduler(recipe.curriculum.scheduler)(**recipe.curriculum.settings)
+        plan = plan_draws(args, data.n_train)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", int(args.save_steps))):
+        if not plan.is_boundary(every):
+            raise RecipeError(
+                f"{name}={every} falls inside a draw; a draw spans {plan.steps / plan.draws:g} optimizer steps"
+            )
+    return DomainGRPOTrainer(
+        recipe.model,
+        args,
+        domains=data,
+        curriculum=scheduler,
+        engine=engine or recipe.rollouts.engine,
+        evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
+        max_grader_failures=recipe.rollouts.max_grader_failures,
+        processing_class=data.tokenizer,
+    )
+
+
+def domains_of(recipe: Recipe) -> list[Any]:
+    """Return the recipe's domains as records."""
+    from curricula.records import Domain
+
+    return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
+
+
+def grpo_config(recipe: Recipe, output: Path) -> Any:
+    """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
+    from trl import GRPOConfig
+
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "save_strategy": "steps",
+        "save_steps": recipe.checkpoint.every or recipe.eval.every,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "logging_steps": 1,
+    }
+    try:
+        return GRPOConfig(**{**ours, **recipe.grpo})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"grpo: {error}") from error
+
+
+def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
+    """Save the policy as an ordinary Hugging Face folder, adapters merged; collective over ranks."""
+    from peft import PeftModel
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        if trainer.accelerator.is_main_process:
+            model.merge_and_unload().save_pretrained(out)
+    else:
+        trainer.save_model(str(out))
+    if trainer.accelerator.is_main_process:
+        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
+
+
+def say(text: str) -> None:
+    """Tell the person who runs the command; results go to standard output, this does not."""
+    print(text, file=sys.stderr, flush=True)

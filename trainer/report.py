@@ -1,0 +1,3 @@
+def write_report(runs, out):
+    out.write_text("x")
+    return out
