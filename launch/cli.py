@@ -14,7 +14,7 @@ USAGE_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 1 for a failed check, 2 for bad input (one line on standard error)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _set_environment()
     try:
         return arguments.run(arguments) or 0
@@ -27,6 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand after options too, where argparse by itself no longer looks for them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _set_environment() -> None:
@@ -71,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
     report.add_argument("--json", action="store_true", help="print the summary numbers instead")
+
+    probe = _verb(
+        verbs, "probe", _probe, "measure what training on each domain does to the others", "polyphony probe recipe.yaml"
+    )
+    probe.add_argument("recipe", help="the recipe, YAML; its section `probe` says how long and from where")
+    probe.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    probe.add_argument(
+        "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
+    )
 
     demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
@@ -130,6 +150,17 @@ def _report(arguments: argparse.Namespace) -> None:
     from launch.report import report
 
     report(arguments.runs, out=arguments.out, as_json=arguments.json)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from launch.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from launch.probe import TRANSFER_FILE, probe
+
+    out = arguments.out or Path("runs") / f"{recipe.name}-probe"
+    probe(recipe, out)
+    print(out / TRANSFER_FILE)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -46,6 +46,8 @@ class CurriculumSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     scheduler: str = "joint"
+    transfer: str | None = None
+    """A probe's `transfer.json`: what schedulers that plan start from, and what the report draws."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,6 +80,28 @@ class CheckpointSection(_Section):
     """Optimizer steps between checkpoints; by default as often as evaluations."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept; the best by worst domain is kept as well."""
+
+
+class ProbeSection(_Section):
+    """`polyphony probe`: what training on one domain alone does to every domain."""
+
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps of each single-domain run."""
+    seeds: int = Field(default=2, ge=1)
+    """Repetitions; with one, intervals know of evaluation noise only."""
+    start: str = Field(default="joint:40", alias="from")
+    """Where every run starts: `base` (the recipe's model), `joint:<steps>` (after that many steps on all domains), or
+    the folder of a checkpoint. From the base, transfer is mostly format learning that later stages saturate."""
+    joint_arm: bool = True
+    """Also train on all domains for the same total of steps: what a sequence has to beat."""
+
+
+class LoraSection(_Section):
+    """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    target_modules: str | list[str] = "all-linear"
 
 
 class DataSection(_Section):
@@ -118,6 +142,8 @@ class Recipe(_Section):
     data: DataSection = DataSection()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """TRL's GRPOConfig, handed over untouched."""
+    lora: LoraSection | None = None
+    probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
 
     def as_yaml(self) -> str:
@@ -126,7 +152,7 @@ class Recipe(_Section):
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.model_dump(exclude_none=True), out)
+        yaml.dump(self.model_dump(exclude_none=True, by_alias=True), out)
         return out.getvalue()
 
 
@@ -192,7 +218,7 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
         candidates = [annotation, *get_args(annotation)]
         models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         model = annotation if getattr(annotation, "__origin__", None) is dict else models[0]
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -220,7 +246,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if not (folder / model).is_dir():
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
-    return recipe.model_copy(update={"domains": domains, "model": model})
+    transfer = _absolute(recipe.curriculum.transfer, folder)
+    curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
+    return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
 
 
 def _absolute(source: Any, folder: Path) -> Any:

@@ -105,7 +105,10 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
         provenance=origin,
         is_main=is_main,
     )
-    recorder.restore(step)
+    if checkpoint is None and recipe.curriculum.transfer is not None:
+        recorder.adopt(load_transfer(recipe))
+    else:
+        recorder.restore(step)
     wandb = recipe.tracking.wandb
     tracker = None
     if wandb is not None and is_main:
@@ -132,7 +135,6 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
 
     from transformers import AutoConfig, AutoTokenizer
 
-    from curricula.schedulers import find_scheduler
     from trainer.domains import DomainData
     from trainer.evaluation import EvaluationSettings
     from trainer.grpo import DomainGRPOTrainer
@@ -148,7 +150,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
             context=AutoConfig.from_pretrained(recipe.model).get_text_config().max_position_embeddings,
             overlap=recipe.data.overlap,
         )
-        scheduler = find_scheduler(recipe.curriculum.scheduler)(**recipe.curriculum.settings)
+        scheduler = build_scheduler(recipe)
         plan = plan_draws(args, data.n_train)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
@@ -166,7 +168,38 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
         evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
         max_grader_failures=recipe.rollouts.max_grader_failures,
         processing_class=data.tokenizer,
+        peft_config=_peft_config(recipe),
     )
+
+
+def build_scheduler(recipe: Recipe) -> Any:
+    """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix, `steer` half."""
+    from curricula.schedulers import find_scheduler
+
+    found = find_scheduler(recipe.curriculum.scheduler)
+    settings = recipe.curriculum.settings
+    if "transfer" in getattr(found, "__dataclass_fields__", {}) and recipe.curriculum.transfer is not None:
+        settings["transfer"] = load_transfer(recipe)
+    return found(**settings)
+
+
+def load_transfer(recipe: Recipe) -> Any:
+    """Return the probe's transfer matrix that the recipe names."""
+    from curricula.transfer import TransferMatrix
+
+    path = Path(str(recipe.curriculum.transfer))
+    if not path.is_file():
+        raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
+    return TransferMatrix.load(path)
+
+
+def _peft_config(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
 
 
 def domains_of(recipe: Recipe) -> list[Any]:
