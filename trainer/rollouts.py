@@ -141,7 +141,10 @@ class InProcessEngine(VLLMGeneration):
         }
         params = [SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **shared) for r in requests]
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)  # type: ignore[arg-type]
+        # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)  # type: ignore[arg-type]
         return [_completion(output.outputs[0]) for output in outputs]
 
     def generate(self, prompts: list, images: Any, num_generations: int, profiler: Any = None) -> tuple:
