@@ -158,7 +158,8 @@ def test_heatmap_marks_as_sure_only_effects_whose_interval_leaves_out_zero(tmp_p
 
 
 def test_sentences_name_what_the_intervals_carry(tmp_path):
-    _, learned, forgot, entropy, _ = tell(find(read_run(hand_run(tmp_path / "run"))))
+    ran, learned, forgot, entropy, _ = tell(find(read_run(hand_run(tmp_path / "run"))))
+    assert "20 steps on 2 domains (a and b), watching w" in ran
     assert "rose in b +0.500" in learned and "a +0.400" in learned
     assert "for w the change cannot be told from zero" in learned
     assert "Backward transfer is −0.200 on average over 1 domain" in forgot
@@ -189,10 +190,10 @@ def test_one_lucky_domain_among_twenty_is_not_claimed(tmp_path):
 
 
 def test_entropy_is_judged_against_the_recipes_multiples_of_the_base(tmp_path):
-    run = hand_run(tmp_path / "run")
+    run = hand_run(tmp_path / "run", entropy=(2.0, 1.8, 0.4))
     (run / "recipe.yaml").write_text("domains: {a: {train: x}, b: {train: y}, w: {}}\nentropy: {band: [0.5, 1.5]}\n")
     entropy = summarise(run)["domains"]["a"]["entropy"]
-    assert entropy == {"before": 1.0, "after": 0.4, "band": [0.5, 1.5], "place": "below"}
+    assert entropy == {"before": 2.0, "after": 0.4, "band": [1.0, 3.0], "place": "below"}
     assert "below it in a" in summarise(run)["story"][3]
 
 
@@ -371,7 +372,7 @@ def test_two_runs_share_panels_and_name_what_each_lacks(tmp_path):
 def test_runs_are_compared_only_on_the_same_items(tmp_path):
     runs = [write_run(tmp_path / name, domains=("a", "b"), steps=10, eval_every=5, items=20) for name in ("x", "y")]
     document = json.loads((runs[1] / "transfer.json").read_text())
-    document["items"]["b"] = [f"other-{k}" for k in range(20)]
+    document["items"]["b"].reverse()
     (runs[1] / "transfer.json").write_text(json.dumps(document))
     page = report(tmp_path, *runs)
     table = [e["text"] for e in page.find("tr", "domains", data_domain="a")][-1]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +131,17 @@ def read_run(path: str | Path) -> Run:
         is_finished=(path / "final").is_dir(),
         missing=tuple(missing),
     )
+
+
+def stage_spans(run: Run) -> list[tuple[float, float, str]]:
+    """Return (first step, step after the last, domain) of the stages that the scheduler's decisions name."""
+    named = [(float(row["step"]), row.get("stage")) for row in run.decisions if "step" in row]
+    spans = []
+    for stage, rows in groupby(named, key=lambda pair: pair[1]):
+        steps = [step for step, _ in rows]
+        if stage is not None:
+            spans.append((steps[0], steps[-1] + 1, stage))
+    return spans
 
 
 def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:

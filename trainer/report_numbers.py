@@ -17,7 +17,7 @@ from curricula.effects import Effects
 from curricula.forgetting import Moment, curves, moment
 from curricula.intervals import UNDEFINED, Interval, paired, quantile
 from curricula.records import Evaluation, mean
-from trainer.report_data import Run
+from trainer.report_data import Run, stage_spans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,8 @@ class Findings:
     """All that one run says in numbers. Mappings by domain name."""
 
     run: Run
+    stages: Sequence[tuple[float, float, str]]
+    """(First step, step after the last, domain) of the scheduler's stages."""
     evaluations: tuple[Evaluation, ...]
     """The run's moments in order of step, the baseline first; empty before any."""
     scores: Mapping[str, tuple[Interval, ...]]
@@ -90,6 +92,7 @@ def find(run: Run) -> Findings:
     names = tuple(rows[0].scores) if rows else ()
     return Findings(
         run=run,
+        stages=stage_spans(run),
         evaluations=rows,
         scores={name: tuple(score_interval(row.scores[name]) for row in rows) for name in names},
         change={name: _change(rows, name, 0.95) for name in names},

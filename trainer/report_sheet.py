@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from trainer.report_charts import Line, Mark, Panel, draw_panel
-from trainer.report_data import Run
 from trainer.report_numbers import Findings
 from trainer.report_scales import fmt, padded, thin
 
@@ -152,18 +150,7 @@ class Sheet:
         """Return the stages of the run as strips of the trained domain's colour; none for several runs."""
         if not self.is_single:
             return []
-        return [(a, b, self.colour(name)) for a, b, name in stage_spans(self.findings[0].run) if name in self.domains]
-
-
-def stage_spans(run: Run) -> list[tuple[float, float, str]]:
-    """Return (first step, last step, domain) of the stages that the scheduler's decisions name."""
-    named = [(float(row["step"]), row.get("stage")) for row in run.decisions if "step" in row]
-    spans = []
-    for stage, rows in groupby(named, key=lambda pair: pair[1]):
-        steps = [step for step, _ in rows]
-        if stage is not None:
-            spans.append((steps[0], steps[-1] + 1, stage))
-    return spans
+        return [(a, b, self.colour(name)) for a, b, name in self.findings[0].stages if name in self.domains]
 
 
 def from_to(line: Line) -> str:
