@@ -281,6 +281,12 @@ def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == expected
 
 
+def test_a_single_point_is_drawn_as_a_dot(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    page = report(tmp_path, tmp_path)
+    assert [e["class"] for e in page.find("path", "health") if "d" in e and e["class"] == "dot"] == ["dot"]
+
+
 def test_samples_come_from_start_middle_and_end(tmp_path):
     run = write_run(tmp_path / "run", domains=("a", "b"), watch_only=(), steps=40, eval_every=10, items=10)
     page = report(tmp_path, run)

@@ -38,8 +38,9 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("domains", "Domain by domain", tables.summary,
-            "Held-out scores on the report half of the items, before and after. Intervals are 95 %, over items; a "
-            "change is coloured only where its interval leaves out zero.", "domains"),
+            "Held-out scores on the report half of the items, before and after. Intervals are 95 %, over items, each "
+            "by itself (the sentences above use wider ones that hold together); a change is coloured only where its "
+            "interval leaves out zero.", "domains"),
     Section("score", "Held-out score", curves.held_out,
             "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
             "held-out evaluations"),

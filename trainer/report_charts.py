@@ -174,7 +174,7 @@ def _curve(line: Line, to_x: Scale, to_y: Scale) -> str:
     parts = []
     if line.mark != "dots":
         parts.append(f'<path class="line dash{line.dash}" style="stroke:{line.colour}" d="{_path(x, y)}"/>')
-    if line.mark != "line":
+    if line.mark != "line" or np.isfinite(y).sum() == 1:
         dots = "".join(f"M{short(a)} {short(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
         parts.append(f'<path class="dot" style="stroke:{line.colour}" d="{dots}"/>')
     return "".join(parts)

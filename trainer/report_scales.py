@@ -32,7 +32,8 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / about))
-    step = min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs((high - low) / step - about))
+    # of two steps equally near to `about` ticks the wider: fewer words
+    step = min((power * m for m in (10, 5, 2.5, 2, 1)), key=lambda step: abs((high - low) / step - about))
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -49,7 +49,7 @@ def _ran(findings: Findings) -> str:
 def _learned(findings: Findings) -> str:
     claims = findings.claims("change")
     if not claims:
-        return "No evaluation after the baseline is there yet, so what was learned cannot be said."
+        return "There is no second evaluation with per-item scores yet, so what was learned cannot be said."
     up, down, open_ = _sort(claims)
     parts = []
     if up:
