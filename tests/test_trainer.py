@@ -54,7 +54,11 @@ def domain(name: str, *, kind="structured", reward=None, train=True, **changes) 
 
 
 def both() -> list[Domain]:
-    return [domain("arithmetic"), domain("stories", kind="open_ended", reward=StoryRubric()), domain("safety", train=False)]
+    return [
+        domain("arithmetic"),
+        domain("stories", kind="open_ended", reward=StoryRubric()),
+        domain("safety", train=False),
+    ]
 
 
 def losses(trainer) -> list[float]:
@@ -244,4 +248,7 @@ def test_lora_weights_reach_the_engine_merged(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path, **changes), domains=both(), engine=engine, peft_config=lora)
     trainer.train()
     assert trainer.check_weight_sync().is_passed
-    assert max(entry["sampling/sampling_logp_difference/max"] for entry in trainer.state.log_history if "loss" in entry) < 1e-3
+    assert (
+        max(entry["sampling/sampling_logp_difference/max"] for entry in trainer.state.log_history if "loss" in entry)
+        < 1e-3
+    )

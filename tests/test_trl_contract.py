@@ -23,7 +23,7 @@ def test_the_pinned_minor_version_is_installed():
 
 
 def test_the_committed_fields_are_those_of_grpo_config():
-    assert GRPO_FIELDS == {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
+    assert {field.name for field in dataclasses.fields(GRPOConfig) if field.init} == GRPO_FIELDS
     assert set(OURS) <= GRPO_FIELDS
 
 

@@ -181,19 +181,18 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
-        if self.engine is None:
+        if not self.use_vllm:
             return None
         prompts = [prompt for table in self.data.heldout.values() for prompt in list(table)[:2]]
         ids = self.data.tokenize(prompts)
         requests = [Request(prompt_ids=i, seed=n, max_tokens=8) for n, i in enumerate(ids)]
-        engine = self.engine
 
         def score(completions: Sequence[Completion]) -> list[list[float]]:
             logps, _, mask = self._forward(ids, [c.ids for c in completions])
             return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
 
         check = check_weights(
-            model=self.model, sync=self.sync_engine, sample=lambda: engine.complete(requests), score=score
+            model=self.model, sync=self.sync_engine, sample=lambda: self.complete(requests, 1), score=score
         )
         self._last_loaded_step = -1
         return check
