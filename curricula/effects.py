@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,14 +25,28 @@ JOINT = ""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
-    """Mean scores [B, R, K] before and after each training, on one set of items or on B resamples of it."""
+    """Mean scores before and after each training [B, R, K], on one set of items or on B resamples of it."""
 
+    base: np.ndarray
+    """[B, K], before any training."""
     before: np.ndarray
     after: np.ndarray
 
     @property
     def change(self) -> np.ndarray:
         return self.after - self.before
+
+
+class Part(NamedTuple):
+    """Some of the items: every `folds`-th from `fold` on, or all but those (`rest`)."""
+
+    fold: int
+    folds: int
+    rest: bool
+
+    def mask(self, n: int) -> np.ndarray:
+        """Return which of n items belong to the part."""
+        return (np.arange(n) % self.folds == self.fold) != self.rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,31 +74,32 @@ class Effects:
         self.labels = tuple(label for label, *_ in found)
         self.seeds = tuple(seed for _, seed, _, _ in found)
         self.rows = tuple(after for *_, after in found)
+        self._base_rows = matrix.baselines(probe=True)
         self._before_rows = tuple(before for _, _, before, _ in found)
+        self.base = [_item_means(self._base_rows, name) for name in self.domains]
         self.before = [np.array([_item_means(before, name) for before in self._before_rows]) for name in self.domains]
         self.after = [np.array([row.scores[name] for row in self.rows], dtype=float) for name in self.domains]
         self.noise = self._seed_noise()
 
-    def means(self, fold: int | None = None) -> Means:
-        """Return the mean scores, B = 1: over all items, or over every other item (`fold` 0 or 1)."""
-        weights = [_fold_weights(items.shape[1], fold)[None] for items in self.after]
-        return self._weighted(weights)
+    def means(self, part: Part | None = None) -> Means:
+        """Return the mean scores, B = 1, over all items or a part of them."""
+        return self._weighted([_equal_shares(items.shape[1], part)[None] for items in self.after])
 
-    def resample(self, size: int, *, rng: np.random.Generator, fold: int | None = None) -> Means:
-        """Return B = `size` bootstrap means: items drawn anew, the same for all trainings (they are paired)."""
-        weights = []
-        for items in self.after:
-            share = _fold_weights(items.shape[1], fold)
-            count = np.count_nonzero(share)
-            weights.append(rng.multinomial(count, share, size=size) / count)
-        return self._weighted(weights)
+    def resample(self, size: int, *, rng: np.random.Generator, part: Part | None = None) -> Means:
+        """Return B = `size` bootstrap means: items weighed anew, the same for all trainings (they are paired)."""
+        return self._weighted(
+            [bootstrap_weights(size, _equal_shares(items.shape[1], part), rng=rng) for items in self.after]
+        )
 
-    def seed_deviations(self, size: int, *, rng: np.random.Generator) -> np.ndarray:
-        """Return what another seed would have changed, [B, R, K], to be added to the means after training."""
-        shape = (size, len(self.rows), len(self.domains))
+    def seed_noise(self, shape: tuple[int, int, int], *, rng: np.random.Generator) -> np.ndarray:
+        """Return draws [B, R, K] of what another seed of each training would have changed."""
         shared = rng.standard_normal(shape[:2])[..., None] * math.sqrt(self.noise.correlation)
         own = rng.standard_normal(shape) * math.sqrt(1 - self.noise.correlation)
         return self.noise.sd * (shared + own)
+
+    def with_seed_noise(self, drawn: Means, *, rng: np.random.Generator) -> Means:
+        """Return the bootstrap means with the noise of other seeds added after each training."""
+        return replace(drawn, after=drawn.after + self.seed_noise(drawn.after.shape, rng=rng))
 
     def rows_of(self, label: str, seeds: Sequence[int] | None = None) -> list[int]:
         """Return the positions of a domain's trainings (or of the `JOINT` arm), of all seeds or of those given."""
@@ -106,7 +122,7 @@ class Effects:
         """Return the bounds of T's 95 % intervals, two arrays [J, K]."""
         rng = np.random.default_rng(seed)
         drawn = self.resample(resamples, rng=rng)
-        noisy = Means(before=drawn.before, after=drawn.after + self.seed_deviations(resamples, rng=rng))
+        noisy = self.with_seed_noise(drawn, rng=rng)
         low, high = np.quantile(self.transfer(noisy), (0.025, 0.975), axis=0)
         return low, high
 
@@ -122,18 +138,15 @@ class Effects:
 
     def entropies(self) -> tuple[np.ndarray, np.ndarray]:
         """Return entropy before any training and after training on the domain itself, nats, two arrays [J]."""
-        start, own = [], []
-        for name in self.trained:
-            rows = self.rows_of(name)
-            start.append(mean([_entropy(self._before_rows[n], name) for n in rows]))
-            own.append(mean([self.rows[n].entropy.get(name, math.nan) for n in rows]))
-        return np.array(start), np.array(own)
+        base = [_entropy(self._base_rows, name) for name in self.trained]
+        own = [mean([self.rows[n].entropy.get(name, math.nan) for n in self.rows_of(name)]) for name in self.trained]
+        return np.array(base), np.array(own)
 
     def _weighted(self, weights: list[np.ndarray]) -> Means:
         def reduce(scores: list[np.ndarray]) -> np.ndarray:
             return np.stack([w @ items.T for w, items in zip(weights, scores, strict=True)], axis=-1)
 
-        return Means(before=reduce(self.before), after=reduce(self.after))
+        return Means(base=reduce(self.base), before=reduce(self.before), after=reduce(self.after))
 
     def _seed_noise(self) -> SeedNoise:
         """Estimate the variance between seeds: variance of a training's mean effect less what items explain.
@@ -175,6 +188,16 @@ def _trainings(matrix: TransferMatrix) -> list[tuple[str, int, tuple[Evaluation,
     return found
 
 
+def bootstrap_weights(size: int, shares: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
+    """Return Dirichlet(1, .., 1) weights of the items with a share, [B, n], rows summing to 1.
+
+    The Bayesian bootstrap (Rubin, 1981): the variance of drawing items with replacement to within 1 + 1/n, and
+    several times as fast.
+    """
+    weights = np.where(shares > 0, rng.standard_exponential((size, len(shares))), 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def _item_means(rows: Sequence[Evaluation], name: str) -> np.ndarray:
     return np.mean([row.scores[name] for row in rows], axis=0)
 
@@ -183,11 +206,9 @@ def _entropy(rows: Sequence[Evaluation], name: str) -> float:
     return mean([row.entropy.get(name, math.nan) for row in rows])
 
 
-def _fold_weights(n: int, fold: int | None) -> np.ndarray:
-    """Return weights that average n items, or every other one of them from `fold` on."""
-    chosen = np.zeros(n)
-    chosen[slice(None) if fold is None else slice(fold, None, 2)] = 1
-    return chosen / chosen.sum() if chosen.any() else np.full(n, math.nan)
+def _equal_shares(n: int, part: Part | None) -> np.ndarray:
+    chosen = np.ones(n) if part is None else part.mask(n).astype(float)
+    return chosen / chosen.sum()
 
 
 def _item_variance(items: Sequence[np.ndarray]) -> float:

@@ -33,7 +33,7 @@ def halves(ids: Sequence[str]) -> tuple[Half, ...]:
     """
     if len(set(ids)) < 2:
         raise ValueError(f"a held-out set needs at least 2 different items to be split, got ids {list(ids)}")
-    sides = [half(item_id) for item_id in ids]
+    sides: list[Half] = [half(item_id) for item_id in ids]
     if len(set(sides)) == 2:
         return tuple(sides)
     other: Half = "report" if sides[0] == "steer" else "steer"
