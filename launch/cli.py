@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
         return 130
@@ -91,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
     )
+
+    plan = _verb(
+        verbs, "plan", _plan, "say in which order to train, or to mix", "polyphony plan runs/x-probe/transfer.json"
+    )
+    plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
+    plan.add_argument("--replay", type=Path, metavar="RUN", help="replay a saved run's evidence instead")
+    plan.add_argument("--scheduler", help="with --replay: registry name or import path")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
@@ -161,6 +172,20 @@ def _probe(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("runs") / f"{recipe.name}-probe"
     probe(recipe, out)
     print(out / TRANSFER_FILE)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from launch.config import RecipeError
+    from launch.plan import plan, replay_run
+
+    if arguments.replay:
+        if not arguments.scheduler:
+            raise RecipeError("--replay needs --scheduler NAME")
+        replay_run(arguments.replay, scheduler=arguments.scheduler, as_json=arguments.json)
+    elif arguments.transfer:
+        plan(arguments.transfer, as_json=arguments.json)
+    else:
+        raise RecipeError("give a transfer.json, or --replay RUN --scheduler NAME")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
