@@ -167,11 +167,15 @@ def _probe(arguments: argparse.Namespace) -> None:
     from launch.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from curricula.transfer import TransferMatrix
     from launch.probe import TRANSFER_FILE, probe
+    from launch.tables import transfer_table
+    from trainer.report import write_report
 
     out = arguments.out or Path("runs") / f"{recipe.name}-probe"
     probe(recipe, out)
-    print(out / TRANSFER_FILE)
+    print(transfer_table(TransferMatrix.load(out / TRANSFER_FILE).on("report")))
+    print(f"{out / TRANSFER_FILE}\n{write_report([out], out / 'report.html')}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from curricula.effects import Effects
 from curricula.records import Evaluation, mean
 from curricula.transfer import TransferMatrix
 from launch.config import Recipe, RecipeError, load_recipe
 from launch.probe import TRANSFER_FILE, probe
+from launch.tables import transfer_table
 from launch.train import say, train
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -27,31 +26,26 @@ def demo(out: Path) -> None:
     say("training on all domains")
     train(recipe.model_copy(update={"curriculum": planned}), run, engine=engine)
     print(table(recipe, TransferMatrix.load(run / "transfer.json").on("report")))
+    print()
+    print(transfer_table(TransferMatrix.load(out / "probe" / TRANSFER_FILE).on("report")))
+    print("* the 95 % interval excludes zero")
     print(f"report: {run / 'report.html'}")
 
 
 def table(recipe: Recipe, matrix: TransferMatrix) -> str:
-    """Return the demo's table: each domain before and after the run, and what a probe on it did to every domain."""
+    """Return each domain's held-out score and entropy before and after the run."""
     (run,) = matrix.runs()
     before, after = run[0], run[-1]
-    lines = [f"{'domain':<12}{'score':>15}{'entropy':>17}    training on it alone changed"]
-    effects = Effects(matrix)
-    transfer = dict(zip(matrix.trainable, effects.transfer(), strict=True))
-    for name in recipe.domains:
-        moved = (
-            "  ".join(f"{other} {change:+.2f}" for other, change in zip(matrix.domains, transfer[name], strict=True))
-            if (name in transfer)
-            else "(only watched)"
-        )
-        lines.append(
-            f"{name:<12}{_change(before.scores, after.scores, name)}{_entropy(before, after, name)}    {moved}"
-        )
+    lines = [f"{'domain':<14}{'held-out score':>18}{'entropy':>18}"]
+    for name, section in recipe.domains.items():
+        watched = "" if section.train is not None else "   only watched"
+        lines.append(f"{name:<14}{_change(before, after, name)}{_entropy(before, after, name)}{watched}")
     return "\n".join(lines)
 
 
-def _change(before: Mapping[str, tuple[float, ...]], after: Mapping[str, tuple[float, ...]], name: str) -> str:
-    return f"{mean(before[name]):>7.2f} → {mean(after[name]):.2f}"
+def _change(before: Evaluation, after: Evaluation, name: str) -> str:
+    return f"{mean(before.scores[name]):>11.2f} → {mean(after.scores[name]):.2f}"
 
 
 def _entropy(before: Evaluation, after: Evaluation, name: str) -> str:
-    return f"{before.entropy[name]:>9.2f} → {after.entropy[name]:.2f}"
+    return f"{before.entropy[name]:>11.2f} → {after.entropy[name]:.2f}"
