@@ -29,8 +29,12 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     },
     "transfer": {
         "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",
+        "bwt_low": "lower end of its 95 % interval, paired by item",
+        "bwt_high": "upper end",
         "fwt": "score before the domain's first stage minus the baseline's",
         "drawdown": "score now minus the cross-fitted best so far; over all domains `drawdown_max`, as a loss",
+        "drawdown_low": "lower end of its 95 % interval",
+        "drawdown_high": "upper end",
         "drawdown_max": "the largest loss of any domain against its cross-fitted best so far, as a positive number",
     },
     "rollout": {

@@ -110,9 +110,11 @@ class Recorder:
             run = [on_half(past, result.items, "report") for past in self._run]
             now = moment(run, watch_only=self.matrix.watch_only)
             for name in published.scores:
-                metrics[key("transfer", "bwt", name)] = now.bwt[name].mid
+                for metric, interval in (("bwt", now.bwt[name]), ("drawdown", now.drawdown[name])):
+                    metrics[key("transfer", metric, name)] = interval.mid
+                    metrics[key("transfer", f"{metric}_low", name)] = interval.low
+                    metrics[key("transfer", f"{metric}_high", name)] = interval.high
                 metrics[key("transfer", "fwt", name)] = now.fwt[name].mid
-                metrics[key("transfer", "drawdown", name)] = now.drawdown[name].mid
             metrics[key("transfer", "bwt")] = now.mean_bwt
             metrics[key("transfer", "drawdown_max")] = now.worst_drawdown
         return defined(metrics)
