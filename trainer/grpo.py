@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from curricula.curriculum import Curriculum
@@ -67,6 +68,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
         trainer.train()
     """
+
+    # what TRL's attributes are once it has been constructed; its own annotations are wider
+    args: GRPOConfig
+    model: Any
+    num_generations: int
+    max_completion_length: int
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -133,7 +141,7 @@ class DomainGRPOTrainer(GRPOTrainer):
                 self.processing_class,
                 sampling=self.sampling,
                 max_model_length=self.data.context,
-                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,
+                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,  # type: ignore[operator]
                 gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
                 dtype=str(self.model.dtype).removeprefix("torch."),
             )
@@ -258,7 +266,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
         texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = {*self.eos_token_ids, self._padding}
         return [
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
             for prompt, c, text in zip(prompts, completions, texts, strict=True)
@@ -336,11 +344,11 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
         """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
-        device, padding = self.accelerator.device, self._tokenizer.pad_token_id
+        device = self.accelerator.device
 
         def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
             tensors = [torch.tensor(row) for row in rows]
-            ids = pad(tensors, padding_value=padding, padding_side=side)
+            ids = pad(tensors, padding_value=self._padding, padding_side=side)
             return ids.to(device), pad([torch.ones_like(t) for t in tensors], padding_side=side).to(device)
 
         left, left_mask = padded(prompt_ids, "left")
@@ -355,6 +363,10 @@ class DomainGRPOTrainer(GRPOTrainer):
                 compute_entropy=True,
             )
         return logps, entropy, mask
+
+    @property
+    def _padding(self) -> int:
+        return self._tokenizer.pad_token_id  # type: ignore[return-value]
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
@@ -399,9 +411,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            save_state(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.curriculum.state_dict()
-            )
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_state(folder, self.curriculum.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
