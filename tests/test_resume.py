@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 
 import pytest
 
-from tests.conftest import HOUSE, RECIPES
+from launch.cli import main
+from tests.conftest import HOUSE, POLICY, RECIPES
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "launch.cli", "train"]
@@ -98,3 +100,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed, tmp_path, 
     assert (folder / "final" / "model.safetensors").read_bytes() == (
         undisturbed / "final" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, recipe):
+    # a draw spans 4 steps, so the run ends inside one
+    overrides = ["grpo.steps_per_generation=4", "eval.every=4", "grpo.lr_scheduler_type=constant"]
+    overrides += [f"model={POLICY}", "rollouts.engine=transformers"]
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), *overrides, "--out", str(run)]) == 0
+    weights = (run / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")  # as if the machine had failed just before
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "final" / "model.safetensors").read_bytes() == weights
+    assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -414,6 +414,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_state(folder, self.curriculum.state_dict())
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Take no step where all were taken: Transformers looks at the count only after the next one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
         super()._load_optimizer_and_scheduler(checkpoint)
