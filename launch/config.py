@@ -104,6 +104,14 @@ class LoraSection(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
+class GuardrailSection(_Section):
+    """How much a domain, trained or only watched, may lose before something is done; judged with confidence."""
+
+    max_drop: float = Field(ge=0, le=1)
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
+
+
 class DataSection(_Section):
     """How rows are taken in."""
 
@@ -142,6 +150,7 @@ class Recipe(_Section):
     data: DataSection = DataSection()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """TRL's GRPOConfig, handed over untouched."""
+    guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
@@ -172,6 +181,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
+    for name in recipe.guardrails:
+        if name not in recipe.domains:
+            raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 

@@ -403,6 +403,21 @@ class DomainGRPOTrainer(GRPOTrainer):
                 Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.curriculum.state_dict()
             )
 
+    def rollback(self, checkpoint: Path, *, because: str) -> None:
+        """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
+
+        What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
+        engines hold the weights themselves.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
+        lr_state = self.lr_scheduler.state_dict()  # type: ignore[union-attr]
+        self._load_from_checkpoint(str(checkpoint))
+        super()._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(lr_state)  # type: ignore[union-attr]
+        self._last_loaded_step, self._buffered_inputs = -1, None
+        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}")
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
         super()._load_optimizer_and_scheduler(checkpoint)
