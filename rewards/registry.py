@@ -12,6 +12,8 @@ Reward = Callable[..., Any]
 
 REGISTRY = {
     "exact": "rewards.exact:Exact",
+    "multiple_choice": "rewards.choices:MultipleChoice",
+    "short_answer": "rewards.short_answer:ShortAnswer",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 
