@@ -11,6 +11,7 @@ Reward = Callable[..., Any]
 """TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
 
 REGISTRY = {
+    "code": "rewards.code:Code",
     "exact": "rewards.exact:Exact",
     "multiple_choice": "rewards.choices:MultipleChoice",
     "short_answer": "rewards.short_answer:ShortAnswer",
