@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,10 +32,10 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     if ":" not in path:
         raise ValueError(f"reward {name!r} does not exist; known: {', '.join(sorted(REGISTRY))}, or pkg.module:name")
     try:
-        found = pkgutil.resolve_name(path)
+        found: Any = pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    if inspect.isclass(found):
+    if isinstance(found, type):
         try:
             return found(**arguments)
         except TypeError as error:

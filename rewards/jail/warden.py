@@ -72,17 +72,22 @@ class Warden:
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
-        import bridge  # json is the dearest import, and only tests need it
+        import candidate  # json is the dearest import, and only tests need these
+        import messages
+        import remote
 
+        sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         theirs, ours = os.pipe(), os.pipe()
         ready, started = os.pipe()
 
-        def candidate():
-            _serve(bridge, self.source, bridge.Channel(ours[0], theirs[1]))
+        def answer():
+            module = _module("solution")
+            exec(compile(self.source, "solution.py", "exec"), vars(module))
+            candidate.Candidate(messages.Channel(ours[0], theirs[1]), vars(module)).serve()
 
-        first = self._fork(candidate, nothing, nothing, started, [ours[0], theirs[1]])
+        first = self._fork(answer, nothing, nothing, started, [ours[0], theirs[1]])
         os.close(ours[0])
         os.close(theirs[1])
         tests = read_tests()
@@ -90,7 +95,10 @@ class Warden:
         nonce = os.urandom(16).hex()
 
         def question():
-            return _question(bridge, tests, bridge.Channel(theirs[0], ours[1]), written, nonce)
+            word, count = remote.run_tests(tests, remote.Link(messages.Channel(theirs[0], ours[1])))
+            # only now, and by a pipe that the candidate's process does not have
+            os.write(written, f"{nonce}{word} {count}".encode())
+            return 0
 
         second = self._fork(question, nothing, nothing, started, [theirs[0], ours[1], written])
         for fd in (theirs[0], ours[1], written, nothing, started):
@@ -100,11 +108,11 @@ class Warden:
         begun = os.read(ready, 2)
         os.close(verdict)
         os.close(ready)
-        if len(begun) < 2:
-            return "broken", text
         if ended == "exit" and text.startswith(nonce.encode()):
             word, _, count = text[len(nonce) :].decode().partition(" ")
             return word, count.encode()
+        if len(begun) < 2:
+            return "broken", b""
         return ("timeout" if ended == "timeout" else "verdict"), b"0 1"
 
     def _read(self, fd, deadline):
@@ -219,21 +227,6 @@ def _run_main(source):
     atexit._run_exitfuncs()
     sys.stdout.flush()
     return status & 0xFF
-
-
-def _serve(bridge, source, channel):
-    sys.set_int_max_str_digits(0)
-    module = _module("solution")
-    exec(compile(source, "solution.py", "exec"), vars(module))
-    bridge.Candidate(channel, vars(module)).serve()
-
-
-def _question(bridge, tests, channel, verdict, nonce):
-    """Write the nonce and a verdict once all tests have run; the candidate's process knows neither nonce nor pipe."""
-    sys.set_int_max_str_digits(0)
-    word, count = bridge.run_tests(tests, bridge.Link(channel))
-    os.write(verdict, f"{nonce}{word} {count}".encode())
-    return 0
 
 
 def main():

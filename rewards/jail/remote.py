@@ -1,8 +1,8 @@
-"""Tests on one side, the code under test on the other, and plain data between them.
+"""The tests' side: assertions about objects that live in another process.
 
-The candidate's process runs the code that nobody has read and serves requests (`serve`). The tests' process holds the
-assertions and sees a `Remote` for everything of the candidate's that is not plain data. So the candidate can not patch
-the tests, read what they expect, or end them; and what it returns is compared here, with Python's own `==`.
+The candidate's process runs the code that nobody has read and answers requests (`candidate.py`). The tests' process
+holds the assertions and sees a `Remote` for everything of the candidate's that is not plain data. So the candidate can
+not patch the tests, read what they expect, or end them; and what it returns is compared here, with Python's own `==`.
 
 An object that equals everything equals nothing here: a Remote is never compared with plain data, and what arithmetic
 with plain data makes of it stays Remote, or an object that has been told the expected value could turn into it.
@@ -14,186 +14,14 @@ from __future__ import annotations
 
 import _ast
 import builtins
-import collections
 import importlib
-import json
-import operator
-import os
 import sys
+
+from messages import ACCESSES, ARITHMETIC, COMPARISONS, CONVERSIONS, BridgeError, pack, unpack
 
 TYPE_CHECKING = False  # typing is not worth its import here
 if TYPE_CHECKING:
     from typing import Any
-
-MAX_MESSAGE = 16 << 20
-
-
-class BridgeError(BaseException):
-    """The other side sent something that is no message, or nothing. No `except Exception` of a test hides that."""
-
-
-def _construct(kind):
-    module, _, name = kind.partition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-_SCALARS: dict[str, Any] = {
-    "decimal.Decimal": (str, lambda v: _construct("decimal.Decimal")(v)),
-    "fractions.Fraction": (str, lambda v: _construct("fractions.Fraction")(v)),
-    "datetime.date": (str, lambda v: _construct("datetime.date").fromisoformat(v)),
-    "datetime.datetime": (str, lambda v: _construct("datetime.datetime").fromisoformat(v)),
-    "datetime.timedelta": (
-        lambda v: [v.days, v.seconds, v.microseconds],
-        lambda v: _construct("datetime.timedelta")(*v),
-    ),
-}
-"""Values of the standard library that are plain data: how each is written, how it is read."""
-
-
-def pack(value: Any, refer: Any) -> Any:
-    """Return `value` in JSON's terms; `refer(object)` names what is not plain data."""
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return {"float": float.__repr__(value)}
-    for kind in (tuple, list, set, frozenset, collections.deque):
-        if isinstance(value, kind):
-            items: Any = kind.__iter__  # a subclass may lie about its items; its base does not
-            return {kind.__name__: [pack(item, refer) for item in items(value)]}
-    if isinstance(value, dict):
-        return {"dict": [[pack(k, refer), pack(v, refer)] for k, v in dict.items(value)]}
-    if isinstance(value, (bytes, bytearray)):
-        return {type(value).__name__: bytes(value).hex()}
-    if isinstance(value, complex):
-        return {"complex": [repr(value.real), repr(value.imag)]}
-    name = f"{type(value).__module__}.{type(value).__name__}"
-    return {name: _SCALARS[name][0](value)} if name in _SCALARS else refer(value)
-
-
-_READERS: dict[str, Any] = {
-    "float": lambda v, _: float(v),
-    "complex": lambda v, _: complex(float(v[0]), float(v[1])),
-    "bytes": lambda v, _: bytes.fromhex(v),
-    "bytearray": lambda v, _: bytearray.fromhex(v),
-    "tuple": lambda v, resolve: tuple(unpack(item, resolve) for item in v),
-    "list": lambda v, resolve: [unpack(item, resolve) for item in v],
-    "set": lambda v, resolve: {unpack(item, resolve) for item in v},
-    "frozenset": lambda v, resolve: frozenset(unpack(item, resolve) for item in v),
-    "deque": lambda v, resolve: collections.deque(unpack(item, resolve) for item in v),
-    "dict": lambda v, resolve: {unpack(k, resolve): unpack(item, resolve) for k, item in v},
-}
-
-
-def unpack(data: Any, resolve: Any) -> Any:
-    """Return the value that `pack` wrote; `resolve(data)` finds what it named."""
-    if not isinstance(data, dict):
-        return data
-    ((kind, value),) = data.items()
-    if kind in _SCALARS:
-        return _SCALARS[kind][1](value)
-    return _READERS[kind](value, resolve) if kind in _READERS else resolve(data)
-
-
-class Channel:
-    """Messages, one a line, over two pipes."""
-
-    def __init__(self, reads, writes):
-        self._reads = os.fdopen(reads, "rb")
-        self._writes = os.fdopen(writes, "wb")
-
-    def send(self, message):
-        self._writes.write(json.dumps(message).encode() + b"\n")
-        self._writes.flush()
-
-    def receive(self) -> Any:
-        """Return the next message. Raises BridgeError where there is none."""
-        line = self._reads.readline(MAX_MESSAGE)
-        if not line.endswith(b"\n"):
-            raise BridgeError("the other process ended or sent too much")
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BridgeError(f"not a message: {error}") from None
-
-
-# ---- the candidate's side
-
-
-def _call(function, *args, **kwargs):
-    return function(*args, **kwargs)
-
-
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
-_ARITHMETIC = (*_BINARY, "divmod", "neg", "pos", "abs", "invert", "round")
-_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-_CONVERSIONS = ("str", "repr", "float", "int", "bool", "complex", "format", "index")
-_ACCESSES = ("len", "iter", "next", "reversed", "getitem", "setitem", "delitem")
-_FUNCTIONS: dict[str, Any] = {
-    "call": _call,
-    "instance": isinstance,
-    "getattr": getattr,
-    "setattr": setattr,
-    "delattr": delattr,
-}
-for _name in (*_ARITHMETIC, *_COMPARISONS, *_CONVERSIONS, *_ACCESSES):
-    _FUNCTIONS[_name] = getattr(builtins, _name, None) or getattr(operator, _name)
-
-
-class Candidate:
-    """Serves the namespace of the code under test over a channel."""
-
-    def __init__(self, channel, namespace):
-        self.channel = channel
-        self.namespace = namespace
-        self.objects = []
-        self.numbers = {}
-
-    def refer(self, value):
-        if isinstance(value, type) and issubclass(value, Exception):
-            return {"exception": [base.__name__ for base in value.__mro__]}
-        if isinstance(value, type(sys)):
-            return {"module": value.__name__}
-        if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.objects)
-            self.objects.append(value)
-        return {"ref": self.numbers[id(value)]}
-
-    def resolve(self, data):
-        if "callback" in data:
-            return lambda *args: self._call_back(data["callback"], args)
-        return self.objects[data["ref"]]
-
-    def _call_back(self, number, args):
-        self.channel.send({"callback": number, "args": pack(args, self.refer)})
-        answer = self.channel.receive()
-        if "value" not in answer:
-            raise ValueError("the tests' function raised")
-        return unpack(answer["value"], self.resolve)
-
-    def serve(self):
-        """Tell the names that the code defines, then answer requests until the tests hang up."""
-        names = {name: value for name, value in self.namespace.items() if not name.startswith("__")}
-        self.channel.send({"names": pack(names, self.refer)})
-        while True:
-            request = self.channel.receive()
-            try:
-                reply = self._answer(request)
-            except BaseException as error:  # whatever the code under test raises is its answer
-                reply = {"raise": [base.__name__ for base in type(error).__mro__], "text": str(error)[:10_000]}
-            self.channel.send(reply)
-
-    def _answer(self, request):
-        args, kwargs = unpack(request["args"], self.resolve), unpack(request["kwargs"], self.resolve)
-        value = _FUNCTIONS[request["do"]](*args, **kwargs)
-        changed = [pack(arg, self.refer) for arg in args if type(arg) in (list, dict, set, bytearray)]
-        return {"value": pack(value, self.refer), "changed": changed}
-
-
-# ---- the tests' side
 
 
 class Link:
@@ -343,14 +171,14 @@ def _arithmetic(name, swapped=False):
     return compute
 
 
-for _name in _COMPARISONS:
+for _name in COMPARISONS:
     setattr(Remote, f"__{_name}__", _comparison(_name))
-for _name in _ARITHMETIC:
+for _name in ARITHMETIC:
     setattr(Remote, f"__{_name.rstrip('_')}__", _arithmetic(_name))
     setattr(Remote, f"__r{_name.rstrip('_')}__", _arithmetic(_name, swapped=True))
-for _name in _CONVERSIONS:
+for _name in CONVERSIONS:
     setattr(Remote, f"__{_name}__", _conversion(_name))
-for _name in _ACCESSES:
+for _name in ACCESSES:
     setattr(Remote, f"__{_name}__", _access(_name))
 
 
