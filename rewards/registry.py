@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,10 @@ Reward = Callable[..., Any]
 """TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
 
 REGISTRY = {
+    "code": "rewards.code:Code",
     "exact": "rewards.exact:Exact",
+    "multiple_choice": "rewards.choices:MultipleChoice",
+    "short_answer": "rewards.short_answer:ShortAnswer",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 
@@ -30,10 +32,10 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     if ":" not in path:
         raise ValueError(f"reward {name!r} does not exist; known: {', '.join(sorted(REGISTRY))}, or pkg.module:name")
     try:
-        found = pkgutil.resolve_name(path)
+        found: Any = pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    if inspect.isclass(found):
+    if isinstance(found, type):
         try:
             return found(**arguments)
         except TypeError as error:
