@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Literal
 
 from rewards.jail import confine
+from rewards.pipes import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
@@ -156,7 +156,7 @@ class Program:
         assert self._warden.stdout
         fd, data, deadline = self._warden.stdout.fileno(), b"", time.monotonic() + self._limits.wall_s + _GRACE_S
         while b"\n" not in data or len(data) < data.index(b"\n") + 1 + int(data.split(None, 2)[1]):
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not is_readable_by(fd, deadline):
                 raise SandboxError("the jail did not answer")
             chunk = os.read(fd, 1 << 16)
             if not chunk:
