@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a file that was taken away
+        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
         return 130
@@ -135,18 +138,18 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.resume:
         if arguments.recipe:
             raise RecipeError("--resume takes the recipe of its run folder; give no other")
+        if arguments.out:
+            raise RecipeError("--resume goes on in its own folder; leave --out away")
         if not (arguments.resume / RECIPE_FILE).is_file():
             raise RecipeError(f"--resume {arguments.resume}: no run there ({RECIPE_FILE} is missing)")
-        train(load_recipe(arguments.resume / RECIPE_FILE), arguments.resume, resume=True)
-        return
-    if not arguments.recipe:
+    elif not arguments.recipe:
         raise RecipeError("give a recipe, or --resume RUN")
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe or arguments.resume / RECIPE_FILE, arguments.overrides)
     if arguments.dry_run:
         print(recipe.as_yaml(), end="")
         return
-    out = arguments.out or Path("runs") / recipe.name
-    train(recipe, out)
+    out = arguments.resume or arguments.out or Path("runs") / recipe.name
+    train(recipe, out, resume=arguments.resume is not None)
     print(out / "report.html")
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from launch.grpo_fields import GRPO_FIELDS, OURS
 
@@ -39,6 +39,13 @@ class DomainSection(_Section):
     max_completion_length: int | None = Field(default=None, ge=1)
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_reward(cls, reward: Any) -> Any:
+        if not isinstance(reward.get("name") if isinstance(reward, Mapping) else reward, str):
+            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+        return reward
 
 
 class CurriculumSection(BaseModel):
@@ -193,6 +200,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     return document
@@ -208,7 +217,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
-    section[last] = YAML(typ="safe", pure=True).load(text)
+    try:
+        section[last] = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -233,7 +245,7 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 

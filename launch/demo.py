@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 def demo(out: Path) -> None:
     """Run the demo into `out` and print its table and where the report lies."""
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"folder {out} is not empty; remove it, or choose another --out")
     recipe = load_recipe(RECIPE)
     say("probing: what does a little training on one domain do to the others?")

@@ -7,6 +7,7 @@ row a run, so a probe that is killed goes on at the next run.
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -45,8 +46,14 @@ def probe(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
     names = [name for name, section in recipe.domains.items() if section.train is not None]
     if len(names) < 2:
         raise RecipeError(f"a probe compares domains: at least 2 need `train` rows, got {names}")
-    claim_probe(recipe, out)
-    return Probe(recipe, out, engine).run(plan_arms(recipe, names))
+    check_start(recipe.probe.start)
+    is_new = claim_probe(recipe, out)
+    try:
+        return Probe(recipe, out, engine).run(plan_arms(recipe, names))
+    except RecipeError:
+        if is_new and not (out / TRANSFER_FILE).exists():
+            shutil.rmtree(out)  # nothing was measured: the corrected recipe finds the name free
+        raise
 
 
 class Probe:
@@ -107,15 +114,13 @@ class Probe:
         if start == "base":
             return self.recipe.model
         if not start.startswith("joint:"):
-            if not Path(start).is_dir():
-                raise RecipeError(
-                    f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint"
-                )
             return start
         folder = self.out / f"start-{seed}"
         if not folder.is_dir():
             names = tuple(name for name, section in self.recipe.domains.items() if section.train is not None)
-            trainer = self._train(Arm(trained=names, steps=_joint_steps(start), seed=seed), self.recipe.model)
+            trainer = self._train(
+                Arm(trained=names, steps=int(start.removeprefix("joint:")), seed=seed), self.recipe.model
+            )
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 save_final(trainer, Path(scratch) / "weights")
                 (Path(scratch) / "weights").rename(folder)
@@ -133,20 +138,31 @@ class Probe:
         )
 
 
-def claim_probe(recipe: Recipe, out: Path) -> None:
-    """Make the probe's folder, or check that what it holds is of the same recipe."""
+def check_start(start: str) -> None:
+    """Raise RecipeError where `probe.from` names no place to start from."""
+    if start.startswith("joint:"):
+        text = start.removeprefix("joint:")
+        if not text.isdigit() or int(text) < 1:
+            raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
+    elif start != "base" and not Path(start).is_dir():
+        raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
+
+
+def claim_probe(recipe: Recipe, out: Path) -> bool:
+    """Make the probe's folder and return True, or check that what it holds is of the same recipe."""
     saved = out / "recipe.yaml"
     if saved.is_file():
         if load_recipe(saved) != recipe:
             raise RecipeError(f"{out} holds a probe of another recipe; choose another --out")
-        return
-    if out.exists() and any(out.iterdir()):
+        return False
+    if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"folder {out} is not empty and holds no probe; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         saved.write_text(recipe.as_yaml(), encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"folder {out} cannot be written: {error.strerror}") from error
+    return True
 
 
 def plan_arms(recipe: Recipe, names: list[str]) -> list[Arm]:
@@ -169,13 +185,6 @@ def cost(recipe: Recipe, arms: list[Arm]) -> str:
     steps = sum(arm.steps for arm in arms)
     tokens = steps * int(grpo.get("generation_batch_size") or batch) * length
     return f"{steps} optimizer steps, at most {tokens / 1e6:.2g} million rollout tokens, and {len(arms)} evaluations"
-
-
-def _joint_steps(start: str) -> int:
-    text = start.removeprefix("joint:")
-    if not text.isdigit() or int(text) < 1:
-        raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
-    return int(text)
 
 
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:

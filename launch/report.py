@@ -15,4 +15,8 @@ def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
         summaries = {run.name: summarise(run) for run in runs}
         print(json.dumps(summaries[runs[0].name] if len(runs) == 1 else summaries))
         return
-    print(write_report(runs, out or runs[0] / "report.html"))
+    path = out or runs[0] / "report.html"
+    try:
+        print(write_report(runs, path))
+    except OSError as error:
+        raise ValueError(f"report {path} cannot be written: {error.strerror}") from error

@@ -45,7 +45,15 @@ def score_rows(path: Path, *, reward: str) -> list[float | None]:
 
 
 def _spec(reward: str) -> Any:
-    return json.loads(reward) if reward.lstrip().startswith("{") else reward
+    if not reward.lstrip().startswith("{"):
+        return reward
+    try:
+        spec = json.loads(reward)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward {reward!r}: not valid JSON: {error.msg}") from error
+    if not isinstance(spec.get("name"), str):
+        raise ValueError(f"--reward {reward!r}: expected a `name`")
+    return spec
 
 
 def _text(completion: Any) -> str:

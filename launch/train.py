@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 from launch.config import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from trainer.domains import DomainData
     from trainer.grpo import DomainGRPOTrainer
     from trainer.rollouts import InProcessEngine
+    from trainer.slots import DrawPlan
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -34,7 +39,12 @@ def train(
     With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none.
     """
     folder = claim_folder(recipe, out, resume=resume)
-    started = start(recipe, folder, engine=engine)
+    try:
+        started = start(recipe, folder, engine=engine)
+    except RecipeError:
+        if not resume:
+            shutil.rmtree(folder)  # nothing was trained: the corrected recipe finds the name free
+        raise
     trainer = started.trainer
     trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
     save_final(trainer, out / "final")
@@ -56,7 +66,7 @@ def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
                 f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
             )
         return out
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -132,57 +142,86 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
 
 
 def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | None = None) -> DomainGRPOTrainer:
-    """Return the trainer of a recipe; reads and checks all rows before weights are loaded."""
+    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
     import warnings
 
-    from transformers import AutoConfig, AutoTokenizer
-
-    from trainer.domains import DomainData
-    from trainer.evaluation import EvaluationSettings
-    from trainer.grpo import DomainGRPOTrainer
     from trainer.slots import plan_draws
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
+    scheduler = build_scheduler(recipe)
+    data = load_data(recipe, args)
+    check_boundaries(recipe, plan_draws(args, data.n_train))
+
+    from trainer.evaluation import (
+        EvaluationSettings,
+    )  # brings vLLM along, some ten seconds: only once all rows are good
+    from trainer.grpo import DomainGRPOTrainer
+
     try:
-        data = DomainData.load(
+        return DomainGRPOTrainer(
+            recipe.model,
+            args,
+            domains=data,
+            curriculum=scheduler,
+            engine=engine or recipe.rollouts.engine,
+            evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
+            max_grader_failures=recipe.rollouts.max_grader_failures,
+            processing_class=data.tokenizer,
+            peft_config=_peft_config(recipe),
+        )
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
+    """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from trainer.domains import DomainData
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        config = AutoConfig.from_pretrained(recipe.model).get_text_config()
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    try:
+        return DomainData.load(
             domains_of(recipe),
-            tokenizer=AutoTokenizer.from_pretrained(recipe.model),
+            tokenizer=tokenizer,
             args=args,
-            context=AutoConfig.from_pretrained(recipe.model).get_text_config().max_position_embeddings,
+            context=getattr(config, "max_position_embeddings", None),
             overlap=recipe.data.overlap,
         )
-        scheduler = build_scheduler(recipe)
-        plan = plan_draws(args, data.n_train)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", int(args.save_steps))):
+
+
+def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
+    """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
+    checkpoints = recipe.checkpoint.every or recipe.eval.every
+    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
         if not plan.is_boundary(every):
-            raise RecipeError(
-                f"{name}={every} falls inside a draw; a draw spans {plan.steps / plan.draws:g} optimizer steps"
-            )
-    return DomainGRPOTrainer(
-        recipe.model,
-        args,
-        domains=data,
-        curriculum=scheduler,
-        engine=engine or recipe.rollouts.engine,
-        evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
-        max_grader_failures=recipe.rollouts.max_grader_failures,
-        processing_class=data.tokenizer,
-        peft_config=_peft_config(recipe),
-    )
+            span = plan.micro_batches_per_draw / plan.micro_batches_per_step
+            raise RecipeError(f"{name}={every} falls inside a draw; a draw spans {span:g} optimizer steps")
 
 
 def build_scheduler(recipe: Recipe) -> Any:
-    """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix, `steer` half."""
+    """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
     from curricula.schedulers import find_scheduler
 
-    found = find_scheduler(recipe.curriculum.scheduler)
+    try:
+        found = find_scheduler(recipe.curriculum.scheduler)
+    except ValueError as error:
+        raise RecipeError(f"curriculum.scheduler: {error}") from error
     settings = recipe.curriculum.settings
-    if "transfer" in getattr(found, "__dataclass_fields__", {}) and recipe.curriculum.transfer is not None:
-        settings["transfer"] = load_transfer(recipe)
-    return found(**settings)
+    transfer = load_transfer(recipe) if recipe.curriculum.transfer is not None else None
+    if transfer is not None and "transfer" in getattr(found, "__dataclass_fields__", {}):
+        settings["transfer"] = transfer
+    try:
+        return found(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"curriculum: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:
@@ -192,7 +231,10 @@ def load_transfer(recipe: Recipe) -> Any:
     path = Path(str(recipe.curriculum.transfer))
     if not path.is_file():
         raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
-    return TransferMatrix.load(path)
+    try:
+        return TransferMatrix.load(path)
+    except ValueError as error:
+        raise RecipeError(f"curriculum.transfer: {error}") from error
 
 
 def _peft_config(recipe: Recipe) -> Any:
@@ -213,7 +255,7 @@ def domains_of(recipe: Recipe) -> list[Any]:
 
 def grpo_config(recipe: Recipe, output: Path) -> Any:
     """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     ours: dict[str, Any] = {
         "output_dir": str(output),

@@ -51,5 +51,5 @@ def key(family: str, metric: str, domain: str | None = None) -> str:
 
 
 def defined(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the metrics that have a value: neither None nor NaN."""
-    return {name: value for name, value in metrics.items() if value is not None and not math.isnan(value)}
+    """Return the metrics that have a finite value: JSON knows neither NaN nor infinity."""
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}

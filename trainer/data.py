@@ -79,6 +79,8 @@ class PromptTable:
             raise ValueError(f"{self.where}: row {i + 1} is a conversation, but the tokenizer has no chat template")
         if not prompt:
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
+        if not _is_prompt(prompt):
+            raise ValueError(f"{self.where}: row {i + 1}: a prompt is text or a list of messages, got {prompt!r:.60}")
         given = row.get("id")
         prompt_id = content_id(row) if given is None else str(given)
         if prompt_id not in self._position:
@@ -116,16 +118,14 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
         return source
     text = str(source)
     if text.startswith("hf://"):
-        return _load_hub(text, split="train")
+        return _load_hub(text, split="train", where=where)
     path = (folder or Path()) / text
     if not path.is_file():
         raise ValueError(f"{where}: file {path} does not exist")
     if path.suffix in (".jsonl", ".json"):
         return list(_read_jsonl(path))
     if path.suffix == ".parquet":
-        import datasets
-
-        return datasets.Dataset.from_parquet(str(path))  # type: ignore[return-value]
+        return _read_parquet(path)
     raise ValueError(f"{where}: cannot read {path.name!r}; known: .jsonl, .json (one object a line), .parquet, hf://")
 
 
@@ -145,7 +145,10 @@ def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) ->
         raise ValueError(f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}")
     path, limit = str(source["path"]), source.get("limit")
     split = source.get("split", "train")
-    rows = _load_hub(path, split=split) if path.startswith("hf://") else load_rows(path, where=where, folder=folder)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
+    is_hub = path.startswith("hf://")
+    rows = _load_hub(path, split=split, where=where) if is_hub else load_rows(path, where=where, folder=folder)
     return rows if limit is None else _head(rows, limit)
 
 
@@ -153,24 +156,44 @@ def _head(rows: Rows, limit: int) -> Rows:
     return rows[:limit] if isinstance(rows, list) else rows.select(range(min(limit, len(rows))))  # type: ignore[attr-defined]
 
 
-def _load_hub(text: str, *, split: str) -> Rows:
+def _load_hub(text: str, *, split: str, where: str) -> Rows:
     import datasets
 
-    return datasets.load_dataset(text.removeprefix("hf://"), split=split)  # type: ignore[return-value]
+    try:
+        return datasets.load_dataset(text.removeprefix("hf://"), split=split)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {text} (split {split!r}) cannot be loaded: {error}") from error
+
+
+def _read_parquet(path: Path) -> Rows:
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_schema(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    return datasets.Dataset.from_parquet(str(path))  # type: ignore[return-value]
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: expected an object, got {type(row).__name__}")
             yield row
+
+
+def _is_prompt(prompt: Any) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt))
 
 
 def _as_prompt(prompt: Any, domain: Domain, *, is_chat: bool) -> str | list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.records import Domain
 from trainer.data import Prompt, PromptTable, load_rows
@@ -62,6 +62,9 @@ class DomainData:
             return found
 
         heldout, train = tables("heldout"), tables("train")
+        for table in heldout.values():
+            if len(table) < 2:
+                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one that steers and one that reports")
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
@@ -130,7 +133,9 @@ def _check_names(domains: Sequence[Domain]) -> None:
             )
 
 
-def _limit(domain: Domain, most: int) -> int:
+def _limit(domain: Domain, most: int | None) -> int:
+    if most is None:
+        raise ValueError("grpo.max_completion_length must be a number: completions without a limit are not supported")
     limit = domain.max_completion_length or most
     if not 1 <= limit <= most:
         raise ValueError(

@@ -80,6 +80,8 @@ class Scorer:
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
                 return [None]
             return [self._score(name, [sample])[0] for sample in samples]
+        if not hasattr(values, "__len__"):
+            raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(samples)} completions")
         if len(values) != len(samples):
             raise ValueError(
                 f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
@@ -135,7 +137,10 @@ async def _awaited(values: Any) -> list[Any]:
 def _checked(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"domain {name!r}: the reward returned {value!r}, which is no number") from error
     if not math.isfinite(number):
         raise ValueError(f"domain {name!r}: the reward returned {number}; a failed grading is None")
     return number
