@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
 
 from curricula.curriculum import Curriculum
 from curricula.records import Domain, Group, PromptRef
@@ -29,8 +28,9 @@ from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
 from trainer.meter import Meter
+from trainer.padding import pad_rows, sums_by_owner
 from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
-from trainer.scoring import Sample, Scorer, form_groups, grade
+from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.weight_check import WeightCheck, check_weights
 
@@ -234,7 +234,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         samples = self.to_samples(prompts, completions)
         graded = gather_object(grade(samples, self.scorer(samples)))
         groups = form_groups(graded, size=self.num_generations, draw=draw)
-        self._check_graders(groups)
+        check_failures(groups, most=self.max_grader_failures)
         return Rollout(
             rows=[{"prompt": prompt.prompt} for prompt in prompts],
             prompt_ids=prompt_ids,
@@ -263,17 +263,6 @@ class DomainGRPOTrainer(GRPOTrainer):
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
             for prompt, c, text in zip(prompts, completions, texts, strict=True)
         ]
-
-    def _check_graders(self, groups: Sequence[Group]) -> None:
-        """Raise RuntimeError where more completions of a domain went ungraded than the run allows."""
-        for name in {g.domain for g in groups}:
-            rewards = [r for g in groups if g.domain == name for r in g.rewards]
-            failed = sum(r is None for r in rewards)
-            if failed > self.max_grader_failures * len(rewards):
-                raise RuntimeError(
-                    f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
-                    f"max_grader_failures allows a share of {self.max_grader_failures}"
-                )
 
     # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
 
@@ -325,34 +314,19 @@ class DomainGRPOTrainer(GRPOTrainer):
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         groups, start = self._finished.groups, self.accelerator.process_index * len(mask)
-        owner = torch.tensor(
-            [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))],
-            device=mask.device,
-        )
-        sums = torch.zeros(len(self.data.names), 2, dtype=torch.float64, device=mask.device)
-        sums.index_add_(0, owner, torch.stack([(entropy * mask).sum(1), mask.sum(1)], dim=1).double())
+        owner = [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))]
+        sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
 
     def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
         """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
-        device, padding = self.accelerator.device, self._tokenizer.pad_token_id
-
-        def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-            tensors = [torch.tensor(row) for row in rows]
-            ids = pad(tensors, padding_value=padding, padding_side=side)
-            return ids.to(device), pad([torch.ones_like(t) for t in tensors], padding_side=side).to(device)
-
-        left, left_mask = padded(prompt_ids, "left")
-        right, mask = padded(completion_ids, "right")
+        ids, attention, mask = pad_rows(
+            prompt_ids, completion_ids, padding=self._tokenizer.pad_token_id, device=self.accelerator.device
+        )
         with torch.no_grad():
             logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([left, right], dim=1),
-                torch.cat([left_mask, mask], dim=1),
-                right.size(1),
-                self.args.per_device_eval_batch_size,
-                compute_entropy=True,
+                self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
             )
         return logps, entropy, mask
 
