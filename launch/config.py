@@ -256,6 +256,8 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
         if name not in GRPO_FIELDS:
             raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+    if grpo.get("use_cpu") and grpo.get("deepspeed"):
+        raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

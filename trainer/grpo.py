@@ -32,7 +32,7 @@ from trainer.padding import pad_rows, sums_by_owner
 from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
 from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
-from trainer.weight_check import WeightCheck, check_weights
+from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +154,13 @@ class DomainGRPOTrainer(GRPOTrainer):
             repetition_penalty=self.repetition_penalty,
         )
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the policy computes in: mixed precision if asked for, else the type of its weights."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return self.model.dtype
+
     def sync_engine(self) -> None:
         """Load the policy's present weights into the engine, whatever was loaded before."""
         if self.use_vllm:
@@ -192,7 +199,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
 
         check = check_weights(
-            model=self.model, sync=self.sync_engine, sample=lambda: self.complete(requests, 1), score=score
+            model=self.model,
+            sync=self.sync_engine,
+            sample=lambda: self.complete(requests, 1),
+            score=score,
+            precision=self.precision,
         )
         self._last_loaded_step = -1
         return check
@@ -204,6 +215,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = self._roll_out(len(inputs))
         self._row_entropy = None
         output = super()._generate_and_score_completions(self._rollout.rows)
+        self._check_engine()
         entropy = self._domain_entropy(output)
         self.curriculum.observe(
             self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
@@ -243,6 +255,15 @@ class DomainGRPOTrainer(GRPOTrainer):
             groups=groups,
             seconds=seconds,
         )
+
+    def _check_engine(self) -> None:
+        """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
+        differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
+        if differences and differences[-1] > TOLERANCE[self.precision]:
+            raise RuntimeError(
+                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
+                f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
+            )
 
     def _draw(self, n_rows: int) -> list[PromptRef]:
         """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
