@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,22 +12,17 @@ from typing import Any
 
 from rewards.answers import answer_region
 from rewards.sandbox import Limits, Program, SandboxError, isolation
+from rewards.text import fenced_blocks
 
 logger = logging.getLogger(__name__)
 
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([\w+-]*)[^\n]*\n", re.MULTILINE)
 _PYTHON = ("", "python", "python3", "py")
 
 
 def program_of(completion: Any) -> str:
     """Return the last fenced Python block of a completion, up to its end where cut off; without one, all of it."""
     text = answer_region(completion)
-    blocks, position = [], 0
-    while opening := _FENCE.search(text, position):
-        end = text.find("\n```", opening.end() - 1)
-        position = len(text) if end < 0 else end + len("\n```")
-        if opening[1].lower() in _PYTHON:
-            blocks.append(text[opening.end() : None if end < 0 else end])
+    blocks = [block for language, block in fenced_blocks(text) if language in _PYTHON]
     return blocks[-1] if blocks else text
 
 

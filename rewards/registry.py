@@ -12,6 +12,7 @@ Reward = Callable[..., Any]
 REGISTRY = {
     "code": "rewards.code:Code",
     "exact": "rewards.exact:Exact",
+    "function_call": "rewards.function_call:FunctionCall",
     "math": "rewards.math:Math",
     "multiple_choice": "rewards.choices:MultipleChoice",
     "short_answer": "rewards.short_answer:ShortAnswer",
