@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
 
     doctor = _verb(
         verbs, "doctor", _doctor, "say whether this machine can train, and what will be slow", "polyphony doctor"
