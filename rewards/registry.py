@@ -12,10 +12,16 @@ Reward = Callable[..., Any]
 REGISTRY = {
     "code": "rewards.code:Code",
     "exact": "rewards.exact:Exact",
+    "format": "rewards.shaping:Format",
     "function_call": "rewards.function_call:FunctionCall",
+    "language": "rewards.shaping:Language",
+    "length": "rewards.shaping:Length",
     "math": "rewards.math:Math",
     "multiple_choice": "rewards.choices:MultipleChoice",
+    "repetition": "rewards.shaping:Repetition",
     "short_answer": "rewards.short_answer:ShortAnswer",
+    "verl": "rewards.verl:Verl",
+    "weighted": "rewards.shaping:Weighted",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 
