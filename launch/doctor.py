@@ -114,6 +114,7 @@ def devices() -> list[Finding]:
 
 
 def memory() -> list[Finding]:
+    """The memory that is free now."""
     import psutil
 
     free = psutil.virtual_memory().available / 2**30
@@ -124,6 +125,7 @@ def memory() -> list[Finding]:
 
 
 def disk() -> list[Finding]:
+    """The disk that run folders are written to by default."""
     free = shutil.disk_usage(".").free / 2**30
     verdict: Verdict = "ok" if free >= 1 else "slow"
     return [Finding(name="disk", verdict=verdict, what=f"{free:.1f} GiB free here")]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
 from curricula.records import Domain, Group, PromptRef
@@ -67,6 +68,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
         trainer.train()
     """
+
+    # what TRL's attributes are once it has been constructed; its own annotations are wider
+    args: GRPOConfig
+    model: Any
+    num_generations: int
+    max_completion_length: int
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -133,7 +141,7 @@ class DomainGRPOTrainer(GRPOTrainer):
                 self.processing_class,
                 sampling=self.sampling,
                 max_model_length=self.data.context,
-                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,
+                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,  # type: ignore[operator]
                 gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
                 dtype=str(self.model.dtype).removeprefix("torch."),
             )
@@ -279,7 +287,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
         texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = {*self.eos_token_ids, self._padding}
         return [
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
             for prompt, c, text in zip(prompts, completions, texts, strict=True)
@@ -343,13 +351,17 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
         """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
         ids, attention, mask = pad_rows(
-            prompt_ids, completion_ids, padding=self._tokenizer.pad_token_id, device=self.accelerator.device
+            prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
         )
         with torch.no_grad():
             logps, entropy, _ = super()._get_per_token_logps_and_entropies(
                 self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
             )
         return logps, entropy, mask
+
+    @property
+    def _padding(self) -> int:
+        return self._tokenizer.pad_token_id  # type: ignore[return-value]
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
@@ -394,9 +406,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            save_state(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.curriculum.state_dict()
-            )
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_state(folder, self.curriculum.state_dict())
 
     def rollback(self, checkpoint: Path, *, because: str) -> None:
         """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.

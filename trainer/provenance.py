@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -48,14 +49,14 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, with `+changes` where the tree differs; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """The commit of the code that runs, with `+changes` where the tree differs; None outside a checkout or without git."""
+    if shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode != 0:
         return None
-    status = subprocess.run(
-        ["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 

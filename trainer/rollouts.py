@@ -57,6 +57,9 @@ class InProcessEngine(VLLMGeneration):
     Overrides the three methods that TRL's trainer calls: `_init_vllm`, `sync_weights`, `generate`.
     """
 
+    max_completion_length: int
+    """Tokens; set by the trainer, for the requests that come through TRL's own call."""
+
     def __init__(
         self,
         model: Any,

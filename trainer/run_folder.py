@@ -70,8 +70,8 @@ class RunFolder:
         return attempt
 
     def _new_attempt(self) -> Path:
-        n = 1 + sum(1 for _ in self.path.glob("attempt-*"))
-        attempt = self.path / f"attempt-{n}"
+        n = max((int(path.name.removeprefix("attempt-")) for path in self.path.glob("attempt-*")), default=0)
+        attempt = self.path / f"attempt-{n + 1}"
         attempt.mkdir()
         return attempt
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from datasets import Dataset
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

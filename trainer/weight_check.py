@@ -35,8 +35,9 @@ class WeightCheck:
 
     @property
     def is_passed(self) -> bool:
-        worst = max(self.before, self.scaled, self.after)
-        return worst <= self.tolerance and self.moved >= MOVE_FACTOR * self.tolerance
+        """True if every difference is within tolerance and the engine moved; False where one of them is NaN."""
+        is_equal = all(difference <= self.tolerance for difference in (self.before, self.scaled, self.after))
+        return is_equal and self.moved >= MOVE_FACTOR * self.tolerance
 
     def __str__(self) -> str:
         return (
@@ -81,12 +82,16 @@ def check_weights(
 
 def final_norm(model: torch.nn.Module) -> torch.nn.Parameter:
     """Return the weight of the last normalisation before the head. Raises ValueError if the model has none."""
-    norms = [m for name, m in model.named_modules() if "norm" in name.rsplit(".", 1)[-1].lower()]
-    norms = [m for m in norms if isinstance(getattr(m, "weight", None), torch.nn.Parameter)]
+    norms = {
+        name: weight
+        for name, module in model.named_modules()
+        if "norm" in name.rsplit(".", 1)[-1].lower()
+        and isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter)
+    }
     if not norms:
         raise ValueError(f"{type(model).__name__} has no module named like a norm: the weight sync cannot be checked")
-    shallowest = min(name.count(".") for name, m in model.named_modules() if m in norms)
-    return [m for name, m in model.named_modules() if m in norms and name.count(".") == shallowest][-1].weight
+    shallowest = min(name.count(".") for name in norms)
+    return [weight for name, weight in norms.items() if name.count(".") == shallowest][-1]
 
 
 @contextmanager
@@ -100,9 +105,8 @@ def _scaled(parameter: torch.nn.Parameter):
 
 
 def _difference(completions: Sequence[Completion], policy: Sequence[Sequence[float]]) -> float:
-    pairs = [
-        abs(e - p)
-        for c, logps in zip(completions, policy, strict=True)
-        for e, p in zip(c.logps or [], logps, strict=True)
-    ]
+    engine = [c.logps for c in completions if c.logps is not None]
+    if len(engine) != len(completions):
+        raise ValueError("the engine tells no log-probabilities: its weights cannot be compared with the policy's")
+    pairs = [abs(e - p) for ours, theirs in zip(engine, policy, strict=True) for e, p in zip(ours, theirs, strict=True)]
     return sum(pairs) / len(pairs)

@@ -131,6 +131,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def main() -> None:
+    """Rebuild the committed policy, or one of another seed or world."""
     parser = argparse.ArgumentParser(description="Rebuild the policy of the lab.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="which knowledge base the facts come from")
