@@ -238,7 +238,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
         draw = self.curriculum.draws
-        prompts = [self.data.train[ref.domain][ref.id] for ref in self._draw(n_rows)]
+        refs = self._draw(n_rows)
+        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
+        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
         prompt_ids = self.data.tokenize(prompts)
         requests = [
             Request(

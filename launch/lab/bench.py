@@ -40,7 +40,7 @@ def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: b
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks one after the other and print their table; progress goes to standard error."""
-    parser = argparse.ArgumentParser(prog="python -m launch.lab.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m launch.lab.bench", description="Measure what the house costs.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but demo)")
     parser.add_argument("--demo", action="store_true", help="also time `polyphony demo`, which takes minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -65,10 +65,10 @@ def _pair(sides: SideBySide, *, ours_first: bool) -> tuple[Block, Block]:
 
 
 def _note(ours: Sequence[Block], stock: Sequence[Block]) -> str:
-    """Say how much both sides generated, and the ratio of processor time, which a busy machine disturbs less."""
+    """Say how much both sides generated, and the ratio by processor time, which a busy machine disturbs less."""
     ratio = statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, stock, strict=True))
     tokens = [statistics.mean(block.tokens for block in side) for side in (ours, stock)]
-    return f"cpu time ratio {ratio:.3f}; {tokens[0]:.1f} and {tokens[1]:.1f} tokens a step"
+    return f"by cpu time {ratio:.3f}; {tokens[0]:.1f} and {tokens[1]:.1f} tokens a step"
 
 
 BENCHMARKS = {"step": bench_step}

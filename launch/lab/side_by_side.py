@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.records import PromptRef
 from launch.config import Recipe
