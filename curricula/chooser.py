@@ -5,6 +5,7 @@ Structured first is what Omni-Thinker (arXiv:2507.14783) found best; here it onl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +40,14 @@ class Chooser:
         tied = mixed & ~((low > 0) | (high < 0))
         prior = PRIOR * (self.is_structured[:, None] & ~self.is_structured[None, :])
         return best_orders(self.objective(np.where(tied, (after + after.T) / 2 + prior, after)[None]))[0]
+
+    def part(self, kept: Sequence[int]) -> Chooser:
+        """Return the chooser for some of the domains."""
+        return replace(
+            self,
+            is_structured=self.is_structured[kept],
+            entropy=None if self.entropy is None else self.entropy.part(kept),
+        )
 
     def overruled(self, transfer: np.ndarray, resampled: np.ndarray) -> Chooser:
         """Return the chooser without its prior where all pairs together speak against it, else itself.

@@ -75,9 +75,9 @@ class Effects:
         self.seeds = tuple(seed for _, seed, _, _ in found)
         self.rows = tuple(after for *_, after in found)
         self._base_rows = matrix.baselines(probe=True)
-        self._before_rows = tuple(before for _, _, before, _ in found)
+        self.before_rows = tuple(before for _, _, before, _ in found)
         self.base = [_item_means(self._base_rows, name) for name in self.domains]
-        self.before = [np.array([_item_means(before, name) for before in self._before_rows]) for name in self.domains]
+        self.before = [np.array([_item_means(before, name) for before in self.before_rows]) for name in self.domains]
         self.after = [np.array([row.scores[name] for row in self.rows], dtype=float) for name in self.domains]
         self.noise = self._seed_noise()
 
@@ -131,7 +131,7 @@ class Effects:
         changes = np.array(
             [
                 [after.entropy.get(name, math.nan) - _entropy(before, name) for name in self.domains]
-                for after, before in zip(self.rows, self._before_rows, strict=True)
+                for after, before in zip(self.rows, self.before_rows, strict=True)
             ]
         )
         return np.stack([changes[self.rows_of(name)].mean(axis=0) for name in self.trained])

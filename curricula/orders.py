@@ -36,6 +36,10 @@ class EntropyTerm:
     penalty: float
     """Score that one nat below the floor costs, summed over domains."""
 
+    def part(self, kept: Sequence[int]) -> EntropyTerm:
+        """Return the term for some of the domains."""
+        return replace(self, own=self.own[kept], change=self.change[np.ix_(kept, kept)], floor=self.floor[kept])
+
     def cost(self, is_after: np.ndarray) -> np.ndarray:
         """Return the cost [..., K] of each domain; `is_after` [..., K, K] says which j come after i."""
         nats = self.own + np.einsum("...ij,ji->...i", is_after, np.nan_to_num(self.change))

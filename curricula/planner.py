@@ -12,6 +12,7 @@ in a study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,9 @@ from curricula.intervals import Interval
 from curricula.orders import EntropyTerm, best_orders
 from curricula.plan import Plan
 from curricula.transfer import TransferMatrix
+
+FEW_ITEMS = 20
+"""Below it `sequence` is said too often: of 200 matrices with zero transfer in 10 % at 10 items, in 4 % at 20."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,43 +54,74 @@ class PlanSettings:
             )
 
 
+class Solver:
+    """The ordering problem of a transfer matrix, solved for all trainable domains or for those that are left.
+
+    Only what the matrix given holds is used: give it `matrix.on("steer")` where something is to be decided.
+    """
+
+    def __init__(self, matrix: TransferMatrix, settings: PlanSettings | None = None) -> None:
+        self.settings = settings or PlanSettings()
+        self.effects = Effects(matrix)
+        if missing := [name for name in matrix.trainable if name not in self.effects.trained]:
+            raise ValueError(
+                f"domains {missing} have neither a probe nor a stage: probe them, or list them under watch_only"
+            )
+        self.names = self.effects.trained
+        self.rng = np.random.default_rng(self.settings.seed)
+        drawn = self.effects.with_seed_noise(self.effects.resample(self.settings.resamples, rng=self.rng), rng=self.rng)
+        self.transfer, self.resampled = square(self.effects, self.effects.means())[0], square(self.effects, drawn)
+        self.chooser = _chooser(self.effects, matrix, self.settings).overruled(self.transfer, self.resampled)
+
+    def order(self, names: Sequence[str] | None = None, shift: np.ndarray | None = None) -> tuple[str, ...]:
+        """Return the best order of `names` (all by default); `shift` [J, J] is added to T where a run has shown it."""
+        kept = [self.names.index(name) for name in (self.names if names is None else names)]
+        at = np.ix_(kept, kept)
+        moved = np.zeros_like(self.transfer) if shift is None else shift
+        chosen = self.chooser.part(kept).choose((self.transfer + moved)[at], (self.resampled + moved)[:, *at])
+        return tuple(self.names[kept[k]] for k in chosen)
+
+    def predict(self, done: Sequence[str], means: Means | None = None) -> np.ndarray:
+        """Return the predicted scores [B, K] after training on the domains `done`, in that order.
+
+        A domain not among them starts at its baseline and takes every transfer: so do watch-only ones.
+        """
+        means = means or self.effects.means()
+        transfer, levels = self.effects.transfer(means), own_levels(self.effects, means)
+        rows = [self.names.index(name) for name in done]
+        scores = means.base + transfer[:, rows].sum(axis=1)
+        for place, j in enumerate(rows):
+            column = self.effects.domains.index(self.names[j])
+            scores[:, column] = levels[:, j] + transfer[:, rows[place + 1 :], column].sum(axis=1)
+        return scores
+
+
 def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> Plan:
     """Return the plan of a transfer matrix: decided on the `steer` half, its numbers published from `report`.
 
     Raises ValueError where a trainable domain has neither a probe nor a stage.
     """
-    settings = settings or PlanSettings()
-    effects = Effects(matrix.on("steer"))
-    if missing := [name for name in matrix.trainable if name not in effects.trained]:
-        raise ValueError(
-            f"domains {missing} have neither a probe nor a stage: probe them, or list them under watch_only"
-        )
-    rng = np.random.default_rng(settings.seed)
-    chooser = _chooser(effects, matrix, settings)
-    drawn = effects.with_seed_noise(effects.resample(settings.resamples, rng=rng), rng=rng)
-    transfer, resampled = square(effects, effects.means())[0], square(effects, drawn)
-    chooser = chooser.overruled(transfer, resampled)
-    order = chooser.choose(transfer, resampled)
-    precedence, regret = _confidence(chooser, order, resampled)
-    gain = _gains(effects, chooser, settings, rng)
-    published = effects if matrix.items is None else Effects(matrix.on("report"))
-    predicted, interval = _predictions(published, order, settings)
-    names = tuple(effects.trained[k] for k in order)
+    solver = Solver(matrix.on("steer"), settings)
+    effects, names = solver.effects, solver.names
+    order = solver.order()
+    precedence, regret = _confidence(solver, order)
+    gain = _gains(solver)
+    published = solver if matrix.items is None else Solver(matrix.on("report"), settings)
+    predicted, interval = _predictions(published, order)
     return Plan(
-        order=names,
+        order=order,
         decision="sequence" if _is_shown(gain) else "mix",
         over_mean_order=gain.over_mean_order,
         over_joint=gain.over_joint,
         precedence={
-            a: {b: float(precedence[i, j]) for j, b in enumerate(effects.trained) if i != j}
-            for i, a in enumerate(effects.trained)
+            a: {b: float(precedence[i, j]) for j, b in enumerate(names) if i != j} for i, a in enumerate(names)
         },
         expected_regret=regret,
         predicted=predicted,
         interval=interval,
         transfer={
             name: dict(zip(effects.domains, row, strict=True))
-            for name, row in zip(effects.trained, published.transfer().tolist(), strict=True)
+            for name, row in zip(names, published.effects.transfer().tolist(), strict=True)
         },
         seeds=effects.noise.seeds,
         notes=_notes(effects, matrix),
@@ -107,46 +142,34 @@ def _chooser(effects: Effects, matrix: TransferMatrix, settings: PlanSettings) -
     return Chooser(is_structured=structured, entropy=term)
 
 
-def _confidence(chooser: Chooser, order: np.ndarray, resampled: np.ndarray) -> tuple[np.ndarray, float]:
+def _confidence(solver: Solver, order: Sequence[str]) -> tuple[np.ndarray, float]:
     """Return the precedence table [J, J] and the expected regret of `order` over the resampled problems."""
-    problems = chooser.objective(resampled.transpose(0, 2, 1))
-    best = best_orders(problems, start=order)
+    problems = solver.chooser.objective(solver.resampled.transpose(0, 2, 1))
+    chosen = np.array([solver.names.index(name) for name in order])
+    best = best_orders(problems, start=chosen)
     rank = np.argsort(best, axis=1)
     precedence = (rank[:, :, None] < rank[:, None, :]).mean(axis=0)
-    regret = (problems.value(best) - problems.value(order[None])).mean() / len(order)
+    regret = (problems.value(best) - problems.value(chosen[None])).mean() / len(order)
     return precedence, float(regret)
 
 
-def _gains(effects: Effects, chooser: Chooser, settings: PlanSettings, rng: np.random.Generator) -> Gains:
-    if len(effects.trained) == 1:
+def _gains(solver: Solver) -> Gains:
+    if len(solver.names) == 1:
         return Gains(over_mean_order=Interval(0.0, 0.0, 0.0), over_joint=None)
-    return gains(effects, chooser, resamples=settings.resamples, rng=rng)
+    return gains(solver.effects, solver.chooser, resamples=solver.settings.resamples, rng=solver.rng)
 
 
 def _is_shown(gain: Gains) -> bool:
     return gain.over_mean_order.is_above_zero and (gain.over_joint is None or gain.over_joint.is_above_zero)
 
 
-def _predictions(
-    effects: Effects, order: np.ndarray, settings: PlanSettings
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    rng = np.random.default_rng(settings.seed)
-    drawn = effects.with_seed_noise(effects.resample(settings.resamples, rng=rng), rng=rng)
-    low, high = np.quantile(_predict(effects, drawn, order), (0.025, 0.975), axis=0).tolist()
-    mid = _predict(effects, effects.means(), order)[0].tolist()
+def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    effects, rng = solver.effects, np.random.default_rng(solver.settings.seed)
+    drawn = effects.with_seed_noise(effects.resample(solver.settings.resamples, rng=rng), rng=rng)
+    low, high = np.quantile(solver.predict(order, drawn), (0.025, 0.975), axis=0).tolist()
+    mid = solver.predict(order)[0].tolist()
     bounds = zip(low, high, strict=True)
     return dict(zip(effects.domains, mid, strict=True)), dict(zip(effects.domains, bounds, strict=True))
-
-
-def _predict(effects: Effects, means: Means, order: np.ndarray) -> np.ndarray:
-    """Return the predicted scores [B, K]; a watch-only domain starts at its baseline and takes every transfer."""
-    transfer = effects.transfer(means)
-    scores = means.base + transfer.sum(axis=1)
-    levels = own_levels(effects, means)
-    for place, j in enumerate(order):
-        column = effects.domains.index(effects.trained[j])
-        scores[:, column] = levels[:, j] + transfer[:, order[place + 1 :], column].sum(axis=1)
-    return scores
 
 
 def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
@@ -160,6 +183,10 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
     steps = {name: effects.rows[effects.rows_of(name)[0]].step for name in effects.trained}
     start = matrix.baselines(probe=True)[0].step
     total = sum(step - start for step in steps.values())
+    for name in effects.domains:
+        items = effects.after[effects.domains.index(name)].shape[1]
+        if items < FEW_ITEMS:
+            notes.append(f"Domain {name} is decided by {items} items: its intervals are too narrow for so few.")
     for row in matrix.joint_arm[:1]:
         if row.step - start != total:
             notes.append(f"The joint arm ran {row.step - start} steps and the probes {total} together: not the same.")

@@ -15,7 +15,7 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 1 for a failed check, 2 for bad input (one line on standard error)."""
     arguments = _parse(argv)
-    _set_environment()
+    set_environment()
     try:
         return arguments.run(arguments) or 0
     except ValueError as error:
@@ -46,7 +46,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Choose what the libraries read at import. Two OpenMP threads on a busy small machine are slower than one."""
     if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
 
     doctor = _verb(
         verbs, "doctor", _doctor, "say whether this machine can train, and what will be slow", "polyphony doctor"

@@ -111,6 +111,14 @@ class LoraSection(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
+class GuardrailSection(_Section):
+    """How much a domain, trained or only watched, may lose before something is done; judged with confidence."""
+
+    max_drop: float = Field(ge=0, le=1)
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
+
+
 class DataSection(_Section):
     """How rows are taken in."""
 
@@ -149,6 +157,7 @@ class Recipe(_Section):
     data: DataSection = DataSection()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """TRL's GRPOConfig, handed over untouched."""
+    guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
@@ -179,6 +188,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
+    for name in recipe.guardrails:
+        if name not in recipe.domains:
+            raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -244,6 +256,8 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
         if name not in GRPO_FIELDS:
             raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+    if grpo.get("use_cpu") and grpo.get("deepspeed"):
+        raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from curricula.records import Evaluation, mean
@@ -14,8 +15,9 @@ from launch.train import say, train
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
-def demo(out: Path) -> None:
-    """Run the demo into `out` and print its table and where the report lies."""
+def demo(out: Path | None = None) -> None:
+    """Run the demo into `out` (or the next free `runs/demo*`) and print its table and where the report lies."""
+    out = out or _next_free(Path("runs"))
     if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"folder {out} is not empty; remove it, or choose another --out")
     recipe = load_recipe(RECIPE)
@@ -30,6 +32,11 @@ def demo(out: Path) -> None:
     print(transfer_table(TransferMatrix.load(out / "probe" / TRANSFER_FILE).on("report")))
     print("* the 95 % interval excludes zero")
     print(f"report: {run / 'report.html'}")
+
+
+def _next_free(runs: Path) -> Path:
+    names = itertools.chain(["demo"], (f"demo-{n}" for n in itertools.count(2)))
+    return next(runs / name for name in names if not (runs / name).exists())
 
 
 def table(recipe: Recipe, matrix: TransferMatrix) -> str:

@@ -80,6 +80,7 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
     """Build everything a run needs, check that the engine follows the weights, and wire up the run folder."""
     from transformers.trainer_callback import PrinterCallback
 
+    from curricula.guardrails import Guardrail
     from trainer.callbacks import RunCallback
     from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
     from trainer.progress import ProgressLine
@@ -130,6 +131,7 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
             recorder,
             evaluate_every=recipe.eval.every,
             keep_checkpoints=recipe.checkpoint.keep,
+            guardrails=[Guardrail(domain=name, **g.model_dump()) for name, g in recipe.guardrails.items()],
             tracker=tracker,
             progress=ProgressLine(recipe.name, trainer.plan.steps) if is_main else None,
         )

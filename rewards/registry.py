@@ -1,8 +1,7 @@
-"""Find a reward by registry name, by import path, or take a callable as it is."""
+"""Find a reward, or another exchangeable part, by registry name or by import path, or take an object as it is."""
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,20 @@ Reward = Callable[..., Any]
 """TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
 
 REGISTRY = {
+    "code": "rewards.code:Code",
     "exact": "rewards.exact:Exact",
+    "format": "rewards.shaping:Format",
+    "function_call": "rewards.function_call:FunctionCall",
+    "judge": "rewards.judge:Judge",
+    "language": "rewards.shaping:Language",
+    "length": "rewards.shaping:Length",
+    "math": "rewards.math:Math",
+    "multiple_choice": "rewards.choices:MultipleChoice",
+    "procedural": "rewards.procedural:Procedural",
+    "repetition": "rewards.shaping:Repetition",
+    "short_answer": "rewards.short_answer:ShortAnswer",
+    "verl": "rewards.verl:Verl",
+    "weighted": "rewards.shaping:Weighted",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 
@@ -21,23 +33,30 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
 
     Raises ValueError that names the reward and, for an unknown one, lists those that exist.
     """
-    if callable(spec):
+    return find("reward", REGISTRY, spec)
+
+
+def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:
+    """Return the part of that kind that `spec` describes, as `find_reward` does for rewards."""
+    if not isinstance(spec, str | Mapping):
         return spec
+    if isinstance(spec, Mapping) and not isinstance(spec.get("name"), str):
+        raise ValueError(f"a {kind} needs a name, got {dict(spec)!r}")
     name, arguments = (
         (spec, {}) if isinstance(spec, str) else (spec["name"], {k: v for k, v in spec.items() if k != "name"})
     )
-    path = REGISTRY.get(name, name)
+    path = registry.get(name, name)
     if ":" not in path:
-        raise ValueError(f"reward {name!r} does not exist; known: {', '.join(sorted(REGISTRY))}, or pkg.module:name")
+        raise ValueError(f"{kind} {name!r} does not exist; known: {', '.join(sorted(registry))}, or pkg.module:name")
     try:
-        found = pkgutil.resolve_name(path)
+        found: Any = pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    if inspect.isclass(found):
+        raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
+    if isinstance(found, type):
         try:
             return found(**arguments)
         except TypeError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
+            raise ValueError(f"{kind} {name!r}: {error}") from error
     if arguments:
-        raise ValueError(f"reward {name!r} is a function and takes no arguments, got {sorted(arguments)}")
+        raise ValueError(f"{kind} {name!r} is a function and takes no arguments, got {sorted(arguments)}")
     return found

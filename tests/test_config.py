@@ -55,6 +55,10 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
         ("tracking.wandb.mod=offline", "unknown key 'tracking.wandb.mod'; did you mean 'mode'?"),
         ("grpo.learning_rat=1", "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
         ("grpo.save_steps=1", "grpo.save_steps is set by Polyphony: use checkpoint.every"),
+        (
+            "grpo={use_cpu: true, deepspeed: zero2.json}",
+            "grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two",
+        ),
         ("domains.math.kind=poem", "domains.math.kind: Input should be 'structured' or 'open_ended', got 'poem'"),
         ("eval.every=0", "eval.every: Input should be greater than or equal to 1, got 0"),
         ("domains.new={}", "domains.new.kind: required, but not given"),

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from curricula.effects import Effects
+from curricula.effects import Effects, Part
 from curricula.records import Evaluation
 from curricula.transfer import TransferMatrix
 
@@ -70,11 +70,13 @@ def test_entropy_transfer_is_in_nats_and_undefined_where_it_was_not_measured():
     assert start[0] == pytest.approx(0.8) and own[0] == pytest.approx(0.2) and math.isnan(own[1])
 
 
-def test_folds_are_every_other_item():
-    # of ten items two were solved before (0, 1) and eight after: fold 0 holds 0, 2, 4, 6, 8 with T = 4/5 - 1/5
+def test_a_part_is_every_other_item_or_the_rest():
+    # of ten items a has solved 0 and 1 before and 0 to 7 after its training: among the even ones 4/5 - 1/5
     measured = effects(probes())
-    assert measured.means(0).change[0, 0, 0] == pytest.approx(0.6)
-    assert measured.means(1).after[0, 0, 1] == pytest.approx(1 / 5)  # after a, b has items 0 and 1: one is odd
+    assert measured.means(Part(0, 2, rest=False)).change[0, 0, 0] == pytest.approx(0.6)
+    # b after training on a has items 0 and 1: one of three in 0, 3, 6, 9 is none but 0, so 1/4; the rest holds 1/6
+    assert measured.means(Part(0, 3, rest=False)).after[0, 0, 1] == pytest.approx(1 / 4)
+    assert measured.means(Part(0, 3, rest=True)).after[0, 0, 1] == pytest.approx(1 / 6)
 
 
 def test_bootstrap_interval_has_the_width_of_the_paired_standard_error():

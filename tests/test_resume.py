@@ -17,7 +17,9 @@ from tests.conftest import HOUSE, POLICY, RECIPES
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "launch.cli", "train"]
-RECIPE = [str(RECIPES / "debug.yaml"), "grpo.max_steps=6", "eval.every=2", "checkpoint.every=2"]
+# few rows, so that the run crosses into a second pass over them: where stock TRL's resume repeats the first
+ROWS = ["domains.arithmetic.train.size=8", "domains.stories.train.size=8"]
+RECIPE = [str(RECIPES / "debug.yaml"), "grpo.max_steps=6", "eval.every=2", "checkpoint.every=2", *ROWS]
 
 
 def environment() -> dict[str, str]:

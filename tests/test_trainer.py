@@ -217,6 +217,19 @@ def test_an_engine_that_keeps_old_weights_fails_the_check_and_a_true_one_passes(
     assert check.scaled > check.tolerance
 
 
+def test_a_run_whose_engine_falls_behind_stops(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.05), domains=both(), engine=engine)
+    trainer.sync_engine()
+    kept = engine.__class__
+    engine.__class__ = StaleEngine
+    try:
+        with pytest.raises(RuntimeError, match="the engine does not hold the policy's weights"):
+            trainer.train()
+    finally:
+        engine.__class__ = kept
+    assert trainer.state.global_step >= 1
+
+
 def test_the_check_leaves_the_policy_as_it_was(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}

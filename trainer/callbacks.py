@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trainer.checkpoints import keep_newest, whole_checkpoints
+from curricula.guardrails import Guardrail, Verdict, check
+from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
 from trainer.dashboard import defined
 from trainer.progress import ProgressLine
 from trainer.recorder import Recorder
-from trainer.run_folder import replace_file
 from trainer.tracking import WandbTracker
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunCallback(TrainerCallback):
@@ -33,6 +36,7 @@ class RunCallback(TrainerCallback):
         *,
         evaluate_every: int,
         keep_checkpoints: int,
+        guardrails: Sequence[Guardrail] = (),
         tracker: WandbTracker | None,
         progress: ProgressLine | None,
     ) -> None:
@@ -40,6 +44,7 @@ class RunCallback(TrainerCallback):
         self.recorder = recorder
         self.evaluate_every = evaluate_every
         self.keep_checkpoints = keep_checkpoints
+        self.guardrails = guardrails
         self.tracker = tracker
         self.progress = progress
         self._evaluated_at: int | None = None
@@ -56,6 +61,8 @@ class RunCallback(TrainerCallback):
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
             self.trainer.pending_metrics.update(self._evaluate(state.global_step))
             control.should_log = True
+            for verdict in self._broken_guardrails():
+                self._act(verdict, control, Path(args.output_dir))
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -80,6 +87,26 @@ class RunCallback(TrainerCallback):
         self._evaluated_at = step
         return self.recorder.record_heldout(step, self.trainer.evaluate_heldout())
 
+    def _broken_guardrails(self) -> list[Verdict]:
+        watched = [d.name for d in self.trainer.data.domains if d.is_watch_only]
+        return check(self.guardrails, self.trainer.curriculum.evaluations, watch_only=watched)
+
+    def _act(self, verdict: Verdict, control: Any, checkpoints: Path) -> None:
+        """Warn, stop, or go back to the best checkpoint; in every case say so in `alarms.jsonl`."""
+        action, domain = verdict.guardrail.action, verdict.guardrail.domain
+        best = best_checkpoint(checkpoints) if action == "rollback" else None
+        if action == "rollback" and best is None:
+            action = "stop"  # there is nothing to go back to
+        if best is not None:
+            self.trainer.rollback(best, because=str(verdict))
+        elif action == "stop":
+            control.should_training_stop = True
+        done = f"rolled back to {best.name}" if best else {"warn": "warned", "stop": "stopped the run"}[action]
+        logger.warning("guardrail: %s: %s", verdict, done)
+        if self.trainer.accelerator.is_main_process:
+            entry = {"step": verdict.step, "domain": domain, "kind": "guardrail", "message": f"{verdict}: {done}"}
+            self.recorder.folder.append("alarms", entry)
+
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.trainer.accelerator.is_main_process:
             return
@@ -90,10 +117,7 @@ class RunCallback(TrainerCallback):
 
     def _best(self, folder: Path, step: int) -> Path | None:
         """Mark this checkpoint as the best so far, if it was evaluated and is; return the best one."""
-        mark = folder / "best.json"
-        best = json.loads(mark.read_text()) if mark.exists() else None
         score = self.recorder.worst_steer_score
-        if self._evaluated_at == step and (best is None or score > best["worst_domain_score"]):
-            best = {"checkpoint": whole_checkpoints(folder)[-1].name, "worst_domain_score": score}
-            replace_file(mark, json.dumps(best))
-        return folder / best["checkpoint"] if best else None
+        if self._evaluated_at == step:
+            mark_best(folder, whole_checkpoints(folder)[-1], score)
+        return best_checkpoint(folder)

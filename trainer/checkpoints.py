@@ -13,6 +13,8 @@ from trainer.run_folder import replace_file
 STATE_FILE = "polyphony.json"
 """Written last into a checkpoint; a folder without it was cut off while being saved."""
 
+BEST_FILE = "best.json"
+
 
 def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
     """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
@@ -46,6 +48,22 @@ def remove_unfinished(folder: Path) -> list[Path]:
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
+    """Note `checkpoint` as the best of the run if its worst trained domain beats every one before."""
+    mark = folder / BEST_FILE
+    if not mark.exists() or score > json.loads(mark.read_text())["worst_domain_score"]:
+        replace_file(mark, json.dumps({"checkpoint": checkpoint.name, "worst_domain_score": score}))
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint noted as best; None before one was evaluated."""
+    mark = folder / BEST_FILE
+    if not mark.exists():
+        return None
+    best = folder / json.loads(mark.read_text())["checkpoint"]
+    return best if (best / STATE_FILE).is_file() else None
 
 
 def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:

@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import pad
 
 from curricula.curriculum import Curriculum
 from curricula.records import Domain, Group, PromptRef
@@ -30,10 +29,11 @@ from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
 from trainer.meter import Meter
+from trainer.padding import pad_rows, sums_by_owner
 from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
-from trainer.scoring import Sample, Scorer, form_groups, grade
+from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
-from trainer.weight_check import WeightCheck, check_weights
+from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +162,13 @@ class DomainGRPOTrainer(GRPOTrainer):
             repetition_penalty=self.repetition_penalty,
         )
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the policy computes in: mixed precision if asked for, else the type of its weights."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return self.model.dtype
+
     def sync_engine(self) -> None:
         """Load the policy's present weights into the engine, whatever was loaded before."""
         if self.use_vllm:
@@ -200,7 +207,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
 
         check = check_weights(
-            model=self.model, sync=self.sync_engine, sample=lambda: self.complete(requests, 1), score=score
+            model=self.model,
+            sync=self.sync_engine,
+            sample=lambda: self.complete(requests, 1),
+            score=score,
+            precision=self.precision,
         )
         self._last_loaded_step = -1
         return check
@@ -212,6 +223,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = self._roll_out(len(inputs))
         self._row_entropy = None
         output = super()._generate_and_score_completions(self._rollout.rows)
+        self._check_engine()
         entropy = self._domain_entropy(output)
         self.curriculum.observe(
             self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
@@ -226,7 +238,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
         draw = self.curriculum.draws
-        prompts = [self.data.train[ref.domain][ref.id] for ref in self._draw(n_rows)]
+        refs = self._draw(n_rows)
+        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
+        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
         prompt_ids = self.data.tokenize(prompts)
         requests = [
             Request(
@@ -242,7 +256,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         samples = self.to_samples(prompts, completions)
         graded = gather_object(grade(samples, self.scorer(samples)))
         groups = form_groups(graded, size=self.num_generations, draw=draw)
-        self._check_graders(groups)
+        check_failures(groups, most=self.max_grader_failures)
         return Rollout(
             rows=[{"prompt": prompt.prompt} for prompt in prompts],
             prompt_ids=prompt_ids,
@@ -251,6 +265,15 @@ class DomainGRPOTrainer(GRPOTrainer):
             groups=groups,
             seconds=seconds,
         )
+
+    def _check_engine(self) -> None:
+        """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
+        differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
+        if differences and differences[-1] > TOLERANCE[self.precision]:
+            raise RuntimeError(
+                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
+                f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
+            )
 
     def _draw(self, n_rows: int) -> list[PromptRef]:
         """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
@@ -271,17 +294,6 @@ class DomainGRPOTrainer(GRPOTrainer):
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
             for prompt, c, text in zip(prompts, completions, texts, strict=True)
         ]
-
-    def _check_graders(self, groups: Sequence[Group]) -> None:
-        """Raise RuntimeError where more completions of a domain went ungraded than the run allows."""
-        for name in {g.domain for g in groups}:
-            rewards = [r for g in groups if g.domain == name for r in g.rewards]
-            failed = sum(r is None for r in rewards)
-            if failed > self.max_grader_failures * len(rewards):
-                raise RuntimeError(
-                    f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
-                    f"max_grader_failures allows a share of {self.max_grader_failures}"
-                )
 
     # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
 
@@ -333,34 +345,19 @@ class DomainGRPOTrainer(GRPOTrainer):
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         groups, start = self._finished.groups, self.accelerator.process_index * len(mask)
-        owner = torch.tensor(
-            [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))],
-            device=mask.device,
-        )
-        sums = torch.zeros(len(self.data.names), 2, dtype=torch.float64, device=mask.device)
-        sums.index_add_(0, owner, torch.stack([(entropy * mask).sum(1), mask.sum(1)], dim=1).double())
+        owner = [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))]
+        sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
 
     def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
         """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
-        device = self.accelerator.device
-
-        def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-            tensors = [torch.tensor(row) for row in rows]
-            ids = pad(tensors, padding_value=self._padding, padding_side=side)
-            return ids.to(device), pad([torch.ones_like(t) for t in tensors], padding_side=side).to(device)
-
-        left, left_mask = padded(prompt_ids, "left")
-        right, mask = padded(completion_ids, "right")
+        ids, attention, mask = pad_rows(
+            prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
+        )
         with torch.no_grad():
             logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([left, right], dim=1),
-                torch.cat([left_mask, mask], dim=1),
-                right.size(1),
-                self.args.per_device_eval_batch_size,
-                compute_entropy=True,
+                self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
             )
         return logps, entropy, mask
 
@@ -418,6 +415,21 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
+
+    def rollback(self, checkpoint: Path, *, because: str) -> None:
+        """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
+
+        What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
+        engines hold the weights themselves.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
+        lr_state = self.lr_scheduler.state_dict()  # type: ignore[union-attr]
+        self._load_from_checkpoint(str(checkpoint))
+        super()._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(lr_state)  # type: ignore[union-attr]
+        self._last_loaded_step, self._buffered_inputs = -1, None
+        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""

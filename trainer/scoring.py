@@ -117,6 +117,18 @@ def form_groups(graded: Sequence[Graded], *, size: int, draw: int) -> list[Group
     return groups
 
 
+def check_failures(groups: Sequence[Group], *, most: float) -> None:
+    """Raise RuntimeError where the reward failed on more than the share `most` of a domain's completions."""
+    for name in {g.domain for g in groups}:
+        rewards = [r for g in groups if g.domain == name for r in g.rewards]
+        failed = sum(r is None for r in rewards)
+        if failed > most * len(rewards):
+            raise RuntimeError(
+                f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
+                f"max_grader_failures allows a share of {most}"
+            )
+
+
 def _call(reward: Reward, samples: list[Sample]) -> list[Any]:
     is_chat = not isinstance(samples[0].prompt.prompt, str)
     names = {name for sample in samples for name in sample.prompt.columns}

@@ -53,11 +53,12 @@ def check_weights(
     sync: Callable[[], None],
     sample: Callable[[], Sequence[Completion]],
     score: Callable[[Sequence[Completion]], Sequence[Sequence[float]]],
+    precision: torch.dtype,
 ) -> WeightCheck:
     """Return what the check saw; raises nothing about the result, see `is_passed`.
 
     `sync` loads the policy's weights into the engine, `sample` lets the engine generate, `score` returns the policy's
-    own log-probabilities of the same tokens.
+    own log-probabilities of the same tokens; `precision` is what both compute in.
     """
     norm = final_norm(model)
     sync()
@@ -75,7 +76,7 @@ def check_weights(
         scaled=scaled,
         after=_difference(third, score(third)),
         moved=moved,
-        tolerance=TOLERANCE[norm.dtype],
+        tolerance=TOLERANCE[precision],
     )
 
 

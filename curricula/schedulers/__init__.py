@@ -16,6 +16,12 @@ REGISTRY = {
     "joint": "curricula.schedulers.joint:Joint",
     "proportional": "curricula.schedulers.proportional:Proportional",
     "sequential": "curricula.schedulers.sequential:Sequential",
+    "sec": "curricula.schedulers.sec:SEC",
+    "pac": "curricula.schedulers.pac:PAC",
+    "mt_grpo": "curricula.schedulers.mt_grpo:MTGRPO",
+    "dump": "curricula.schedulers.dump:DUMP",
+    "e2h": "curricula.schedulers.e2h:E2H",
+    "visatb": "curricula.schedulers.visatb:VisATB",
 }
 
 

@@ -1,0 +1,135 @@
+"""Reward an answer for being good and for being another than its siblings (DARLING, arXiv:2509.02534).
+
+    div_i = (n - |class of i|) / (n - 1), at least `floor`;    r_i = shape(q_i) * div_i
+
+For open-ended domains: the trainer hands over whole groups, gathered across ranks, with the qualities that the domain's
+reward gave. Correctness is never traded for difference: with the default shape (1, 0) a wrong answer stays at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rewards.partitions import Partitioner, Same, connected, find_partitioner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiversityResult:
+    """One entry a group, in the order given."""
+
+    rewards: list[list[float | None]]
+    """Quality and difference fused; None where the quality is None or the partitioner could not tell."""
+    diversity: list[list[float] | None]
+    """`div_i`, after the floor."""
+    classes: list[list[int] | None]
+    """The class of each text, numbered from 0."""
+    qualities: list[list[float | None]]
+
+    def metrics(self) -> dict[str, float]:
+        """Return `classes` a group, the share of groups `collapsed` into one, and `mean` difference, `quality` and
+        `fused` reward apart; NaN where there is nothing to average."""
+        known = [classes for classes in self.classes if classes is not None]
+        return {
+            "classes": _mean([len(set(classes)) for classes in known]),
+            "collapsed": _mean([len(set(classes)) == 1 for classes in known if len(classes) > 1]),
+            "mean": _mean([value for values in self.diversity if values is not None for value in values]),
+            "quality": _mean([q for group in self.qualities for q in group if q is not None]),
+            "fused": _mean([r for group in self.rewards for r in group if r is not None]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diversity:
+    """Fuse the qualities of whole groups with how different their texts are.
+
+    Example: `Diversity(partitioner="exact")([["a", "a", "b"]], [[1.0, 0.5, 1.0]], ["p"]).rewards == [[0.5, 0.25, 1.0]]`
+    """
+
+    partitioner: Any = "embedding"
+    """A name of `PARTITIONERS`, an import path, `{name: .., **arguments}` or an object with `same`."""
+    fuse: Literal["mul", "add"] = "mul"
+    """`mul`: quality times difference. `add`: standardised quality of the group plus `coefficient` times difference."""
+    distance: Literal["classes", "pairs"] = "classes"
+    """`classes`: by the size of the own class, classes being transitively closed as in DARLING's code. `pairs`: the
+    mean over the others, as in its paper; one false "same" then merges no classes."""
+    floor: float = 0.1
+    """What a collapsed group keeps; DARLING's code."""
+    shape: tuple[float, float] = (1.0, 0.0)
+    """What qualities 1 and 0 become before `mul`: (1, 0) gives a wrong answer nothing, (1, -1) discourages different
+    wrong answers, (2, 1) encourages them."""
+    coefficient: float = 0.5
+    """Of `add`: how many standard deviations of quality full difference is worth."""
+    add_bias: bool = False
+    """Subtract the group's lowest quality before `mul`: for reward models, whose scores may be negative."""
+    found: Partitioner = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.fuse not in ("mul", "add") or self.distance not in ("classes", "pairs"):
+            raise ValueError(
+                f"diversity: fuse is mul or add, distance classes or pairs; got {self.fuse!r}, {self.distance!r}"
+            )
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"diversity: floor must be in [0, 1], got {self.floor}")
+        if len(self.shape) != 2:
+            raise ValueError(f"diversity: shape is (what quality 1 becomes, what 0 becomes), got {self.shape!r}")
+        object.__setattr__(self, "found", find_partitioner(self.partitioner))
+
+    def __call__(
+        self, group_texts: Sequence[Sequence[str]], qualities: Sequence[Sequence[float | None]], prompts: Sequence[Any]
+    ) -> DiversityResult:
+        """Fuse: texts and qualities [groups][n], one prompt a group. Groups may differ in size; one of a single text
+        keeps its quality. Raises ValueError on a negative quality under `mul` without `add_bias`."""
+        matrices = self.found.same(group_texts, prompts)
+        diversity = [None if same is None else self.diversity_of(same) for same in matrices]
+        fused = [self._fuse(q, d) for q, d in zip(qualities, diversity, strict=True)]
+        classes = [None if same is None else connected(same) for same in matrices]
+        kept = [list(group) for group in qualities]
+        return DiversityResult(rewards=fused, diversity=diversity, classes=classes, qualities=kept)
+
+    def diversity_of(self, same: Same) -> list[float]:
+        """Return `div_i` of each text of a group."""
+        n = len(same)
+        if n == 1:
+            return [1.0]
+        if self.distance == "classes":
+            classes = connected(same)
+            return [max((n - classes.count(c)) / (n - 1), self.floor) for c in classes]
+        return [max((n - sum(row)) / (n - 1), self.floor) for row in same]
+
+    def _fuse(self, qualities: Sequence[float | None], diversity: list[float] | None) -> list[float | None]:
+        known = [q for q in qualities if q is not None]
+        if diversity is None or not known:
+            return [None] * len(qualities)
+        if self.fuse == "add":
+            mean = sum(known) / len(known)
+            std = math.sqrt(sum((q - mean) ** 2 for q in known) / len(known))
+            scaled = [None if q is None else (q - mean) / std if std else 0.0 for q in qualities]
+            return [None if q is None else q + self.coefficient * d for q, d in zip(scaled, diversity, strict=True)]
+        base = min(known) if self.add_bias else 0.0
+        if min(known) < base:
+            raise ValueError(f"diversity: mul needs qualities >= 0, got {min(known)}; use fuse: add, or add_bias")
+        right, wrong = self.shape
+        return [
+            None if q is None else (wrong + (right - wrong) * (q - base)) * d
+            for q, d in zip(qualities, diversity, strict=True)
+        ]
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Return unique over all n-grams of words of a prompt's samples; NaN where they have none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def unique_correct(texts: Sequence[str], rewards: Sequence[float | None], partitioner: Any = "answer_signature") -> int:
+    """Return how many classes the samples of a prompt with the full reward of 1 fall into."""
+    correct = [text for text, reward in zip(texts, rewards, strict=True) if reward is not None and reward >= 1.0]
+    same = find_partitioner(partitioner).same([correct], [""])[0] if correct else []
+    return len(set(connected(same or [])))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,78 @@
+"""The candidate's side: answers requests about what the code that nobody has read defines."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import sys
+
+from messages import ACCESSES, ARITHMETIC, COMPARISONS, CONVERSIONS, pack, unpack
+
+TYPE_CHECKING = False  # typing is not worth its import here
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def _call(function, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "call": _call,
+    "instance": isinstance,
+    "getattr": getattr,
+    "setattr": setattr,
+    "delattr": delattr,
+}
+for _name in (*ARITHMETIC, *COMPARISONS, *CONVERSIONS, *ACCESSES):
+    _FUNCTIONS[_name] = getattr(builtins, _name, None) or getattr(operator, _name)
+
+
+class Candidate:
+    """Serves the namespace of the code under test over a channel."""
+
+    def __init__(self, channel, namespace):
+        self.channel = channel
+        self.namespace = namespace
+        self.objects = []
+        self.numbers = {}
+
+    def refer(self, value):
+        if isinstance(value, type) and issubclass(value, Exception):
+            return {"exception": [base.__name__ for base in value.__mro__]}
+        if isinstance(value, type(sys)):
+            return {"module": value.__name__}
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return {"ref": self.numbers[id(value)]}
+
+    def resolve(self, data):
+        if "callback" in data:
+            return lambda *args: self._call_back(data["callback"], args)
+        return self.objects[data["ref"]]
+
+    def _call_back(self, number, args):
+        self.channel.send({"callback": number, "args": pack(args, self.refer)})
+        answer = self.channel.receive()
+        if "value" not in answer:
+            raise ValueError("the tests' function raised")
+        return unpack(answer["value"], self.resolve)
+
+    def serve(self):
+        """Tell the names that the code defines, then answer requests until the tests hang up."""
+        names = {name: value for name, value in self.namespace.items() if not name.startswith("__")}
+        self.channel.send({"names": pack(names, self.refer)})
+        while True:
+            request = self.channel.receive()
+            try:
+                reply = self._answer(request)
+            except BaseException as error:  # whatever the code under test raises is its answer
+                reply = {"raise": [base.__name__ for base in type(error).__mro__], "text": str(error)[:10_000]}
+            self.channel.send(reply)
+
+    def _answer(self, request):
+        args, kwargs = unpack(request["args"], self.resolve), unpack(request["kwargs"], self.resolve)
+        value = _FUNCTIONS[request["do"]](*args, **kwargs)
+        changed = [pack(arg, self.refer) for arg in args if type(arg) in (list, dict, set, bytearray)]
+        return {"value": pack(value, self.refer), "changed": changed}

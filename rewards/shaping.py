@@ -1,0 +1,161 @@
+"""Rewards for how something is said, and their composition with what is said.
+
+`format`, `length`, `repetition` and `language` never look at the reference. `weighted` adds rewards up and keeps each
+as a number of its own (`components`), so "well formed" and "correct" are never one curve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.awaiting import settled
+from rewards.degeneration import repeated_ngram_share, script_shares
+from rewards.registry import find_reward
+from rewards.text import completion_text
+
+
+def has_think_answer_format(text: str) -> bool:
+    """Say whether a text is one thought and then one answer, in their tags and nothing else.
+
+    The opening `<think>` may be missing: many chat templates put it into the prompt.
+    """
+    if text.count("</think>") != 1 or text.count("<think>") > 1:
+        return False
+    thought, _, rest = text.strip().partition("</think>")
+    rest = rest.strip()
+    return (
+        (thought.startswith("<think>") or "<think>" not in thought)
+        and bool(thought.removeprefix("<think>").strip())
+        and rest.startswith("<answer>")
+        and rest.endswith("</answer>")
+        and rest.count("<answer>") == rest.count("</answer>") == 1
+        and bool(rest.removeprefix("<answer>").removesuffix("</answer>").strip())
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """1.0 where the completion is well formed, else 0.0."""
+
+    pattern: str | None = None
+    """A regular expression that the whole completion must match (`.` matches newlines). None asks for one `<think>`
+    thought and one `<answer>`."""
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"format: pattern {self.pattern!r} is no regular expression: {error}") from None
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        return [float(self.is_valid(completion_text(completion))) for completion in completions]
+
+    def is_valid(self, text: str) -> bool:
+        """Say whether one text is well formed."""
+        if self.pattern is None:
+            return has_think_answer_format(text)
+        return re.fullmatch(self.pattern, text, re.DOTALL) is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """0 up to a length, then linearly down to -1 at the limit (DAPO's soft overlong punishment, arXiv:2503.14476)."""
+
+    max_tokens: int
+    """Where the punishment is whole: the domain's `max_completion_length`."""
+    soft_tokens: int
+    """How long before that it begins. DAPO: 4,096 before 20,480."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.soft_tokens <= self.max_tokens:
+            raise ValueError(
+                f"length: needs 0 < soft_tokens <= max_tokens, got {self.soft_tokens} and {self.max_tokens}"
+            )
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list | None = None, **columns: Any
+    ) -> list[float | None]:
+        if completion_ids is None:
+            raise ValueError("length: needs completion_ids, the tokens of each completion")
+        over = [len(ids) - (self.max_tokens - self.soft_tokens) for ids in completion_ids]
+        return [-min(max(tokens, 0) / self.soft_tokens, 1.0) for tokens in over]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repetition:
+    """Minus the share of word n-grams that were said before: 0 for none, towards -1 for a loop."""
+
+    n: int = 3
+    """Words; 3 punishes phrases, not vocabulary."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"repetition: n must be at least 1, got {self.n}")
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        return [-repeated_ngram_share(completion_text(completion), self.n) for completion in completions]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Language:
+    """The share of the letters that belongs to the expected writing systems; 0.0 for an empty completion."""
+
+    scripts: Sequence[str] = ("LATIN", "GREEK")
+    """Unicode's names: LATIN, GREEK, CYRILLIC, CJK, HIRAGANA, KATAKANA, HANGUL, ARABIC, HEBREW, DEVANAGARI, .."""
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        return [self._share(completion_text(completion)) for completion in completions]
+
+    def _share(self, text: str) -> float:
+        shares = script_shares(text)
+        if not shares:
+            return float(bool(text.strip()))
+        return sum(shares.get(script, 0.0) for script in self.scripts)
+
+
+class Weighted:
+    """A sum of rewards, each under a name of its own.
+
+    Example: `Weighted(parts={"correct": {"reward": "math", "weight": 0.9}, "format": {"reward": "format", "weight":
+    0.1}})`. A weight of 0 only measures. Where a part with weight is None, so is the sum: the rest would be a guess.
+    """
+
+    def __init__(self, *, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, part in parts.items():
+            if set(part) - {"reward", "weight"} or "reward" not in part:
+                raise ValueError(f"weighted: part {name!r} needs reward and weight, got {sorted(part)}")
+        if not parts:
+            raise ValueError("weighted: needs at least one part")
+        self.rewards = {name: find_reward(part["reward"]) for name, part in parts.items()}
+        self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
+
+    def components(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> dict[str, list[float | None]]:
+        """Return what each part says, by name; asynchronous parts run together."""
+        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        results = settled([reward(**arguments) for reward in self.rewards.values()])
+        return dict(zip(self.rewards, results, strict=True))
+
+    def combine(self, components: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+        """Return the weighted sum of what the parts said."""
+        parts = [(self.weights[name], values) for name, values in components.items() if self.weights[name]]
+        return [
+            None if any(value is None for value in row) else sum(w * v for (w, _), v in zip(parts, row, strict=True))
+            for row in zip(*(values for _, values in parts), strict=True)
+        ]
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        return self.combine(self.components(prompts, completions, completion_ids, **columns))

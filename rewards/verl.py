@@ -1,0 +1,87 @@
+"""`verl`: a reward function written for verl, `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+import math
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewards.awaiting import settled
+from rewards.text import completion_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verl:
+    """Call verl's function as it is, once a completion; its `score` where it returns a dict.
+
+    The ground truth is the row's `ground_truth`, `reward_model["ground_truth"]` or `answer`. None where the function
+    raises or returns no number: the grader failed.
+    """
+
+    function: str
+    """`pkg.module:compute_score` or `path/to/file.py:compute_score`."""
+
+    def __post_init__(self) -> None:
+        _load(self.function)
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        truths = _ground_truths(columns, len(completions))
+        none = [None] * len(completions)
+        rows = zip(columns.get("data_source", none), completions, truths, columns.get("extra_info", none), strict=True)
+        results = settled([self._call(source, completion_text(c), truth, extra) for source, c, truth, extra in rows])
+        return [_number(result) for result in results]
+
+    async def _call(self, data_source: Any, solution: str, truth: Any, extra_info: Any) -> Any:
+        try:
+            result = _load(self.function)(
+                data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info
+            )
+            return await result if inspect.isawaitable(result) else result
+        except Exception:  # somebody else's grader may fail in any way; the row has no reward then
+            logger.warning("verl: %s failed on %.80r", self.function, solution, exc_info=True)
+            return None
+
+
+@functools.cache
+def _load(function: str) -> Callable[..., Any]:
+    place, _, name = function.rpartition(":")
+    try:
+        if not place.endswith(".py"):
+            return pkgutil.resolve_name(function)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"verl: {function!r} is no function to be found: {error}") from error
+
+
+def _ground_truths(columns: dict[str, Any], rows: int) -> list[Any]:
+    if "ground_truth" in columns:
+        return columns["ground_truth"]
+    if "reward_model" in columns:
+        return [model["ground_truth"] for model in columns["reward_model"]]
+    if "answer" in columns:
+        return columns["answer"]
+    raise ValueError(f"verl: rows need ground_truth, reward_model or answer; they have {', '.join(sorted(columns))}")
+
+
+def _number(result: Any) -> float | None:
+    score: Any = result.get("score") if isinstance(result, dict) else result
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number

@@ -1,0 +1,134 @@
+import math
+import pickle
+
+import pytest
+
+from rewards.diversity import Diversity, distinct_n, unique_correct
+
+
+class Given:
+    """A partitioner that was told the answer."""
+
+    def __init__(self, *matrices):
+        self.matrices = matrices
+
+    def same(self, groups, prompts):
+        return list(self.matrices)
+
+
+CHAIN = [[True, True, False], [True, True, True], [False, True, True]]
+"""1 says what 0 says, 2 says what 1 says, but 2 does not say what 0 says."""
+
+
+def test_multiplied_by_hand():
+    # n = 4, classes a, a, b, c: div = (4 - 2) / 3, the same, (4 - 1) / 3 = 1 twice
+    result = Diversity(partitioner="exact")([["a", "a", "b", "c"]], [[1.0, 0.5, 0.25, 0.0]], ["p"])
+    assert result.classes == [[0, 0, 1, 2]]
+    assert result.diversity == [[pytest.approx(2 / 3), pytest.approx(2 / 3), 1.0, 1.0]]
+    assert result.rewards == [[pytest.approx(2 / 3), pytest.approx(1 / 3), 0.25, 0.0]]
+
+
+def test_a_collapsed_group_keeps_a_tenth():
+    result = Diversity(partitioner="exact")([["a"] * 8], [[1.0] * 8], ["p"])
+    assert result.rewards == [[0.1] * 8]
+
+
+def test_a_text_alone_keeps_its_quality():
+    assert Diversity(partitioner="exact")([["a"]], [[0.5]], ["p"]).rewards == [[0.5]]
+
+
+def test_classes_close_chains_and_pairs_do_not():
+    classes = Diversity(partitioner=Given(CHAIN))([["x"] * 3], [[1.0] * 3], ["p"])
+    pairs = Diversity(partitioner=Given(CHAIN), distance="pairs")([["x"] * 3], [[1.0] * 3], ["p"])
+    assert classes.diversity == [[0.1] * 3]
+    # text 0 differs from one of two others, text 1 from none, text 2 from one
+    assert pairs.diversity == [[0.5, 0.1, 0.5]]
+
+
+def test_added_by_hand():
+    # qualities 1 and 0: mean .5, std .5, standardised 1 and -1; div 1 and 1; coefficient .5
+    result = Diversity(partitioner="exact", fuse="add")([["a", "b"]], [[1.0, 0.0]], ["p"])
+    assert result.rewards == [[1.5, -0.5]]
+    flat = Diversity(partitioner="exact", fuse="add", coefficient=1.0)([["a", "a", "b"]], [[3.0] * 3], ["p"])
+    assert flat.rewards == [[0.5, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    # div of the pair of wrong answers is .5, of the right one 1
+    [((1, 0), [1.0, 0.0, 0.0]), ((1, -1), [1.0, -0.5, -0.5]), ([2, 1], [2.0, 0.5, 0.5])],
+)
+def test_shapes_for_answers_that_can_be_wrong(shape, expected):
+    result = Diversity(partitioner="exact", shape=shape)([["a", "b", "b"]], [[1.0, 0.0, 0.0]], ["p"])
+    assert result.rewards == [expected]
+
+
+def test_a_wrong_answer_gains_nothing_by_being_different():
+    result = Diversity(partitioner="exact")([["right"] * 7 + ["wrong"]], [[1.0] * 7 + [0.0]], ["p"])
+    assert result.rewards[0][-1] == 0.0 < min(result.rewards[0][:-1])
+
+
+def test_negative_qualities_need_a_bias():
+    with pytest.raises(ValueError, match=r"mul needs qualities >= 0, got -2.0"):
+        Diversity(partitioner="exact")([["a", "b"]], [[1.0, -2.0]], ["p"])
+    result = Diversity(partitioner="exact", add_bias=True)([["a", "b"]], [[1.0, -2.0]], ["p"])
+    assert result.rewards == [[3.0, 0.0]]
+
+
+def test_what_no_grader_could_grade_stays_without_reward():
+    result = Diversity(partitioner="exact")([["a", "a", "b"]], [[1.0, None, 1.0]], ["p"])
+    assert result.rewards == [[0.5, None, 1.0]]
+    assert Diversity(partitioner="exact")([["a"]], [[None]], ["p"]).rewards == [[None]]
+
+
+def test_a_group_that_the_partitioner_could_not_tell_apart_has_no_reward():
+    result = Diversity(partitioner=Given(None, [[True]]))([["a", "b"], ["c"]], [[1.0, 1.0], [1.0]], ["p", "q"])
+    assert result.rewards == [[None, None], [1.0]]
+    assert result.metrics()["classes"] == 1.0
+
+
+def test_metrics_keep_quality_and_fused_reward_apart():
+    result = Diversity(partitioner="exact")([["a", "a"], ["a", "b"]], [[1.0, 1.0], [0.5, None]], ["p", "q"])
+    # classes 1 and 2; one of two groups collapsed; div .1, .1, 1, 1; rewards .1, .1, .5
+    assert result.metrics() == {
+        "classes": 1.5,
+        "collapsed": 0.5,
+        "mean": pytest.approx(0.55),
+        "quality": pytest.approx(2.5 / 3),
+        "fused": pytest.approx(0.7 / 3),
+    }
+    assert all(math.isnan(v) for v in Diversity(partitioner="exact")([], [], []).metrics().values())
+
+
+def test_it_travels_between_processes():
+    diversity = pickle.loads(pickle.dumps(Diversity(partitioner={"name": "normalised"}, floor=0.2)))
+    assert diversity([["A", "a"]], [[1.0, 1.0]], ["p"]).rewards == [[0.2, 0.2]]
+
+
+def test_distinct_n_by_hand():
+    # unigrams a b a b: 2 of 4; bigrams "a b" twice: 1 of 2
+    assert distinct_n(["a b", "a b"], 1) == 0.5
+    assert distinct_n(["a b", "a b"], 2) == 0.5
+    assert math.isnan(distinct_n(["a", ""], 2))
+
+
+def test_unique_correct_counts_classes_among_the_correct():
+    texts = [r"\boxed{4}", "The answer is 4", "<answer>5</answer>", "6", "7"]
+    assert unique_correct(texts, [1.0, 1.0, 1.0, 0.5, None]) == 2
+    assert unique_correct(texts, [0.0] * 5) == 0
+    assert unique_correct(["a", "b"], [1.0, 1.0], "exact") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fuse": "max"}, "fuse is mul or add"),
+        ({"distance": "cosine"}, "distance classes or pairs"),
+        ({"floor": 1.5}, r"floor must be in \[0, 1\], got 1.5"),
+        ({"shape": [1]}, "shape is"),
+        ({"partitioner": "magic"}, "partitioner 'magic' does not exist"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Diversity(**({"partitioner": "exact"} | settings))

@@ -1,0 +1,171 @@
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rewards import sandbox
+from rewards.sandbox import Limits, Program, Run, isolation
+
+LEVELS = [
+    level
+    for level in sandbox.LEVELS[sandbox.LEVELS.index(isolation().level) :]
+    if level != "bubblewrap" or shutil.which("bwrap")
+]
+PRIVATE = [level for level in LEVELS if level != "limits"]
+SHORT = Limits(wall_s=2.0, cpu_s=1, memory_bytes=256 << 20, output_bytes=1 << 16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    yield
+    deadline = time.monotonic() + 2
+    while children := psutil.Process().children(recursive=True):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.01)
+
+
+def run(source, stdin="", level=None, limits=SHORT):
+    with Program(source, level=level, limits=limits) as program:
+        return program.run(stdin)
+
+
+def test_the_host_has_a_jail_that_says_what_it_keeps():
+    assert isolation().level in ("namespaces", "bubblewrap", "limits")
+    assert "network no" in str(isolation())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_program_reads_prints_and_runs_again(level):
+    with Program("print(input()[::-1])", level=level, limits=SHORT) as program:
+        assert program.run("abc") == Run(ended="exit", stdout=b"cba\n")
+        assert program.run("né") == Run(ended="exit", stdout="én\n".encode())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import threading; threading.Thread(target=lambda: print('t')).start()", Run(ended="exit", stdout=b"t\n")),
+        ("import atexit; atexit.register(print, 'bye')", Run(ended="exit", stdout=b"bye\n")),
+        ("import sys; print(1); sys.exit()", Run(ended="exit", stdout=b"1\n")),
+        ("print(1); raise SystemExit(3)", Run(ended="error", stdout=b"1\n")),
+        ("print(1); raise SystemExit('no')", Run(ended="error", stdout=b"1\n")),
+        ("print(1, flush=True); 1 / 0", Run(ended="error", stdout=b"1\n")),
+        ("print(1, flush=True); import os; os.abort()", Run(ended="error", stdout=b"1\n")),
+        ("this is no program", Run(ended="error", stdout=b"")),
+        ("\0", Run(ended="error", stdout=b"")),
+        ("if __name__ == '__main__': print(2)", Run(ended="exit", stdout=b"2\n")),
+        ("print(open(0).read())", Run(ended="exit", stdout=b"\n")),
+        ("import math, json, collections; print(math.comb(4, 2))", Run(ended="exit", stdout=b"6\n")),
+    ],
+)
+def test_a_program_ends_as_it_would_in_the_interpreter(source, expected, level):
+    assert run(source, level=level) == expected
+
+
+ATTACKS = {
+    "forks": "import os; os.fork()",
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: raise SystemExit(1)",
+    "starts a program": "import subprocess; subprocess.run(['/bin/ls'])",
+    "opens a socket": "import socket; socket.socket()",
+    "resolves a name": "import socket; socket.gethostbyname('localhost')",
+    "kills its parent": "import os; os.kill(os.getppid() or 2, 9)",
+    "kills everything": "import os; os.kill(-1, 9)",
+    "leaves its group": "import os; os.setsid()",
+    "lowers its parent's limits": "import os, resource as r; r.prlimit(os.getppid() or 2, r.RLIMIT_CPU, (0, 0))",
+    "raises its own limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "writes outside": "open('/usr/polyphony', 'w')",
+    "deletes outside": "import shutil, sys; shutil.rmtree(sys.base_prefix)",
+    "reads the users": "open('/etc/passwd').read()",
+    "reads its parent's memory": "import os; open(f'/proc/{os.getppid() or 2}/mem', 'rb').read(1)",
+    "reads its parent's environment": "import os; open(f'/proc/{os.getppid() or 2}/environ').read()",
+    "takes memory": "x = 'x' * (1 << 30)",
+    "takes memory in steps": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "fills the disk": "f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1 << 20))",
+    "fills the disk in pieces": "for i in range(10**9): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
+    "signals through a pipe": "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid() or 2)",
+    "calls the kernel": "import ctypes; ctypes.CDLL(None, use_errno=True).unshare(0x10000000) and 1 / 0",
+    "clears its death signal": "import ctypes; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) and 1 / 0",
+    "opens every file": "import os\nwhile True: os.dup(0)",
+    "breaks the stack": "import sys\nsys.setrecursionlimit(10**9)\nclass A: __getattr__ = getattr\nA().x",
+    "defines too deep an expression": "eval('(' * 10**5 + ')' * 10**5)",
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_ends_in_an_error(attack, level):
+    start = time.monotonic()
+    assert run(ATTACKS[attack], level=level).ended == "error"
+    assert time.monotonic() - start < SHORT.wall_s + 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("source", "ended"),
+    [
+        ("import time; time.sleep(60)", "timeout"),
+        ("import os, time; os.close(1); time.sleep(60)", "timeout"),
+        ("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),
+        ("while True: pass", "timeout"),
+        ("while True: print('x' * 1000)", "output"),
+    ],
+)
+def test_a_program_that_does_not_end_is_ended(source, ended, level):
+    start = time.monotonic()
+    result = run(source, level=level, limits=Limits(wall_s=0.5, output_bytes=1 << 12))
+    assert result.ended == ended
+    assert len(result.stdout) <= 1 << 12
+    assert time.monotonic() - start < 3
+
+
+def test_processor_time_ends_before_the_clock_does():
+    start = time.monotonic()
+    assert run("while True: pass", limits=Limits(wall_s=60, cpu_s=1)).ended == "error"
+    assert time.monotonic() - start < 30
+
+
+def test_threads_are_bounded_by_the_address_space():
+    source = (
+        "import threading, time\nn = 0\ntry:\n"
+        "    while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\n"
+        "except Exception: print(n < 1000, flush=True); import os; os._exit(0)"
+    )
+    assert run(source).stdout == b"True\n"
+
+
+@pytest.mark.parametrize("level", PRIVATE)
+def test_a_private_folder_is_empty_writable_and_gone_afterwards(level):
+    source = (
+        "import os, shutil\nprint(os.listdir('.'))\nopen('mark', 'w').write('x')\n"
+        "shutil.rmtree(os.getcwd(), ignore_errors=True)\nprint(os.path.exists('mark'))"
+    )
+    with Program(source, level=level, limits=SHORT) as program:
+        assert program.run("") == program.run("") == Run(ended="exit", stdout=b"[]\nFalse\n")
+    assert not Path("/tmp/mark").exists()
+
+
+@pytest.mark.parametrize("level", PRIVATE)
+def test_of_the_host_only_python_is_there(level):
+    names = run("import os; print(*os.listdir('/'))", level=level).stdout.decode().split()
+    assert not set(names) & {"etc", "home", "proc", "sys", "var", "work", "mnt"}
+    assert "usr" in names
+
+
+def test_nothing_of_the_environment_is_handed_on(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    names = set(run("import os; print(*os.environ)").stdout.decode().split())
+    ours = {"PATH", "HOME", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "PYTHONUTF8"}
+    assert ours <= names <= ours | {"LC_CTYPE", "PWD"}
+
+
+def test_sets_have_the_same_order_every_time():
+    source = "print(*{'a', 'b', 'c', 'd', 'e', 'f'})"
+    assert len({run(source).stdout for _ in range(4)}) == 1
+
+
+def test_limits_that_allow_nothing_are_refused():
+    with pytest.raises(ValueError, match="sandbox limit wall_s must be > 0, got 0"):
+        Limits(wall_s=0)
