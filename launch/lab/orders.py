@@ -94,7 +94,7 @@ def summary(measured: dict[str, float], files: Sequence[Path]) -> str:
     for file in files:
         matrix = TransferMatrix.load(file)
         guess = predicted(matrix)
-        correlation = spearmanr([guess[o] for o in measured], list(measured.values())).statistic
+        correlation = spearmanr([guess[o] for o in measured], list(measured.values()))[0]
         plan = make_plan(matrix)
         own = measured[",".join(plan.order)]
         rank = 1 + sum(value > own for value in measured.values())
