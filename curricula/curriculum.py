@@ -66,9 +66,15 @@ class Curriculum:
 
     def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
         """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
+        by_domain: dict[str, list[Group]] = {name: [] for name in self.names}
+        for group in groups:
+            if group.domain not in by_domain:
+                raise ValueError(
+                    f"a group of domain {group.domain!r}, which this run does not train: {list(self.names)}"
+                )
+            by_domain[group.domain].append(group)
         self._last = tuple(
-            _domain_stats([g for g in groups if g.domain == name], (entropy or {}).get(name, math.nan))
-            for name in self.names
+            _domain_stats(its_groups, (entropy or {}).get(name, math.nan)) for name, its_groups in by_domain.items()
         )
 
     def record(self, evaluation: Evaluation) -> None:
