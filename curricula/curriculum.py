@@ -49,6 +49,7 @@ class Curriculum:
         self._residual = [0.0] * len(self.names)
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
+        self._alarms: list[str] = []
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
@@ -56,7 +57,7 @@ class Curriculum:
         self.decision = self.scheduler.decide(self.basis, self._state)
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
-        self._state, self._notes = self.decision.state, []
+        self._state, self._notes, self._alarms = self.decision.state, [], []
         self.draws += 1
         refs: list[PromptRef] = []
         for name, count in zip(self.names, counts, strict=True):
@@ -81,9 +82,14 @@ class Curriculum:
         """Take in one held-out row, already reduced to the `steer` half."""
         self.evaluations.append(evaluation)
 
-    def note(self, text: str) -> None:
-        """Tell the scheduler, at its next decision, about something that happened to the run."""
+    def note(self, text: str, *, domain: str | None = None) -> None:
+        """Tell the scheduler, at its next decision, about something that happened to the run.
+
+        With a `domain`: that it was hurt so much that a guardrail broke (call it after a rollback's restore).
+        """
         self._notes.append(text)
+        if domain is not None:
+            self._alarms.append(domain)
 
     def evidence(self) -> Evidence:
         """Return what the scheduler may look at now."""
@@ -98,6 +104,7 @@ class Curriculum:
             last=self._last,
             evaluations=tuple(self.evaluations),
             notes=tuple(self._notes),
+            alarms=tuple(self._alarms),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -117,6 +124,7 @@ class Curriculum:
             "last": [asdict(stats) for stats in self._last],
             "evaluations": [evaluation.as_row() for evaluation in self.evaluations],
             "notes": list(self._notes),
+            "alarms": list(self._alarms),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,7 +137,7 @@ class Curriculum:
         self._residual, self._state = list(state["residual"]), state["scheduler"]
         self._last = tuple(DomainStats(**stats) for stats in state["last"])
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
-        self._notes = list(state["notes"])
+        self._notes, self._alarms = list(state["notes"]), list(state["alarms"])
 
 
 def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:

@@ -22,8 +22,8 @@ ELSEWHERE = 0.02
 def score_prior(matrix: TransferMatrix) -> Prior:
     """Return the prior of the scores, from the `steer` half. Raises ValueError for a probe without steps."""
     effects = Effects(matrix.on("steer"))
-    low, high = effects.transfer_interval()
-    noise = np.hypot((high - low) / 2 / quantile(0.95), ELSEWHERE)
+    bounds = effects.intervals()
+    noise = np.hypot((bounds.high - bounds.low) / 2 / quantile(0.95), ELSEWHERE)
     return _prior(effects, effects.domains, effects.transfer(), noise)
 
 

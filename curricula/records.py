@@ -196,6 +196,8 @@ class Evidence:
     """Held-out rows so far, oldest first, reduced to the `steer` half."""
     notes: tuple[str, ...] = ()
     """What happened to the run since the last draw that a scheduler should know (a rollback, an alarm)."""
+    alarms: tuple[str, ...] = ()
+    """Domains, watch-only ones included, that the notes are about: what hurt them should be practised less."""
 
     @property
     def progress(self) -> float:

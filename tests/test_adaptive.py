@@ -24,7 +24,7 @@ def row(step, scores, *, exposure=(0, 0, 0), entropy=(), trained=NAMES, probe=Fa
     )
 
 
-def evidence(draw, evaluations=(), *, advantage=(0.8, 0.8, 0.8), reward=(0.5, 0.5, 0.5)):
+def evidence(draw, evaluations=(), *, advantage=(0.8, 0.8, 0.8), reward=(0.5, 0.5, 0.5), alarms=()):
     last = [DomainStats(groups=4, abs_advantage=a, reward=r) for a, r in zip(advantage, reward, strict=True)]
     return Evidence(
         draw=draw,
@@ -36,6 +36,7 @@ def evidence(draw, evaluations=(), *, advantage=(0.8, 0.8, 0.8), reward=(0.5, 0.
         drawn=(0,) * 3,
         last=tuple(last) if draw else (DomainStats(),) * 3,
         evaluations=tuple(evaluations),
+        alarms=alarms,
     )
 
 
@@ -103,6 +104,17 @@ def test_a_domain_below_its_best_is_needed_more():
     steady = [row(0, (0.45, 0.6, 0.6, 0.6), trained=()), *fallen[1:]]
     scheduler = Adaptive(transfer=probes(OWN))
     assert mean_mixture(scheduler, evaluations=fallen)[0][0] > 1.1 * mean_mixture(scheduler, evaluations=steady)[0][0]
+
+
+def test_a_broken_guardrail_doubles_the_need_of_its_domain_at_once():
+    harm = np.add(OWN, [[0, 0, 0, -0.2], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scheduler, rows = Adaptive(transfer=probes(harm)), [row(0, (0.5,) * 4, trained=())]
+    before = scheduler.decide(evidence(0, rows), {}).state
+    after = scheduler.decide(evidence(1, rows, alarms=("safety",)), before).state
+    # needs 1, 1, 1, 1 become 1, 1, 1, 2 over their mean 5/4; effects a step are .02 and -.02
+    assert before["worth"]["value"][:2] == pytest.approx([0.0, 0.02])
+    assert after["worth"]["value"][:2] == pytest.approx([-0.02 / 1.25, 0.02 / 1.25])
+    assert scheduler.decide(evidence(2, rows), after).state["worth"]["value"] == after["worth"]["value"]
 
 
 def test_when_an_entropy_is_below_its_band_what_raises_it_is_practised():

@@ -31,7 +31,7 @@ class Run:
         self.scheduler, self.total, self.draw, self.state = scheduler, total, 0, {}
         self.evaluations, self.decisions = [], []
 
-    def go(self, draws=1):
+    def go(self, draws=1, alarms=()):
         for _ in range(draws):
             evidence = Evidence(
                 draw=self.draw,
@@ -43,6 +43,7 @@ class Run:
                 drawn=(0,) * 3,
                 last=(DomainStats(),) * 3,
                 evaluations=tuple(self.evaluations),
+                alarms=alarms,
             )
             decision = self.scheduler.decide(evidence, self.state)
             self.state, self.draw = decision.state, self.draw + 1
@@ -148,6 +149,15 @@ def test_the_rest_is_planned_again_with_what_the_run_has_shown():
 
     assert rest(0.5) == ["b", "w"]  # as predicted
     assert rest(0.0) == ["w", "b"]  # b suffers more than predicted: keep it for last
+
+
+def test_a_broken_guardrail_protects_a_past_domain_and_ends_the_stage_for_any_other():
+    run = Run(Bwt(transfer=probes()))
+    run.go(11)
+    protected = run.go(alarms=("a",))
+    assert protected.stage == "b" and "protected: a" in protected.reason and "protected: a" in run.go().reason
+    ended = run.go(alarms=("safety",))
+    assert ended.stage == "w" and "b ended because it broke the guardrail of safety" in ended.reason
 
 
 def test_more_domains_than_draws_is_no_reason_to_skip_the_first():

@@ -58,6 +58,16 @@ def test_the_basis_of_a_decision_is_the_evidence_before_its_draw():
     assert c.evidence().drawn == (3, 1) and c.evidence().notes == ()
 
 
+def test_an_alarm_is_told_once_and_survives_a_restart():
+    c = curriculum()
+    c.note("safety fell", domain="safety")
+    restored = curriculum()
+    restored.load_state_dict(c.state_dict())
+    assert restored.evidence().alarms == ("safety",)
+    restored.draw(4)
+    assert restored.basis.alarms == ("safety",) and restored.evidence().alarms == ()
+
+
 def test_save_and_restore_in_the_middle_gives_the_same_prompts():
     c = curriculum(Fixed(0.3, 0.7))
     for _ in range(3):

@@ -26,6 +26,7 @@ class Bwt:
     q: power-law replay plus protection of domains that are being forgotten, see `rehearsal`; Omni-Thinker has neither.
     Length: a stage gets an equal part of the draws that are left; it ends early when its domain's held-out score has
         stopped rising (single-domain stages go on to damage their own domain), except the last one.
+    A guardrail that broke ends the stage that broke it, or protects its domain where that can be replayed.
     After each stage the scores it was predicted to reach are put beside those measured, and the rest is planned again:
         T[j -> i] moves by what the run has shown beyond the probes. The effects of all domains on one are believed to
         be related (see `online`), so a domain that suffered more than predicted under past stages is expected to
@@ -82,14 +83,15 @@ class Bwt:
 
     def _observe(self, run: _Run, evidence: Evidence) -> _Run:
         """Take in the evaluations that are new: who is to be protected, and what practice has done to whom."""
-        rows = evidence.evaluations
+        rows, past = evidence.evaluations, run.order[: run.stage]
+        guarded = [name for name in past if name in evidence.alarms and name not in run.protected]
+        run = replace(run, protected=(*run.protected, *guarded))
         if len(rows) <= run.seen:
             return run
         sums = Regression.from_json(run.sums) if run.sums else Regression.empty(len(rows[0].scores), len(run.order))
         for n in range(max(1, run.seen), len(rows)):
             sums = sums.add_scores(rows[n - 1], rows[n], evidence.domains)
         lost = moment(rows).bwt
-        past = run.order[: run.stage]
         alarmed = [name for name in past if lost[name].high < -self.protect.max_drop]
         # who was protected stays so until the loss itself is made up for, not only its certainty
         healing = [name for name in past if name in run.protected and lost[name].mid < -self.protect.max_drop]
@@ -101,6 +103,8 @@ class Bwt:
         left = len(run.order) - run.stage
         if left == 1:
             return ""
+        if hurt := [name for name in evidence.alarms if name not in run.order[: run.stage]]:
+            return f"it broke the guardrail of {', '.join(hurt)}"
         length = max(1, (evidence.total_draws - run.start) // left)
         if evidence.draw - run.start >= length:
             return "its draws are used up"
