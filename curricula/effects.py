@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from curricula.forgetting import stages
+from curricula.intervals import paired, quantile
 from curricula.records import Evaluation, mean
 from curricula.transfer import TransferMatrix
 
@@ -141,6 +142,23 @@ class Effects:
         # a resample without any score before leaves the ratio undefined, and with it the interval
         relative_low, relative_high = np.quantile(self.relative_transfer(drawn), LEVELS, axis=0)
         return Bounds(low=low, high=high, relative_low=relative_low, relative_high=relative_high)
+
+    def transfer_interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds of T's 95 % intervals as they are published, two arrays [J, K].
+
+        Paired by item as in `intervals.paired`, which unlike a bootstrap does not take a few items that all moved the
+        same way for certainty; the noise between seeds is added in quadrature.
+        """
+        shape = (len(self.trained), len(self.domains))
+        bounds = np.empty((2, *shape))
+        seed_sd = np.broadcast_to(self.noise.sd, shape[1:])
+        for j, name in enumerate(self.trained):
+            rows = self.rows_of(name)
+            for i in range(len(self.domains)):
+                low, mid, high = paired(self.after[i][rows].mean(axis=0), self.before[i][rows].mean(axis=0))
+                between = quantile(0.95) * float(seed_sd[i]) / math.sqrt(len(rows))
+                bounds[:, j, i] = mid - math.hypot(mid - low, between), mid + math.hypot(high - mid, between)
+        return bounds[0], bounds[1]
 
     def entropy_transfer(self) -> np.ndarray:
         """Return dH[j -> i] in nats, [J, K]: entropy after training on j minus before; NaN where not measured."""
