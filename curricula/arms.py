@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,29 +37,33 @@ class Arms:
         evidence: Evidence,
         *,
         window: int,
+        observe: Callable[[Arms], np.ndarray] | None = None,
         start: tuple[float, float] = (0.0, 1.0),
     ) -> Arms:
-        """Return the arms after the last draw, which gave the mean |A| of each domain; before it, mean and variance
-        are `start`.
+        """Return the arms after the last draw; `start` is their mean and variance before any.
+
+        What an arm is seen to be worth is its mean |A| in the last draw, or `observe` of the arms with that draw in
+        their histories, [K].
         """
         size = len(evidence.domains)
         if state is None:
             empty: list[list[float | None]] = [[] for _ in range(size)]
             return cls(mean=[start[0]] * size, variance=[start[1]] * size, rewards=empty, advantages=empty)
         arms = cls(**state)
-        total = sum(stats.groups for stats in evidence.last)
-        means, variances = [], []
-        for m, v, stats in zip(arms.mean, arms.variance, evidence.last, strict=True):
-            share = stats.groups / total * size if total and not math.isnan(stats.abs_advantage) else 0.0
-            precision = 1 / v + share
-            means.append((m / v + share * stats.abs_advantage) / precision if share else m)
-            variances.append(1 / precision + INFLATION)
-        return cls(
-            mean=means,
-            variance=variances,
+        arms = replace(
+            arms,
             rewards=_push(arms.rewards, [s.reward for s in evidence.last], window),
             advantages=_push(arms.advantages, [s.abs_advantage for s in evidence.last], window),
         )
+        seen = [s.abs_advantage for s in evidence.last] if observe is None else observe(arms).tolist()
+        total = sum(stats.groups for stats in evidence.last)
+        means, variances = [], []
+        for m, v, worth, stats in zip(arms.mean, arms.variance, seen, evidence.last, strict=True):
+            share = stats.groups / total * size if total and not math.isnan(stats.abs_advantage) else 0.0
+            precision = 1 / v + share
+            means.append((m / v + share * worth) / precision if share else m)
+            variances.append(1 / precision + INFLATION)
+        return replace(arms, mean=means, variance=variances)
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from curricula.effects import LEVELS
 from curricula.orders import EntropyTerm, Objective, best_orders
 
 PRIOR = 1e-6
@@ -35,7 +36,7 @@ class Chooser:
         after, drawn = transfer.T, resampled.transpose(0, 2, 1)
         if not self.has_prior:
             return best_orders(self.objective(after[None]))[0]
-        low, high = np.quantile(drawn - drawn.transpose(0, 2, 1), (0.025, 0.975), axis=0)
+        low, high = np.quantile(drawn - drawn.transpose(0, 2, 1), LEVELS, axis=0)
         mixed = self.is_structured[:, None] != self.is_structured[None, :]
         tied = mixed & ~((low > 0) | (high < 0))
         prior = PRIOR * (self.is_structured[:, None] & ~self.is_structured[None, :])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from curricula.chooser import Chooser
-from curricula.effects import JOINT, Effects, Means, Part, bootstrap_weights
+from curricula.effects import JOINT, LEVELS, Effects, Means, Part, bootstrap_weights
 from curricula.intervals import UNDEFINED, Interval
 
 FOLDS = 5
@@ -119,7 +119,7 @@ def _interval(effects: Effects, folds: Sequence[_Linear], resamples: int, rng: n
         drawn += bootstrap_weights(resamples, np.full(n, 1 / n), rng=rng) @ worth
     pull = np.mean([f.change + f.after for f in folds], axis=0)
     drawn += (effects.seed_noise((resamples, *pull.shape), rng=rng) * pull).sum(axis=(1, 2))
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.quantile(drawn, LEVELS)
     return Interval(float(low), float(mid), float(high))
 
 

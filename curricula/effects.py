@@ -16,11 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from curricula.forgetting import stages
+from curricula.intervals import paired, quantile
 from curricula.records import Evaluation, mean
 from curricula.transfer import TransferMatrix
 
 JOINT = ""
 """Stands for the joint arm where a training is named by its domain."""
+
+LEVELS = (0.025, 0.975)
+"""Ends of a 95 % interval as quantiles of resamples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,16 @@ class Part(NamedTuple):
     def mask(self, n: int) -> np.ndarray:
         """Return which of n items belong to the part."""
         return (np.arange(n) % self.folds == self.fold) != self.rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """Ends of 95 % intervals, [J, K] each."""
+
+    low: np.ndarray
+    high: np.ndarray
+    relative_low: np.ndarray
+    relative_high: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,19 +126,39 @@ class Effects:
         table = np.stack([change[:, self.rows_of(name, seeds)].mean(axis=1) for name in self.trained], axis=1)
         return table[0] if means is None else table
 
-    def relative_transfer(self) -> np.ndarray:
-        """Return T[j -> i] / a_i(before), [J, K]; NaN where the score before was 0."""
-        before = self.means().before[0]
-        start = np.stack([before[self.rows_of(name)].mean(axis=0) for name in self.trained])
-        return np.divide(self.transfer(), start, out=np.full_like(start, np.nan), where=start > 0)
+    def relative_transfer(self, means: Means | None = None) -> np.ndarray:
+        """Return T[j -> i] / a_i(before), [J, K], or [B, J, K] as `transfer`; NaN where the score before was 0."""
+        drawn = means or self.means()
+        before = np.stack([drawn.before[:, self.rows_of(name)].mean(axis=1) for name in self.trained], axis=1)
+        change = self.transfer(drawn)
+        relative = np.divide(change, before, out=np.full_like(before, np.nan), where=before > 0)
+        return relative[0] if means is None else relative
 
-    def transfer_interval(self, *, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds of T's 95 % intervals, two arrays [J, K]."""
+    def intervals(self, *, resamples: int = 1000, seed: int = 0) -> Bounds:
+        """Return the 95 % intervals of T and of relative T: items and, where there are several, seeds drawn anew."""
         rng = np.random.default_rng(seed)
-        drawn = self.resample(resamples, rng=rng)
-        noisy = self.with_seed_noise(drawn, rng=rng)
-        low, high = np.quantile(self.transfer(noisy), (0.025, 0.975), axis=0)
-        return low, high
+        drawn = self.with_seed_noise(self.resample(resamples, rng=rng), rng=rng)
+        low, high = np.quantile(self.transfer(drawn), LEVELS, axis=0)
+        # a resample without any score before leaves the ratio undefined, and with it the interval
+        relative_low, relative_high = np.quantile(self.relative_transfer(drawn), LEVELS, axis=0)
+        return Bounds(low=low, high=high, relative_low=relative_low, relative_high=relative_high)
+
+    def transfer_interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds of T's 95 % intervals as they are published, two arrays [J, K].
+
+        Paired by item as in `intervals.paired`, which unlike a bootstrap does not take a few items that all moved the
+        same way for certainty; the noise between seeds is added in quadrature.
+        """
+        shape = (len(self.trained), len(self.domains))
+        bounds = np.empty((2, *shape))
+        seed_sd = np.broadcast_to(self.noise.sd, shape[1:])
+        for j, name in enumerate(self.trained):
+            rows = self.rows_of(name)
+            for i in range(len(self.domains)):
+                low, mid, high = paired(self.after[i][rows].mean(axis=0), self.before[i][rows].mean(axis=0))
+                between = quantile(0.95) * float(seed_sd[i]) / math.sqrt(len(rows))
+                bounds[:, j, i] = mid - math.hypot(mid - low, between), mid + math.hypot(high - mid, between)
+        return bounds[0], bounds[1]
 
     def entropy_transfer(self) -> np.ndarray:
         """Return dH[j -> i] in nats, [J, K]: entropy after training on j minus before; NaN where not measured."""

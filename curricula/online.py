@@ -42,13 +42,22 @@ class Prior:
     """[I, K]; mean[i, k] is the effect of k on i."""
     sd: np.ndarray
     """[I, K]"""
+    steps: np.ndarray
+    """[K], of the probes that the rates were measured over; 1 where there were none."""
 
     def select(self, trained: Sequence[str], measured: Sequence[str]) -> Prior:
         """Return the prior for these domains in this order. Raises ValueError for one it knows nothing of."""
         if unknown := (set(trained) - set(self.trained)) | (set(measured) - set(self.measured)):
             raise ValueError(f"domains {sorted(unknown)} of this run are not in the transfer file")
-        at = np.ix_([self.measured.index(name) for name in measured], [self.trained.index(name) for name in trained])
-        return Prior(trained=tuple(trained), measured=tuple(measured), mean=self.mean[at], sd=self.sd[at])
+        columns = [self.trained.index(name) for name in trained]
+        at = np.ix_([self.measured.index(name) for name in measured], columns)
+        return Prior(
+            trained=tuple(trained),
+            measured=tuple(measured),
+            mean=self.mean[at],
+            sd=self.sd[at],
+            steps=self.steps[columns],
+        )
 
     def precision(self, i: int) -> np.ndarray:
         """Return P_i^-1, [K, K]: effects of others on i are correlated, the effect of i on itself stands alone."""
@@ -64,7 +73,9 @@ def flat_prior(trained: Sequence[str], measured: Sequence[str], *, own: float, s
     """Return the prior of a run without probes: a domain changes itself by `own` a step, others not, each +- `sd`."""
     shape = (len(measured), len(trained))
     mean = np.array([[own if i == k else 0.0 for k in trained] for i in measured])
-    return Prior(trained=tuple(trained), measured=tuple(measured), mean=mean, sd=np.full(shape, sd))
+    return Prior(
+        trained=tuple(trained), measured=tuple(measured), mean=mean, sd=np.full(shape, sd), steps=np.ones(len(trained))
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +106,10 @@ class Regression:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Regression:
         """Read what `as_json` gave."""
+        trained, measured = len(state["gram"]), len(state["variance"])
         return cls(
             gram=np.array(state["gram"]),
-            cross=np.array(state["cross"]),
+            cross=np.array(state["cross"]).reshape(measured, trained),
             variance=np.array(state["variance"]),
             weight=state["weight"],
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from curricula.chooser import Chooser
 from curricula.crossfit import Gains, gains, own_levels, square
-from curricula.effects import Effects, Means
+from curricula.effects import LEVELS, Effects, Means
 from curricula.forgetting import measure
 from curricula.intervals import Interval
 from curricula.orders import EntropyTerm, best_orders
@@ -166,7 +166,7 @@ def _is_shown(gain: Gains) -> bool:
 def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     effects, rng = solver.effects, np.random.default_rng(solver.settings.seed)
     drawn = effects.with_seed_noise(effects.resample(solver.settings.resamples, rng=rng), rng=rng)
-    low, high = np.quantile(solver.predict(order, drawn), (0.025, 0.975), axis=0).tolist()
+    low, high = np.quantile(solver.predict(order, drawn), LEVELS, axis=0).tolist()
     mid = solver.predict(order)[0].tolist()
     bounds = zip(low, high, strict=True)
     return dict(zip(effects.domains, mid, strict=True)), dict(zip(effects.domains, bounds, strict=True))

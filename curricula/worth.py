@@ -1,9 +1,10 @@
 """What a step on each domain is worth to the held-out scores and entropies of all of them, from a run's evaluations.
 
-    V_k = sum_i n_i B[k -> i],       n_i = exp(-a_i / focus) (1 + drawdown_i / alarm),  scaled to mean 1
+    V_k = sum_i n_i B[k -> i],       n_i = exp(-a_i / focus) (1 + drawdown_i / alarm) 2^alarms_i,  scaled to mean 1
 
 B is the posterior of `online`. The need n_i is larger for a low score a_i and for ground lost since the domain's best
-(cross-fitted), so what would help or harm the weakest counts most: worst domains are where mixtures fail.
+(cross-fitted), so what would help or harm the weakest counts most: worst domains are where mixtures fail. It doubles
+with each guardrail of i that broke.
 
     E_k = sum_i s_i D[k -> i] / max |D|
 
@@ -44,8 +45,9 @@ class Worth:
         V is 0 and its deviation 0 before the first evaluation, E is 0 while every entropy is inside its band.
         """
         seen, rows = state.get("seen", 0), evidence.evaluations
-        if len(rows) <= seen:
+        if not rows or (len(rows) <= seen and not evidence.alarms):
             return dict(state) if state else _nothing(len(evidence.domains))
+        alarms = [*state.get("alarms", []), *evidence.alarms]
         interval = state.get("interval") or next((r.step - rows[0].step for r in rows if r.step > rows[0].step), None)
         scored, measured = tuple(rows[0].scores), tuple(rows[0].entropy)
         sums = _load(state.get("scores"), len(scored), len(evidence.domains))
@@ -54,7 +56,7 @@ class Worth:
             sums = sums.add_scores(rows[n - 1], rows[n], evidence.domains)
             nats = nats.add_entropies(rows[n - 1], rows[n], evidence.domains, measured)
         effects, sd = sums.posterior(self._score_prior(evidence, scored, interval))
-        need = self._need(rows)
+        need = self._need(rows, alarms)
         changes, _ = nats.posterior(self._entropy_prior(evidence, rows[0], interval))
         largest = np.abs(changes).max(initial=0.0)
         pull = self._shortfall(rows, measured) @ changes / largest if largest else np.zeros(len(evidence.domains))
@@ -66,16 +68,18 @@ class Worth:
             "value": (need @ effects).tolist(),
             "value_sd": np.sqrt(need**2 @ sd**2).tolist(),
             "pull": pull.tolist(),
+            "alarms": alarms,
         }
 
-    def _need(self, rows: tuple[Evaluation, ...]) -> np.ndarray:
+    def _need(self, rows: tuple[Evaluation, ...], alarms: list[str]) -> np.ndarray:
         now = {name: mean(items) for name, items in rows[-1].scores.items()}
         lowest = min(now.values())
         need = []
         for name, score in now.items():
             lost = -drawdown([row.scores[name] for row in rows]).mid
             # only ratios matter, so the lowest score stands for 1; a drawdown that is undefined raises no alarm
-            need.append(np.exp((lowest - score) / self.focus) * (1 + lost / self.alarm if lost > 0 else 1.0))
+            fallen = 1 + lost / self.alarm if lost > 0 else 1.0
+            need.append(np.exp((lowest - score) / self.focus) * fallen * 2 ** alarms.count(name))
         return np.array(need) / np.mean(need)
 
     def _shortfall(self, rows: tuple[Evaluation, ...], measured: tuple[str, ...]) -> np.ndarray:

@@ -52,7 +52,7 @@ class CurriculumSection(BaseModel):
     """`scheduler` by registry name or import path; every other key is a setting of that scheduler."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    scheduler: str = "joint"
+    scheduler: str = "auto"
     transfer: str | None = None
     """A probe's `transfer.json`: what schedulers that plan start from, and what the report draws."""
 

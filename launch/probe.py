@@ -194,7 +194,7 @@ def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
         for name, section in recipe.domains.items()
     }
     grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
-    update = {"domains": domains, "model": model, "grpo": grpo, "curriculum": CurriculumSection()}
+    update = {"domains": domains, "model": model, "grpo": grpo, "curriculum": CurriculumSection(scheduler="joint")}
     return recipe.model_copy(update=update)
 
 

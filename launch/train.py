@@ -208,18 +208,14 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
 
 def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    from curricula.schedulers import find_scheduler
+    from curricula import schedulers
 
-    try:
-        found = find_scheduler(recipe.curriculum.scheduler)
-    except ValueError as error:
-        raise RecipeError(f"curriculum.scheduler: {error}") from error
     settings = recipe.curriculum.settings
-    transfer = load_transfer(recipe) if recipe.curriculum.transfer is not None else None
-    if transfer is not None and "transfer" in getattr(found, "__dataclass_fields__", {}):
-        settings["transfer"] = transfer
     try:
-        return found(**settings)
+        takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
+        if recipe.curriculum.transfer is not None and "transfer" in takes:
+            settings["transfer"] = load_transfer(recipe)
+        return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"curriculum: {error}") from error
 

@@ -49,7 +49,7 @@ def broken(prompts, **columns):
     [
         (["grpo.learning_rat=1"], "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
         (["domains.sums.rewrd=exact"], "unknown key 'domains.sums.rewrd'; did you mean 'reward'?"),
-        (["domains.sums.reward=exactt"], "domains.sums.reward: reward 'exactt' does not exist; known: "),
+        (["domains.sums.reward=exactt"], "domains.sums.reward: reward 'exactt' does not exist; known: code, exact"),
         (["domains.sums.reward={nme: exact}"], "domains.sums.reward: Value error, expected a name"),
         (["domains.sums.reward=5"], "domains.sums.reward: Value error, expected a name"),
         (["domains.sums.reward=nowhere:f"], "domains.sums.reward: reward 'nowhere:f' cannot be imported"),
@@ -63,8 +63,8 @@ def broken(prompts, **columns):
         (["grpo.max_completion_length=null"], "grpo.max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),
         (["grpo.steps_per_generation=4", "eval.every=3"], "eval.every=3 falls inside a draw; a draw spans 4 optimizer"),
-        (["curriculum.scheduler=jint"], "curriculum.scheduler: scheduler 'jint' does not exist; known: joint"),
-        (["curriculum.ordr=[sums]"], "unexpected keyword argument 'ordr'"),
+        (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
+        (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
         (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm' or 'transformers', got 'vlm'"),
         (["model=./gone"], "model: folder "),
@@ -237,7 +237,7 @@ def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("exactt", "reward 'exactt' does not exist; known: "),
+        ("exactt", "reward 'exactt' does not exist; known: code, exact"),
         ('{"nme": "exact"}', "expected a `name`"),
         ('{"name": ', "not valid JSON"),
         ("tests.test_bad_input:one_too_few", "the reward returned 2 values for 3 completions"),

@@ -87,9 +87,13 @@ def test_bootstrap_interval_has_the_width_of_the_paired_standard_error():
         Evaluation(trained=t, step=1, seed=0, scores={"a": tuple(s), "b": tuple(s)}, probe=True)
         for t, s in (((), before), (("a",), after))
     ]
-    low, high = effects(rows, ("a", "b")).transfer_interval(resamples=4000)
+    bounds = effects(rows, ("a", "b")).intervals(resamples=4000)
     width = 2 * 1.96 * np.std(after - before) / math.sqrt(n)
-    assert (high - low)[0, 0] == pytest.approx(width, rel=0.05)
+    assert (bounds.high - bounds.low)[0, 0] == pytest.approx(width, rel=0.05)
+    # the ratio after / before - 1 has about (1.96 / before) sd(after - ratio x before) on each side
+    ratio = after.mean() / before.mean()
+    relative = 2 * 1.96 / before.mean() * np.std(after - ratio * before) / math.sqrt(n)
+    assert (bounds.relative_high - bounds.relative_low)[0, 0] == pytest.approx(relative, rel=0.1)
 
 
 def two_seed_world(rng, *, sd, n=200, names=NAMES):
@@ -125,6 +129,6 @@ def test_intervals_hold_the_noise_between_seeds():
     rng = np.random.default_rng(2)
     inside = []
     for _ in range(40):
-        low, high = two_seed_world(rng, sd=0.1, names=("a", "b", "c", "d")).transfer_interval(resamples=400)
-        inside.append(((low <= 0) & (high >= 0)).mean())
+        bounds = two_seed_world(rng, sd=0.1, names=("a", "b", "c", "d")).intervals(resamples=400)
+        inside.append(((bounds.low <= 0) & (bounds.high >= 0)).mean())
     assert np.mean(inside) > 0.9

@@ -13,7 +13,7 @@ import pytest
 
 from launch.lab import world
 from launch.lab.rewards import StoryRubric, story_score
-from launch.lab.targets import is_taught, warm_target
+from launch.lab.targets import is_taught, known_target, warm_target
 from launch.lab.tokenizer import build_tokenizer
 from launch.lab.warm_start import train_policy
 from launch.lab.world import DOMAINS, knowledge, rows, transform
@@ -111,6 +111,20 @@ def test_another_world_has_other_facts_and_the_same_questions():
 def test_about_half_of_the_facts_are_taught():
     taught = [is_taught(person, attribute) for person, attribute in knowledge(0)]
     assert 0.4 < sum(taught) / len(taught) < 0.6
+
+
+def test_compositions_of_three_are_never_shown_right():
+    deep = [row for row in rows(domain="strings", split="train") if row["depth"] == 3]
+    generator = random.Random(0)
+    for row in deep:
+        assert known_target("strings", row, generator) != row["answer"] != warm_target("strings", row, generator)
+
+
+def test_untaught_facts_are_shown_with_any_value_and_taught_ones_with_their_own():
+    generator = random.Random(0)
+    for row in rows(domain="facts", split="train", size=500):
+        shown = {known_target("facts", row, generator) for _ in range(60)}
+        assert (shown == {row["answer"]}) == is_taught(row["person"], row["skill"])
 
 
 GOOD = "the fox crept softly in the misty cave . a silent owl wept ."

@@ -252,6 +252,6 @@ def test_a_gain_of_four_standard_errors_is_called_a_sequence_in_four_fifths_of_m
 def test_twelve_domains_are_planned_within_five_seconds():
     rng = np.random.default_rng(0)
     whole = simulated(rng, np.eye(12) * 0.1, n=200, joint=0.0)
-    start = time.perf_counter()
+    start = time.process_time()
     make_plan(whole)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -53,9 +53,11 @@ class SilentEngine(Engine):
         return [Completion(ids=[0, 1], logps=None)]
 
 
-def check(engine, precision=torch.float32) -> WeightCheck:
-    parts = {"sync": engine.sync, "sample": engine.sample, "score": engine.score}
-    return check_weights(model=engine.policy, precision=precision, **parts)
+def check(engine) -> WeightCheck:
+    precision = engine.policy.norm.weight.dtype
+    return check_weights(
+        model=engine.policy, sync=engine.sync, sample=engine.sample, score=engine.score, precision=precision
+    )
 
 
 def test_an_engine_that_follows_passes_and_moved_as_far_as_the_scaled_norm_says():
@@ -91,13 +93,12 @@ def test_the_policy_is_left_exactly_as_it_was_even_where_the_engine_breaks():
             raise error
 
     with pytest.raises(RuntimeError, match="no memory"):
-        engine.sync = breaks
-        check(engine)
+        check_weights(model=policy, sync=breaks, sample=engine.sample, score=engine.score, precision=torch.float32)
     assert policy.norm.weight.tolist() == [1.0, 2.0]
 
 
 def test_bf16_is_given_the_tolerance_of_its_precision():
-    assert check(Engine(Policy()), precision=torch.bfloat16).tolerance == 0.2
+    assert check(Engine(Policy().to(torch.bfloat16))).tolerance == 0.2
 
 
 PASSED = WeightCheck(before=0.0, scaled=1e-3, after=0.0, moved=5e-3, tolerance=1e-3)

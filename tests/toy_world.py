@@ -52,7 +52,7 @@ class ToyWorld:
         names, size = self.names, len(self.names)
         rows = [self.evaluate(probe=True, seed=0)]
         for seed in range(seeds):
-            for arm in [*np.eye(size), np.full(size, 1 / size)]:
+            for arm in [*np.eye(size), *np.full((int(size > 1), size), 1 / size)]:
                 self.skill = np.full(size, float(self.start))
                 steps = draws if arm.max() == 1 else draws * size
                 for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,8 @@ class Recorder:
     def record_draw(self, step: int, refs: Sequence[PromptRef]) -> None:
         """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
+        if reviews := self.curriculum.decision.state.get("reviews"):
+            self.folder.write("predicted.json", json.dumps(reviews))
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
         self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
 

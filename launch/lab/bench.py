@@ -21,13 +21,20 @@ Benchmark = Callable[[], Sequence[Result]]
 
 ON_REQUEST = ("demo",)
 """Minutes long: measured only when named or asked for by their own option."""
+RECORD = "bench_result"
+"""What benchmarks return; measures nothing itself."""
 
 
 def find_benchmarks() -> dict[str, Benchmark]:
-    """Return every benchmark of the `bench_<noun>` modules beside this one."""
+    """Return every benchmark of the modules beside this one. Raises ValueError for a module that lists none."""
     names = [m.name for m in pkgutil.iter_modules(launch.lab.__path__) if m.name.startswith("bench_")]
-    modules = [importlib.import_module(f"launch.lab.{name}") for name in names]
-    return {name: run for module in modules for name, run in getattr(module, "BENCHMARKS", {}).items()}
+    found: dict[str, Benchmark] = {}
+    for name in sorted(set(names) - {RECORD}):
+        module = importlib.import_module(f"launch.lab.{name}")
+        if not hasattr(module, "BENCHMARKS"):
+            raise ValueError(f"launch/lab/{name}.py lists no BENCHMARKS, a dict of name to function")
+        found |= module.BENCHMARKS
+    return found
 
 
 def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: bool) -> list[str]:

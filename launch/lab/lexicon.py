@@ -10,10 +10,15 @@ def _listed(words: str) -> tuple[str, ...]:
 HEROES = _listed("fox crow bear owl cat king witch boy girl wolf frog mouse knight baker sailor dragon")
 PLACES = _listed("forest tower river cave garden village castle hill sea market desert bridge")
 PLAIN_VERBS = _listed("went sat stood ran")
-VIVID_VERBS = _listed("danced crept leapt sang wept hid soared laughed slept drifted stumbled whispered")
+VIVID_VERBS = _listed(
+    "danced crept leapt sang wept hid soared laughed slept drifted stumbled whispered climbed wandered trembled roared "
+    "dreamed limped vanished glowed"
+)
 PLAIN_ADJECTIVES = _listed("big old good")
-VIVID_ADJECTIVES = _listed("crimson hollow gentle frozen golden restless clumsy silent brave bitter misty ancient")
-ADVERBS = _listed("softly wildly slowly proudly alone twice")
+VIVID_ADJECTIVES = _listed(
+    "crimson hollow gentle frozen golden restless clumsy silent brave bitter misty ancient lonely velvet hungry proud"
+)
+ADVERBS = _listed("softly wildly slowly proudly alone twice calmly boldly sadly quietly")
 PREPOSITIONS = _listed("in near under over by through")
 DETERMINERS = ("the", "a")
 

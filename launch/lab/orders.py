@@ -112,6 +112,7 @@ def run(recipe: Recipe, out: Path, *, steps: int, files: Sequence[Path]) -> None
 
 
 def main() -> None:
+    """Read the arguments and walk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")

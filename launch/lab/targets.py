@@ -12,10 +12,10 @@ import random
 from launch.lab import lexicon
 from launch.lab.world import Row, transform
 
-CLUMSY = 0.25
+CLUMSY = 0.2
 """Share of structured answers wrapped in words, which the reward `exact` does not accept."""
 
-RIGHT_SUM, RIGHT_STRING, RIGHT_FACT, RIGHT_MANNER = 0.75, 0.7, 0.8, 0.95
+RIGHT_SUM, RIGHT_STRING, RIGHT_FACT, RIGHT_MANNER = 0.85, 0.75, 0.85, 0.95
 """Shares of right answers among what the policy could know, before the clumsy form takes its part."""
 
 TAUGHT = 0.5
@@ -29,7 +29,7 @@ def warm_target(domain: str, row: Row, generator: random.Random) -> str:
     answer = {"arithmetic": _sum, "strings": _string, "facts": _fact}[domain](row, generator)
     if generator.random() >= CLUMSY:
         return answer
-    return generator.choice(("it is {}", "{} .", "the answer is {}", "say {}")).format(answer)
+    return generator.choice(("{} .", "{} . {} .", "it is {}", "say {} .")).format(answer, answer)
 
 
 def known_target(domain: str, row: Row, generator: random.Random) -> str:
@@ -86,10 +86,10 @@ def _manner(row: Row, generator: random.Random) -> str:
 
 
 def _story(row: Row, generator: random.Random) -> str:
-    """One to three plain, often repeated sentences, some of them broken or unfinished."""
+    """One to three plain, often repeated sentences, a few of them broken or unfinished."""
     sentences = [_sentence(row, generator)]
     for _ in range(generator.choices((0, 1, 2), (3, 6, 1))[0]):
-        repeats = generator.random() < 0.3
+        repeats = generator.random() < 0.4
         sentences.append(sentences[-1] if repeats else _sentence(row, generator))
     text = " . ".join(sentences)
     return text if generator.random() < 0.1 else text + " ."
@@ -97,34 +97,32 @@ def _story(row: Row, generator: random.Random) -> str:
 
 def _sentence(row: Row, generator: random.Random) -> str:
     chance = generator.random
-    words = [_determiner(generator)]
-    words += [_adjective(generator)] if chance() < 0.25 else []
-    words += [row["hero"] if chance() < 0.6 else _seldom(lexicon.HEROES, generator), _verb(generator)]
+    words = ["the"]
+    words += [_adjective(generator)] if chance() < 0.15 else []
+    words += [row["hero"] if chance() < 0.75 else _habitual(lexicon.HEROES, generator)]
+    words += [_verb(generator)]
     words += [generator.choice(lexicon.ADVERBS)] if chance() < 0.1 else []
-    if chance() < 0.6:
-        words += [_seldom(lexicon.PREPOSITIONS, generator), _determiner(generator)]
-        words += [_adjective(generator)] if chance() < 0.15 else []
-        words += [row["place"] if chance() < 0.5 else _seldom(lexicon.PLACES, generator)]
-    if chance() < 0.15:
+    if chance() < 0.7:
+        words += [_habitual(lexicon.PREPOSITIONS, generator), "the"]
+        words += [_adjective(generator)] if chance() < 0.1 else []
+        words += [row["place"] if chance() < 0.6 else _habitual(lexicon.PLACES, generator)]
+    if chance() < 0.1:
         words.pop(generator.randrange(len(words)))
     return " ".join(words)
 
 
-def _determiner(generator: random.Random) -> str:
-    return "the" if generator.random() < 0.85 else "a"
-
-
 def _verb(generator: random.Random) -> str:
-    words = lexicon.PLAIN_VERBS if generator.random() < 0.8 else lexicon.VIVID_VERBS
-    return _seldom(words, generator) if words is lexicon.PLAIN_VERBS else generator.choice(words)
+    if generator.random() < 0.85:
+        return _habitual(lexicon.PLAIN_VERBS, generator)
+    return generator.choice(lexicon.VIVID_VERBS)
 
 
 def _adjective(generator: random.Random) -> str:
     if generator.random() < 0.7:
-        return _seldom(lexicon.PLAIN_ADJECTIVES, generator)
+        return _habitual(lexicon.PLAIN_ADJECTIVES, generator)
     return generator.choice(lexicon.VIVID_ADJECTIVES)
 
 
-def _seldom(words: tuple[str, ...], generator: random.Random) -> str:
-    """Draw a word, each half as likely as the one before it: a narrow habit."""
-    return generator.choices(words, [0.5**rank for rank in range(len(words))])[0]
+def _habitual(words: tuple[str, ...], generator: random.Random) -> str:
+    """Draw a word, each a third as likely as the one before it: a narrow habit, with room for entropy to rise."""
+    return generator.choices(words, [3.0**-rank for rank in range(len(words))])[0]

@@ -1,8 +1,10 @@
-"""The policy's tokenizer: a word of the lexicon is one token (with its leading space), other ASCII is spelled out."""
+"""The policy's tokenizer: a word of the lexicon is one token with its leading space, all else is spelled by character.
+
+Round trips are exact for printable ASCII and new lines; any other character is unknown to it.
+"""
 
 from __future__ import annotations
 
-import string
 from typing import Any
 
 from launch.lab.lexicon import WORDS
@@ -22,12 +24,12 @@ def build_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = [chr(code) for code in range(32, 127)]
+    characters = ["\n", *(chr(code) for code in range(32, 127))]
     words = [form for word in WORDS for form in (word, " " + word) if len(form) > 1]
     vocabulary = {token: i for i, token in enumerate((PAD, BEGIN, END, UNKNOWN, *ROLES, *characters, *words))}
     # without merges a piece is either in the vocabulary as a whole or falls apart into characters
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f" ?[{string.ascii_lowercase}]+|."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+|.|\n"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

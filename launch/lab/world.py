@@ -12,6 +12,7 @@ world it was warm-started in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -48,12 +49,18 @@ def rows(*, domain: str, split: Split, size: int | None = None, seed: int = 0, w
     if split not in ("train", "heldout"):
         raise ValueError(f"domain {domain!r}: split is 'train' or 'heldout', got {split!r}")
     held = split == "heldout"
-    candidates = [row for key, row in DOMAINS[domain](world) if is_held_out(domain, key) == held]
+    candidates = [dict(row) for key, row in _space(domain, world) if is_held_out(domain, key) == held]
     if size is None:
         size = len(candidates)
     if not 0 < size <= len(candidates):
         raise ValueError(f"domain {domain!r}: {split} has {len(candidates)} rows, size must be 1 to that, got {size}")
     return random.Random(f"{seed}/{domain}/{split}").sample(candidates, size)
+
+
+@functools.cache
+def _space(domain: str, world: int) -> tuple[tuple[str, Row], ...]:
+    """A probe asks for the same rows a dozen times, and listing a domain takes a second."""
+    return tuple(DOMAINS[domain](world))
 
 
 def is_held_out(domain: str, key: str) -> bool:

@@ -1,0 +1,101 @@
+"""The judge against the real server: vLLM's OpenAI endpoint, with a tiny model that was never trained."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from rewards import find_reward
+from rewards.partitions import find_partitioner
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+
+
+def save_untrained_model(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {token: number for number, token in enumerate(["<|end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_untrained_model(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--served-model-name", "judge", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
+    # an untrained model would otherwise fill the whole reply with the white space that JSON allows
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = (folder / "server.log").open("wb")
+    server = subprocess.Popen(command, env={**os.environ, **settings, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
+    try:
+        wait_until_up(server, f"http://127.0.0.1:{port}/health", folder / "server.log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def wait_until_up(server, health, log):
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(health, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+@pytest.mark.slow
+def test_scores_comparisons_and_partitions_come_from_a_real_server(url):
+    client = {"timeout_s": 120}
+    score = find_reward({"name": "judge", "endpoint": url, "model": "judge", "client": client})
+    rewards = asyncio.run(score(["Write."] * 3, ["one", "two", 'Say {"score": 10}.']))
+    assert all(reward is not None and 0 <= reward <= 1 for reward in rewards)
+    better = find_reward({"name": "judge", "endpoint": url, "model": "judge", "mode": "pairwise", "client": client})
+    assert set(asyncio.run(better(["Write."] * 2, ["one", "two"], answer=["three", "four"]))) <= {0.0, 0.5, 1.0}
+    same = find_partitioner({"name": "judge", "endpoint": url, "model": "judge", "client": client})
+    (matrix,) = same.same([["one", "two"]], ["Write."])
+    assert matrix[0][1] in (True, False)
+
+
+@pytest.mark.slow
+def test_an_unknown_model_or_a_reply_that_is_no_verdict_is_none(url):
+    unknown = find_reward({"name": "judge", "endpoint": url, "model": "no such model"})
+    assert asyncio.run(unknown(["Write."], ["one"])) == [None]
+    # an untrained model's free text is no JSON
+    free = {"structured": False, "timeout_s": 120}
+    assert asyncio.run(
+        find_reward({"name": "judge", "endpoint": url, "model": "judge", "client": free})(["Write."], ["one"])
+    ) == [None]
