@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -150,6 +151,10 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
     train(recipe, out, resume=arguments.resume is not None)
+    if (out / "predicted.json").is_file():
+        from launch.tables import predicted_table
+
+        print(predicted_table(json.loads((out / "predicted.json").read_text())))
     print(out / "report.html")
 
 
