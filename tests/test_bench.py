@@ -85,4 +85,5 @@ def test_a_command_that_fails_is_no_measurement():
 def test_the_cost_of_a_command_is_its_own_time_and_memory():
     cost = bench_commands.measure(["--help"])
     assert 0 < cost.seconds < 60
+    assert 0.01 < cost.cpu_seconds < 60
     assert 0.005 < cost.peak_gib < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ class Cost:
     """What one run of the command took."""
 
     seconds: float
+    cpu_seconds: float
+    """Of the command and the processes it waited for; more than `seconds` where several cores worked."""
     peak_gib: float
     """Resident memory of the whole process tree; pages that processes share count once for each."""
 
@@ -36,7 +39,7 @@ def measure(arguments: Sequence[str]) -> Cost:
     """Run `polyphony` with these arguments to its end. Raises RuntimeError, with what it said, if it fails."""
     command = [sys.executable, "-m", "launch.cli", *arguments]
     with tempfile.TemporaryFile() as said:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), _cpu_of_children()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=HOUSE)
         ended = threading.Event()
         peaks: list[int] = []
@@ -51,7 +54,7 @@ def measure(arguments: Sequence[str]) -> Cost:
         if process.returncode != 0:
             said.seek(0)
             raise RuntimeError(f"polyphony {' '.join(arguments)} failed:\n{said.read().decode(errors='replace')}")
-    return Cost(seconds=seconds, peak_gib=max(peaks) / GIB)
+    return Cost(seconds=seconds, cpu_seconds=_cpu_of_children() - cpu_started, peak_gib=max(peaks) / GIB)
 
 
 def bench_help() -> list[Result]:
@@ -64,7 +67,15 @@ def bench_debug() -> list[Result]:
     """Time the debug recipe, from the shell's prompt to the shell's prompt."""
     with tempfile.TemporaryDirectory() as folder:
         cost = measure(["train", str(RECIPES / "debug.yaml"), "--out", f"{folder}/run"])
-    return [repeated("debug", "s", [cost.seconds], target=Target(relation="<=", limit=60), note=_memory(cost))]
+    return [
+        repeated(
+            "debug",
+            "s",
+            [cost.seconds],
+            target=Target(relation="<=", limit=60),
+            note=f"{_cpu(cost)}, peak memory {cost.peak_gib:.2f} GiB",
+        )
+    ]
 
 
 def bench_demo() -> list[Result]:
@@ -72,13 +83,19 @@ def bench_demo() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         cost = measure(["demo", "--out", f"{folder}/demo"])
     return [
-        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=300)),
+        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=300), note=_cpu(cost)),
         repeated("demo_memory", "GiB", [cost.peak_gib], target=Target(relation="<=", limit=6)),
     ]
 
 
-def _memory(cost: Cost) -> str:
-    return f"peak memory {cost.peak_gib:.2f} GiB"
+def _cpu(cost: Cost) -> str:
+    """Say what a quiet machine with one core would need."""
+    return f"{cost.cpu_seconds:.0f} s of cpu time"
+
+
+def _cpu_of_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _watch(pid: int, ended: threading.Event, peaks: list[int]) -> None:
