@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.checkpoints import STATE_FILE, keep_newest, load_state, remove_unfinished, save_state, whole_checkpoints
+from trainer.checkpoints import (
+    STATE_FILE,
+    best_checkpoint,
+    keep_newest,
+    load_state,
+    mark_best,
+    remove_unfinished,
+    save_state,
+    whole_checkpoints,
+)
 
 
 @pytest.fixture
@@ -58,3 +67,15 @@ def test_fewer_than_the_limit_stay(folder):
 def test_a_run_that_never_saved_has_no_checkpoint(tmp_path):
     assert whole_checkpoints(tmp_path / "gone") == []
     assert remove_unfinished(tmp_path / "gone") == []
+
+
+def test_the_best_is_the_first_with_the_highest_score(folder):
+    assert best_checkpoint(folder) is None
+    for step, score in ((2, 0.5), (4, 0.75), (10, 0.75)):
+        mark_best(folder, folder / f"checkpoint-{step}", score)
+    assert best_checkpoint(folder) == folder / "checkpoint-4"
+
+
+def test_a_best_that_is_gone_is_none(folder):
+    mark_best(folder, folder / "checkpoint-12", 0.9)
+    assert best_checkpoint(folder) is None

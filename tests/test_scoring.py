@@ -6,7 +6,7 @@ import pytest
 
 from curricula.records import Domain, Group
 from trainer.data import Prompt
-from trainer.scoring import Graded, Sample, Scorer, form_groups, grade
+from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
 
 
 class Recording:
@@ -148,3 +148,10 @@ def test_groups_that_are_not_whole_are_an_error(prompts):
 
 def test_the_same_prompt_drawn_twice_makes_two_groups():
     assert [g.prompt_id for g in form_groups([graded("a")] * 4, size=2, draw=0)] == ["a", "a"]
+
+
+def test_failures_are_counted_against_the_completions_of_their_own_domain():
+    half = form_groups([graded("a", None), graded("a", 1.0)], size=2, draw=0)
+    check_failures(half, most=0.5)
+    with pytest.raises(RuntimeError, match="domain 'math': the reward failed on 1 of 2 completions in one draw"):
+        check_failures(half, most=0.49)
