@@ -1,14 +1,13 @@
 """Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve.
 
 Times are of this process's processor, so that a busy machine does not look like slow code.
-`python -m launch.lab.bench_curricula` prints a line a measurement; `make bench` calls `curricula_bench`.
+`python -m launch.lab.bench curricula` prints them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -18,30 +17,12 @@ from curricula.planner import make_plan
 from curricula.records import Domain, Evaluation, Group
 from curricula.schedulers import build_scheduler
 from curricula.transfer import TransferMatrix
+from launch.lab.bench_result import Result, Target, repeated
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """One number against its limit."""
-
-    name: str
-    value: float
-    limit: float
-    unit: str
-
-    @property
-    def is_within(self) -> bool:
-        return self.value <= self.limit
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.is_within else "OVER"
-        share = self.value / self.limit
-        return f"{self.name}: {self.value:.3g} {self.unit}, limit {self.limit:g} ({share:.0%}) {verdict}"
-
-
-def curricula_bench() -> list[Measurement]:
+def curricula_bench() -> list[Result]:
     """Measure draw + observe a prompt under three schedulers, memory, saving, and the planner."""
     before = psutil.Process().memory_info().rss
     names = [f"domain{k}" for k in range(DOMAINS)]
@@ -49,17 +30,17 @@ def curricula_bench() -> list[Measurement]:
     found = []
     for scheduler in ("joint", "adaptive", "sec"):
         curriculum = _curriculum(ids, scheduler)
-        found.append(
-            Measurement(name=f"draw + observe, {scheduler}", value=_pace(curriculum), limit=50, unit="us/prompt")
-        )
+        found.append(_within(f"draw_observe_{scheduler}", "us/prompt", _pace(curriculum), limit=50))
         if scheduler == "joint":
             size = (psutil.Process().memory_info().rss - before) / 2**20
-            found.append(
-                Measurement(name="a million prompt ids and their curriculum", value=size, limit=300, unit="MB")
-            )
+            found.append(_within("million_prompts_memory", "MB", size, limit=300))
     matrix = _matrix(12)
-    found.append(Measurement(name="plan of 12 domains", value=_seconds(lambda: make_plan(matrix)), limit=5, unit="s"))
+    found.append(_within("plan_12_domains", "s", _seconds(lambda: make_plan(matrix)), limit=5))
     return found
+
+
+def _within(name: str, unit: str, value: float, *, limit: float) -> Result:
+    return repeated(name, unit, [value], target=Target(relation="<=", limit=limit))
 
 
 def _content_hash(text: str) -> str:
@@ -122,6 +103,4 @@ def _seconds(work) -> float:
     return time.process_time() - start
 
 
-if __name__ == "__main__":
-    for measurement in curricula_bench():
-        print(measurement)
+BENCHMARKS = {"curricula": curricula_bench}
