@@ -44,17 +44,20 @@ class Curriculum:
         self.drawn = dict.fromkeys(self.names, 0)
         self.evaluations: list[Evaluation] = []
         self.decision: Decision | None = None
+        self.basis: Evidence | None = None  # what the last decision was made from
         self._state: Mapping[str, Any] = {}
         self._residual = [0.0] * len(self.names)
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
+        self._alarms: list[str] = []
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
-        self.decision = self.scheduler.decide(self.evidence(), self._state)
+        self.basis = self.evidence()
+        self.decision = self.scheduler.decide(self.basis, self._state)
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
-        self._state, self._notes = self.decision.state, []
+        self._state, self._notes, self._alarms = self.decision.state, [], []
         self.draws += 1
         refs: list[PromptRef] = []
         for name, count in zip(self.names, counts, strict=True):
@@ -64,18 +67,29 @@ class Curriculum:
 
     def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
         """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
+        by_domain: dict[str, list[Group]] = {name: [] for name in self.names}
+        for group in groups:
+            if group.domain not in by_domain:
+                raise ValueError(
+                    f"a group of domain {group.domain!r}, which this run does not train: {list(self.names)}"
+                )
+            by_domain[group.domain].append(group)
         self._last = tuple(
-            _domain_stats([g for g in groups if g.domain == name], (entropy or {}).get(name, math.nan))
-            for name in self.names
+            _domain_stats(its_groups, (entropy or {}).get(name, math.nan)) for name, its_groups in by_domain.items()
         )
 
     def record(self, evaluation: Evaluation) -> None:
         """Take in one held-out row, already reduced to the `steer` half."""
         self.evaluations.append(evaluation)
 
-    def note(self, text: str) -> None:
-        """Tell the scheduler, at its next decision, about something that happened to the run."""
+    def note(self, text: str, *, domain: str | None = None) -> None:
+        """Tell the scheduler, at its next decision, about something that happened to the run.
+
+        With a `domain`: that it was hurt so much that a guardrail broke (call it after a rollback's restore).
+        """
         self._notes.append(text)
+        if domain is not None:
+            self._alarms.append(domain)
 
     def evidence(self) -> Evidence:
         """Return what the scheduler may look at now."""
@@ -90,6 +104,7 @@ class Curriculum:
             last=self._last,
             evaluations=tuple(self.evaluations),
             notes=tuple(self._notes),
+            alarms=tuple(self._alarms),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -109,6 +124,7 @@ class Curriculum:
             "last": [asdict(stats) for stats in self._last],
             "evaluations": [evaluation.as_row() for evaluation in self.evaluations],
             "notes": list(self._notes),
+            "alarms": list(self._alarms),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -121,7 +137,7 @@ class Curriculum:
         self._residual, self._state = list(state["residual"]), state["scheduler"]
         self._last = tuple(DomainStats(**stats) for stats in state["last"])
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
-        self._notes = list(state["notes"])
+        self._notes, self._alarms = list(state["notes"]), list(state["alarms"])
 
 
 def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:

@@ -10,8 +10,10 @@ def allocate(n: int, mixture: Sequence[float], residual: Sequence[float]) -> tup
     """Split `n` prompts by `mixture` [K]; return the counts [K] and the residual [K] owed to each domain afterwards.
 
     A domain's claim is n p_k plus what earlier draws still owe it. Everyone gets the whole part of its claim (never
-    below 0), the rest goes to the largest remainders, ties to the earlier domain. Under a constant mixture the
-    cumulative counts stay within 1 of n p_k times draws for two domains, and within 1 + ln K in general.
+    below 0), the rest goes to the largest remainders, ties to the earlier domain. Under a constant mixture no domain
+    is ever a whole prompt ahead; what it is owed stays below 1 for up to 3 domains, and a search over thousands of
+    mixtures of up to 20 found 1.12 at worst. A mixture that changes against the residuals can push it further, about
+    as ln K: no rule that cannot see the future does better (the chip game of Adler et al., 2003).
     """
     claims = [n * p + r for p, r in zip(mixture, residual, strict=True)]
     counts = [max(0, math.floor(c + 1e-9)) for c in claims]

@@ -78,17 +78,18 @@ class Group:
     @property
     def graded(self) -> tuple[float, ...]:
         """The rewards that exist, in order."""
-        return tuple(r for r in self.rewards if r is not None)
+        return tuple([r for r in self.rewards if r is not None])
 
     @property
     def mean_reward(self) -> float:
         """Mean over graded completions; NaN if there are none."""
-        return sum(self.graded) / len(self.graded) if self.graded else math.nan
+        return mean(self.graded)
 
     @property
     def pass_rate(self) -> float:
         """Share of graded completions with the full reward of 1; NaN if none was graded."""
-        return sum(r >= 1.0 for r in self.graded) / len(self.graded) if self.graded else math.nan
+        graded = self.graded
+        return len([r for r in graded if r >= 1.0]) / len(graded) if graded else math.nan
 
     @property
     def has_signal(self) -> bool:
@@ -101,11 +102,14 @@ class Group:
 
         For binary rewards it is 2 sqrt(p (1 - p)) (SEC, arXiv:2505.14970).
         """
-        if not self.graded:
+        graded = self.graded
+        if not graded:
             return math.nan
-        mean = self.mean_reward
-        std = math.sqrt(sum((r - mean) ** 2 for r in self.graded) / len(self.graded))
-        return sum(abs(r - mean) for r in self.graded) / len(self.graded) / std if std > 0 else 0.0
+        if len(set(graded)) == 1:
+            return 0.0  # by their equality: the rounded mean of equal rewards may differ from them
+        centre = mean(graded)
+        distances = [abs(r - centre) for r in graded]
+        return mean(distances) / math.sqrt(mean([d * d for d in distances]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +196,8 @@ class Evidence:
     """Held-out rows so far, oldest first, reduced to the `steer` half."""
     notes: tuple[str, ...] = ()
     """What happened to the run since the last draw that a scheduler should know (a rollback, an alarm)."""
+    alarms: tuple[str, ...] = ()
+    """Domains, watch-only ones included, that the notes are about: what hurt them should be practised less."""
 
     @property
     def progress(self) -> float:

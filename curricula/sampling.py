@@ -26,6 +26,7 @@ class PassSampler:
         self.passes = 0
         self.cursor = 0
         self._order = self._permutation()
+        self._digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
     def draw(self, n: int) -> list[str]:
         """Return the next `n` ids."""
@@ -34,25 +35,21 @@ class PassSampler:
             if self.cursor == len(self.ids):
                 self.passes, self.cursor = self.passes + 1, 0
                 self._order = self._permutation()
-            taken = self._order[self.cursor : self.cursor + n - len(drawn)]
+            taken: list[int] = self._order[self.cursor : self.cursor + n - len(drawn)].tolist()
             drawn.extend(self.ids[i] for i in taken)
             self.cursor += len(taken)
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
-        return {"passes": self.passes, "cursor": self.cursor, "ids": _digest(self.ids)}
+        return {"passes": self.passes, "cursor": self.cursor, "ids": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position. Raises ValueError if the ids are not those of the saved run."""
-        if state["ids"] != _digest(self.ids):
+        if state["ids"] != self._digest:
             raise ValueError(f"domain {self.name!r}: the training rows differ from those of the saved run")
         self.passes, self.cursor = state["passes"], state["cursor"]
         self._order = self._permutation()
 
     def _permutation(self) -> np.ndarray:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{self.passes}".encode()).digest()
-        return np.random.default_rng(np.frombuffer(key, dtype=np.uint32)).permutation(len(self.ids))
-
-
-def _digest(ids: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+        return np.random.default_rng(np.frombuffer(key, dtype=np.uint32)).permutation(len(self.ids)).astype(np.uint32)

@@ -1,0 +1,1 @@
+"""The door: the command, the recipes, and everything that starts processes. Nothing imports this package."""

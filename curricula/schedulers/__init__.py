@@ -6,6 +6,7 @@ so it can be saved, restored and replayed offline. Add your own without a patch:
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -13,9 +14,18 @@ from typing import Any, Protocol
 from curricula.records import Decision, Evidence
 
 REGISTRY = {
+    "auto": "curricula.schedulers.auto:Auto",
     "joint": "curricula.schedulers.joint:Joint",
     "proportional": "curricula.schedulers.proportional:Proportional",
     "sequential": "curricula.schedulers.sequential:Sequential",
+    "bwt": "curricula.schedulers.bwt:Bwt",
+    "adaptive": "curricula.schedulers.adaptive:Adaptive",
+    "sec": "curricula.schedulers.sec:SEC",
+    "pac": "curricula.schedulers.pac:PAC",
+    "mt_grpo": "curricula.schedulers.mt_grpo:MTGRPO",
+    "dump": "curricula.schedulers.dump:DUMP",
+    "e2h": "curricula.schedulers.e2h:E2H",
+    "visatb": "curricula.schedulers.visatb:VisATB",
 }
 
 
@@ -39,3 +49,12 @@ def find_scheduler(name: str) -> type:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
+
+
+def build_scheduler(name: str, **settings: Any) -> Scheduler:
+    """Return a scheduler with its settings. Raises ValueError for a setting it does not have, and lists its own."""
+    kind = find_scheduler(name)
+    allowed = list(inspect.signature(kind).parameters)
+    if unknown := set(settings) - set(allowed):
+        raise ValueError(f"scheduler {name!r} has no setting {sorted(unknown)}; it has {allowed or 'none'}")
+    return kind(**settings)

@@ -28,6 +28,7 @@ def read_frame(stream):
 
 
 def write_frame(stream, word, content):
+    """Send one message: a word, a length, and that many bytes."""
     stream.write(b"%s %d\n%s" % (word.encode(), len(content), content))
     stream.flush()
 
@@ -230,6 +231,7 @@ def _run_main(source):
 
 
 def main():
+    """Read the source and its cases from the host, run each, answer each."""
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     _, source = read_frame(requests)

@@ -1,0 +1,83 @@
+"""How much of a draw goes back to domains whose stage is over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MOST = 0.5
+"""Largest share of a draw that all earlier domains get together, so that a stage stays the stage of its domain."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """q_j = fraction age_j^-exponent / sum over earlier domains of the same, age_j in draws since its stage ended.
+
+    Power-law rehearsal matches or beats regularisation in domain-incremental learning (arXiv:2401.10393); there the
+    age counts from the last practice, which under constant replay would be the last draw.
+    """
+
+    kind: str = "power_law"
+    fraction: float = 0.25
+    """Share of a draw; the paper's regime is 1 to 10 %, our lab's stages still lost their worst domain at 25 %."""
+    exponent: float = 1.0
+    """0 spreads the fraction evenly, 1 gives a domain twice as old half as much; 0.5 to 1.5 are usual."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "power_law":
+            raise ValueError(f"replay: kind is power_law, got {self.kind!r}")
+        if not 0 <= self.fraction <= MOST:
+            raise ValueError(f"replay: fraction must lie in [0, {MOST}], got {self.fraction}")
+        if not (self.exponent >= 0 and math.isfinite(self.exponent)):
+            raise ValueError(f"replay: exponent must be finite and >= 0, got {self.exponent}")
+
+    def shares(self, ages: Mapping[str, int]) -> dict[str, float]:
+        """Return the share of each earlier domain; `ages` in draws, at least 1. Empty without any."""
+        weights = {name: age**-self.exponent for name, age in ages.items()}
+        total = sum(weights.values())
+        return {name: self.fraction * weight / total for name, weight in weights.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protection:
+    """More replay for a past domain while its measured backward transfer is below `-max_drop` with 95 % confidence."""
+
+    max_drop: float = 0.02
+    """Loss since the end of its stage that is put up with, in score."""
+    share: float = 0.25
+    """Of a draw, for each domain under protection, as far as `MOST` allows."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.max_drop <= 1 and 0 <= self.share <= MOST):
+            raise ValueError(
+                f"protect: expected 0 <= max_drop <= 1 and 0 <= share <= {MOST}, got {self.max_drop}, {self.share}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plateau:
+    """A stage has stopped paying when the mean of its last `window` evaluations is less than `gain` above that of the
+    `window` before.
+    """
+
+    window: int = 2
+    """Evaluations on each side; with 2 of 200 items the difference has a standard error of about 0.025."""
+    gain: float = 0.01
+    """Score; 0 or less waits until the domain falls."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"plateau: window must be at least 1 evaluation, got {self.window}")
+
+    def is_reached(self, scores: list[float]) -> bool:
+        """Return whether the scores of a stage's evaluations, oldest first, have stopped rising."""
+        recent, earlier = scores[-self.window :], scores[-2 * self.window : -self.window]
+        return len(earlier) == self.window and sum(recent) - sum(earlier) < self.gain * self.window
+
+
+def combine(replay: Mapping[str, float], protected: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares of earlier domains, scaled down together where they would exceed `MOST`."""
+    shares = {name: share + protected.get(name, 0.0) for name, share in replay.items()}
+    total = sum(shares.values())
+    return {name: share * min(1.0, MOST / total) if total else 0.0 for name, share in shares.items()}

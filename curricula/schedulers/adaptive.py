@@ -1,0 +1,105 @@
+"""`adaptive`: the share of a domain follows what practising it is worth now, to itself and to all others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curricula.arms import Arms
+from curricula.priors import entropy_prior, score_prior
+from curricula.records import Decision, Evidence
+from curricula.transfer import TransferMatrix
+from curricula.worth import Worth
+
+UNSEEN = (1.0, 0.04)
+"""Mean and variance of learnability before a domain was drawn: as learnable as can be, so that each is tried."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adaptive:
+    """p_k = (1 - floor) u_k / sum_j u_j + floor / K with the utility
+
+        u_k = L_k (1 + P_k) (1 + strength X_k) F_k
+
+    L: mean |A| of the domain's groups, its learnability (SEC, arXiv:2505.14970): one sample a draw of the posterior of
+       PAC (arXiv:2608.30528), see `posterior`.
+    P: |slope of the mean reward over the last `window` draws| over the sum of the same. PAC takes the signed slope;
+       the size is used here, so that a domain that is being lost is practised too.
+    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one sample of the worth of a step on k
+       to the held-out scores of all domains, itself and watch-only ones included, see `worth`: measured by the probes
+       and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
+       evaluations need no gradients and see watch-only domains.
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`.
+
+    No source has the four together; the product is ours.
+    """
+
+    transfer: Any = None
+    """A `TransferMatrix`, the path of a `transfer.json`, or None: learn from this run's evaluations alone."""
+    floor: float = 0.1
+    """Share spread evenly over the domains, so that each keeps being measured."""
+    strength: float = 0.9
+    """Weight of transfer; below 1, so that transfer alone never silences a domain."""
+    focus: float = 0.2
+    """Difference in score over which a domain's need grows e times: .2 lets a domain at .3 count 3 times one at .5."""
+    alarm: float = 0.05
+    """Drawdown that doubles a domain's need: two standard errors of a paired difference of about 200 items."""
+    window: int = 16
+    """Draws of the progress slope (PAC's W)."""
+    entropy_band: tuple[float, float] = (0.5, 1.5)
+    """Multiples of a domain's entropy at the run's first evaluation."""
+    seed: int = 0
+    """Of the posterior samples; the draw's index is the other half of their seed, so no generator needs saving."""
+    worth: Worth = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("focus", "alarm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"adaptive: {name} must be above 0, got {getattr(self, name)}")
+        if not (0 <= self.floor <= 1 and 0 <= self.strength < 1 and self.window >= 3):
+            raise ValueError(
+                "adaptive: expected 0 <= floor <= 1, 0 <= strength < 1 and window >= 3, got "
+                f"{self.floor}, {self.strength}, {self.window}"
+            )
+        low, high = self.entropy_band
+        if not 0 <= low < high:
+            raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")
+        matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
+        worth = Worth(
+            scores=None if matrix is None else score_prior(matrix),
+            entropies=None if matrix is None else entropy_prior(matrix),
+            focus=self.focus,
+            alarm=self.alarm,
+            band=(low, high),
+        )
+        object.__setattr__(self, "worth", worth)
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        rng = random.Random(f"{self.seed}/{evidence.draw}")
+        arms = Arms.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
+        assessed = self.worth.assess(evidence, state.get("worth", {}))
+        learnability = np.maximum(arms.sample(rng), 1e-3)
+        progress = arms.progress()
+        sampled = [rng.gauss(v, sd) for v, sd in zip(assessed["value"], assessed["value_sd"], strict=True)]
+        transfer = _relative(np.array(sampled), np.array(assessed["value"]), np.array(assessed["value_sd"]))
+        entropy = 2 ** np.clip(np.array(assessed["pull"]), -1, 1)
+        utility = learnability * (1 + np.abs(progress)) * (1 + self.strength * transfer) * entropy
+        size = len(evidence.domains)
+        mixture = (1 - self.floor) * utility / utility.sum() + self.floor / size
+        factors = zip(evidence.domains, mixture, learnability, progress, transfer, entropy, strict=True)
+        reason = "; ".join(
+            f"{name} {p:.2f}: learnability {a:.2f}, progress {b:+.2f}, transfer {c:+.2f}, entropy x{d:.2f}"
+            for name, p, a, b, c, d in factors
+        )
+        next_state = {"arms": arms.as_json(), "worth": assessed}
+        return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
+
+
+def _relative(sampled: np.ndarray, value: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    scale = np.abs(value).mean() + sd.mean()
+    return np.clip((sampled - sampled.mean()) / scale, -1, 1) if scale > 0 else np.zeros_like(value)

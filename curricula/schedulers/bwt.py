@@ -1,0 +1,184 @@
+"""`bwt`: one stage a domain in the order that measured transfer asks for, with replay of what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curricula.forgetting import moment
+from curricula.online import Prior, Regression
+from curricula.planner import Solver
+from curricula.priors import score_prior
+from curricula.records import Decision, Evidence, mean
+from curricula.rehearsal import Plateau, Protection, Replay, combine
+from curricula.transfer import TransferMatrix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bwt:
+    """Within stage s on domain d:  p = q on earlier domains,  1 - sum q on d,  0 on later ones.
+
+    Order: the planner's (Omni-Thinker's rule, arXiv:2507.14783, with uncertainty and entropy, see `planner`).
+    q: power-law replay plus protection of domains that are being forgotten, see `rehearsal`; Omni-Thinker has neither.
+    Length: a stage gets an equal part of the draws that are left; it ends early when its domain's held-out score has
+        stopped rising (single-domain stages go on to damage their own domain), except the last one.
+    A guardrail that broke ends the stage that broke it, or protects its domain where that can be replayed.
+    After each stage the scores it was predicted to reach are put beside those measured, and the rest is planned again:
+        T[j -> i] moves by what the run has shown beyond the probes. The effects of all domains on one are believed to
+        be related (see `online`), so a domain that suffered more than predicted under past stages is expected to
+        under those to come, and moves later.
+    """
+
+    transfer: Any = None
+    """A `TransferMatrix` or the path of a `transfer.json`, as `polyphony probe` writes it; no order without."""
+    replay: Any = field(default_factory=Replay)
+    """`Replay` or its settings: `{kind: power_law, fraction: 0.25, exponent: 1.0}`."""
+    protect: Any = field(default_factory=Protection)
+    """`Protection` or its settings: `{max_drop: 0.02, share: 0.25}`."""
+    plateau: Any = field(default_factory=Plateau)
+    """`Plateau` or its settings: `{window: 2, gain: 0.01}`; None: every stage runs to its end."""
+    solver: Solver = field(init=False, repr=False, compare=False)
+    prior: Prior = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.transfer is None:
+            raise ValueError("bwt: transfer is missing; run `polyphony probe` and give the path of its transfer.json")
+        for name, kind in (("replay", Replay), ("protect", Protection), ("plateau", Plateau)):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, kind(**getattr(self, name)))
+        matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
+        object.__setattr__(self, "solver", Solver(matrix.on("steer")))
+        object.__setattr__(self, "prior", score_prior(matrix))
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        run = _Run.from_json(state) if state else self._begin(evidence)
+        run, news = self._observe(run, evidence), ""
+        if ended := self._ended(run, evidence):
+            run, news = self._next_stage(run, evidence, ended)
+        domain = run.order[run.stage]
+        earlier = self._earlier_shares(run, evidence)
+        shares = earlier | {domain: 1 - sum(earlier.values())}
+        reason = f"stage {run.stage + 1} of {len(run.order)}: {domain}"
+        if earlier:
+            reason += "; replay " + ", ".join(f"{name} {share:.2f}" for name, share in earlier.items())
+        if run.protected:
+            reason += f"; protected: {', '.join(run.protected)}"
+        return Decision(
+            mixture=tuple(shares.get(name, 0.0) for name in evidence.domains),
+            reason=reason + news,
+            state=run.as_json(),
+            stage=domain,
+        )
+
+    def _begin(self, evidence: Evidence) -> _Run:
+        if set(self.solver.names) != set(evidence.domains):
+            raise ValueError(
+                f"bwt: the transfer file orders {sorted(self.solver.names)}, the run trains {sorted(evidence.domains)}"
+            )
+        return _Run(order=self.solver.order())
+
+    def _observe(self, run: _Run, evidence: Evidence) -> _Run:
+        """Take in the evaluations that are new: who is to be protected, and what practice has done to whom."""
+        rows, past = evidence.evaluations, run.order[: run.stage]
+        guarded = [name for name in past if name in evidence.alarms and name not in run.protected]
+        run = replace(run, protected=(*run.protected, *guarded))
+        if len(rows) <= run.seen:
+            return run
+        sums = Regression.from_json(run.sums) if run.sums else Regression.empty(len(rows[0].scores), len(run.order))
+        for n in range(max(1, run.seen), len(rows)):
+            sums = sums.add_scores(rows[n - 1], rows[n], evidence.domains)
+        lost = moment(rows).bwt
+        alarmed = [name for name in past if lost[name].high < -self.protect.max_drop]
+        # who was protected stays so until the loss itself is made up for, not only its certainty
+        healing = [name for name in past if name in run.protected and lost[name].mid < -self.protect.max_drop]
+        protected = tuple(name for name in past if name in alarmed or name in healing)
+        return replace(run, seen=len(rows), sums=sums.as_json(), protected=protected)
+
+    def _ended(self, run: _Run, evidence: Evidence) -> str:
+        """Return why the stage is over, or nothing."""
+        left = len(run.order) - run.stage
+        if left == 1:
+            return ""
+        if hurt := [name for name in evidence.alarms if name not in run.order[: run.stage]]:
+            return f"it broke the guardrail of {', '.join(hurt)}"
+        length = max(1, (evidence.total_draws - run.start) // left)
+        if evidence.draw - run.start >= length:
+            return "its draws are used up"
+        domain = run.order[run.stage]
+        own = [row for row in evidence.evaluations[run.first :] if row.trained == (domain,)]
+        if self.plateau is not None and self.plateau.is_reached([mean(row.scores[domain]) for row in own]):
+            return "its score has stopped rising"
+        return ""
+
+    def _next_stage(self, run: _Run, evidence: Evidence, why: str) -> tuple[_Run, str]:
+        ended = run.order[run.stage]
+        done, left = run.order[: run.stage + 1], run.order[run.stage + 1 :]
+        rest = self.solver.order(left, self._shift(run, evidence))
+        news = f"; {ended} ended because {why}; the plan of the rest {'stays' if rest == left else 'becomes'} "
+        news += ", ".join(rest)
+        review: dict[str, Any] = {"stage": ended, "draw": evidence.draw, "why": why, "rest": list(rest)}
+        if evidence.evaluations:
+            now = evidence.evaluations[-1].scores
+            predicted = dict(zip(self.solver.effects.domains, self.solver.predict(done)[0].tolist(), strict=True))
+            review["predicted"] = {name: predicted[name] for name in now}
+            review["measured"] = {name: mean(items) for name, items in now.items()}
+            pairs = ", ".join(f"{name} {predicted[name]:.2f}/{mean(items):.2f}" for name, items in now.items())
+            news += f"; predicted/measured {pairs}"
+        following = replace(
+            run,
+            order=(*done, *rest),
+            stage=run.stage + 1,
+            start=evidence.draw,
+            first=len(evidence.evaluations),
+            ends={**run.ends, ended: evidence.draw},
+            reviews=(*run.reviews, review),
+        )
+        return following, news
+
+    def _shift(self, run: _Run, evidence: Evidence) -> np.ndarray | None:
+        """Return by how much the run has moved each T[j -> i] from the probes, [J, J]; None before two evaluations."""
+        names = self.solver.names
+        if not run.sums:
+            return None
+        scored = tuple(evidence.evaluations[0].scores)
+        prior = self.prior.select(evidence.domains, scored)
+        moved = Regression.from_json(run.sums).posterior(prior)[0] - prior.mean
+        at = np.ix_([scored.index(name) for name in names], [evidence.domains.index(name) for name in names])
+        return ((moved * prior.steps)[at]).T
+
+    def _earlier_shares(self, run: _Run, evidence: Evidence) -> dict[str, float]:
+        ages = {name: evidence.draw - end + 1 for name, end in run.ends.items()}
+        return combine(self.replay.shares(ages), {name: float(self.protect.share) for name in run.protected})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What `bwt` remembers."""
+
+    order: tuple[str, ...]
+    stage: int = 0
+    start: int = 0
+    """Draw at which the stage began."""
+    first: int = 0
+    """Evaluations that there were then."""
+    ends: Mapping[str, int] = field(default_factory=dict)
+    """Draw at which each past domain's stage ended."""
+    protected: tuple[str, ...] = ()
+    seen: int = 0
+    sums: Mapping[str, Any] = field(default_factory=dict)
+    reviews: tuple[Mapping[str, Any], ...] = ()
+    """After each stage: why it ended, predicted and measured scores, the plan of the rest."""
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> _Run:
+        tuples = {name: tuple(state[name]) for name in ("order", "protected", "reviews")}
+        return cls(**{**state, **tuples})
+
+    def as_json(self) -> dict[str, Any]:
+        lists = {name: list(getattr(self, name)) for name in ("order", "protected", "reviews")}
+        plain = ("stage", "start", "first", "ends", "seen", "sums")
+        return lists | {name: getattr(self, name) for name in plain}

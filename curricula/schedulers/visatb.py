@@ -1,0 +1,78 @@
+"""`visatb`: a mixture fixed before training: who helps others, who gets no help, who is hard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from curricula.crossfit import own_levels, square
+from curricula.effects import Effects
+from curricula.records import Decision, Evidence, mean
+from curricula.schedulers.settings import check_numbers
+from curricula.schedulers.shares import listed, softmax
+from curricula.transfer import TransferMatrix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisATB:
+    """p = ((softmax(out / tau) + softmax(-in / tau)) / 2 + softmax((1 - d) / tau)) / 2, the same for the whole run.
+
+    With T[j -> i] the change of domain i's score after training on j alone: out_k = mean over i != k of T[k -> i], what
+    k gives to others; in_k = mean over j != k of T[j -> k], what it gets from them; d_k: its score in [0, 1] after
+    training on itself, so 1 - d is how hard it is. tau: `temperature`.
+
+    Source: the code of VisATB (YanqiDai/VisATB). Changed: its weights (mean 1) multiply losses, our shares divide
+    prompts; its contributions come from runs on one task plus small sets of the others, ours from the probe's matrix,
+    on the `steer` half. Being static it looks at no rewards: the first draw is already the last word, and a domain that
+    was not drawn means nothing.
+    """
+
+    transfer: TransferMatrix | None = None
+    """What `polyphony probe` measured; needed."""
+    temperature: float = 0.5
+    """tau; 0.5 as in the code: a contribution larger by 0.35 doubles its term."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, temperature="(0, inf)")
+        if not isinstance(self.transfer, TransferMatrix):
+            raise ValueError(
+                f"VisATB: transfer must be a TransferMatrix, got {self.transfer!r}; `polyphony probe RECIPE` measures "
+                "one and writes transfer.json: name that file as curriculum.transfer in the recipe, or in Python give "
+                "transfer=TransferMatrix.load(path)"
+            )
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        state = state or self._weigh(evidence.domains)  # worked out once: the matrix does not change
+        return Decision(mixture=tuple(state["mixture"]), reason=state["reason"], state=dict(state))
+
+    def _weigh(self, domains: tuple[str, ...]) -> dict[str, Any]:
+        assert self.transfer is not None  # __post_init__ saw to it
+        effects = Effects(self.transfer.on("steer"))
+        if missing := [name for name in domains if name not in effects.trained]:
+            raise ValueError(
+                f"VisATB: the transfer matrix has no training on {missing}, only on {list(effects.trained)}; "
+                "run `polyphony probe` on this recipe"
+            )
+        rows = [effects.trained.index(name) for name in domains]
+        table = square(effects, effects.means())[0][rows][:, rows]
+        level = own_levels(effects, effects.means())[0][rows].tolist()
+        given = [_mean_without(table[k], k) for k in range(len(rows))]
+        got = [_mean_without(table[:, k], k) for k in range(len(rows))]
+        terms = zip(
+            softmax(given, temperature=self.temperature),
+            softmax([-x for x in got], temperature=self.temperature),
+            softmax([1 - d for d in level], temperature=self.temperature),
+            strict=True,
+        )
+        reason = (
+            f"fixed by the probe: more to domains that give to others ({listed(domains, given)}), that get little "
+            f"({listed(domains, got)}) and that stay hard (own score {listed(domains, level)})"
+        )
+        return {"mixture": [((out + into) / 2 + hard) / 2 for out, into, hard in terms], "reason": reason}
+
+
+def _mean_without(values: Any, k: int) -> float:
+    """Return the mean of all values but the k-th; 0 where there is no other: a lone domain gives and gets nothing."""
+    others = [float(value) for i, value in enumerate(values) if i != k]
+    return mean(others) if others else 0.0

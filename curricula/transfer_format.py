@@ -1,0 +1,134 @@
+"""What makes a transfer matrix valid. Each check names the offender: no wrong file may become a plausible order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from curricula.records import Evaluation
+
+if TYPE_CHECKING:
+    from curricula.transfer import TransferMatrix
+
+ROW_KEYS = {"trained", "step", "seed", "scores", "entropy", "exposure", "probe"}
+
+
+def read_row(row: Any, *, where: str) -> Evaluation:
+    """Return one row of the file as an Evaluation. Raises ValueError that names the row for a wrong shape."""
+    if not isinstance(row, Mapping) or not {"trained", "step", "seed", "scores"} <= set(row):
+        raise ValueError(f"{where}: a row is an object with trained, step, seed and scores, got {_short(row)}")
+    if unknown := set(row) - ROW_KEYS:
+        raise ValueError(f"{where}: unknown keys {sorted(unknown)}; allowed: {sorted(ROW_KEYS)}")
+    if isinstance(row["trained"], str) or not isinstance(row["trained"], Sequence):
+        raise ValueError(f"{where}: trained is a list of domain names, got {row['trained']!r}")
+    for name, items in row["scores"].items():
+        if isinstance(items, str) or not isinstance(items, Sequence):
+            raise ValueError(f"{where}: scores of {name!r} must be a list, one score an item, got {_short(items)}")
+    return Evaluation.from_row(row)
+
+
+def check_matrix(matrix: TransferMatrix) -> None:
+    """Raise ValueError at the first thing in the matrix that is not as DESIGN.md, section 6, says."""
+    _check_domains(matrix)
+    if not any(not row.trained for row in matrix.rows):
+        raise ValueError('no baseline: one row must have "trained": [] (scores before any training)')
+    for n, row in enumerate(matrix.rows):
+        _check_row(row, matrix, where=f"row {n}")
+    _check_items(matrix)
+    _check_duplicates(matrix.rows)
+
+
+def _check_domains(matrix: TransferMatrix) -> None:
+    names = matrix.domains
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"domains must be different, non-empty names, at least one, got {list(names)}")
+    if set(matrix.kinds) != set(names):
+        raise ValueError(f"kinds must name each domain once: domains {list(names)}, kinds {sorted(matrix.kinds)}")
+    for name, kind in matrix.kinds.items():
+        if kind not in ("structured", "open_ended"):
+            raise ValueError(f"domain {name!r}: kind is structured or open_ended, got {kind!r}")
+    _check_known(matrix.watch_only, names, where="watch_only")
+    if set(matrix.watch_only) == set(names):
+        raise ValueError("every domain is watch-only: at least one must be trainable")
+
+
+def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
+    _check_known(row.trained, matrix.domains, where=f"{where}: trained")
+    if watched := set(row.trained) & set(matrix.watch_only):
+        raise ValueError(f"{where}: trained on watch-only domains {sorted(watched)}")
+    if row.probe and len(row.trained) > 1 and set(row.trained) != set(matrix.trainable):
+        raise ValueError(
+            f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint arm; "
+            f"got {list(row.trained)}"
+        )
+    for key in ("step", "seed"):
+        value = getattr(row, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{where}: {key} must be an integer >= 0, got {value!r}")
+    if set(row.scores) != set(matrix.domains):
+        raise ValueError(f"{where}: scores must name each of {list(matrix.domains)} once, got {sorted(row.scores)}")
+    for name, items in row.scores.items():
+        _check_scores(items, where=f"{where}, domain {name!r}")
+    _check_known(row.entropy, matrix.domains, where=f"{where}: entropy")
+    for name, nats in row.entropy.items():
+        if not (_is_number(nats) and nats >= 0):
+            raise ValueError(f"{where}, domain {name!r}: entropy must be finite and >= 0 nats, got {nats!r}")
+    _check_known(row.exposure, matrix.domains, where=f"{where}: exposure")
+
+
+def _check_scores(items: Sequence[Any], *, where: str) -> None:
+    if not items:
+        raise ValueError(f"{where}: no scores; a held-out set needs at least one item")
+    for n, value in enumerate(items):
+        if not (_is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], got {value!r}")
+
+
+def _check_items(matrix: TransferMatrix) -> None:
+    first = matrix.rows[0]
+    for n, row in enumerate(matrix.rows):
+        for name, items in row.scores.items():
+            if len(items) != len(first.scores[name]):
+                raise ValueError(
+                    f"row {n}, domain {name!r}: {len(items)} items, but row 0 has {len(first.scores[name])}; "
+                    "scores are compared item by item"
+                )
+    if matrix.items is None:
+        return
+    if set(matrix.items) != set(matrix.domains):
+        raise ValueError(f"items must name each of {list(matrix.domains)} once, got {sorted(matrix.items)}")
+    for name, ids in matrix.items.items():
+        if len(ids) != len(first.scores[name]):
+            raise ValueError(f"domain {name!r}: {len(ids)} item ids for {len(first.scores[name])} scores")
+        if len(set(ids)) < 2:
+            raise ValueError(f"domain {name!r}: items to be split in halves need at least 2 different ids, got {ids}")
+
+
+def _check_duplicates(rows: Sequence[Evaluation]) -> None:
+    seen: dict[tuple, int] = {}
+    for n, row in enumerate(rows):
+        # a probe is one training run a seed: a second row of it would be counted as a second run
+        moment = None if row.probe else row.step
+        key = (frozenset(row.trained), row.seed, row.probe, moment)
+        if key in seen:
+            what = f"trained {list(row.trained)}, seed {row.seed}" + ("" if row.probe else f", step {row.step}")
+            raise ValueError(f"rows {seen[key]} and {n} are the same measurement ({what}): keep one")
+        seen[key] = n
+
+
+def _check_known(names: Any, known: Sequence[str], *, where: str) -> None:
+    listed = list(names)
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"{where}: {listed} names a domain twice")
+    if unknown := [name for name in listed if name not in known]:
+        raise ValueError(f"{where}: unknown domains {unknown}; known: {list(known)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

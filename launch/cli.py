@@ -1,0 +1,222 @@
+"""The command `polyphony`: one verb a module, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0, 1 for a failed check, 2 for bad input (one line on standard error)."""
+    arguments = _parse(argv)
+    set_environment()
+    try:
+        return arguments.run(arguments) or 0
+    except ValueError as error:
+        print(f"polyphony {arguments.verb}: {_one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    except RuntimeError as error:
+        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a file that was taken away
+        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand after options too, where argparse by itself no longer looks for them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def set_environment() -> None:
+    """Choose what the libraries read at import. Two OpenMP threads on a busy small machine are slower than one."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
+            warnings.simplefilter("ignore", category)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polyphony", description="RL post-training of one language model over many domains."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = _verb(verbs, "train", _train, "train a recipe", "polyphony train recipe.yaml grpo.max_steps=200")
+    train.add_argument("recipe", nargs="?", help="the recipe, YAML")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    train.add_argument("--out", type=Path, help="run folder (default: runs/<name>)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
+
+    evaluate = _verb(
+        verbs, "eval", _eval, "score a model on a recipe's held-out sets", "polyphony eval runs/demo/final r.yaml"
+    )
+    evaluate.add_argument("model", help="folder or hub name of the model")
+    evaluate.add_argument("recipe", help="the recipe, YAML")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    report = _verb(verbs, "report", _report, "write the HTML report of one or more runs", "polyphony report runs/demo")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+    report.add_argument("--json", action="store_true", help="print the summary numbers instead")
+
+    probe = _verb(
+        verbs, "probe", _probe, "measure what training on each domain does to the others", "polyphony probe recipe.yaml"
+    )
+    probe.add_argument("recipe", help="the recipe, YAML; its section `probe` says how long and from where")
+    probe.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    probe.add_argument(
+        "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
+    )
+
+    plan = _verb(
+        verbs, "plan", _plan, "say in which order to train, or to mix", "polyphony plan runs/x-probe/transfer.json"
+    )
+    plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
+    plan.add_argument("--replay", type=Path, metavar="RUN", help="replay a saved run's evidence instead")
+    plan.add_argument("--scheduler", help="with --replay: registry name or import path")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
+    demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
+    demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
+
+    doctor = _verb(
+        verbs, "doctor", _doctor, "say whether this machine can train, and what will be slow", "polyphony doctor"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+
+    score = _verb(
+        verbs, "score", _score, "run a reward over a file of completions", "polyphony score rows.jsonl --reward exact"
+    )
+    score.add_argument("rows", type=Path, help="JSONL with prompt, completion, answer and what else the reward reads")
+    score.add_argument("--reward", required=True, help="registry name, import path, or JSON {name: .., ..}")
+    score.add_argument("--json", action="store_true", help='print {"rewards": [..]}')
+    return parser
+
+
+def _verb(
+    verbs: argparse._SubParsersAction, name: str, run: Callable, text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from launch.config import RecipeError, load_recipe
+    from launch.train import RECIPE_FILE, train
+
+    if arguments.resume:
+        if arguments.recipe:
+            raise RecipeError("--resume takes the recipe of its run folder; give no other")
+        if arguments.out:
+            raise RecipeError("--resume goes on in its own folder; leave --out away")
+        if not (arguments.resume / RECIPE_FILE).is_file():
+            raise RecipeError(f"--resume {arguments.resume}: no run there ({RECIPE_FILE} is missing)")
+    elif not arguments.recipe:
+        raise RecipeError("give a recipe, or --resume RUN")
+    recipe = load_recipe(arguments.recipe or arguments.resume / RECIPE_FILE, arguments.overrides)
+    if arguments.dry_run:
+        print(recipe.as_yaml(), end="")
+        return
+    out = arguments.resume or arguments.out or Path("runs") / recipe.name
+    train(recipe, out, resume=arguments.resume is not None)
+    if (out / "predicted.json").is_file():
+        from launch.tables import predicted_table
+
+        print(predicted_table(json.loads((out / "predicted.json").read_text())))
+    print(out / "report.html")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from launch.config import load_recipe
+    from launch.evaluate import evaluate
+
+    evaluate(load_recipe(arguments.recipe, arguments.overrides), arguments.model, as_json=arguments.json)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from launch.report import report
+
+    report(arguments.runs, out=arguments.out, as_json=arguments.json)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from launch.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from curricula.transfer import TransferMatrix
+    from launch.probe import TRANSFER_FILE, probe
+    from launch.tables import transfer_table
+    from trainer.report import write_report
+
+    out = arguments.out or Path("runs") / f"{recipe.name}-probe"
+    probe(recipe, out)
+    print(transfer_table(TransferMatrix.load(out / TRANSFER_FILE).on("report")))
+    print(f"{out / TRANSFER_FILE}\n{write_report([out], out / 'report.html')}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from launch.config import RecipeError
+    from launch.plan import plan, replay_run
+
+    if arguments.replay:
+        if not arguments.scheduler:
+            raise RecipeError("--replay needs --scheduler NAME")
+        replay_run(arguments.replay, scheduler=arguments.scheduler, as_json=arguments.json)
+    elif arguments.transfer:
+        plan(arguments.transfer, as_json=arguments.json)
+    else:
+        raise RecipeError("give a transfer.json, or --replay RUN --scheduler NAME")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from launch.demo import demo
+
+    demo(arguments.out)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from launch.doctor import doctor
+
+    return doctor(as_json=arguments.json)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from launch.score import score
+
+    score(arguments.rows, reward=arguments.reward, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The recipe: YAML 1.2 in, checked and frozen; every error names the full key and the nearest one that exists.
+
+No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the committed list of TRL's fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from launch.grpo_fields import GRPO_FIELDS, OURS
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, in one line."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DomainSection(_Section):
+    """One domain; without `train` it is watch-only."""
+
+    kind: Literal["structured", "open_ended"]
+    train: Any = None
+    """Path, `hf://org/name`, `{path, split, limit}` or `{generator: pkg.module:function, ..}`."""
+    heldout: Any
+    reward: Any
+    """Registry name, import path, or `{name: .., **arguments}`."""
+    weight: float = Field(default=1.0, ge=0)
+    max_completion_length: int | None = Field(default=None, ge=1)
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_reward(cls, reward: Any) -> Any:
+        if not isinstance(reward.get("name") if isinstance(reward, Mapping) else reward, str):
+            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+        return reward
+
+
+class CurriculumSection(BaseModel):
+    """`scheduler` by registry name or import path; every other key is a setting of that scheduler."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    scheduler: str = "auto"
+    transfer: str | None = None
+    """A probe's `transfer.json`: what schedulers that plan start from, and what the report draws."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class RolloutsSection(_Section):
+    """Who generates."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    max_grader_failures: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+
+
+class EvalSection(_Section):
+    """Held-out evaluation of all domains."""
+
+    every: int = Field(default=50, ge=1)
+    """Optimizer steps between evaluations; there is always one before the first step and one after the last."""
+    samples: int = Field(default=4, ge=1)
+    """Completions an item."""
+    shown: int = Field(default=3, ge=0)
+    """Items of each domain whose completion is kept for people to read."""
+
+
+class CheckpointSection(_Section):
+    """What is saved on the way, beside `final/`."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between checkpoints; by default as often as evaluations."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; the best by worst domain is kept as well."""
+
+
+class ProbeSection(_Section):
+    """`polyphony probe`: what training on one domain alone does to every domain."""
+
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps of each single-domain run."""
+    seeds: int = Field(default=2, ge=1)
+    """Repetitions; with one, intervals know of evaluation noise only."""
+    start: str = Field(default="joint:40", alias="from")
+    """Where every run starts: `base` (the recipe's model), `joint:<steps>` (after that many steps on all domains), or
+    the folder of a checkpoint. From the base, transfer is mostly format learning that later stages saturate."""
+    joint_arm: bool = True
+    """Also train on all domains for the same total of steps: what a sequence has to beat."""
+
+
+class LoraSection(_Section):
+    """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class GuardrailSection(_Section):
+    """How much a domain, trained or only watched, may lose before something is done; judged with confidence."""
+
+    max_drop: float = Field(ge=0, le=1)
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
+
+
+class DataSection(_Section):
+    """How rows are taken in."""
+
+    overlap: Literal["drop", "keep", "error"] = "drop"
+    """What happens to training rows that repeat held-out rows."""
+
+
+class WandbSection(_Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "polyphony"
+    entity: str | None = None
+
+
+class TrackingSection(_Section):
+    """Trackers of ours; others work through `grpo.report_to`."""
+
+    wandb: WandbSection | None = None
+
+
+class Recipe(_Section):
+    """One run, whole.
+
+    Example: `load_recipe("launch/recipes/debug.yaml", ["grpo.max_steps=4"]).domains["arithmetic"].kind`
+    """
+
+    name: str
+    model: str
+    algorithm: Literal["grpo"] = "grpo"
+    domains: dict[str, DomainSection] = Field(min_length=1)
+    curriculum: CurriculumSection = CurriculumSection()
+    rollouts: RolloutsSection = RolloutsSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    data: DataSection = DataSection()
+    grpo: dict[str, Any] = Field(default_factory=dict)
+    """TRL's GRPOConfig, handed over untouched."""
+    guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
+    lora: LoraSection | None = None
+    probe: ProbeSection = ProbeSection()
+    tracking: TrackingSection = TrackingSection()
+
+    def as_yaml(self) -> str:
+        """Return the resolved recipe, defaults included; `load_recipe` reads it back to an equal one."""
+        out = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.model_dump(exclude_none=True, by_alias=True), out)
+        return out.getvalue()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides, check it. Paths are relative to the recipe's own folder.
+
+    Raises RecipeError, in one line, naming the key, the value and what is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe {path} does not exist")
+    document = _read_yaml(path)
+    for override in overrides:
+        _apply(document, override)
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+    _check_grpo(recipe.grpo)
+    for name in recipe.guardrails:
+        if name not in recipe.domains:
+            raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
+    return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    return document
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected key.path=value")
+    *parents, last = key.split(".")
+    section = document
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        section[last] = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first problem in one line, with the nearest valid key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"{where}: required, but not given"
+    return f"{where}: {first['msg']}, got {first['input']!r}"
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation if isinstance(model, type) else get_args(model)[1]
+        candidates = [annotation, *get_args(annotation)]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        model = annotation if getattr(annotation, "__origin__", None) is dict else models[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _check_grpo(grpo: Mapping[str, Any]) -> None:
+    for name in grpo:
+        if name in OURS:
+            raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
+        if name not in GRPO_FIELDS:
+            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+    if grpo.get("use_cpu") and grpo.get("deepspeed"):
+        raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    domains = {
+        name: section.model_copy(
+            update={split: _absolute(getattr(section, split), folder) for split in ("train", "heldout")}
+        )
+        for name, section in recipe.domains.items()
+    }
+    model = recipe.model
+    if model.startswith(("./", "../", "/")) or (folder / model).is_dir():
+        if not (folder / model).is_dir():
+            raise RecipeError(f"model: folder {folder / model} does not exist")
+        model = str((folder / model).resolve())
+    transfer = _absolute(recipe.curriculum.transfer, folder)
+    curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
+    return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
+
+
+def _absolute(source: Any, folder: Path) -> Any:
+    if isinstance(source, Mapping) and "path" in source:
+        return {**source, "path": _absolute(source["path"], folder)}
+    if isinstance(source, str) and not source.startswith("hf://"):
+        return str((folder / source).resolve())
+    return source

@@ -1,0 +1,106 @@
+"""Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve.
+
+Times are of this process's processor, so that a busy machine does not look like slow code.
+`python -m launch.lab.bench curricula` prints them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import numpy as np
+import psutil
+
+from curricula.curriculum import Curriculum
+from curricula.planner import make_plan
+from curricula.records import Domain, Evaluation, Group
+from curricula.schedulers import build_scheduler
+from curricula.transfer import TransferMatrix
+from launch.lab.bench_result import Result, Target, repeated
+
+DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
+
+
+def curricula_bench() -> list[Result]:
+    """Measure draw + observe a prompt under three schedulers, memory, saving, and the planner."""
+    before = psutil.Process().memory_info().rss
+    names = [f"domain{k}" for k in range(DOMAINS)]
+    ids = {name: [_content_hash(f"{name}/{n}") for n in range(PROMPTS // DOMAINS)] for name in names}
+    found = []
+    for scheduler in ("joint", "adaptive", "sec"):
+        curriculum = _curriculum(ids, scheduler)
+        found.append(_within(f"draw_observe_{scheduler}", "us/prompt", _pace(curriculum), limit=50))
+        if scheduler == "joint":
+            size = (psutil.Process().memory_info().rss - before) / 2**20
+            found.append(_within("million_prompts_memory", "MB", size, limit=300))
+    matrix = _matrix(12)
+    found.append(_within("plan_12_domains", "s", _seconds(lambda: make_plan(matrix)), limit=5))
+    return found
+
+
+def _within(name: str, unit: str, value: float, *, limit: float) -> Result:
+    return repeated(name, unit, [value], target=Target(relation="<=", limit=limit))
+
+
+def _content_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _curriculum(ids: dict[str, list[str]], scheduler: str) -> Curriculum:
+    domains = [Domain(name=name, kind="structured", train=[0]) for name in ids]
+    return Curriculum(domains=domains, prompts=ids, scheduler=build_scheduler(scheduler), total_draws=DRAWS)
+
+
+def _pace(curriculum: Curriculum) -> float:
+    """Return microseconds a prompt of drawing and observing, an evaluation of 200 items a domain every 20 draws."""
+    rng = np.random.default_rng(0)
+    spent = 0.0
+    for draw in range(DRAWS):
+        if draw % 20 == 0:
+            solved = rng.random((DOMAINS, 200)) < 0.3 + 0.2 * draw / DRAWS
+            scores = {name: tuple(row.astype(float)) for name, row in zip(curriculum.names, solved, strict=True)}
+            exposure = dict(curriculum.drawn)
+            curriculum.record(Evaluation(trained=curriculum.names, step=draw, seed=0, scores=scores, exposure=exposure))
+        rewards = (rng.random((BATCH, 8)) < 0.5).astype(float).tolist()
+        start = time.process_time()
+        refs = curriculum.draw(BATCH)
+        spent += time.process_time() - start
+        groups = [
+            Group(
+                prompt_id=ref.id,
+                domain=ref.domain,
+                draw=draw,
+                rewards=tuple(r),
+                lengths=(9,) * 8,
+                truncated=(False,) * 8,
+            )
+            for ref, r in zip(refs, rewards, strict=True)
+        ]
+        start = time.process_time()
+        curriculum.observe(groups, dict.fromkeys(curriculum.names, 0.7))
+        spent += time.process_time() - start
+    return spent / DRAWS / BATCH * 1e6
+
+
+def _matrix(size: int) -> TransferMatrix:
+    """Return probes of two seeds and 200 items a domain, without transfer."""
+    rng = np.random.default_rng(0)
+    names = tuple(f"domain{k}" for k in range(size))
+
+    def scores() -> dict[str, tuple[float, ...]]:
+        return {name: tuple((rng.random(200) < 0.5).astype(float)) for name in names}
+
+    rows = [Evaluation(trained=(), step=0, seed=0, scores=scores(), probe=True)]
+    for seed in (0, 1):
+        rows += [Evaluation(trained=(name,), step=10, seed=seed, scores=scores(), probe=True) for name in names]
+    return TransferMatrix(domains=names, kinds=dict.fromkeys(names, "structured"), rows=tuple(rows))
+
+
+def _seconds(work) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+BENCHMARKS = {"curricula": curricula_bench}

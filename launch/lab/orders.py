@@ -1,0 +1,132 @@
+"""Every order of a recipe's domains, trained for real, against what probes predicted.
+
+    python -m launch.lab.orders RECIPE --out runs/orders --transfer runs/a/transfer.json runs/b/transfer.json
+
+Orders share their beginnings, so the K! orders are walked as a tree: every node is one stage from its parent's weights
+(with a fresh optimizer), every leaf is evaluated. Prints, for each transfer file, the rank correlation between the
+predicted and the measured mean score of all orders, and where the planned order landed. A killed walk goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from curricula.effects import Effects
+from curricula.items import on_half
+from curricula.planner import make_plan
+from curricula.records import Evaluation, mean
+from curricula.transfer import TransferMatrix
+from launch.config import Recipe, load_recipe
+from launch.probe import Arm, Probe, claim_probe
+from launch.train import save_final, say
+
+MEASURED_FILE = "orders.json"
+
+
+class Orders(Probe):
+    """Walk the tree of orders with the probe's engine and restricted recipes."""
+
+    def walk(self, steps: int) -> dict[str, float]:
+        """Return the mean score over trained domains (`report` half) at the end of every order."""
+        names = [name for name, section in self.recipe.domains.items() if section.train is not None]
+        file = self.out / MEASURED_FILE
+        measured = json.loads(file.read_text()) if file.exists() else {}
+        for order in itertools.permutations(names):
+            label = ",".join(order)
+            if label in measured:
+                continue
+            measured[label] = self._end(order, steps, names)
+            file.write_text(json.dumps(measured, indent=1))
+            say(f"{label}: {measured[label]:.4f}  ({len(measured)} orders)")
+        return measured
+
+    def _end(self, order: tuple[str, ...], steps: int, names: Sequence[str]) -> float:
+        seed = int(self.recipe.grpo.get("seed", 42))
+        trainer = self._train(Arm(trained=order[-1:], steps=steps, seed=seed), self._weights(order[:-1], steps, seed))
+        result = trainer.evaluate_heldout()
+        row = on_half(Evaluation(trained=order, step=0, seed=seed, scores=result.scores()), result.items, "report")
+        return mean([mean(row.scores[name]) for name in names])
+
+    def _weights(self, prefix: tuple[str, ...], steps: int, seed: int) -> str:
+        """Return the folder of the policy after these stages; siblings reuse it, finished branches are deleted."""
+        if not prefix:
+            return self._start(seed)
+        folder = self.out / ("after-" + "-".join(prefix))
+        if not folder.is_dir():
+            for old in self.out.glob("after-*"):
+                if not "-".join(prefix).startswith(old.name.removeprefix("after-")):
+                    shutil.rmtree(old)
+            trainer = self._train(
+                Arm(trained=prefix[-1:], steps=steps, seed=seed), self._weights(prefix[:-1], steps, seed)
+            )
+            save_final(trainer, folder)
+        return str(folder)
+
+
+def predicted(matrix: TransferMatrix) -> dict[str, float]:
+    """Return the planner's score of every order, up to a constant: the mean over i of what comes after i does to i."""
+    transfer = Effects(matrix.on("steer")).transfer()
+    place = {name: i for i, name in enumerate(matrix.domains)}
+    trained = matrix.trainable
+    table = {(j, i): transfer[a, place[i]] for a, j in enumerate(trained) for i in trained}
+    return {
+        ",".join(order): float(np.mean([sum(table[j, i] for j in order[n + 1 :]) for n, i in enumerate(order)]))
+        for order in itertools.permutations(trained)
+    }
+
+
+def summary(measured: dict[str, float], files: Sequence[Path]) -> str:
+    """Return the spread of the measured orders, and for each transfer file how well it had predicted them."""
+    values = np.array(list(measured.values()))
+    best, worst = max(measured, key=measured.__getitem__), min(measured, key=measured.__getitem__)
+    lines = [
+        f"{len(values)} orders: mean {values.mean():.4f}, sd {values.std(ddof=1):.4f}",
+        f"best {best} {measured[best]:.4f}, worst {worst} {measured[worst]:.4f}",
+    ]
+    for file in files:
+        matrix = TransferMatrix.load(file)
+        guess = predicted(matrix)
+        correlation = spearmanr([guess[o] for o in measured], list(measured.values()))[0]
+        plan = make_plan(matrix)
+        own = measured[",".join(plan.order)]
+        rank = 1 + sum(value > own for value in measured.values())
+        lines.append(
+            f"{file}: rank correlation {correlation:+.2f}; decision {plan.decision}; planned order {','.join(plan.order)} "
+            f"reached {own:.4f}, rank {rank} of {len(values)}"
+        )
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, out: Path, *, steps: int, files: Sequence[Path]) -> None:
+    """Walk all orders of a recipe and print the summary."""
+    claim_probe(recipe, out)
+    print(summary(Orders(recipe, out, None).walk(steps), files))
+
+
+def main() -> None:
+    """Read the arguments and walk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of a stage")
+    parser.add_argument("--transfer", type=Path, nargs="*", default=[], help="transfer files to be judged")
+    arguments = parser.parse_args()
+    run(
+        load_recipe(arguments.recipe, arguments.overrides),
+        arguments.out,
+        steps=arguments.steps,
+        files=arguments.transfer,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Two trainers on one engine, in turns: ours with everything on, and stock TRL given the same work.
+
+The learning rate is 0, so the policy stays what it is; the stock trainer gets the prompts that ours drew and, through
+`TwinEngine`, the same sampling seeds. So both sides generate and train on the very same tokens, step for step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from curricula.records import PromptRef
+from launch.config import Recipe
+from launch.train import build_trainer, claim_folder, grpo_config, start
+from rewards import Reward, find_reward
+from trainer.data import Prompt
+from trainer.grpo import DomainGRPOTrainer
+from trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
+
+
+class TwinEngine(InProcessEngine):
+    """An engine that counts what it generates, and can give a second run the seeds of the first."""
+
+    tokens: int = 0
+    twin_seeds: Iterator[int] | None = None
+    """Seeds that requests get instead of their own; None leaves them theirs."""
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        if self.twin_seeds is not None:
+            requests = [replace(request, seed=next(self.twin_seeds)) for request in requests]
+        completions = super().complete(requests)
+        self.tokens += sum(len(completion.ids) for completion in completions)
+        return completions
+
+
+def twin_engine(recipe: Recipe, folder: Path) -> TwinEngine:
+    """Start an engine for the recipe's policy."""
+    rollouts = recipe.rollouts.model_copy(update={"engine": "transformers"})
+    trainer = build_trainer(recipe.model_copy(update={"rollouts": rollouts}), folder)
+    return TwinEngine(
+        trainer.model,
+        trainer.accelerator,
+        trainer.processing_class,
+        sampling=trainer.sampling,
+        max_model_length=trainer.data.context,
+        max_num_seqs=trainer.args.generation_batch_size,  # type: ignore[arg-type]
+        dtype=str(trainer.model.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Means over the measured steps of one run."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of this process: what others do on the machine hardly touches it."""
+    tokens: float
+    """Generated."""
+
+
+class StepClock(TrainerCallback):
+    """Note the time at the start of every optimizer step; a step ends, its logs included, where the next one begins."""
+
+    def __init__(self, engine: TwinEngine) -> None:
+        self.engine = engine
+        self.ticks: list[tuple[float, float, int]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ticks.append((time.perf_counter(), time.process_time(), self.engine.tokens))
+
+    def block(self, warm_up: int) -> Block:
+        """Return the means after `warm_up` steps, without the last one: a run ends with an evaluation, not with a tick."""
+        steps = len(self.ticks) - 1 - warm_up
+        seconds, cpu_seconds, tokens = (
+            (end - begin) / steps for begin, end in zip(self.ticks[warm_up], self.ticks[-1], strict=True)
+        )
+        return Block(seconds=seconds, cpu_seconds=cpu_seconds, tokens=tokens)
+
+
+@dataclass(kw_only=True, slots=True)
+class SideBySide:
+    """Run one recipe by either trainer, as often as wanted. The first run must be ours: it says what stock repeats.
+
+    Example: `SideBySide(recipe=recipe, engine=twin_engine(recipe, folder), folder=folder).ours().seconds`
+    """
+
+    recipe: Recipe
+    engine: TwinEngine
+    folder: Path
+    warm_up: int = 2
+    """Steps at the start of every run that are not counted."""
+    prompts: list[Prompt] = field(default_factory=list)
+    """What our last run drew, in order."""
+    seeds: list[int] = field(default_factory=list)
+    """Of the completions of these prompts."""
+    _runs: Iterator[int] = field(default_factory=itertools.count)
+
+    def ours(self) -> Block:
+        """Run as `polyphony train` does: curriculum, routed rewards, entropy by domain, meter, ledgers, W&B."""
+        trainer = self.our_trainer()
+        return self._run(trainer)
+
+    def stock(self) -> Block:
+        """Run TRL's own trainer on what our last run drew."""
+        trainer = self.stock_trainer()
+        return self._run(trainer)
+
+    def our_trainer(self) -> DomainGRPOTrainer:
+        """Return a fresh trainer of ours."""
+        self.engine.twin_seeds = None
+        trainer = start(
+            self.recipe, claim_folder(self.recipe, self._folder(), resume=False), engine=self.engine
+        ).trainer
+        self.prompts, self.seeds = [], []
+        draws = itertools.count()
+
+        def keep(refs: Sequence[PromptRef]) -> None:
+            draw = next(draws)
+            for ref in refs:
+                self.prompts.append(trainer.data.train[ref.domain][ref.id])
+                copies: int = trainer.num_generations  # type: ignore[assignment]
+                self.seeds += [completion_seed(trainer.args.seed, draw, ref.id, 0, k) for k in range(copies)]
+
+        trainer.draw_listeners.append(keep)
+        return trainer
+
+    def stock_trainer(self) -> GRPOTrainer:
+        """Return a fresh stock trainer with the engine behind it and the work of our last run before it."""
+        recipe = self.recipe.model_copy(
+            update={"grpo": {**self.recipe.grpo, "save_strategy": "no", "shuffle_dataset": False}}
+        )
+        trainer = GRPOTrainer(
+            recipe.model,
+            RoutedReward({name: find_reward(section.reward) for name, section in recipe.domains.items()}),
+            args=grpo_config(recipe, self._folder()),
+            train_dataset=_rows(self.prompts),
+        )
+        trainer.remove_callback(PrinterCallback)  # ours prints no logs either
+        self.engine.attach(trainer.model, trainer.accelerator)
+        self.engine.twin_seeds = iter(self.seeds)
+        trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = self.engine, True, -1
+        return trainer
+
+    def _run(self, trainer: GRPOTrainer) -> Block:
+        clock = StepClock(self.engine)
+        trainer.add_callback(clock)
+        trainer.train()
+        return clock.block(self.warm_up)
+
+    def _folder(self) -> Path:
+        return self.folder / f"run{next(self._runs)}"
+
+
+def _rows(prompts: Sequence[Prompt]) -> Dataset:
+    """Return the prompts as one dataset; a column that a domain does not have is None there."""
+    columns = sorted({name for prompt in prompts for name in prompt.columns})
+    return Dataset.from_list(
+        [{"prompt": p.prompt, "domain": p.domain, **{c: p.columns.get(c) for c in columns}} for p in prompts]
+    )
+
+
+class RoutedReward:
+    """What a user of stock TRL writes to mix domains: one reward function that looks at a column."""
+
+    __name__ = "routed"
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        self.rewards = rewards
+
+    def __call__(self, domain: Sequence[str], **columns: Any) -> list[float | None]:
+        scores: list[float | None] = [None] * len(domain)
+        for name in set(domain):
+            places = [i for i, other in enumerate(domain) if other == name]
+            chosen = {
+                key: [values[i] for i in places] if isinstance(values, list) else values
+                for key, values in columns.items()
+            }
+            for i, score in zip(places, self.rewards[name](**chosen), strict=True):
+                scores[i] = score
+        return scores

@@ -1,0 +1,53 @@
+"""`polyphony plan`: from measured transfer to an order, or to the advice not to order at all; and replays of a saved run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from curricula.planner import make_plan
+from curricula.replay import Replayed, replay
+from curricula.schedulers import find_scheduler
+from curricula.transfer import TransferMatrix
+from launch.config import RecipeError
+
+
+def plan(path: Path, *, as_json: bool) -> None:
+    """Print what the transfer file recommends: a paragraph, or the JSON object."""
+    if not path.is_file():
+        raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
+    made = make_plan(TransferMatrix.load(path))
+    print(json.dumps(made.as_json()) if as_json else made.explain())
+
+
+def replay_run(run: Path, *, scheduler: str, as_json: bool) -> None:
+    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for."""
+    replayed = replayed_run(run, scheduler=scheduler)
+    if as_json:
+        lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
+        print(json.dumps(lines))
+        return
+    names = replayed[0].domains
+    width = max(12, *(len(name) + 2 for name in names))
+    print(f"{'draw':>6}  " + "".join(f"{name:>{width}}" for name in names) + f"   ran / {scheduler}")
+    for r in replayed[:: max(1, len(replayed) // 40)]:
+        shares = "".join(f"{f'{a:.2f}/{b:.2f}':>{width}}" for a, b in zip(r.ran, r.replayed, strict=True))
+        print(f"{r.draw:>6}  {shares}   {r.reason}")
+
+
+def replayed_run(run: Path, *, scheduler: str) -> list[Replayed]:
+    """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence."""
+    decisions = run / "decisions.jsonl"
+    if not decisions.is_file():
+        raise RecipeError(f"{run} holds no decisions.jsonl: not a run folder, or one without a draw")
+    lines = [json.loads(line) for line in decisions.read_text(encoding="utf-8").splitlines()]
+    matrix = TransferMatrix.load(run / "transfer.json")
+    rows = [row for row in matrix.on("steer").rows if not row.probe]
+    found = find_scheduler(scheduler)
+    takes_transfer = "transfer" in getattr(found, "__dataclass_fields__", {})
+    probes = matrix if takes_transfer and matrix.probes else None
+    return replay(lines, found(transfer=probes) if takes_transfer else found(), rows)
+
+
+def _shares(replayed: Replayed, mixture: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(replayed.domains, mixture, strict=True))

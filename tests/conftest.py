@@ -1,0 +1,65 @@
+"""What tests share: the lab's policy, a recipe over it, and one real engine a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HOUSE = Path(__file__).resolve().parent.parent
+RECIPES = HOUSE / "launch" / "recipes"
+POLICY = HOUSE / "launch" / "lab" / "policy"
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def debug_recipe():
+    from launch.config import load_recipe
+
+    return load_recipe(RECIPES / "debug.yaml", ["tracking.wandb=null"])
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """One in-process vLLM over the lab's policy; trainers attach to it one after the other."""
+    from launch.config import load_recipe
+    from launch.train import build_trainer
+
+    recipe = load_recipe(RECIPES / "debug.yaml")
+    return build_trainer(recipe, tmp_path_factory.mktemp("engine")).engine
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe of two domains whose model has no weights: whoever comes to load them fails with another message."""
+    model = shutil.copytree(POLICY, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    domains = {}
+    for name in ("sums", "words"):
+        domains[name] = {"kind": "structured", "reward": "exact"}
+        for split in ("train", "heldout"):
+            rows = [{"prompt": f"{split} {name} {i} =", "answer": str(i), "id": f"{split}-{i}"} for i in range(4)]
+            domains[name][split] = write_rows(tmp_path / f"{name}-{split}.jsonl", rows).name
+    grpo = {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
+    grpo |= {"bf16": False, "gradient_checkpointing": False}
+    document = {"name": "two", "model": "model", "domains": domains, "grpo": grpo}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document))  # JSON is YAML
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def completions(tmp_path):
+    answered = [("4", "4"), ("5", "4"), ([{"role": "assistant", "content": " 4 "}], "4")]
+    rows = [{"prompt": "2+2 =", "completion": text, "answer": answer} for text, answer in answered]
+    return write_rows(tmp_path / "completions.jsonl", rows)

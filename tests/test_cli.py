@@ -1,0 +1,123 @@
+"""The command: its help, dry runs, overrides, `score`, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch.cli import main
+from launch.config import load_recipe
+from launch.train import claim_folder
+from tests.conftest import HOUSE, RECIPES
+
+VERBS = ("train", "eval", "report", "probe", "plan", "demo", "doctor", "score")
+
+
+def broken(prompts, **columns):
+    raise ZeroDivisionError("nothing to divide by")
+
+
+# --- help and dry runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_shows_an_example(capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert f"example: polyphony {verb}" in capsys.readouterr().out
+
+
+def test_the_help_lists_every_verb(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {verb} " in said for verb in VERBS)
+
+
+def modules_after(*arguments) -> set[str]:
+    """Return the top-level modules that a fresh interpreter has imported after running the command."""
+    program = (
+        "import sys\nfrom launch.cli import main\n"
+        f"try:\n    main({[str(a) for a in arguments]!r})\nexcept SystemExit:\n    pass\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy():
+    assert not modules_after("--help") & {
+        "torch",
+        "pydantic",
+        "trl",
+        "transformers",
+        "vllm",
+        "numpy",
+        "wandb",
+        "ruamel",
+    }
+
+
+def test_a_dry_run_imports_no_torch():
+    assert not modules_after("train", RECIPES / "debug.yaml", "--dry-run") & {"torch", "trl", "transformers", "vllm"}
+
+
+def test_a_dry_run_prints_a_recipe_that_loads_back_and_makes_no_folder(capsys, tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["train", str(recipe), "eval.every=7", "--dry-run"]) == 0
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(recipe, ["eval.every=7"])
+
+
+def test_a_dry_run_of_a_resume_trains_nothing(capsys, tmp_path, recipe):
+    run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
+    assert main(["train", "--resume", str(run), "--dry-run"]) == 0
+    assert capsys.readouterr().out == (run / "recipe.yaml").read_text()
+    assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["RECIPE", "eval.every=7", "grpo.max_steps=9", "--dry-run"],
+        ["RECIPE", "--dry-run", "eval.every=7", "grpo.max_steps=9"],
+        ["--dry-run", "RECIPE", "eval.every=7", "grpo.max_steps=9"],
+        ["RECIPE", "eval.every=7", "--dry-run", "--out", "run", "grpo.max_steps=9"],
+    ],
+)
+def test_overrides_may_stand_before_and_after_options(capsys, tmp_path, recipe, arguments):
+    assert main(["train", *[str(recipe) if a == "RECIPE" else a for a in arguments]]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    resolved = load_recipe(tmp_path / "resolved.yaml")
+    assert (resolved.eval.every, resolved.grpo["max_steps"]) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "r.yaml", "--ot", "x"], ["train", "r.yaml", "--out", "x", "y"], ["doctor", "a=b"], ["trin"]]
+)
+def test_an_argument_that_does_not_exist_is_refused_with_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def test_score_prints_the_reward_of_every_row_in_order(capsys, completions):
+    assert main(["score", str(completions), "--reward", "exact", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rewards": [1.0, 0.0, 1.0]}
+    assert main(["score", str(completions), "--reward", '{"name": "exact"}']) == 0
+    assert "mean 0.667 of 3 graded, 0 failed (0: 1, 1: 2)" in capsys.readouterr().out
+
+
+def test_a_reward_that_raises_scores_null(capsys, completions):
+    assert main(["score", str(completions), "--reward", "tests.test_cli:broken", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rewards": [None, None, None]}

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from trainer.dashboard import METRICS, defined, key
+
+
+def test_a_key_is_family_domain_metric():
+    assert key("domain", "reward", "math") == "domain/math/reward"
+    assert key("transfer", "drawdown_max") == "transfer/drawdown_max"
+
+
+@pytest.mark.parametrize(("family", "metric"), [("domain", "rewrad"), ("domains", "reward")])
+def test_a_name_that_is_not_listed_cannot_be_logged(family, metric):
+    with pytest.raises(KeyError):
+        key(family, metric, "math")
+
+
+def test_what_has_no_finite_value_is_absent_from_logs():
+    assert defined({"a": 0.0, "b": None, "c": math.nan, "d": math.inf, "e": -1}) == {"a": 0.0, "e": -1}
+
+
+@pytest.mark.slow
+def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, engine):
+    from launch.config import load_recipe
+    from launch.train import train
+    from tests.conftest import RECIPES
+
+    # stages, so that backward and forward transfer are defined; an evaluation every step gives drawdown two halves
+    overrides = ["curriculum.scheduler=sequential", "eval.every=1", "tracking.wandb=null"]
+    train(load_recipe(RECIPES / "debug.yaml", overrides), tmp_path / "run", engine=engine)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    parts = [name.split("/") for line in lines for name in line]
+    emitted = {(family, rest[-1]) for family, *rest in parts if family in METRICS}
+    assert emitted == {(family, metric) for family, metrics in METRICS.items() for metric in metrics}
+    domains = {rest[0] for family, *rest in parts if family in METRICS and len(rest) == 2}
+    assert domains == {"arithmetic", "stories", "safety"}
+    assert max(len(rest) for family, *rest in parts if family in METRICS) == 2

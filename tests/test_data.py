@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from curricula.records import Domain
+from trainer.data import PromptTable, content_id, load_rows
+
+MATH = Domain(name="math", kind="structured", reward="exact")
+
+
+def table(rows, *, domain=MATH, is_chat=True):
+    return PromptTable(rows, domain=domain, where="domains.math.train", is_chat=is_chat)
+
+
+def test_a_malformed_line_is_named_with_file_and_number(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: not valid JSON"):
+        load_rows("rows.jsonl", where="domains.math.train", folder=tmp_path)
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected an object, got list"):
+        load_rows("rows.jsonl", where="here", folder=tmp_path)
+
+
+def test_a_missing_file_is_named_with_its_place_in_the_recipe(tmp_path):
+    with pytest.raises(ValueError, match=r"domains\.math\.train: file .*rows\.jsonl does not exist"):
+        load_rows("rows.jsonl", where="domains.math.train", folder=tmp_path)
+
+
+def test_parquet_and_jsonl_give_the_same_prompts(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    first, second = (table(load_rows(f"rows.{kind}", where="x", folder=tmp_path)) for kind in ("jsonl", "parquet"))
+    assert list(first) == list(second)
+
+
+def test_a_limit_takes_the_first_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(5)))
+    assert len(load_rows({"path": "rows.jsonl", "limit": 2}, where="x", folder=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"generator": "nowhere:rows"}, "generator 'nowhere:rows' cannot be imported"),
+        ({"generator": "builtins:len", "wrong": 1}, "generator 'builtins:len'"),
+        ({"file": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
+        ({"path": "x.jsonl", "lmit": 1}, "expected `path`"),
+    ],
+)
+def test_a_source_of_unknown_form_is_an_error(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(source, where="domains.math.train")
+
+
+def test_the_id_of_a_row_is_its_content_and_nothing_else():
+    row = {"prompt": "1+1=", "answer": "2"}
+    assert content_id(row) == content_id({"answer": "2", "prompt": "1+1=", "level": 3})
+    assert content_id(row) != content_id({"prompt": "1+1=", "answer": "3"})
+
+
+def test_an_id_given_twice_is_an_error_that_names_both_rows():
+    with pytest.raises(ValueError, match="id 'a' stands in row 1 and again in row 3"):
+        table([{"prompt": "1", "id": "a"}, {"prompt": "2", "id": "b"}, {"prompt": "3", "id": "a"}])
+
+
+def test_identical_rows_without_ids_count_once():
+    found = table([{"prompt": "1", "answer": "2"}] * 3)
+    assert (len(found), found.repeated) == (1, 2)
+
+
+def test_text_becomes_a_conversation_under_a_chat_template_with_its_system_prompt():
+    domain = Domain(name="math", kind="structured", reward="exact", system_prompt="Be brief.")
+    (prompt,) = table([{"prompt": "1+1="}], domain=domain)
+    assert prompt.prompt == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1="},
+    ]
+
+
+def test_text_stays_text_without_a_chat_template():
+    assert next(iter(table([{"prompt": "1+1="}], is_chat=False))).prompt == "1+1="
+
+
+def test_a_conversation_needs_a_chat_template():
+    with pytest.raises(ValueError, match="row 1 is a conversation, but the tokenizer has no chat template"):
+        table([{"prompt": [{"role": "user", "content": "1"}]}], is_chat=False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1", "answer": "2"},
+        {"prompt": "1", "ground_truth": "2"},
+        {"prompt": "1", "data_source": "gsm8k", "reward_model": {"style": "rule", "ground_truth": "2"}},
+    ],
+)
+def test_the_reference_is_found_under_the_names_in_use(row):
+    (prompt,) = table([row])
+    assert prompt.columns["answer"] == "2"
+
+
+def test_other_columns_reach_the_reward_and_prompt_id_domain_do_not():
+    (prompt,) = table([{"prompt": "1", "id": "a", "domain": "math", "level": 3}])
+    assert prompt.columns == {"level": 3, "answer": None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"question": "1"}], r"row 1 has no `prompt`; its columns are \['question'\]"),
+        ([{"prompt": ""}], "row 1 has an empty `prompt`"),
+    ],
+)
+def test_bad_rows_are_errors_that_name_the_place(rows, message):
+    with pytest.raises(ValueError, match=rf"domains\.math\.train: {message}"):
+        table(rows)

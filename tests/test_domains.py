@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+from trl.trainer.grpo_config import GRPOConfig
+
+from curricula.records import Domain
+from tests.conftest import HOUSE
+from trainer.domains import DomainData
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=8, bf16=False)
+
+    def load(*domains, **settings):
+        return DomainData.load(domains, **{"tokenizer": tokenizer, "args": args} | settings)
+
+    return load
+
+
+def rows(*prompts):
+    return [{"prompt": prompt, "answer": "1", "id": prompt} for prompt in prompts]
+
+
+HELDOUT = rows("1+1 =", "2+2 =")
+
+
+def domain(name="math", *, train=("3+3 =", "4+4 ="), heldout=HELDOUT, **changes) -> Domain:
+    rows_to_train = rows(*train) if train else None
+    return Domain(name=name, kind="structured", reward="exact", train=rows_to_train, heldout=heldout, **changes)
+
+
+def test_domains_keep_their_order_and_watched_ones_have_no_training_rows(load):
+    data = load(domain(), domain("safety", train=None), domain("code", train=["5+5 ="]))
+    assert data.names == ("math", "safety", "code")
+    assert list(data.train) == ["math", "code"]
+    assert list(data.heldout) == ["math", "safety", "code"]
+    assert data.n_train == 3
+
+
+def test_a_domain_without_a_limit_takes_that_of_the_run(load):
+    data = load(domain(), domain("code", max_completion_length=3))
+    assert data.limits == {"math": 8, "code": 3}
+
+
+def test_a_limit_above_that_of_the_run_is_an_error(load):
+    with pytest.raises(ValueError, match=r"domain 'math': max_completion_length must be in 1\.\.8 .*, got 9"):
+        load(domain(max_completion_length=9))
+
+
+def test_prompts_go_through_the_chat_template_with_the_system_prompt(load, tokenizer):
+    data = load(domain(system_prompt="say it"), domain("code"))
+    ids = data.tokenize([next(iter(data.train[name])) for name in ("math", "code")])
+    assert [tokenizer.decode(prompt) for prompt in ids] == [
+        "<|begin|><|system|>say it<|end|><|user|>3+3 =<|end|><|assistant|>",
+        "<|begin|><|user|>3+3 =<|end|><|assistant|>",
+    ]
+
+
+def test_each_domain_has_its_own_arguments_for_the_chat_template(load):
+    tokenizer = AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
+    tokenizer.chat_template = "{{ 'a' if thinks else 'b' }}"
+    data = load(domain(chat_template_kwargs={"thinks": True}), domain("code"), tokenizer=tokenizer)
+    ids = data.tokenize([next(iter(data.train[name])) for name in ("math", "code", "math")])
+    assert [tokenizer.decode(prompt) for prompt in ids] == ["a", "b", "a"]
+
+
+def test_text_is_tokenised_as_it_is_without_a_chat_template(load):
+    tokenizer = AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
+    tokenizer.chat_template = None
+    data = load(domain(), tokenizer=tokenizer)
+    assert tokenizer.decode(data.tokenize([next(iter(data.train["math"]))])[0]) == "3+3 ="
+
+
+REPEATED = ("3+3 =", "1+1 =", "4+4 =")
+"""The second repeats a held-out prompt."""
+
+
+def test_training_rows_that_repeat_held_out_rows_are_dropped_and_counted(load):
+    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows repeat held-out rows; left out"):
+        data = load(domain(train=REPEATED))
+    assert data.train["math"].ids == ["3+3 =", "4+4 ="]
+    assert (data.n_train, data.dropped) == (2, {"math": 1})
+
+
+def test_held_out_rows_of_another_domain_count_too(load):
+    with pytest.warns(UserWarning, match=r"domains\.code\.train: 1 of 2 rows repeat held-out rows; left out"):
+        load(domain(), domain("code", train=("1+1 =", "5+5 ="), heldout=rows("6+6 =", "7+7 =")))
+
+
+def test_they_are_kept_where_the_user_says_so(load):
+    with pytest.warns(UserWarning, match="kept, as the recipe says"):
+        data = load(domain(train=REPEATED), overlap="keep")
+    assert (data.n_train, data.dropped) == (3, {})
+
+
+def test_they_are_an_error_where_the_user_says_so(load):
+    with pytest.raises(ValueError, match=r"1 of 3 rows repeat held-out rows, for example id '1\+1 ='"):
+        load(domain(train=REPEATED), overlap="error")
+
+
+def test_a_domain_that_only_repeats_held_out_rows_has_nothing_to_train_on(load):
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=r"domains\.math\.train: 2 of 2 .*: nothing is left to train on"),
+    ):
+        load(domain(train=("1+1 =", "2+2 =")))
+
+
+def test_a_name_given_twice_is_an_error(load):
+    with pytest.raises(ValueError, match=r"domains named twice: \['math'\]"):
+        load(domain(), domain("code"), domain())
+
+
+def test_a_domain_without_held_out_rows_is_an_error(load):
+    with pytest.raises(ValueError, match="domain 'math' has no `heldout` rows"):
+        load(domain(heldout=None))
+
+
+def test_one_held_out_item_cannot_both_steer_and_report(load):
+    with pytest.raises(ValueError, match=r"domains\.math\.heldout: 1 item; at least 2 are needed"):
+        load(domain(heldout=rows("1+1 =")))
+
+
+def test_a_run_that_only_watches_is_an_error(load):
+    with pytest.raises(ValueError, match="no domain has `train` rows"):
+        load(domain(train=None), domain("safety", train=None))
+
+
+def test_prompt_and_completion_must_fit_the_context(load):
+    # <|begin|> <|user|> 3 + 3 space = <|end|> <|assistant|>: 9 tokens, and 8 for the completion
+    assert load(domain(), context=17).context == 17
+    with pytest.raises(ValueError, match=r"domains\.math\.train: prompt '3\+3 =' has 9 tokens; .* context of 16"):
+        load(domain(), context=16)
+    assert load(domain(max_completion_length=7), context=16).limits == {"math": 7}
+
+
+def test_a_held_out_prompt_must_fit_the_context_too(load):
+    long = rows("1+1 =", "11+11 =")
+    with pytest.raises(ValueError, match=r"domains\.math\.heldout: prompt '11\+11 =' has 11 tokens"):
+        load(domain(heldout=long), context=17)

@@ -1,0 +1,134 @@
+"""T of three domains by hand. Means before .2, .4, .0; after training on a alone .8, .2, .0, and so on:
+
+         a    b    c        T  =   a   .6  -.2   .0        relative   3.0  -.5  nan
+base    .2   .4   .0               b   .2   .4   .2                   1.0  1.0  nan
+a       .8   .2   .0               c  -.1   .0   .8                   -.5   .0  nan
+b       .4   .8   .2
+c       .1   .4   .8
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from curricula.effects import Effects, Part
+from curricula.records import Evaluation
+from curricula.transfer import TransferMatrix
+
+NAMES = ("a", "b", "c")
+AFTER = {(): (0.2, 0.4, 0.0), ("a",): (0.8, 0.2, 0.0), ("b",): (0.4, 0.8, 0.2), ("c",): (0.1, 0.4, 0.8)}
+T = np.array([[0.6, -0.2, 0.0], [0.2, 0.4, 0.2], [-0.1, 0.0, 0.8]])
+
+
+def row(trained, means, *, seed=0, n=10, step=1, probe=True, entropy=None):
+    scores = {name: tuple(float(k < round(m * n)) for k in range(n)) for name, m in zip(NAMES, means, strict=True)}
+    return Evaluation(trained=tuple(trained), step=step, seed=seed, scores=scores, probe=probe, entropy=entropy or {})
+
+
+def effects(rows, names=NAMES):
+    return Effects(TransferMatrix(domains=names, kinds=dict.fromkeys(names, "structured"), rows=tuple(rows)))
+
+
+def probes(**fields):
+    return [row(trained, means, **fields) for trained, means in AFTER.items()]
+
+
+def test_transfer_is_after_minus_before():
+    np.testing.assert_allclose(effects(probes()).transfer(), T, atol=1e-12)
+
+
+def test_relative_transfer_is_undefined_where_the_score_before_was_zero():
+    relative = effects(probes()).relative_transfer()
+    np.testing.assert_allclose(relative[:, :2], [[3, -0.5], [1, 1], [-0.5, 0]], atol=1e-12)
+    assert np.isnan(relative[:, 2]).all()
+
+
+def test_seeds_are_paired_with_their_own_baseline_and_averaged():
+    other = [row((), (0.4, 0.4, 0.0), seed=1), row(("a",), (0.6, 0.2, 0.2), seed=1)]  # T of a: .2, -.2, .2
+    np.testing.assert_allclose(effects(probes() + other).transfer()[0], [0.4, -0.2, 0.1], atol=1e-12)
+
+
+def test_a_run_gives_transfer_stage_by_stage_where_a_domain_was_never_probed():
+    rows = [row(t, m, step=n, probe=False) for n, (t, m) in enumerate(AFTER.items())]
+    table = effects(rows).transfer()
+    np.testing.assert_allclose(table[1], [0.4 - 0.8, 0.8 - 0.2, 0.2 - 0.0], atol=1e-12)
+    probed = effects([*rows, row(("b",), AFTER["b",])]).transfer()
+    np.testing.assert_allclose(probed[1], T[1], atol=1e-12)
+
+
+def test_entropy_transfer_is_in_nats_and_undefined_where_it_was_not_measured():
+    rows = [
+        row((), AFTER[()], entropy={"a": 0.8, "b": 0.5}),
+        row("a", AFTER["a",], entropy={"a": 0.2, "b": 0.6}),
+        row("b", AFTER["b",], entropy={"a": 0.7}),
+    ]
+    table = effects(rows).entropy_transfer()
+    assert table[0, 0] == pytest.approx(-0.6) and table[0, 1] == pytest.approx(0.1)
+    assert math.isnan(table[1, 1]) and math.isnan(table[0, 2])
+    start, own = effects(rows).entropies()
+    assert start[0] == pytest.approx(0.8) and own[0] == pytest.approx(0.2) and math.isnan(own[1])
+
+
+def test_a_part_is_every_other_item_or_the_rest():
+    # of ten items a has solved 0 and 1 before and 0 to 7 after its training: among the even ones 4/5 - 1/5
+    measured = effects(probes())
+    assert measured.means(Part(0, 2, rest=False)).change[0, 0, 0] == pytest.approx(0.6)
+    # b after training on a has items 0 and 1: one of three in 0, 3, 6, 9 is none but 0, so 1/4; the rest holds 1/6
+    assert measured.means(Part(0, 3, rest=False)).after[0, 0, 1] == pytest.approx(1 / 4)
+    assert measured.means(Part(0, 3, rest=True)).after[0, 0, 1] == pytest.approx(1 / 6)
+
+
+def test_bootstrap_interval_has_the_width_of_the_paired_standard_error():
+    rng = np.random.default_rng(0)
+    n = 400
+    before, after = (rng.random((2, n)) < [[0.3], [0.5]]).astype(float)
+    rows = [
+        Evaluation(trained=t, step=1, seed=0, scores={"a": tuple(s), "b": tuple(s)}, probe=True)
+        for t, s in (((), before), (("a",), after))
+    ]
+    bounds = effects(rows, ("a", "b")).intervals(resamples=4000)
+    width = 2 * 1.96 * np.std(after - before) / math.sqrt(n)
+    assert (bounds.high - bounds.low)[0, 0] == pytest.approx(width, rel=0.05)
+    # the ratio after / before - 1 has about (1.96 / before) sd(after - ratio x before) on each side
+    ratio = after.mean() / before.mean()
+    relative = 2 * 1.96 / before.mean() * np.std(after - ratio * before) / math.sqrt(n)
+    assert (bounds.relative_high - bounds.relative_low)[0, 0] == pytest.approx(relative, rel=0.1)
+
+
+def two_seed_world(rng, *, sd, n=200, names=NAMES):
+    """Two seeds a probe; each training's true effects are drawn with `sd` around zero, items are coin flips."""
+    level = {name: rng.random(n) for name in names}
+
+    def scores(shift):
+        return {
+            name: tuple((rng.random(n) < np.clip(level[name] + s, 0, 1)).astype(float)) for name, s in shift.items()
+        }
+
+    rows = [Evaluation(trained=(), step=0, seed=0, scores=scores(dict.fromkeys(names, 0.0)))]
+    for name in names:
+        for seed in (0, 1):
+            shift = dict(zip(names, rng.normal(0, sd, len(names)), strict=True))
+            rows.append(Evaluation(trained=(name,), step=1, seed=seed, scores=scores(shift), probe=True))
+    return effects(rows, names)
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.1])
+def test_seed_noise_is_estimated_apart_from_item_noise(sd):
+    rng = np.random.default_rng(1)
+    variances = [two_seed_world(rng, sd=sd).noise.sd ** 2 for _ in range(60)]
+    assert np.mean(variances) == pytest.approx(sd**2, abs=0.002)
+
+
+def test_one_seed_knows_no_seed_noise():
+    noise = effects(probes()).noise
+    assert (noise.sd, noise.seeds) == (0.0, 1)
+
+
+def test_intervals_hold_the_noise_between_seeds():
+    rng = np.random.default_rng(2)
+    inside = []
+    for _ in range(40):
+        bounds = two_seed_world(rng, sd=0.1, names=("a", "b", "c", "d")).intervals(resamples=400)
+        inside.append(((bounds.low <= 0) & (bounds.high >= 0)).mean())
+    assert np.mean(inside) > 0.9

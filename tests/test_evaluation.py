@@ -1,0 +1,147 @@
+"""Held-out evaluation with an engine of a few lines: item "n" of a domain is answered well in its first n samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from curricula.records import Domain
+from trainer.data import PromptTable
+from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from trainer.rollouts import Completion
+from trainer.scoring import Sample
+
+MATH = Domain(name="math", kind="structured", reward="exact")
+STORIES = Domain(name="stories", kind="open_ended", reward="exact")
+
+
+def table(domain, *ids) -> PromptTable:
+    rows = [{"prompt": f"{domain.name} {i}", "id": i} for i in ids]
+    return PromptTable(rows, domain=domain, where=domain.name, is_chat=False)
+
+
+class World:
+    """Stands for engine, policy and rewards, and counts what it is asked."""
+
+    def __init__(self):
+        self.requests = []
+        self.tokenized = 0
+
+    def tokenize(self, prompts):
+        self.tokenized += len(prompts)
+        return [[ord(letter) for letter in prompt.prompt] for prompt in prompts]
+
+    def complete(self, requests):
+        self.requests += requests
+        return [Completion(ids=list(request.prompt_ids)[-1:], logps=None) for request in requests]
+
+    def to_samples(self, prompts, completions):
+        texts = ["".join(map(chr, completion.ids)) for completion in completions]
+        pairs = zip(prompts, completions, texts, strict=True)
+        return [Sample(prompt=p, ids=c.ids, text=text, truncated=False) for p, c, text in pairs]
+
+    def score(self, samples):
+        """Item "2" earns 1 in its first 2 samples, then 0; item "x" cannot be graded at all."""
+        seen: dict[str, int] = {}
+        scores = []
+        for s in samples:
+            seen[s.prompt.prompt] = seen.get(s.prompt.prompt, 0) + 1
+            scores.append(None if s.text == "x" else float(seen[s.prompt.prompt] <= int(s.text)))
+        return scores
+
+    def entropy_sums(self, prompt_ids, samples):
+        """An item's number in nats, over ten tokens in math and thirty in stories."""
+        return [(float(s.text), 10 if s.prompt.domain == "math" else 30) for s in samples]
+
+
+def evaluator(world, *tables, gather=list, **ranks) -> Evaluator:
+    return Evaluator(
+        tables={t.domain.name: t for t in tables},
+        settings=EvaluationSettings(samples=4, shown=1),
+        seed=1,
+        tokenize=world.tokenize,
+        complete=world.complete,
+        to_samples=world.to_samples,
+        score=world.score,
+        entropy_sums=world.entropy_sums,
+        limit={"math": 8, "stories": 32}.__getitem__,
+        gather=gather,
+        **ranks,
+    )
+
+
+BOTH = (table(MATH, "4", "1", "2"), table(STORIES, "0", "3"))
+
+
+def test_items_samples_and_entropies_of_all_domains_come_in_the_order_of_their_sets():
+    result = evaluator(World(), *BOTH).run()
+    assert result.items == {"math": ("4", "1", "2"), "stories": ("0", "3")}
+    assert result.samples == {
+        "math": ((1.0, 1.0, 1.0, 1.0), (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 0.0, 0.0)),
+        "stories": ((0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.0)),
+    }
+    assert result.scores() == {"math": (1.0, 0.25, 0.5), "stories": (0.0, 0.75)}
+    assert result.passed() == {"math": (1.0, 1.0, 1.0), "stories": (0.0, 1.0)}
+    assert result.entropy == {"math": 7 / 30, "stories": 3 / 60}  # nats summed, then divided by all tokens
+
+
+def test_the_first_items_of_each_domain_are_kept_to_be_read():
+    shown = evaluator(World(), *BOTH).run().shown
+    assert [(sample.prompt.domain, sample.prompt.id, score) for sample, score in shown] == [
+        ("math", "4", 1.0),
+        ("stories", "0", 0.0),
+    ]
+
+
+def test_samples_of_an_item_differ_in_their_seed_and_are_the_same_at_every_evaluation():
+    world = World()
+    twice = evaluator(world, *BOTH)
+    twice.run()
+    first = [request.seed for request in world.requests]
+    world.requests.clear()
+    twice.run()
+    assert [request.seed for request in world.requests] == first
+    assert len(set(first)) == 20
+    assert world.tokenized == 20  # prompts never change: the second evaluation remembers
+
+
+def test_each_domain_has_its_own_length_limit():
+    world = World()
+    evaluator(world, *BOTH).run()
+    assert [request.max_tokens for request in world.requests] == [8] * 12 + [32] * 8
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_items_evenly_and_see_each_once(world_size):
+    shares = [World() for _ in range(world_size)]
+    kept: list = []
+    for rank, world in enumerate(shares):
+        evaluator(world, *BOTH, rank=rank, world_size=world_size, gather=lambda r: kept.extend(r) or r).run()
+    joined = evaluator(World(), *BOTH, gather=lambda records: kept).run()
+    assert replace(joined, shown=()) == replace(evaluator(World(), *BOTH).run(), shown=())
+    assert len({len(world.requests) for world in shares}) == 1  # generation is collective: as many on every rank
+    seeds = {request.seed for world in shares for request in world.requests}
+    alone = World()
+    evaluator(alone, *BOTH).run()
+    assert seeds == {request.seed for request in alone.requests}
+
+
+def result(**samples) -> HeldoutResult:
+    return HeldoutResult(items={}, samples=samples, entropy={})
+
+
+def test_a_sample_that_was_not_graded_leaves_the_mean_of_the_others():
+    assert result(math=((1.0, None, 0.0, None), (None, 0.5))).scores() == {"math": (0.5, 0.5)}
+    assert result(math=((None, 1.0), (None, 0.5))).passed() == {"math": (1.0, 0.0)}
+
+
+def test_an_item_that_nobody_could_grade_is_an_error_not_a_zero():
+    with pytest.raises(ValueError, match="domain 'math': 1 of 2 held-out items could not be graded"):
+        result(math=((1.0, 0.0), (None, None))).scores()
+
+
+@pytest.mark.parametrize(("samples", "message"), [((2.0, 1.0), "0 to 1.5"), ((-1.0, 0.0), "-0.5 to 0")])
+def test_a_score_outside_0_to_1_is_an_error(samples, message):
+    with pytest.raises(ValueError, match=rf"domain 'math': held-out scores must lie in \[0, 1\], got {message}"):
+        result(math=(samples, (0.0, 0.0))).scores()

@@ -1,0 +1,100 @@
+"""`polyphony probe`: one row a run, and a probe that is killed goes on with the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.config import RecipeError, load_recipe
+from launch.probe import claim_probe, cost, plan_arms, probe, restricted
+from tests.conftest import HOUSE, RECIPES
+
+
+def recipe(*overrides):
+    return load_recipe(RECIPES / "debug.yaml", ["tracking.wandb=null", *overrides])
+
+
+def test_every_seed_measures_the_start_each_domain_and_all_of_them_for_the_same_total():
+    arms = plan_arms(recipe("probe.seeds=2"), ["arithmetic", "stories"])
+    assert [(arm.seed, arm.label, arm.steps) for arm in arms] == [
+        (1, "start", 0),
+        (1, "arithmetic", 2),
+        (1, "stories", 2),
+        (1, "joint", 4),
+        (2, "start", 0),
+        (2, "arithmetic", 2),
+        (2, "stories", 2),
+        (2, "joint", 4),
+    ]
+
+
+def test_without_the_joint_arm_a_probe_costs_half():
+    names = ["arithmetic", "stories"]
+    whole, half = recipe(), recipe("probe.joint_arm=false")
+    # a step generates 16 x 2 completions of at most 32 tokens: 1024
+    assert cost(whole, plan_arms(whole, names)).startswith("8 optimizer steps, at most 0.0082 million rollout tokens")
+    assert cost(half, plan_arms(half, names)).startswith("4 optimizer steps, at most 0.0041 million rollout tokens")
+
+
+def test_an_arm_trains_its_domain_and_watches_the_others():
+    (_, arithmetic, _, _) = plan_arms(recipe(), ["arithmetic", "stories"])
+    alone = restricted(recipe("curriculum.scheduler=sequential"), arithmetic, "start")
+    assert [name for name, section in alone.domains.items() if section.train is not None] == ["arithmetic"]
+    assert list(alone.domains) == ["arithmetic", "stories", "safety"]
+    assert (alone.model, alone.curriculum.scheduler) == ("start", "joint")
+    assert (alone.grpo["max_steps"], alone.grpo["seed"]) == (2, 1)
+
+
+def test_a_folder_holds_the_probe_of_one_recipe(tmp_path):
+    assert claim_probe(recipe(), tmp_path / "probe")
+    assert not claim_probe(recipe(), tmp_path / "probe")
+    with pytest.raises(RecipeError, match="holds a probe of another recipe; choose another --out"):
+        claim_probe(recipe("probe.steps=3"), tmp_path / "probe")
+
+
+def rows(folder) -> list[dict]:
+    path = folder / "transfer.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def kill_after_the_first_row(folder) -> None:
+    command = [sys.executable, "-m", "launch.cli", "probe", str(RECIPES / "debug.yaml"), "tracking.wandb=null"]
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not rows(folder) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, "the probe ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_probe_goes_on_with_the_next_run_and_repeats_none(tmp_path, engine):
+    folder = tmp_path / "probe"
+    kill_after_the_first_row(folder)
+    before = rows(folder)
+    assert 1 <= len(before) < 4
+    probe(recipe(), folder, engine=engine)
+    after = rows(folder)
+    assert after[: len(before)] == before
+    assert [(row["trained"], row["step"], row["probe"]) for row in after] == [
+        ([], 0, True),
+        (["arithmetic"], 2, True),
+        (["stories"], 2, True),
+        (["arithmetic", "stories"], 4, True),
+    ]
+    assert [row["exposure"] for row in after[1:3]] == [{"arithmetic": 8}, {"stories": 8}]  # 2 steps of 32 / 8 prompts
+    written = (folder / "transfer.json").stat().st_mtime_ns
+    probe(recipe(), folder, engine=engine)
+    assert (folder / "transfer.json").stat().st_mtime_ns == written

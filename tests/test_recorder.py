@@ -1,0 +1,190 @@
+"""A recorder over a real curriculum and a real folder: two domains that are trained and one that is watched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from curricula.curriculum import Curriculum
+from curricula.items import halves
+from curricula.records import Domain, Evaluation
+from curricula.schedulers.joint import Joint
+from curricula.schedulers.sequential import Sequential
+from curricula.transfer import TransferMatrix
+from trainer.data import Prompt
+from trainer.evaluation import HeldoutResult
+from trainer.recorder import Recorder
+from trainer.run_folder import RunFolder
+from trainer.scoring import Sample
+
+DOMAINS = (
+    Domain(name="math", kind="structured", train=[], heldout=[]),
+    Domain(name="stories", kind="open_ended", train=[], heldout=[]),
+    Domain(name="safety", kind="structured", heldout=[]),
+)
+NAMES = ("math", "stories", "safety")
+IDS = ("a", "b", "c", "d", "e", "f")
+STEER = tuple(side == "steer" for side in halves(IDS))
+
+
+def recorder(path, *, scheduler=None, is_main=True) -> Recorder:
+    curriculum = Curriculum(
+        domains=DOMAINS,
+        prompts={"math": ["m1", "m2"], "stories": ["s1", "s2"]},
+        scheduler=scheduler or Joint(),
+        total_draws=4,
+    )
+    return Recorder(
+        folder=RunFolder(path), domains=DOMAINS, curriculum=curriculum, seed=1, provenance={}, is_main=is_main
+    )
+
+
+def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
+    """Every item's two samples have the score of its half; a domain may have (steer, report) of its own."""
+    samples = {}
+    for name in NAMES:
+        mine = domains.get(name, (steer, report))
+        samples[name] = tuple((mine[0],) * 2 if is_steer else (mine[1],) * 2 for is_steer in STEER)
+    shown = Sample(prompt=Prompt(id="a", domain="math", prompt="1+1 =", columns={}), ids=[1], text="2", truncated=False)
+    return HeldoutResult(
+        items=dict.fromkeys(NAMES, IDS), samples=samples, entropy=dict.fromkeys(NAMES, 0.7), shown=((shown, 1.0),)
+    )
+
+
+def test_both_halves_have_items():
+    assert {True, False} == set(STEER)
+
+
+def test_what_decides_sees_the_steer_half_and_what_is_published_is_the_report_half(tmp_path):
+    ours = recorder(tmp_path)
+    metrics = ours.record_heldout(0, result(steer=1.0, report=0.25))
+    assert metrics["heldout/math/score"] == 0.25
+    assert metrics["heldout/math/pass_at_k"] == 0.0
+    assert metrics["heldout/math/entropy"] == 0.7
+    assert set(ours.curriculum.evaluations[-1].scores["math"]) == {1.0}
+    assert len(ours.curriculum.evaluations[-1].scores["math"]) == sum(STEER)
+
+
+def test_the_file_keeps_every_item_of_every_domain(tmp_path):
+    recorder(tmp_path).record_heldout(0, result(steer=1.0, report=0.25))
+    saved = TransferMatrix.load(tmp_path / "transfer.json")
+    assert saved.rows[0].scores["safety"] == tuple(1.0 if is_steer else 0.25 for is_steer in STEER)
+    assert saved.items == dict.fromkeys(NAMES, IDS)
+    assert (saved.domains, saved.watch_only) == (NAMES, ("safety",))
+
+
+def test_the_worst_domain_is_judged_on_the_steer_half_of_what_is_trained(tmp_path):
+    ours = recorder(tmp_path)
+    ours.record_heldout(0, result(math=(0.75, 0.0), stories=(0.5, 1.0), safety=(0.0, 0.0)))
+    assert ours.worst_steer_score == 0.5
+
+
+def test_a_row_names_what_was_trained_since_the_row_before(tmp_path):
+    ours = recorder(tmp_path, scheduler=Sequential(order=("math", "stories")))
+    trained = []
+    for step in range(5):
+        ours.record_heldout(step, result())
+        trained.append(ours.matrix.rows[-1].trained)
+        if step < 4:
+            ours.curriculum.draw(2)
+    assert trained == [(), ("math",), ("math",), ("stories",), ("stories",)]
+    assert ours.matrix.rows[-1].exposure == {"math": 4, "stories": 4}
+
+
+def test_backward_transfer_appears_once_a_stage_has_ended(tmp_path):
+    ours = recorder(tmp_path, scheduler=Sequential(order=("math", "stories")))
+    first = ours.record_heldout(0, result(report=0.5))
+    assert not any(name.startswith("transfer/") for name in first)
+    ours.curriculum.draw(2)
+    ours.curriculum.draw(2)
+    ours.record_heldout(2, result(math=(0.5, 1.0), stories=(0.5, 0.25), safety=(0.5, 0.5)))
+    ours.curriculum.draw(2)
+    last = ours.record_heldout(3, result(math=(0.5, 0.75), stories=(0.5, 0.5), safety=(0.5, 0.375)))
+    assert last["transfer/math/bwt"] == -0.25  # 0.75 now, 1 at the end of its stage
+    assert last["transfer/safety/bwt"] == -0.125  # watched: against the baseline
+    assert "transfer/stories/bwt" not in last  # its stage is still running
+    assert last["transfer/stories/fwt"] == -0.25  # 0.25 before its stage, 0.5 at the start
+    assert last["transfer/bwt"] == pytest.approx((-0.25 - 0.125) / 2)
+
+
+def test_a_draw_leaves_its_decision_with_the_prompts_it_chose(tmp_path):
+    ours = recorder(tmp_path)
+    refs = ours.curriculum.draw(4)
+    ours.record_draw(1, refs)
+    (line,) = ours.folder.read("decisions")
+    assert (line["step"], line["draw"], line["reason"]) == (1, 0, "fixed weights")
+    assert line["mixture"] == {"math": 0.5, "stories": 0.5}
+    assert line["counts"] == {"math": 2, "stories": 2}
+    assert sorted(line["prompts"]) == ["m1", "m2", "s1", "s2"]
+
+
+def test_samples_are_kept_to_be_read(tmp_path):
+    ours = recorder(tmp_path)
+    ours.record_heldout(3, result())
+    assert ours.folder.read("samples") == [
+        {"step": 3, "domain": "math", "prompt": "1+1 =", "completion": "2", "score": 1.0}
+    ]
+
+
+def test_only_the_main_rank_writes_and_all_remember_alike(tmp_path):
+    ours, other = recorder(tmp_path / "main"), recorder(tmp_path / "other", is_main=False)
+    (tmp_path / "main").mkdir()
+    (tmp_path / "other").mkdir()
+    assert ours.record_heldout(0, result()) == other.record_heldout(0, result())
+    assert ours.matrix == other.matrix
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def evaluated(path, *steps) -> Recorder:
+    ours = recorder(path)
+    for step in steps:
+        if step:
+            ours.curriculum.draw(2)
+        ours.record_heldout(step, result())
+    return ours
+
+
+def test_a_restored_run_forgets_the_rows_after_its_checkpoint(tmp_path):
+    evaluated(tmp_path, 0, 2, 4)
+    again = recorder(tmp_path)
+    again.restore(2)
+    assert [row.step for row in again.matrix.rows] == [0, 2]
+    again.curriculum.drawn = {"math": 2, "stories": 0}  # as the checkpoint's ledgers would say: 1 and 1 at step 2
+    again.record_heldout(4, result())
+    assert again.matrix.rows[-1].trained == ("math",)
+    assert [row["step"] for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]] == [0, 2, 4]
+
+
+def test_a_run_restored_before_its_first_row_begins_anew(tmp_path):
+    evaluated(tmp_path, 0, 2)
+    again = recorder(tmp_path)
+    again.restore(-1)
+    assert again.matrix is None
+
+
+def probed() -> TransferMatrix:
+    scores = dict.fromkeys(NAMES, (0.5,) * len(IDS))
+    rows = [Evaluation(trained=t, step=9 * len(t), seed=1, scores=scores, probe=True) for t in ((), ("math",))]
+    foreign = Evaluation(trained=("math",), step=4, seed=7, scores=scores)
+    kinds = {domain.name: domain.kind for domain in DOMAINS}
+    return TransferMatrix(
+        domains=NAMES,
+        kinds=kinds,
+        rows=(*rows, foreign),
+        items=dict.fromkeys(NAMES, IDS),
+        watch_only=("safety",),
+    )
+
+
+def test_a_probes_rows_lie_beside_the_runs_own_and_stay_on_restore(tmp_path):
+    ours = recorder(tmp_path)
+    ours.adopt(probed())
+    metrics = ours.record_heldout(0, result())
+    assert not any(name.startswith("transfer/") for name in metrics)  # the probe's rows are no moments of this run
+    ours.curriculum.draw(2)
+    ours.record_heldout(2, result())
+    again = recorder(tmp_path)
+    again.restore(0)
+    assert [(row.probe, row.step) for row in ours.matrix.rows] == [(True, 0), (True, 9), (False, 0), (False, 2)]
+    assert [(row.probe, row.step) for row in again.matrix.rows] == [(True, 0), (True, 9), (False, 0)]

@@ -1,0 +1,463 @@
+"""The report of small run folders whose numbers are worked by hand, and of folders that are cut off or incomplete."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from run_folders import FOUR, write_run
+
+from curricula.items import halves
+from curricula.records import Evaluation
+from trainer.report import summarise, write_report
+from trainer.report_charts import Layer, draw_stack
+from trainer.report_data import read_run
+from trainer.report_numbers import find, score_interval
+from trainer.report_scales import thin, ticks
+from trainer.report_sheet import DARK, LIGHT
+from trainer.report_story import tell
+
+# R[s, k] of two stages, a then b, and of a watched domain w: 20 items each, scores 0 or 1.
+# BWT of a = .6 - .8 = -.2; change of a = .6 - .2 = +.4, of b = .9 - .4 = +.5, of w = .4 - .5 = -.1
+STAGES = {0: (0.2, 0.4, 0.5), 10: (0.8, 0.4, 0.5), 20: (0.6, 0.9, 0.4)}
+NAMES = ("a", "b", "w")
+
+
+def ones(share, n=20):
+    return tuple(float(k < round(share * n)) for k in range(n))
+
+
+def hand_run(folder, table=STAGES, trained=((), ("a",), ("b",)), entropy=(1.0, 0.9, 0.4)):
+    """Write a run folder with a transfer file alone: no items, so that both halves are all items."""
+    rows = [
+        Evaluation(
+            trained=who,
+            step=step,
+            seed=0,
+            scores=dict(zip(NAMES, map(ones, levels), strict=True)),
+            entropy={"a": nats},
+        ).as_row()
+        for (step, levels), who, nats in zip(table.items(), trained, entropy, strict=True)
+    ]
+    document = {"version": 1, "domains": NAMES, "kinds": dict.fromkeys(NAMES, "structured"), "rows": rows}
+    folder.mkdir()
+    (folder / "transfer.json").write_text(json.dumps(document | {"watch_only": ["w"]}))
+    return folder
+
+
+class Page(HTMLParser):
+    """The report as elements: (tag, attributes, text until it closes); checks that every tag is closed."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(path.read_text())
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        element = {"tag": tag, "text": "", "inside": [e["id"] for e in self.open if "id" in e]} | dict(attrs)
+        self.elements.append(element)
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open[-1]["tag"] == tag
+        self.open.pop()
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def find(self, tag, section=None, **attributes):
+        return [
+            e
+            for e in self.elements
+            if e["tag"] == tag
+            and (section is None or section in e["inside"])
+            and all(e.get(key.replace("_", "-")) == value for key, value in attributes.items())
+        ]
+
+    def plots(self, section):
+        """Return {title: hover data} of a section's charts."""
+        titles = [e["text"].split("  ")[0].strip() for e in self.find("figcaption", section)]
+        data = [json.loads(e["data-hover"]) for e in self.find("div", section) if "data-hover" in e]
+        return {title.split(" ")[0]: plot for title, plot in zip(titles, data, strict=True)}
+
+    @property
+    def missing(self):
+        return self.find("footer")[0]["text"]
+
+
+def report(tmp_path, *runs):
+    return Page(write_report(runs, tmp_path / "report.html"))
+
+
+def test_summary_has_the_numbers_worked_by_hand(tmp_path):
+    found = summarise(hand_run(tmp_path / "run"))
+    assert found["domains"]["a"]["score"]["before"][1] == pytest.approx(0.2)
+    assert found["domains"]["a"]["score"]["after"][1] == pytest.approx(0.6)
+    assert found["domains"]["a"]["change"][1] == pytest.approx(0.4)
+    assert found["domains"]["a"]["bwt"][1] == pytest.approx(-0.2)
+    assert found["domains"]["b"]["bwt"] is None
+    assert found["domains"]["w"]["watch_only"] is True
+    assert found["domains"]["w"]["bwt"][1] == pytest.approx(-0.1)
+    assert found["transfer"]["a"]["b"][1] == pytest.approx(0.0)
+    assert found["transfer"]["b"]["a"][1] == pytest.approx(-0.2)
+    assert found["domains"]["a"]["entropy"]["after"] == 0.4
+    assert found["evaluations"] == 3 and found["steps"] == 20 and found["finished"] is False
+    json.dumps(found, allow_nan=False)
+
+
+def test_score_interval_is_agresti_coulls_for_scores_of_zero_and_one():
+    # n = 4, 2 right, z^2 = 3.8415: centre .5, half-width 1.95996 sqrt(.25 / 7.84146) = .34996
+    assert score_interval((0.0, 0.0, 1.0, 1.0)) == pytest.approx((0.15004, 0.5, 0.84996), abs=1e-5)
+    low, mid, high = score_interval((1.0,) * 10)
+    assert mid == high == 1.0 and 0.6 < low < 0.8
+
+
+def test_held_out_curves_show_the_mean_scores_at_their_steps(tmp_path):
+    plots = report(tmp_path, hand_run(tmp_path / "run")).plots("score")
+    assert list(plots) == list(NAMES)
+    _, _, steps, values, low, high = plots["a"]["s"][0]
+    assert steps == [0, 10, 20] and values == [0.2, 0.8, 0.6]
+    assert all(below < value < above for below, value, above in zip(low, values, high, strict=True))
+
+
+def test_dots_lie_where_the_axis_says(tmp_path):
+    page = report(tmp_path, hand_run(tmp_path / "run"))
+    dots = next(e["d"] for e in page.find("path", "score") if e["class"] == "dot")
+    labels = [e for e in page.find("span", "score") if e["class"] == "y"]
+    first = {float(e["text"]): float(e["style"].removeprefix("top:").rstrip("%")) for e in labels[:4]}
+    (value_a, top_a), (value_b, top_b) = list(first.items())[:2]
+    points = [tuple(map(float, xy)) for xy in re.findall(r"M([\d.]+) ([\d.]+)h0", dots)]
+    assert [x for x, _ in points] == [0, 500, 1000]
+    values = [value_a + (y / 10 - top_a) * (value_b - value_a) / (top_b - top_a) for _, y in points]
+    assert values == pytest.approx([0.2, 0.8, 0.6], abs=2e-3)
+
+
+def test_heatmap_marks_as_sure_only_effects_whose_interval_leaves_out_zero(tmp_path):
+    page = report(tmp_path, hand_run(tmp_path / "run"))
+    cells = [e for e in page.find("td", "transfer") if "--a" in e.get("style", "")]
+    rows = {"a": cells[:3], "b": cells[3:]}
+    assert [e["text"][:5] for e in rows["a"]] == ["+.600", "+.000", "+.000"]
+    assert [e["text"][:5] for e in rows["b"]] == ["−.200", "+.500", "−.100"]
+    assert rows["a"][0]["class"] == "gain sure own" and rows["b"][1]["class"] == "gain sure own"
+    assert "open" in rows["a"][1]["class"] and "open" in rows["b"][2]["class"]
+
+
+def test_sentences_name_what_the_intervals_carry(tmp_path):
+    ran, learned, forgot, entropy, _ = tell(find(read_run(hand_run(tmp_path / "run"))))
+    assert "20 steps on 2 domains (a and b), watching w" in ran
+    assert "rose in b +0.500" in learned and "a +0.400" in learned
+    assert "for w the change cannot be told from zero" in learned
+    assert "Backward transfer is −0.200 on average over 1 domain" in forgot
+    assert "a moved from 1.00 to 0.40" in entropy
+
+
+def test_sentences_claim_nothing_where_nothing_moved(tmp_path):
+    still = dict.fromkeys((0, 10, 20), (0.5, 0.4, 0.5))
+    found = tell(find(read_run(hand_run(tmp_path / "run", table=still))))
+    assert "no domain's held-out score can be told from where it started" in found[1]
+    assert "no loss since the end of its own stage can be told from zero" in found[2]
+
+
+def test_one_lucky_domain_among_twenty_is_not_claimed(tmp_path):
+    # 36 of 100 items moved up and 20 down: alone its 95 % interval leaves out zero, at 1 - .05 / 20 it does not
+    names = [f"d{k}" for k in range(20)]
+    before = dict.fromkeys(names, (0.0, 1.0) * 50)
+    lucky = [1.0, 0.0] * 20 + [1.0, 1.0] * 16 + [0.0, 1.0] * 14
+    rows = [
+        Evaluation(trained=(), step=0, seed=0, scores=before),
+        Evaluation(trained=tuple(names), step=5, seed=0, scores=before | {"d3": tuple(lucky)}),
+    ]
+    document = {"version": 1, "domains": names, "kinds": dict.fromkeys(names, "structured")}
+    (tmp_path / "transfer.json").write_text(json.dumps(document | {"rows": [row.as_row() for row in rows]}))
+    found = find(read_run(tmp_path))
+    assert found.change["d3"].is_above_zero
+    assert "d3" not in tell(found)[1] and "no domain's" in tell(found)[1]
+
+
+def test_entropy_is_judged_against_the_recipes_multiples_of_the_base(tmp_path):
+    run = hand_run(tmp_path / "run", entropy=(2.0, 1.8, 0.4))
+    (run / "recipe.yaml").write_text("domains: {a: {train: x}, b: {train: y}, w: {}}\nentropy: {band: [0.5, 1.5]}\n")
+    entropy = summarise(run)["domains"]["a"]["entropy"]
+    assert entropy == {"before": 2.0, "after": 0.4, "band": [1.0, 3.0], "place": "below"}
+    assert "below it in a" in summarise(run)["story"][3]
+
+
+def test_mixtures_have_no_backward_transfer_but_a_drawdown(tmp_path):
+    both = ((), ("a", "b"), ("a", "b"))
+    found = summarise(hand_run(tmp_path / "run", trained=both))
+    assert found["domains"]["a"]["bwt"] is None
+    assert found["domains"]["a"]["drawdown"][1] == pytest.approx(-0.2)
+    assert "backward transfer is undefined" in found["story"][2]
+    assert found["transfer"] == {}
+
+
+def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
+    out = write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
+    page = Page(out)
+    sections = [e["id"] for e in page.find("section")]
+    absent = {"plan", "quality"}
+    assert sections == [e["href"][1:] for e in page.find("a")]
+    assert len(sections) == 15 and not absent & set(sections)
+    drawings = re.findall(r"<svg.*?</svg>", out.read_text(), re.S)
+    assert len(drawings) > 40
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    assert "pass@k" in page.missing and "entropy per domain" not in page.missing
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    text = write_report([write_run(tmp_path / "run")], tmp_path / "report.html").read_text()
+    page = Page(tmp_path / "report.html")
+    assert not any("src" in e or e["tag"] == "link" for e in page.elements)
+    assert all(e["href"].startswith("#") for e in page.find("a"))
+    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest", text)
+
+
+def test_the_same_runs_give_the_same_page(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=20)
+    first = write_report([run], tmp_path / "one.html").read_text()
+    assert first == write_report([run], tmp_path / "two.html").read_text()
+
+
+def test_published_scores_are_those_of_the_report_half(tmp_path):
+    run = hand_run(tmp_path / "run")
+    document = json.loads((run / "transfer.json").read_text())
+    ids = [f"item-{k}" for k in range(20)]
+    document["items"] = dict.fromkeys(NAMES, ids)
+    (run / "transfer.json").write_text(json.dumps(document))
+    published = [k for k, side in enumerate(halves(ids)) if side == "report"]
+    expected = sum(k < 4 for k in published) / len(published)
+    assert summarise(run)["domains"]["a"]["score"]["before"][1] == pytest.approx(expected)
+
+
+def test_mixture_chart_stacks_shares_and_lists_each_reason_once(tmp_path):
+    page = report(tmp_path, write_run(tmp_path / "run", steps=40, eval_every=20, items=20))
+    plot = page.plots("mixture")["share"]
+    assert [name for name, *_ in plot["s"]] == list(FOUR)
+    assert [words for _, words in plot["w"]] == [f"stage {k + 1} of 4: {name}" for k, name in enumerate(FOUR)]
+    assert [at for at, _ in plot["w"]] == [0, 10, 20, 30]
+    cells = [e["text"] for e in page.find("td", "mixture")]
+    assert cells[:2] == ["0–9", "stage 1 of 4: arithmetic"]
+
+
+def test_a_stack_reaches_from_the_floor_to_the_sum():
+    layers = [
+        Layer(name="a", share=np.array([0.25, 1.0]), colour="red"),
+        Layer(name="b", share=np.array([0.75, 0]), colour="blue"),
+    ]
+    drawn = draw_stack("share", np.array([0.0, 1.0]), layers)
+    # draw 0 is 0..500 and draw 1 is 500..1000 across; a fills the lower quarter, then everything
+    assert 'd="M0 1000H0V750H500H500V0H1000V1000H500V1000H0Z"' in drawn
+    assert 'd="M0 750H0V0H500H500V0H1000V0H500V750H0Z"' in drawn
+
+
+def test_long_lines_are_thinned_to_means_and_ranges():
+    x, mean, low, high = thin(np.arange(6.0), np.array([0.0, 2.0, 4.0, 4.0, 5.0, 9.0]), bins=3)
+    assert x.tolist() == [0.5, 2.5, 4.5]
+    assert mean.tolist() == [1.0, 4.0, 7.0]
+    assert low.tolist() == [0.0, 4.0, 5.0] and high.tolist() == [2.0, 4.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (-0.31, 0.12, [-0.3, -0.2, -0.1, 0, 0.1]), (0, 2000, [0, 500, 1000, 1500, 2000])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == expected
+
+
+def test_a_single_point_is_drawn_as_a_dot(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    page = report(tmp_path, tmp_path)
+    assert [e["class"] for e in page.find("path", "health") if "d" in e and e["class"] == "dot"] == ["dot"]
+
+
+def test_samples_come_from_start_middle_and_end(tmp_path):
+    run = write_run(tmp_path / "run", domains=("a", "b"), watch_only=(), steps=40, eval_every=10, items=10)
+    page = report(tmp_path, run)
+    said = [e["text"] for e in page.find("pre", "samples")]
+    assert said[:3] == [f"After {step} steps I say <answer 1>." for step in (0, 20, 40)]
+    assert len(said) == 2 * 2 * 3
+
+
+def test_names_and_words_of_a_run_cannot_become_markup(tmp_path):
+    name = '<b>"x"&'
+    rows = [{"step": 1, f"domain/{name}/reward": 0.5}, {"step": 2, f"domain/{name}/reward": 0.6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"step": 1, "domain": name, "prompt": "</script>", "completion": "<img src=x>", "score": 1}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = report(tmp_path, tmp_path)
+    assert not page.find("img")
+    assert name in page.find("figcaption", "reward")[0]["text"]
+    assert [e["text"] for e in page.find("pre", "samples")] == ["<img src=x>"]
+
+
+def test_a_cut_off_log_shows_what_is_there_and_says_so(tmp_path):
+    run = write_run(tmp_path / "run", steps=40, eval_every=20, items=20)
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:30]) + lines[30][:25])
+    page = report(tmp_path, run)
+    assert page.plots("reward")["arithmetic"]["s"][0][2][-1] == 10
+    assert page.plots("health")["loss"]["s"][0][2][-1] == 30
+    assert "metrics.jsonl: its last line is cut off" in page.missing
+
+
+def test_a_broken_line_in_the_middle_is_left_out_and_counted(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "lo\n[]\n{"step": 3, "loss": NaN}\n')
+    run = read_run(tmp_path)
+    assert run.metrics["loss"].steps.tolist() == [1]
+    assert "metrics.jsonl: 2 unreadable lines were left out, the first is line 2" in run.missing
+
+
+def test_a_run_without_any_evaluation_still_has_its_training_curves(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    (run / "transfer.json").unlink()
+    (run / "final").rmdir()
+    page = report(tmp_path, run)
+    assert "transfer.json is absent" in page.missing and "no transfer heatmap" in page.missing
+    assert set(page.plots("reward")) == set(FOUR)
+    story = summarise(run)["story"]
+    assert "still being written" in story[0] and "cannot be said" in story[1]
+
+
+def test_a_half_written_transfer_file_is_named_and_left_out(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    text = (run / "transfer.json").read_text()
+    (run / "transfer.json").write_text(text[: len(text) // 2])
+    page = report(tmp_path, run)
+    assert "transfer.json cannot be used" in page.missing
+    # held-out scores were logged too: the curves are drawn from there, without intervals
+    assert page.plots("score")["facts"]["s"][0][2] == [10, 20]
+
+
+def test_only_the_baseline_is_one_dot_and_no_claim(tmp_path):
+    run = hand_run(tmp_path / "run", table={0: STAGES[0]}, trained=((),), entropy=(1.0,))
+    page = report(tmp_path, run)
+    assert page.plots("score")["a"]["s"][0][3] == [0.2]
+    assert "no forgetting curves" in page.missing
+    assert summarise(run)["domains"]["a"]["change"] is None
+
+
+def test_one_domain_is_enough(tmp_path):
+    run = write_run(tmp_path / "run", domains=("math",), watch_only=(), steps=20, eval_every=10, items=20, probes=False)
+    page = report(tmp_path, run)
+    assert list(page.plots("score")) == ["math"]
+    assert "hold for all" not in " ".join(summarise(run)["story"])
+
+
+def test_two_runs_share_panels_and_name_what_each_lacks(tmp_path):
+    first = write_run(tmp_path / "one", domains=("math", "code"), watch_only=(), steps=20, eval_every=10, items=30)
+    second = write_run(
+        tmp_path / "two", domains=("math", "qa"), watch_only=(), scheduler="joint", steps=20, eval_every=10, items=30
+    )
+    page = report(tmp_path, first, second)
+    plots = page.plots("score")
+    assert [name for name, *_ in plots["math"]["s"]] == ["one", "two"]
+    assert [name for name, *_ in plots["qa"]["s"]] == ["two"]
+    assert "A has no domain qa" in page.missing and "B has no domain code" in page.missing
+    ends = [e["text"] for e in page.find("span", "score") if e.get("class") == "end"]
+    assert ends.count("A") == 2 and ends.count("B") == 2
+
+
+def test_runs_are_compared_only_on_the_same_items(tmp_path):
+    runs = [write_run(tmp_path / name, domains=("a", "b"), steps=10, eval_every=5, items=20) for name in ("x", "y")]
+    document = json.loads((runs[1] / "transfer.json").read_text())
+    document["items"]["b"].reverse()
+    (runs[1] / "transfer.json").write_text(json.dumps(document))
+    page = report(tmp_path, *runs)
+    table = [e["text"] for e in page.find("tr", "domains", data_domain="a")][-1]
+    other = [e["text"] for e in page.find("tr", "domains", data_domain="b")][-1]
+    assert "+0.000[" in table
+    assert other.endswith("–")
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    run = hand_run(tmp_path / "run")
+    stages = [{"stage": "a", "step": 10, "predicted": {"a": 0.75}, "measured": {"a": 0.8}}]
+    (run / "predicted.json").write_text(json.dumps(stages))
+    page = report(tmp_path, run)
+    assert [e["text"] for e in page.find("td", "plan")] == ["a", "a", "0.750", "0.800"]
+
+
+@pytest.mark.parametrize("make", ["absent", "empty", "file"])
+def test_a_folder_that_is_no_run_is_named(tmp_path, make):
+    path = tmp_path / "nothing"
+    if make == "empty":
+        path.mkdir()
+    if make == "file":
+        path.write_text("")
+    with pytest.raises(ValueError, match="nothing"):
+        write_report([path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_of_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one run folder"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_it_needs_no_tensor_library_trainer_or_tracker():
+    code = "import sys, trainer.report; print({'torch', 'trl', 'transformers', 'wandb'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# Linear RGB as seen by eyes without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1).
+EYES = {
+    "normal": np.eye(3),
+    "protan": np.array([[0.15229, 1.05258, -0.20487], [0.11450, 0.78628, 0.09922], [-0.00388, -0.04812, 1.05200]]),
+    "deutan": np.array([[0.36732, 0.86065, -0.22797], [0.28009, 0.67250, 0.04741], [-0.01182, 0.04294, 0.96888]]),
+    "tritan": np.array([[1.25553, -0.07675, -0.17878], [-0.07841, 0.93081, 0.14760], [0.00473, 0.69137, 0.30390]]),
+}
+
+
+def linear(colour):
+    parts = np.array([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(rgb):
+    """Return OKLab of linear RGB (Ottosson 2020)."""
+    cones = rgb @ np.array([[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]]).T
+    mixed = np.array([[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]])
+    return np.cbrt(cones) @ mixed.T
+
+
+def luminance(colour):
+    return float(linear(colour) @ (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize(("hues", "paper"), [(LIGHT, "#ffffff"), (DARK, "#1b1e25")])
+def test_colours_stand_out_from_the_paper_and_from_each_other_for_all_eyes(hues, paper):
+    for hue in hues:
+        light, dark = sorted((luminance(hue), luminance(paper)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, hue
+    for eyes, matrix in EYES.items():
+        seen = [oklab(np.clip(matrix @ linear(hue), 0, 1)) for hue in hues]
+        nearest = min(math.dist(a, b) for k, a in enumerate(seen) for b in seen[:k])
+        assert nearest >= (0.07 if eyes == "tritan" else 0.1), eyes
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_of_twenty_domains_take_ten_seconds_and_ten_megabytes(tmp_path):
+    domains = [f"domain{k}" for k in range(18)]
+    run = write_run(tmp_path / "run", domains=domains, watch_only=("u", "v"), steps=2000, eval_every=50, items=200)
+    start = time.perf_counter()
+    out = write_report([run], tmp_path / "report.html")
+    assert time.perf_counter() - start <= 10
+    assert out.stat().st_size <= 10_000_000

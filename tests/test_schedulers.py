@@ -1,0 +1,160 @@
+"""What every scheduler owes: valid mixtures, the same draws on two ranks and after a restart, exact quotas."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from toy_world import ToyWorld
+
+from curricula.curriculum import Curriculum
+from curricula.records import Domain
+from curricula.replay import decision_line, replay
+from curricula.schedulers import REGISTRY, build_scheduler, find_scheduler
+
+HARM = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]
+TRANSFER = ToyWorld(HARM, seed=5).probe()
+NEEDS_TRANSFER = ("bwt", "visatb")
+SETTINGS = {"pac": {"cold_start": 5}, "e2h": {"kind": "gaussian"}} | {
+    name: {"transfer": TRANSFER} for name in NEEDS_TRANSFER
+}
+CASES = [(name, SETTINGS.get(name, {})) for name in REGISTRY] + [
+    ("auto", {"transfer": TRANSFER}),
+    ("adaptive", {"transfer": TRANSFER}),
+    ("e2h", {"order": ("d3", "d0", "d1", "d2")}),
+    ("sequential", {"order": ("d3", "d0", "d1", "d2")}),
+]
+IDS = [f"{name}{n}" for n, (name, _) in enumerate(CASES)]
+DRAWS, BATCH = 48, 7
+
+
+class Rank:
+    """One process's curriculum and its copy of a toy world that does not depend on what is drawn."""
+
+    def __init__(self, name, settings):
+        self.world = ToyWorld(HARM, seed=1)
+        domains = [Domain(name=d, kind="structured", train=[0]) for d in self.world.names]
+        ids = {d: [f"{d}/{k}" for k in range(11)] for d in self.world.names}
+        scheduler = build_scheduler(name, **settings)
+        self.curriculum = Curriculum(domains=domains, prompts=ids, scheduler=scheduler, total_draws=DRAWS, seed=3)
+        self.lines = []
+
+    def step(self, draw):
+        """Evaluate now and then, draw, answer, observe; return what was drawn."""
+        curriculum, world = self.curriculum, self.world
+        world.rng = np.random.default_rng(draw)  # so that a restored run sees what the first one saw
+        if draw % 4 == 0:
+            stage = curriculum.decision.stage if curriculum.decision else None
+            trained = () if draw == 0 else (stage,) if stage else world.names
+            curriculum.record(world.evaluate(trained, step=draw, exposure=dict(curriculum.drawn)))
+        refs = curriculum.draw(BATCH)
+        self.lines.append(decision_line(curriculum.basis, curriculum.decision, refs))
+        entropy = dict.fromkeys(world.names, 1 - draw / 100)
+        curriculum.observe([world.answer(ref, draw) for ref in refs], entropy)
+        world.practise(np.array([sum(r.domain == n for r in refs) / BATCH for n in world.names]))
+        return refs
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
+def test_two_ranks_draw_the_same(name, settings):
+    one, other = Rank(name, settings), Rank(name, settings)
+    assert [one.step(d) for d in range(DRAWS)] == [other.step(d) for d in range(DRAWS)]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
+def test_a_run_goes_on_the_same_after_its_state_went_through_json(name, settings):
+    rank = Rank(name, settings)
+    for draw in range(21):
+        rank.step(draw)
+    saved, skill = json.loads(json.dumps(rank.curriculum.state_dict())), rank.world.skill.copy()
+    stage = rank.curriculum.decision
+    following = [rank.step(draw) for draw in range(21, DRAWS)]
+    restored = Rank(name, settings)
+    restored.curriculum.load_state_dict(saved)
+    restored.curriculum.decision, restored.world.skill = stage, skill
+    assert [restored.step(draw) for draw in range(21, DRAWS)] == following
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
+def test_mixtures_are_probabilities_and_counts_follow_them(name, settings):
+    rank = Rank(name, settings)
+    owed = dict.fromkeys(rank.world.names, 0.0)
+    for draw in range(DRAWS):
+        rank.step(draw)
+        line = rank.lines[-1]
+        assert sum(line["mixture"].values()) == pytest.approx(1)
+        assert sum(line["counts"].values()) == BATCH and line["reason"]
+        for domain in owed:
+            owed[domain] += BATCH * line["mixture"][domain] - line["counts"][domain]
+        assert max(map(abs, owed.values())) < 1 + math.log(4)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
+def test_a_saved_run_replays_to_itself(name, settings):
+    rank = Rank(name, settings)
+    for draw in range(DRAWS):
+        rank.step(draw)
+    lines = json.loads(json.dumps(rank.lines, allow_nan=False))
+    for replayed in replay(lines, build_scheduler(name, **settings), rank.curriculum.evaluations):
+        assert replayed.replayed == pytest.approx(replayed.ran)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
+def test_one_domain_gets_everything(name, settings):
+    settings = {key: value for key, value in settings.items() if key != "order"}
+    world = ToyWorld([[0.0]], seed=1)
+    if "transfer" in settings:
+        settings = {"transfer": world.probe()}
+    skill, curriculum = world.train(build_scheduler(name, **settings), draws=12)
+    assert curriculum.drawn == {"d0": 12 * 16} and skill[0] > 0.3
+
+
+def test_a_scheduler_is_found_by_import_path():
+    assert find_scheduler("curricula.schedulers.sec:SEC") is find_scheduler("sec")
+
+
+def test_an_unknown_scheduler_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match="'bandit' does not exist; known: auto, joint"):
+        find_scheduler("bandit")
+
+
+def test_an_unknown_setting_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"'sec' has no setting \['tau'\]; it has \['step_size', 'temperature'\]"):
+        build_scheduler("sec", tau=0.2)
+
+
+@pytest.mark.parametrize("name", NEEDS_TRANSFER)
+def test_a_missing_transfer_file_is_named(name):
+    with pytest.raises(ValueError, match=f"(?i){name}: transfer "):
+        build_scheduler(name)
+
+
+@pytest.mark.parametrize("name", ["bwt", "visatb", "adaptive"])
+def test_a_transfer_file_of_other_domains_is_refused(name):
+    rank = Rank(name, {"transfer": ToyWorld([[0, 0], [0, 0]], seed=1).probe()})
+    with pytest.raises(ValueError, match=r"d2|d3"):
+        rank.step(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sec", {"step_size": 0}),
+        ("sec", {"temperature": 0}),
+        ("pac", {"window": 0}),
+        ("mt_grpo", {"cap": 0.5}),
+        ("dump", {"window": 0}),
+        ("e2h", {"kind": "linear"}),
+        ("adaptive", {"floor": 2}),
+        ("adaptive", {"entropy_band": (1.5, 0.5)}),
+        ("adaptive", {"focus": 0}),
+        ("bwt", {"transfer": TRANSFER, "replay": {"kind": "uniform"}}),
+        ("bwt", {"transfer": TRANSFER, "replay": {"fraction": 0.9}}),
+        ("bwt", {"transfer": TRANSFER, "protect": {"max_drop": -1}}),
+        ("bwt", {"transfer": TRANSFER, "plateau": {"window": 0}}),
+        ("visatb", {"transfer": TRANSFER, "temperature": 0}),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(name, settings):
+    with pytest.raises(ValueError):
+        build_scheduler(name, **settings)

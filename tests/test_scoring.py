@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from curricula.records import Domain, Group
+from trainer.data import Prompt
+from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
+
+
+class Recording:
+    """Gives every completion its length and remembers what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        self.calls.append({"prompts": prompts, "completions": completions, "ids": completion_ids, **columns})
+        return [float(len(ids)) for ids in completion_ids]
+
+
+def scorer(**rewards) -> Scorer:
+    return Scorer([Domain(name=name, kind="structured", reward=reward) for name, reward in rewards.items()])
+
+
+def sample(domain="math", text="4", ids=(1,), prompt="2+2=", **columns) -> Sample:
+    prompt = Prompt(id=f"{domain}-{prompt}", domain=domain, prompt=prompt, columns=columns)
+    return Sample(prompt=prompt, ids=list(ids), text=text, truncated=False)
+
+
+def test_every_sample_goes_to_its_domains_reward_and_comes_back_in_its_place():
+    samples = [sample("math", ids=[1]), sample("code", ids=[1, 2]), sample("math", ids=[1, 2, 3])]
+    math_reward, code_reward = Recording(), lambda prompts, **columns: [0.5]
+    assert scorer(math=math_reward, code=code_reward)(samples) == [1.0, 0.5, 3.0]
+    assert len(math_reward.calls) == 1
+
+
+def test_a_reward_sees_texts_ids_and_every_column_of_its_rows():
+    reward = Recording()
+    scorer(math=reward)([sample(answer="4", level=1), sample(text="5", ids=[7, 8], answer="4", hint="add")])
+    assert reward.calls == [
+        {
+            "prompts": ["2+2=", "2+2="],
+            "completions": ["4", "5"],
+            "ids": [[1], [7, 8]],
+            "answer": ["4", "4"],
+            "hint": [None, "add"],
+            "level": [1, None],
+        }
+    ]
+
+
+def test_a_conversation_is_answered_by_a_message():
+    reward = Recording()
+    chat = [{"role": "user", "content": "2+2="}]
+    scorer(math=reward)([sample(prompt=chat)])
+    assert reward.calls[0]["prompts"] == [chat]
+    assert reward.calls[0]["completions"] == [[{"role": "assistant", "content": "4"}]]
+
+
+async def slow_reward(prompts, completions, completion_ids, answer, **columns):
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+class SlowReward:
+    async def __call__(self, prompts, **columns):
+        return [1] * len(prompts)
+
+
+@pytest.mark.parametrize("reward", [slow_reward, SlowReward()])
+def test_a_reward_may_be_asynchronous(reward):
+    assert scorer(math=reward)([sample(answer="4")]) == [1.0]
+
+
+def test_none_stays_none_and_other_numbers_become_floats():
+    class Number:
+        def __float__(self):
+            return 0.25
+
+    rewards = scorer(math=lambda prompts, **columns: [None, True, 2, Number()])([sample()] * 4)
+    assert rewards == [None, 1.0, 2.0, 0.25]
+    assert [type(reward) for reward in rewards[1:]] == [float] * 3
+
+
+def fragile(prompts, completions, **columns):
+    if "?" in completions:
+        raise KeyError("?")
+    return [1.0] * len(prompts)
+
+
+def test_a_reward_that_raises_costs_its_own_sample_and_says_so(caplog):
+    assert scorer(math=fragile)([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
+    assert "domain 'math': the reward raised KeyError: '?'" in caplog.text
+
+
+def test_a_failure_in_one_domain_does_not_touch_another():
+    samples = [sample("math", text="?"), sample("code", text="4")]
+    assert scorer(math=fragile, code=fragile)(samples) == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "the reward returned 1 values for 2 completions"),
+        ([1.0, 1.0, 1.0], "the reward returned 3 values for 2 completions"),
+        (None, "the reward returned None for 2 completions"),
+        ([1.0, math.nan], "the reward returned nan; a failed grading is None"),
+        ([1.0, math.inf], "the reward returned inf; a failed grading is None"),
+        ([1.0, "good"], "the reward returned 'good', which is no number"),
+        ([1.0, [1.0]], "the reward returned \\[1.0\\], which is no number"),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_stops_everything_with_its_domains_name(returned, message):
+    with pytest.raises(ValueError, match=f"domain 'math': {message}"):
+        scorer(math=lambda prompts, **columns: returned)([sample(), sample()])
+
+
+def test_an_unknown_reward_is_named_with_its_place_and_those_that_exist():
+    with pytest.raises(ValueError, match=r"domains\.math\.reward: reward 'exactt' does not exist; known: .*exact"):
+        scorer(math="exactt")
+
+
+def graded(prompt, reward=1.0, length=3, truncated=False) -> Graded:
+    return Graded(prompt_id=prompt, domain="math", length=length, truncated=truncated, reward=reward)
+
+
+def test_grading_keeps_what_other_ranks_need_to_know():
+    assert grade([sample(ids=[1, 2])], [0.5]) == [
+        Graded(prompt_id="math-2+2=", domain="math", length=2, truncated=False, reward=0.5)
+    ]
+
+
+def test_groups_are_whole_and_in_order():
+    members = [graded("a", 1.0), graded("a", None, 5, True), graded("b", 0.0), graded("b", 0.5)]
+    first, second = form_groups(members, size=2, draw=7)
+    assert first == Group(
+        prompt_id="a", domain="math", draw=7, rewards=(1.0, None), lengths=(3, 5), truncated=(False, True)
+    )
+    assert (second.prompt_id, second.rewards) == ("b", (0.0, 0.5))
+
+
+@pytest.mark.parametrize("prompts", ["aab", "abab", "aaabbb"])
+def test_groups_that_are_not_whole_are_an_error(prompts):
+    with pytest.raises(ValueError, match="are not one whole group of 2"):
+        form_groups([graded(prompt) for prompt in prompts], size=2, draw=0)
+
+
+def test_the_same_prompt_drawn_twice_makes_two_groups():
+    assert [g.prompt_id for g in form_groups([graded("a")] * 4, size=2, draw=0)] == ["a", "a"]
+
+
+def test_failures_are_counted_against_the_completions_of_their_own_domain():
+    half = form_groups([graded("a", None), graded("a", 1.0)], size=2, draw=0)
+    check_failures(half, most=0.5)
+    with pytest.raises(RuntimeError, match="domain 'math': the reward failed on 1 of 2 completions in one draw"):
+        check_failures(half, most=0.49)

@@ -1,0 +1,267 @@
+"""The trainer against the real TRL and the real vLLM, on the lab's policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from curricula.records import Decision, Domain
+from launch.lab.rewards import StoryRubric
+from launch.lab.world import rows
+from rewards.exact import Exact
+from tests.conftest import HOUSE
+from trainer.grpo import DomainGRPOTrainer
+from trainer.rollouts import InProcessEngine
+
+pytestmark = pytest.mark.slow
+POLICY = str(HOUSE / "launch" / "lab" / "policy")
+
+
+def config(tmp_path, **changes) -> GRPOConfig:
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 8,
+        "max_completion_length": 32,
+        "max_steps": 3,
+        "learning_rate": 2e-4,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return GRPOConfig(**settings | changes)
+
+
+def domain(name: str, *, kind="structured", reward=None, train=True, **changes) -> Domain:
+    return Domain(
+        name=name,
+        kind=kind,
+        train=rows(domain=name, split="train", size=48) if train else None,
+        heldout=rows(domain=name, split="heldout", size=8),
+        reward=reward or Exact(),
+        **changes,
+    )
+
+
+def both() -> list[Domain]:
+    return [
+        domain("arithmetic"),
+        domain("stories", kind="open_ended", reward=StoryRubric()),
+        domain("safety", train=False),
+    ]
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@dataclass
+class Recording:
+    """Plays a run's completions back to a stock trainer, in order."""
+
+    rollouts: list
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        rollout = self.rollouts.pop(0)
+        assert [list(ids) for ids in prompts] == rollout.prompt_ids
+        ids = [c.ids for c in rollout.completions]
+        return prompts, ids, [[[p] for p in c.logps] for c in rollout.completions], None
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, loss_type):
+    ours = DomainGRPOTrainer(POLICY, config(tmp_path, loss_type=loss_type), domains=both(), engine=engine)
+    rollouts = []
+    keep = ours._roll_out
+    ours._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
+    ours.train()
+
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    prompts = [rollout.rows[i]["prompt"] for rollout in rollouts for i in range(0, 32, 8)]
+
+    def replayed(prompts, completions, **columns):
+        return [rewards.pop(0) for _ in prompts]
+
+    stock = GRPOTrainer(
+        POLICY,
+        replayed,
+        args=config(tmp_path, loss_type=loss_type, shuffle_dataset=False),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+    )
+    stock.vllm_generation, stock.use_vllm, stock._last_loaded_step = Recording(list(rollouts)), True, -1
+    stock.train()
+    assert losses(ours) == losses(stock)
+    assert len(losses(ours)) == 3
+    assert any(loss != 0 for loss in losses(ours))
+
+
+def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.0, max_steps=1), domains=both(), engine=engine)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    tokens = {d: log[f"domain/{d}/mean_length"] * log[f"domain/{d}/n"] for d in ("arithmetic", "stories")}
+    weighted = sum(log[f"domain/{d}/entropy"] * tokens[d] for d in tokens) / sum(tokens.values())
+    # TRL averages two micro-batches, each by its own tokens, so the two agree only up to their different lengths
+    assert weighted == pytest.approx(log["entropy"], rel=0.05)
+    assert 0 < log["domain/arithmetic/entropy"] < math.log(trainer.model.config.vocab_size)
+    assert "domain/safety/entropy" not in log
+
+
+def test_entropy_is_that_of_the_policys_softmax(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
+    ids, completion = [5, 6, 7], [8, 9]
+    _, entropy, mask = trainer._forward([ids], [completion])
+    with torch.no_grad():
+        logits = trainer.model(torch.tensor([ids + completion])).logits[0, 2:4]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert mask.tolist() == [[1, 1]]
+    torch.testing.assert_close(entropy[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A scheduler that remembers what it was shown."""
+
+    seen: list
+
+    def decide(self, evidence, state):
+        self.seen.append(evidence)
+        return Decision(mixture=(0.5, 0.5), reason="half and half")
+
+
+def test_a_draw_is_decided_after_the_rewards_of_the_draw_before(tmp_path, engine):
+    seen: list = []
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine, curriculum=Watching(seen))
+    trainer.train()
+    assert [evidence.draw for evidence in seen] == [0, 1, 2]
+    assert [evidence.last[0].groups for evidence in seen] == [0, 2, 2]
+
+
+def test_a_domains_own_length_limit_holds(tmp_path, engine):
+    short = [domain("arithmetic", max_completion_length=3), domain("stories", kind="open_ended", reward=StoryRubric())]
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, max_steps=1), domains=short, engine=engine)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["domain/arithmetic/mean_length"] <= 3
+    assert log["completions/max_length"] > 3
+
+
+def test_a_grader_that_raises_costs_its_own_completion_only(tmp_path, engine):
+    def fragile(prompts, completions, completion_ids, answer, **columns):
+        if any("1" in text[0]["content"] for text in completions):
+            raise ZeroDivisionError("a 1")
+        return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
+
+    domains = [domain("arithmetic", reward=fragile), domain("stories", kind="open_ended", reward=StoryRubric())]
+    trainer = DomainGRPOTrainer(
+        POLICY, config(tmp_path, max_steps=1), domains=domains, engine=engine, max_grader_failures=1.0
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0 < log["domain/arithmetic/grader_failures"] < log["domain/arithmetic/n"]
+    assert log["domain/stories/grader_failures"] == 0
+
+
+def test_too_many_failures_of_a_grader_stop_the_run_with_the_domains_name(tmp_path, engine):
+    def broken(prompts, completions, completion_ids, **columns):
+        raise ZeroDivisionError
+
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[domain("arithmetic", reward=broken)], engine=engine)
+    with pytest.raises(RuntimeError, match="domain 'arithmetic': the reward failed on 32 of 32 completions"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompts, **columns: [1.0], "the reward returned 1 values for 32 completions"),
+        (lambda prompts, **columns: [math.nan] * len(prompts), "the reward returned nan; a failed grading is None"),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path, engine, reward, message):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[domain("arithmetic", reward=reward)], engine=engine)
+    with pytest.raises(ValueError, match=f"domain 'arithmetic': {message}"):
+        trainer.train()
+
+
+class StaleEngine(InProcessEngine):
+    """An engine that keeps its first weights, as the stock CPU build of vLLM does."""
+
+    def sync_weights(self):
+        pass
+
+
+def test_an_engine_that_keeps_old_weights_fails_the_check_and_a_true_one_passes(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
+    assert trainer.check_weight_sync().is_passed
+    kept = engine.__class__
+    engine.__class__ = StaleEngine
+    try:
+        check = trainer.check_weight_sync()
+    finally:
+        engine.__class__ = kept
+    assert not check.is_passed
+    assert check.scaled > check.tolerance
+
+
+def test_a_run_whose_engine_falls_behind_stops(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.05), domains=both(), engine=engine)
+    trainer.sync_engine()
+    kept = engine.__class__
+    engine.__class__ = StaleEngine
+    try:
+        with pytest.raises(RuntimeError, match="the engine does not hold the policy's weights"):
+            trainer.train()
+    finally:
+        engine.__class__ = kept
+    assert trainer.state.global_step >= 1
+
+
+def test_the_check_leaves_the_policy_as_it_was(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.check_weight_sync()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_seed_fixes_a_completion_whatever_stands_beside_it(tmp_path, engine):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
+    first, again = trainer.evaluate_heldout(), trainer.evaluate_heldout()
+    assert first.samples == again.samples
+    assert len({scores for items in first.samples.values() for scores in items}) > 1
+
+
+def test_transformers_serves_as_engine_where_there_is_no_vllm(tmp_path):
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, max_steps=1), domains=both(), engine="transformers")
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["domain/arithmetic/n"] == 16
+    assert log["domain/arithmetic/entropy"] > 0
+    assert trainer.check_weight_sync() is None
+
+
+def test_lora_weights_reach_the_engine_merged(tmp_path, engine):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    changes = {"learning_rate": 1e-2, "max_steps": 2}
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, **changes), domains=both(), engine=engine, peft_config=lora)
+    trainer.train()
+    assert trainer.check_weight_sync().is_passed
+    assert (
+        max(entry["sampling/sampling_logp_difference/max"] for entry in trainer.state.log_history if "loss" in entry)
+        < 1e-3
+    )

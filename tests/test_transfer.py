@@ -1,0 +1,162 @@
+import copy
+import json
+import math
+
+import pytest
+
+from curricula.items import half
+from curricula.transfer import TransferMatrix
+
+IDS = ["abc", "", "hello", "x"]  # by sha256: report, report, steer, and "x" is report
+
+
+def document():
+    return {
+        "version": 1,
+        "domains": ["math", "writing"],
+        "kinds": {"math": "structured", "writing": "open_ended"},
+        "rows": [
+            {"trained": [], "step": 0, "seed": 0, "scores": {"math": [0, 1, 0, 1], "writing": [0.5, 0.5, 0.5, 0.5]}},
+            {
+                "trained": ["math"],
+                "step": 5,
+                "seed": 0,
+                "probe": True,
+                "scores": {"math": [1, 1, 1, 1], "writing": [0.1, 0.2, 0.3, 0.4]},
+                "entropy": {"math": 0.25},
+            },
+            {
+                "trained": ["writing"],
+                "step": 5,
+                "seed": 0,
+                "probe": True,
+                "scores": {"math": [0, 1, 0, 1], "writing": [1, 1, 1, 1]},
+            },
+            {
+                "trained": ["math", "writing"],
+                "step": 10,
+                "seed": 0,
+                "probe": True,
+                "scores": {"math": [1, 1, 0, 1], "writing": [1, 0, 1, 1]},
+            },
+        ],
+    }
+
+
+def changed(path, value):
+    """Return the document with one entry set, or removed where `value` is KeyError."""
+    whole = copy.deepcopy(document())
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is KeyError:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return whole
+
+
+def test_a_file_is_read_and_written_back_the_same(tmp_path):
+    matrix = TransferMatrix.from_json(document() | {"items": {"math": IDS, "writing": IDS}, "provenance": {"k": 1}})
+    matrix.save(tmp_path / "deep" / "transfer.json")
+    assert TransferMatrix.load(tmp_path / "deep" / "transfer.json") == matrix
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["transfer.json"]
+
+
+def test_probes_joint_arm_and_baseline_are_told_apart():
+    matrix = TransferMatrix.from_json(document())
+    assert [row.trained for row in matrix.probes] == [("math",), ("writing",)]
+    assert [row.trained for row in matrix.joint_arm] == [("math", "writing")]
+    assert [row.trained for row in matrix.baselines(probe=True)] == [()]
+    assert list(matrix.runs()) == []
+
+
+def test_a_probe_that_starts_elsewhere_than_the_run_has_its_own_baseline():
+    rows = document()["rows"]
+    warm = rows[0] | {"step": 60, "probe": True}
+    run = rows[1] | {"probe": False}
+    matrix = TransferMatrix.from_json(document() | {"rows": [rows[0], warm, run]})
+    assert [row.step for row in matrix.baselines(probe=True)] == [60]
+    assert [[row.step for row in rows] for rows in matrix.runs()] == [[0, 5]]
+
+
+def test_decisions_see_the_steer_half_where_the_file_names_its_items():
+    assert [half(i) for i in IDS] == ["report", "report", "steer", "report"]
+    matrix = TransferMatrix.from_json(document() | {"items": {"math": IDS, "writing": IDS}})
+    assert matrix.on("steer").rows[1].scores == {"math": (1,), "writing": (0.3,)}
+    assert matrix.on("report").rows[1].scores == {"math": (1, 1, 1), "writing": (0.1, 0.2, 0.4)}
+
+
+def test_without_items_both_halves_are_all_items():
+    matrix = TransferMatrix.from_json(document())
+    assert matrix.on("steer") is matrix
+
+
+def test_with_row_checks_the_row_against_the_others():
+    matrix = TransferMatrix.from_json(document())
+    with pytest.raises(ValueError, match="rows 1 and 4 are the same measurement"):
+        matrix.with_row(matrix.rows[1])
+
+
+BAD = [
+    (("version",), 2, "version 2"),
+    (("rows",), KeyError, "version, domains, kinds and rows"),
+    (("itmes",), {}, r"unknown keys \['itmes'\]"),
+    (("rows", 0, "trained"), ["math"], "no baseline"),
+    (("rows", 1, "trained"), ["maths"], r"row 1: trained: unknown domains \['maths'\]"),
+    (("rows", 1, "trained"), "math", "row 1: trained is a list"),
+    (("rows", 1, "trained"), ["math", "math"], "names a domain twice"),
+    (("rows", 1, "scores", "math"), [1, 1, 1], "row 1, domain 'math': 3 items, but row 0 has 4"),
+    (("rows", 1, "scores", "math"), [], "row 1, domain 'math': no scores"),
+    (("rows", 1, "scores", "math"), [1, 1, 1, math.nan], "row 1, domain 'math', item 3: .* got nan"),
+    (("rows", 1, "scores", "math"), [1, 1, 1, None], "item 3: .* got None"),
+    (("rows", 1, "scores", "math"), [1, 1, 1, "1"], "item 3: .* got '1'"),
+    (("rows", 1, "scores", "math"), [1, 1, 1.5, 1], r"item 2: a score must be a number in \[0, 1\], got 1.5"),
+    (("rows", 1, "scores", "math"), 0.7, "must be a list"),
+    (("rows", 1, "scores", "math"), KeyError, "scores must name each of"),
+    (("rows", 1, "scores", "code"), [1, 1, 1, 1], "scores must name each of"),
+    (("rows", 1, "entropy"), {"math": -0.1}, "entropy must be finite"),
+    (("rows", 1, "step"), KeyError, "row 1: a row is an object with"),
+    (("rows", 1, "step"), 1.5, "row 1: step must be an integer"),
+    (("rows", 1, "seed"), "0", "row 1: seed must be an integer"),
+    (("rows", 1, "prbe"), True, r"row 1: unknown keys \['prbe'\]"),
+    (("rows", 2, "trained"), ["math"], "rows 1 and 2 are the same measurement"),
+    (("domains",), ["math"], "kinds must name each domain once"),
+    (("domains",), ["math", "math"], "different, non-empty names"),
+    (("domains",), [], "at least one"),
+    (("kinds", "math"), "verifiable", "kind is structured or open_ended, got 'verifiable'"),
+    (("items",), {"math": IDS}, "items must name each of"),
+    (("items",), {"math": IDS, "writing": IDS[:3]}, "'writing': 3 item ids for 4 scores"),
+    (("items",), {"math": IDS, "writing": ["x"] * 4}, "'writing': items to be split"),
+    (("watch_only",), ["math"], r"trained on watch-only domains \['math'\]"),
+    (("watch_only",), ["math", "writing"], "every domain is watch-only"),
+    (("watch_only",), ["qa"], r"unknown domains \['qa'\]"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD)
+def test_a_wrong_file_is_refused_by_name(tmp_path, path, value, message):
+    file = tmp_path / "transfer.json"
+    file.write_text(json.dumps(changed(path, value)))
+    with pytest.raises(ValueError, match=message) as raised:
+        TransferMatrix.load(file)
+    assert str(file) in str(raised.value)
+
+
+def test_a_probe_of_some_domains_is_neither_a_probe_nor_the_joint_arm():
+    names = ["math", "code", "writing"]
+    rows = [
+        {"trained": t, "step": 1, "seed": 0, "scores": {n: [0, 1] for n in names}, "probe": True}
+        for t in ([], names[:2])
+    ]
+    whole = {"version": 1, "domains": names, "kinds": dict.fromkeys(names, "structured"), "rows": rows}
+    with pytest.raises(ValueError, match="a probe trains one domain, or all"):
+        TransferMatrix.from_json(whole)
+    assert len(TransferMatrix.from_json(whole | {"watch_only": ["writing"]}).joint_arm) == 1
+
+
+def test_a_file_cut_in_the_middle_is_refused_by_name(tmp_path):
+    file = tmp_path / "transfer.json"
+    file.write_text(json.dumps(document())[:-20])
+    with pytest.raises(ValueError, match=r"transfer\.json"):
+        TransferMatrix.load(file)

@@ -1,0 +1,86 @@
+"""What we rely on in TRL 1.16: if one of these moves, the trainer has to be read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import trl
+from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import RepeatSampler
+
+from launch.grpo_fields import GRPO_FIELDS, OURS
+
+
+def parameters(function) -> list[str]:
+    return [name for name in inspect.signature(inspect.unwrap(function)).parameters if name != "self"]
+
+
+def test_the_pinned_minor_version_is_installed():
+    assert trl.__version__.split(".")[:2] == ["1", "16"]
+
+
+def test_the_committed_fields_are_those_of_grpo_config():
+    assert {field.name for field in dataclasses.fields(GRPOConfig) if field.init} == GRPO_FIELDS
+    assert set(OURS) <= GRPO_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (GRPOTrainer._generate_and_score_completions, ["inputs"]),
+        (GRPOTrainer._generate, ["prompts"]),
+        (GRPOTrainer._tokenize_prompts, ["prompts"]),
+        (
+            GRPOTrainer._generate_single_turn,
+            ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
+        (GRPOTrainer._calculate_rewards, ["inputs", "prompts", "completions", "completion_ids_list"]),
+        (GRPOTrainer._save_checkpoint, ["model", "trial"]),
+        (GRPOTrainer._load_optimizer_and_scheduler, ["checkpoint"]),
+        (
+            GRPOTrainer._run_epoch,
+            [
+                "model",
+                "epoch",
+                "train_dataloader",
+                "steps_in_epoch",
+                "num_update_steps_per_epoch",
+                "trial",
+                "ignore_keys_for_eval",
+                "start_time",
+                "resume_from_checkpoint",
+                "epochs_trained",
+                "steps_trained_in_current_epoch",
+            ],
+        ),
+        (GRPOTrainer.log, ["logs", "start_time"]),
+        (VLLMGeneration._init_vllm, []),
+        (VLLMGeneration.sync_weights, []),
+        (VLLMGeneration.generate, ["prompts", "images", "num_generations", "profiler"]),
+        (VLLMGeneration._iter_named_params, []),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_a_method_we_override_or_call_has_the_parameters_we_know(method, names):
+    assert parameters(method) == names
+
+
+def test_log_probabilities_are_asked_for_in_the_order_we_hand_over():
+    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert names[:7] == [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+    ]
+
+
+def test_a_prompt_stands_in_the_sampler_as_often_as_its_group_and_its_reuse_need():
+    sampler = RepeatSampler(["a", "b"], mini_repeat_count=2, batch_size=2, repeat_count=2, shuffle=False)
+    assert list(sampler) == [0, 0, 1, 1, 0, 0, 1, 1]

@@ -1,0 +1,123 @@
+"""What happens around the steps of a run: evaluations, ledgers, trackers, progress, checkpoint retention."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from curricula.guardrails import Guardrail, Verdict, check
+from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
+from trainer.dashboard import defined
+from trainer.progress import ProgressLine
+from trainer.recorder import Recorder
+from trainer.tracking import WandbTracker
+
+if TYPE_CHECKING:
+    from trainer.grpo import DomainGRPOTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunCallback(TrainerCallback):
+    """Keep a run's folder while it trains.
+
+    Evaluates before the first step, every `evaluate_every` steps and after the last; writes one line of metrics a log.
+    """
+
+    def __init__(
+        self,
+        trainer: DomainGRPOTrainer,
+        recorder: Recorder,
+        *,
+        evaluate_every: int,
+        keep_checkpoints: int,
+        guardrails: Sequence[Guardrail] = (),
+        tracker: WandbTracker | None,
+        progress: ProgressLine | None,
+    ) -> None:
+        self.trainer = trainer
+        self.recorder = recorder
+        self.evaluate_every = evaluate_every
+        self.keep_checkpoints = keep_checkpoints
+        self.guardrails = guardrails
+        self.tracker = tracker
+        self.progress = progress
+        self._evaluated_at: int | None = None
+        trainer.draw_listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the baseline, unless the run is resumed and has one."""
+        if state.global_step == 0:
+            self._write(0, self._evaluate(0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        drawn = sum(self.trainer.curriculum.drawn.values())
+        state.epoch = drawn / self.trainer.data.n_train
+        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
+            self.trainer.pending_metrics.update(self._evaluate(state.global_step))
+            control.should_log = True
+            for verdict in self._broken_guardrails():
+                self._act(verdict, control, Path(args.output_dir))
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
+        self._write(state.global_step, numbers)
+        if self.progress is not None:
+            self.progress.update(state.global_step, numbers)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the newest checkpoints and the one whose worst domain is best."""
+        if state.is_world_process_zero:
+            best = self._best(Path(args.output_dir), state.global_step)
+            keep_newest(Path(args.output_dir), self.keep_checkpoints, also=best)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        self._evaluated_at = step
+        return self.recorder.record_heldout(step, self.trainer.evaluate_heldout())
+
+    def _broken_guardrails(self) -> list[Verdict]:
+        watched = [d.name for d in self.trainer.data.domains if d.is_watch_only]
+        return check(self.guardrails, self.trainer.curriculum.evaluations, watch_only=watched)
+
+    def _act(self, verdict: Verdict, control: Any, checkpoints: Path) -> None:
+        """Warn, stop, or go back to the best checkpoint; in every case say so in `alarms.jsonl`."""
+        action, domain = verdict.guardrail.action, verdict.guardrail.domain
+        best = best_checkpoint(checkpoints) if action == "rollback" else None
+        if action == "rollback" and best is None:
+            action = "stop"  # there is nothing to go back to
+        if best is not None:
+            self.trainer.rollback(best, because=str(verdict))
+        elif action == "stop":
+            control.should_training_stop = True
+        done = f"rolled back to {best.name}" if best else {"warn": "warned", "stop": "stopped the run"}[action]
+        logger.warning("guardrail: %s: %s", verdict, done)
+        if self.trainer.accelerator.is_main_process:
+            entry = {"step": verdict.step, "domain": domain, "kind": "guardrail", "message": f"{verdict}: {done}"}
+            self.recorder.folder.append("alarms", entry)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.trainer.accelerator.is_main_process:
+            return
+        shown = defined(metrics)
+        self.recorder.folder.append("metrics", {"step": step, **shown})
+        if self.tracker is not None:
+            self.tracker.log(step, shown)
+
+    def _best(self, folder: Path, step: int) -> Path | None:
+        """Mark this checkpoint as the best so far, if it was evaluated and is; return the best one."""
+        score = self.recorder.worst_steer_score
+        if self._evaluated_at == step:
+            mark_best(folder, whole_checkpoints(folder)[-1], score)
+        return best_checkpoint(folder)

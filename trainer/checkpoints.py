@@ -1,0 +1,73 @@
+"""Checkpoints that are whole or do not count, kept in number, and found again on resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.run_folder import replace_file
+
+STATE_FILE = "polyphony.json"
+"""Written last into a checkpoint; a folder without it was cut off while being saved."""
+
+BEST_FILE = "best.json"
+
+
+def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
+    """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
+    replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the ledgers of a checkpoint. Raises ValueError for one that is not whole."""
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"checkpoint {checkpoint} has no {STATE_FILE}: it was not saved to the end, or not by Polyphony"
+        )
+    return json.loads(path.read_text())["curriculum"]
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the optimizer step in a checkpoint's name."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Delete checkpoints that were cut off while being saved; return what was deleted."""
+    removed = [path for path in folder.glob("checkpoint-*") if not (path / STATE_FILE).is_file()]
+    for path in removed:
+        shutil.rmtree(path)
+    return removed
+
+
+def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
+    """Note `checkpoint` as the best of the run if its worst trained domain beats every one before."""
+    mark = folder / BEST_FILE
+    if not mark.exists() or score > json.loads(mark.read_text())["worst_domain_score"]:
+        replace_file(mark, json.dumps({"checkpoint": checkpoint.name, "worst_domain_score": score}))
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint noted as best; None before one was evaluated."""
+    mark = folder / BEST_FILE
+    if not mark.exists():
+        return None
+    best = folder / json.loads(mark.read_text())["checkpoint"]
+    return best if (best / STATE_FILE).is_file() else None
+
+
+def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and `also` (the best one)."""
+    for path in whole_checkpoints(folder)[:-keep]:
+        if path != also:
+            shutil.rmtree(path)

@@ -1,0 +1,55 @@
+"""Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
+
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `transfer/<d>/<metric>` and
+`rollout/<metric>`. Undefined values are absent, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+METRICS: Mapping[str, Mapping[str, str]] = {
+    "domain": {
+        "reward": "mean reward over graded completions since the last log",
+        "reward_std": "standard deviation of those rewards",
+        "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
+        "pass_rate": "share of graded completions with reward 1",
+        "frac_dead": "share of groups whose rewards are all equal",
+        "mean_length": "tokens a completion",
+        "clipped_ratio": "share of completions cut at the length limit",
+        "grader_failures": "completions whose reward raised or returned None",
+        "n": "completions drawn",
+    },
+    "curriculum": {"mixture": "share of the last draw that the scheduler asked for"},
+    "heldout": {
+        "score": "mean held-out score in [0, 1], `report` half",
+        "entropy": "mean token entropy on held-out completions in nats",
+        "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+    },
+    "transfer": {
+        "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",
+        "bwt_low": "lower end of its 95 % interval, paired by item",
+        "bwt_high": "upper end",
+        "fwt": "score before the domain's first stage minus the baseline's",
+        "drawdown": "score now minus the cross-fitted best so far; over all domains `drawdown_max`, as a loss",
+        "drawdown_low": "lower end of its 95 % interval",
+        "drawdown_high": "upper end",
+        "drawdown_max": "the largest loss of any domain against its cross-fitted best so far, as a positive number",
+    },
+    "rollout": {
+        "tokens_per_s": "generated tokens a second of generation",
+        "useful_token_frac": "share of generated tokens that lie in groups with signal",
+    },
+}
+
+
+def key(family: str, metric: str, domain: str | None = None) -> str:
+    """Return the full name of a metric. Raises KeyError for one that METRICS does not list."""
+    METRICS[family][metric]
+    return f"{family}/{metric}" if domain is None else f"{family}/{domain}/{metric}"
+
+
+def defined(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics that have a finite value: JSON knows neither NaN nor infinity."""
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}

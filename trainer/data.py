@@ -1,0 +1,218 @@
+"""Rows become prompts: read JSONL, Parquet, hub datasets or a generator; give every row an id, a domain and messages.
+
+Nothing here tokenises or trains. Errors name the file, the line and what was expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curricula.records import Domain
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row, ready for the policy: `prompt` is messages where the tokenizer has a chat template, else plain text."""
+
+    id: str
+    domain: str
+    prompt: str | list[dict[str, Any]]
+    columns: Mapping[str, Any]
+    """Every other column of the row (`answer` among them): what the reward gets to see."""
+
+
+class PromptTable:
+    """The prompts of one split of one domain, by id; rows stay where they are (in memory or in Arrow).
+
+    Example: `PromptTable([{"prompt": "1+1=", "answer": "2"}], domain=domain, where="domains.math.train", is_chat=True)`
+    """
+
+    def __init__(self, rows: Rows, *, domain: Domain, where: str, is_chat: bool) -> None:
+        if len(rows) == 0:
+            raise ValueError(f"{where}: no rows")
+        if domain.system_prompt and not is_chat:
+            raise ValueError(f"domain {domain.name!r}: system_prompt needs a tokenizer with a chat template")
+        self.rows = rows
+        self.domain = domain
+        self.where = where
+        self.is_chat = is_chat
+        self.repeated = 0
+        """Rows left out because an identical one without an `id` of its own came before."""
+        self._position: dict[str, int] = {}
+        for i, row in enumerate(rows):
+            self._add(i, row)
+        self.ids = list(self._position)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[i] for i in self.ids)
+
+    def __getitem__(self, prompt_id: str) -> Prompt:
+        row = self.rows[self._position[prompt_id]]
+        return Prompt(
+            id=prompt_id,
+            domain=self.domain.name,
+            prompt=_as_prompt(row["prompt"], self.domain, is_chat=self.is_chat),
+            columns=_columns(row),
+        )
+
+    def drop(self, ids: set[str]) -> None:
+        """Leave these prompts out from now on."""
+        self._position = {i: p for i, p in self._position.items() if i not in ids}
+        self.ids = list(self._position)
+
+    def _add(self, i: int, row: Mapping[str, Any]) -> None:
+        if "prompt" not in row:
+            raise ValueError(f"{self.where}: row {i + 1} has no `prompt`; its columns are {sorted(row)}")
+        prompt = row["prompt"]
+        if not self.is_chat and not isinstance(prompt, str):
+            raise ValueError(f"{self.where}: row {i + 1} is a conversation, but the tokenizer has no chat template")
+        if not prompt:
+            raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
+        if not _is_prompt(prompt):
+            raise ValueError(f"{self.where}: row {i + 1}: a prompt is text or a list of messages, got {prompt!r:.60}")
+        given = row.get("id")
+        prompt_id = content_id(row) if given is None else str(given)
+        if prompt_id not in self._position:
+            self._position[prompt_id] = i
+        elif given is None:
+            self.repeated += 1
+        else:
+            first = self._position[prompt_id] + 1
+            raise ValueError(f"{self.where}: id {prompt_id!r} stands in row {first} and again in row {i + 1}")
+
+
+def content_id(row: Mapping[str, Any]) -> str:
+    """Return 16 hex digits of the row's prompt and answer: the same on every machine and after every restart."""
+    content = json.dumps([row["prompt"], _answer(row)], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """Return what the user says: the text itself, or the contents of the user's messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") == "user")
+
+
+def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
+    """Read a data source.
+
+    `source` is rows already (a list or a `datasets.Dataset`), a path (`.jsonl`, `.json`, `.parquet`; relative to
+    `folder`), `hf://org/name`, `{path, split, limit}`, or `{generator: "pkg.module:function", **arguments}`.
+    Raises ValueError naming `where` for a missing file, a malformed line (with its number) or an unknown form.
+    """
+    if isinstance(source, Mapping):
+        return _load_mapping(dict(source), where=where, folder=folder)
+    if not isinstance(source, (str, Path)):
+        return source
+    text = str(source)
+    if text.startswith("hf://"):
+        return _load_hub(text, split="train", where=where)
+    path = (folder or Path()) / text
+    if not path.is_file():
+        raise ValueError(f"{where}: file {path} does not exist")
+    if path.suffix in (".jsonl", ".json"):
+        return list(_read_jsonl(path))
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise ValueError(f"{where}: cannot read {path.name!r}; known: .jsonl, .json (one object a line), .parquet, hf://")
+
+
+def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) -> Rows:
+    if "generator" in source:
+        name = source.pop("generator")
+        try:
+            generator = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where}: generator {name!r} cannot be imported: {error}") from error
+        try:
+            return generator(**source)
+        except TypeError as error:
+            raise ValueError(f"{where}: generator {name!r}: {error}") from error
+    unknown = set(source) - {"path", "split", "limit"}
+    if "path" not in source or unknown:
+        raise ValueError(f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}")
+    path, limit = str(source["path"]), source.get("limit")
+    split = source.get("split", "train")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
+    is_hub = path.startswith("hf://")
+    rows = _load_hub(path, split=split, where=where) if is_hub else load_rows(path, where=where, folder=folder)
+    return rows if limit is None else _head(rows, limit)
+
+
+def _head(rows: Rows, limit: int) -> Rows:
+    return rows[:limit] if isinstance(rows, list) else rows.select(range(min(limit, len(rows))))  # type: ignore[attr-defined]
+
+
+def _load_hub(text: str, *, split: str, where: str) -> Rows:
+    import datasets
+
+    try:
+        return datasets.load_dataset(text.removeprefix("hf://"), split=split)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {text} (split {split!r}) cannot be loaded: {error}") from error
+
+
+def _read_parquet(path: Path) -> Rows:
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_schema(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    return datasets.Dataset.from_parquet(str(path))  # type: ignore[return-value]
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+            yield row
+
+
+def _is_prompt(prompt: Any) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt))
+
+
+def _as_prompt(prompt: Any, domain: Domain, *, is_chat: bool) -> str | list[dict[str, Any]]:
+    if not is_chat:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if domain.system_prompt and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": domain.system_prompt})
+    return messages
+
+
+def _answer(row: Mapping[str, Any]) -> Any:
+    """The reference under the names in use: `answer`, `ground_truth`, or verl's `reward_model.ground_truth`."""
+    for name in ("answer", "ground_truth"):
+        if row.get(name) is not None:
+            return row[name]
+    return (row.get("reward_model") or {}).get("ground_truth")
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "id", "domain")}
+    return {**columns, "answer": _answer(row)}

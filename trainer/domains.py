@@ -1,0 +1,166 @@
+"""The domains of a run with their rows read, checked and tokenisable: all that can be known before weights are loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.grpo_config import GRPOConfig
+
+from curricula.records import Domain
+from trainer.data import Prompt, PromptTable, load_rows
+from trainer.overlap import find_overlap
+
+Overlap = Literal["drop", "keep", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainData:
+    """Domains, their tables, their length limits.
+
+    Example: `DomainData.load([math, writing], tokenizer=tokenizer, args=GRPOConfig(...))`
+    """
+
+    domains: tuple[Domain, ...]
+    train: Mapping[str, PromptTable]
+    heldout: Mapping[str, PromptTable]
+    limits: Mapping[str, int]
+    """Per domain, the most tokens a completion may have."""
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    """Tokens that prompt and completion may fill together; None where the model does not say."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Per domain, training rows left out because a held-out row repeats them."""
+
+    @classmethod
+    def load(
+        cls,
+        domains: Sequence[Domain],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        args: GRPOConfig,
+        context: int | None = None,
+        overlap: Overlap = "drop",
+        folder: Path | None = None,
+    ) -> DomainData:
+        """Read and check every domain. Raises ValueError naming the domain and the row."""
+        _check_names(domains)
+        is_chat = tokenizer.chat_template is not None
+
+        def tables(split: str) -> dict[str, PromptTable]:
+            found = {}
+            for domain in domains:
+                source = getattr(domain, split)
+                if source is not None:
+                    where = f"domains.{domain.name}.{split}"
+                    rows = load_rows(source, where=where, folder=folder)
+                    found[domain.name] = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
+            return found
+
+        heldout, train = tables("heldout"), tables("train")
+        for table in heldout.values():
+            if len(table) < 2:
+                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one that steers and one that reports")
+        if not train:
+            raise ValueError("no domain has `train` rows: at least one must not be watch-only")
+        limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
+        data = cls(
+            domains=tuple(domains),
+            train=train,
+            heldout=heldout,
+            limits=limits,
+            tokenizer=tokenizer,
+            context=context,
+            dropped=_resolve_overlap(train, heldout, overlap),
+        )
+        data._check_lengths()
+        return data
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(d.name for d in self.domains)
+
+    @property
+    def n_train(self) -> int:
+        """Training prompts of all domains."""
+        return sum(len(table) for table in self.train.values())
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of each prompt, through the chat template with its domain's arguments."""
+        kwargs = {d.name: dict(d.chat_template_kwargs) for d in self.domains}
+        ids: list[list[int]] = []
+        last: tuple[Prompt, list[int]] | None = None
+        for prompt in prompts:
+            if last is None or prompt is not last[0]:
+                last = (prompt, self._tokenize_one(prompt, kwargs[prompt.domain]))
+            ids.append(last[1])
+        return ids
+
+    def _tokenize_one(self, prompt: Prompt, chat_template_kwargs: Mapping) -> list[int]:
+        if isinstance(prompt.prompt, str):
+            return self.tokenizer(prompt.prompt)["input_ids"]  # type: ignore[return-value]
+        encoded = self.tokenizer.apply_chat_template(
+            prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+        )
+        return encoded["input_ids"]  # type: ignore[index,return-value]
+
+    def _check_lengths(self) -> None:
+        if self.context is None:
+            return
+        for tables in (self.train, self.heldout):
+            for name, table in tables.items():
+                for prompt in table:
+                    length = len(self.tokenize([prompt])[0])
+                    if length + self.limits[name] > self.context:
+                        raise ValueError(
+                            f"{table.where}: prompt {prompt.id!r} has {length} tokens; with completions of "
+                            f"{self.limits[name]} that is more than the context of {self.context}"
+                        )
+
+
+def _check_names(domains: Sequence[Domain]) -> None:
+    names = [d.name for d in domains]
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"domains named twice: {repeated}")
+    for domain in domains:
+        if domain.heldout is None:
+            raise ValueError(
+                f"domain {domain.name!r} has no `heldout` rows: what training does to it could not be seen"
+            )
+
+
+def _limit(domain: Domain, most: int | None) -> int:
+    if most is None:
+        raise ValueError("grpo.max_completion_length must be a number: completions without a limit are not supported")
+    limit = domain.max_completion_length or most
+    if not 1 <= limit <= most:
+        raise ValueError(
+            f"domain {domain.name!r}: max_completion_length must be in 1..{most} (grpo.max_completion_length), got {limit}"
+        )
+    return limit
+
+
+def _resolve_overlap(
+    train: Mapping[str, PromptTable], heldout: Mapping[str, PromptTable], overlap: Overlap
+) -> dict[str, int]:
+    dropped = {}
+    for name, table in train.items():
+        found = find_overlap(table, heldout.values())
+        if not found:
+            continue
+        message = f"domains.{name}.train: {len(found)} of {len(table)} rows repeat held-out rows"
+        if overlap == "error":
+            raise ValueError(f"{message}, for example id {min(found)!r}")
+        if overlap == "keep":
+            warnings.warn(f"{message}; kept, as the recipe says", stacklevel=3)
+            continue
+        warnings.warn(f"{message}; left out", stacklevel=3)
+        table.drop(found)
+        dropped[name] = len(found)
+        if len(table) == 0:
+            raise ValueError(f"{message}: nothing is left to train on")
+    return dropped

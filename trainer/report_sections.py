@@ -1,0 +1,245 @@
+"""The sections of a report that show curves: each takes the sheet and returns HTML, empty where its keys are absent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from curricula.intervals import Interval
+from trainer.report_charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
+from trainer.report_data import Run
+from trainer.report_numbers import budget
+from trainer.report_sheet import Sheet
+
+STATES = ("active", "deferred", "impossible", "mastered")
+HEALTH = {
+    "reward": "reward",
+    "entropy": "entropy, nats a token",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "kl": "KL to the reference",
+    "step_time": "seconds a step",
+    "completions/mean_length": "completion length",
+    "completions/clipped_ratio": "cut-off completions",
+    "sampling/sampling_logp_difference/mean": "engine against trainer",
+}
+"""TRL's own keys that tell whether a run is healthy; the last is the mean gap of their log-probabilities."""
+FORGETTING = {
+    "bwt": "Backward transfer: now minus the end of the domain's own stage (where it is only watched: minus the start)",
+    "drawdown": "Drawdown: now minus the best evaluation so far, cross-fitted",
+}
+
+
+def held_out(sheet: Sheet) -> str:
+    """Draw each domain's held-out score with its interval."""
+
+    def lines(name: str) -> list[Line]:
+        found = []
+        for n, f in enumerate(sheet.findings):
+            if scores := f.scores.get(name):
+                found.append(_interval_line(sheet, n, name, f.steps, scores))
+        return found or sheet.metric_lines(f"heldout/{name}/score", sheet.colour(name))
+
+    return sheet.domain_panels(lines)
+
+
+def reward(sheet: Sheet) -> str:
+    """Draw each domain's training reward."""
+    return sheet.domain_panels(lambda name: sheet.metric_lines(f"domain/{name}/reward", sheet.colour(name)))
+
+
+def entropy(sheet: Sheet) -> str:
+    """Draw each domain's entropy in training and at evaluations, over the band where it should stay."""
+
+    def lines(name: str) -> list[Line]:
+        found = sheet.metric_lines(f"domain/{name}/entropy", sheet.colour(name), what="in training")
+        is_logged = bool(found)
+        for n, f in enumerate(sheet.findings):
+            points = [(row.step, row.entropy[name]) for row in f.evaluations if name in row.entropy]
+            if points:
+                mark: Mark = "dots" if is_logged else "both"
+                found.append(sheet.line(n, sheet.colour(name), *zip(*points, strict=True), what="held out", mark=mark))
+        return found
+
+    def allowed(name: str) -> tuple[float, float] | None:
+        known = [f.entropy[name] for f in sheet.findings if name in f.entropy]
+        return next(((e.low, e.high) for e in known if math.isfinite(e.low)), None)
+
+    return sheet.domain_panels(lines, shares_y=False, allowed_of=allowed)
+
+
+def forgetting(sheet: Sheet) -> str:
+    """Draw backward transfer, then drawdown, of each domain with intervals."""
+    parts = []
+    for field, title in FORGETTING.items():
+
+        def lines(name: str, field: str = field) -> list[Line]:
+            found = []
+            for n, f in enumerate(sheet.findings):
+                points = [(m.step, getattr(m, field)[name]) for m in f.moments if name in getattr(m, field)]
+                points = [(step, interval) for step, interval in points if math.isfinite(interval.mid)]
+                if points:
+                    found.append(_interval_line(sheet, n, name, *zip(*points, strict=True)))
+            return found
+
+        parts.append(sheet.domain_panels(lines, heading=title, has_zero=True))
+    return "".join(parts)
+
+
+def mixture(sheet: Sheet) -> str:
+    """Draw the share of each domain in every draw and list the scheduler's reasons."""
+    return sheet.side_by_side([(n, _mixture(sheet, f.run)) for n, f in enumerate(sheet.findings)])
+
+
+def pool(sheet: Sheet) -> str:
+    """Draw how many prompts of each domain are in which state."""
+    return sheet.side_by_side([(n, _pool(sheet, f.run)) for n, f in enumerate(sheet.findings)])
+
+
+def rollouts(sheet: Sheet) -> str:
+    """Draw what the rollouts were good for: the run's own keys, then dead groups by domain."""
+    keys = dict.fromkeys(key for f in sheet.findings for key in _keys(f.run, "rollout/"))
+    overall = _key_panels(sheet, {key: key.split("/", 1)[1].replace("_", " ") for key in keys})
+    dead = _by_metric(sheet, "domain/", {"frac_dead": "Dead groups: share of groups with equal rewards"})
+    return _budget(sheet) + overall + dead
+
+
+def quality(sheet: Sheet) -> str:
+    """Draw what held-out evaluation says beside the score: pass@k, calibration, format."""
+    return _by_metric(sheet, "heldout/", {"pass_at_k": "pass@k", "ece": "Calibration error (ECE)",
+                                          "format_valid": "Format-valid share"})  # fmt: skip
+
+
+def diversity(sheet: Sheet) -> str:
+    """Draw how many different answers a group holds."""
+    return _by_metric(sheet, "diversity/", {"classes": "Semantic classes a group", "mean": "Mean diversity"})
+
+
+def degeneration(sheet: Sheet) -> str:
+    """Draw the degeneration monitors."""
+    names = sorted({key.rsplit("/", 1)[1] for f in sheet.findings for key in _keys(f.run, "degeneration/")})
+    return _by_metric(sheet, "degeneration/", {name: name.replace("_", " ") for name in names})
+
+
+def health(sheet: Sheet) -> str:
+    """Draw TRL's own numbers over all domains."""
+    return _key_panels(sheet, HEALTH)
+
+
+def _interval_line(sheet: Sheet, n: int, name: str, steps: Sequence[int], intervals: Sequence[Interval]) -> Line:
+    low, mid, high = np.array(intervals, dtype=float).T
+    return sheet.line(n, sheet.colour(name), steps, mid, band=(low, high), mark="both")
+
+
+def _budget(sheet: Sheet) -> str:
+    """Draw a bar a domain, as long as its completions are many: the pale part is dead groups."""
+    blocks = []
+    for n, f in enumerate(sheet.findings):
+        spent = budget(f.run)
+        most = max((count for count, _ in spent.values()), default=0.0)
+        rows = "".join(_bar(sheet, name, count, dead, most) for name, (count, dead) in spent.items())
+        blocks.append((n, f'<table class="budget">{rows}</table>' if rows else ""))
+    return sheet.side_by_side(blocks)
+
+
+def _bar(sheet: Sheet, name: str, count: float, dead: float, most: float) -> str:
+    colour = f"background:{sheet.colour(name)}"
+    return (
+        f'<tr data-domain="{escape(name)}"><th scope="row">{escape(name)}</th><td><div class="bar" '
+        f'style="width:{100 * count / most:.1f}%"><i style="{colour};flex:{count - dead:.0f}"></i>'
+        f'<i style="{colour};opacity:.3;flex:{dead:.0f}"></i></div></td>'
+        f"<td>{count:,.0f}, {dead / count:.0%} dead</td></tr>"
+    )
+
+
+def _mixture(sheet: Sheet, run: Run) -> str:
+    rows = [row for row in run.decisions if isinstance(row.get("mixture"), dict)]
+    if not rows:
+        return ""
+    x = np.array([row.get("step", row.get("draw", k)) for k, row in enumerate(rows)], dtype=float)
+    layers = []
+    for name in run.domains:
+        share = np.array([row["mixture"].get(name, 0.0) for row in rows], dtype=float)
+        if share.any():
+            layers.append(Layer(name=name, share=share, colour=sheet.colour(name)))
+    reasons = _reasons(rows, x)
+    chart = draw_stack("share of each draw", x, layers, notes=[(start, words) for start, _, words in reasons])
+    return chart + _reason_table(reasons)
+
+
+def _pool(sheet: Sheet, run: Run) -> str:
+    charts = []
+    for name in run.domains:
+        found = [run.metrics.get(f"curriculum/{name}/{state}") for state in STATES]
+        steps = max((series.steps for series in found if series is not None), key=len, default=None)
+        if steps is None:
+            continue
+        layers = [
+            Layer(name=state, colour=tone, share=np.interp(steps, *series))
+            for state, series, tone in zip(STATES, found, _tones(sheet.colour(name)), strict=True)
+            if series is not None
+        ]
+        charts.append(draw_stack(name, steps, layers, domain=name, chip=sheet.colour(name), bins=60))
+    return f'<div class="panels">{"".join(charts)}</div>' if charts else ""
+
+
+def _by_metric(sheet: Sheet, prefix: str, titles: dict[str, str]) -> str:
+    parts = []
+    for metric, title in titles.items():
+        drawn = sheet.domain_panels(
+            lambda name, metric=metric: sheet.metric_lines(f"{prefix}{name}/{metric}", sheet.colour(name)),
+            heading=title,
+        )
+        parts.append(drawn)
+    return f'<div class="groups">{"".join(parts)}</div>' if any(parts) else ""
+
+
+def _key_panels(sheet: Sheet, titles: Mapping[str, str]) -> str:
+    panels = [
+        draw_panel(
+            Panel(
+                title=title,
+                lines=sheet.metric_lines(key, "var(--ink)"),
+                x_range=sheet.x_range,
+                ribbon=sheet.ribbon(),
+            )
+        )
+        for key, title in titles.items()
+    ]
+    drawn = "".join(panels)
+    return f'<div class="panels">{drawn}</div>' if drawn else ""
+
+
+def _keys(run: Run, prefix: str) -> list[str]:
+    return [key for key in run.metrics if key.startswith(prefix)]
+
+
+def _reasons(rows, x) -> list[tuple[float, float, str]]:
+    """Return (first step, last step, words) of each stretch of draws with the same reason."""
+    spans: list[tuple[float, float, str]] = []
+    for row, step in zip(rows, x, strict=True):
+        words = str(row.get("reason", ""))
+        if spans and spans[-1][2] == words:
+            spans[-1] = (spans[-1][0], float(step), words)
+        else:
+            spans.append((float(step), float(step), words))
+    return spans
+
+
+def _reason_table(reasons: list[tuple[float, float, str]], most: int = 30) -> str:
+    every = math.ceil(len(reasons) / most)
+    rows = "".join(f"<tr><td>{a:,.0f}–{b:,.0f}</td><td>{escape(words)}</td></tr>" for a, b, words in reasons[::every])
+    cut = f"<p>One in {every} of {len(reasons):,} changes of reason.</p>" if every > 1 else ""
+    return (
+        f"<details{' open' if len(reasons) <= 8 else ''}><summary>Why: the scheduler's reasons</summary>{cut}"
+        f'<table class="reasons"><tr><th>steps</th><th>reason</th></tr>{rows}</table></details>'
+    )
+
+
+def _tones(colour: str) -> tuple[str, ...]:
+    """Return the colours of STATES in one domain's colour: what is practised is full, what waits is pale."""
+    pale = [f"color-mix(in oklab,{colour} {share}%,var(--card))" for share in (60, 25)]
+    return colour, pale[1], "var(--muted)", pale[0]

@@ -1,0 +1,158 @@
+"""Each completion goes to its domain's reward; what comes back is checked, counted and put together into groups."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from curricula.records import Domain, Group
+from rewards import Reward, find_reward
+from trainer.data import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One completion of one prompt."""
+
+    prompt: Prompt
+    ids: list[int]
+    """Token ids, the end-of-sequence token included."""
+    text: str
+    truncated: bool
+    logps: list[float] | None = None
+    """The engine's log-probability of each token under its sampling distribution; None if it does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """What all ranks need to know of one completion."""
+
+    prompt_id: str
+    domain: str
+    length: int
+    truncated: bool
+    reward: float | None
+
+
+class Scorer:
+    """Route samples to their domains' rewards.
+
+    A reward that raises, or returns None, gives None: that sample is left out of everything and counted. One that
+    returns NaN or the wrong number of values is broken, and stops the run with its domain's name.
+
+    Example: `Scorer(domains)(samples) -> [1.0, None, 0.0]`
+    """
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self.rewards: dict[str, Reward] = {}
+        for domain in domains:
+            try:
+                self.rewards[domain.name] = find_reward(domain.reward)
+            except ValueError as error:
+                raise ValueError(f"domains.{domain.name}.reward: {error}") from error
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """Return one reward a sample, in order."""
+        scores: list[float | None] = [None] * len(samples)
+        by_domain: dict[str, list[int]] = {}
+        for i, sample in enumerate(samples):
+            by_domain.setdefault(sample.prompt.domain, []).append(i)
+        for name, places in by_domain.items():
+            for i, score in zip(places, self._score(name, [samples[i] for i in places]), strict=True):
+                scores[i] = score
+        return scores
+
+    def _score(self, name: str, samples: list[Sample]) -> list[float | None]:
+        reward = self.rewards[name]
+        try:
+            values = _call(reward, samples)
+        except (
+            Exception
+        ) as error:  # a user's grader may raise anything; retried one by one, so that one row costs one row
+            if len(samples) == 1:
+                logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
+                return [None]
+            return [self._score(name, [sample])[0] for sample in samples]
+        if not hasattr(values, "__len__"):
+            raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(samples)} completions")
+        if len(values) != len(samples):
+            raise ValueError(
+                f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
+            )
+        return [_checked(name, value) for value in values]
+
+
+def grade(samples: Sequence[Sample], scores: Sequence[float | None]) -> list[Graded]:
+    """Return the light records that ranks exchange: texts and tokens stay where they were made."""
+    return [
+        Graded(prompt_id=s.prompt.id, domain=s.prompt.domain, length=len(s.ids), truncated=s.truncated, reward=score)
+        for s, score in zip(samples, scores, strict=True)
+    ]
+
+
+def form_groups(graded: Sequence[Graded], *, size: int, draw: int) -> list[Group]:
+    """Return the groups of `size` consecutive completions that share a prompt, over all ranks."""
+    groups = []
+    for start in range(0, len(graded), size):
+        members = graded[start : start + size]
+        if len({m.prompt_id for m in members}) != 1 or len(members) != size:
+            raise ValueError(f"completions {start} to {start + size - 1} are not one whole group of {size}")
+        groups.append(
+            Group(
+                prompt_id=members[0].prompt_id,
+                domain=members[0].domain,
+                draw=draw,
+                rewards=tuple(m.reward for m in members),
+                lengths=tuple(m.length for m in members),
+                truncated=tuple(m.truncated for m in members),
+            )
+        )
+    return groups
+
+
+def check_failures(groups: Sequence[Group], *, most: float) -> None:
+    """Raise RuntimeError where the reward failed on more than the share `most` of a domain's completions."""
+    for name in {g.domain for g in groups}:
+        rewards = [r for g in groups if g.domain == name for r in g.rewards]
+        failed = sum(r is None for r in rewards)
+        if failed > most * len(rewards):
+            raise RuntimeError(
+                f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
+                f"max_grader_failures allows a share of {most}"
+            )
+
+
+def _call(reward: Reward, samples: list[Sample]) -> list[Any]:
+    is_chat = not isinstance(samples[0].prompt.prompt, str)
+    names = {name for sample in samples for name in sample.prompt.columns}
+    columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in samples] for n in sorted(names)}
+    values = reward(
+        prompts=[s.prompt.prompt for s in samples],
+        completions=[[{"role": "assistant", "content": s.text}] if is_chat else s.text for s in samples],
+        completion_ids=[s.ids for s in samples],
+        **columns,
+    )
+    return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
+
+
+async def _awaited(values: Any) -> list[Any]:
+    return await values
+
+
+def _checked(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"domain {name!r}: the reward returned {value!r}, which is no number") from error
+    if not math.isfinite(number):
+        raise ValueError(f"domain {name!r}: the reward returned {number}; a failed grading is None")
+    return number
