@@ -29,6 +29,10 @@ _GRACE_S = 2.0
 """The worker ends itself at its limit; its caller waits this much longer before it kills it."""
 
 
+_SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+"""Some generators walk through sets: only with one hash seed do all processes make the same questions."""
+
+
 class JobError(Exception):
     """A job got no answer: it took too long, took too much memory, or took its worker down."""
 
@@ -40,7 +44,9 @@ class Workers:
         self._arguments = [target, str(timeout_s), str(memory_bytes)]
         self._timeout_s = timeout_s
         self._size = size
-        self._idle: queue.Queue[subprocess.Popen[bytes] | None] = queue.Queue()
+        self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = (
+            queue.LifoQueue()
+        )  # those that run are taken first
         for _ in range(size):
             self._idle.put(None)  # started when first needed
         atexit.register(self.close)
@@ -79,7 +85,7 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": path, **_SAME_EVERYWHERE},
             start_new_session=True,
         )
         try:

@@ -1,0 +1,146 @@
+"""`procedural`: questions made by rule, at any difficulty and in any number, with a scorer that knows the rule.
+
+`rows` makes a domain of any reasoning-gym dataset (arXiv:2505.24760), or of `composition`; in a recipe:
+`train: {generator: "rewards.procedural:rows", dataset: chain_sum, split: train, size: 1000, seed: 0, config: {..}}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rewards.answers import answer_region, final_answer
+from rewards.composition import CompositionConfig, composition
+from rewards.workers import JobError, shared_workers
+
+logger = logging.getLogger(__name__)
+
+HELDOUT_ONE_IN = 5
+"""A question's own hash puts one in five into the held-out split, whatever the seed and the size."""
+BLOCK, BLOCK_S = 20, 120.0
+"""Questions made at a time, and the limit for them; the slowest datasets need half a second for one."""
+DRAWS_PER_ROW = 10
+"""Questions drawn for each row asked before a dataset counts as exhausted; one in five of them is held out."""
+
+
+def rows(
+    *,
+    split: Literal["train", "heldout"],
+    dataset: str,
+    size: int,
+    seed: int,
+    config: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Return `size` different questions with `prompt`, `answer` and what the reward `procedural` needs.
+
+    The splits never share a question; those of `composition` (depth 2 and more) never share a chain of functions.
+    Raises ValueError for an unknown dataset or config, or where the dataset has too few questions.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"procedural: split is train or heldout, got {split!r}")
+    if size < 1:
+        raise ValueError(f"procedural: size must be at least 1, got {size}")
+    made: dict[str, dict[str, Any]] = {}
+    draw = _compositions if dataset == "composition" else _gym_items
+    for key, row in draw(dataset, seed, DRAWS_PER_ROW * size + 100, dict(config or {})):
+        if _is_heldout(key) == (split == "heldout"):
+            made.setdefault(row["prompt"], row)
+        if len(made) == size:
+            return list(made.values())
+    raise ValueError(
+        f"procedural: {dataset} with config {config} yields {len(made)} different {split} rows, not {size}"
+    )
+
+
+def _gym_items(dataset: str, seed: int, draws: int, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    place = {"dataset": dataset, "seed": seed, "size": draws, "config": json.dumps(config, sort_keys=True)}
+    workers = shared_workers("rewards.gym:work", size=1, timeout_s=BLOCK_S)
+    for start in range(0, draws, BLOCK):
+        indices = list(range(start, min(start + BLOCK, draws)))
+        (block,) = workers.map([place | {"indices": indices}])
+        if isinstance(block, JobError):
+            raise ValueError(f"procedural: {dataset}, items from {start}: {block}")
+        for index, made in zip(indices, block, strict=True):
+            if made["accepts"]:
+                raise ValueError(f"procedural: reasoning-gym's scorer of {dataset} accepts any answer")
+            row = {"prompt": made["question"], "answer": made["answer"]}
+            yield made["question"], {**row, "procedural": json.dumps(place | {"index": index})}
+
+
+def _compositions(dataset: str, seed: int, draws: int, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        settings = CompositionConfig(**config)
+    except TypeError as error:
+        raise ValueError(f"composition: {error}") from None
+    rng = random.Random(f"{seed} {json.dumps(config, sort_keys=True)}")
+    for _ in range(draws):
+        drawn = composition(settings, rng)
+        row = {"prompt": drawn.question(settings.definitions), "answer": drawn.answer}
+        yield drawn.unseen_key, {**row, "procedural": json.dumps({"dataset": dataset})}
+
+
+def _is_heldout(key: str) -> bool:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELDOUT_ONE_IN == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Procedural:
+    """Score the final answer to a row that `rows` made; None where the scorer met its limit or broke.
+
+    The final answer is the last tag, box or "answer:" line; without any of them the whole completion.
+    """
+
+    partial_credit: bool = False
+    """Give reasoning-gym's own score, which pays a little for form and for being near. Off: 1.0 for right, else 0.0."""
+    timeout_s: float = 5.0
+    workers: int | None = None
+    """Processes; None takes one a core, at most 16."""
+    max_answer_chars: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError(f"procedural: timeout_s must be > 0, got {self.timeout_s}")
+
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: Any = None,
+        *,
+        answer: list,
+        procedural: list,
+        **columns: Any,
+    ) -> list[float | None]:
+        given = [_final(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+        places = [json.loads(place) for place in procedural]
+        known = [self._at_sight(*row) for row in zip(given, answer, places, strict=True)]
+        jobs = [
+            place | {"answer": text}
+            for text, place, at_sight in zip(given, places, known, strict=True)
+            if at_sight is None
+        ]
+        scored = iter(shared_workers("rewards.gym:work", size=self.workers, timeout_s=self.timeout_s).map(jobs))
+        return [self._reward(next(scored)) if at_sight is None else at_sight for at_sight in known]
+
+    def _at_sight(self, given: str, answer: str, place: dict[str, Any]) -> float | None:
+        if not given or len(given) > self.max_answer_chars:
+            return 0.0
+        if place["dataset"] == "composition":
+            return float(given.strip("\"'") == answer)
+        return None
+
+    def _reward(self, score: float | JobError) -> float | None:
+        if isinstance(score, JobError):
+            logger.warning("procedural: no score: %s", score)
+            return None
+        return score if self.partial_credit else float(score >= 1.0)
+
+
+def _final(completion: Any, prompt: Any) -> str:
+    found = final_answer(completion, prompt)
+    return (answer_region(completion, prompt) if found is None else found).strip()

@@ -1,0 +1,147 @@
+import json
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+
+from rewards import find_reward
+from rewards.procedural import rows
+
+SUMS = {"dataset": "chain_sum", "seed": 0, "config": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
+
+
+def grade(row, completions, **settings):
+    reward = find_reward({"name": "procedural", **settings})
+    n = len(completions)
+    columns = {name: [row[name]] * n for name in ("answer", "procedural")}
+    return reward(prompts=[row["prompt"]] * n, completions=completions, completion_ids=None, **columns)
+
+
+def test_rows_are_questions_with_answers_that_score():
+    row = rows(split="train", size=3, **SUMS)[0]
+    assert json.loads(json.dumps(row)) == row
+    wrong = str(int(row["answer"]) + 1)
+    completions = [
+        row["answer"],
+        f"<answer>{row['answer']}</answer>",
+        wrong,
+        "",
+        row["prompt"],
+        f"{row['answer']} {wrong}",
+    ]
+    assert grade(row, completions) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_rows_are_the_same_again_and_all_different():
+    first = rows(split="train", size=50, **SUMS)
+    assert first == rows(split="train", size=50, **SUMS)
+    assert len({row["prompt"] for row in first}) == 50
+
+
+def test_splits_never_share_a_question_whatever_the_seeds():
+    questions = lambda split, seed: {r["prompt"] for r in rows(split=split, size=200, **{**SUMS, "seed": seed})}  # noqa: E731
+    train = questions("train", 0) | questions("train", 1)
+    heldout = questions("heldout", 0) | questions("heldout", 2)
+    assert not train & heldout
+
+
+def test_compositions_never_share_a_chain_between_splits():
+    def chains(split):
+        made = rows(split=split, dataset="composition", size=300, seed=0, config={"depth": 2})
+        return {row["prompt"].partition('"')[0] for row in made}
+
+    assert chains("train") and chains("heldout") and not chains("train") & chains("heldout")
+
+
+def test_compositions_are_scored_letter_for_letter():
+    row = rows(split="heldout", dataset="composition", size=1, seed=3, config={"depth": 3, "definitions": True})[0]
+    answer = row["answer"]
+    completions = [answer, f'The answer is "{answer}".', f"<answer>{answer}</answer>", answer.upper(), answer + "x", ""]
+    assert grade(row, completions) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+ATTACKS = [
+    "__import__('os').system('touch /tmp/polyphony-mark')",
+    "open('/tmp/polyphony-mark', 'w')",
+    "exec('raise SystemExit')",
+    "entry['metadata']['target']",
+    "eval(chr(52))",
+    "(lambda: 4)()",
+    "().__class__",
+    "sqrt('open(0)')",
+    "5! + __import__('os').getpid()",
+    "exit()",
+    "oracle_answer",
+]
+
+
+@pytest.mark.parametrize("dataset", ["countdown", "string_insertion", "n_queens", "polynomial_multiplication"])
+def test_scorers_that_evaluate_see_no_code(dataset):
+    row = rows(split="train", dataset=dataset, size=1, seed=1)[0]
+    # 0.01 is what countdown gives any text
+    assert all(reward is not None and reward <= 0.01 for reward in grade(row, ATTACKS, partial_credit=True))
+    assert not Path("/tmp/polyphony-mark").exists()
+    assert grade(row, [row["answer"]]) == [1.0]
+
+
+def test_plain_formulas_and_literals_pass_to_the_scorer():
+    row = rows(split="train", dataset="countdown", size=1, seed=1)[0]
+    assert grade(row, [f"({row['answer']})", f"{row['answer']} + 1"]) == [1.0, 0.0]
+    row = rows(split="train", dataset="string_insertion", size=1, seed=1)[0]
+    assert grade(row, [str(list(row["answer"]))], partial_credit=True) == [0.1]
+
+
+@pytest.mark.slow
+def test_an_answer_that_never_computes_ends_at_its_limit():
+    row = rows(split="train", dataset="countdown", size=1, seed=1)[0]
+    assert grade(row, ["1"], timeout_s=1.0, workers=1) == [0.0]
+    start = time.monotonic()
+    assert grade(row, ["9**9**9**9", "1"], timeout_s=1.0, workers=1) == [None, 0.0]
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_every_dataset_makes_rows_that_its_scorer_can_read():
+    from reasoning_gym.factory import DATASETS
+
+    odd, refused = set(), set()
+    for dataset in sorted(set(DATASETS) - {"composite"}):
+        try:
+            row = rows(split="train", dataset=dataset, size=1, seed=4)[0]
+        except ValueError as error:
+            assert "accepts any answer" in str(error)
+            refused.add(dataset)
+            continue
+        right, wrong = grade(row, [row["answer"] or "none", "certainly not"], timeout_s=60)
+        assert wrong == 0.0, dataset
+        odd |= set() if right == 1.0 else {dataset}
+    assert refused == {"game_of_life_halting"}
+    # these have no single answer, and the one they give as an example is none
+    assert odd <= {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def test_it_travels_between_processes():
+    row = rows(split="train", size=1, **SUMS)[0]
+    reward = pickle.loads(pickle.dumps(find_reward("procedural")))
+    assert reward(["q"], [row["answer"]], answer=[row["answer"]], procedural=[row["procedural"]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "split is train or heldout, got 'test'"),
+        ({"size": 0}, "size must be at least 1"),
+        ({"dataset": "chain_sums"}, "has no dataset 'chain_sums'; it has ab, acre"),
+        ({"config": {"terms": 2}}, "unexpected keyword argument 'terms'"),
+        ({"config": {"min_terms": 9, "max_terms": 2}}, "max_terms"),
+        (
+            {"config": {**SUMS["config"], "max_digits": 1, "min_digits": 1}, "size": 300},
+            "different train rows, not 300",
+        ),
+        ({"dataset": "composition", "config": {"deep": 2}}, "unexpected keyword argument 'deep'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rows(**({"split": "train", "size": 1} | SUMS | settings))
