@@ -50,6 +50,9 @@ class Curriculum:
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
         self._alarms: list[str] = []
+        scheduler.decide(
+            self.evidence(), self._state
+        )  # pure: what it cannot work with is refused before anything is spent
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
