@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from curricula.records import Domain, Fused, Group, mean
 from rewards.diversity import Diversity, DiversityResult
@@ -41,7 +42,7 @@ def find_diversity(domain: Domain) -> Diversity | None:
 class Fusion:
     """Fuse the groups of the domains that reward difference; leave all others as they are.
 
-    Example: `Fusion.of([writing])(groups, texts)[0].fused.classes`
+    Example: `Fusion.of([writing])(groups, texts, lambda group: "tell a story")[0].fused.classes`
     """
 
     by_domain: Mapping[str, Diversity] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Fusion:
     world_size: int = 1
 
     @classmethod
-    def of(cls, domains: Sequence[Domain], **ranks: Any) -> Fusion:
+    def of(cls, domains: Sequence[Domain]) -> Fusion:
         """Find the partitioners and try each on two texts, so that one that cannot work fails before the run does."""
         found = {d.name: diversity for d in domains if (diversity := find_diversity(d)) is not None}
         for name, diversity in found.items():
@@ -60,7 +61,12 @@ class Fusion:
             except Exception as error:  # a partitioner may be a user's
                 what = f"{type(error).__name__}: {error}"
                 raise ValueError(f"domains.{name}.diversity: the partitioner failed on a trial: {what}") from error
-        return cls(by_domain=found, **ranks)
+        return cls(by_domain=found)
+
+    def on(self, accelerator: Any) -> Fusion:
+        """Return the same for a run of several ranks."""
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return replace(self, gather=gather_object, rank=rank, world_size=world_size)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -68,30 +74,30 @@ class Fusion:
         return tuple(self.by_domain)
 
     def __call__(
-        self, groups: Sequence[Group], texts: Sequence[Sequence[str]], prompts: Sequence[Any]
+        self, groups: Sequence[Group], texts: Sequence[str | None], prompt_of: Callable[[Group], Any]
     ) -> list[Group]:
-        """Return the groups with `fused` filled in; texts [groups][G] and one prompt a group. Collective over ranks.
+        """Return the groups with `fused` filled in; `texts` of all completions in order, None in other domains.
 
-        All ranks hand over the same groups. Each rank compares every `world_size`-th of them, so that no group is
-        judged twice, and all fuse the same verdicts.
+        Collective: all ranks hand over the same groups, each compares every `world_size`-th of those concerned, so that
+        no group is judged twice, and all fuse the same verdicts.
         """
         places = [i for i, group in enumerate(groups) if group.domain in self.by_domain]
         if not places:
             return list(groups)
-        mine = places[self.rank :: self.world_size]
-        told = self._compare(mine, groups, texts, prompts)
-        matrices = dict(self.gather(list(zip(mine, told, strict=True))))
-        return [self._fused(group, matrices[i]) if i in matrices else group for i, group in enumerate(groups)]
-
-    def _compare(
-        self, mine: Sequence[int], groups: Sequence[Group], texts: Sequence[Sequence[str]], prompts: Sequence[Any]
-    ) -> list[Same | None]:
-        told: dict[int, Same | None] = {}
+        size = len(groups[0].rewards)
+        mine = {
+            i: [text or "" for text in texts[i * size : (i + 1) * size]] for i in places[self.rank :: self.world_size]
+        }
+        told: list[tuple[int, Same | None]] = []
         for name, diversity in self.by_domain.items():
-            places = [i for i in mine if groups[i].domain == name]
-            verdicts = compared(name, diversity, [texts[i] for i in places], [prompts[i] for i in places])
-            told.update(zip(places, verdicts, strict=True))
-        return [told[i] for i in mine]
+            own = [i for i in mine if groups[i].domain == name]
+            prompts = [prompt_of(groups[i]) for i in own]
+            told += zip(own, compared(name, diversity, [mine[i] for i in own], prompts), strict=True)
+        matrices = dict(self.gather(told))
+        return [
+            self._fused(group, matrices[i]) if group.domain in self.by_domain else group
+            for i, group in enumerate(groups)
+        ]
 
     def _fused(self, group: Group, same: Same | None) -> Group:
         try:
@@ -117,7 +123,10 @@ def compared(
             logger.warning("domain %r: the partitioner raised %s: %s", name, type(error).__name__, error)
             return [None]
         return [compared(name, diversity, [t], [p])[0] for t, p in zip(texts, prompts, strict=True)]
-    if len(told) != len(texts) or any(same is not None and len(same) != len(t) for same, t in zip(told, texts)):
+    sizes = [len(text) for text in texts]
+    if len(told) != len(texts) or sizes != [
+        n if same is None else len(same) for same, n in zip(told, sizes, strict=True)
+    ]:
         raise ValueError(f"domain {name!r}: the partitioner did not return one matrix [n][n] for each of its groups")
     return told
 
@@ -128,6 +137,8 @@ def recentred(advantages: torch.Tensor, groups: Sequence[Group], *, start: int) 
     Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534). `start` is
     the place of the first row among those of all ranks. A row without a fused reward gets 0.
     """
+    if all(group.fused is None for group in groups):
+        return advantages
     rows = [(group, k) for group in groups for k in range(len(group.rewards))]
     centred = advantages.clone()
     for i, (group, k) in enumerate(rows[start : start + len(advantages)]):
