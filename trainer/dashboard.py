@@ -26,6 +26,9 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "score": "mean held-out score in [0, 1], `report` half",
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+        "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "unique_correct": "answers of an item that say something else, among those with the full score",
+        "classes": "answers of an item that say something else, in domains with a diversity reward",
     },
     "diversity": {
         "classes": "classes of answers that say the same, a group, in domains with a diversity reward",
