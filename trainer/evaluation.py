@@ -32,6 +32,8 @@ class HeldoutResult:
     """Per domain, mean token entropy in nats of the first sample of every item."""
     variety: Mapping[str, tuple[Variety, ...]] = field(default_factory=dict)
     """Per domain and item, how much its samples differ; empty with one sample an item."""
+    item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Per domain and item, summed token entropy and token count of its first sample."""
     shown: tuple[tuple[Sample, float | None], ...] = ()
     """A few samples of each domain, for people to read."""
 
@@ -152,5 +154,6 @@ def _join(records: list[tuple], domains: Sequence[str]) -> HeldoutResult:
             name: sum(r[4][0] for r in rs) / tokens for name, rs in of.items() if (tokens := sum(r[4][1] for r in rs))
         },
         variety={name: tuple(r[6] for r in rs) for name, rs in of.items() if rs and rs[0][6] is not None},
+        item_entropy={name: tuple(r[4] for r in rs) for name, rs in of.items()},
         shown=tuple((r[5], r[3][0]) for r in ordered if r[5] is not None),
     )
