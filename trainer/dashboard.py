@@ -1,7 +1,7 @@
 """Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
 
-Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `transfer/<d>/<metric>` and
-`rollout/<metric>`. Undefined values are absent, never 0.
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
+`transfer/<d>/<metric>` and `rollout/<metric>`. Undefined values are absent, never 0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "reward": "mean reward over graded completions since the last log",
         "reward_std": "standard deviation of those rewards",
         "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
+        "entropy_slope": "change of that entropy per optimizer step over the domain's last 32 draws",
+        "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
+        "entropy_coef": "coefficient of the domain's entropy in the loss, with `entropy.control: adaptive`",
         "pass_rate": "share of graded completions with reward 1",
         "frac_dead": "share of groups whose rewards are all equal",
         "mean_length": "tokens a completion",
@@ -26,6 +29,16 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "score": "mean held-out score in [0, 1], `report` half",
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+        "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "unique_correct": "answers of an item that say something else, among those with the full score",
+        "classes": "answers of an item that say something else, in domains with a diversity reward",
+    },
+    "diversity": {
+        "classes": "classes of answers that say the same, a group, in domains with a diversity reward",
+        "mean": "how much an answer differs from its siblings, in [0, 1], after the floor",
+        "collapsed": "share of groups whose answers all say the same",
+        "reward": "mean of quality and difference fused, what the update learns from; quality is domain/<d>/reward",
+        "failures": "groups that the partitioner could not tell apart: their completions have no reward",
     },
     "transfer": {
         "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",

@@ -8,47 +8,34 @@ and a weight loader of our own.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
-from curricula.records import Domain, Group, PromptRef
+from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.checkpoints import load_state, save_state
 from trainer.dashboard import key
 from trainer.data import Prompt
 from trainer.domains import DomainData
-from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from trainer.draws import Draws, Rollout
+from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
+from trainer.evaluation import EvaluationSettings, HeldoutResult
+from trainer.fusion import Fusion, recentred
+from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
-from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
-from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
+from trainer.rollouts import Completion, InProcessEngine, Request, Sampling
+from trainer.scoring import Sample, Scorer
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """One draw, generated and scored: what the overridden TRL methods hand over."""
-
-    rows: list[dict[str, Any]]
-    """This rank's rows in TRL's form."""
-    prompt_ids: list[list[int]]
-    completions: list[Completion]
-    rewards: list[float | None]
-    """Of all ranks, in rank order."""
-    groups: list[Group]
-    """Of all ranks."""
-    seconds: float
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -85,6 +72,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         curriculum: str | Scheduler = "joint",
         engine: str | InProcessEngine = "vllm",
         evaluation: EvaluationSettings | None = None,
+        entropy: EntropySettings | None = None,
         max_grader_failures: float = 0.5,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
@@ -98,7 +86,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
         )
         self.scorer = Scorer(self.data.domains)
-        self.max_grader_failures = max_grader_failures
+        self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -108,10 +96,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             seed=args.seed,
         )
         self.meter = Meter(domains=self.data.names)
+        self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
-        self.draw_listeners: list[Callable[[Sequence[PromptRef]], None]] = []
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
+        self._loss_entropy: torch.Tensor | None = None
         self._resumed_from: str | None = None
         super().__init__(
             model=model,
@@ -124,7 +113,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.engine = self._attach(engine) if not self.use_vllm else None
-        self.evaluator = self._evaluator(evaluation or EvaluationSettings())
+        self.draws = self._walk(max_grader_failures)
+        self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
@@ -218,53 +208,45 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
+    def _walk(self, max_grader_failures: float) -> Draws:
+        return Draws(
+            data=self.data,
+            curriculum=self.curriculum,
+            scorer=self.scorer,
+            fusion=self.fusion.on(self.accelerator),
+            seed=self.args.seed,
+            group_size=self.num_generations,
+            max_grader_failures=max_grader_failures,
+            complete=lambda requests: self.complete(requests, self.num_generations),
+            to_samples=self.to_samples,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
         self._rollout = self._roll_out(len(inputs))
         self._row_entropy = None
         output = super()._generate_and_score_completions(self._rollout.rows)
+        start = self.accelerator.process_index * len(inputs)
+        output["advantages"] = recentred(output["advantages"], self._rollout.groups, start=start)
         self._check_engine()
-        entropy = self._domain_entropy(output)
+        owner = self._owners(len(inputs))
+        entropy = self._domain_entropy(output, owner)
         self.curriculum.observe(
             self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
         )
         self.meter.add(self._rollout.groups, entropy, self._rollout.seconds)
+        self.entropy.after_draw(self.state.global_step + 1, entropy, self._rollout.groups)
+        output.update(self.entropy.rows(owner, self.accelerator.device))
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
-        """Draw prompts, generate their groups, score them."""
         if self._resumed_from is not None:
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
-        draw = self.curriculum.draws
-        refs = self._draw(n_rows)
-        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
-        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
-        prompt_ids = self.data.tokenize(prompts)
-        requests = [
-            Request(
-                prompt_ids=ids,
-                seed=completion_seed(self.args.seed, draw, prompt.id, 0, i % self.num_generations),
-                max_tokens=self.data.limits[prompt.domain],
-            )
-            for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
-        started = time.perf_counter()
-        completions = self.complete(requests, self.num_generations)
-        seconds = time.perf_counter() - started
-        samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples)))
-        groups = form_groups(graded, size=self.num_generations, draw=draw)
-        check_failures(groups, most=self.max_grader_failures)
-        return Rollout(
-            rows=[{"prompt": prompt.prompt} for prompt in prompts],
-            prompt_ids=prompt_ids,
-            completions=completions,
-            rewards=[g.reward for g in graded],
-            groups=groups,
-            seconds=seconds,
-        )
+        return self.draws.roll_out(n_rows)
 
     def _check_engine(self) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
@@ -274,17 +256,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                 f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
                 f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
             )
-
-    def _draw(self, n_rows: int) -> list[PromptRef]:
-        """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
-        refs = [self.curriculum.draw(n_rows * self.accelerator.num_processes // self.num_generations)]
-        broadcast_object_list(refs, from_process=0)
-        if self.accelerator.is_main_process:
-            for listen in self.draw_listeners:
-                listen(refs[0])
-        rows = [ref for ref in refs[0] for _ in range(self.num_generations)]
-        start = self.accelerator.process_index * n_rows
-        return rows[start : start + n_rows]
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
@@ -328,9 +299,25 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         if is_old_pass:
             self._row_entropy = entropy
+        if torch.is_grad_enabled():
+            self._loss_entropy = entropy
         return logps, entropy, aux_loss
 
-    def _domain_entropy(self, output: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Add the entropy term if it was asked for. Relies on TRL computing entropies with gradient in its own loss."""
+        loss = super()._compute_loss(model, inputs)
+        entropy, self._loss_entropy = self._loss_entropy, None
+        if self.entropy.control is None or entropy is None:
+            return loss
+        bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_DOMAIN])
+        return loss - bonus / self.current_gradient_accumulation_steps
+
+    def _owners(self, n_rows: int) -> list[int]:
+        """Return the place in the list of domains of each of this rank's rows."""
+        groups, start = self._finished.groups, self.accelerator.process_index * n_rows
+        return [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(n_rows)]
+
+    def _domain_entropy(self, output: Mapping[str, Any], owner: Sequence[int]) -> dict[str, tuple[float, float]]:
         """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
 
         One reduction of a fixed shape: domains are listed alike on every rank, drawn or not.
@@ -344,8 +331,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                     self.model, ids, attention, mask.size(1), self.args.per_device_train_batch_size
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
-        groups, start = self._finished.groups, self.accelerator.process_index * len(mask)
-        owner = [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))]
         sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
@@ -367,27 +352,12 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
-    def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
-        return Evaluator(
-            tables=self.data.heldout,
-            settings=settings,
-            seed=self.args.seed,
-            tokenize=self.data.tokenize,
-            complete=lambda requests: self.complete(requests, settings.samples),
-            to_samples=self.to_samples,
-            score=self.scorer,
-            entropy_sums=self._entropy_sums,
-            limit=self.data.limits.__getitem__,
-            gather=gather_object,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
         return self.evaluator.run()
 
-    def _entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
+    def entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
+        """Return summed token entropy (nats) and token count of each sample under the policy."""
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
@@ -399,6 +369,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             for name, value in self.curriculum.metrics().items():
                 owner, metric = name.rsplit("/", 1)
                 logs[key("curriculum", metric, owner)] = value
+            logs.update(self.entropy.metrics())
         logs.update(self.meter.flush())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
@@ -409,7 +380,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.curriculum.state_dict())
+            save_state(folder, {**self.curriculum.state_dict(), "entropy": self.entropy.state_dict()})
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
@@ -435,5 +406,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.curriculum.load_state_dict(load_state(Path(checkpoint)))
+            state = load_state(Path(checkpoint))
+            self.curriculum.load_state_dict(state)
+            self.entropy.load_state_dict(state["entropy"])
             self._resumed_from = checkpoint
