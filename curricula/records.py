@@ -33,6 +33,8 @@ class Domain:
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
     """None, or how semantically different answers of a group are rewarded (open-ended domains)."""
+    advantages: Literal["group", "mean_only"] | None = None
+    """How rewards become advantages; None takes the run's."""
     max_completion_length: int | None = None
     """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None

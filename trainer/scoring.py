@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,12 @@ class Graded:
     length: int
     truncated: bool
     reward: float | None
+    surprisal: float | None = None
+    """Sum over its tokens of minus the engine's log-probability, nats; None where the engine does not tell."""
+    signs: tuple[str, ...] = ()
+    """Of shortcuts and loops, see `trainer.shortcuts`."""
+    text: str | None = None
+    """Only where something needs the words of a whole group, which may lie on several ranks."""
 
 
 class Scorer:
@@ -89,10 +95,25 @@ class Scorer:
         return [_checked(name, value) for value in values]
 
 
-def grade(samples: Sequence[Sample], scores: Sequence[float | None]) -> list[Graded]:
-    """Return the light records that ranks exchange: texts and tokens stay where they were made."""
+def grade(
+    samples: Sequence[Sample],
+    scores: Sequence[float | None],
+    *,
+    inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: (),
+    with_text: bool = False,
+) -> list[Graded]:
+    """Return the light records that ranks exchange: tokens, and texts unless asked for, stay where they were made."""
     return [
-        Graded(prompt_id=s.prompt.id, domain=s.prompt.domain, length=len(s.ids), truncated=s.truncated, reward=score)
+        Graded(
+            prompt_id=s.prompt.id,
+            domain=s.prompt.domain,
+            length=len(s.ids),
+            truncated=s.truncated,
+            reward=score,
+            surprisal=None if s.logps is None else -sum(s.logps),
+            signs=inspect(s),
+            text=s.text if with_text else None,
+        )
         for s, score in zip(samples, scores, strict=True)
     ]
 
