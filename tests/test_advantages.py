@@ -24,6 +24,21 @@ def graded(*rewards, domain="math", signs=(), texts=None) -> list[Graded]:
     ]
 
 
+def worth(stock, members, first_row=0, *, kind="group", **settings):
+    groups = [
+        Group(
+            prompt_id="p",
+            domain=m[0].domain,
+            draw=0,
+            rewards=tuple(g.reward for g in m),
+            lengths=(5,) * len(m),
+            truncated=(False,) * len(m),
+        )
+        for m in members
+    ]
+    return advantages(kind, **settings)(stock, groups, members, first_row)
+
+
 def advantages(kind="group", **settings) -> Advantages:
     return Advantages(
         settings=UpdateSettings(**settings), kinds={"math": kind, "talk": "group"}, is_shortcut=lambda g: bool(g.signs)
@@ -45,19 +60,19 @@ def test_a_lone_success_is_one_full_reward_among_graded_others(rewards, place):
 def test_each_domain_has_its_own_kind_and_the_rest_is_stock():
     stock = torch.tensor([9.0, 9.0, 7.0, 8.0])
     groups = [graded(1.0, 0.0), graded(1.0, 0.0, domain="talk")]
-    assert advantages("mean_only")(stock, groups, 0).tolist() == [0.5, -0.5, 7.0, 8.0]
-    assert advantages("mean_only")(stock[2:], groups, 2).tolist() == [9.0 - 2, 8.0]  # the second of two ranks
+    assert worth(stock, groups, 0, kind="mean_only").tolist() == [0.5, -0.5, 7.0, 8.0]
+    assert worth(stock[2:], groups, 2, kind="mean_only").tolist() == [9.0 - 2, 8.0]  # the second of two ranks
     assert advantages().is_stock and not advantages("mean_only").is_stock
 
 
 def test_rounding_does_not_keep_a_dead_group_alive():
-    assert advantages("mean_only")(torch.tensor([1e-5, 1e-5]), [graded(0.1, 0.1)], 0).tolist() == [0.0, 0.0]
+    assert worth(torch.tensor([1e-5, 1e-5]), [graded(0.1, 0.1)], kind="mean_only").tolist() == [0.0, 0.0]
 
 
 def test_a_lone_success_is_capped_and_the_failures_keep_theirs():
     stock = torch.tensor([2.5, *[-0.35] * 7])
     group = graded(1.0, *[0.0] * 7)
-    capped = advantages(guard=Guard(cap=2.0))(stock, [group], 0)
+    capped = worth(stock, [group], 0, guard=Guard(cap=2.0))
     torch.testing.assert_close(capped, torch.tensor([2.0, *[-0.35] * 7]))
 
 
@@ -65,26 +80,26 @@ def test_a_lone_success_with_signs_of_a_shortcut_teaches_nothing_but_two_do():
     guard = Guard(cap=2.0)
     stock = torch.tensor([2.5, -0.35, -0.35])
     alone, together = graded(1.0, 0.0, 0.0, signs=("bare_answer",)), graded(1.0, 1.0, 0.0, signs=("bare_answer",))
-    torch.testing.assert_close(advantages(guard=guard)(stock, [alone], 0), torch.tensor([0.0, -0.35, -0.35]))
-    torch.testing.assert_close(advantages(guard=guard)(stock, [together], 0), stock)
-    kept = advantages(guard=Guard(cap=3.0, drop_shortcuts=False))(stock, [alone], 0)
+    torch.testing.assert_close(worth(stock, [alone], 0, guard=guard), torch.tensor([0.0, -0.35, -0.35]))
+    torch.testing.assert_close(worth(stock, [together], 0, guard=guard), stock)
+    kept = worth(stock, [alone], 0, guard=Guard(cap=3.0, drop_shortcuts=False))
     torch.testing.assert_close(kept, stock)
 
 
 def test_rft_trains_on_accepted_samples_with_a_mean_of_one():
     rft = RftSettings()
     groups = [graded(1.0, 0.0, 1.0, 0.5), graded(0.0, None, 0.0, 1.0)]
-    values = advantages(rft=rft)(torch.zeros(8), groups, 0)
+    values = worth(torch.zeros(8), groups, 0, rft=rft)
     assert values.tolist() == pytest.approx([8 / 3, 0, 8 / 3, 0, 0, 0, 0, 8 / 3])
-    second_rank = advantages(rft=rft)(torch.zeros(4), groups, 4)
+    second_rank = worth(torch.zeros(4), groups, 4, rft=rft)
     assert second_rank.tolist() == pytest.approx([0, 0, 0, 8 / 3])
-    nothing = advantages(rft=rft)(torch.zeros(2), [graded(0.0, 0.0)], 0)
+    nothing = worth(torch.zeros(2), [graded(0.0, 0.0)], 0, rft=rft)
     assert nothing.tolist() == [0, 0]
 
 
 def test_rft_drops_a_lone_success_that_looks_like_a_shortcut():
     group = graded(1.0, 0.0, signs=("bare_answer",))
-    assert advantages(rft=RftSettings(), guard=Guard())(torch.zeros(2), [group], 0).tolist() == [0, 0]
+    assert worth(torch.zeros(2), [group], 0, rft=RftSettings(), guard=Guard()).tolist() == [0, 0]
 
 
 def test_rft_takes_the_best_k_of_a_prompt():

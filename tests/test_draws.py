@@ -13,6 +13,7 @@ from curricula.schedulers.joint import Joint
 from tests.conftest import POLICY
 from trainer.domains import DomainData
 from trainer.draws import Draws
+from trainer.fusion import Fusion
 from trainer.rollouts import Completion, completion_seed
 from trainer.scoring import Sample, Scorer
 
@@ -69,6 +70,7 @@ def draws(engine, *, size=6, refill_rounds=2, **settings) -> Draws:
         data=rows,
         curriculum=curriculum,
         scorer=Scorer(rows.domains),
+        fusion=Fusion(),
         seed=1,
         group_size=G,
         max_grader_failures=0.5,

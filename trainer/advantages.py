@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from curricula.records import mean
+from curricula.records import Group, mean
 from trainer.rft import RftSettings, accepted
 from trainer.scoring import Graded
 
@@ -52,7 +52,7 @@ class UpdateSettings:
 class Advantages:
     """Turn the groups of a draw into advantages.
 
-    Example: `Advantages(settings=settings, kinds={"math": "group"}, is_shortcut=watch.is_shortcut)(stock, groups, 0)`
+    Example: `Advantages(settings=settings, kinds=kinds, is_shortcut=watch.is_shortcut)(stock, groups, members, 0)`
     """
 
     settings: UpdateSettings
@@ -62,25 +62,26 @@ class Advantages:
     partitioner: Any = None
     """Tells classes of accepted completions apart, for rft with `dedup`."""
 
-    def __call__(self, stock: torch.Tensor, groups: Sequence[Sequence[Graded]], first_row: int) -> torch.Tensor:
+    def __call__(
+        self, stock: torch.Tensor, groups: Sequence[Group], members: Sequence[Sequence[Graded]], first_row: int
+    ) -> torch.Tensor:
         """Return the advantages [B] of this rank's rows, from TRL's own [B] and the groups of all ranks.
 
-        `first_row` is the place of this rank's first row in the whole draw.
+        `members` are the completions of each group, `first_row` the place of this rank's first row in the whole draw.
         """
         if self.settings.rft is not None:
-            return self._accepted(stock, groups, first_row)
+            return self._accepted(stock, members, first_row)
         values = stock.clone()
         row = -first_row
-        for group in groups:
-            rewards = [g.reward for g in group]
-            if self.kinds[group[0].domain] == "mean_only":
-                _put(values, row, dict(enumerate(mean_only(rewards))))
-            if not _has_signal(rewards):
-                _put(values, row, dict.fromkeys(range(len(group)), 0.0))  # exactly, whatever rounding left of it
-            lone = lone_success(rewards)
+        for group, completions in zip(groups, members, strict=True):
+            if self.kinds[group.domain] == "mean_only":
+                _put(values, row, dict(enumerate(mean_only(group.learned))))
+            if not group.has_signal:
+                _put(values, row, dict.fromkeys(range(len(completions)), 0.0))  # exactly, whatever rounding left
+            lone = lone_success(group.rewards)
             if self.settings.guard is not None and lone is not None:
-                self._guard(values, row, lone, group)
-            row += len(group)
+                self._guard(values, row, lone, completions)
+            row += len(completions)
         return values
 
     @property
@@ -118,7 +119,7 @@ class Advantages:
 
 
 def mean_only(rewards: Sequence[float | None]) -> list[float]:
-    """Return r - mean over the graded rewards of the group, [G]; 0 where the grader failed."""
+    """Return r - mean over the rewards of the group that exist, [G]; 0 for the others."""
     centre = mean([r for r in rewards if r is not None])
     return [0.0 if r is None else r - centre for r in rewards]
 
@@ -128,10 +129,6 @@ def lone_success(rewards: Sequence[float | None]) -> int | None:
     passed = [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
     graded = sum(r is not None for r in rewards)
     return passed[0] if len(passed) == 1 and graded > 1 else None
-
-
-def _has_signal(rewards: Sequence[float | None]) -> bool:
-    return len({r for r in rewards if r is not None}) > 1
 
 
 def _put(values: torch.Tensor, row: int, at: Mapping[int, float]) -> None:

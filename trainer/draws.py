@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from curricula.curriculum import Curriculum
 from curricula.records import Group, PromptRef
 from trainer.data import Prompt
 from trainer.domains import DomainData
+from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
 
@@ -98,8 +99,8 @@ class Rollout:
 
     @property
     def rewards(self) -> list[float | None]:
-        """Of all ranks, in rank order."""
-        return [g.reward for g in self.graded]
+        """What the update learns from, of all ranks in rank order."""
+        return [reward for group in self.groups for reward in group.learned]
 
     @property
     def all_graded(self) -> list[list[Graded]]:
@@ -125,6 +126,8 @@ class Draws:
     data: DomainData
     curriculum: Curriculum
     scorer: Scorer
+    fusion: Fusion
+    """Adds what the domains with a diversity reward pay for difference."""
     seed: int
     group_size: int
     """Completions a prompt; a group may straddle ranks."""
@@ -140,8 +143,8 @@ class Draws:
     """Whether a group can move the policy."""
     inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: ()
     """Finds signs of shortcuts in a completion."""
-    with_text: bool = False
-    """Whether all ranks get the texts of all completions."""
+    with_texts: Collection[str] = ()
+    """Domains whose texts all ranks get."""
     listeners: list[Callable[[Sequence[PromptRef]], None]] = field(default_factory=list)
     """Called on rank 0 with the prompts of every draw before they are generated."""
     refill_listeners: list[Callable[[int, Sequence[Group], Sequence[PromptRef]], None]] = field(default_factory=list)
@@ -200,14 +203,19 @@ class Draws:
         completions = self.complete(requests)
         seconds = time.perf_counter() - started
         samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples), inspect=self.inspect, with_text=self.with_text))
+        graded = gather_object(grade(samples, self.scorer(samples), inspect=self.inspect, with_texts=self.with_texts))
+        groups = self.fusion(
+            form_groups(graded, size=size, draw=draw),
+            [g.text for g in graded],
+            lambda group: self.data.train[group.domain][group.prompt_id].prompt,
+        )
         return Batch(
             rows={
                 i: Row(prompt=prompt, prompt_ids=ids, completion=completion)
                 for i, prompt, ids, completion in zip(places, prompts, prompt_ids, completions, strict=True)
             },
             graded={k: graded[n * size : (n + 1) * size] for n, k in enumerate(refs)},
-            groups=dict(zip(refs, form_groups(graded, size=size, draw=draw), strict=True)),
+            groups=dict(zip(refs, groups, strict=True)),
             seconds=seconds,
         )
 

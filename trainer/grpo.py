@@ -32,6 +32,7 @@ from trainer.domains import DomainData
 from trainer.draws import Draws, Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
+from trainer.fusion import Fusion
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
@@ -93,6 +94,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
         )
         self.scorer = Scorer(self.data.domains)
+        self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -227,6 +229,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             data=self.data,
             curriculum=self.curriculum,
             scorer=self.scorer,
+            fusion=self.fusion.on(self.accelerator),
             seed=self.args.seed,
             group_size=self.num_generations,
             max_grader_failures=max_grader_failures,
@@ -237,7 +240,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             refill_rounds=self.curriculum.pool.refill_rounds if self.curriculum.pool else 0,
             is_useful=rft.is_useful if rft else lambda group: group.has_signal,
             inspect=self.shortcuts.inspect,
-            with_text=self.advantages.partitioner is not None,
+            with_texts=self.data.names if self.advantages.partitioner else self.fusion.domains,
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -262,8 +265,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.entropy.after_draw(self.state.global_step + 1, entropy, generated)
         output.update(self.entropy.rows(owner, self.accelerator.device))
         if not self.advantages.is_stock:
-            members, first_row = list(rollout.batch.graded.values()), self.accelerator.process_index * len(inputs)
-            output["advantages"] = self.advantages(output["advantages"], members, first_row)
+            first_row = self.accelerator.process_index * len(inputs)
+            members = list(rollout.batch.graded.values())
+            output["advantages"] = self.advantages(output["advantages"], rollout.groups, members, first_row)
         self.shortcuts.observe(self.state.global_step + 1, rollout.all_graded)
         return output
 
@@ -278,7 +282,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         dedup = settings.rft.dedup if settings.rft else None
         return Advantages(
             settings=settings,
-            kinds={d.name: d.advantages or settings.advantages for d in self.data.domains},
+            kinds={
+                d.name: d.advantages or (settings.advantages if d.diversity is None else "mean_only")
+                for d in self.data.domains
+            },
             is_shortcut=self.shortcuts.is_shortcut,
             partitioner=None if dedup is None else find_partitioner(dedup),
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from curricula.records import Domain, Group
 from rewards import Reward, find_reward
+from rewards.awaiting import settled
 from trainer.data import Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,12 +38,12 @@ class Graded:
     length: int
     truncated: bool
     reward: float | None
+    text: str | None = None
+    """Where texts of a group are compared with each other, else None."""
     surprisal: float | None = None
     """Sum over its tokens of minus the engine's log-probability, nats; None where the engine does not tell."""
     signs: tuple[str, ...] = ()
     """Of shortcuts and loops, see `trainer.shortcuts`."""
-    text: str | None = None
-    """Only where something needs the words of a whole group, which may lie on several ranks."""
 
 
 class Scorer:
@@ -100,9 +99,10 @@ def grade(
     scores: Sequence[float | None],
     *,
     inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: (),
-    with_text: bool = False,
+    with_texts: Collection[str] = (),
 ) -> list[Graded]:
-    """Return the light records that ranks exchange: tokens, and texts unless asked for, stay where they were made."""
+    """Return the light records that ranks exchange: tokens stay where they were made, and so do the texts of all
+    domains but those of `with_texts`."""
     return [
         Graded(
             prompt_id=s.prompt.id,
@@ -110,9 +110,9 @@ def grade(
             length=len(s.ids),
             truncated=s.truncated,
             reward=score,
+            text=s.text if s.prompt.domain in with_texts else None,
             surprisal=None if s.logps is None else -sum(s.logps),
             signs=inspect(s),
-            text=s.text if with_text else None,
         )
         for s, score in zip(samples, scores, strict=True)
     ]
@@ -139,9 +139,9 @@ def form_groups(graded: Sequence[Graded], *, size: int, draw: int) -> list[Group
 
 
 def check_failures(groups: Sequence[Group], *, most: float) -> None:
-    """Raise RuntimeError where the reward failed on more than the share `most` of a domain's completions."""
+    """Raise RuntimeError where more than the share `most` of a domain's completions got no reward."""
     for name in {g.domain for g in groups}:
-        rewards = [r for g in groups if g.domain == name for r in g.rewards]
+        rewards = [r for g in groups if g.domain == name for r in g.learned]
         failed = sum(r is None for r in rewards)
         if failed > most * len(rewards):
             raise RuntimeError(
@@ -160,11 +160,7 @@ def _call(reward: Reward, samples: list[Sample]) -> list[Any]:
         completion_ids=[s.ids for s in samples],
         **columns,
     )
-    return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
-
-
-async def _awaited(values: Any) -> list[Any]:
-    return await values
+    return settled([values])[0]
 
 
 def _checked(name: str, value: Any) -> float | None:
