@@ -48,7 +48,7 @@ class RunCallback(TrainerCallback):
         self.tracker = tracker
         self.progress = progress
         self._evaluated_at: int | None = None
-        trainer.draw_listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
+        trainer.draws.listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the baseline, unless the run is resumed and has one."""

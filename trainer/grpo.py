@@ -8,47 +8,32 @@ and a weight loader of our own.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
-from curricula.records import Domain, Group, PromptRef
+from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.checkpoints import load_state, save_state
 from trainer.dashboard import key
 from trainer.data import Prompt
 from trainer.domains import DomainData
-from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from trainer.draws import Draws, Rollout
+from trainer.evaluation import EvaluationSettings, HeldoutResult
+from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
-from trainer.rollouts import Completion, InProcessEngine, Request, Sampling, completion_seed
-from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
+from trainer.rollouts import Completion, InProcessEngine, Request, Sampling
+from trainer.scoring import Sample, Scorer
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """One draw, generated and scored: what the overridden TRL methods hand over."""
-
-    rows: list[dict[str, Any]]
-    """This rank's rows in TRL's form."""
-    prompt_ids: list[list[int]]
-    completions: list[Completion]
-    rewards: list[float | None]
-    """Of all ranks, in rank order."""
-    groups: list[Group]
-    """Of all ranks."""
-    seconds: float
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -98,7 +83,6 @@ class DomainGRPOTrainer(GRPOTrainer):
             domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
         )
         self.scorer = Scorer(self.data.domains)
-        self.max_grader_failures = max_grader_failures
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -109,7 +93,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.meter = Meter(domains=self.data.names)
         self.pending_metrics: dict[str, float] = {}
-        self.draw_listeners: list[Callable[[Sequence[PromptRef]], None]] = []
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
         self._resumed_from: str | None = None
@@ -124,7 +107,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.engine = self._attach(engine) if not self.use_vllm else None
-        self.evaluator = self._evaluator(evaluation or EvaluationSettings())
+        self.draws = self._walk(max_grader_failures)
+        self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
@@ -218,6 +202,20 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
+    def _walk(self, max_grader_failures: float) -> Draws:
+        return Draws(
+            data=self.data,
+            curriculum=self.curriculum,
+            scorer=self.scorer,
+            seed=self.args.seed,
+            group_size=self.num_generations,
+            max_grader_failures=max_grader_failures,
+            complete=lambda requests: self.complete(requests, self.num_generations),
+            to_samples=self.to_samples,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
         self._rollout = self._roll_out(len(inputs))
@@ -232,39 +230,11 @@ class DomainGRPOTrainer(GRPOTrainer):
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
-        """Draw prompts, generate their groups, score them."""
         if self._resumed_from is not None:
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
-        draw = self.curriculum.draws
-        refs = self._draw(n_rows)
-        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
-        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
-        prompt_ids = self.data.tokenize(prompts)
-        requests = [
-            Request(
-                prompt_ids=ids,
-                seed=completion_seed(self.args.seed, draw, prompt.id, 0, i % self.num_generations),
-                max_tokens=self.data.limits[prompt.domain],
-            )
-            for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
-        started = time.perf_counter()
-        completions = self.complete(requests, self.num_generations)
-        seconds = time.perf_counter() - started
-        samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples)))
-        groups = form_groups(graded, size=self.num_generations, draw=draw)
-        check_failures(groups, most=self.max_grader_failures)
-        return Rollout(
-            rows=[{"prompt": prompt.prompt} for prompt in prompts],
-            prompt_ids=prompt_ids,
-            completions=completions,
-            rewards=[g.reward for g in graded],
-            groups=groups,
-            seconds=seconds,
-        )
+        return self.draws.roll_out(n_rows)
 
     def _check_engine(self) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
@@ -274,17 +244,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                 f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
                 f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
             )
-
-    def _draw(self, n_rows: int) -> list[PromptRef]:
-        """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
-        refs = [self.curriculum.draw(n_rows * self.accelerator.num_processes // self.num_generations)]
-        broadcast_object_list(refs, from_process=0)
-        if self.accelerator.is_main_process:
-            for listen in self.draw_listeners:
-                listen(refs[0])
-        rows = [ref for ref in refs[0] for _ in range(self.num_generations)]
-        start = self.accelerator.process_index * n_rows
-        return rows[start : start + n_rows]
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
@@ -367,27 +326,12 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
-    def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
-        return Evaluator(
-            tables=self.data.heldout,
-            settings=settings,
-            seed=self.args.seed,
-            tokenize=self.data.tokenize,
-            complete=lambda requests: self.complete(requests, settings.samples),
-            to_samples=self.to_samples,
-            score=self.scorer,
-            entropy_sums=self._entropy_sums,
-            limit=self.data.limits.__getitem__,
-            gather=gather_object,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
         return self.evaluator.run()
 
-    def _entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
+    def entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
+        """Return summed token entropy (nats) and token count of each sample under the policy."""
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 

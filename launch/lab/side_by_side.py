@@ -131,7 +131,7 @@ class SideBySide:
                 copies: int = trainer.num_generations  # type: ignore[assignment]
                 self.seeds += [completion_seed(trainer.args.seed, draw, ref.id, 0, k) for k in range(copies)]
 
-        trainer.draw_listeners.append(keep)
+        trainer.draws.listeners.append(keep)
         return trainer
 
     def stock_trainer(self) -> GRPOTrainer:
