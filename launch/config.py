@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -24,6 +24,10 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _default(section: BaseModel, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 class DomainSection(_Section):
@@ -64,9 +68,30 @@ class CurriculumSection(BaseModel):
 class RolloutsSection(_Section):
     """Who generates."""
 
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: Literal["vllm", "ray", "transformers"] = "vllm"
+    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: no engine of its own."""
+    workers: int = Field(default=1, ge=1)
+    """Of `engine: ray`; each holds one vLLM."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs (CPU build: cores) of each worker."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Completions of a worker that is up to so many weight syncs behind are kept and importance-corrected; older ones
+    are refused and sampled again."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """A worker that has not finished its share of a draw after so many seconds counts as hung and is replaced."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a cluster and its workers may take to come up; large models read their weights for minutes."""
+    address: str | None = None
+    """Of the Ray cluster, `host:port` or `auto`; by default `RAY_ADDRESS`, or a cluster of this machine."""
     max_grader_failures: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+
+    @model_validator(mode="after")
+    def _pool_needs_ray(self) -> RolloutsSection:
+        pool = {"workers", "tensor_parallel", "max_staleness", "timeout_s", "start_timeout_s", "address"}
+        if self.engine != "ray" and (changed := sorted(n for n in pool if getattr(self, n) != _default(self, n))):
+            raise ValueError(f"{', '.join(changed)} belong to engine: ray, this recipe has engine: {self.engine}")
+        return self
 
 
 class EvalSection(_Section):

@@ -30,7 +30,7 @@ from trainer.evaluation import EvaluationSettings, HeldoutResult
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
-from trainer.rollouts import Completion, InProcessEngine, Request, Sampling
+from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
 from trainer.scoring import Sample, Scorer
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
@@ -68,7 +68,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         *,
         domains: Sequence[Domain] | DomainData,
         curriculum: str | Scheduler = "joint",
-        engine: str | InProcessEngine = "vllm",
+        engine: str | Engine | EngineFactory = "vllm",
         evaluation: EvaluationSettings | None = None,
         max_grader_failures: float = 0.5,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -112,14 +112,17 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
-    def _attach(self, engine: str | InProcessEngine) -> InProcessEngine | None:
+    def _attach(self, engine: str | Engine | EngineFactory) -> Engine | None:
         """Attach an engine behind TRL's seam: `vllm_generation` and `use_vllm` switch importance correction on."""
         if engine == "transformers":
             return None
-        if isinstance(engine, str):
-            if engine != "vllm":
-                raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
-            engine = InProcessEngine(
+        if isinstance(engine, str) and engine != "vllm":
+            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
+        if isinstance(engine, Engine):
+            engine.attach(self.model, self.accelerator)
+        else:
+            make = InProcessEngine if isinstance(engine, str) else engine
+            engine = make(
                 self.model,
                 self.accelerator,
                 self.processing_class,
@@ -129,8 +132,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                 gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
                 dtype=str(self.model.dtype).removeprefix("torch."),
             )
-        else:
-            engine.attach(self.model, self.accelerator)
         engine.max_completion_length = self.max_completion_length
         self.vllm_generation, self.use_vllm, self._last_loaded_step = engine, True, -1
         set_seed(self.args.seed, device_specific=True)  # starting vLLM reseeds the process's generators

@@ -7,7 +7,7 @@ PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLL
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +26,16 @@ from trainer.sampling import (
     start_llm,
 )
 
-__all__ = ["Completion", "Engine", "EngineFaults", "InProcessEngine", "Request", "Sampling", "completion_seed"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineFactory",
+    "EngineFaults",
+    "InProcessEngine",
+    "Request",
+    "Sampling",
+    "completion_seed",
+]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,6 +131,10 @@ class Engine(VLLMGeneration):
             completions = self.complete(requests)
         ids = [c.ids for c in completions]
         return prompts, ids, [[[p] for p in c.logps or []] for c in completions], [[[t] for t in seq] for seq in ids]
+
+
+EngineFactory = Callable[..., Engine]
+"""Takes what `Engine` is constructed with; for engines whose packages the trainer does not know."""
 
 
 class InProcessEngine(Engine):
