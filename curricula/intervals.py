@@ -1,4 +1,4 @@
-"""How sure: 95 % intervals of means and of paired differences, where both scores come from the same items."""
+"""How sure: 95 % intervals of means, ratios and paired differences, where both scores come from the same items."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
+
+from scipy.special import stdtrit
 
 
 class Interval(NamedTuple):
@@ -60,3 +62,25 @@ def quantile(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"a confidence level lies strictly between 0 and 1, got {level}")
     return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def ratio(totals: Sequence[float], counts: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Return sum(totals) / sum(counts) with its interval; UNDEFINED without counts, bounds infinite for one cluster.
+
+    Each place is one independent cluster (a draw, a held-out item), so what varies together stays together. Linearised
+    variance of a ratio (Cochran, Sampling Techniques, 1977, section 6.3) and Student's t with one cluster less.
+    """
+    n, size = len(totals), sum(counts)
+    if not size:
+        return UNDEFINED
+    mid = sum(totals) / size
+    if n < 2:
+        return Interval(-math.inf, mid, math.inf)
+    squares = sum((total - mid * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    spread = student(level, n - 1) * math.sqrt(n / (n - 1) * squares) / size
+    return Interval(mid - spread, mid, mid + spread)
+
+
+def student(level: float, freedom: int) -> float:
+    """Return t with P(|T| < t) = level under Student's distribution with `freedom` degrees of freedom."""
+    return float(stdtrit(freedom, (1 + level) / 2))

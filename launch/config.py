@@ -144,6 +144,25 @@ class GuardrailSection(_Section):
     """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
 
 
+class EntropySection(_Section):
+    """Token entropy of every domain, in multiples of the base model's at the run's first evaluation."""
+
+    band: tuple[float, float] = (0.5, 1.5)
+    """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
+    control: Literal["none", "adaptive"] = "none"
+    """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
+    rate: float = Field(default=0.02, gt=0)
+    """Growth of a coefficient per draw, for an entropy that is off its edge by the base model's whole entropy."""
+    max_coefficient: float = Field(default=0.2, gt=0)
+
+    @field_validator("band")
+    @classmethod
+    def _holds_the_base_model(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= band[0] < 1 < band[1]:
+            raise ValueError("expected multiples low < 1 < high of the base model's entropy")
+        return band
+
+
 class DataSection(_Section):
     """How rows are taken in."""
 
@@ -182,6 +201,7 @@ class Recipe(_Section):
     data: DataSection = DataSection()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """TRL's GRPOConfig, handed over untouched."""
+    entropy: EntropySection = EntropySection()
     guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
@@ -213,6 +233,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
+    _check_entropy(recipe)
     for name in recipe.guardrails:
         if name not in recipe.domains:
             raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
@@ -283,6 +304,15 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
             raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
         raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
+
+
+def _check_entropy(recipe: Recipe) -> None:
+    """Refuse two controllers of the same thing, and a loss that would not hear ours."""
+    if recipe.entropy.control == "none":
+        return
+    for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
+        if value := recipe.grpo.get(name):
+            raise RecipeError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other; leave out one")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -153,9 +153,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
-    from trainer.evaluation import (
-        EvaluationSettings,
-    )  # brings vLLM along, some ten seconds: only once all rows are good
+    from trainer.entropy import EntropySettings  # TRL brings vLLM along, some ten seconds: only once all rows are good
+    from trainer.evaluation import EvaluationSettings
     from trainer.grpo import DomainGRPOTrainer
 
     try:
@@ -166,6 +165,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
             curriculum=scheduler,
             engine=engine or recipe.rollouts.engine,
             evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
+            entropy=EntropySettings(**recipe.entropy.model_dump()),
             max_grader_failures=recipe.rollouts.max_grader_failures,
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
@@ -213,6 +213,10 @@ def build_scheduler(recipe: Recipe) -> Any:
     settings = recipe.curriculum.settings
     try:
         takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
+        if "entropy_band" in takes:
+            settings.setdefault("entropy_band", recipe.entropy.band)
+        if "adaptive" in takes:  # `auto` hands these on
+            settings["adaptive"] = {"entropy_band": recipe.entropy.band, **settings.get("adaptive", {})}
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
         return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)

@@ -63,6 +63,7 @@ class RunCallback(TrainerCallback):
             control.should_log = True
             for verdict in self._broken_guardrails():
                 self._act(verdict, control, Path(args.output_dir))
+        self._note_entropy_alarms()
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -85,7 +86,18 @@ class RunCallback(TrainerCallback):
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
-        return self.recorder.record_heldout(step, self.trainer.evaluate_heldout())
+        result = self.trainer.evaluate_heldout()
+        self.trainer.entropy.after_evaluation(step, result.item_entropy)
+        return self.recorder.record_heldout(step, result)
+
+    def _note_entropy_alarms(self) -> None:
+        """Write down what the entropy monitor has found, on rank 0; the scheduler is told by every rank's own copy."""
+        for alarm in self.trainer.entropy.take_alarms():
+            self.trainer.curriculum.note(f"{alarm.domain}: {alarm}")
+            if self.trainer.accelerator.is_main_process:
+                logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm)
+                entry = {"step": alarm.step, "domain": alarm.domain, "kind": alarm.kind, "message": str(alarm)}
+                self.recorder.folder.append("alarms", entry | {"drawn": dict(alarm.drawn)})
 
     def _broken_guardrails(self) -> list[Verdict]:
         watched = [d.name for d in self.trainer.data.domains if d.is_watch_only]

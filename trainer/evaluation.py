@@ -28,6 +28,8 @@ class HeldoutResult:
     """Per domain and item, the scores of its k samples; None where the grader failed."""
     entropy: Mapping[str, float]
     """Per domain, mean token entropy in nats of the first sample of every item."""
+    item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Per domain and item, summed token entropy and token count of its first sample."""
     shown: tuple[tuple[Sample, float | None], ...] = ()
     """A few samples of each domain, for people to read."""
 
@@ -143,5 +145,6 @@ def _join(records: list[tuple], domains: Sequence[str]) -> HeldoutResult:
         entropy={
             name: sum(r[4][0] for r in rs) / tokens for name, rs in of.items() if (tokens := sum(r[4][1] for r in rs))
         },
+        item_entropy={name: tuple(r[4] for r in rs) for name, rs in of.items()},
         shown=tuple((r[5], r[3][0]) for r in ordered if r[5] is not None),
     )

@@ -26,6 +26,7 @@ from trainer.dashboard import key
 from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.draws import Draws, Rollout
+from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
@@ -70,6 +71,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         curriculum: str | Scheduler = "joint",
         engine: str | Engine | EngineFactory = "vllm",
         evaluation: EvaluationSettings | None = None,
+        entropy: EntropySettings | None = None,
         max_grader_failures: float = 0.5,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
@@ -92,9 +94,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             seed=args.seed,
         )
         self.meter = Meter(domains=self.data.names)
+        self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
+        self._loss_entropy: torch.Tensor | None = None
         self._resumed_from: str | None = None
         super().__init__(
             model=model,
@@ -223,11 +227,14 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._row_entropy = None
         output = super()._generate_and_score_completions(self._rollout.rows)
         self._check_engine()
-        entropy = self._domain_entropy(output)
+        owner = self._owners(len(inputs))
+        entropy = self._domain_entropy(output, owner)
         self.curriculum.observe(
             self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
         )
         self.meter.add(self._rollout.groups, entropy, self._rollout.seconds)
+        self.entropy.after_draw(self.state.global_step + 1, entropy, self._rollout.groups)
+        output.update(self.entropy.rows(owner, self.accelerator.device))
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
@@ -288,9 +295,25 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         if is_old_pass:
             self._row_entropy = entropy
+        if torch.is_grad_enabled():
+            self._loss_entropy = entropy
         return logps, entropy, aux_loss
 
-    def _domain_entropy(self, output: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Add the entropy term if it was asked for. Relies on TRL computing entropies with gradient in its own loss."""
+        loss = super()._compute_loss(model, inputs)
+        entropy, self._loss_entropy = self._loss_entropy, None
+        if self.entropy.control is None or entropy is None:
+            return loss
+        bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_DOMAIN])
+        return loss - bonus / self.current_gradient_accumulation_steps
+
+    def _owners(self, n_rows: int) -> list[int]:
+        """Return the place in the list of domains of each of this rank's rows."""
+        groups, start = self._finished.groups, self.accelerator.process_index * n_rows
+        return [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(n_rows)]
+
+    def _domain_entropy(self, output: Mapping[str, Any], owner: Sequence[int]) -> dict[str, tuple[float, float]]:
         """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
 
         One reduction of a fixed shape: domains are listed alike on every rank, drawn or not.
@@ -304,8 +327,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                     self.model, ids, attention, mask.size(1), self.args.per_device_train_batch_size
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
-        groups, start = self._finished.groups, self.accelerator.process_index * len(mask)
-        owner = [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(len(mask))]
         sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
@@ -344,6 +365,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             for name, value in self.curriculum.metrics().items():
                 owner, metric = name.rsplit("/", 1)
                 logs[key("curriculum", metric, owner)] = value
+            logs.update(self.entropy.metrics())
         logs.update(self.meter.flush())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
@@ -354,7 +376,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.curriculum.state_dict())
+            save_state(folder, {**self.curriculum.state_dict(), "entropy": self.entropy.state_dict()})
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
@@ -380,5 +402,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.curriculum.load_state_dict(load_state(Path(checkpoint)))
+            state = load_state(Path(checkpoint))
+            self.curriculum.load_state_dict(state)
+            self.entropy.load_state_dict(state["entropy"])
             self._resumed_from = checkpoint

@@ -1,0 +1,222 @@
+"""Entropy of every domain, watched: its level and slope, the band around the base model's level, and alarms.
+
+Sums and counts in, nats per token out. A domain is looked at whenever `WINDOW` draws of it have passed and at every
+held-out evaluation; an alarm goes off only where the whole interval of the level lies outside the band. Look n of a
+domain spends error / (2 K n (n + 1)) on each side, which sums to `error` over all K domains and however many looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from curricula.intervals import Interval, ratio
+from curricula.records import mean
+
+Sums = tuple[float, float]
+"""Summed token entropy in nats, and the tokens it was summed over."""
+
+WINDOW = 8
+"""Draws a look stands on: enough for a spread between draws, few enough to see a collapse while it happens."""
+TREND = 32
+"""Draws the slope is fitted over."""
+
+Kind = Literal["collapse", "explosion"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    """One domain's entropy left its band for sure."""
+
+    step: int
+    domain: str
+    kind: Kind
+    level: Interval
+    """Nats per token, with the interval that the look's share of the error allows."""
+    edge: float
+    """The band's edge that was crossed."""
+    source: str
+    """`rollouts` or `held out`."""
+    since: int
+    """Step of the domain's last look inside its band."""
+    drawn: Mapping[str, float]
+    """Share of each domain in the prompts drawn since then."""
+
+    def __str__(self) -> str:
+        verb, side = ("fell", "below") if self.kind == "collapse" else ("rose", "above")
+        return (
+            f"entropy ({self.source}) {verb} to {self.level.mid:.3f} nats a token, {side} {self.edge:.3f} with all "
+            f"looks accounted for; {self.cause}"
+        )
+
+    @property
+    def cause(self) -> str:
+        """What was practised meanwhile, most first, in words."""
+        if not self.drawn:
+            return "nothing was drawn meanwhile"
+        most = sorted(self.drawn.items(), key=lambda pair: -pair[1])[:3]
+        return f"since step {self.since} drawn: " + ", ".join(f"{name} {share:.0%}" for name, share in most)
+
+
+@dataclass(slots=True)
+class Watch:
+    """What is remembered of one domain."""
+
+    base: float = math.nan
+    """Nats per token at the first evaluation, of the base model."""
+    looks: int = 0
+    out: Kind | None = None
+    """Set by an alarm, until a look's level is inside again: one alarm an excursion."""
+    since: int = 0
+    window: list[Sums] = field(default_factory=list)
+    """Draws since the last look."""
+    recent: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, nats, tokens) of the last TREND draws."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Prompts of each domain drawn since the last look inside the band."""
+
+
+class EntropyMonitor:
+    """Watch the token entropy of all domains, trained or only watched.
+
+    Example:
+        monitor = EntropyMonitor(domains=("math", "safety"), band=(0.5, 1.5))
+        monitor.measure(0, {"math": ([40.0, 60.0], [50, 50]), "safety": ([9.0, 11.0], [50, 50])})   # the base model
+        alarms = monitor.observe(1, {"math": (31.0, 100.0)}, drawn={"math": 8})
+    """
+
+    def __init__(self, *, domains: Sequence[str], band: tuple[float, float] = (0.5, 1.5), error: float = 0.05) -> None:
+        low, high = band
+        if not 0 <= low < 1 < high:
+            raise ValueError(f"entropy.band must be multiples low < 1 < high of the base model's entropy, got {band}")
+        self.factors = (float(low), float(high))
+        self.error = error
+        self.watches = {name: Watch() for name in domains}
+
+    def band(self, domain: str) -> tuple[float, float]:
+        """Return a domain's band in nats per token; NaN before the base model was measured."""
+        base = self.watches[domain].base
+        return self.factors[0] * base, self.factors[1] * base
+
+    def observe(self, step: int, sums: Mapping[str, Sums], *, drawn: Mapping[str, int]) -> list[Alarm]:
+        """Take in one draw: per domain its summed entropy and tokens, and how many prompts of each were drawn."""
+        alarms = []
+        for name, watch in self.watches.items():
+            for other, count in drawn.items():
+                watch.drawn[other] = watch.drawn.get(other, 0) + count
+            nats, tokens = sums.get(name, (0.0, 0.0))
+            if not tokens:
+                continue
+            watch.window.append((nats, tokens))
+            watch.recent = [*watch.recent[1 - TREND :], (step, nats, tokens)]
+            if len(watch.window) == WINDOW:
+                totals, counts = zip(*watch.window, strict=True)
+                watch.window = []
+                alarms += self._look(name, step, totals, counts, "rollouts")
+        return alarms
+
+    def measure(self, step: int, items: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[Alarm]:
+        """Take in one evaluation: per domain the nats and the tokens of each item. The first one sets the bands."""
+        alarms = []
+        for name, (totals, counts) in items.items():
+            watch = self.watches[name]
+            if not math.isnan(watch.base):
+                alarms += self._look(name, step, totals, counts, "held out")
+            elif sum(counts):
+                watch.base, watch.since = sum(totals) / sum(counts), step
+        return alarms
+
+    def level(self, domain: str) -> float:
+        """Return nats per token over the domain's last WINDOW draws; NaN before its first draw."""
+        last = self.watches[domain].recent[-WINDOW:]
+        tokens = sum(row[2] for row in last)
+        return sum(row[1] for row in last) / tokens if tokens else math.nan
+
+    def slope(self, domain: str) -> float:
+        """Return the change of the level per optimizer step over the last TREND draws, by least squares on draws."""
+        points = [(step, nats / tokens) for step, nats, tokens in self.watches[domain].recent]
+        centre, middle = (mean([p[axis] for p in points]) for axis in (0, 1))
+        spread = sum((step - centre) ** 2 for step, _ in points)
+        return sum((step - centre) * (level - middle) for step, level in points) / spread if spread else math.nan
+
+    def place(self, domain: str) -> float:
+        """Return where the level lies: 0 at the band's low edge, 1 at its high edge; NaN while either is unknown."""
+        low, high = self.band(domain)
+        return (self.level(domain) - low) / (high - low) if high > low else math.nan
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return, per domain that was drawn, its metrics; undefined ones are NaN."""
+        return {
+            name: {"entropy_slope": self.slope(name), "entropy_place": self.place(name)}
+            for name, watch in self.watches.items()
+            if watch.recent
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on watching; JSON-able, an unmeasured base as null."""
+        return {
+            name: {
+                "base": None if math.isnan(w.base) else w.base,
+                "looks": w.looks,
+                "out": w.out,
+                "since": w.since,
+                "window": list(w.window),
+                "recent": list(w.recent),
+                "drawn": dict(w.drawn),
+            }
+            for name, w in self.watches.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`. Raises ValueError where the domains are not those that were saved."""
+        if set(state) != set(self.watches):
+            raise ValueError(f"saved entropies are of {sorted(state)}, this run has {sorted(self.watches)}")
+        self.watches = {
+            name: Watch(
+                base=math.nan if saved["base"] is None else saved["base"],
+                looks=saved["looks"],
+                out=saved["out"],
+                since=saved["since"],
+                window=[(nats, tokens) for nats, tokens in saved["window"]],
+                recent=[(step, nats, tokens) for step, nats, tokens in saved["recent"]],
+                drawn=dict(saved["drawn"]),
+            )
+            for name in self.watches
+            for saved in [state[name]]
+        }
+
+    def _look(self, name: str, step: int, totals: Sequence[float], counts: Sequence[float], source: str) -> list[Alarm]:
+        watch = self.watches[name]
+        if math.isnan(watch.base):
+            return []
+        watch.looks += 1
+        one_sided = self.error / (2 * len(self.watches) * watch.looks * (watch.looks + 1))
+        level = ratio(totals, counts, level=1 - 2 * one_sided)
+        low, high = self.band(name)
+        kind: Kind | None = "collapse" if level.high < low else "explosion" if level.low > high else None
+        alarms = []
+        if kind is not None and kind != watch.out:
+            edge = low if kind == "collapse" else high
+            alarms.append(
+                Alarm(
+                    step=step,
+                    domain=name,
+                    kind=kind,
+                    level=level,
+                    edge=edge,
+                    source=source,
+                    since=watch.since,
+                    drawn=_shares(watch.drawn),
+                )
+            )
+            watch.out = kind
+        if low <= level.mid <= high:
+            watch.out, watch.since, watch.drawn = None, step, {}
+        return alarms
+
+
+def _shares(counts: Mapping[str, int]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {name: count / total for name, count in counts.items() if count}

@@ -1,0 +1,207 @@
+"""The entropy monitor on sums worked by hand, on noise that must not alarm it, and on drifts that must."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from curricula.entropy import TREND, WINDOW, EntropyMonitor
+from curricula.entropy_control import EntropyControl
+from curricula.exchange import fit_exchange
+from curricula.intervals import ratio, student
+
+
+def monitor(*domains, **settings) -> EntropyMonitor:
+    """A monitor whose domains all have 1.0 nats a token in the base model, so that the band is 0.5 to 1.5."""
+    made = EntropyMonitor(domains=domains or ("math",), **settings)
+    assert made.measure(0, {name: ([50.0, 50.0], [40, 60]) for name in made.watches}) == []
+    return made
+
+
+def noisy(rng, level, n=8, tokens=100):
+    return sum(rng.gauss(level, 0.2 * level) * tokens / n for _ in range(n)), float(tokens)
+
+
+def feed(watching, name, levels, rng, *, start=1, drawn=None):
+    found = []
+    for step, level in enumerate(levels, start):
+        found += watching.observe(step, {name: noisy(rng, level)}, drawn=drawn or {name: 8})
+    return found
+
+
+def test_ratio_and_its_interval_worked_by_hand():
+    # 2 + 6 nats over 2 + 2 tokens: 2 a token; residuals -2 and 2, so spread t * sqrt(2 * 8) / 4 = t
+    low, mid, high = ratio([2, 6], [2, 2], level=0.9)
+    assert mid == 2 and high - mid == pytest.approx(6.3138, abs=1e-4) and mid - low == pytest.approx(high - mid)
+
+
+def test_students_quantile_is_that_of_scipys_distribution():
+    assert student(0.95, 7) == pytest.approx(stats.t.ppf(0.975, 7))
+
+
+def test_one_cluster_says_nothing_about_spread():
+    assert ratio([3.0], [2.0]) == (-math.inf, 1.5, math.inf)
+    assert all(math.isnan(v) for v in ratio([], []))
+
+
+def test_ratio_covers_the_truth_in_19_of_20_samples():
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(1000):
+        counts = [rng.randint(50, 150) for _ in range(10)]
+        low, _, high = ratio([rng.gauss(0.7, 0.1) * n for n in counts], counts)
+        covered += low <= 0.7 <= high
+    assert 930 <= covered <= 970
+
+
+def test_the_band_is_a_multiple_of_the_base_models_entropy():
+    watching = EntropyMonitor(domains=("math",), band=(0.5, 1.5))
+    assert math.isnan(watching.band("math")[0])
+    watching.measure(0, {"math": ([30.0, 10.0], [20, 80])})
+    assert watching.band("math") == pytest.approx((0.2, 0.6))  # 40 nats over 100 tokens
+
+
+@pytest.mark.parametrize("band", [(0.5, 0.9), (1.1, 2.0), (-0.1, 1.5), (1.0, 1.5)])
+def test_a_band_that_leaves_out_the_base_model_is_refused(band):
+    with pytest.raises(ValueError, match="multiples low < 1 < high"):
+        EntropyMonitor(domains=("math",), band=band)
+
+
+def test_a_collapse_is_told_with_step_edge_and_what_was_practised():
+    watching = monitor("math", "code")
+    found = feed(watching, "math", [0.3] * WINDOW, random.Random(1), drawn={"math": 2, "code": 6})
+    assert [(a.step, a.domain, a.kind, a.edge, a.source) for a in found] == [
+        (WINDOW, "math", "collapse", 0.5, "rollouts")
+    ]
+    assert found[0].drawn == {"math": 0.25, "code": 0.75}
+    assert "fell to 0.3" in str(found[0]) and "since step 0 drawn: code 75%, math 25%" in str(found[0])
+
+
+def test_an_explosion_is_told_too():
+    found = feed(monitor(), "math", [2.5] * WINDOW, random.Random(1))
+    assert [(a.kind, a.edge) for a in found] == [("explosion", 1.5)]
+
+
+def test_one_excursion_is_one_alarm_and_the_next_is_another():
+    watching, rng = monitor(), random.Random(1)
+    found = feed(watching, "math", [0.2] * 5 * WINDOW + [1.0] * 2 * WINDOW + [0.2] * 5 * WINDOW, rng)
+    assert [a.kind for a in found] == ["collapse", "collapse"]
+    assert found[1].since == 7 * WINDOW  # the last look inside
+
+
+def test_a_watched_domain_is_alarmed_by_its_evaluations():
+    watching = monitor("math", "safety")
+    feed(watching, "math", [1.0] * 20, random.Random(1))
+    found = watching.measure(20, {"safety": ([1.0, 1.2, 0.9, 1.1] * 10, [10, 10, 10, 10] * 10)})
+    assert [(a.domain, a.kind, a.source) for a in found] == [("safety", "collapse", "held out")]
+    assert found[0].drawn == {"math": 1.0}
+
+
+def test_noise_at_the_very_edge_of_the_band_alarms_at_most_one_run_in_twenty():
+    alarmed = 0
+    for seed in range(200):
+        watching = monitor()
+        alarmed += bool(feed(watching, "math", [0.5] * 400, random.Random(seed)))
+    assert alarmed <= 16  # 10 expected at most; 16 has probability .03 at a true rate of .05
+
+
+def test_slope_is_the_least_squares_line_over_the_last_draws():
+    watching = monitor()
+    levels = [5.0] * 10 + [1.0 - 0.01 * k for k in range(TREND)]
+    for step, level in enumerate(levels, 1):
+        watching.observe(step, {"math": (level * 50, 50.0)}, drawn={"math": 8})
+    assert watching.slope("math") == pytest.approx(-0.01)
+
+
+def test_place_is_0_at_the_low_edge_and_1_at_the_high_one():
+    watching = monitor()
+    for step in range(WINDOW):
+        watching.observe(step, {"math": (75.0, 100.0)}, drawn={"math": 8})
+    assert watching.metrics()["math"]["entropy_place"] == pytest.approx(0.25)
+
+
+def test_a_draw_without_a_domain_is_no_draw_of_it():
+    watching = monitor("math", "code")
+    feed(watching, "math", [1.0] * 3, random.Random(1))
+    assert set(watching.metrics()) == {"math"}
+
+
+def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
+    levels = [1.0 - 0.02 * k for k in range(40)]
+    whole, rng = monitor(), random.Random(3)
+    expected = feed(whole, "math", levels, rng)
+    first, rng = monitor(), random.Random(3)
+    before = feed(first, "math", levels[:21], rng)
+    second = EntropyMonitor(domains=("math",))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before + feed(second, "math", levels[21:], rng, start=22) == expected != []
+    assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
+
+
+def test_another_runs_domains_are_refused():
+    with pytest.raises(ValueError, match=r"saved entropies are of \['math'\], this run has \['code'\]"):
+        EntropyMonitor(domains=("code",)).load_state_dict(monitor().state_dict())
+
+
+# --- the law R = b - a exp(H) -------------------------------------------------------------------------------------------
+
+
+def test_the_law_is_recovered_from_points_on_it():
+    entropy = [1.0, 0.8, 0.5, 0.3, 0.2]
+    found = fit_exchange(entropy, [0.9 - 0.2 * math.exp(h) for h in entropy])
+    assert found is not None and found.is_trade
+    assert (found.a, found.b) == pytest.approx((0.2, 0.9))
+    # at H = 0 the score is .9 - .2 = .7; at .2 it is .9 - .2 e^.2
+    assert found.headroom.mid == pytest.approx(0.7 - (0.9 - 0.2 * math.exp(0.2)))
+
+
+def test_the_interval_of_a_is_that_of_scipys_regression():
+    rng = np.random.default_rng(1)
+    entropy = np.linspace(1, 0.2, 9)
+    score = 0.8 - 0.1 * np.exp(entropy) + rng.normal(0, 0.02, 9)
+    reference = stats.linregress(np.exp(entropy), score)
+    found = fit_exchange(entropy.tolist(), score.tolist())
+    assert found is not None
+    assert found.a == pytest.approx(-reference.slope) and found.b == pytest.approx(reference.intercept)
+    assert found.a_interval.high - found.a == pytest.approx(stats.t.ppf(0.975, 7) * reference.stderr)
+
+
+def test_a_score_that_did_not_follow_entropy_is_no_trade():
+    found = fit_exchange([1.0, 0.8, 0.6, 0.4, 0.2], [0.5, 0.7, 0.4, 0.6, 0.5])
+    assert found is not None and not found.is_trade and found.headroom.low < 0 < found.headroom.high
+
+
+@pytest.mark.parametrize("entropy", [[1.0, 0.9, 0.8], [0.5] * 6])
+def test_too_few_evaluations_or_a_still_entropy_fit_nothing(entropy):
+    assert fit_exchange(entropy, [0.5] * len(entropy)) is None
+
+
+# --- control -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_coefficient_grows_by_its_distance_from_the_band_and_fades_inside_it():
+    control = EntropyControl(domains=("math",), rate=0.1, decay=0.5)
+    band = {"band": (0.5, 1.5), "base": 1.0}
+    assert control.move("math", level=0.3, **band) == pytest.approx(0.02)  # .1 * (.5 - .3) / 1
+    assert control.move("math", level=0.4, **band) == pytest.approx(0.03)
+    assert control.move("math", level=1.0, **band) == pytest.approx(0.015)
+    assert control.move("math", level=2.5, **band) == pytest.approx(0.015 - 0.1)
+
+
+def test_a_coefficient_has_bounds_and_stays_where_nothing_is_known():
+    control = EntropyControl(domains=("math",), rate=10.0, most=0.2)
+    assert control.move("math", level=0.0, band=(0.5, 1.5), base=1.0) == 0.2
+    assert control.move("math", level=math.nan, band=(0.5, 1.5), base=1.0) == 0.2
+    assert control.move("math", level=9.0, band=(0.5, 1.5), base=1.0) == -0.2
+    assert control.move("math", level=9.0, band=(math.nan, math.nan), base=math.nan) == -0.2
+
+
+def test_domains_are_controlled_apart():
+    control = EntropyControl(domains=("math", "stories"), rate=0.1)
+    control.move("math", level=0.1, band=(0.5, 1.5), base=1.0)
+    assert control.coefficients["stories"] == 0.0 < control.coefficients["math"]

@@ -1,0 +1,131 @@
+"""The entropy term in the real loss: absent unless asked for, the gradient of entropy where it is, refused twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+
+from launch.config import RecipeError, load_recipe
+from tests.conftest import RECIPES
+from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
+
+ADAPTIVE = EntropySettings(control="adaptive")
+
+
+def args(tmp_path, **fields) -> GRPOConfig:
+    return GRPOConfig(output_dir=str(tmp_path), bf16=False, report_to="none", **fields)
+
+
+@pytest.mark.parametrize("override", ["grpo.entropy_coef=0.01", "grpo.use_adaptive_entropy=true"])
+def test_two_controllers_of_entropy_are_refused_in_one_line(override):
+    with pytest.raises(RecipeError, match=r"entropy.control: adaptive and grpo\.\w+=\S+ exclude each other"):
+        load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", override])
+
+
+def test_the_python_interface_refuses_them_too(tmp_path):
+    with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0.01 exclude each other"):
+        DomainEntropy(("math",), ADAPTIVE, args(tmp_path, entropy_coef=0.01))
+
+
+@pytest.mark.parametrize("band", ["[0.5, 0.9]", "[0.5]", "wide"])
+def test_a_band_without_the_base_model_is_a_recipe_error(band):
+    with pytest.raises(RecipeError, match=r"^entropy\.band"):
+        load_recipe(RECIPES / "debug.yaml", [f"entropy.band={band}"])
+
+
+def test_trls_own_options_stay_with_control_off():
+    recipe = load_recipe(RECIPES / "debug.yaml", ["grpo.entropy_coef=0.01", "grpo.epsilon_high=0.28"])
+    assert recipe.entropy.control == "none" and recipe.grpo["entropy_coef"] == 0.01
+
+
+def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens(tmp_path):
+    watch = DomainEntropy(("math", "stories"), ADAPTIVE, args(tmp_path))
+    watch.control.coefficients = {"math": 0.1, "stories": -0.2}
+    entropy = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    # (.1 (1 + 2) - .2 * 3) / 3 tokens
+    assert watch.bonus(entropy, mask, torch.tensor([0, 1])).item() == pytest.approx(-0.1)
+
+
+def test_rows_carry_their_domain_only_while_control_is_on(tmp_path):
+    assert DomainEntropy(("math",), EntropySettings(), args(tmp_path)).rows([0, 0], torch.device("cpu")) == {}
+    rows = DomainEntropy(("math",), ADAPTIVE, args(tmp_path)).rows([0, 0], torch.device("cpu"))
+    assert rows[ROW_DOMAIN].tolist() == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory, engine):
+    """Gradients of one micro-batch of a real trainer: TRL's own, and ours with control on and each coefficient set."""
+    from launch.train import build_trainer
+
+    recipe = load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", "tracking.wandb=null"])
+    trainer = build_trainer(recipe, tmp_path_factory.mktemp("control"), engine=engine)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    inputs = trainer._prepare_inputs([{"prompt": ""}] * 32)
+    return trainer, inputs
+
+
+def gradient(trainer, inputs, loss) -> torch.Tensor:
+    trainer.model.zero_grad()
+    loss(trainer.model, inputs).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).clone()
+
+
+@pytest.mark.slow
+def test_with_coefficients_of_zero_or_control_off_the_gradient_is_trls_bit_for_bit(captured):
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    trainer, inputs = captured
+    stock = gradient(trainer, inputs, lambda *a: GRPOTrainer._compute_loss(trainer, *a))
+    control, trainer.entropy.control = trainer.entropy.control, None
+    off = gradient(trainer, inputs, trainer._compute_loss)
+    trainer.entropy.control = control
+    assert torch.equal(stock, off) and stock.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_equal_coefficients_are_trls_own_bonus(captured):
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    trainer, inputs = captured
+    trainer.entropy.control.coefficients = dict.fromkeys(trainer.data.names, 0.05)
+    ours = gradient(trainer, inputs, trainer._compute_loss)
+    trainer._entropy_bonus_enabled, trainer.entropy_coef = True, 0.05
+    trls = gradient(trainer, inputs, lambda *a: GRPOTrainer._compute_loss(trainer, *a))
+    trainer._entropy_bonus_enabled, trainer.entropy_coef = False, 0.0
+    plain = gradient(trainer, inputs, lambda *a: GRPOTrainer._compute_loss(trainer, *a))
+    assert torch.allclose(ours, trls, atol=1e-7) and not torch.allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_domains_coefficient_raises_that_domains_entropy(captured):
+    trainer, inputs = captured
+    own = trainer.data.names.index("arithmetic")
+    is_own = (inputs[ROW_DOMAIN] == own).unsqueeze(1)
+    assert 0 < is_own.sum() < len(is_own)
+
+    def entropy_of(rows):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        with torch.no_grad():
+            _, entropy, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True
+            )
+        mask = inputs["completion_mask"] * rows
+        return ((entropy * mask).sum() / mask.sum()).item()
+
+    before = entropy_of(is_own)
+    trainer.entropy.control.coefficients = dict.fromkeys(trainer.data.names, 0.0) | {"arithmetic": 1.0}
+    inputs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
+    gradient(trainer, inputs, trainer._compute_loss)
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p -= 0.1 * p.grad
+    after = entropy_of(is_own)
+    with torch.no_grad():
+        for p, w in zip(trainer.model.parameters(), weights, strict=True):
+            p.copy_(w)
+    assert after > before + 1e-3

@@ -1,0 +1,107 @@
+"""Entropy by domain inside the trainer: the monitor's inputs, its alarms, and the term it may add to the loss.
+
+Entropies are TRL's: exact, from the policy's logits over the whole vocabulary, divided by the run's temperature. The
+term is off unless asked for, and then, for coefficients c_d in units of advantage a nat,
+
+    loss = TRL's loss - sum_d c_d * (sum of the token entropies of d's rows) / (tokens of all rows) / accumulation
+
+which for equal coefficients is TRL's own bonus (`grpo.entropy_coef`), so the two exclude each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from trl.trainer.grpo_config import GRPOConfig
+
+from curricula.entropy import Alarm, EntropyMonitor, Sums
+from curricula.entropy_control import MOST, RATE, EntropyControl
+from curricula.records import Group
+from trainer.dashboard import defined, key
+
+ROW_DOMAIN = "domain_index"
+"""Key of the rows' domains in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropySettings:
+    """What is allowed, and whether the trainer acts on it."""
+
+    band: tuple[float, float] = (0.5, 1.5)
+    """Multiples of each domain's entropy in the base model."""
+    control: Literal["none", "adaptive"] = "none"
+    rate: float = RATE
+    max_coefficient: float = MOST
+
+
+class DomainEntropy:
+    """Watch the entropy of all domains and, if asked, hold it in its band.
+
+    Raises ValueError where TRL's own entropy bonus, or a loss that bypasses ours, is switched on beside the control.
+
+    Example: `DomainEntropy(("math",), EntropySettings(control="adaptive"), args)`
+    """
+
+    def __init__(self, domains: Sequence[str], settings: EntropySettings, args: GRPOConfig) -> None:
+        self.domains = tuple(domains)
+        self.monitor = EntropyMonitor(domains=domains, band=settings.band)
+        self.control: EntropyControl | None = None
+        self.pending: list[Alarm] = []
+        """Alarms that nobody has written down yet."""
+        if settings.control == "adaptive":
+            for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
+                if value := getattr(args, name):
+                    raise ValueError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other")
+            self.control = EntropyControl(domains=domains, rate=settings.rate, most=settings.max_coefficient)
+
+    def after_draw(self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group]) -> None:
+        """Take in one draw; `step` is the optimizer step it is for."""
+        self.pending += self.monitor.observe(step, sums, drawn=Counter(group.domain for group in groups))
+        if self.control is not None:
+            for name, (nats, tokens) in sums.items():
+                base = self.monitor.watches[name].base
+                self.control.move(name, level=nats / tokens, band=self.monitor.band(name), base=base)
+
+    def after_evaluation(self, step: int, items: Mapping[str, Sequence[tuple[float, int]]]) -> None:
+        """Take in one evaluation: per domain the (nats, tokens) of each item."""
+        columns = {name: tuple(zip(*pairs, strict=True)) for name, pairs in items.items() if pairs}
+        self.pending += self.monitor.measure(step, columns)
+
+    def rows(self, owner: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return what the loss needs to know of each row, for TRL's batch; nothing while control is off."""
+        return {} if self.control is None else {ROW_DOMAIN: torch.tensor(owner, device=device)}
+
+    def bonus(self, entropy: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return sum_d c_d H_d of one micro-batch, to be subtracted from its loss; `entropy` and `mask` are [B, T]."""
+        assert self.control is not None
+        table = torch.tensor([self.control.coefficients[name] for name in self.domains], device=entropy.device)
+        return (table[rows].unsqueeze(1) * entropy * mask).sum() / mask.sum().clamp(min=1)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of this step, by full name."""
+        found: dict[str, float] = {}
+        for name, values in self.monitor.metrics().items():
+            found |= {key("domain", metric, name): value for metric, value in values.items()}
+            if self.control is not None:
+                found[key("domain", "entropy_coef", name)] = self.control.coefficients[name]
+        return defined(found)
+
+    def take_alarms(self) -> list[Alarm]:
+        """Return the alarms since the last call."""
+        alarms, self.pending = self.pending, []
+        return alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on; JSON-able."""
+        coefficients = None if self.control is None else dict(self.control.coefficients)
+        return {"monitor": self.monitor.state_dict(), "coefficients": coefficients}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.monitor.load_state_dict(state["monitor"])
+        if self.control is not None and state["coefficients"] is not None:
+            self.control.load(state["coefficients"])
