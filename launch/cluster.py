@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from launch.config import RecipeError
+from launch.local import RAY_GPUS
 
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
@@ -28,20 +31,38 @@ def join(address: str | None, *, timeout_s: float) -> bool:
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):
-        _wait_for_port(address, timeout_s=timeout_s)
+        wait_for_port(address, timeout_s=timeout_s)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address == "local":
         quiet["include_dashboard"] = False
     else:
         quiet["runtime_env"] = {"py_modules": [str(HOUSE / package) for package in PACKAGES]}
     try:
-        ray.init(address=address, **quiet)
+        with _visible_to_ray(is_own=address == "local"):
+            ray.init(address=address, **quiet)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise RecipeError(f"Ray cluster {address!r}: {_reason(error)}") from error
     return address == "local"
 
 
-def _wait_for_port(address: str, *, timeout_s: float) -> None:
+@contextmanager
+def _visible_to_ray(*, is_own: bool) -> Iterator[None]:
+    """Leave the trainer ranks' GPUs out of a cluster that is started here; `polyphony launch local` says which."""
+    spare, before = os.environ.get(RAY_GPUS), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not is_own or spare is None:
+        yield
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = spare  # for the processes that ray.init starts; CUDA is up in this one
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def wait_for_port(address: str, *, timeout_s: float) -> None:
+    """Wait until something listens at host:port. Raises RecipeError after `timeout_s`."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise RecipeError(f"Ray cluster {address!r}: expected host:port, auto or local")

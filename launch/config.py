@@ -114,6 +114,46 @@ class CheckpointSection(_Section):
     """Newest checkpoints kept; the best by worst domain is kept as well."""
 
 
+class FaultsSection(_Section):
+    """What a run puts up with."""
+
+    max_skipped: int = Field(default=3, ge=0)
+    """Steps in a row whose loss or gradient is not finite; each is left out and counted, one more stops the run."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the kill that follows; 30 is the default of Slurm and of Kubernetes."""
+
+
+class SlurmSection(_Section):
+    """What `polyphony launch slurm` asks Slurm for."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    """Wall-clock limit; the job saves a checkpoint before it, and is queued again."""
+    signal_s: int = Field(default=120, ge=10)
+    """Seconds before the limit, or before a preemption, at which the job is told; a draw and a save have to fit in."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before anything else: `module load ..`, `source venv/bin/activate`."""
+    options: list[str] = Field(default_factory=list)
+    """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
+
+
+class ClusterSection(_Section):
+    """Who trains where; read by `polyphony launch`, not by `train`."""
+
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """How trainer ranks share the policy: `launch/accelerate/<strategy>.yaml`."""
+    processes: int = Field(default=1, ge=1)
+    """Trainer ranks on each trainer node, one a GPU; the other GPUs are the rollout workers'."""
+    trainer_nodes: int = Field(default=1, ge=1)
+    rollout_nodes: int = Field(default=0, ge=0)
+    """Nodes that hold nothing but rollout workers; with 0 they live beside the trainer."""
+    port: int = Field(default=29500, ge=1024, le=65535)
+    """Where the trainer ranks meet."""
+    ray_port: int = Field(default=6379, ge=1024, le=65535)
+    slurm: SlurmSection = SlurmSection()
+
+
 class ProbeSection(_Section):
     """`polyphony probe`: what training on one domain alone does to every domain."""
 
@@ -203,6 +243,8 @@ class Recipe(_Section):
     """TRL's GRPOConfig, handed over untouched."""
     entropy: EntropySection = EntropySection()
     guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
+    faults: FaultsSection = FaultsSection()
+    cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()

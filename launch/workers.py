@@ -210,7 +210,9 @@ class WorkerPool:
         self.deaths += 1
         self._end(worker)
         if self.deaths >= MOST_DEATHS:
-            raise RuntimeError(f"{self.deaths} rollout workers were lost with no completion in between; last: {because}")
+            raise RuntimeError(
+                f"{self.deaths} rollout workers were lost with no completion in between; last: {because}"
+            )
         self.workers[worker.place] = self._start_one(worker.place)
 
     def _end(self, worker: Worker) -> None:
