@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.cluster import HOUSE, wait_for_port
-from launch.config import RecipeError
 from launch.local import Command
 
 ANSWER_S = 30.0
@@ -22,7 +19,7 @@ def plan(address: str, train_words: Sequence[str]) -> Command:
 
     Recipe, rows, model and run folder are read and written where the job runs: their paths have to be shared.
     """
-    environment = {"env_vars": {"PYTHONPATH": str(HOUSE), "HF_HUB_OFFLINE": "${HF_HUB_OFFLINE}"}}
+    environment = {"env_vars": {"PYTHONPATH": str(HOUSE)}}
     job = ["python", "-m", "launch.cli", "launch", "local", *train_words]
     words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     words += ["--runtime-env-json", json.dumps(environment), "--entrypoint-num-cpus", "0"]
@@ -36,7 +33,7 @@ def submit(command: Command, address: str) -> int:
     done = subprocess.run(command.words, check=False)
     if done.returncode:
         print(
-            f"polyphony launch ray: the job ended with exit code {done.returncode}: {shlex.join(command.words[-1:])}",
+            f"polyphony launch ray: the job ended with exit code {done.returncode}",
             file=sys.stderr,
         )
     return done.returncode

@@ -1,4 +1,4 @@
-"""`polyphony launch slurm`: one job for trainer and rollout nodes, from the readable templates `slurm.sbatch` and `slurm.ray`."""
+"""`polyphony launch slurm`: one job for trainer and rollout nodes, from the templates `slurm.sbatch` and `slurm.ray`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
 
-Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `transfer/<d>/<metric>`,
-`rollout/<metric>` and `faults/<metric>`. Undefined values are absent, never 0.
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
+`transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. Undefined values are absent, never 0.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "score": "mean held-out score in [0, 1], `report` half",
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+        "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "unique_correct": "answers of an item that say something else, among those with the full score",
+        "classes": "answers of an item that say something else, in domains with a diversity reward",
+    },
+    "diversity": {
+        "classes": "classes of answers that say the same, a group, in domains with a diversity reward",
+        "mean": "how much an answer differs from its siblings, in [0, 1], after the floor",
+        "collapsed": "share of groups whose answers all say the same",
+        "reward": "mean of quality and difference fused, what the update learns from; quality is domain/<d>/reward",
+        "failures": "groups that the partitioner could not tell apart: their completions have no reward",
     },
     "transfer": {
         "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from curricula.records import mean
+from rewards.diversity import Diversity
 from trainer.data import Prompt, PromptTable
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.scoring import Sample
+from trainer.variety import Variety, varieties
 
 EVALUATION_DRAW = -1
 """Stands for the draw in the seeds of held-out samples: no training completion shares them."""
@@ -28,6 +30,8 @@ class HeldoutResult:
     """Per domain and item, the scores of its k samples; None where the grader failed."""
     entropy: Mapping[str, float]
     """Per domain, mean token entropy in nats of the first sample of every item."""
+    variety: Mapping[str, tuple[Variety, ...]] = field(default_factory=dict)
+    """Per domain and item, how much its samples differ; empty with one sample an item."""
     item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
     """Per domain and item, summed token entropy and token count of its first sample."""
     shown: tuple[tuple[Sample, float | None], ...] = ()
@@ -91,6 +95,8 @@ class Evaluator:
     """Joins the lists of all ranks in rank order."""
     rank: int = 0
     world_size: int = 1
+    diversity: Mapping[str, Diversity] = field(default_factory=dict)
+    """What tells the answers of a domain apart, where it rewards difference."""
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict)
 
     def run(self) -> HeldoutResult:
@@ -110,10 +116,12 @@ class Evaluator:
         samples = self.to_samples(prompts, self.complete(requests))
         scores = self.score(samples)
         entropies = self.entropy_sums(ids[::k], samples[::k])
+        variety = varieties(samples, scores, k=k, by_domain=self.diversity) or [None] * len(local)
         records = []
         for j, (place, prompt) in enumerate(local):
             shown = samples[j * k] if self._is_shown(prompt) else None
-            records.append((place, prompt.domain, prompt.id, tuple(scores[j * k : (j + 1) * k]), entropies[j], shown))
+            of_item = tuple(scores[j * k : (j + 1) * k])
+            records.append((place, prompt.domain, prompt.id, of_item, entropies[j], shown, variety[j]))
         return _join(self.gather(records), list(self.tables))
 
     def _local_items(self) -> list[tuple[int, Prompt]]:
@@ -145,6 +153,7 @@ def _join(records: list[tuple], domains: Sequence[str]) -> HeldoutResult:
         entropy={
             name: sum(r[4][0] for r in rs) / tokens for name, rs in of.items() if (tokens := sum(r[4][1] for r in rs))
         },
+        variety={name: tuple(r[6] for r in rs) for name, rs in of.items() if rs and rs[0][6] is not None},
         item_entropy={name: tuple(r[4] for r in rs) for name, rs in of.items()},
         shown=tuple((r[5], r[3][0]) for r in ordered if r[5] is not None),
     )

@@ -16,6 +16,7 @@ from curricula.transfer import TransferMatrix
 from trainer.dashboard import defined, key
 from trainer.evaluation import HeldoutResult
 from trainer.run_folder import RunFolder
+from trainer.variety import variety_metrics
 
 
 @dataclass(slots=True)
@@ -104,7 +105,7 @@ class Recorder:
         assert self.matrix is not None
         published = on_half(row, result.items, "report")
         passed = on_half(Evaluation(trained=(), step=0, seed=0, scores=result.passed()), result.items, "report")
-        metrics = {}
+        metrics = variety_metrics(result.variety, result.items)
         for name in published.scores:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
