@@ -9,12 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launch.config import Recipe
 
 USAGE_ERROR = 2
+
+TRACEBACK = "POLYPHONY_TRACEBACK"
+"""Environment variable: if set, errors are raised with their traceback instead of told in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,18 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     try:
         return arguments.run(arguments) or 0
-    except ValueError as error:
-        print(f"polyphony {arguments.verb}: {_one_line(error)}", file=sys.stderr)
-        return USAGE_ERROR
-    except RuntimeError as error:
-        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a file that was taken away
-        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
+    except (ValueError, RuntimeError, OSError) as error:  # OSError: a full disk, a file that was taken away
+        if os.environ.get(TRACEBACK):
+            raise
+        is_input = isinstance(error, ValueError)
+        print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR if is_input else 1
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
         return 130
@@ -62,9 +62,15 @@ def set_environment() -> None:
     if not sys.warnoptions:
         for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
             warnings.simplefilter("ignore", category)
+    warnings.formatwarning = _warning_line
 
 
-def _one_line(error: BaseException) -> str:
+def _warning_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Return one line: where in the code a warning was given tells its reader nothing."""
+    return f"{'warning' if category is UserWarning else category.__name__}: {_one_line(message)}\n"
+
+
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
@@ -157,8 +163,6 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
     from launch.train import RECIPE_FILE
 
     if arguments.resume:
-        if arguments.recipe:
-            raise RecipeError("--resume takes the recipe of its run folder; give no other")
         if arguments.out:
             raise RecipeError("--resume goes on in its own folder; leave --out away")
         if not (arguments.resume / RECIPE_FILE).is_file():

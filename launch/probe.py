@@ -78,6 +78,7 @@ class Probe:
             done += arm.steps
             left = f"  ({(time.monotonic() - begun) / done * (total - done):.0f} s left)" if 0 < done < total else ""
             say(f"probe: seed {arm.seed}, {arm.label}: {_scores(row)}{left}")
+        shutil.rmtree(self.out / "scratch", ignore_errors=True)  # where the runs' trainers would have saved
         return self.engine
 
     def _measure(self, arm: Arm) -> Evaluation:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config import Recipe, RecipeError, load_recipe
+from launch.practice import adopt_known, own_pool, pool_settings, update_settings
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -114,6 +115,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     from transformers.trainer_callback import PrinterCallback
 
     from curricula.guardrails import Guardrail
+    from curricula.pool_file import POOL_FILE
     from trainer.callbacks import CheckWeights, RunCallback
     from trainer.checkpoints import checkpoint_step
     from trainer.progress import ProgressLine
@@ -128,6 +130,10 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     checkpoint = clean_up(trainer, folder)
     step = checkpoint_step(checkpoint) if checkpoint else -1
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is None and (known := adopt_known(trainer, recipe)):
+        say(known)
+    if trainer.accelerator.is_main_process:
+        own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()})
     trainer.add_callback(CheckWeights(trainer, say=say))
     places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
     origin = provenance(model=recipe.model, tables=places)
@@ -190,7 +196,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
-    scheduler = build_scheduler(recipe)
+    scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
@@ -207,6 +213,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
             engine=engine or rollout_engine(recipe),
             evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
             entropy=EntropySettings(**recipe.entropy.model_dump()),
+            pool=pool,
+            update=update_settings(recipe),
             max_grader_failures=recipe.rollouts.max_grader_failures,
             max_skipped=recipe.faults.max_skipped,
             processing_class=data.tokenizer,
