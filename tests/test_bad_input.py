@@ -67,7 +67,7 @@ def broken(prompts, **columns):
         (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
         (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
-        (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm' or 'transformers', got 'vlm'"),
+        (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm', 'ray' or 'transformers'"),
         (["model=./gone"], "model: folder "),
         (["model=no-such/model"], "model 'no-such/model' cannot be loaded"),
         (["name=["], "override 'name=[': the value is not valid YAML"),
