@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,16 @@ class Screening:
         total = sum(len(pool.ids) for pool in self.pools.values())
         progress, saved_at = ProgressLine(f"{label}: prompts settled", total), time.monotonic()
         size = max(1, int(self.trainer.args.generation_batch_size or 1) // self.group_size)
-        while batch := self._next(size):
-            self._visit(batch)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                self._save()
-                saved_at = time.monotonic()
-            progress.update(total - sum(1 for _ in self._open()), {})
+        while unsettled := self._unsettled():
+            settled = total - len(unsettled)
+            for start in range(0, len(unsettled), size):
+                batch = unsettled[start : start + size]
+                self._visit(batch)
+                settled += sum(self._is_settled(name, prompt_id) for _, name, prompt_id in batch)
+                progress.update(settled, {})
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    self._save()
+                    saved_at = time.monotonic()
         progress.close()
         self._save()
 
@@ -115,19 +119,24 @@ class Screening:
     def group_size(self) -> int:
         return int(self.trainer.num_generations)
 
-    def _open(self) -> Iterator[tuple[int, str, str]]:
-        """Yield (visits, domain, id) of the prompts that need a further visit."""
-        for name, pool in self.pools.items():
-            is_open = (pool.visits == 0) | (
-                (pool.successes == 0) & (pool.state != State.IMPOSSIBLE) & (pool.visits < self.most_visits)
-            )
-            for place in np.flatnonzero(is_open).tolist():
-                if (name, pool.ids[place]) not in self.ungraded:
-                    yield int(pool.visits[place]), name, pool.ids[place]
+    def _unsettled(self) -> list[tuple[int, str, str]]:
+        """Return (visits, domain, id) of the prompts that need a further visit, those with the fewest first."""
+        return sorted(
+            (int(pool.visits[place]), name, pool.ids[place])
+            for name, pool in self.pools.items()
+            for place in np.flatnonzero(self._is_open(pool, slice(None))).tolist()
+            if (name, pool.ids[place]) not in self.ungraded
+        )
 
-    def _next(self, n: int) -> list[tuple[int, str, str]]:
-        """Return the next prompts, those with the fewest visits first."""
-        return sorted(self._open())[:n]
+    def _is_open(self, pool: PromptPool, places: Any) -> np.ndarray:
+        """Return whether the prompts at these places never succeeded and may still be visited."""
+        visits = pool.visits[places]
+        hopes = (pool.successes[places] == 0) & (pool.state[places] != State.IMPOSSIBLE) & (visits < self.most_visits)
+        return (visits == 0) | hopes
+
+    def _is_settled(self, name: str, prompt_id: str) -> bool:
+        pool = self.pools[name]
+        return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
 
     def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
         from trainer.rollouts import Request, completion_seed

@@ -16,7 +16,7 @@ from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
 SMALL = ["domains.strings.train.size=12", "domains.facts.train.size=12", "domains.facts.heldout.size=4"]
-SMALL += ["domains.strings.heldout.size=4", "rollouts.engine=transformers"]
+SMALL += ["domains.strings.heldout.size=4"]
 
 
 def recipe(*overrides):
@@ -24,9 +24,9 @@ def recipe(*overrides):
 
 
 @pytest.fixture(scope="module")
-def screened(tmp_path_factory):
+def screened(tmp_path_factory, engine):
     folder = tmp_path_factory.mktemp("screen") / "out"
-    return folder, screen(recipe(), folder)
+    return folder, screen(recipe(), folder, engine=engine)
 
 
 def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answered(screened):
@@ -46,35 +46,36 @@ def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answ
     assert "pass rate" in screen_table(summary)
 
 
-def test_a_screening_that_is_done_has_nothing_left_to_do(screened, monkeypatch):
+def test_a_screening_that_is_done_has_nothing_left_to_do(screened, engine, monkeypatch):
     folder, summary = screened
     monkeypatch.setattr("launch.screen.Screening._visit", None)  # a visit would fail
-    assert screen(recipe(), folder) == summary
+    assert screen(recipe(), folder, engine=engine) == summary
 
 
-def test_training_starts_from_what_was_screened(screened, tmp_path):
+def test_training_starts_from_what_was_screened(screened, engine, tmp_path):
     folder, summary = screened
     chosen = recipe(f"pool.from={folder / POOL_FILE}")
-    trainer = build_trainer(chosen, tmp_path)
+    trainer = build_trainer(chosen, tmp_path, engine=engine)
     assert adopt_known(trainer, chosen) == "pool.from: 24 of 24 training prompts are known"
     for name, pool in trainer.curriculum.pools.items():
         assert describe(pool) == summary["domains"][name]
-        assert not {i for i in pool.draw(4) if pool.state_of(i) is State.IMPOSSIBLE}
+        drawn = pool.draw(summary["domains"][name]["keep"])
+        assert {pool.state_of(i) for i in drawn} == {State.ACTIVE}
 
 
-def test_a_pool_of_another_data_set_cannot_be_started_from(screened, tmp_path):
+def test_a_pool_of_another_data_set_cannot_be_started_from(screened, engine, tmp_path):
     folder, _ = screened
-    other = load_recipe(RECIPES / "debug.yaml", ["rollouts.engine=transformers", f"pool.from={folder / POOL_FILE}"])
+    other = load_recipe(RECIPES / "debug.yaml", [f"pool.from={folder / POOL_FILE}"])
     with pytest.raises(RecipeError, match="is of another data set: it knows none of the training prompts"):
-        adopt_known(build_trainer(other, tmp_path), other)
+        adopt_known(build_trainer(other, tmp_path, engine=engine), other)
 
 
-def test_a_damaged_pool_is_moved_aside_and_screening_starts_anew(tmp_path, capsys):
+def test_a_damaged_pool_is_moved_aside_and_screening_starts_anew(tmp_path, engine, capsys):
     tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2")
     folder = tmp_path / "out"
-    screen(tiny, folder, most_visits=1)
+    screen(tiny, folder, most_visits=1, engine=engine)
     (folder / POOL_FILE).write_bytes(b"half a file")
-    screen(tiny, folder, most_visits=1)
+    screen(tiny, folder, most_visits=1, engine=engine)
     assert (folder / f"{POOL_FILE}.aside-1").read_bytes() == b"half a file"
     assert "moved to" in capsys.readouterr().err
     assert load_pools(folder / POOL_FILE)["strings"].visits.tolist() == [1, 1]
