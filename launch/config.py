@@ -78,6 +78,10 @@ class EvalSection(_Section):
     """Completions an item."""
     shown: int = Field(default=3, ge=0)
     """Items of each domain whose completion is kept for people to read."""
+    greedy: bool = False
+    """Also decode every item greedily, apart from the samples; `polyphony eval` always does."""
+    kl_items: int = Field(default=64, ge=0)
+    """Items of each domain on which the distance to the base model is measured; 0 leaves it out."""
 
 
 class CheckpointSection(_Section):
@@ -209,6 +213,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
     _check_entropy(recipe)
+    if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
+        raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
     for name in recipe.guardrails:
         if name not in recipe.domains:
             raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")

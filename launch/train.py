@@ -164,7 +164,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
             domains=data,
             curriculum=scheduler,
             engine=engine or recipe.rollouts.engine,
-            evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
+            evaluation=EvaluationSettings(**recipe.eval.model_dump(exclude={"every"})),
             entropy=EntropySettings(**recipe.entropy.model_dump()),
             max_grader_failures=recipe.rollouts.max_grader_failures,
             processing_class=data.tokenizer,

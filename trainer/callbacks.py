@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from curricula.guardrails import Guardrail, Verdict, check
+from trainer.base_kl import BaseReference
 from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
 from trainer.dashboard import defined
 from trainer.progress import ProgressLine
@@ -54,6 +55,11 @@ class RunCallback(TrainerCallback):
         """Measure the baseline, unless the run is resumed and has one."""
         if state.global_step == 0:
             self._write(0, self._evaluate(0))
+            base = self.trainer.evaluator.remember_base()
+            if self.trainer.accelerator.is_main_process:
+                self.recorder.folder.write(self.recorder.folder.base.name, base.to_json())
+        elif self.recorder.folder.base.is_file():
+            self.trainer.evaluator.base = BaseReference.from_json(self.recorder.folder.base.read_text())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         drawn = sum(self.trainer.curriculum.drawn.values())

@@ -174,6 +174,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             if self.state.global_step != self._last_loaded_step:
                 self.sync_engine()
             return self.engine.complete(requests)
+        if any(r.is_greedy for r in requests):
+            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
         prompt_ids = [list(r.prompt_ids) for r in requests]
         ids, logps = super()._generate_single_turn(prompt_ids, None, {}, copies)
         logps = logps or [None] * len(ids)
@@ -355,6 +357,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Return summed token entropy (nats) and token count of each sample under the policy."""
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
+
+    def log_probabilities(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Return the summed log-probability of each completion under the policy, at the run's temperature."""
+        logps, _, mask = self._forward(prompt_ids, completion_ids)
+        return (logps * mask).sum(1).tolist()
 
     # --- logs and checkpoints -----------------------------------------------------------------------------------------
 
