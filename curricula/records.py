@@ -32,7 +32,7 @@ class Domain:
     weight: float = 1.0
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
-    """None, or how semantically different answers of a group are rewarded (open-ended domains)."""
+    """None, or how answers that differ from their siblings are rewarded: `rewards.diversity.Diversity` or its fields."""
     max_completion_length: int | None = None
     """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
@@ -58,6 +58,18 @@ class PromptRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fused:
+    """What a diversity reward made of one group, [G]; `diversity` and `classes` None where its texts could not be told."""
+
+    rewards: tuple[float | None, ...]
+    """Quality and difference in one number; None where either is unknown."""
+    diversity: tuple[float, ...] | None
+    """How much each text differs from its siblings, in [0, 1]."""
+    classes: tuple[int, ...] | None
+    """The class of each text, numbered from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """The G graded completions of one prompt in one draw.
 
@@ -74,6 +86,13 @@ class Group:
     """[G], tokens."""
     truncated: tuple[bool, ...]
     """[G]; True where the completion ran into the length limit."""
+    fused: Fused | None = None
+    """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
+
+    @property
+    def learned(self) -> tuple[float | None, ...]:
+        """[G]; what the update learns from: the rewards, or quality and difference fused."""
+        return self.rewards if self.fused is None else self.fused.rewards
 
     @property
     def graded(self) -> tuple[float, ...]:
@@ -93,22 +112,22 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """False where all rewards are equal: such a group has no gradient (a dead group)."""
-        return len(set(self.graded)) > 1
+        """False where all that could be learned from is equal: such a group has no gradient (a dead group)."""
+        return len({r for r in self.learned if r is not None}) > 1
 
     @property
     def abs_advantage(self) -> float:
-        """Mean |A| with A = (r - mean) / population std, 0 for a dead group; NaN if none was graded.
+        """Mean |A| with A = (r - mean) / population std, 0 for a dead group; NaN if there is nothing to learn from.
 
         For binary rewards it is 2 sqrt(p (1 - p)) (SEC, arXiv:2505.14970).
         """
-        graded = self.graded
-        if not graded:
+        learned = tuple([r for r in self.learned if r is not None])
+        if not learned:
             return math.nan
-        if len(set(graded)) == 1:
+        if len(set(learned)) == 1:
             return 0.0  # by their equality: the rounded mean of equal rewards may differ from them
-        centre = mean(graded)
-        distances = [abs(r - centre) for r in graded]
+        centre = mean(learned)
+        distances = [abs(r - centre) for r in learned]
         return mean(distances) / math.sqrt(mean([d * d for d in distances]))
 
 

@@ -26,6 +26,27 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class DiversitySection(_Section):
+    """How answers of a group that say something else than their siblings are rewarded (`rewards.diversity`)."""
+
+    partitioner: Any = "embedding"
+    """What tells which answers say the same: registry name, import path, or `{name: .., **arguments}`."""
+    fuse: Literal["mul", "add"] = "mul"
+    distance: Literal["classes", "pairs"] = "classes"
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Difference that an answer keeps where all say the same; 1 measures without rewarding."""
+    shape: tuple[float, float] | None = None
+    """What quality 1 and quality 0 become before `mul`; a structured domain must say it."""
+    coefficient: float = Field(default=0.5, ge=0)
+    """Of `add`."""
+    add_bias: bool = False
+
+    @field_validator("partitioner")
+    @classmethod
+    def _names_a_partitioner(cls, partitioner: Any) -> Any:
+        return _named(partitioner)
+
+
 class DomainSection(_Section):
     """One domain; without `train` it is watch-only."""
 
@@ -39,13 +60,27 @@ class DomainSection(_Section):
     max_completion_length: int | None = Field(default=None, ge=1)
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    diversity: DiversitySection | None = None
 
     @field_validator("reward")
     @classmethod
     def _names_a_reward(cls, reward: Any) -> Any:
-        if not isinstance(reward.get("name") if isinstance(reward, Mapping) else reward, str):
-            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
-        return reward
+        return _named(reward)
+
+    @field_validator("diversity")
+    @classmethod
+    def _keeps_right_above_wrong(cls, diversity: DiversitySection | None, info: Any) -> DiversitySection | None:
+        if diversity is not None and info.data.get("kind") == "structured":
+            from rewards.diversity import Diversity
+
+            Diversity(**{**diversity.model_dump(), "partitioner": "exact"}).check_verifiable()
+        return diversity
+
+
+def _named(spec: Any) -> Any:
+    if not isinstance(spec.get("name") if isinstance(spec, Mapping) else spec, str):
+        raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+    return spec
 
 
 class CurriculumSection(BaseModel):

@@ -3,7 +3,7 @@
     div_i = (n - |class of i|) / (n - 1), at least `floor`;    r_i = shape(q_i) * div_i
 
 For open-ended domains: the trainer hands over whole groups, gathered across ranks, with the qualities that the domain's
-reward gave. Correctness is never traded for difference: with the default shape (1, 0) a wrong answer stays at 0.
+reward gave. Where answers are right or wrong, correctness is never traded for difference: `check_verifiable`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Diversity:
     mean over the others, as in its paper; one false "same" then merges no classes."""
     floor: float = 0.1
     """What a collapsed group keeps; DARLING's code."""
-    shape: tuple[float, float] = (1.0, 0.0)
-    """What qualities 1 and 0 become before `mul`: (1, 0) gives a wrong answer nothing, (1, -1) discourages different
-    wrong answers, (2, 1) encourages them."""
+    shape: tuple[float, float] | None = None
+    """What qualities 1 and 0 become before `mul`: (1, 0), which None stands for, gives a wrong answer nothing, (1, -1)
+    discourages different wrong answers, (2, 1) encourages them."""
     coefficient: float = 0.5
     """Of `add`: how many standard deviations of quality full difference is worth."""
     add_bias: bool = False
@@ -73,7 +73,7 @@ class Diversity:
             )
         if not 0 <= self.floor <= 1:
             raise ValueError(f"diversity: floor must be in [0, 1], got {self.floor}")
-        if len(self.shape) != 2:
+        if self.shape is not None and len(self.shape) != 2:
             raise ValueError(f"diversity: shape is (what quality 1 becomes, what 0 becomes), got {self.shape!r}")
         object.__setattr__(self, "found", find_partitioner(self.partitioner))
 
@@ -82,12 +82,34 @@ class Diversity:
     ) -> DiversityResult:
         """Fuse: texts and qualities [groups][n], one prompt a group. Groups may differ in size; one of a single text
         keeps its quality. Raises ValueError on a negative quality under `mul` without `add_bias`."""
-        matrices = self.found.same(group_texts, prompts)
+        return self.fuse_groups(self.found.same(group_texts, prompts), qualities)
+
+    def fuse_groups(
+        self, matrices: Sequence[Same | None], qualities: Sequence[Sequence[float | None]]
+    ) -> DiversityResult:
+        """Fuse groups that are partitioned already; None stands for a group that the partitioner could not tell."""
         diversity = [None if same is None else self.diversity_of(same) for same in matrices]
         fused = [self._fuse(q, d) for q, d in zip(qualities, diversity, strict=True)]
         classes = [None if same is None else connected(same) for same in matrices]
         kept = [list(group) for group in qualities]
         return DiversityResult(rewards=fused, diversity=diversity, classes=classes, qualities=kept)
+
+    def check_verifiable(self) -> None:
+        """Raise ValueError where a wrong answer could earn as much as a right one by being different.
+
+        For domains whose answers are right or wrong: they have to say what becomes of either, by `mul` and `shape`.
+        """
+        if self.shape is None or self.fuse != "mul":
+            raise ValueError(
+                "answers that are right or wrong need fuse: mul and an explicit shape, as [1, 0]: what right and wrong "
+                "become before difference is multiplied in"
+            )
+        right, wrong = self.shape
+        if not right * self.floor > max(wrong, 0.0):
+            raise ValueError(
+                f"shape {list(self.shape)} with floor {self.floor} lets a different wrong answer earn as much as a right "
+                "one: right x floor must exceed wrong, and 0"
+            )
 
     def diversity_of(self, same: Same) -> list[float]:
         """Return `div_i` of each text of a group."""
@@ -111,7 +133,7 @@ class Diversity:
         base = min(known) if self.add_bias else 0.0
         if min(known) < base:
             raise ValueError(f"diversity: mul needs qualities >= 0, got {min(known)}; use fuse: add, or add_bias")
-        right, wrong = self.shape
+        right, wrong = self.shape or (1.0, 0.0)
         return [
             None if q is None else (wrong + (right - wrong) * (q - base)) * d
             for q, d in zip(qualities, diversity, strict=True)

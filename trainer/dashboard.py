@@ -1,7 +1,7 @@
 """Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
 
-Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `transfer/<d>/<metric>` and
-`rollout/<metric>`. Undefined values are absent, never 0.
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
+`transfer/<d>/<metric>` and `rollout/<metric>`. Undefined values are absent, never 0.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "kl_base": "KL(base || policy) in nats per token, on the base model's completions of held-out prompts",
         "kl_current": "mean of kl_base over the domains practised since the last evaluation",
         "kl_others": "mean of kl_base over all other domains",
+        "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "unique_correct": "answers of an item that say something else, among those with the full score",
+        "classes": "answers of an item that say something else, in domains with a diversity reward",
+    },
+    "diversity": {
+        "classes": "classes of answers that say the same, a group, in domains with a diversity reward",
+        "mean": "how much an answer differs from its siblings, in [0, 1], after the floor",
+        "collapsed": "share of groups whose answers all say the same",
+        "reward": "mean of quality and difference fused, what the update learns from; quality is domain/<d>/reward",
+        "failures": "groups that the partitioner could not tell apart: their completions have no reward",
     },
     "transfer": {
         "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",

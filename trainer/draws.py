@@ -13,6 +13,7 @@ from curricula.curriculum import Curriculum
 from curricula.records import Group, PromptRef
 from trainer.data import Prompt
 from trainer.domains import DomainData
+from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
 
@@ -26,7 +27,7 @@ class Rollout:
     prompt_ids: list[list[int]]
     completions: list[Completion]
     rewards: list[float | None]
-    """Of all ranks, in rank order."""
+    """What the update learns from, of all ranks in rank order."""
     groups: list[Group]
     """Of all ranks."""
     seconds: float
@@ -42,6 +43,8 @@ class Draws:
     data: DomainData
     curriculum: Curriculum
     scorer: Scorer
+    fusion: Fusion
+    """Adds what the domains with a diversity reward pay for difference."""
     seed: int
     group_size: int
     """Completions a prompt; a group may straddle ranks."""
@@ -73,14 +76,18 @@ class Draws:
         completions = self.complete(requests)
         seconds = time.perf_counter() - started
         samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples)))
-        groups = form_groups(graded, size=self.group_size, draw=draw)
+        graded = gather_object(grade(samples, self.scorer(samples), with_texts=self.fusion.domains))
+        groups = self.fusion(
+            form_groups(graded, size=self.group_size, draw=draw),
+            [g.text for g in graded],
+            lambda group: self.data.train[group.domain][group.prompt_id].prompt,
+        )
         check_failures(groups, most=self.max_grader_failures)
         return Rollout(
             rows=[{"prompt": prompt.prompt} for prompt in prompts],
             prompt_ids=prompt_ids,
             completions=completions,
-            rewards=[g.reward for g in graded],
+            rewards=[reward for group in groups for reward in group.learned],
             groups=groups,
             seconds=seconds,
         )

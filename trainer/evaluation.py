@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rewards.diversity import Diversity
 from trainer.answers import Answer
 from trainer.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from trainer.data import Prompt, PromptTable
 from trainer.heldout_result import HeldoutResult, Record, join, once
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.scoring import Sample
+from trainer.variety import varieties
 
 EVALUATION_DRAW = -1
 """Stands for the draw in the seeds of held-out samples: no training completion shares them."""
@@ -62,6 +64,8 @@ class Evaluator:
     world_size: int = 1
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
+    diversity: Mapping[str, Diversity] = field(default_factory=dict)
+    """What tells the answers of a domain apart, where it rewards difference."""
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict)
     _records: list[Record] = field(default_factory=list)
     """Of the last run, of all ranks."""
@@ -83,6 +87,7 @@ class Evaluator:
         samples = self.to_samples(prompts, self.complete(requests))
         scores = self.score(samples)
         entropies = self.entropy_sums(ids[::k], samples[::k])
+        variety = varieties(samples, scores, k=k, by_domain=self.diversity) or [None] * len(local)
         answers = [self.read(sample, score) for sample, score in zip(samples, scores, strict=True)]
         greedy = self._greedy([prompt for _, prompt in local], requests[::k])
         records = [
@@ -94,6 +99,7 @@ class Evaluator:
                 entropy=entropies[j],
                 answers=tuple(answers[j * k : (j + 1) * k]),
                 greedy=greedy[j] if greedy else None,
+                variety=variety[j],
                 shown=samples[j * k] if self._is_shown(prompt) else None,
                 ids=(ids[j * k], samples[j * k].ids) if self._is_measured(prompt) else None,
             )

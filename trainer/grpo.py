@@ -28,6 +28,7 @@ from trainer.domains import DomainData
 from trainer.draws import Draws, Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
+from trainer.fusion import Fusion, recentred
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
@@ -85,6 +86,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
         )
         self.scorer = Scorer(self.data.domains)
+        self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -213,6 +215,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             data=self.data,
             curriculum=self.curriculum,
             scorer=self.scorer,
+            fusion=self.fusion.on(self.accelerator),
             seed=self.args.seed,
             group_size=self.num_generations,
             max_grader_failures=max_grader_failures,
@@ -227,6 +230,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = self._roll_out(len(inputs))
         self._row_entropy = None
         output = super()._generate_and_score_completions(self._rollout.rows)
+        start = self.accelerator.process_index * len(inputs)
+        output["advantages"] = recentred(output["advantages"], self._rollout.groups, start=start)
         self._check_engine()
         owner = self._owners(len(inputs))
         entropy = self._domain_entropy(output, owner)

@@ -32,6 +32,7 @@ def evaluator_of(trainer: DomainGRPOTrainer, settings: EvaluationSettings) -> Ev
         gather=gather_object,
         rank=trainer.accelerator.process_index,
         world_size=trainer.accelerator.num_processes,
+        diversity=trainer.fusion.by_domain,
     )
 
 

@@ -9,6 +9,7 @@ from curricula.records import mean
 from trainer.answers import Answer
 from trainer.measures import Answers
 from trainer.scoring import Sample
+from trainer.variety import Variety
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,8 @@ class HeldoutResult:
     """Per domain and item, the scores of its k samples; None where the grader failed."""
     entropy: Mapping[str, float]
     """Per domain, mean token entropy in nats of the first sample of every item."""
+    variety: Mapping[str, tuple[Variety, ...]] = field(default_factory=dict)
+    """Per domain and item, how much its samples differ; empty with one sample an item."""
     item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
     """Per domain and item, summed token entropy and token count of its first sample."""
     answers: Mapping[str, tuple[tuple[Answer, ...], ...]] = field(default_factory=dict)
@@ -79,6 +82,7 @@ class Record:
     entropy: tuple[float, int]
     answers: tuple[Answer, ...]
     greedy: Answer | None
+    variety: Variety | None
     shown: Sample | None
     ids: tuple[list[int], list[int]] | None
     """Prompt and first completion, where the distance to the base model is measured."""
@@ -108,5 +112,10 @@ def join(
         answers={name: tuple(r.answers for r in rs) for name, rs in of.items()},
         greedy={name: tuple(r.greedy for r in rs if r.greedy) for name, rs in of.items()} if is_greedy else {},
         base_kl=kl,
+        variety={
+            name: tuple(r.variety for r in rs if r.variety)
+            for name, rs in of.items()
+            if rs and rs[0].variety is not None
+        },
         shown=tuple((r.shown, r.scores[0]) for r in records if r.shown is not None),
     )

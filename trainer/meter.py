@@ -61,11 +61,53 @@ class DomainSums:
 
 
 @dataclass(slots=True)
+class DiversitySums:
+    """Running sums of one domain's diversity reward between two logs."""
+
+    groups: int = 0
+    """Compared by the partitioner."""
+    failures: int = 0
+    classes: int = 0
+    collapsed: int = 0
+    completions: int = 0
+    diversity: float = 0.0
+    learned: int = 0
+    fused: float = 0.0
+
+    def add(self, group: Group) -> None:
+        assert group.fused is not None
+        fused = group.fused
+        if fused.classes is None or fused.diversity is None:
+            self.failures += 1
+            return
+        self.groups += 1
+        self.classes += len(set(fused.classes))
+        self.collapsed += len(fused.classes) > 1 and len(set(fused.classes)) == 1
+        self.completions += len(fused.diversity)
+        self.diversity += sum(fused.diversity)
+        known = [r for r in fused.rewards if r is not None]
+        self.learned += len(known)
+        self.fused += sum(known)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the `diversity/<d>` metrics; NaN where nothing was counted."""
+        return {
+            "classes": _ratio(self.classes, self.groups),
+            "mean": _ratio(self.diversity, self.completions),
+            "collapsed": _ratio(self.collapsed, self.groups),
+            "reward": _ratio(self.fused, self.learned),
+            "failures": self.failures,
+        }
+
+
+@dataclass(slots=True)
 class Meter:
     """Per-domain metrics between two logs. `domains` is fixed, so that every rank reduces the same shape."""
 
     domains: tuple[str, ...]
     sums: dict[str, DomainSums] = field(default_factory=dict)
+    diversity: dict[str, DiversitySums] = field(default_factory=dict)
+    """Of the domains with a diversity reward."""
     seconds: float = 0.0
     """Spent generating."""
 
@@ -73,6 +115,8 @@ class Meter:
         """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took."""
         for group in groups:
             self.sums.setdefault(group.domain, DomainSums()).add(group)
+            if group.fused is not None:
+                self.diversity.setdefault(group.domain, DiversitySums()).add(group)
         for name, (total, tokens) in entropy.items():
             sums = self.sums.setdefault(name, DomainSums())
             sums.entropy += total
@@ -81,14 +125,16 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Return all metrics since the last flush and start anew; undefined ones are absent."""
-        sums, seconds = self.sums, self.seconds
-        self.sums, self.seconds = {}, 0.0
+        sums, diversity, seconds = self.sums, self.diversity, self.seconds
+        self.sums, self.diversity, self.seconds = {}, {}, 0.0
         metrics = {
             key("domain", metric, name): value
             for name, counted in sums.items()
             if counted.completions
             for metric, value in counted.metrics().items()
         }
+        for name, compared in diversity.items():
+            metrics.update({key("diversity", metric, name): value for metric, value in compared.metrics().items()})
         tokens = sum(s.tokens for s in sums.values())
         metrics[key("rollout", "tokens_per_s")] = _ratio(tokens, seconds)
         metrics[key("rollout", "useful_token_frac")] = _ratio(sum(s.useful_tokens for s in sums.values()), tokens)

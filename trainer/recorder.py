@@ -18,6 +18,7 @@ from trainer.dashboard import defined, key
 from trainer.heldout_result import HeldoutResult
 from trainer.measures import Answers, as_lists
 from trainer.run_folder import RunFolder
+from trainer.variety import variety_metrics
 
 READ = {name: name for name in ("majority", "greedy", "format_valid", "format_share", "ece", "brier", "auroc",
                                 "overconfidence")} | {"kl": "kl_base"}  # fmt: skip
@@ -114,7 +115,7 @@ class Recorder:
         assert self.matrix is not None
         published = on_half(row, result.items, "report")
         passed = on_half(Evaluation(trained=(), step=0, seed=0, scores=result.passed()), result.items, "report")
-        metrics = {}
+        metrics = variety_metrics(result.variety, result.items)
         for name in published.scores:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])

@@ -108,14 +108,17 @@ def rollouts(sheet: Sheet) -> str:
 
 
 def quality(sheet: Sheet) -> str:
-    """Draw what held-out evaluation says beside the score: pass@k, calibration, format."""
+    """Draw what held-out evaluation says beside the score: pass@k, calibration, format, variety."""
     return _by_metric(sheet, "heldout/", {"pass_at_k": "pass@k", "ece": "Calibration error (ECE)",
-                                          "format_valid": "Format-valid share"})  # fmt: skip
+                                          "format_valid": "Format-valid share",
+                                          "unique_correct": "Different right answers an item",
+                                          "distinct_2": "Different word pairs in an item's samples"})  # fmt: skip
 
 
 def diversity(sheet: Sheet) -> str:
     """Draw how many different answers a group holds."""
-    return _by_metric(sheet, "diversity/", {"classes": "Semantic classes a group", "mean": "Mean diversity"})
+    return _by_metric(sheet, "diversity/", {"classes": "Semantic classes a group", "mean": "Mean diversity",
+                                            "collapsed": "Share of groups with one class"})  # fmt: skip
 
 
 def degeneration(sheet: Sheet) -> str:

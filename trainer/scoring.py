@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from curricula.records import Domain, Group
 from rewards import Reward, find_reward
+from rewards.awaiting import settled
 from trainer.data import Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,8 @@ class Graded:
     length: int
     truncated: bool
     reward: float | None
+    text: str | None = None
+    """Where the domain compares its texts with each other, else None."""
 
 
 class Scorer:
@@ -89,10 +90,20 @@ class Scorer:
         return [_checked(name, value) for value in values]
 
 
-def grade(samples: Sequence[Sample], scores: Sequence[float | None]) -> list[Graded]:
-    """Return the light records that ranks exchange: texts and tokens stay where they were made."""
+def grade(
+    samples: Sequence[Sample], scores: Sequence[float | None], *, with_texts: Collection[str] = ()
+) -> list[Graded]:
+    """Return the light records that ranks exchange: tokens stay where they were made, and so do the texts of all
+    domains but those of `with_texts`."""
     return [
-        Graded(prompt_id=s.prompt.id, domain=s.prompt.domain, length=len(s.ids), truncated=s.truncated, reward=score)
+        Graded(
+            prompt_id=s.prompt.id,
+            domain=s.prompt.domain,
+            length=len(s.ids),
+            truncated=s.truncated,
+            reward=score,
+            text=s.text if s.prompt.domain in with_texts else None,
+        )
         for s, score in zip(samples, scores, strict=True)
     ]
 
@@ -118,9 +129,9 @@ def form_groups(graded: Sequence[Graded], *, size: int, draw: int) -> list[Group
 
 
 def check_failures(groups: Sequence[Group], *, most: float) -> None:
-    """Raise RuntimeError where the reward failed on more than the share `most` of a domain's completions."""
+    """Raise RuntimeError where more than the share `most` of a domain's completions got no reward."""
     for name in {g.domain for g in groups}:
-        rewards = [r for g in groups if g.domain == name for r in g.rewards]
+        rewards = [r for g in groups if g.domain == name for r in g.learned]
         failed = sum(r is None for r in rewards)
         if failed > most * len(rewards):
             raise RuntimeError(
@@ -139,11 +150,7 @@ def _call(reward: Reward, samples: list[Sample]) -> list[Any]:
         completion_ids=[s.ids for s in samples],
         **columns,
     )
-    return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
-
-
-async def _awaited(values: Any) -> list[Any]:
-    return await values
+    return settled([values])[0]
 
 
 def _checked(name: str, value: Any) -> float | None:

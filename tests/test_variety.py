@@ -1,0 +1,71 @@
+"""How much held-out samples differ, worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from curricula.items import halves
+from rewards.diversity import Diversity
+from trainer.data import Prompt
+from trainer.scoring import Sample
+from trainer.variety import Variety, varieties, variety_metrics
+
+
+def samples(domain, item, *texts) -> list[Sample]:
+    prompt = Prompt(id=item, domain=domain, prompt=f"{domain} {item}", columns={})
+    return [Sample(prompt=prompt, ids=[1], text=text, truncated=False) for text in texts]
+
+
+STORIES = {"stories": Diversity(partitioner="normalised")}
+
+
+def test_variety_of_an_item_by_hand():
+    # pairs of words: x y, X y!, x y, y z: 3 of 4 differ; classes {0, 1}, {2}, {3}; the last is not right
+    (variety,) = varieties(
+        samples("stories", "1", "x y", "X y!", "x y z", "no"), [1.0, 1.0, 1.0, 0.9], k=4, by_domain=STORIES
+    )
+    assert variety == Variety(distinct_2=0.75, unique_correct=2, classes=3)
+
+
+def test_without_a_partitioner_answers_are_what_they_come_to():
+    texts = [r"\boxed{4}", "The answer is 4", "<answer>5</answer>", "6"]
+    (variety,) = varieties(samples("math", "1", *texts), [1.0, 1.0, 1.0, 0.0], k=4, by_domain=STORIES)
+    assert variety.unique_correct == 2
+    assert math.isnan(variety.classes)
+
+
+def test_items_keep_their_order_over_domains():
+    both = samples("math", "1", "1", "1") + samples("stories", "1", "a", "b") + samples("stories", "2", "c", "c")
+    found = varieties(both, [1.0] * 6, k=2, by_domain=STORIES)
+    assert [v.unique_correct for v in found] == [1, 2, 1]
+    assert [v.classes for v in found[1:]] == [2, 1]
+
+
+def test_one_sample_differs_from_nothing():
+    assert varieties(samples("math", "1", "4"), [1.0], k=1, by_domain={}) == []
+    assert variety_metrics({}, {"math": ["1", "2"]}) == {}
+
+
+class Lost:
+    def same(self, groups, prompts):
+        raise ConnectionError("no judge")
+
+
+def test_what_the_partitioner_could_not_tell_is_undefined():
+    (variety,) = varieties(
+        samples("stories", "1", "a b", "a b"), [1.0, 1.0], k=2, by_domain={"stories": Diversity(partitioner=Lost())}
+    )
+    assert variety.distinct_2 == 0.5
+    assert math.isnan(variety.unique_correct)
+    assert math.isnan(variety.classes)
+
+
+def test_only_the_half_that_reports_is_published():
+    ids = [str(i) for i in range(8)]
+    of_items = [Variety(distinct_2=float(i), unique_correct=math.nan, classes=math.nan) for i in range(8)]
+    reported = [i for i, side in enumerate(halves(ids)) if side == "report"]
+    metrics = variety_metrics({"math": of_items}, {"math": ids})
+    assert metrics["heldout/math/distinct_2"] == pytest.approx(sum(reported) / len(reported))
+    assert math.isnan(metrics["heldout/math/classes"])

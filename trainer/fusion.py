@@ -1,0 +1,158 @@
+"""Quality and difference in one reward, in the domains whose recipe asks for it (`domains.<d>.diversity`).
+
+The quality stays the group's `rewards`, which the curriculum and the pass rates are made of; the fused reward is what the
+update learns from. Groups may straddle ranks, so they are compared after the gather, each by one rank for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from curricula.records import Domain, Fused, Group, mean
+from rewards.diversity import Diversity, DiversityResult
+from rewards.partitions import Same
+
+logger = logging.getLogger(__name__)
+
+_TRIAL = ("a fox ran", "an owl slept")
+
+
+def find_diversity(domain: Domain) -> Diversity | None:
+    """Return how a domain rewards difference; None where it does not. Raises ValueError naming the domain."""
+    spec = domain.diversity
+    try:
+        if isinstance(spec, Mapping):
+            spec = Diversity(**spec)
+        if spec is not None and not isinstance(spec, Diversity):
+            raise ValueError(f"expected a mapping of settings, got {spec!r}")
+        if spec is not None and domain.kind == "structured":
+            spec.check_verifiable()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"domains.{domain.name}.diversity: {error}") from error
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fusion:
+    """Fuse the groups of the domains that reward difference; leave all others as they are.
+
+    Example: `Fusion.of([writing])(groups, texts, lambda group: "tell a story")[0].fused.classes`
+    """
+
+    by_domain: Mapping[str, Diversity] = field(default_factory=dict)
+    gather: Callable[[list], list] = list
+    """Joins the lists of all ranks in rank order."""
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def of(cls, domains: Sequence[Domain]) -> Fusion:
+        """Find the partitioners and try each on two texts, so that one that cannot work fails before the run does."""
+        found = {d.name: diversity for d in domains if (diversity := find_diversity(d)) is not None}
+        for name, diversity in found.items():
+            try:
+                diversity.found.same([_TRIAL], ["tell me something"])
+            except Exception as error:  # a partitioner may be a user's
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"domains.{name}.diversity: the partitioner failed on a trial: {what}") from error
+        return cls(by_domain=found)
+
+    def on(self, accelerator: Any) -> Fusion:
+        """Return the same for a run of several ranks."""
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return replace(self, gather=gather_object, rank=rank, world_size=world_size)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains whose texts have to be gathered."""
+        return tuple(self.by_domain)
+
+    def __call__(
+        self, groups: Sequence[Group], texts: Sequence[str | None], prompt_of: Callable[[Group], Any]
+    ) -> list[Group]:
+        """Return the groups with `fused` filled in; `texts` of all completions in order, None in other domains.
+
+        Collective: all ranks hand over the same groups, each compares every `world_size`-th of those concerned, so that
+        no group is judged twice, and all fuse the same verdicts.
+        """
+        places = [i for i, group in enumerate(groups) if group.domain in self.by_domain]
+        if not places:
+            return list(groups)
+        size = len(groups[0].rewards)
+        mine = {
+            i: [text or "" for text in texts[i * size : (i + 1) * size]] for i in places[self.rank :: self.world_size]
+        }
+        told: list[tuple[int, Same | None]] = []
+        for name, diversity in self.by_domain.items():
+            own = [i for i in mine if groups[i].domain == name]
+            prompts = [prompt_of(groups[i]) for i in own]
+            told += zip(own, compared(name, diversity, [mine[i] for i in own], prompts), strict=True)
+        matrices = dict(self.gather(told))
+        return [
+            self._fused(group, matrices[i]) if group.domain in self.by_domain else group
+            for i, group in enumerate(groups)
+        ]
+
+    def _fused(self, group: Group, same: Same | None) -> Group:
+        try:
+            result = self.by_domain[group.domain].fuse_groups([same], [group.rewards])
+        except ValueError as error:
+            raise ValueError(f"domain {group.domain!r}: {error}") from error
+        return replace(group, fused=_record(result))
+
+
+def compared(
+    name: str, diversity: Diversity, texts: Sequence[Sequence[str]], prompts: Sequence[Any]
+) -> list[Same | None]:
+    """Return which texts of each group say the same; None where the partitioner could not tell, or raised.
+
+    Retried group by group, so that one group costs one group. Raises ValueError for an answer of the wrong size.
+    """
+    if not texts:
+        return []
+    try:
+        told = diversity.found.same(texts, prompts)
+    except Exception as error:  # a user's partitioner may raise anything
+        if len(texts) == 1:
+            logger.warning("domain %r: the partitioner raised %s: %s", name, type(error).__name__, error)
+            return [None]
+        return [compared(name, diversity, [t], [p])[0] for t, p in zip(texts, prompts, strict=True)]
+    sizes = [len(text) for text in texts]
+    if len(told) != len(texts) or sizes != [
+        n if same is None else len(same) for same, n in zip(told, sizes, strict=True)
+    ]:
+        raise ValueError(f"domain {name!r}: the partitioner did not return one matrix [n][n] for each of its groups")
+    return told
+
+
+def recentred(advantages: torch.Tensor, groups: Sequence[Group], *, start: int) -> torch.Tensor:
+    """Return advantages [B] of this rank's rows, those of fused groups made reward minus group mean, without std.
+
+    Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534). `start` is
+    the place of the first row among those of all ranks. A row without a fused reward gets 0.
+    """
+    if all(group.fused is None for group in groups):
+        return advantages
+    rows = [(group, k) for group in groups for k in range(len(group.rewards))]
+    centred = advantages.clone()
+    for i, (group, k) in enumerate(rows[start : start + len(advantages)]):
+        if group.fused is not None:
+            reward = group.fused.rewards[k]
+            known = [r for r in group.fused.rewards if r is not None]
+            centred[i] = 0.0 if reward is None else reward - mean(known)
+    return centred
+
+
+def _record(result: DiversityResult) -> Fused:
+    diversity, classes = result.diversity[0], result.classes[0]
+    return Fused(
+        rewards=tuple(result.rewards[0]),
+        diversity=None if diversity is None else tuple(diversity),
+        classes=None if classes is None else tuple(classes),
+    )
