@@ -78,11 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
 
     evaluate = _verb(
-        verbs, "eval", _eval, "score a model on a recipe's held-out sets", "polyphony eval runs/demo/final r.yaml"
+        verbs,
+        "eval",
+        _eval,
+        "score a model on a recipe's held-out sets, or compare two on the same items",
+        "polyphony eval runs/a runs/b r.yaml",
     )
-    evaluate.add_argument("model", help="folder or hub name of the model")
-    evaluate.add_argument("recipe", help="the recipe, YAML")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    evaluate.add_argument(
+        "names",
+        nargs="+",
+        metavar="MODEL [MODEL] [RECIPE] [key.path=value ..]",
+        help="one or two models (folder, run folder or hub name), the recipe (default: the run folder's), overrides",
+    )
+    evaluate.set_defaults(overrides=[])
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     report = _verb(verbs, "report", _report, "write the HTML report of one or more runs", "polyphony report runs/demo")
@@ -159,10 +167,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from launch.config import load_recipe
-    from launch.evaluate import evaluate
+    from launch.evaluate import evaluate, parse
 
-    evaluate(load_recipe(arguments.recipe, arguments.overrides), arguments.model, as_json=arguments.json)
+    evaluate(parse(arguments.names, arguments.overrides), as_json=arguments.json)
 
 
 def _report(arguments: argparse.Namespace) -> None:

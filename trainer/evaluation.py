@@ -121,6 +121,12 @@ class Evaluator:
         )
         return self.base
 
+    def distance_to(self, other: LogProbabilities) -> dict[str, dict[str, tuple[float, int]]]:
+        """Return (nats, tokens) of KL(policy || other) on what the policy said at the last run, by domain and item."""
+        base, own = self.base, self.remember_base()
+        self.base = base
+        return own.kl(lambda prompt_ids, ids: self._shared(other, prompt_ids, ids))
+
     def _greedy(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> list[Answer]:
         """Return one greedy answer an item; none unless asked for."""
         if not self.settings.greedy:
@@ -131,10 +137,15 @@ class Evaluator:
     def _shared_log_probabilities(
         self, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
     ) -> list[float]:
+        return self._shared(self.log_probabilities, prompt_ids, ids)
+
+    def _shared(
+        self, measure: LogProbabilities, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
+    ) -> list[float]:
         """Split the rows over the ranks, evenly because the forward pass may be collective, and put them together."""
         share = -(-len(ids) // self.world_size)
         places = [min(p, len(ids) - 1) for p in range(self.rank * share, (self.rank + 1) * share)]
-        sums = self.log_probabilities([prompt_ids[p] for p in places], [ids[p] for p in places]) if ids else []
+        sums = measure([prompt_ids[p] for p in places], [ids[p] for p in places]) if ids else []
         return self.gather(sums)[: len(ids)]
 
     def _local_items(self) -> list[tuple[int, Prompt]]:

@@ -337,14 +337,20 @@ class DomainGRPOTrainer(GRPOTrainer):
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
 
-    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
-        """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
+    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], model: Any = None):
+        """Return log-probabilities, entropies and mask of completions, each [B, T], under the policy or another model
+        with TRL's fused head; no gradient."""
         ids, attention, mask = pad_rows(
             prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
         )
         with torch.no_grad():
             logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
+                self.model if model is None else model,
+                ids,
+                attention,
+                mask.size(1),
+                self.args.per_device_eval_batch_size,
+                compute_entropy=True,
             )
         return logps, entropy, mask
 
@@ -364,10 +370,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
     def log_probabilities(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, model: Any = None
     ) -> list[float]:
-        """Return the summed log-probability of each completion under the policy, at the run's temperature."""
-        logps, _, mask = self._forward(prompt_ids, completion_ids)
+        """Return the summed log-probability of each completion, at the run's temperature, under the policy or `model`."""
+        logps, _, mask = self._forward(prompt_ids, completion_ids, model)
         return (logps * mask).sum(1).tolist()
 
     # --- logs and checkpoints -----------------------------------------------------------------------------------------
