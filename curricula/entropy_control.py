@@ -16,12 +16,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-PUSH = 0.5
+PUSH = 1.0
 """Coefficient for an entropy that is off by the base model's whole entropy."""
 RATE = 0.05
 """Growth of the coefficient per draw for the same distance."""
-MOST = 0.2
-"""Largest coefficient either way; beyond, the entropy term outweighs a normalised advantage and text turns to noise."""
+MOST = 1.0
+"""Largest coefficient either way, as TRL's own `entropy_coef_max`: there the term weighs as much as an advantage of 1."""
 MARGIN = 0.1
 """Share of the band's width that the control begins before each edge: a push needs time to be felt."""
 DECAY = 0.9

@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
     report.add_argument("--json", action="store_true", help="print the summary numbers instead")
 
+    dashboard = _verb(
+        verbs, "dashboard", _dashboard, "create or update a run's W&B dashboard", "polyphony dashboard runs/demo"
+    )
+    dashboard.add_argument("folder", type=Path, metavar="RUN")
+
     probe = _verb(
         verbs, "probe", _probe, "measure what training on each domain does to the others", "polyphony probe recipe.yaml"
     )
@@ -176,6 +181,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from launch.report import report
 
     report(arguments.runs, out=arguments.out, as_json=arguments.json)
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from launch.dashboard import dashboard
+
+    dashboard(arguments.folder)
 
 
 def _probe(arguments: argparse.Namespace) -> None:

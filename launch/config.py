@@ -165,12 +165,12 @@ class EntropySection(_Section):
     """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
     control: Literal["none", "adaptive"] = "none"
     """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
-    push: float = Field(default=0.5, ge=0)
+    push: float = Field(default=1.0, ge=0)
     """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
     rate: float = Field(default=0.05, gt=0)
     """Growth of the coefficient per draw for the same distance."""
-    max_coefficient: float = Field(default=0.2, gt=0)
-    """Beyond, the entropy term outweighs a normalised advantage and text turns to noise."""
+    max_coefficient: float = Field(default=1.0, gt=0)
+    """Either way; at 1 the term weighs as much as an advantage of 1."""
 
     @field_validator("band")
     @classmethod
