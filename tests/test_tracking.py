@@ -9,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import wandb
 
 from curricula.transfer import TransferMatrix
 from launch.cli import main
@@ -28,6 +29,14 @@ def mute():
         listening.bind(("127.0.0.1", 0))
         listening.listen(20)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    """W&B reads its environment once a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
 
 def tracker(folder, mode) -> WandbTracker:

@@ -50,6 +50,7 @@ class WandbTracker:
         self.settings = settings
         self._given = {"project": settings.project, "entity": settings.entity, "name": name, "config": dict(config)}
         self._folder = folder
+        self._has_failed = False
         self._tasks: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
@@ -90,19 +91,23 @@ class WandbTracker:
     def _serve(self) -> None:
         run = self._start()
         while (task := self._tasks.get()) is not None:
-            if run is None:
-                continue
-            try:
-                task(run)
-            except Exception as error:  # whatever W&B raises is W&B's: the run goes on without it
-                logger.warning("W&B failed (%s: %s); metrics are in metrics.jsonl", type(error).__name__, error)
-                run = None
+            if run is not None:
+                self._try(task, run)
         if run is not None:
-            run.finish()
+            self._try(lambda run: run.finish(), run)
+
+    def _try(self, task: Callable[[Any], None], run: Any) -> None:
+        """Do one thing; whatever W&B raises is W&B's, is told once, and the run goes on."""
+        try:
+            task(run)
+        except Exception as error:
+            if not self._has_failed:
+                logger.warning("W&B failed (%s: %s); metrics are in metrics.jsonl", type(error).__name__, error)
+            self._has_failed = True
 
     def _start(self) -> Any:
         mode = self.settings.mode
-        if mode == "online" and not is_reachable(wandb.Settings().base_url):
+        if mode == "online" and not is_reachable(server_url()):
             logger.warning("W&B cannot be reached; tracked offline. Later: wandb sync %s", self._folder / "wandb")
             mode = "offline"
         try:
@@ -118,6 +123,14 @@ class WandbTracker:
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Any:
         settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_S)
         return wandb.init(mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given)
+
+
+def server_url() -> str:
+    """Return where W&B is, by its own environment variables."""
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(os.environ)
+    return settings.base_url
 
 
 def is_reachable(url: str) -> bool:

@@ -17,7 +17,7 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from trainer.dashboard import METRICS, key
-from trainer.tracking import is_reachable
+from trainer.tracking import is_reachable, server_url
 
 SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Held out": {"heldout": ("score", "greedy", "majority", "pass_at_k")},
@@ -53,7 +53,7 @@ def specification(workspace: ws.Workspace) -> dict[str, Any]:
 
 def obstacle() -> str | None:
     """Return in words why nothing can be sent to W&B now: no API key, or no answer; None where it can."""
-    server = wandb.Settings().base_url
+    server = server_url()
     if not (os.environ.get("WANDB_API_KEY") or _is_logged_in(server)):
         return "no API key is set"
     return None if is_reachable(server) else f"{server} does not answer"
