@@ -6,6 +6,7 @@ Frozen records only. K domains, G completions a group. Undefined is NaN, never 0
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,12 +34,16 @@ class Domain:
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
     """None, or how answers that differ from their siblings are rewarded: `rewards.diversity.Diversity` or its fields."""
+    advantages: Literal["group", "mean_only"] | None = None
+    """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
     max_completion_length: int | None = None
     """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^\s/]+", self.name):
+            raise ValueError(f"domain {self.name!r}: a name is part of metric keys: no spaces, no slash, not empty")
         if self.kind not in ("structured", "open_ended"):
             raise ValueError(f"domain {self.name!r}: kind is structured or open_ended, got {self.kind!r}")
         if not (self.weight >= 0 and math.isfinite(self.weight)):

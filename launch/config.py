@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -24,6 +24,10 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _default(section: BaseModel, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 class DiversitySection(_Section):
@@ -57,6 +61,8 @@ class DomainSection(_Section):
     reward: Any
     """Registry name, import path, or `{name: .., **arguments}`."""
     weight: float = Field(default=1.0, ge=0)
+    advantages: Literal["group", "mean_only"] | None = None
+    """As the recipe's `advantages`, for this domain alone."""
     max_completion_length: int | None = Field(default=None, ge=1)
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -99,9 +105,30 @@ class CurriculumSection(BaseModel):
 class RolloutsSection(_Section):
     """Who generates."""
 
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: Literal["vllm", "ray", "transformers"] = "vllm"
+    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: no engine of its own."""
+    workers: int = Field(default=1, ge=1)
+    """Of `engine: ray`; each holds one vLLM."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs (CPU build: cores) of each worker."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Completions of a worker that is up to so many weight syncs behind are kept and importance-corrected; older ones
+    are refused and sampled again."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """A worker that has not finished its share of a draw after so many seconds counts as hung and is replaced."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a cluster and its workers may take to come up; large models read their weights for minutes."""
+    address: str | None = None
+    """Of the Ray cluster, `host:port` or `auto`; by default `RAY_ADDRESS`, or a cluster of this machine."""
     max_grader_failures: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+
+    @model_validator(mode="after")
+    def _pool_needs_ray(self) -> RolloutsSection:
+        pool = {"workers", "tensor_parallel", "max_staleness", "timeout_s", "start_timeout_s", "address"}
+        if self.engine != "ray" and (changed := sorted(n for n in pool if getattr(self, n) != _default(self, n))):
+            raise ValueError(f"{', '.join(changed)} belong to engine: ray, this recipe has engine: {self.engine}")
+        return self
 
 
 class EvalSection(_Section):
@@ -128,6 +155,46 @@ class CheckpointSection(_Section):
     """Newest checkpoints kept; the best by worst domain is kept as well."""
 
 
+class FaultsSection(_Section):
+    """What a run puts up with."""
+
+    max_skipped: int = Field(default=3, ge=0)
+    """Steps in a row whose loss or gradient is not finite; each is left out and counted, one more stops the run."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the kill that follows; 30 is the default of Slurm and of Kubernetes."""
+
+
+class SlurmSection(_Section):
+    """What `polyphony launch slurm` asks Slurm for."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    """Wall-clock limit; the job saves a checkpoint before it, and is queued again."""
+    signal_s: int = Field(default=120, ge=10)
+    """Seconds before the limit, or before a preemption, at which the job is told; a draw and a save have to fit in."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before anything else: `module load ..`, `source venv/bin/activate`."""
+    options: list[str] = Field(default_factory=list)
+    """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
+
+
+class ClusterSection(_Section):
+    """Who trains where; read by `polyphony launch`, not by `train`."""
+
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """How trainer ranks share the policy: `launch/accelerate/<strategy>.yaml`."""
+    processes: int = Field(default=1, ge=1)
+    """Trainer ranks on each trainer node, one a GPU; the other GPUs are the rollout workers'."""
+    trainer_nodes: int = Field(default=1, ge=1)
+    rollout_nodes: int = Field(default=0, ge=0)
+    """Nodes that hold nothing but rollout workers; with 0 they live beside the trainer."""
+    port: int = Field(default=29500, ge=1024, le=65535)
+    """Where the trainer ranks meet."""
+    ray_port: int = Field(default=6379, ge=1024, le=65535)
+    slurm: SlurmSection = SlurmSection()
+
+
 class ProbeSection(_Section):
     """`polyphony probe`: what training on one domain alone does to every domain."""
 
@@ -140,6 +207,72 @@ class ProbeSection(_Section):
     the folder of a checkpoint. From the base, transfer is mostly format learning that later stages saturate."""
     joint_arm: bool = True
     """Also train on all domains for the same total of steps: what a sequence has to beat."""
+
+
+class RefillSection(_Section):
+    """Groups whose rewards are all equal are replaced within the draw by groups of further prompts of their domain."""
+
+    max_rounds: int = Field(default=2, ge=0)
+    """With half of the groups dead, two rounds leave about one in eight."""
+
+
+class PoolSection(_Section):
+    """Choose prompts by what is known of their pass rates; without this section every prompt is drawn once a pass."""
+
+    impossible_below: float = Field(default=0.05, gt=0, lt=1)
+    """Pass rate below which, with 95 % confidence, a prompt is given up for long; takes about eight visits of eight."""
+    defer_below: float = Field(default=0.125, gt=0, lt=1)
+    """Posterior mean below which a prompt waits."""
+    mastered_above: float = Field(default=0.9, gt=0, lt=1)
+    """Posterior mean above which it is only reviewed."""
+    discount: float = Field(default=0.99, ge=0.5, le=1)
+    """Of earlier evidence at each visit."""
+    sampling: str = "uniform"
+    """Among the unseen and active: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a domain's prompts that are waiting ones whose turn has come."""
+    retry_deferred: int = Field(default=10, ge=1)
+    """Draws until a deferred prompt is tried again; likewise the next two."""
+    retry_mastered: int = Field(default=50, ge=1)
+    retry_impossible: int = Field(default=100, ge=1)
+    when_exhausted: Literal["continue", "stop"] = "continue"
+    """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    refill: RefillSection = RefillSection()
+    start: str | None = Field(default=None, alias="from")
+    """`pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts' ids."""
+
+    @model_validator(mode="after")
+    def _is_a_band(self) -> PoolSection:
+        if not self.impossible_below <= self.defer_below < self.mastered_above:
+            raise ValueError("expected impossible_below <= defer_below < mastered_above")
+        return self
+
+
+class GuardSection(_Section):
+    """What a lone success of a group may do: with G completions its advantage is about sqrt(G - 1)."""
+
+    cap: float = Field(default=2.0, gt=0)
+    """Largest advantage of a lone success."""
+    drop_shortcuts: bool = True
+    """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
+
+
+class UpdateSection(_Section):
+    """The update itself."""
+
+    drop_dead: Literal["auto", "always", "never"] = "auto"
+    """Leave out rows that cannot move the policy: `auto` where the gradient stays what it is, `always` or an error."""
+
+
+class RftSection(_Section):
+    """`algorithm: rft`: train on accepted samples only."""
+
+    accept_from: float = 1.0
+    """Smallest reward of an accepted sample."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Most samples a prompt, the best first."""
+    dedup: Any = None
+    """A partitioner's name: one sample of each semantic class."""
 
 
 class LoraSection(_Section):
@@ -209,9 +342,16 @@ class Recipe(_Section):
 
     name: str
     model: str
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: Literal["grpo", "rft"] = "grpo"
+    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
+    advantages: Literal["group", "mean_only"] = "group"
+    """(r - mean) / std of the group, as TRL has it, or r - mean."""
     domains: dict[str, DomainSection] = Field(min_length=1)
     curriculum: CurriculumSection = CurriculumSection()
+    pool: PoolSection | None = None
+    guard: GuardSection | None = None
+    rft: RftSection = RftSection()
+    update: UpdateSection = UpdateSection()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -220,6 +360,8 @@ class Recipe(_Section):
     """TRL's GRPOConfig, handed over untouched."""
     entropy: EntropySection = EntropySection()
     guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
+    faults: FaultsSection = FaultsSection()
+    cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
@@ -346,6 +488,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if not (folder / model).is_dir():
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
+    if recipe.pool is not None and recipe.pool.start is not None:
+        pool = recipe.pool.model_copy(update={"start": _absolute(recipe.pool.start, folder)})
+        recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder)
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
     return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
