@@ -42,7 +42,7 @@ def test_every_strategy_is_shipped(strategy):
 def test_without_gpus_ranks_are_started_by_torchrun_and_fsdp_is_refused():
     words = local.plan(debug("cluster.processes=2"), ["r.yaml"], local.Machine(), gpus=0).words
     assert words[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    with pytest.raises(RecipeError, match="cluster.strategy=fsdp needs GPUs"):
+    with pytest.raises(RecipeError, match=r"cluster.strategy=fsdp needs GPUs"):
         local.plan(debug("cluster.strategy=fsdp"), [], local.Machine(), gpus=0)
 
 
