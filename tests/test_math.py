@@ -131,7 +131,7 @@ def test_it_works_in_worker_processes(method):
 
 
 def test_a_worker_that_is_killed_loses_only_its_job():
-    grade = find_reward({"name": "math", "workers": 1})
+    grade = find_reward({"name": "math", "workers": 1, "timeout_s": 30.0})
     assert grade([""], [r"\boxed{u+u}"], answer=["2u"]) == [1.0]
     ours = [p for p in psutil.Process().children() if "rewards.work" in p.cmdline()]
     for process in ours:
