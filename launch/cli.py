@@ -122,6 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
     )
 
+    screen = _verb(
+        verbs, "screen", _screen, "say which training prompts the model can learn from", "polyphony screen recipe.yaml"
+    )
+    screen.add_argument("recipe", help="the recipe, YAML; its section `pool` says what is too hard")
+    screen.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    screen.add_argument("--out", type=Path, help="folder (default: runs/<name>-screen); an unfinished one goes on")
+    screen.add_argument("--visits", type=int, default=12, help="most groups for a prompt that never succeeds")
+    screen.add_argument("--json", action="store_true", help="print one JSON object")
+
     plan = _verb(
         verbs, "plan", _plan, "say in which order to train, or to mix", "polyphony plan runs/x-probe/transfer.json"
     )
@@ -238,6 +247,21 @@ def _probe(arguments: argparse.Namespace) -> None:
     probe(recipe, out)
     print(transfer_table(TransferMatrix.load(out / TRANSFER_FILE).on("report")))
     print(f"{out / TRANSFER_FILE}\n{write_report([out], out / 'report.html')}")
+
+
+def _screen(arguments: argparse.Namespace) -> None:
+    from launch.config import RecipeError, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.visits < 1:
+        raise RecipeError(f"--visits must be at least 1, got {arguments.visits}")
+    from launch.screen import IMPOSSIBLE_FILE, POOL_FILE, screen, screen_table
+
+    out = arguments.out or Path("runs") / f"{recipe.name}-screen"
+    summary = screen(recipe, out, most_visits=arguments.visits)
+    print(json.dumps(summary) if arguments.json else screen_table(summary))
+    if not arguments.json:
+        print(f"{out / POOL_FILE}\n{out / IMPOSSIBLE_FILE}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
