@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from curricula.pool import Columns, PoolSettings, PromptPool
+from curricula.posterior import State
 from curricula.quotas import allocate
 from curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean
 from curricula.sampling import PassSampler
 from curricula.schedulers import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Curriculum:
@@ -30,7 +35,9 @@ class Curriculum:
         scheduler: Scheduler,
         total_draws: int,
         seed: int = 0,
+        pool: PoolSettings | None = None,
     ) -> None:
+        """With `pool`, each domain's prompts are chosen by what is known of their pass rates, else pass by pass."""
         self.domains = tuple(d for d in domains if not d.is_watch_only)
         if not self.domains:
             raise ValueError("no domain has training rows: at least one must not be watch-only")
@@ -39,7 +46,13 @@ class Curriculum:
         self.names = tuple(d.name for d in self.domains)
         self.scheduler = scheduler
         self.total_draws = total_draws
-        self.samplers = {name: PassSampler(prompts[name], seed=seed, name=name) for name in self.names}
+        self.pool = pool
+        self.pools = {
+            name: PromptPool(prompts[name], name=name, seed=seed, settings=pool) for name in self.names if pool
+        }
+        self.samplers: Mapping[str, PassSampler | PromptPool] = self.pools or {
+            name: PassSampler(prompts[name], seed=seed, name=name) for name in self.names
+        }
         self.draws = 0
         self.drawn = dict.fromkeys(self.names, 0)
         self.evaluations: list[Evaluation] = []
@@ -50,6 +63,7 @@ class Curriculum:
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
         self._alarms: list[str] = []
+        self._exhausted: set[str] = set()
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
@@ -63,7 +77,16 @@ class Curriculum:
         for name, count in zip(self.names, counts, strict=True):
             self.drawn[name] += count
             refs.extend(PromptRef(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count))
+        self._check_exhausted()
         return refs
+
+    def refill(self, counts: Mapping[str, int]) -> list[PromptRef]:
+        """Return up to that many further prompts of each domain for the same draw, in the recipe's order of domains."""
+        return [
+            PromptRef(domain=name, id=prompt_id)
+            for name, pool in self.pools.items()
+            for prompt_id in pool.refill(counts.get(name, 0))
+        ]
 
     def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
         """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
@@ -74,6 +97,8 @@ class Curriculum:
                     f"a group of domain {group.domain!r}, which this run does not train: {list(self.names)}"
                 )
             by_domain[group.domain].append(group)
+            if group.domain in self.pools:
+                self.pools[group.domain].observe(group.prompt_id, group.graded)
         self._last = tuple(
             _domain_stats(its_groups, (entropy or {}).get(name, math.nan)) for name, its_groups in by_domain.items()
         )
@@ -108,10 +133,21 @@ class Curriculum:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return `<domain>/<metric>` of the last draw."""
+        """Return `<domain>/<metric>`: the mixture of the last draw, and how many prompts are in which state."""
         if self.decision is None:
             return {}
-        return {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
+        shares = {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
+        shown = (State.ACTIVE, State.DEFERRED, State.IMPOSSIBLE, State.MASTERED)
+        counts = {name: pool.counts() for name, pool in self.pools.items()}
+        return shares | {f"{name}/{s.name.lower()}": float(counts[name][s]) for name in counts for s in shown}
+
+    def pool_columns(self) -> dict[str, Columns]:
+        """Return what is known of every domain's prompts, for saving."""
+        return {name: pool.columns() for name, pool in self.pools.items()}
+
+    def adopt_pools(self, saved: Mapping[str, Columns]) -> int:
+        """Take over what is known of prompts that are here too, matched by id; return how many were found."""
+        return sum(pool.adopt(saved[name]) for name, pool in self.pools.items() if name in saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on drawing the same prompts; JSON-able."""
@@ -139,6 +175,17 @@ class Curriculum:
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
         self._notes, self._alarms = list(state["notes"]), list(state["alarms"])
 
+    def _check_exhausted(self) -> None:
+        """Warn, once for each domain, where nothing is left to learn; stop by choice where no domain has anything."""
+        done = [name for name, pool in self.pools.items() if pool.is_exhausted]
+        for name in done:
+            if name not in self._exhausted:
+                logger.warning("domain %r: %s; its least bad prompts go on", name, _why(self.pools[name]))
+        self._exhausted = set(done)
+        if self.pool and self.pool.when_exhausted == "stop" and len(done) == len(self.pools):
+            why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in done)
+            raise RuntimeError(f"nothing can be learned any more: {why} (pool.when_exhausted is stop)")
+
 
 def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:
     if len(mixture) != len(names):
@@ -148,6 +195,11 @@ def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:
             raise ValueError(f"domain {name!r}: the scheduler's share must be finite and >= 0, got {share}")
     if abs(sum(mixture) - 1) > 1e-6:
         raise ValueError(f"the scheduler's shares must sum to 1, got {sum(mixture)} from {list(mixture)}")
+
+
+def _why(pool: PromptPool) -> str:
+    counts = pool.counts()
+    return f"{counts[State.IMPOSSIBLE]} prompts are impossible and {counts[State.MASTERED]} mastered of {len(pool.ids)}"
 
 
 def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:

@@ -33,6 +33,8 @@ class Domain:
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
     """None, or how answers that differ from their siblings are rewarded: `rewards.diversity.Diversity` or its fields."""
+    advantages: Literal["group", "mean_only"] | None = None
+    """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
     max_completion_length: int | None = None
     """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None

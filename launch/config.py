@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -57,6 +57,8 @@ class DomainSection(_Section):
     reward: Any
     """Registry name, import path, or `{name: .., **arguments}`."""
     weight: float = Field(default=1.0, ge=0)
+    advantages: Literal["group", "mean_only"] | None = None
+    """As the recipe's `advantages`, for this domain alone."""
     max_completion_length: int | None = Field(default=None, ge=1)
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -138,6 +140,72 @@ class ProbeSection(_Section):
     """Also train on all domains for the same total of steps: what a sequence has to beat."""
 
 
+class RefillSection(_Section):
+    """Groups whose rewards are all equal are replaced within the draw by groups of further prompts of their domain."""
+
+    max_rounds: int = Field(default=2, ge=0)
+    """With half of the groups dead, two rounds leave about one in eight."""
+
+
+class PoolSection(_Section):
+    """Choose prompts by what is known of their pass rates; without this section every prompt is drawn once a pass."""
+
+    impossible_below: float = Field(default=0.05, gt=0, lt=1)
+    """Pass rate below which, with 95 % confidence, a prompt is given up for long; takes about eight visits of eight."""
+    defer_below: float = Field(default=0.125, gt=0, lt=1)
+    """Posterior mean below which a prompt waits."""
+    mastered_above: float = Field(default=0.9, gt=0, lt=1)
+    """Posterior mean above which it is only reviewed."""
+    discount: float = Field(default=0.99, ge=0.5, le=1)
+    """Of earlier evidence at each visit."""
+    sampling: str = "uniform"
+    """Among the unseen and active: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a domain's prompts that are waiting ones whose turn has come."""
+    retry_deferred: int = Field(default=10, ge=1)
+    """Draws until a deferred prompt is tried again; likewise the next two."""
+    retry_mastered: int = Field(default=50, ge=1)
+    retry_impossible: int = Field(default=100, ge=1)
+    when_exhausted: Literal["continue", "stop"] = "continue"
+    """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    refill: RefillSection = RefillSection()
+    start: str | None = Field(default=None, alias="from")
+    """`pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts' ids."""
+
+    @model_validator(mode="after")
+    def _is_a_band(self) -> PoolSection:
+        if not self.impossible_below <= self.defer_below < self.mastered_above:
+            raise ValueError("expected impossible_below <= defer_below < mastered_above")
+        return self
+
+
+class GuardSection(_Section):
+    """What a lone success of a group may do: with G completions its advantage is about sqrt(G - 1)."""
+
+    cap: float = Field(default=2.0, gt=0)
+    """Largest advantage of a lone success."""
+    drop_shortcuts: bool = True
+    """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
+
+
+class UpdateSection(_Section):
+    """The update itself."""
+
+    drop_dead: Literal["auto", "always", "never"] = "auto"
+    """Leave out rows that cannot move the policy: `auto` where the gradient stays what it is, `always` or an error."""
+
+
+class RftSection(_Section):
+    """`algorithm: rft`: train on accepted samples only."""
+
+    accept_from: float = 1.0
+    """Smallest reward of an accepted sample."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Most samples a prompt, the best first."""
+    dedup: Any = None
+    """A partitioner's name: one sample of each semantic class."""
+
+
 class LoraSection(_Section):
     """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
 
@@ -202,9 +270,16 @@ class Recipe(_Section):
 
     name: str
     model: str
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: Literal["grpo", "rft"] = "grpo"
+    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
+    advantages: Literal["group", "mean_only"] = "group"
+    """(r - mean) / std of the group, as TRL has it, or r - mean."""
     domains: dict[str, DomainSection] = Field(min_length=1)
     curriculum: CurriculumSection = CurriculumSection()
+    pool: PoolSection | None = None
+    guard: GuardSection | None = None
+    rft: RftSection = RftSection()
+    update: UpdateSection = UpdateSection()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -337,6 +412,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if not (folder / model).is_dir():
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
+    if recipe.pool is not None and recipe.pool.start is not None:
+        pool = recipe.pool.model_copy(update={"start": _absolute(recipe.pool.start, folder)})
+        recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder)
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
     return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})

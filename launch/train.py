@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config import Recipe, RecipeError, load_recipe
+from launch.practice import adopt_known, own_pool, pool_settings, update_settings
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -81,6 +82,7 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
     from transformers.trainer_callback import PrinterCallback
 
     from curricula.guardrails import Guardrail
+    from curricula.pool_file import POOL_FILE
     from trainer.callbacks import RunCallback
     from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
     from trainer.progress import ProgressLine
@@ -98,6 +100,9 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
 
     trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is None and (known := adopt_known(trainer, recipe)):
+        say(known)
+    own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()})
     check = trainer.check_weight_sync()
     if check is not None:
         if not check.is_passed:
@@ -149,7 +154,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
-    scheduler = build_scheduler(recipe)
+    scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
@@ -166,6 +171,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
             engine=engine or recipe.rollouts.engine,
             evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
             entropy=EntropySettings(**recipe.entropy.model_dump()),
+            pool=pool,
+            update=update_settings(recipe),
             max_grader_failures=recipe.rollouts.max_grader_failures,
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),

@@ -14,9 +14,10 @@ from curricula.records import Domain, Fused, Group, PromptRef, mean
 from launch.config import DiversitySection
 from rewards.diversity import Diversity
 from tests.conftest import HOUSE
+from trainer.advantages import Advantages, UpdateSettings
 from trainer.data import Prompt
 from trainer.draws import Draws
-from trainer.fusion import Fusion, find_diversity, recentred
+from trainer.fusion import Fusion, find_diversity
 from trainer.meter import Meter
 from trainer.rollouts import Completion
 from trainer.scoring import Sample, Scorer, check_failures
@@ -83,6 +84,11 @@ def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():
     assert not group((1.0, 1.0, 1.0)).has_signal
 
 
+def test_a_text_that_was_not_gathered_is_an_error_and_not_an_empty_answer():
+    with pytest.raises(ValueError, match="domain 'stories': 1 of 2 texts of a group were gathered"):
+        Fusion.of([domain()])([group((1.0, 1.0))], ["a", None], prompt_of)
+
+
 def test_ranks_share_the_comparing_and_agree_on_the_result():
     groups = [group((1.0, 0.5), prompt=f"p{i}") for i in range(5)]
     texts = [text for i in range(5) for text in ("a", "a" if i % 2 else "b")]
@@ -98,15 +104,19 @@ def test_ranks_share_the_comparing_and_agree_on_the_result():
     assert replace(fusion, gather=lambda told: said[0] + said[1])(groups, texts, prompt_of) == alone
 
 
+def advantages() -> Advantages:
+    kinds = {"math": "group", "stories": "mean_only"}
+    return Advantages(settings=UpdateSettings(), kinds=kinds, is_shortcut=lambda graded: False)
+
+
 RANK = """
 import json
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tests.test_fusion import domain, prompt_of
+from tests.test_fusion import advantages, domain, prompt_of
 from trainer.data import Prompt
 from trainer.data import Prompt
-from trainer.draws import Draws
-from trainer.fusion import Fusion, recentred
+from trainer.fusion import Fusion
 from trainer.scoring import Sample, form_groups, grade
 import torch
 
@@ -118,7 +128,8 @@ mine = slice(state.process_index * share, (state.process_index + 1) * share)
 fusion = Fusion.of([domain()]).on(state)
 graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
 groups = fusion(form_groups(graded, size=4, draw=0), [g.text for g in graded], prompt_of)
-rows = recentred(torch.full((share,), 9.0), groups, start=mine.start)
+members = [graded[i : i + 4] for i in range(0, len(graded), 4)]
+rows = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
 print("RESULT" + json.dumps([[g.learned for g in groups], gather_object(rows.tolist())]), flush=True)
 state.wait_for_everyone()
 state.destroy_process_group()
@@ -235,11 +246,11 @@ def test_advantages_of_fused_groups_are_centred_and_not_scaled():
     plain = group((1.0, 0.0), "math")
     fused = group((1.0, 1.0, 0.5), fused=Fused(rewards=(0.5, None, 0.2), diversity=None, classes=None))
     theirs = torch.tensor([1.4, -1.4, 7.0, 7.0, 7.0])
-    ours = recentred(theirs, [plain, fused], start=0)
+    members = [[None] * 2, [None] * 3]  # nobody looks at the completions themselves
+    ours = advantages()(theirs, [plain, fused], members, 0)
     assert ours.tolist() == pytest.approx([1.4, -1.4, 0.15, 0.0, -0.15])
-    assert recentred(theirs[3:], [plain, fused], start=3).tolist() == pytest.approx([0.0, -0.15])
+    assert advantages()(theirs[3:], [plain, fused], members, 3).tolist() == pytest.approx([0.0, -0.15])
     assert theirs.tolist()[2:] == [7.0] * 3
-    assert recentred(theirs, [plain], start=0) is theirs
     assert sum(ours.tolist()) == pytest.approx(0, abs=1e-6)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from curricula.guardrails import Guardrail, Verdict, check
+from curricula.pool_file import POOL_FILE, save_pools
 from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
 from trainer.dashboard import defined
 from trainer.progress import ProgressLine
@@ -48,6 +50,9 @@ class RunCallback(TrainerCallback):
         self.tracker = tracker
         self.progress = progress
         self._evaluated_at: int | None = None
+        trainer.draws.refill_listeners.append(
+            lambda n, groups, refs: recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
+        )
         trainer.draws.listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,6 +69,7 @@ class RunCallback(TrainerCallback):
             for verdict in self._broken_guardrails():
                 self._act(verdict, control, Path(args.output_dir))
         self._note_entropy_alarms()
+        self._note_shortcut_alarms()
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -77,6 +83,8 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             best = self._best(Path(args.output_dir), state.global_step)
             keep_newest(Path(args.output_dir), self.keep_checkpoints, also=best)
+            if self.trainer.curriculum.pools:
+                save_pools(self.recorder.folder.path / POOL_FILE, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
@@ -89,6 +97,13 @@ class RunCallback(TrainerCallback):
         result = self.trainer.evaluate_heldout()
         self.trainer.entropy.after_evaluation(step, result.item_entropy)
         return self.recorder.record_heldout(step, result)
+
+    def _note_shortcut_alarms(self) -> None:
+        for alarm in self.trainer.shortcuts.take_alarms():
+            self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")
+            if self.trainer.accelerator.is_main_process:
+                logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
+                self.recorder.folder.append("alarms", asdict(alarm))
 
     def _note_entropy_alarms(self) -> None:
         """Write down what the entropy monitor has found, on rank 0; the scheduler is told by every rank's own copy."""

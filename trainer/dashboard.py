@@ -1,7 +1,7 @@
 """Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
 
 Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
-`transfer/<d>/<metric>` and `rollout/<metric>`. Undefined values are absent, never 0.
+`shortcuts/<d>/<metric>`, `transfer/<d>/<metric>` and `rollout/<metric>`. Undefined values are absent, never 0.
 """
 
 from __future__ import annotations
@@ -18,13 +18,32 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
         "entropy_coef": "coefficient of the domain's entropy in the loss, with `entropy.control: adaptive`",
         "pass_rate": "share of graded completions with reward 1",
-        "frac_dead": "share of groups whose rewards are all equal",
+        "frac_dead": "share of groups drawn whose rewards are all equal",
+        "dead_correct": "share of the groups that went on to the update which are dead because all was correct",
+        "dead_wrong": "the same, dead because all was equally wrong",
         "mean_length": "tokens a completion",
         "clipped_ratio": "share of completions cut at the length limit",
         "grader_failures": "completions whose reward raised or returned None",
         "n": "completions drawn",
     },
-    "curriculum": {"mixture": "share of the last draw that the scheduler asked for"},
+    "curriculum": {
+        "mixture": "share of the last draw that the scheduler asked for",
+        "active": "prompts in the band worth practising (with `pool`)",
+        "deferred": "prompts too hard for now",
+        "impossible": "prompts too hard with 95 % confidence",
+        "mastered": "prompts above the band",
+    },
+    "shortcuts": {
+        "answer_repetition": "share of completions that say their answer three times or more",
+        "repeated_ngrams": "share with more than 30 % repeated 8-grams",
+        "computation_skipping": "share far shorter than the domain's correct ones, or without the solution's steps",
+        "bare_answer": "share with an answer and hardly anything before it",
+        "language_mixing": "share with more than 5 % of the letters in other scripts than Latin and Greek",
+        "truncation": "share cut at the length limit",
+        "lone_successes": "groups with exactly one full reward",
+        "lone_shortcuts": "lone successes with a sign that is not the domain's manner",
+        "correct_length": "median tokens of the last 64 correct completions, lone successes left out",
+    },
     "heldout": {
         "score": "mean held-out score in [0, 1], `report` half",
         "entropy": "mean token entropy on held-out completions in nats",
@@ -52,6 +71,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     },
     "rollout": {
         "tokens_per_s": "generated tokens a second of generation",
+        "refill_rounds": "rounds a draw in which dead groups were replaced",
+        "shortfall": "dead groups a draw that refill could not replace",
         "useful_token_frac": "share of generated tokens that lie in groups with signal",
     },
 }

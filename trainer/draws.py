@@ -1,9 +1,14 @@
-"""The walk of one draw: the curriculum names prompts, the engine samples their groups, the domains' rewards score them."""
+"""The walk of one draw: the curriculum names prompts, the engine samples their groups, the domains' rewards score them.
+
+Groups that can teach nothing are replaced, in a bounded number of rounds, by groups of further prompts of the same domain.
+All is decided from what all ranks have gathered, so that all make the same number of rounds.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +20,100 @@ from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
-from trainer.scoring import Sample, Scorer, check_failures, form_groups, grade
+from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One completion on the rank that it belongs to."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completion: Completion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Some groups of a draw, by their place in it."""
+
+    rows: dict[int, Row]
+    """Of this rank, by the row's place in the draw."""
+    graded: dict[int, list[Graded]]
+    """Of all ranks, [G] a group."""
+    groups: dict[int, Group]
+    seconds: float
+    """Spent generating."""
+
+    def part(self, places: Sequence[int], size: int) -> Batch:
+        """Return the groups at these places."""
+        return Batch(
+            rows={i: row for i, row in self.rows.items() if i // size in places},
+            graded={k: self.graded[k] for k in places},
+            groups={k: self.groups[k] for k in places},
+            seconds=0.0,
+        )
+
+    def joined(self, other: Batch) -> Batch:
+        """Return both, the other's groups in the stead of one's own; the order of the draw is kept."""
+        return Batch(
+            rows=dict(sorted((self.rows | other.rows).items())),
+            graded=dict(sorted((self.graded | other.graded).items())),
+            groups=dict(sorted((self.groups | other.groups).items())),
+            seconds=self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One draw, generated and scored: what the overridden TRL methods hand over."""
 
-    rows: list[dict[str, Any]]
-    """This rank's rows in TRL's form."""
-    prompt_ids: list[list[int]]
-    completions: list[Completion]
-    rewards: list[float | None]
-    """What the update learns from, of all ranks in rank order."""
-    groups: list[Group]
-    """Of all ranks."""
-    seconds: float
+    batch: Batch
+    """What goes on to the update."""
+    discarded: list[Batch] = field(default_factory=list)
+    """Groups that taught nothing and were replaced, or came in vain as replacements."""
+    rounds: int = 0
+    """Refill rounds made."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """This rank's rows in TRL's form."""
+        return [{"prompt": row.prompt.prompt} for row in self.batch.rows.values()]
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [row.prompt_ids for row in self.batch.rows.values()]
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [row.completion for row in self.batch.rows.values()]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of all ranks."""
+        return list(self.batch.groups.values())
+
+    @property
+    def graded(self) -> list[Graded]:
+        """Of all ranks, in rank order."""
+        return [g for members in self.batch.graded.values() for g in members]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """What the update learns from, of all ranks in rank order."""
+        return [reward for group in self.groups for reward in group.learned]
+
+    @property
+    def all_graded(self) -> list[list[Graded]]:
+        """Of all ranks, by group, those that were replaced too."""
+        return [members for batch in (self.batch, *self.discarded) for members in batch.graded.values()]
+
+    @property
+    def discarded_groups(self) -> list[Group]:
+        return [group for batch in self.discarded for group in batch.groups.values()]
+
+    @property
+    def discarded_completions(self) -> list[Graded]:
+        return [g for batch in self.discarded for members in batch.graded.values() for g in members]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,50 +137,94 @@ class Draws:
     to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]]
     rank: int = 0
     world_size: int = 1
+    refill_rounds: int = 0
+    """Most rounds in which groups that teach nothing are replaced."""
+    is_useful: Callable[[Group], bool] = lambda group: group.has_signal
+    """Whether a group can move the policy."""
+    inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: ()
+    """Finds signs of shortcuts in a completion."""
+    with_texts: Collection[str] = ()
+    """Domains whose texts all ranks get, beside those that compare them."""
     listeners: list[Callable[[Sequence[PromptRef]], None]] = field(default_factory=list)
     """Called on rank 0 with the prompts of every draw before they are generated."""
+    refill_listeners: list[Callable[[int, Sequence[Group], Sequence[PromptRef]], None]] = field(default_factory=list)
+    """Called on rank 0 before a refill is generated: its round, the groups to replace, the prompts found for them."""
 
     def roll_out(self, n_rows: int) -> Rollout:
-        """Draw prompts for this rank's `n_rows` slots, generate their groups, score them."""
+        """Draw prompts for this rank's `n_rows` slots, generate their groups, score them, replace the useless ones."""
         draw = self.curriculum.draws
-        refs = self._draw(n_rows)
-        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in set(refs)}
-        prompts = [drawn[ref] for ref in refs]  # one object a group, which is tokenised once
+        refs = self._agreed(self.curriculum.draw(n_rows * self.world_size // self.group_size))
+        for listen in self.listeners if self.rank == 0 else ():
+            listen(refs)
+        batch = self._sample(draw, 0, dict(enumerate(refs)), n_rows)
+        check_failures(list(batch.groups.values()), most=self.max_grader_failures)
+        discarded: list[Batch] = []
+        rounds = 0
+        while rounds < self.refill_rounds and (found := self._replacements(rounds + 1, batch.groups)):
+            rounds += 1
+            fresh = self._sample(draw, rounds, found, n_rows)
+            better = [k for k, group in fresh.groups.items() if self.is_useful(group)]
+            in_vain = [k for k in fresh.groups if k not in better]
+            discarded += [batch.part(better, self.group_size), fresh.part(in_vain, self.group_size)]
+            kept = fresh.part(better, self.group_size)
+            batch = batch.joined(Batch(rows=kept.rows, graded=kept.graded, groups=kept.groups, seconds=fresh.seconds))
+        return Rollout(batch=batch, discarded=discarded, rounds=rounds)
+
+    def _replacements(self, refill_round: int, groups: Mapping[int, Group]) -> dict[int, PromptRef]:
+        """Return a further prompt of the same domain for each useless group, as far as there are any."""
+        useless = {k: group for k, group in groups.items() if not self.is_useful(group)}
+        refs = self._agreed(self.curriculum.refill(Counter(group.domain for group in useless.values())))
+        found: dict[int, PromptRef] = {}
+        for k, group in useless.items():
+            of_domain = [ref for ref in refs if ref.domain == group.domain and ref not in found.values()]
+            if of_domain:
+                found[k] = of_domain[0]
+        for listen in self.refill_listeners if self.rank == 0 and useless else ():
+            listen(refill_round, list(useless.values()), list(found.values()))
+        return found
+
+    def _sample(self, draw: int, refill_round: int, refs: Mapping[int, PromptRef], n_rows: int) -> Batch:
+        """Generate and score the group of each place; this rank makes the rows that are its own."""
+        mine = range(self.rank * n_rows, (self.rank + 1) * n_rows)
+        size = self.group_size
+        places = [i for k in refs for i in range(k * size, (k + 1) * size) if i in mine]
+        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in {refs[i // size] for i in places}}
+        prompts = [drawn[refs[i // size]] for i in places]  # one object a group, which is tokenised once
         prompt_ids = self.data.tokenize(prompts)
         requests = [
             Request(
                 prompt_ids=ids,
-                seed=completion_seed(self.seed, draw, prompt.id, 0, i % self.group_size),
+                seed=completion_seed(self.seed, draw, prompt.id, refill_round, i % size),
                 max_tokens=self.data.limits[prompt.domain],
             )
-            for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+            for i, prompt, ids in zip(places, prompts, prompt_ids, strict=True)
         ]
         started = time.perf_counter()
         completions = self.complete(requests)
         seconds = time.perf_counter() - started
         samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples), with_texts=self.fusion.domains))
+        graded = gather_object(
+            grade(
+                samples, self.scorer(samples), inspect=self.inspect, with_texts={*self.with_texts, *self.fusion.domains}
+            )
+        )
         groups = self.fusion(
-            form_groups(graded, size=self.group_size, draw=draw),
+            form_groups(graded, size=size, draw=draw),
             [g.text for g in graded],
             lambda group: self.data.train[group.domain][group.prompt_id].prompt,
         )
-        check_failures(groups, most=self.max_grader_failures)
-        return Rollout(
-            rows=[{"prompt": prompt.prompt} for prompt in prompts],
-            prompt_ids=prompt_ids,
-            completions=completions,
-            rewards=[reward for group in groups for reward in group.learned],
-            groups=groups,
+        return Batch(
+            rows={
+                i: Row(prompt=prompt, prompt_ids=ids, completion=completion)
+                for i, prompt, ids, completion in zip(places, prompts, prompt_ids, completions, strict=True)
+            },
+            graded={k: graded[n * size : (n + 1) * size] for n, k in enumerate(refs)},
+            groups=dict(zip(refs, groups, strict=True)),
             seconds=seconds,
         )
 
-    def _draw(self, n_rows: int) -> list[PromptRef]:
-        """Return the prompt of each of this rank's rows; groups may straddle ranks, so rows are cut from the whole."""
-        refs = [self.curriculum.draw(n_rows * self.world_size // self.group_size)]
-        broadcast_object_list(refs, from_process=0)
-        if self.rank == 0:
-            for listen in self.listeners:
-                listen(refs[0])
-        rows = [ref for ref in refs[0] for _ in range(self.group_size)]
-        return rows[self.rank * n_rows : (self.rank + 1) * n_rows]
+    def _agreed(self, refs: list[PromptRef]) -> list[PromptRef]:
+        """Return rank 0's prompts on every rank."""
+        shared = [refs]
+        broadcast_object_list(shared, from_process=0)
+        return shared[0]

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 
-from curricula.records import Domain, Fused, Group, mean
+from curricula.records import Domain, Fused, Group
 from rewards.diversity import Diversity, DiversityResult
 from rewards.partitions import Same
 
@@ -85,9 +84,7 @@ class Fusion:
         if not places:
             return list(groups)
         size = len(groups[0].rewards)
-        mine = {
-            i: [text or "" for text in texts[i * size : (i + 1) * size]] for i in places[self.rank :: self.world_size]
-        }
+        mine = {i: _known(texts[i * size : (i + 1) * size], groups[i]) for i in places[self.rank :: self.world_size]}
         told: list[tuple[int, Same | None]] = []
         for name, diversity in self.by_domain.items():
             own = [i for i in mine if groups[i].domain == name]
@@ -131,22 +128,13 @@ def compared(
     return told
 
 
-def recentred(advantages: torch.Tensor, groups: Sequence[Group], *, start: int) -> torch.Tensor:
-    """Return advantages [B] of this rank's rows, those of fused groups made reward minus group mean, without std.
-
-    Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534). `start` is
-    the place of the first row among those of all ranks. A row without a fused reward gets 0.
-    """
-    if all(group.fused is None for group in groups):
-        return advantages
-    rows = [(group, k) for group in groups for k in range(len(group.rewards))]
-    centred = advantages.clone()
-    for i, (group, k) in enumerate(rows[start : start + len(advantages)]):
-        if group.fused is not None:
-            reward = group.fused.rewards[k]
-            known = [r for r in group.fused.rewards if r is not None]
-            centred[i] = 0.0 if reward is None else reward - mean(known)
-    return centred
+def _known(texts: Sequence[str | None], group: Group) -> list[str]:
+    known = [text for text in texts if text is not None]
+    if len(known) != len(group.rewards):
+        raise ValueError(
+            f"domain {group.domain!r}: {len(known)} of {len(group.rewards)} texts of a group were gathered"
+        )
+    return known
 
 
 def _record(result: DiversityResult) -> Fused:

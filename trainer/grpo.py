@@ -19,22 +19,28 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
+from curricula.pool import PoolSettings
+from curricula.pool_file import POOL_FILE, load_pools, save_pools
 from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
+from rewards.partitions import find_partitioner
+from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state
-from trainer.dashboard import key
+from trainer.dashboard import defined, key
 from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.draws import Draws, Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
-from trainer.fusion import Fusion, recentred
+from trainer.fusion import Fusion
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
 from trainer.rollouts import Completion, InProcessEngine, Request, Sampling
 from trainer.scoring import Sample, Scorer
+from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
+from trainer.update import KEPT_SHARE, live_counts, objections, without_dead
 from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
 
 
@@ -73,6 +79,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         engine: str | InProcessEngine = "vllm",
         evaluation: EvaluationSettings | None = None,
         entropy: EntropySettings | None = None,
+        pool: PoolSettings | None = None,
+        update: UpdateSettings | None = None,
         max_grader_failures: float = 0.5,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
@@ -94,13 +102,17 @@ class DomainGRPOTrainer(GRPOTrainer):
             scheduler=find_scheduler(curriculum)() if isinstance(curriculum, str) else curriculum,
             total_draws=self.plan.draws,
             seed=args.seed,
+            pool=pool,
         )
+        self.shortcuts = ShortcutWatch(self.data.names)
+        self.advantages = self._advantages(update or UpdateSettings())
         self.meter = Meter(domains=self.data.names)
         self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
         self._loss_entropy: torch.Tensor | None = None
+        self._without_dead: list[dict[str, Any]] | None = None
         self._resumed_from: str | None = None
         super().__init__(
             model=model,
@@ -114,6 +126,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.engine = self._attach(engine) if not self.use_vllm else None
         self.draws = self._walk(max_grader_failures)
+        self.drops_dead = self._may_drop_dead()
         self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
 
     # --- the engine -----------------------------------------------------------------------------------------------
@@ -172,6 +185,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
         each prompt stands in a row.
         """
+        if not requests and self.use_vllm:
+            return []
         if self.engine is not None:
             if self.state.global_step != self._last_loaded_step:
                 self.sync_engine()
@@ -209,6 +224,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     # --- one draw -------------------------------------------------------------------------------------------------
 
     def _walk(self, max_grader_failures: float) -> Draws:
+        rft = self.advantages.settings.rft
         return Draws(
             data=self.data,
             curriculum=self.curriculum,
@@ -221,24 +237,38 @@ class DomainGRPOTrainer(GRPOTrainer):
             to_samples=self.to_samples,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            refill_rounds=self.curriculum.pool.refill_rounds if self.curriculum.pool else 0,
+            is_useful=rft.is_useful if rft else lambda group: group.has_signal,
+            inspect=self.shortcuts.inspect,
+            with_texts=self.data.names if self.advantages.partitioner else (),
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
-        self._rollout = self._roll_out(len(inputs))
+        self._rollout = rollout = self._roll_out(len(inputs))
         self._row_entropy = None
-        output = super()._generate_and_score_completions(self._rollout.rows)
-        start = self.accelerator.process_index * len(inputs)
-        output["advantages"] = recentred(output["advantages"], self._rollout.groups, start=start)
+        output = super()._generate_and_score_completions(rollout.rows)
         self._check_engine()
         owner = self._owners(len(inputs))
         entropy = self._domain_entropy(output, owner)
+        generated = [*rollout.groups, *rollout.discarded_groups]
         self.curriculum.observe(
-            self._rollout.groups, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
+            generated, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
         )
-        self.meter.add(self._rollout.groups, entropy, self._rollout.seconds)
-        self.entropy.after_draw(self.state.global_step + 1, entropy, self._rollout.groups)
+        self.meter.add(
+            rollout.groups,
+            entropy,
+            rollout.batch.seconds,
+            discarded=rollout.discarded_groups,
+            rounds=rollout.rounds,
+        )
+        self.entropy.after_draw(self.state.global_step + 1, entropy, generated)
         output.update(self.entropy.rows(owner, self.accelerator.device))
+        if not self.advantages.is_stock:
+            first_row = self.accelerator.process_index * len(inputs)
+            members = list(rollout.batch.graded.values())
+            output["advantages"] = self.advantages(output["advantages"], rollout.groups, members, first_row)
+        self.shortcuts.observe(self.state.global_step + 1, rollout.all_graded)
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
@@ -247,6 +277,43 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
         return self.draws.roll_out(n_rows)
+
+    def _advantages(self, settings: UpdateSettings) -> Advantages:
+        dedup = settings.rft.dedup if settings.rft else None
+        return Advantages(
+            settings=settings,
+            kinds={
+                d.name: d.advantages or (settings.advantages if d.diversity is None else "mean_only")
+                for d in self.data.domains
+            },
+            is_shortcut=self.shortcuts.is_shortcut,
+            partitioner=None if dedup is None else find_partitioner(dedup),
+        )
+
+    # --- rows that cannot move the policy -----------------------------------------------------------------------------
+
+    def _may_drop_dead(self) -> bool:
+        """Say whether dead rows leave the update. Raises ValueError where they shall, but the gradient would change."""
+        wanted = self.advantages.settings.drop_dead
+        reasons = objections(
+            self.args,
+            has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
+            has_aux_loss=self.aux_loss_enabled,
+        )
+        if wanted == "always" and reasons:
+            raise ValueError(f"update.drop_dead: always would change the gradient: {'; '.join(reasons)}")
+        return wanted != "never" and not reasons
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Take dead rows out of the micro-batches. Relies on TRL keeping those of a draw in `_buffered_inputs`."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not (self.drops_dead and self.model.training):
+            return inputs
+        if self._buffered_inputs is not self._without_dead:
+            counts = self.accelerator.gather(live_counts(self._buffered_inputs).unsqueeze(0)).amax(0).tolist()
+            self._without_dead = without_dead(self._buffered_inputs, counts, self.loss_type)
+            self._buffered_inputs = self._without_dead
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _check_engine(self) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
@@ -304,8 +371,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         return logps, entropy, aux_loss
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Add the entropy term if it was asked for. Relies on TRL computing entropies with gradient in its own loss."""
+        """Make up for rows that were left out, add the entropy term if it was asked for.
+
+        Relies on TRL computing entropies with gradient in its own loss.
+        """
         loss = super()._compute_loss(model, inputs)
+        if KEPT_SHARE in inputs:
+            loss = loss * inputs[KEPT_SHARE]
         entropy, self._loss_entropy = self._loss_entropy, None
         if self.entropy.control is None or entropy is None:
             return loss
@@ -333,7 +405,14 @@ class DomainGRPOTrainer(GRPOTrainer):
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
-        return {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True) if tokens}
+        found = {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True)}
+        # groups that a refill replaced get no forward pass: minus the log-probability of what was sampled is as large
+        # in the mean, and leaving them out would hide the very groups where collapse shows first
+        for g in self._finished.discarded_completions:
+            if g.surprisal is not None:
+                total, tokens = found[g.domain]
+                found[g.domain] = (total + g.surprisal, tokens + g.length)
+        return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}
 
     def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
         """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
@@ -370,6 +449,7 @@ class DomainGRPOTrainer(GRPOTrainer):
                 owner, metric = name.rsplit("/", 1)
                 logs[key("curriculum", metric, owner)] = value
             logs.update(self.entropy.metrics())
+            logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
@@ -380,7 +460,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, {**self.curriculum.state_dict(), "entropy": self.entropy.state_dict()})
+            if self.curriculum.pools:
+                save_pools(folder / POOL_FILE, self.curriculum.pool_columns())
+            own = {"entropy": self.entropy.state_dict(), "shortcuts": self.shortcuts.state_dict()}
+            save_state(folder, {**self.curriculum.state_dict(), **own})
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
@@ -408,5 +491,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         if checkpoint is not None:
             state = load_state(Path(checkpoint))
             self.curriculum.load_state_dict(state)
+            if self.curriculum.pools:
+                self.curriculum.adopt_pools(load_pools(Path(checkpoint) / POOL_FILE))
+            self.shortcuts.load_state_dict(state["shortcuts"])
             self.entropy.load_state_dict(state["entropy"])
             self._resumed_from = checkpoint

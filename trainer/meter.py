@@ -16,6 +16,9 @@ class DomainSums:
 
     groups: int = 0
     dead: int = 0
+    updated: int = 0
+    dead_correct: int = 0
+    dead_wrong: int = 0
     completions: int = 0
     failures: int = 0
     graded: int = 0
@@ -43,6 +46,14 @@ class DomainSums:
         self.useful_tokens += tokens if group.has_signal else 0
         self.truncated += sum(group.truncated)
 
+    def update_with(self, group: Group) -> None:
+        """Count a group that went on to the update."""
+        self.updated += 1
+        if not group.has_signal:
+            is_correct = group.pass_rate == 1.0
+            self.dead_correct += is_correct
+            self.dead_wrong += not is_correct
+
     def metrics(self) -> dict[str, float]:
         """Return the `domain/<d>` metrics; NaN where nothing was counted."""
         mean = _ratio(self.reward, self.graded)
@@ -53,6 +64,8 @@ class DomainSums:
             "entropy": _ratio(self.entropy, self.entropy_tokens),
             "pass_rate": _ratio(self.passed, self.graded),
             "frac_dead": _ratio(self.dead, self.groups),
+            "dead_correct": _ratio(self.dead_correct, self.updated),
+            "dead_wrong": _ratio(self.dead_wrong, self.updated),
             "mean_length": _ratio(self.tokens, self.completions),
             "clipped_ratio": _ratio(self.truncated, self.completions),
             "grader_failures": self.failures,
@@ -110,13 +123,31 @@ class Meter:
     """Of the domains with a diversity reward."""
     seconds: float = 0.0
     """Spent generating."""
+    draws: int = 0
+    rounds: int = 0
+    """Of refill."""
 
-    def add(self, groups: Sequence[Group], entropy: Mapping[str, tuple[float, float]], seconds: float) -> None:
-        """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took."""
-        for group in groups:
+    def add(
+        self,
+        groups: Sequence[Group],
+        entropy: Mapping[str, tuple[float, float]],
+        seconds: float,
+        *,
+        discarded: Sequence[Group] = (),
+        rounds: int = 0,
+    ) -> None:
+        """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took.
+
+        `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`.
+        """
+        for group in (*groups, *discarded):
             self.sums.setdefault(group.domain, DomainSums()).add(group)
+        for group in groups:
+            self.sums[group.domain].update_with(group)
             if group.fused is not None:
                 self.diversity.setdefault(group.domain, DiversitySums()).add(group)
+        self.draws += 1
+        self.rounds += rounds
         for name, (total, tokens) in entropy.items():
             sums = self.sums.setdefault(name, DomainSums())
             sums.entropy += total
@@ -125,8 +156,8 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Return all metrics since the last flush and start anew; undefined ones are absent."""
-        sums, diversity, seconds = self.sums, self.diversity, self.seconds
-        self.sums, self.diversity, self.seconds = {}, {}, 0.0
+        sums, diversity, seconds, draws, rounds = self.sums, self.diversity, self.seconds, self.draws, self.rounds
+        self.sums, self.diversity, self.seconds, self.draws, self.rounds = {}, {}, 0.0, 0, 0
         metrics = {
             key("domain", metric, name): value
             for name, counted in sums.items()
@@ -138,6 +169,8 @@ class Meter:
         tokens = sum(s.tokens for s in sums.values())
         metrics[key("rollout", "tokens_per_s")] = _ratio(tokens, seconds)
         metrics[key("rollout", "useful_token_frac")] = _ratio(sum(s.useful_tokens for s in sums.values()), tokens)
+        metrics[key("rollout", "refill_rounds")] = _ratio(rounds, draws)
+        metrics[key("rollout", "shortfall")] = _ratio(sum(s.dead_correct + s.dead_wrong for s in sums.values()), draws)
         return defined(metrics)
 
 

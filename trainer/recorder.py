@@ -10,7 +10,7 @@ from typing import Any
 from curricula.curriculum import Curriculum
 from curricula.forgetting import moment
 from curricula.items import on_half
-from curricula.records import Domain, Evaluation, PromptRef, mean
+from curricula.records import Domain, Evaluation, Group, PromptRef, mean
 from curricula.replay import decision_line
 from curricula.transfer import TransferMatrix
 from trainer.dashboard import defined, key
@@ -53,6 +53,16 @@ class Recorder:
             self.folder.write("predicted.json", json.dumps(reviews))
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
         self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
+
+    def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[PromptRef]) -> None:
+        """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
+        causes: dict[str, dict[str, int]] = {}
+        for group in dead:
+            cause = "all_correct" if group.pass_rate == 1.0 else "all_wrong"
+            of_domain = causes.setdefault(group.domain, {"all_correct": 0, "all_wrong": 0})
+            of_domain[cause] += 1
+        line = {"step": step, "round": refill_round, "dead": causes, "short": len(dead) - len(refs)}
+        self.folder.append("refills", line | {"prompts": [ref.id for ref in refs]})
 
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""

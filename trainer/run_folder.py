@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEDGERS = ("metrics", "decisions", "samples", "alarms")
+LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms")
 """The line-by-line files; each line has the `step` it belongs to."""
 
 

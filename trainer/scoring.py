@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,11 @@ class Graded:
     truncated: bool
     reward: float | None
     text: str | None = None
-    """Where the domain compares its texts with each other, else None."""
+    """Where texts of a group are compared with each other, else None."""
+    surprisal: float | None = None
+    """Sum over its tokens of minus the engine's log-probability, nats; None where the engine does not tell."""
+    signs: tuple[str, ...] = ()
+    """Of shortcuts and loops, see `trainer.shortcuts`."""
 
 
 class Scorer:
@@ -91,7 +95,11 @@ class Scorer:
 
 
 def grade(
-    samples: Sequence[Sample], scores: Sequence[float | None], *, with_texts: Collection[str] = ()
+    samples: Sequence[Sample],
+    scores: Sequence[float | None],
+    *,
+    inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: (),
+    with_texts: Collection[str] = (),
 ) -> list[Graded]:
     """Return the light records that ranks exchange: tokens stay where they were made, and so do the texts of all
     domains but those of `with_texts`."""
@@ -103,6 +111,8 @@ def grade(
             truncated=s.truncated,
             reward=score,
             text=s.text if s.prompt.domain in with_texts else None,
+            surprisal=None if s.logps is None else -sum(s.logps),
+            signs=inspect(s),
         )
         for s, score in zip(samples, scores, strict=True)
     ]

@@ -1,0 +1,281 @@
+"""The prompts of one domain, each with what is known of its pass rate, and which of them to practise next.
+
+Columns of numpy, one row a prompt, found by id: rows of the data set may come and go between runs. A draw takes prompts
+that are UNSEEN or ACTIVE, beside them a small share of those whose turn to be tried again has come. Picking and updating
+cost O(log N) a prompt. Nothing depends on the order of events but the columns and the clock, so a restored pool draws
+what the saved one would have drawn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from curricula.learnability import find_sampling
+from curricula.posterior import WAITING, Band, State
+from curricula.ranking import RankedSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSettings:
+    """How prompts are judged, waited for and chosen."""
+
+    band: Band = field(default_factory=Band)
+    discount: float = 0.99
+    """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
+    sampling: str = "uniform"
+    """Which UNSEEN and ACTIVE prompts: a name of `curricula.learnability.SAMPLINGS` or an import path."""
+    retry_share: float = 0.1
+    """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
+    retry_deferred: int = 10
+    """Draws before a DEFERRED prompt is tried again; a policy changes noticeably in about ten."""
+    retry_mastered: int = 50
+    """Draws before a MASTERED one is; forgetting is slower than learning."""
+    retry_impossible: int = 100
+    """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
+    when_exhausted: Literal["continue", "stop"] = "continue"
+    """What happens when no domain has anything left to learn: the least bad prompts, or an end with a message."""
+    refill_rounds: int = 2
+    """Most rounds in which the dead groups of a draw are replaced; with half of them dead, two leave one in eight."""
+
+    def __post_init__(self) -> None:
+        find_sampling(self.sampling)
+        for name, low, high in (("discount", 0.5, 1.0), ("retry_share", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"pool: expected {low} <= {name} <= {high}, got {getattr(self, name)}")
+        for name in ("retry_deferred", "retry_mastered", "retry_impossible"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pool: {name} must be at least 1 draw, got {getattr(self, name)}")
+        if self.refill_rounds < 0:
+            raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
+
+    def delay(self, state: State) -> int:
+        """Return the draws that a prompt of this state waits for its next visit."""
+        waits = {
+            State.DEFERRED: self.retry_deferred,
+            State.MASTERED: self.retry_mastered,
+            State.IMPOSSIBLE: self.retry_impossible,
+        }
+        return waits.get(state, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """What is known of N prompts."""
+
+    ids: Sequence[str]
+    successes: np.ndarray
+    """[N] float32, discounted."""
+    failures: np.ndarray
+    """[N] float32, discounted."""
+    visits: np.ndarray
+    """[N] int32: groups with at least one graded completion."""
+    due: np.ndarray
+    """[N] int32: the draw from which on a waiting prompt may be tried again."""
+    clock: int
+    """Draws made when this was taken."""
+
+    @classmethod
+    def empty(cls, ids: Sequence[str]) -> Columns:
+        n = len(ids)
+        counts, whole = np.zeros((2, n), dtype=np.float32), np.zeros((2, n), dtype=np.int32)
+        return cls(ids=ids, successes=counts[0], failures=counts[1], visits=whole[0], due=whole[1], clock=0)
+
+
+class PromptPool:
+    """Draw prompts of one domain, learn from their groups.
+
+    Example:
+        pool = PromptPool(["a", "b"], name="math", seed=1, settings=PoolSettings())
+        pool.observe(pool.draw(1)[0], [1.0, 0.0, 0.0, 0.0])
+    """
+
+    def __init__(self, ids: Sequence[str], *, name: str, seed: int, settings: PoolSettings) -> None:
+        if not ids:
+            raise ValueError(f"domain {name!r}: no training prompts to draw from")
+        self.ids = ids
+        self.name = name
+        self.seed = seed
+        self.settings = settings
+        self.clock = 0
+        self._sampling = find_sampling(settings.sampling)
+        self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
+        self._owed = 0.0
+        self._refills = 0
+        self._put(Columns.empty(ids))
+
+    # --- drawing --------------------------------------------------------------------------------------------------
+
+    def draw(self, n: int) -> list[str]:
+        """Return `n` prompts for the next draw, different ones as long as there are enough.
+
+        Of those that wait, at most `retry_share`, and more only where UNSEEN and ACTIVE ones do not suffice.
+        """
+        self._return_taken()
+        self.clock += 1
+        self._refills = 0
+        places = self._take_due(n)
+        places += self._take_open(n - len(places))
+        places += self._take_waiting(n - len(places))
+        while len(places) < n:  # fewer prompts than are asked for
+            places += places[: n - len(places)]
+        return [self.ids[place] for place in places]
+
+    def refill(self, n: int) -> list[str]:
+        """Return up to `n` further prompts for the same draw: UNSEEN and ACTIVE ones that it does not have yet."""
+        self._refills += 1
+        return [self.ids[place] for place in self._take_open(n)]
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True where every prompt is MASTERED or IMPOSSIBLE."""
+        counts = self.counts()
+        return counts[State.MASTERED] + counts[State.IMPOSSIBLE] == len(self.ids)
+
+    def counts(self) -> dict[State, int]:
+        """Return how many prompts are in each state."""
+        found = np.bincount(self.state, minlength=len(State))
+        return {state: int(found[state]) for state in State}
+
+    # --- learning -------------------------------------------------------------------------------------------------
+
+    def observe(self, prompt_id: str, rewards: Sequence[float]) -> None:
+        """Take in the graded rewards of one visit; with none graded, nothing was learned."""
+        if not rewards:
+            return
+        place = self._places[prompt_id]
+        passed = sum(min(1.0, max(0.0, reward)) for reward in rewards)
+        discount = self.settings.discount
+        self.successes[place] = discount * self.successes[place] + passed
+        self.failures[place] = discount * self.failures[place] + len(rewards) - passed
+        self.visits[place] += 1
+        state = State(int(self.settings.band.classify(self.successes[place], self.failures[place], self.visits[place])))
+        # too hard so far, but it has just succeeded: no need to wait
+        rises = state is State.DEFERRED and passed > 0
+        self.state[place] = state
+        self.due[place] = self.clock + (1 if rises else self.settings.delay(state))
+        if place not in self._taken:
+            self._open.remove(place)
+            self._enter(place)
+
+    def posterior(self, prompt_id: str) -> tuple[float, float]:
+        """Return the parameters of the prompt's Beta posterior."""
+        return self._beta(self._places[prompt_id])
+
+    def state_of(self, prompt_id: str) -> State:
+        return State(int(self.state[self._places[prompt_id]]))
+
+    # --- remembering ----------------------------------------------------------------------------------------------
+
+    def columns(self) -> Columns:
+        """Return what is known, for saving."""
+        return Columns(
+            ids=self.ids,
+            successes=self.successes,
+            failures=self.failures,
+            visits=self.visits,
+            due=self.due,
+            clock=self.clock,
+        )
+
+    def adopt(self, saved: Columns) -> int:
+        """Take over what is known of prompts that are here too; the others stay UNSEEN. Return how many were found."""
+        here = np.fromiter((self._places.get(i, -1) for i in saved.ids), dtype=np.int64, count=len(saved.ids))
+        found = here >= 0
+        mine = Columns.empty(self.ids)
+        for name in ("successes", "failures", "visits"):
+            getattr(mine, name)[here[found]] = getattr(saved, name)[found]
+        mine.due[here[found]] = saved.due[found] - saved.clock + self.clock
+        self._put(mine)
+        return int(found.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the columns do not say; JSON-able."""
+        return {"clock": self.clock, "owed": self._owed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; `adopt` the saved columns afterwards."""
+        self.clock, self._owed = state["clock"], state["owed"]
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _put(self, columns: Columns) -> None:
+        """Build everything that follows from the columns."""
+        self.successes, self.failures = columns.successes, columns.failures
+        self.visits, self.due = columns.visits, columns.due
+        self.state = self.settings.band.classify(self.successes, self.failures, self.visits)
+        self._open = RankedSet(self.state <= State.ACTIVE)
+        self._waiting = {state: self._queue(state) for state in WAITING}
+        self._taken: set[int] = set()
+
+    def _queue(self, state: State) -> list[tuple[int, int]]:
+        places = np.flatnonzero(self.state == state)
+        return sorted(zip(self.due[places].tolist(), places.tolist(), strict=True))
+
+    def _beta(self, place: int) -> tuple[float, float]:
+        return 1.0 + float(self.successes[place]), 1.0 + float(self.failures[place])
+
+    def _enter(self, place: int) -> None:
+        state = State(int(self.state[place]))
+        if state <= State.ACTIVE:
+            self._open.add(place)
+        else:
+            heapq.heappush(self._waiting[state], (int(self.due[place]), place))
+
+    def _return_taken(self) -> None:
+        taken, self._taken = self._taken, set()
+        for place in taken:
+            self._enter(place)
+
+    def _take_due(self, n: int) -> list[int]:
+        """Take up to the owed share of prompts whose turn has come, those that have waited longest first."""
+        self._owed += self.settings.retry_share * n
+        taken: list[int] = []
+        while len(taken) < min(n, int(self._owed)):
+            heads = [(head[0], state) for state in WAITING if (head := self._head(state)) is not None]
+            if not heads or min(heads)[0] > self.clock:
+                break
+            taken.append(self._pop(min(heads)[1]))
+        self._owed = min(1.0, self._owed - len(taken))  # what nobody waited for lapses
+        return taken
+
+    def _take_waiting(self, n: int) -> list[int]:
+        """Take prompts before their turn, the least bad first."""
+        taken: list[int] = []
+        for state in WAITING:
+            while len(taken) < n and self._head(state) is not None:
+                taken.append(self._pop(state))
+        return taken
+
+    def _take_open(self, n: int) -> list[int]:
+        generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
+        candidates = []
+        for _ in range(min(self._sampling.candidates(n), len(self._open)) if n > 0 else 0):
+            candidates.append(self._open.find(generator.randrange(len(self._open))))
+            self._open.remove(candidates[-1])
+        chosen = self._sampling.choose([self._beta(place) for place in candidates], n, generator)
+        places = [candidates[i] for i in chosen]
+        self._taken.update(places)
+        for place in set(candidates) - self._taken:
+            self._open.add(place)
+        return places
+
+    def _head(self, state: State) -> tuple[int, int] | None:
+        """Return the first prompt of a queue; entries that a later visit has overtaken are dropped."""
+        queue = self._waiting[state]
+        while queue and self._is_stale(*queue[0], state):
+            heapq.heappop(queue)
+        return queue[0] if queue else None
+
+    def _is_stale(self, due: int, place: int, state: State) -> bool:
+        return self.state[place] != state or self.due[place] != due or place in self._taken
+
+    def _pop(self, state: State) -> int:
+        place = heapq.heappop(self._waiting[state])[1]
+        self._taken.add(place)
+        return place

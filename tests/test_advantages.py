@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+
+from curricula.records import Group
+from trainer.advantages import Advantages, Guard, UpdateSettings, lone_success, mean_only
+from trainer.rft import RftSettings, accepted
+from trainer.scoring import Graded
+
+
+def graded(*rewards, domain="math", signs=(), texts=None) -> list[Graded]:
+    return [
+        Graded(
+            prompt_id="p",
+            domain=domain,
+            length=5,
+            truncated=False,
+            reward=r,
+            signs=signs if r == 1.0 else (),
+            text=None if texts is None else texts[i],
+        )
+        for i, r in enumerate(rewards)
+    ]
+
+
+def worth(stock, members, first_row=0, *, kind="group", **settings):
+    groups = [
+        Group(
+            prompt_id="p",
+            domain=m[0].domain,
+            draw=0,
+            rewards=tuple(g.reward for g in m),
+            lengths=(5,) * len(m),
+            truncated=(False,) * len(m),
+        )
+        for m in members
+    ]
+    return advantages(kind, **settings)(stock, groups, members, first_row)
+
+
+def advantages(kind="group", **settings) -> Advantages:
+    return Advantages(
+        settings=UpdateSettings(**settings), kinds={"math": kind, "talk": "group"}, is_shortcut=lambda g: bool(g.signs)
+    )
+
+
+def test_mean_only_by_hand():
+    assert mean_only([1.0, 0.0, None, 0.5]) == [0.5, -0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "place"),
+    [([0.0, 1.0, 0.5], 1), ([1.0, 1.0, 0.0], None), ([0.0, 0.0], None), ([1.0, None], None), ([1.0], None)],
+)
+def test_a_lone_success_is_one_full_reward_among_graded_others(rewards, place):
+    assert lone_success(rewards) == place
+
+
+def test_each_domain_has_its_own_kind_and_the_rest_is_stock():
+    stock = torch.tensor([9.0, 9.0, 7.0, 8.0])
+    groups = [graded(1.0, 0.0), graded(1.0, 0.0, domain="talk")]
+    assert worth(stock, groups, 0, kind="mean_only").tolist() == [0.5, -0.5, 7.0, 8.0]
+    assert worth(stock[2:], groups, 2, kind="mean_only").tolist() == [9.0 - 2, 8.0]  # the second of two ranks
+    assert advantages().is_stock and not advantages("mean_only").is_stock
+
+
+def test_rounding_does_not_keep_a_dead_group_alive():
+    assert worth(torch.tensor([1e-5, 1e-5]), [graded(0.1, 0.1)], kind="mean_only").tolist() == [0.0, 0.0]
+
+
+def test_a_lone_success_is_capped_and_the_failures_keep_theirs():
+    stock = torch.tensor([2.5, *[-0.35] * 7])
+    group = graded(1.0, *[0.0] * 7)
+    capped = worth(stock, [group], 0, guard=Guard(cap=2.0))
+    torch.testing.assert_close(capped, torch.tensor([2.0, *[-0.35] * 7]))
+
+
+def test_a_lone_success_with_signs_of_a_shortcut_teaches_nothing_but_two_do():
+    guard = Guard(cap=2.0)
+    stock = torch.tensor([2.5, -0.35, -0.35])
+    alone, together = graded(1.0, 0.0, 0.0, signs=("bare_answer",)), graded(1.0, 1.0, 0.0, signs=("bare_answer",))
+    torch.testing.assert_close(worth(stock, [alone], 0, guard=guard), torch.tensor([0.0, -0.35, -0.35]))
+    torch.testing.assert_close(worth(stock, [together], 0, guard=guard), stock)
+    kept = worth(stock, [alone], 0, guard=Guard(cap=3.0, drop_shortcuts=False))
+    torch.testing.assert_close(kept, stock)
+
+
+def test_rft_trains_on_accepted_samples_with_a_mean_of_one():
+    rft = RftSettings()
+    groups = [graded(1.0, 0.0, 1.0, 0.5), graded(0.0, None, 0.0, 1.0)]
+    values = worth(torch.zeros(8), groups, 0, rft=rft)
+    assert values.tolist() == pytest.approx([8 / 3, 0, 8 / 3, 0, 0, 0, 0, 8 / 3])
+    second_rank = worth(torch.zeros(4), groups, 4, rft=rft)
+    assert second_rank.tolist() == pytest.approx([0, 0, 0, 8 / 3])
+    nothing = worth(torch.zeros(2), [graded(0.0, 0.0)], 0, rft=rft)
+    assert nothing.tolist() == [0, 0]
+
+
+def test_rft_drops_a_lone_success_that_looks_like_a_shortcut():
+    group = graded(1.0, 0.0, signs=("bare_answer",))
+    assert worth(torch.zeros(2), [group], 0, rft=RftSettings(), guard=Guard()).tolist() == [0, 0]
+
+
+def test_rft_takes_the_best_k_of_a_prompt():
+    group = graded(0.5, 1.0, 0.2, 0.9)
+    assert accepted(group, RftSettings(accept_from=0.4, top_k=2)) == [1, 3]
+    assert accepted(group, RftSettings(accept_from=0.4)) == [0, 1, 3]
+
+
+def test_rft_keeps_one_sample_of_each_class():
+    from rewards.partitions import find_partitioner
+
+    group = graded(1.0, 1.0, 1.0, texts=["a", "b", "a"])
+    assert accepted(group, RftSettings(dedup="exact"), find_partitioner("exact")) == [0, 1]
+
+
+def test_rft_counts_a_solved_group_as_useful():
+    solved = Group(prompt_id="p", domain="m", draw=0, rewards=(1.0, 1.0), lengths=(1, 1), truncated=(False,) * 2)
+    assert RftSettings().is_useful(solved) and not solved.has_signal
+
+
+@pytest.mark.parametrize("build", [lambda: Guard(cap=0.0), lambda: RftSettings(top_k=0)])
+def test_settings_out_of_range_are_refused(build):
+    with pytest.raises(ValueError, match="got 0"):
+        build()
+
+
+def test_the_advantage_that_the_guard_is_for():
+    # one success in G with population std: (1 - 1/G) / sqrt((1/G)(1 - 1/G)) = sqrt(G - 1)
+    group = Group(
+        prompt_id="p", domain="m", draw=0, rewards=(1.0, *[0.0] * 7), lengths=(1,) * 8, truncated=(False,) * 8
+    )
+    rewards = torch.tensor(group.rewards)
+    assert float((rewards[0] - rewards.mean()) / rewards.std(correction=0)) == pytest.approx(math.sqrt(7))

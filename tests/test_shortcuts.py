@@ -1,0 +1,98 @@
+from trainer.data import Prompt
+from trainer.scoring import Graded, Sample
+from trainer.shortcuts import ENOUGH_CORRECT, ShortcutWatch
+
+
+def graded(reward, *, length=100, signs=()) -> Graded:
+    return Graded(prompt_id="p", domain="math", length=length, truncated=False, reward=reward, signs=signs)
+
+
+def watch() -> ShortcutWatch:
+    return ShortcutWatch(["math"])
+
+
+def sample(text, ids=50, **columns) -> Sample:
+    prompt = Prompt(id="p", domain="math", prompt="?", columns=columns)
+    return Sample(prompt=prompt, ids=[0] * ids, text=text, truncated=False)
+
+
+def test_signs_of_one_completion():
+    w = watch()
+    assert w.inspect(sample(r"\boxed{4}", ids=4)) == ("bare_answer",)
+    assert "repeated_ngrams" in w.inspect(sample("one two three four " * 10))
+    assert "language_mixing" in w.inspect(sample("abc 数学"))
+    solution = "2 + 3 = 5, 5 * 4 = 20, 20 - 1 = 19"
+    assert "computation_skipping" in w.inspect(sample("it is 19", solution=solution))
+
+
+def test_short_is_short_of_what_correct_answers_of_the_domain_were():
+    w = watch()
+    assert w.inspect(sample("so it is", ids=30)) == ()
+    w.observe(1, [[graded(1.0), graded(1.0)]])
+    assert w.inspect(sample("so it is", ids=30)) == ("computation_skipping",)
+
+
+def test_a_lone_success_sets_no_standard():
+    w = watch()
+    w.observe(1, [[graded(1.0, length=3), graded(0.0)]])
+    assert w.inspect(sample("so it is", ids=30)) == ()
+    assert w.flush()["shortcuts/math/lone_successes"] == 1
+
+
+def test_what_most_correct_answers_show_is_the_domains_manner():
+    w = watch()
+    suspect = graded(1.0, signs=("bare_answer",))
+    assert w.is_shortcut(suspect)
+    w.observe(1, [[suspect, suspect, graded(0.0)]] * 8)
+    assert not w.is_shortcut(suspect)
+    assert w.is_shortcut(graded(1.0, signs=("bare_answer", "repeated_ngrams")))
+
+
+def test_length_collapse_rings_once_and_again_after_recovery():
+    w = watch()
+    long, short = [graded(1.0, length=100)] * 8, [graded(1.0, length=40)] * 8
+    for step in range(8):
+        w.observe(step, [long])
+    assert w.take_alarms() == []
+    for step in range(8, 20):
+        w.observe(step, [short])
+    (alarm,) = w.take_alarms()
+    assert (alarm.domain, alarm.kind) == ("math", "length_collapse")
+    assert alarm.message == "correct answers have shrunk to 40 tokens, 40% of the start's"
+    # 4 draws make half of the last 64, then the median is between the two lengths
+    assert alarm.step == 12
+    for step in range(20, 40):
+        w.observe(step, [long])
+    for step in range(40, 60):
+        w.observe(step, [short])
+    assert [a.kind for a in w.take_alarms()] == ["length_collapse"]
+
+
+def test_a_sign_that_spreads_rings():
+    w = watch()
+    for step in range(4):
+        w.observe(step, [[graded(0.0)] * 64])
+    for step in range(4, 10):
+        w.observe(step, [[graded(0.0, signs=("answer_repetition",))] * 64])
+    (alarm,) = w.take_alarms()
+    # the share rises by a fifth of the way a draw: 0.20, 0.36
+    assert (alarm.step, alarm.kind) == (5, "answer_repetition")
+
+
+def test_memory_survives_a_restart():
+    import json
+
+    w = watch()
+    w.observe(1, [[graded(1.0, signs=("bare_answer",)), graded(1.0)]] * ENOUGH_CORRECT)
+    other = watch()
+    other.load_state_dict(json.loads(json.dumps(w.state_dict())))
+    assert other.state_dict() == w.state_dict()
+
+
+def test_metrics_are_shares_since_the_last_log():
+    w = watch()
+    w.observe(1, [[graded(1.0, signs=("bare_answer",)), graded(1.0, length=50), graded(0.0), graded(None)]])
+    metrics = w.flush()
+    assert metrics["shortcuts/math/bare_answer"] == 0.25
+    assert metrics["shortcuts/math/correct_length"] == 75
+    assert w.flush() == {}

@@ -1,0 +1,202 @@
+"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against a lone success.
+
+What most well-established correct answers of a domain show (a bare letter in multiple choice, another script) is that
+domain's manner and no sign of anything. The length of correct answers is watched apart: it collapses before accuracy does
+(arXiv:2605.28388). All is fed from what every rank has gathered, so all ranks come to the same verdicts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rewards.degeneration import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
+from trainer.dashboard import key
+from trainer.scoring import Graded, Sample
+
+SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
+"""What makes a lone success suspicious."""
+
+COUNTED = (*SIGNS, "truncation")
+
+ENOUGH_CORRECT = 64
+"""Correct answers behind a median: its standard error is then a sixth of the spread."""
+
+ENOUGH_COMPLETIONS = 256
+"""Completions behind a share of a sign: a standard error of three points."""
+
+COLLAPSED, RECOVERED = 0.5, 0.75
+"""Of the length of correct answers at the start: below the first an alarm, above the second it may ring again."""
+
+RISEN, FALLEN = 0.2, 0.1
+"""Above the share at the start: beyond the first an alarm, below the second it may ring again."""
+
+MANNER = 0.5
+"""Share of a domain's established correct answers from which on a sign is its manner."""
+
+ENOUGH_MANNER = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignAlarm:
+    """Something about a domain's completions changed for the worse."""
+
+    step: int
+    domain: str
+    kind: str
+    message: str
+
+
+@dataclass(kw_only=True, slots=True)
+class DomainSigns:
+    """The memory of one domain; JSON-able by `asdict`."""
+
+    first_lengths: list[int] = field(default_factory=list)
+    """Of the first correct answers, tokens."""
+    lengths: list[int] = field(default_factory=list)
+    """Of the last correct answers."""
+    first: dict[str, int] = field(default_factory=dict)
+    """Signs among the first completions, and how many these were (`n`)."""
+    level: dict[str, float] = field(default_factory=dict)
+    """Share of each sign, averaged over about the last 256 completions."""
+    manner: dict[str, int] = field(default_factory=dict)
+    """Signs among correct answers that were not alone in their group, and how many these were (`n`)."""
+    ringing: list[str] = field(default_factory=list)
+
+    @property
+    def median_length(self) -> float:
+        return statistics.median(self.lengths) if self.lengths else float("nan")
+
+    def count(self, signs: Sequence[Sequence[str]]) -> None:
+        """Take in the signs of one draw's completions."""
+        n, weight = len(signs), len(signs) / (len(signs) + ENOUGH_COMPLETIONS)
+        for sign in COUNTED:
+            share = sum(sign in found for found in signs) / n
+            self.level[sign] = (1 - weight) * self.level.get(sign, share) + weight * share
+        if self.first.get("n", 0) < ENOUGH_COMPLETIONS:
+            _add(self.first, signs, COUNTED)
+
+    def alarms(self) -> dict[str, str]:
+        """Return what has begun to ring, by kind, with the reason in words."""
+        found = self._risen_signs()
+        if len(self.first_lengths) == ENOUGH_CORRECT == len(self.lengths):
+            ratio = self.median_length / statistics.median(self.first_lengths)
+            found |= self._turn(
+                "length_collapse",
+                ratio < COLLAPSED,
+                ratio > RECOVERED,
+                f"correct answers have shrunk to {self.median_length:g} tokens, {ratio:.0%} of the start's",
+            )
+        return found
+
+    def _risen_signs(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for sign in COUNTED if self.first.get("n", 0) >= ENOUGH_COMPLETIONS else ():
+            start, now = self.first.get(sign, 0) / self.first["n"], self.level[sign]
+            message = f"{sign.replace('_', ' ')} in {now:.0%} of completions, {start:.0%} at the start"
+            found |= self._turn(sign, now > start + RISEN, now < start + FALLEN, message)
+        return found
+
+    def _turn(self, kind: str, begins: bool, ends: bool, message: str) -> dict[str, str]:
+        if kind in self.ringing:
+            if ends:
+                self.ringing.remove(kind)
+        elif begins:
+            self.ringing.append(kind)
+            return {kind: message}
+        return {}
+
+
+class ShortcutWatch:
+    """Look at every completion of a run.
+
+    Example: `watch.inspect(sample)` gives signs like `("bare_answer",)`; `watch.observe(step, groups)` learns from them.
+    """
+
+    def __init__(self, domains: Sequence[str]) -> None:
+        self.domains = {name: DomainSigns() for name in domains}
+        self.pending: list[SignAlarm] = []
+        self._since: dict[str, dict[str, int]] = {}  # counts since the last log
+
+    def inspect(self, sample: Sample) -> tuple[str, ...]:
+        """Return the signs that one completion shows."""
+        solution = sample.prompt.columns.get("solution")
+        found = degeneration(
+            sample.text,
+            tokens=len(sample.ids),
+            median_correct_tokens=self.domains[sample.prompt.domain].median_length,
+            reference=solution if isinstance(solution, str) else None,
+        )
+        signs = {
+            "answer_repetition": found.answer_repetition,
+            "repeated_ngrams": repeated_ngram_share(sample.text, 8) > REPEATED_NGRAM_SHARE,
+            "computation_skipping": found.computation_skipping,
+            "bare_answer": found.bare_answer,
+            "language_mixing": mixes_languages(sample.text),
+            "truncation": sample.truncated,
+        }
+        return tuple(name for name, shows in signs.items() if shows)
+
+    def is_shortcut(self, graded: Graded) -> bool:
+        """Whether a completion shows a sign that is not its domain's manner."""
+        manner = self.domains[graded.domain].manner
+        known = manner.get("n", 0) >= ENOUGH_MANNER
+        return any(not (known and manner.get(s, 0) >= MANNER * manner["n"]) for s in graded.signs if s in SIGNS)
+
+    def observe(self, step: int, groups: Sequence[Sequence[Graded]]) -> None:
+        """Take in the groups of one draw, of all ranks."""
+        for name in sorted({group[0].domain for group in groups}):
+            watch, of_domain = self.domains[name], [group for group in groups if group[0].domain == name]
+            since = self._since.setdefault(name, {})
+            signs = [g.signs for group in of_domain for g in group]
+            watch.count(signs)
+            _add(since, signs, COUNTED)
+            for group in of_domain:
+                self._learn(watch, since, [g for g in group if g.reward is not None and g.reward >= 1.0])
+            self.pending += [
+                SignAlarm(step=step, domain=name, kind=kind, message=message)
+                for kind, message in watch.alarms().items()
+            ]
+
+    def _learn(self, watch: DomainSigns, since: dict[str, int], passed: Sequence[Graded]) -> None:
+        if len(passed) == 1:  # a lone success sets no standard
+            since["lone_successes"] = since.get("lone_successes", 0) + 1
+            since["lone_shortcuts"] = since.get("lone_shortcuts", 0) + self.is_shortcut(passed[0])
+            return
+        lengths = [g.length for g in passed]
+        watch.first_lengths += lengths[: ENOUGH_CORRECT - len(watch.first_lengths)]
+        watch.lengths = [*watch.lengths, *lengths][-ENOUGH_CORRECT:]
+        _add(watch.manner, [g.signs for g in passed], SIGNS)
+
+    def flush(self) -> dict[str, float]:
+        """Return the metrics since the last flush, by full name."""
+        counted, self._since = self._since, {}
+        metrics: dict[str, float] = {}
+        for name, counts in counted.items():
+            for sign in COUNTED:
+                metrics[key("shortcuts", sign, name)] = counts.get(sign, 0) / counts["n"]
+            for what in ("lone_successes", "lone_shortcuts"):
+                metrics[key("shortcuts", what, name)] = counts.get(what, 0)
+            metrics[key("shortcuts", "correct_length", name)] = self.domains[name].median_length
+        return metrics
+
+    def take_alarms(self) -> list[SignAlarm]:
+        """Return the alarms since the last call."""
+        alarms, self.pending = self.pending, []
+        return alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on; JSON-able."""
+        return {name: asdict(watch) for name, watch in self.domains.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.domains = {name: DomainSigns(**state[name]) for name in self.domains}
+
+
+def _add(counts: dict[str, int], signs: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    counts["n"] = counts.get("n", 0) + len(signs)
+    for sign in names:
+        counts[sign] = counts.get(sign, 0) + sum(sign in found for found in signs)
