@@ -118,7 +118,7 @@ def _interval(effects: Effects, folds: Sequence[_Linear], resamples: int, rng: n
         mid += worth.mean()
         drawn += bootstrap_weights(resamples, np.full(n, 1 / n), rng=rng) @ worth
     pull = np.mean([f.change + f.after for f in folds], axis=0)
-    drawn += (effects.seed_noise((resamples, *pull.shape), rng=rng) * pull).sum(axis=(1, 2))
+    drawn += (effects.noise.draws((resamples, *pull.shape), rng=rng) * pull).sum(axis=(1, 2))
     low, high = np.quantile(drawn, LEVELS)
     return Interval(float(low), float(mid), float(high))
 

@@ -64,6 +64,8 @@ class Curriculum:
         self._notes: list[str] = []
         self._alarms: list[str] = []
         self._exhausted: set[str] = set()
+        # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
+        scheduler.decide(self.evidence(), self._state)
 
     def draw(self, n: int) -> list[PromptRef]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""

@@ -18,6 +18,7 @@ import numpy as np
 from curricula.forgetting import stages
 from curricula.intervals import paired, quantile
 from curricula.records import Evaluation, mean
+from curricula.seed_noise import SeedNoise
 from curricula.transfer import TransferMatrix
 
 JOINT = ""
@@ -63,18 +64,6 @@ class Bounds:
     relative_high: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeedNoise:
-    """How much a training's effects differ between seeds beyond evaluation noise, pooled over all entries."""
-
-    sd: float
-    """0 with one seed a domain: then intervals hold evaluation noise only."""
-    correlation: float
-    """Shared by the effects of one training on different domains, in [0, 1]."""
-    seeds: int
-    """Smallest number of seeds of any trained domain."""
-
-
 class Effects:
     """The trainings of a transfer matrix as arrays, ready to be averaged, resampled and split in folds.
 
@@ -93,7 +82,7 @@ class Effects:
         self.base = [_item_means(self._base_rows, name) for name in self.domains]
         self.before = [np.array([_item_means(before, name) for before in self.before_rows]) for name in self.domains]
         self.after = [np.array([row.scores[name] for row in self.rows], dtype=float) for name in self.domains]
-        self.noise = self._seed_noise()
+        self.noise = self._seed_noise(matrix.trainable)
 
     def means(self, part: Part | None = None) -> Means:
         """Return the mean scores, B = 1, over all items or a part of them."""
@@ -105,15 +94,9 @@ class Effects:
             [bootstrap_weights(size, _equal_shares(items.shape[1], part), rng=rng) for items in self.after]
         )
 
-    def seed_noise(self, shape: tuple[int, int, int], *, rng: np.random.Generator) -> np.ndarray:
-        """Return draws [B, R, K] of what another seed of each training would have changed."""
-        shared = rng.standard_normal(shape[:2])[..., None] * math.sqrt(self.noise.correlation)
-        own = rng.standard_normal(shape) * math.sqrt(1 - self.noise.correlation)
-        return self.noise.sd * (shared + own)
-
     def with_seed_noise(self, drawn: Means, *, rng: np.random.Generator) -> Means:
         """Return the bootstrap means with the noise of other seeds added after each training."""
-        return replace(drawn, after=drawn.after + self.seed_noise(drawn.after.shape, rng=rng))
+        return replace(drawn, after=drawn.after + self.noise.draws(drawn.after.shape, rng=rng))
 
     def rows_of(self, label: str, seeds: Sequence[int] | None = None) -> list[int]:
         """Return the positions of a domain's trainings (or of the `JOINT` arm), of all seeds or of those given."""
@@ -151,12 +134,11 @@ class Effects:
         """
         shape = (len(self.trained), len(self.domains))
         bounds = np.empty((2, *shape))
-        seed_sd = np.broadcast_to(self.noise.sd, shape[1:])
         for j, name in enumerate(self.trained):
             rows = self.rows_of(name)
             for i in range(len(self.domains)):
                 low, mid, high = paired(self.after[i][rows].mean(axis=0), self.before[i][rows].mean(axis=0))
-                between = quantile(0.95) * float(seed_sd[i]) / math.sqrt(len(rows))
+                between = quantile(0.95) * float(self.noise.sd[i]) / math.sqrt(len(rows))
                 bounds[:, j, i] = mid - math.hypot(mid - low, between), mid + math.hypot(high - mid, between)
         return bounds[0], bounds[1]
 
@@ -182,29 +164,11 @@ class Effects:
 
         return Means(base=reduce(self.base), before=reduce(self.before), after=reduce(self.after))
 
-    def _seed_noise(self) -> SeedNoise:
-        """Estimate the variance between seeds: variance of a training's mean effect less what items explain.
-
-        Entry by entry there are S - 1 degrees of freedom, 1 with two seeds: so entries are pooled.
-        """
-        variances, shared, counts = [], [], []
-        for label in dict.fromkeys(self.labels):
-            rows = self.rows_of(label)
-            counts.append(len(rows))
-            if len(rows) < 2:
-                continue
-            items = [after[rows] - before[rows] for after, before in zip(self.after, self.before, strict=True)]
-            deviations = np.stack([each.mean(axis=1) - each.mean() for each in items], axis=1)  # [S, K]
-            covariance = deviations.T @ deviations
-            off_diagonal = covariance[~np.eye(len(items), dtype=bool)]
-            variances.append((len(rows) - 1, np.trace(covariance) / len(items) - _item_variance(items)))
-            shared.append(off_diagonal.mean() if len(items) > 1 else 0.0)
-        freedom = sum(weight for weight, _ in variances)
-        variance = sum(value for _, value in variances) / freedom if freedom else 0.0
-        if variance <= 0:
-            return SeedNoise(sd=0.0, correlation=0.0, seeds=min(counts, default=0))
-        correlation = float(np.clip(sum(shared) / freedom / variance, 0, 1))
-        return SeedNoise(sd=math.sqrt(variance), correlation=correlation, seeds=min(counts))
+    def _seed_noise(self, trainable: Sequence[str]) -> SeedNoise:
+        rows = [self.rows_of(label) for label in dict.fromkeys(self.labels)]
+        changes = [[after[r] - before[r] for after, before in zip(self.after, self.before, strict=True)] for r in rows]
+        watched = [0 if name in trainable else 1 + k for k, name in enumerate(self.domains)]
+        return SeedNoise.estimate(changes, pools=watched)
 
 
 def _trainings(matrix: TransferMatrix) -> list[tuple[str, int, tuple[Evaluation, ...], Evaluation]]:
@@ -243,17 +207,3 @@ def _entropy(rows: Sequence[Evaluation], name: str) -> float:
 def _equal_shares(n: int, part: Part | None) -> np.ndarray:
     chosen = np.ones(n) if part is None else part.mask(n).astype(float)
     return chosen / chosen.sum()
-
-
-def _item_variance(items: Sequence[np.ndarray]) -> float:
-    """Return the part of the seeds' sum of squares that item noise alone would give: the mean over domains of
-    (S - 1) times the interaction's mean square over the number of items.
-    """
-    parts = []
-    for each in items:
-        n = each.shape[1]
-        if n < 2:
-            return math.nan
-        rest = each - each.mean(axis=1, keepdims=True) - each.mean(axis=0, keepdims=True) + each.mean()
-        parts.append((rest**2).sum() / (n - 1) / n)
-    return float(np.mean(parts))

@@ -6,6 +6,7 @@ Frozen records only. K domains, G completions a group. Undefined is NaN, never 0
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class Domain:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^\s/]+", self.name):
+            raise ValueError(f"domain {self.name!r}: a name is part of metric keys: no spaces, no slash, not empty")
         if self.kind not in ("structured", "open_ended"):
             raise ValueError(f"domain {self.name!r}: kind is structured or open_ended, got {self.kind!r}")
         if not (self.weight >= 0 and math.isfinite(self.weight)):

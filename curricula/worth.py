@@ -45,6 +45,8 @@ class Worth:
         V is 0 and its deviation 0 before the first evaluation, E is 0 while every entropy is inside its band.
         """
         seen, rows = state.get("seen", 0), evidence.evaluations
+        if not rows:
+            self._score_prior(evidence, evidence.domains, None)  # a transfer file of other domains is refused here
         if not rows or (len(rows) <= seen and not evidence.alarms):
             return dict(state) if state else _nothing(len(evidence.domains))
         alarms = [*state.get("alarms", []), *evidence.alarms]

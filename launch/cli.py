@@ -9,8 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.config import Recipe
 
 USAGE_ERROR = 2
+
+TRACEBACK = "POLYPHONY_TRACEBACK"
+"""Environment variable: if set, errors are raised with their traceback instead of told in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,18 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     try:
         return arguments.run(arguments) or 0
-    except ValueError as error:
-        print(f"polyphony {arguments.verb}: {_one_line(error)}", file=sys.stderr)
-        return USAGE_ERROR
-    except RuntimeError as error:
-        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a file that was taken away
-        print(f"polyphony {arguments.verb}: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
+    except (ValueError, RuntimeError, OSError) as error:  # OSError: a full disk, a file that was taken away
+        if os.environ.get(TRACEBACK):
+            raise
+        is_input = isinstance(error, ValueError)
+        print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR if is_input else 1
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
         return 130
@@ -58,9 +62,15 @@ def set_environment() -> None:
     if not sys.warnoptions:
         for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
             warnings.simplefilter("ignore", category)
+    warnings.formatwarning = _warning_line
 
 
-def _one_line(error: BaseException) -> str:
+def _warning_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Return one line: where in the code a warning was given tells its reader nothing."""
+    return f"{'warning' if category is UserWarning else category.__name__}: {_one_line(message)}\n"
+
+
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
@@ -115,6 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
+    launch = _verb(
+        verbs, "launch", _launch, "train on this machine's GPUs, on Slurm or on Ray", "polyphony launch slurm r.yaml"
+    )
+    launch.add_argument("where", choices=["local", "slurm", "ray"], help="the recipe's section `cluster` says how")
+    launch.add_argument("recipe", nargs="?", help="the recipe, YAML")
+    launch.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    launch.add_argument("--out", type=Path, help="run folder (default: runs/<name>)")
+    launch.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    launch.add_argument("--dry-run", action="store_true", help="print exactly what will run, then stop")
+    launch.add_argument("--address", default="127.0.0.1:8265", help="ray: host:port of the cluster's dashboard")
+    launch.add_argument("--gpus-per-node", type=int, help="slurm: default as many as this machine has")
+    launch.add_argument("--machines", type=int, default=1, help="local: machines in the group")
+    launch.add_argument("--machine-rank", type=int, default=0, help="local: this machine's number, from 0")
+    launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")
+
     score = _verb(
         verbs, "score", _score, "run a reward over a file of completions", "polyphony score rows.jsonl --reward exact"
     )
@@ -132,30 +157,41 @@ def _verb(
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
+    """Return the recipe of `train` or `launch`: given, or that of the folder to go on with. Raises RecipeError."""
     from launch.config import RecipeError, load_recipe
-    from launch.train import RECIPE_FILE, train
+    from launch.train import RECIPE_FILE
 
     if arguments.resume:
-        if arguments.recipe:
-            raise RecipeError("--resume takes the recipe of its run folder; give no other")
         if arguments.out:
             raise RecipeError("--resume goes on in its own folder; leave --out away")
         if not (arguments.resume / RECIPE_FILE).is_file():
             raise RecipeError(f"--resume {arguments.resume}: no run there ({RECIPE_FILE} is missing)")
     elif not arguments.recipe:
         raise RecipeError("give a recipe, or --resume RUN")
-    recipe = load_recipe(arguments.recipe or arguments.resume / RECIPE_FILE, arguments.overrides)
+    return load_recipe(arguments.recipe or arguments.resume / RECIPE_FILE, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from launch.train import Interrupted, train
+
+    recipe = _recipe_to_train(arguments)
     if arguments.dry_run:
         print(recipe.as_yaml(), end="")
-        return
+        return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
-    train(recipe, out, resume=arguments.resume is not None)
+    try:
+        train(recipe, out, resume=arguments.resume is not None)
+    except Interrupted as stopped:
+        print(f"polyphony train: {stopped}; go on with --resume {out}", file=sys.stderr)
+        return 128 + stopped.number
     if (out / "predicted.json").is_file():
         from launch.tables import predicted_table
 
         print(predicted_table(json.loads((out / "predicted.json").read_text())))
-    print(out / "report.html")
+    if os.environ.get("RANK", "0") == "0":
+        print(out / "report.html")
+    return 0
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -210,6 +246,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from launch.doctor import doctor
 
     return doctor(as_json=arguments.json)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch import launch
+    from launch.local import Machine
+
+    recipe = _recipe_to_train(arguments)
+    out = (arguments.resume or arguments.out or Path("runs") / recipe.name).resolve()
+    words = ["--resume", str(out)] if arguments.resume else [arguments.recipe, *arguments.overrides]
+    run = launch.Run(
+        recipe=recipe, words=words, out=out, is_dry=arguments.dry_run, resumes=arguments.resume is not None
+    )
+    if arguments.where == "slurm":
+        return launch.slurm(run, gpus_per_node=arguments.gpus_per_node)
+    if arguments.where == "ray":
+        return launch.ray(run, address=arguments.address)
+    machine = Machine(rank=arguments.machine_rank, of=arguments.machines, main_address=arguments.main_address)
+    return launch.local(run, machine)
 
 
 def _score(arguments: argparse.Namespace) -> None:

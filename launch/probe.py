@@ -21,7 +21,7 @@ from curricula.transfer import TransferMatrix
 from launch.config import CurriculumSection, Recipe, RecipeError, load_recipe
 from launch.train import save_final, say
 from trainer.grpo import DomainGRPOTrainer
-from trainer.rollouts import InProcessEngine
+from trainer.rollouts import Engine
 
 TRANSFER_FILE = "transfer.json"
 
@@ -41,7 +41,7 @@ class Arm:
         return self.trained[0] if len(self.trained) == 1 else "joint"
 
 
-def probe(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -> InProcessEngine | None:
+def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine | None:
     """Run what `out/transfer.json` does not hold yet; return the engine, so that a run of the same model can use it."""
     names = [name for name, section in recipe.domains.items() if section.train is not None]
     if len(names) < 2:
@@ -59,14 +59,14 @@ def probe(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
 class Probe:
     """The runs of one probe, one after the other, through one engine."""
 
-    def __init__(self, recipe: Recipe, out: Path, engine: InProcessEngine | None) -> None:
+    def __init__(self, recipe: Recipe, out: Path, engine: Engine | None) -> None:
         self.recipe = recipe
         self.out = out
         self.engine = engine
         self.file = out / TRANSFER_FILE
         self.matrix = TransferMatrix.load(self.file) if self.file.exists() else None
 
-    def run(self, arms: list[Arm]) -> InProcessEngine | None:
+    def run(self, arms: list[Arm]) -> Engine | None:
         """Run every arm that the file does not hold; each adds one row."""
         rows = self.matrix.rows if self.matrix is not None else ()
         held = {(row.trained, row.seed) for row in rows}
@@ -78,6 +78,7 @@ class Probe:
             done += arm.steps
             left = f"  ({(time.monotonic() - begun) / done * (total - done):.0f} s left)" if 0 < done < total else ""
             say(f"probe: seed {arm.seed}, {arm.label}: {_scores(row)}{left}")
+        shutil.rmtree(self.out / "scratch", ignore_errors=True)  # where the runs' trainers would have saved
         return self.engine
 
     def _measure(self, arm: Arm) -> Evaluation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,26 @@ if TYPE_CHECKING:
 
     from trainer.domains import DomainData
     from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import InProcessEngine
+    from trainer.rollouts import Engine, EngineFactory
+    from trainer.run_folder import RunFolder
     from trainer.slots import DrawPlan
+    from trainer.stopping import StopOnSignal
 
 RECIPE_FILE = "recipe.yaml"
+LOGS = "logs"
+"""Folder in a run's folder that a batch system writes to before the run begins."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the run after its checkpoint was saved; not an error, and no handler of errors takes it."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
+        self.number = number
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,30 +48,36 @@ class Started:
     trainer: DomainGRPOTrainer
     checkpoint: Path | None
     """Where it goes on from; None for a start from the recipe's model."""
+    stopper: StopOnSignal
 
 
-def train(
-    recipe: Recipe, out: Path, *, resume: bool = False, engine: InProcessEngine | None = None
-) -> InProcessEngine | None:
+def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | None = None) -> Engine | None:
     """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
 
     With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none.
     """
-    folder = claim_folder(recipe, out, resume=resume)
+    folder = claim_folder(recipe, out, resume=resume) if is_first_rank() else out
     try:
         started = start(recipe, folder, engine=engine)
     except RecipeError:
-        if not resume:
-            shutil.rmtree(folder)  # nothing was trained: the corrected recipe finds the name free
+        if not resume and is_first_rank():
+            give_up_folder(folder)
         raise
     trainer = started.trainer
     trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+    if started.stopper.stopped is not None:
+        raise Interrupted(*started.stopper.stopped)
     save_final(trainer, out / "final")
     if trainer.accelerator.is_main_process:
         from trainer.report import write_report
 
         write_report([out], out / "report.html")
     return trainer.engine
+
+
+def is_first_rank() -> bool:
+    """Tell rank 0 of a group that torchrun or accelerate started, before anything is imported that knows."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
@@ -67,7 +91,7 @@ def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
                 f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
             )
         return out
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOGS for path in out.iterdir()):
         raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -77,37 +101,40 @@ def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     return out
 
 
-def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -> Started:
-    """Build everything a run needs, check that the engine follows the weights, and wire up the run folder."""
+def give_up_folder(folder: Path) -> None:
+    """Take a folder away in which nothing was trained: the corrected recipe finds the name free. Logs stay."""
+    for path in folder.iterdir():
+        if path.name != LOGS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started:
+    """Build everything a run needs and wire up the run folder."""
     from transformers.trainer_callback import PrinterCallback
 
     from curricula.guardrails import Guardrail
     from curricula.pool_file import POOL_FILE
-    from trainer.callbacks import RunCallback
-    from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
+    from trainer.callbacks import CheckWeights, RunCallback
+    from trainer.checkpoints import checkpoint_step
     from trainer.progress import ProgressLine
     from trainer.provenance import provenance
     from trainer.recorder import Recorder
     from trainer.run_folder import RunFolder
+    from trainer.stopping import StopOnSignal
     from trainer.tracking import WandbSettings, WandbTracker
 
     folder = RunFolder(out)
-    folder.checkpoints.mkdir(exist_ok=True)
-    remove_unfinished(folder.checkpoints)
-    checkpoint = (whole_checkpoints(folder.checkpoints) or [None])[-1]
-    step = checkpoint_step(checkpoint) if checkpoint else -1
-    folder.cut(step)
-
     trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
+    checkpoint = clean_up(trainer, folder)
+    step = checkpoint_step(checkpoint) if checkpoint else -1
     trainer.remove_callback(PrinterCallback)
     if checkpoint is None and (known := adopt_known(trainer, recipe)):
         say(known)
-    own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()})
-    check = trainer.check_weight_sync()
-    if check is not None:
-        if not check.is_passed:
-            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {check}")
-        say(f"weight sync: {check}")
+    if trainer.accelerator.is_main_process:
+        own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()})
+    trainer.add_callback(CheckWeights(trainer, say=say))
     places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
     origin = provenance(model=recipe.model, tables=places)
     is_main = trainer.accelerator.is_main_process
@@ -141,12 +168,27 @@ def start(recipe: Recipe, out: Path, *, engine: InProcessEngine | None = None) -
             progress=ProgressLine(recipe.name, trainer.plan.steps) if is_main else None,
         )
     )
+    stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s, agree=trainer.largest)
+    trainer.add_callback(stopper)
     if not trainer.use_vllm:
         say("rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own")
-    return Started(trainer=trainer, checkpoint=checkpoint)
+    return Started(trainer=trainer, checkpoint=checkpoint, stopper=stopper)
 
 
-def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | None = None) -> DomainGRPOTrainer:
+def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
+    """Take away what a run that broke off left half done; return the checkpoint to go on from. Collective over ranks."""
+    from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
+
+    if trainer.accelerator.is_main_process:
+        folder.checkpoints.mkdir(exist_ok=True)
+        remove_unfinished(folder.checkpoints)
+        whole = whole_checkpoints(folder.checkpoints)
+        folder.cut(checkpoint_step(whole[-1]) if whole else -1)
+    trainer.accelerator.wait_for_everyone()
+    return (whole_checkpoints(folder.checkpoints) or [None])[-1]
+
+
+def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
     import warnings
 
@@ -168,17 +210,40 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: InProcessEngine | Non
             args,
             domains=data,
             curriculum=scheduler,
-            engine=engine or recipe.rollouts.engine,
+            engine=engine or rollout_engine(recipe),
             evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
             entropy=EntropySettings(**recipe.entropy.model_dump()),
             pool=pool,
             update=update_settings(recipe),
             max_grader_failures=recipe.rollouts.max_grader_failures,
+            max_skipped=recipe.faults.max_skipped,
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
+
+
+def rollout_engine(recipe: Recipe) -> str | EngineFactory:
+    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for workers that cannot be."""
+    from transformers import AutoConfig
+
+    rollouts = recipe.rollouts
+    if rollouts.engine != "ray":
+        return rollouts.engine
+    heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
+    if heads % rollouts.tensor_parallel:
+        raise RecipeError(
+            f"rollouts.tensor_parallel={rollouts.tensor_parallel} does not divide the model's {heads} heads"
+        )
+    from functools import partial
+
+    from launch.ray_engine import RayEngine
+    from launch.workers import PoolSettings
+
+    fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
+    pool = PoolSettings(**{name: getattr(rollouts, name) for name in fields})
+    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness)
 
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from curricula.records import Domain
 from launch.cli import main
 from launch.config import RecipeError, load_recipe
 from launch.train import claim_folder
@@ -66,7 +67,7 @@ def broken(prompts, **columns):
         (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
         (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
-        (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm' or 'transformers', got 'vlm'"),
+        (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm', 'ray' or 'transformers'"),
         (["model=./gone"], "model: folder "),
         (["model=no-such/model"], "model 'no-such/model' cannot be loaded"),
         (["name=["], "override 'name=[': the value is not valid YAML"),
@@ -157,6 +158,18 @@ def test_a_demo_wants_a_folder_of_its_own(capsys, tmp_path):
     assert "is not empty; remove it, or choose another --out" in fails(capsys, "demo", "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a/b", "", "a b"])
+def test_a_domain_name_must_be_fit_for_a_metric_key(name):
+    with pytest.raises(ValueError, match=f"domain {name!r}: a name is part of metric keys"):
+        Domain(name=name, kind="structured")
+
+
+def test_an_order_of_other_domains_is_refused_before_any_weight_is_loaded(capsys, recipe):
+    order = ("curriculum.scheduler=sequential", "curriculum.order=[sums, poems]")
+    said = fails(capsys, "train", recipe, *order)
+    assert "order ['sums', 'poems'] must name each trainable domain once: ['sums', 'words']" in said
+
+
 def test_a_resumed_run_must_be_of_the_same_recipe(tmp_path, recipe):
     run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
     assert claim_folder(load_recipe(recipe), run, resume=True) == run
@@ -168,13 +181,19 @@ def test_a_resumed_run_must_be_of_the_same_recipe(tmp_path, recipe):
     ("arguments", "message"),
     [
         (["--resume", "gone"], "--resume gone: no run there (recipe.yaml is missing)"),
-        (["recipe.yaml", "--resume", "gone"], "--resume takes the recipe of its run folder; give no other"),
-        (["grpo.max_steps=3", "--resume", "gone"], "--resume takes the recipe of its run folder; give no other"),
+        (["recipe.yaml", "--resume", "gone"], "--resume gone: no run there (recipe.yaml is missing)"),
         (["--resume", "gone", "--out", "new"], "--resume goes on in its own folder; leave --out away"),
     ],
 )
 def test_what_does_not_go_with_resume_is_refused(capsys, arguments, message):
     assert message in fails(capsys, "train", *arguments)
+
+
+def test_a_recipe_beside_resume_must_be_the_runs_own(capsys, tmp_path, recipe):
+    run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
+    assert main(["train", str(recipe), "--resume", str(run), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert "its recipe differs" in fails(capsys, "train", recipe, "grpo.max_steps=3", "--resume", run)
 
 
 def test_a_failed_resume_keeps_its_folder(capsys, tmp_path, recipe):

@@ -14,7 +14,7 @@ from launch.config import load_recipe
 from launch.train import claim_folder
 from tests.conftest import HOUSE, RECIPES
 
-VERBS = ("train", "eval", "report", "probe", "plan", "demo", "doctor", "score")
+VERBS = ("train", "eval", "report", "probe", "plan", "demo", "doctor", "launch", "score")
 
 
 def broken(prompts, **columns):

@@ -130,10 +130,9 @@ def test_a_missing_transfer_file_is_named(name):
 
 
 @pytest.mark.parametrize("name", ["bwt", "visatb", "adaptive"])
-def test_a_transfer_file_of_other_domains_is_refused(name):
-    rank = Rank(name, {"transfer": ToyWorld([[0, 0], [0, 0]], seed=1).probe()})
+def test_a_transfer_file_of_other_domains_is_refused_before_the_first_draw(name):
     with pytest.raises(ValueError, match=r"d2|d3"):
-        rank.step(0)
+        Rank(name, {"transfer": ToyWorld([[0, 0], [0, 0]], seed=1).probe()})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+
+class CheckWeights(TrainerCallback):
+    """Before the first step, see that the engine follows the policy's weights. Raises RuntimeError if it does not.
+
+    Not earlier: DeepSpeed and FSDP shard the policy when training begins.
+    """
+
+    def __init__(self, trainer: DomainGRPOTrainer, *, say: Callable[[str], None]) -> None:
+        self.trainer = trainer
+        self.say = say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check = self.trainer.check_weight_sync()
+        if check is None:
+            return
+        if not check.is_passed:
+            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {check}")
+        if state.is_world_process_zero:
+            self.say(f"weight sync: {check}")
 
 
 class RunCallback(TrainerCallback):

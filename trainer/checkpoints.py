@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from trainer.run_folder import replace_file
 
@@ -19,6 +22,23 @@ BEST_FILE = "best.json"
 def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
     """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
     replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
+
+
+@contextmanager
+def whole_or_none(checkpoint: Path) -> Iterator[None]:
+    """Take away what was written of a checkpoint that cannot be finished (a full disk), so that older ones stand.
+
+    Raises RuntimeError that names the last complete checkpoint.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        last = (whole_checkpoints(checkpoint.parent) or [None])[-1]
+        raise RuntimeError(
+            f"{checkpoint.name} could not be saved ({error}); the last complete checkpoint is "
+            f"{last.name if last else 'none'}; make room, then go on with --resume"
+        ) from error
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

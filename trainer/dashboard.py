@@ -1,7 +1,8 @@
 """Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
 
 Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
-`shortcuts/<d>/<metric>`, `transfer/<d>/<metric>` and `rollout/<metric>`. Undefined values are absent, never 0.
+`shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. Undefined values are
+absent, never 0.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "refill_rounds": "rounds a draw in which dead groups were replaced",
         "shortfall": "dead groups a draw that refill could not replace",
         "useful_token_frac": "share of generated tokens that lie in groups with signal",
+    },
+    "faults": {
+        "skipped_steps": "optimizer steps left out because loss or gradient was not finite",
+        "workers_restarted": "rollout workers that were lost or hung, and replaced",
+        "regenerated": "completions sampled again because their worker was lost",
+        "stale": "completions of an older weight version, refused or importance-corrected",
     },
 }
 

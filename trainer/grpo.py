@@ -9,11 +9,12 @@ and a weight loader of our own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -25,18 +26,19 @@ from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from rewards.partitions import find_partitioner
 from trainer.advantages import Advantages, UpdateSettings
-from trainer.checkpoints import load_state, save_state
+from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.draws import Draws, Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
+from trainer.finite import FiniteSteps, forget_gradients, save_batch
 from trainer.fusion import Fusion
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
-from trainer.rollouts import Completion, InProcessEngine, Request, Sampling
+from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
 from trainer.scoring import Sample, Scorer
 from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
@@ -76,12 +78,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         *,
         domains: Sequence[Domain] | DomainData,
         curriculum: str | Scheduler = "joint",
-        engine: str | InProcessEngine = "vllm",
+        engine: str | Engine | EngineFactory = "vllm",
         evaluation: EvaluationSettings | None = None,
         entropy: EntropySettings | None = None,
         pool: PoolSettings | None = None,
         update: UpdateSettings | None = None,
         max_grader_failures: float = 0.5,
+        max_skipped: int = 3,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -104,6 +107,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             seed=args.seed,
             pool=pool,
         )
+        self.finite = FiniteSteps(most=max_skipped)
         self.shortcuts = ShortcutWatch(self.data.names)
         self.advantages = self._advantages(update or UpdateSettings())
         self.meter = Meter(domains=self.data.names)
@@ -131,14 +135,17 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
-    def _attach(self, engine: str | InProcessEngine) -> InProcessEngine | None:
+    def _attach(self, engine: str | Engine | EngineFactory) -> Engine | None:
         """Attach an engine behind TRL's seam: `vllm_generation` and `use_vllm` switch importance correction on."""
         if engine == "transformers":
             return None
-        if isinstance(engine, str):
-            if engine != "vllm":
-                raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
-            engine = InProcessEngine(
+        if isinstance(engine, str) and engine != "vllm":
+            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
+        if isinstance(engine, Engine):
+            engine.attach(self.model, self.accelerator)
+        else:
+            make = InProcessEngine if isinstance(engine, str) else engine
+            engine = make(
                 self.model,
                 self.accelerator,
                 self.processing_class,
@@ -148,8 +155,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                 gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
                 dtype=str(self.model.dtype).removeprefix("torch."),
             )
-        else:
-            engine.attach(self.model, self.accelerator)
         engine.max_completion_length = self.max_completion_length
         self.vllm_generation, self.use_vllm, self._last_loaded_step = engine, True, -1
         set_seed(self.args.seed, device_specific=True)  # starting vLLM reseeds the process's generators
@@ -317,12 +322,22 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _check_engine(self) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
+        if self._is_stale:
+            return  # importance correction is there for these
         differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if differences and differences[-1] > TOLERANCE[self.precision]:
             raise RuntimeError(
                 f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
                 f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
             )
+
+    @property
+    def _is_stale(self) -> bool:
+        """True where a completion of this draw, of any rank, came from an older weight version that the recipe allows."""
+        if self.engine is None:
+            return False
+        versions = [c.version for c in self._finished.completions if c.version is not None]
+        return min(gather_object(versions), default=self.engine.version) < self.engine.version
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
@@ -440,6 +455,35 @@ class DomainGRPOTrainer(GRPOTrainer):
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
+    # --- steps that must not be taken ---------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Look at the loss of every micro-batch."""
+        loss = super().training_step(*args, **kwargs)
+        self.finite.see_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Leave out a step that is not finite. Relies on Transformers asking for the norm just before the step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses = torch.tensor(float(not self.finite.loss_is_finite), device=self.accelerator.device)
+        worst = self.accelerator.reduce(losses, reduction="sum").item()  # type: ignore[union-attr]
+        size = 0.0 if norm is None else float(norm)
+        if self.finite.judge(grad_norm=size, all_losses_finite=not worst):
+            return norm
+        # DeepSpeed steps inside the backward pass; it leaves a step out by itself only in half precision
+        is_too_late = self.is_deepspeed_enabled and self.model_wrapped.was_step_applied()  # type: ignore[union-attr]
+        if not is_too_late:
+            forget_gradients(self.model)
+        if is_too_late or self.finite.in_a_row > self.finite.most:
+            folder, step = Path(self.args.output_dir), self.state.global_step + 1  # type: ignore[arg-type]
+            path = save_batch(self._buffered_inputs, folder, step=step, rank=self.accelerator.process_index)
+            raise RuntimeError(
+                f"step {step}: loss or gradient is not finite, {self.finite.in_a_row} in a row "
+                f"(faults.max_skipped={self.finite.most}); the batch is kept in {path}"
+            )
+        return norm
+
     # --- logs and checkpoints -----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -451,15 +495,26 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
+        logs.update(self._faults())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
         super().log(logs, start_time)
 
+    def _faults(self) -> dict[str, float]:
+        """Return what went wrong and was made good since the last log."""
+        counts: dict[str, float] = {"skipped_steps": self.finite.flush()}
+        if self.engine is not None:
+            counts |= asdict(self.engine.flush_faults())
+        return {key("faults", name): count for name, count in counts.items()}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save the ledgers beside the weights, last: their file marks the checkpoint as whole."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        """Save the ledgers beside the weights, last: their file marks the checkpoint as whole, on every rank."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_or_none(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if not self.args.should_save:
+                return
             if self.curriculum.pools:
                 save_pools(folder / POOL_FILE, self.curriculum.pool_columns())
             own = {"entropy": self.entropy.state_dict(), "shortcuts": self.shortcuts.state_dict()}
@@ -469,6 +524,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
+
+    def largest(self, number: int) -> int:
+        """Return the largest of what the ranks pass in; every rank must call it."""
+        return max(gather_object([number]))
 
     def rollback(self, checkpoint: Path, *, because: str) -> None:
         """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.

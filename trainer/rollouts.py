@@ -1,64 +1,65 @@
-"""The engine that generates: an in-process vLLM behind TRL's own seam, one sampling seed for every completion.
+"""The engines that generate, behind TRL's own seam: a seed for every completion, a number for every weight sync.
 
-A subclass of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
+Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
 PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLLM.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
+from trainer.sampling import (
+    Completion,
+    EngineSettings,
+    Request,
+    Sampling,
+    completion_seed,
+    load_weights,
+    sample,
+    start_llm,
+)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """One completion to be sampled."""
-
-    prompt_ids: Sequence[int]
-    seed: int
-    max_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """What came back: token ids, and their log-probabilities under the sampling distribution (None if not told)."""
-
-    ids: list[int]
-    logps: list[float] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How completions are sampled; one setting for the whole run, because importance correction depends on it."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineFactory",
+    "EngineFaults",
+    "InProcessEngine",
+    "Request",
+    "Sampling",
+    "completion_seed",
+]
 
 
-def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
-    """Return the sampling seed of one completion: the same after a restart and under any layout of ranks."""
-    key = f"{run_seed}/{draw}/{prompt_id}/{refill_round}/{k}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
+@dataclass(kw_only=True, slots=True)
+class EngineFaults:
+    """What went wrong in an engine and was made good, counted since the last log."""
+
+    workers_restarted: int = 0
+    regenerated: int = 0
+    """Completions sampled again because their worker was lost."""
+    stale: int = 0
+    """Completions of an older weight version: refused, or kept and importance-corrected, as the recipe says."""
 
 
-class InProcessEngine(VLLMGeneration):
-    """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place.
+class Engine(VLLMGeneration):
+    """What the trainer asks of any engine of ours.
 
-    Overrides the three methods that TRL's trainer calls: `_init_vllm`, `sync_weights`, `generate`.
+    Overrides the three methods that TRL's trainer calls: `_init_vllm` and `sync_weights` (by its subclasses) and
+    `generate`.
     """
 
     max_completion_length: int
     """Tokens; set by the trainer, for the requests that come through TRL's own call."""
+    version: int = 0
+    """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class InProcessEngine(VLLMGeneration):
     ) -> None:
         self.sampling = sampling
         self.dtype = dtype
+        self.faults = EngineFaults()
         super().__init__(
             model=model,
             accelerator=accelerator,
@@ -83,77 +85,39 @@ class InProcessEngine(VLLMGeneration):
             gpu_memory_utilization=gpu_memory_utilization,
         )
 
-    def _init_vllm(self) -> None:
-        on_cpu = self.accelerator.device.type == "cpu"
-        if on_cpu:
-            # The CPU build repacks every Linear for oneDNN and drops the original weight, so that later loads land
-            # nowhere without an error. Without oneDNN the weights stay where `load_weights` finds them.
-            import vllm._custom_ops as ops
-            from vllm.platforms import current_platform
-
-            ops._supports_onednn = False
-            # counting token ranks is not worth the 25 s that compiling it takes
-            current_platform.simple_compile_backend = "eager"
-        from vllm import LLM
-
-        many_ranks = self.accelerator.num_processes > 1
-        if many_ranks:
-            os.environ["RANK"] = str(self.accelerator.process_index)
-            os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
-            os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
-        self.llm = LLM(
+    def settings(self, *, tensor_parallel: int = 1) -> EngineSettings:
+        """Return what the vLLM behind this engine is started with."""
+        return EngineSettings(
             model=self.model.name_or_path,
-            dtype=self.dtype,  # type: ignore[arg-type]
-            max_model_len=self.max_model_length,
-            max_num_seqs=self.max_num_seqs,
+            dtype=self.dtype,
+            max_model_length=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,  # type: ignore[arg-type]
             gpu_memory_utilization=self.gpu_memory_utilization,
-            enforce_eager=on_cpu,  # compiling costs 20 s on a CPU and gains nothing at that size
-            distributed_executor_backend="external_launcher" if many_ranks else None,
-            logprobs_mode="processed_logprobs",  # importance correction needs what was really sampled from
-            seed=0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
+            on_cpu=self.accelerator.device.type == "cpu",
+            tensor_parallel=tensor_parallel,
         )
-        self.accelerator.wait_for_everyone()
 
     def attach(self, model: Any, accelerator: Any) -> None:
         """Serve another policy of the same architecture from now on; its weights arrive with the next sync."""
         self.model = model
         self.accelerator = accelerator
 
-    def sync_weights(self) -> None:
-        """Load the policy's present weights; every rank must call it, because gathering them is collective."""
-        self.llm.apply_model(self._load)
-        self.llm.reset_prefix_cache()  # cached keys and values belong to the old weights
-
-    def _load(self, engine_model: torch.nn.Module) -> None:
-        engine_model.load_weights(self._iter_named_params())  # type: ignore[operator]
-
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample one completion a request, in order."""
-        from vllm import SamplingParams
+        """Sample one completion a request, in order; every rank must call it."""
+        raise NotImplementedError
 
-        shared = {
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": self.sampling.top_k,
-            "min_p": self.sampling.min_p or 0.0,
-            "repetition_penalty": self.sampling.repetition_penalty,
-            "logprobs": 0,
-            "detokenize": False,
-        }
-        params = [SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **shared) for r in requests]
-        prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)  # type: ignore[arg-type]
-        return [_completion(output.outputs[0]) for output in outputs]
+    def flush_faults(self) -> EngineFaults:
+        """Return the counts since the last call."""
+        faults, self.faults = self.faults, EngineFaults()
+        return faults
+
+    def close(self) -> None:
+        """Let go of what the engine holds outside this process; nothing for most."""
 
     def generate(self, prompts: list, images: Any, num_generations: int, profiler: Any = None) -> tuple:
         """Serve TRL's own call (an unchanged `GRPOTrainer` with this engine attached); seeds from the call's order."""
         if images is not None:
-            raise ValueError("the in-process engine serves text only; use vllm_mode colocate or server for images")
+            raise ValueError("the engine serves text only; use vllm_mode colocate or server for images")
         self._calls = getattr(self, "_calls", -1) + 1
         requests = [
             Request(
@@ -169,6 +133,32 @@ class InProcessEngine(VLLMGeneration):
         return prompts, ids, [[[p] for p in c.logps or []] for c in completions], [[[t] for t in seq] for seq in ids]
 
 
-def _completion(output: Any) -> Completion:
-    ids = list(output.token_ids)
-    return Completion(ids=ids, logps=[at[t].logprob for t, at in zip(ids, output.logprobs, strict=True)])
+EngineFactory = Callable[..., Engine]
+"""Takes what `Engine` is constructed with; for engines whose packages the trainer does not know."""
+
+
+class InProcessEngine(Engine):
+    """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place."""
+
+    def _init_vllm(self) -> None:
+        many_ranks = self.accelerator.num_processes > 1
+        if many_ranks:
+            os.environ["RANK"] = str(self.accelerator.process_index)
+            os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+            os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
+        backend = "external_launcher" if many_ranks else None
+        self.llm = start_llm(self.settings(), distributed_executor_backend=backend)
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Load the policy's present weights; every rank must call it, because gathering them is collective."""
+        load_weights(self.llm, self._iter_named_params())
+        self.version += 1
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Sample one completion a request, in order."""
+        # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            completions = sample(self.llm, requests, self.sampling)
+        return [replace(c, version=self.version) for c in completions]

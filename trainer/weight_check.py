@@ -7,7 +7,7 @@ from another model's samples. So the final norm is scaled, synced, compared, res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -96,12 +96,23 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Parameter:
 
 @contextmanager
 def _scaled(parameter: torch.nn.Parameter):
-    kept = parameter.data.clone()
-    parameter.data.mul_(SCALE)
+    with _whole(parameter):
+        kept = parameter.data.clone()
+        parameter.data.mul_(SCALE)
     try:
         yield
     finally:
-        parameter.data.copy_(kept)
+        with _whole(parameter):
+            parameter.data.copy_(kept)
+
+
+def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager:
+    """Gather a parameter that DeepSpeed ZeRO-3 has split over the ranks; what is changed inside, stays changed."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def _difference(completions: Sequence[Completion], policy: Sequence[Sequence[float]]) -> float:

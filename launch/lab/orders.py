@@ -34,8 +34,10 @@ MEASURED_FILE = "orders.json"
 class Orders(Probe):
     """Walk the tree of orders with the probe's engine and restricted recipes."""
 
-    def walk(self, steps: int) -> dict[str, float]:
-        """Return the mean score over trained domains (`report` half) at the end of every order."""
+    def walk(self, steps: int) -> dict[str, dict[str, float]]:
+        """Return, for every order, each trained domain's score at its end (`report` half), and under `se` the standard
+        error of their mean over items.
+        """
         names = [name for name, section in self.recipe.domains.items() if section.train is not None]
         file = self.out / MEASURED_FILE
         measured = json.loads(file.read_text()) if file.exists() else {}
@@ -45,15 +47,17 @@ class Orders(Probe):
                 continue
             measured[label] = self._end(order, steps, names)
             file.write_text(json.dumps(measured, indent=1))
-            say(f"{label}: {measured[label]:.4f}  ({len(measured)} orders)")
+            say(f"{label}: {average(measured[label]):.4f} +- {measured[label]['se']:.4f}  ({len(measured)} orders)")
         return measured
 
-    def _end(self, order: tuple[str, ...], steps: int, names: Sequence[str]) -> float:
+    def _end(self, order: tuple[str, ...], steps: int, names: Sequence[str]) -> dict[str, float]:
         seed = int(self.recipe.grpo.get("seed", 42))
         trainer = self._train(Arm(trained=order[-1:], steps=steps, seed=seed), self._weights(order[:-1], steps, seed))
         result = trainer.evaluate_heldout()
         row = on_half(Evaluation(trained=order, step=0, seed=seed, scores=result.scores()), result.items, "report")
-        return mean([mean(row.scores[name]) for name in names])
+        scores = {name: np.array(row.scores[name]) for name in names}
+        variance = sum(items.var(ddof=1) / len(items) for items in scores.values()) / len(names) ** 2
+        return {name: float(items.mean()) for name, items in scores.items()} | {"se": float(np.sqrt(variance))}
 
     def _weights(self, prefix: tuple[str, ...], steps: int, seed: int) -> str:
         """Return the folder of the policy after these stages; siblings reuse it, finished branches are deleted."""
@@ -71,6 +75,11 @@ class Orders(Probe):
         return str(folder)
 
 
+def average(end: dict[str, float]) -> float:
+    """Return the mean score over the trained domains at the end of an order."""
+    return mean([score for name, score in end.items() if name != "se"])
+
+
 def predicted(matrix: TransferMatrix) -> dict[str, float]:
     """Return the planner's score of every order, up to a constant: the mean over i of what comes after i does to i."""
     transfer = Effects(matrix.on("steer")).transfer()
@@ -83,13 +92,17 @@ def predicted(matrix: TransferMatrix) -> dict[str, float]:
     }
 
 
-def summary(measured: dict[str, float], files: Sequence[Path]) -> str:
+def summary(ends: dict[str, dict[str, float]], files: Sequence[Path]) -> str:
     """Return the spread of the measured orders, and for each transfer file how well it had predicted them."""
+    measured = {order: average(end) for order, end in ends.items()}
     values = np.array(list(measured.values()))
+    error = mean([end["se"] for end in ends.values()])
     best, worst = max(measured, key=measured.__getitem__), min(measured, key=measured.__getitem__)
     lines = [
-        f"{len(values)} orders: mean {values.mean():.4f}, sd {values.std(ddof=1):.4f}",
-        f"best {best} {measured[best]:.4f}, worst {worst} {measured[worst]:.4f}",
+        f"{len(values)} orders: mean {values.mean():.4f}, sd {values.std(ddof=1):.4f}; standard error of one {error:.4f}",
+        f"best {best} {measured[best]:.4f}, worst {worst} {measured[worst]:.4f}: "
+        f"{(measured[best] - measured[worst]) / error:.1f} standard errors apart",
+        *(f"ends with {name}: {ending:.4f}" for name, ending in _by_last(measured).items()),
     ]
     for file in files:
         matrix = TransferMatrix.load(file)
@@ -103,6 +116,14 @@ def summary(measured: dict[str, float], files: Sequence[Path]) -> str:
             f"reached {own:.4f}, rank {rank} of {len(values)}"
         )
     return "\n".join(lines)
+
+
+def _by_last(measured: dict[str, float]) -> dict[str, float]:
+    """Return the mean over the orders that end with each domain."""
+    ends: dict[str, list[float]] = {}
+    for order, value in measured.items():
+        ends.setdefault(order.split(",")[-1], []).append(value)
+    return {name: mean(values) for name, values in ends.items()}
 
 
 def run(recipe: Recipe, out: Path, *, steps: int, files: Sequence[Path]) -> None:

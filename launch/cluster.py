@@ -1,0 +1,124 @@
+"""The Ray cluster that rollout workers live in: joined or started, and checked for room, within a bounded time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from launch.config import RecipeError
+from launch.local import RAY_GPUS
+
+HOUSE = Path(__file__).resolve().parent.parent
+PACKAGES = ("trainer", "rewards", "curricula", "launch")
+POLL_S = 0.5
+
+
+def join(address: str | None, *, timeout_s: float) -> bool:
+    """Connect this process to a cluster; return True if the cluster was started here and ends with this process.
+
+    `address` as in `ray.init`; None takes `RAY_ADDRESS`, or starts a cluster of this machine. Raises RecipeError.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        wait_for_port(address, timeout_s=timeout_s)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    else:
+        quiet["runtime_env"] = {"py_modules": [str(HOUSE / package) for package in PACKAGES]}
+    try:
+        with _visible_to_ray(is_own=address == "local"):
+            ray.init(address=address, **quiet)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        raise RecipeError(f"Ray cluster {address!r}: {_reason(error)}") from error
+    return address == "local"
+
+
+@contextmanager
+def _visible_to_ray(*, is_own: bool) -> Iterator[None]:
+    """Leave the trainer ranks' GPUs out of a cluster that is started here; `polyphony launch local` says which."""
+    spare, before = os.environ.get(RAY_GPUS), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not is_own or spare is None:
+        yield
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = spare  # for the processes that ray.init starts; CUDA is up in this one
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def wait_for_port(address: str, *, timeout_s: float) -> None:
+    """Wait until something listens at host:port. Raises RecipeError after `timeout_s`."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise RecipeError(f"Ray cluster {address!r}: expected host:port, auto or local")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(POLL_S, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise RecipeError(
+                    f"Ray cluster {address!r} did not answer within {timeout_s:g} s ({error.strerror or error}); "
+                    "start it with `ray start --head`, or leave rollouts.address away"
+                ) from error
+        time.sleep(POLL_S)
+
+
+def _reason(error: BaseException) -> str:
+    """Shorten Ray's account of a version mismatch, which spans many lines, to what differs."""
+    text = " ".join(str(error).split())
+    if "Version mismatch" not in text:
+        return text
+    return f"{text[text.index('Version mismatch') :][:300]}; install the same Ray and Python on both sides"
+
+
+def reserve(n_workers: int, *, cpus: float, gpus: int, timeout_s: float, is_own: bool) -> PlacementGroup:
+    """Reserve a place for every worker, near each other. Raises RecipeError, with what there is, after `timeout_s`.
+
+    A cluster of this machine does not grow, so there the answer comes at once.
+    """
+    kind, each = ("GPU", gpus) if gpus else ("CPU", cpus)
+    deadline = time.monotonic() + (0 if is_own else timeout_s)
+    while (there := ray.cluster_resources().get(kind, 0)) < n_workers * each:
+        if time.monotonic() >= deadline:
+            raise RecipeError(
+                f"rollouts.workers={n_workers} of {each:g} {kind} each need {n_workers * each:g}, "
+                f"the Ray cluster has {there:g}"
+            )
+        time.sleep(POLL_S)
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    group = placement_group([bundle] * n_workers, strategy="PACK")
+    if not group.wait(timeout_seconds=timeout_s):
+        free = ray.available_resources().get(kind, 0)
+        remove_placement_group(group)
+        raise RecipeError(
+            f"rollouts.workers={n_workers}: no node had room for {each:g} {kind} each within {timeout_s:g} s "
+            f"({free:g} of {there:g} {kind} are free)"
+        )
+    return group
+
+
+def leave(group: PlacementGroup | None, *, is_own: bool) -> None:
+    """Give the places back; end the cluster if it was started here."""
+    if not ray.is_initialized():
+        return
+    if group is not None:
+        remove_placement_group(group)
+    if is_own:
+        ray.shutdown()

@@ -1,0 +1,155 @@
+"""`polyphony launch local`: the trainer ranks of this machine, under accelerate; signals handed on, failures explained."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from launch.config import ClusterSection, Recipe, RecipeError
+
+HERE = Path(__file__).resolve().parent
+RAY_GPUS = "POLYPHONY_ROLLOUT_GPUS"
+"""Environment variable: the GPUs of this machine that a Ray cluster started by the trainer may use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """This machine's part in a group of machines."""
+
+    rank: int = 0
+    of: int = 1
+    main_address: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What will run: the words and the environment variables it adds."""
+
+    words: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.words)])
+
+
+def gpus_here() -> int:
+    """Return the number of GPUs that a process started here would see, without starting CUDA in this one."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: int) -> Command:
+    """Return the command that trains on this machine. Raises RecipeError for more ranks or workers than GPUs."""
+    cluster = recipe.cluster
+    check_room(recipe, gpus=gpus)
+    words = [sys.executable, "-m", "launch.cli", "train", *train_words]
+    environment = {} if gpus else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if recipe.rollouts.engine == "ray" and gpus and recipe.rollouts.address is None:
+        environment[RAY_GPUS] = ",".join(str(i) for i in range(cluster.processes, gpus))
+    if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
+        return Command(words=words, environment=environment)
+    return Command(words=[*accelerate(cluster, machine, gpus=gpus), *words[1:]], environment=environment)
+
+
+def accelerate(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list[str]:
+    """Return accelerate's part of the command."""
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(HERE / "accelerate" / f"{cluster.strategy}.yaml")]
+    if cluster.strategy.startswith("zero"):
+        words += ["--deepspeed_config_file", str(HERE / "deepspeed" / f"{cluster.strategy}.json")]
+        words += ["--deepspeed_multinode_launcher", "standard"]
+    elif not gpus:
+        words.append("--cpu")  # not with DeepSpeed, which it would switch off
+    words += ["--num_processes", str(cluster.processes * machine.of), "--num_machines", str(machine.of)]
+    words += ["--machine_rank", str(machine.rank), "--main_process_ip", machine.main_address]
+    return [*words, "--main_process_port", str(cluster.port)]
+
+
+def check_room(recipe: Recipe, *, gpus: int) -> None:
+    """Raise RecipeError where trainer ranks and the rollout workers beside them need more GPUs than there are."""
+    cluster, rollouts = recipe.cluster, recipe.rollouts
+    if not gpus:
+        return  # a machine without GPUs shares its cores
+    if cluster.processes > gpus:
+        raise RecipeError(f"cluster.processes={cluster.processes}: this machine has {gpus} GPUs")
+    beside = rollouts.engine == "ray" and rollouts.address is None and not cluster.rollout_nodes
+    if beside and (needed := rollouts.workers * rollouts.tensor_parallel) > gpus - cluster.processes:
+        raise RecipeError(
+            f"rollouts.workers={rollouts.workers} x tensor_parallel={rollouts.tensor_parallel} need {needed} GPUs beside "
+            f"cluster.processes={cluster.processes}; this machine has {gpus}"
+        )
+
+
+def check_port(port: int, *, key: str) -> None:
+    """Raise RecipeError if something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RecipeError(f"{key}={port}: the port is in use ({error.strerror}); choose another") from error
+
+
+def run(command: Command, *, run_folder: Path) -> int:
+    """Run to the end; return the exit code, 128 + signal where a signal ended the run after its checkpoint.
+
+    SIGTERM and SIGINT are handed to the trainer ranks themselves: torchrun's agent would kill them after 30 s.
+    """
+    process = subprocess.Popen(
+        command.words, env={**os.environ, **command.environment}, start_new_session=True, cwd=Path.cwd()
+    )
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for rank in ranks_of(process.pid):
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        leave_nothing(process.pid)
+    if code and received:
+        return 128 + received[-1]
+    if code:
+        died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        say(f"polyphony launch: the trainer group ended ({died}); go on with --resume {run_folder}")
+    return code if code >= 0 else 128 - code
+
+
+def ranks_of(agent: int) -> list[psutil.Process]:
+    """Return the trainer ranks below accelerate's agent, or the one process that is its own rank."""
+    try:
+        family = [psutil.Process(agent), *psutil.Process(agent).children(recursive=True)]
+        ranks = [child for child in family if "RANK" in child.environ() and "launch.cli" in child.cmdline()]
+    except psutil.NoSuchProcess:
+        return []
+    return ranks or family[:1]
+
+
+def leave_nothing(group: int) -> None:
+    """End what is left of the process group, such as ranks that wait for one that is gone."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def say(text: str) -> None:
+    """Tell the person who launched."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""One trainer rank of tests/test_training_group.py: train with full weights, then with LoRA, and write down what it saw.
+
+Started by accelerate, or alone: `python -m tests.ranks FOLDER key.path=value ...`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.cli import set_environment
+from launch.config import load_recipe
+from tests.conftest import RECIPES
+
+STEPS = 2
+# 24 rows a step, three groups of eight: over two ranks the middle group straddles
+COMMON = ["tracking.wandb=null", f"grpo.max_steps={STEPS}", "grpo.gradient_accumulation_steps=3", "eval.every=100"]
+LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
+
+
+def main(folder: Path, overrides: list[str]) -> None:
+    """Train twice over one engine; write `rank-<n>.json`."""
+    from launch.train import build_trainer
+
+    seen: dict[str, Any] = {}
+    engine = None
+    for kind, more in (("full", []), ("lora", [LORA, "grpo.learning_rate=1e-2"])):
+        recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *more])
+        trainer = build_trainer(recipe, folder / kind, engine=engine)
+        seen[kind] = trained(trainer)
+        engine = trainer.engine
+    (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    engine.close()
+
+
+def trained(trainer: Any) -> dict[str, Any]:
+    """Train; return draws, rewards, losses, and how the engine's parameters compare after a last sync."""
+    rollouts: list[Any] = []
+    keep = trainer._roll_out
+    trainer._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
+    trainer.train()
+    check = trainer.check_weight_sync()
+    trainer.sync_engine()
+    wrapped = trainer.model_wrapped
+    return {
+        "rank": trainer.accelerator.process_index,
+        "ranks": trainer.accelerator.num_processes,
+        "wrapper": type(wrapped).__name__,
+        "prompts": [[group.prompt_id for group in r.groups] for r in rollouts],
+        "rewards": [list(r.rewards) for r in rollouts],
+        "own_ids": [[list(c.ids) for c in r.completions] for r in rollouts],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "drawn": dict(trainer.curriculum.drawn),
+        "check": check.is_passed,
+        "differing": differing(trainer),
+        "compared": len(parameters(trainer)),
+    }
+
+
+def parameters(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return the policy's whole parameters as the engine is sent them; collective."""
+    return {name: p.detach().cpu().clone() for name, p in trainer.engine._iter_named_params()}
+
+
+def differing(trainer: Any) -> list[str]:
+    """Return the names of engine parameters that are not bit for bit the policy's."""
+    ours = parameters(trainer)
+    if not hasattr(trainer.engine, "llm"):
+        return []
+    theirs = trainer.engine.llm.apply_model(
+        lambda model: {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    )[0]
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    found = []
+    for name, tensor in theirs.items():
+        pieces = next((p for f, p in fused.items() if f in name), None)
+        key = next((f for f in fused if f in name), "")
+        whole = torch.cat([ours[name.replace(key, piece)] for piece in pieces]) if pieces else ours[name]
+        if not torch.equal(tensor[: len(whole)], whole):  # vLLM pads the vocabulary
+            found.append(name)
+    return found
+
+
+if __name__ == "__main__":
+    set_environment()
+    main(Path(sys.argv[1]), sys.argv[2:])

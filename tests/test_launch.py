@@ -1,0 +1,102 @@
+"""`polyphony launch`: what would run, and what is refused before anything does."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from launch import local
+from launch.cli import main
+from launch.config import RecipeError, load_recipe
+from tests.conftest import RECIPES
+from tests.test_bad_input import fails
+
+DEBUG = str(RECIPES / "debug.yaml")
+
+
+def debug(*overrides: str):
+    return load_recipe(DEBUG, list(overrides))
+
+
+def test_one_process_needs_no_launcher():
+    command = local.plan(debug(), ["r.yaml"], local.Machine(), gpus=1)
+    assert command.words == [sys.executable, "-m", "launch.cli", "train", "r.yaml"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_every_strategy_is_shipped(strategy):
+    recipe = debug(f"cluster.strategy={strategy}", "cluster.processes=2")
+    words = local.plan(recipe, ["r.yaml"], local.Machine(), gpus=0).words
+    files = [word for word in words if word.endswith((".yaml", ".json")) and word != "r.yaml"]
+    assert len(files) == (2 if strategy.startswith("zero") else 1)
+    for name in files:
+        with open(name) as file:  # noqa: PTH123
+            assert file.read()
+    # accelerate drops DeepSpeed without a word where it is told to use the CPU
+    assert ("--cpu" in words) != strategy.startswith("zero")
+
+
+def test_rollout_workers_get_the_gpus_that_the_trainer_leaves():
+    recipe = debug("cluster.processes=2", "rollouts={engine: ray, workers: 3, tensor_parallel: 2}")
+    assert local.plan(recipe, [], local.Machine(), gpus=8).environment == {local.RAY_GPUS: "2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.processes=5"], "cluster.processes=5: this machine has 4 GPUs"),
+        (
+            ["cluster.processes=2", "rollouts={engine: ray, workers: 3}"],
+            "rollouts.workers=3 x tensor_parallel=1 need 3 GPUs beside cluster.processes=2; this machine has 4",
+        ),
+    ],
+)
+def test_more_workers_than_gpus_are_refused(overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        local.plan(debug(*overrides), [], local.Machine(), gpus=4)
+
+
+def test_a_port_in_use_is_named(capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = fails(capsys, "launch", "local", DEBUG, "cluster.processes=2", f"cluster.port={port}")
+    assert f"cluster.port={port}: the port is in use" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollouts.workers=2"], "workers belong to engine: ray, this recipe has engine: vllm"),
+        (["rollouts={engine: ray, workers: 0}"], "rollouts.workers: Input should be greater than or equal to 1, got 0"),
+        (["cluster.strategy=zero4"], "cluster.strategy: Input should be 'ddp', 'fsdp', 'zero1', 'zero2' or 'zero3'"),
+        (["cluster.rollout_nodes=1"], "cluster.rollout_nodes=1 need rollouts.engine: ray, got vllm"),
+        (["cluster.slurm.signal_s=1"], "cluster.slurm.signal_s: Input should be greater than or equal to 10, got 1"),
+        (["cluster.slurm.partitn=x"], "unknown key 'cluster.slurm.partitn'; did you mean 'partition'?"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_cluster_that_cannot_be_is_named(capsys, overrides, message):
+    assert message in fails(capsys, "launch", "slurm", DEBUG, *overrides, "--dry-run")
+
+
+def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_path):
+    out = str(tmp_path / "a run")  # a space in the path has to survive
+    overrides = ["rollouts={engine: ray, workers: 4}", "cluster.rollout_nodes=2", "cluster.slurm.partition=gpu"]
+    arguments = [DEBUG, *overrides, "cluster.slurm.options=['--gres=gpu:4']", "--out", out, "--dry-run"]
+    assert main(["launch", "slurm", *arguments]) == 0
+    text = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"--nodes=3", "--partition=gpu", "--gres=gpu:4", "--requeue", "--signal=B:USR1@120"} <= set(asked)
+    assert f"--resume {shlex.quote(out)}" in text
+
+
+def test_a_job_for_a_cluster_that_is_not_up_ends_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("launch.jobs.ANSWER_S", 0.2)
+    assert "did not answer within 0.2 s" in fails(capsys, "launch", "ray", DEBUG, "--address", "127.0.0.1:9")

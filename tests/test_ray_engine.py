@@ -1,0 +1,250 @@
+"""The pool of rollout workers on a real Ray: the same completions as in-process, and what happens when workers die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import ray
+import torch
+
+from launch import cluster
+from launch.cli import main
+from launch.config import RecipeError, load_recipe
+from launch.train import build_trainer, rollout_engine
+from launch.weights import pack, unpack
+from tests.conftest import RECIPES
+from tests.test_bad_input import fails
+from trainer.sampling import Request, sample
+
+DEBUG = str(RECIPES / "debug.yaml")
+
+
+def test_packed_weights_come_back_as_they_were_and_are_copies():
+    named = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
+    packed = pack(named.items())
+    named["a"].zero_()  # what was gathered or merged is gone by the time the block is read
+    again = dict(unpack(packed))
+    assert again["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (again["b"].dtype, again["b"].tolist()) == (torch.bfloat16, [1.5, -2.0])
+
+
+def test_tensor_parallel_must_divide_the_heads():
+    recipe = load_recipe(DEBUG, ["rollouts={engine: ray, tensor_parallel: 3}"])
+    with pytest.raises(RecipeError, match=r"rollouts.tensor_parallel=3 does not divide the model's 4 heads"):
+        rollout_engine(recipe)
+
+
+def test_a_cluster_that_never_comes_up_is_named_within_its_time():
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=r"Ray cluster '127.0.0.1:9' did not answer within 0.5 s"):
+        cluster.join("127.0.0.1:9", timeout_s=0.5)
+    assert time.monotonic() - started < 5
+
+
+def test_an_address_that_is_none_is_named():
+    with pytest.raises(RecipeError, match="expected host:port, auto or local"):
+        cluster.join("nowhere", timeout_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    """A trainer of the debug recipe over two workers."""
+    overrides = ["tracking.wandb=null", "rollouts={engine: ray, workers: 2, timeout_s: 120}"]
+    trainer = build_trainer(load_recipe(DEBUG, overrides), tmp_path_factory.mktemp("pool"))
+    trainer.sync_engine()
+    yield trainer
+    trainer.engine.close()
+
+
+def requests(trainer, n: int = 24, *, max_tokens: int = 32) -> list[Request]:
+    prompts = [prompt for table in trainer.data.train.values() for prompt in list(table)[: n // 2]]
+    return [
+        Request(prompt_ids=ids, seed=8 * i + k, max_tokens=max_tokens)
+        for i, ids in enumerate(trainer.data.tokenize(prompts))
+        for k in range(4)
+    ]
+
+
+def process_of(engine, place: int) -> int:
+    return ray.get(engine.pool.workers[place].ready)[1]
+
+
+@pytest.mark.slow
+def test_completions_are_those_of_the_in_process_engine(pooled, engine, tmp_path):
+    recipe = load_recipe(DEBUG, ["tracking.wandb=null"])
+    alone = build_trainer(recipe, tmp_path, engine=engine)
+    alone.sync_engine()
+    asked = requests(pooled)
+    ours, theirs = pooled.engine.complete(asked), alone.engine.complete(asked)
+    assert [c.ids for c in ours] == [c.ids for c in theirs]
+    worst = max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.logps, y.logps, strict=True))
+    assert worst < 1e-4
+    assert {c.version for c in ours} == {pooled.engine.version}
+
+
+@pytest.mark.slow
+def test_the_check_of_weights_holds_over_workers(pooled):
+    assert pooled.check_weight_sync().is_passed
+
+
+@pytest.mark.slow
+def test_every_parameter_of_every_worker_is_the_policys(pooled):
+    with torch.no_grad():
+        for parameter in pooled.model.parameters():
+            parameter.mul_(1.01)
+    pooled.sync_engine()
+    ours = {name: p.detach() for name, p in pooled.model.named_parameters()}
+    for worker in pooled.engine.pool.workers:
+        theirs = {name: torch.from_numpy(a.copy()) for name, a in ray.get(worker.handle.parameters.remote()).items()}
+        assert compared(ours, theirs) == set(ours)
+
+
+def compared(ours: dict, theirs: dict) -> set[str]:
+    """Assert that each of vLLM's parameters is the policy's; return the names of the policy's that were seen."""
+    seen = set()
+    for name, tensor in theirs.items():
+        parts = [name]
+        for fused, pieces in {
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        }.items():
+            if fused in name:
+                parts = [name.replace(fused, piece) for piece in pieces]
+        whole = torch.cat([ours[part] for part in parts])
+        # vLLM pads the vocabulary
+        assert torch.equal(tensor[: len(whole)], whole), name
+        seen |= set(parts)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled):
+    asked = requests(pooled, 48, max_tokens=48)
+    expected = [c.ids for c in pooled.engine.complete(asked)]
+    pooled.engine.flush_faults()
+    killer = threading.Timer(0.2, os.kill, (process_of(pooled.engine, 0), signal.SIGKILL))
+    killer.start()
+    again = pooled.engine.complete(asked)
+    killer.join()
+    assert [c.ids for c in again] == expected
+    faults = pooled.engine.flush_faults()
+    if not faults.workers_restarted:  # it had answered before the signal came: the loss shows at the next call
+        assert [c.ids for c in pooled.engine.complete(asked)] == expected
+        faults = pooled.engine.flush_faults()
+    assert faults.workers_restarted == 1
+    assert 0 < faults.regenerated < len(asked)
+    pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[0]])
+    # the replacement got the weights of the last sync by itself
+    assert [c.ids for c in pooled.engine.complete(asked)] == expected
+    assert pooled.engine.flush_faults().stale == 0
+
+
+@pytest.mark.slow
+def test_a_worker_with_old_weights_is_refused_and_replaced(pooled):
+    asked = requests(pooled)
+    expected = [c.ids for c in pooled.engine.complete(asked)]
+    worker = pooled.engine.pool.workers[1]
+    ray.get(worker.handle.received.remote(pooled.engine.version - 1))
+    pooled.engine.flush_faults()
+    assert [c.ids for c in pooled.engine.complete(asked)] == expected
+    faults = pooled.engine.flush_faults()
+    assert (faults.workers_restarted, faults.stale) == (1, faults.regenerated)
+    assert pooled.engine.pool.workers[1] is not worker
+
+
+@pytest.mark.slow
+def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(pooled):
+    asked = requests(pooled)
+    pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[1]])
+    behind = pooled.engine.version - 1
+    ray.get(pooled.engine.pool.workers[1].handle.received.remote(behind))
+    pooled.engine.flush_faults()
+    pooled.engine.max_staleness = 1
+    try:
+        completions = pooled.engine.complete(asked)
+    finally:
+        pooled.engine.max_staleness = 0
+        pooled.sync_engine()
+    faults = pooled.engine.flush_faults()
+    assert faults.stale == sum(c.version == behind for c in completions) > 0
+    assert faults.workers_restarted == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
+    asked = requests(pooled)
+    expected = [c.ids for c in pooled.engine.complete(asked)]
+    process = process_of(pooled.engine, 0)
+    os.kill(process, signal.SIGSTOP)
+    settings = pooled.engine.pool_settings
+    object.__setattr__(settings, "timeout_s", 8.0)
+    try:
+        again = pooled.engine.complete(asked)
+    finally:
+        object.__setattr__(settings, "timeout_s", 120.0)
+    assert [c.ids for c in again] == expected
+    assert pooled.engine.flush_faults().workers_restarted >= 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_has_room_for_end_in_one_line(capsys, tmp_path, pooled):
+    workers = int(ray.cluster_resources()["CPU"]) + 1
+    overrides = [f"rollouts={{engine: ray, workers: {workers}, start_timeout_s: 5}}", "tracking.wandb=null"]
+    started = time.monotonic()
+    assert main(["train", DEBUG, *overrides, "--out", str(tmp_path / "run")]) == 2
+    assert f"rollouts.workers={workers} of 1 CPU each need {workers}" in capsys.readouterr().err.splitlines()[-1]
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_engine_out_of_memory_tries_half_and_then_says_so(engine, debug_recipe, tmp_path):
+    trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
+    trainer.sync_engine()
+    asked = requests(trainer, 4)  # 16 completions
+    expected = [c.ids for c in sample(engine.llm, asked, engine.sampling)]
+    for room, fits in ((len(asked) * 3 // 4, True), (1, False)):
+        handle = engine.llm.apply_model(lambda model, room=room: model.register_forward_pre_hook(full_above(room)))[0]
+        try:
+            if fits:
+                assert [c.ids for c in sample(engine.llm, asked, engine.sampling)] == expected
+            else:
+                with pytest.raises(RuntimeError, match="ran out of memory on 16 completions and again on half of them"):
+                    sample(engine.llm, asked, engine.sampling)
+        finally:
+            handle.remove()
+    # the engine serves on
+    assert [c.ids for c in sample(engine.llm, asked, engine.sampling)] == expected
+
+
+def full_above(room: int):
+    """Return a hook that has no memory for a decoding step of more than `room` sequences."""
+
+    def hook(model, arguments):
+        from vllm.forward_context import get_forward_context
+
+        metadata = next(iter(get_forward_context().attn_metadata.values()))
+        if len(metadata.seq_lens) > room:
+            raise torch.OutOfMemoryError(f"{len(metadata.seq_lens)} sequences")
+
+    return hook
+
+
+def test_a_version_mismatch_is_one_line():
+    text = "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\nThis process:\n    Ray: 2.60.0"
+    said = cluster._reason(RuntimeError(text))
+    assert "\n" not in said
+    assert "Ray: 2.9.0" in said
+    assert "install the same Ray and Python on both sides" in said
+
+
+def test_unknown_keys_of_the_pool_are_refused(capsys):
+    assert "unknown key 'rollouts.wrkers'; did you mean 'workers'?" in fails(
+        capsys, "train", DEBUG, "rollouts.wrkers=2"
+    )

@@ -1,0 +1,101 @@
+"""`polyphony launch slurm` on a real Slurm of one node: the run, its preemption, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import HOUSE, RECIPES
+
+pytestmark = pytest.mark.slow
+DEBUG = str(RECIPES / "debug.yaml")
+QUICK = ["rollouts.engine=transformers", "tracking.wandb=null", "eval.every=1000", "checkpoint.every=1000"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The environment of Slurm's commands."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no Slurm here: {', '.join(missing)} not found; apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("tests/slurm_node.sh needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = str(HOUSE / "tests" / "slurm_node.sh")
+    subprocess.run([script, "up", str(folder)], check=True, timeout=120)
+    path = os.pathsep.join([str(HOUSE), os.environ.get("PYTHONPATH", "")])
+    yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([script, "down", str(folder)], check=True, timeout=60)
+
+
+def launched(slurm, *arguments: str) -> str:
+    """Submit a run; return the job's number."""
+    command = [sys.executable, "-m", "launch.cli", "launch", "slurm", *arguments]
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()[1].rstrip(";")
+
+
+def state(slurm, job: str) -> str:
+    shown = subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True, check=True)
+    return next(word for word in shown.stdout.split() if word.startswith("JobState=")).removeprefix("JobState=")
+
+
+def wait_until(is_so, *, timeout_s: float, log) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        said = log.read_text()[-2000:] if log.exists() else "no log"
+        assert time.monotonic() < deadline, said
+        time.sleep(0.2)
+
+
+def steps(run) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def test_a_preempted_job_saves_is_queued_again_and_goes_on(slurm, tmp_path):
+    run = tmp_path / "run"
+    job = launched(slurm, DEBUG, *QUICK, "grpo.max_steps=40", "--out", str(run))
+    log = run / "logs" / f"slurm-{job}.log"
+    wait_until(lambda: len(steps(run)) >= 2, timeout_s=240, log=log)
+    # what --signal=B:USR1@.. does before the time limit, and preemption does at any time
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True)
+    wait_until(lambda: state(slurm, job) == "PENDING" or "requeue" in log.read_text(), timeout_s=120, log=log)
+    taken = steps(run)
+    assert (run / "checkpoints" / f"checkpoint-{taken[-1]}" / "polyphony.json").exists()
+    assert 2 <= taken[-1] < 40
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
+    wait_until(lambda: state(slurm, job) == "COMPLETED", timeout_s=300, log=log)
+    said = log.read_text()
+    assert "preempted: the trainer saves a checkpoint" in said
+    assert f"SIGTERM: checkpoint at step {taken[-1]} saved" in said
+    assert steps(run) == list(range(1, 41))
+    assert (run / "final" / "model.safetensors").exists()
+
+
+def test_a_job_brings_up_its_own_ray(slurm, tmp_path):
+    run = tmp_path / "run"
+    overrides = ["rollouts={engine: ray, workers: 1}", "tracking.wandb=null", "grpo.max_steps=1"]
+    job = launched(slurm, DEBUG, *overrides, "--out", str(run))
+    log = run / "logs" / f"slurm-{job}.log"
+    wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED"), timeout_s=400, log=log)
+    assert state(slurm, job) == "COMPLETED", log.read_text()[-2000:]
+    assert steps(run) == [1]
+
+
+def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
+    command = [sys.executable, "-m", "launch.cli", "launch", "slurm", DEBUG, "cluster.slurm.partition=none"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], env=slurm, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "sbatch refused" in done.stderr
+    assert "partition" in done.stderr

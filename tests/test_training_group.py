@@ -1,0 +1,76 @@
+"""Two trainer ranks on CPU (gloo) under DDP, ZeRO-2 and ZeRO-3: the same run as one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from launch.config import load_recipe
+from launch.local import Machine, accelerate
+from tests.conftest import HOUSE, RECIPES
+
+pytestmark = pytest.mark.slow
+STRATEGIES = ("ddp", "zero2", "zero3")
+WRAPPER = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def run(words: list[str], folder, *overrides: str) -> list[dict]:
+    """Run tests/ranks.py; return what each rank wrote."""
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*words, "-m", "tests.ranks", str(folder), *overrides]
+    done = subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run([sys.executable], tmp_path_factory.mktemp("alone") / "one", "grpo.per_device_train_batch_size=8")[0]
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def group(request, tmp_path_factory):
+    overrides = [f"cluster.strategy={request.param}", "cluster.processes=2", f"cluster.port={free_port()}"]
+    recipe = load_recipe(RECIPES / "debug.yaml", overrides)
+    words = accelerate(recipe.cluster, Machine(), gpus=0)
+    folder = tmp_path_factory.mktemp(request.param) / "two"
+    return request.param, run(words, folder, "grpo.per_device_train_batch_size=4")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_ranks_are_one_run(alone, group, kind):
+    strategy, ranks = group
+    first, second = (rank[kind] for rank in ranks)
+    one = alone[kind]
+    assert (first["ranks"], one["ranks"]) == (2, 1)
+    assert first["wrapper"] == second["wrapper"] == WRAPPER[strategy]
+    # the same draws on both ranks
+    assert first["prompts"] == second["prompts"] == one["prompts"]
+    assert first["drawn"] == second["drawn"] == one["drawn"]
+    # each rank sampled its half, and the group in the middle was rewarded as the whole that it is
+    assert [a + b for a, b in zip(first["own_ids"], second["own_ids"], strict=True)] == one["own_ids"]
+    assert first["rewards"] == second["rewards"] == one["rewards"]
+    assert len(first["own_ids"][0]) % 8 != 0
+    # the same losses up to the order of sums
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-3, abs=1e-5)
+    assert any(loss != 0 for loss in one["losses"])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group, kind):
+    for rank in [alone, *group[1]]:
+        assert rank[kind]["check"]
+        assert rank[kind]["compared"] > 10
+        assert rank[kind]["differing"] == []

@@ -1,0 +1,163 @@
+"""One vLLM and what it is asked: start it, sample from it, load weights into it. The same in the trainer and in a worker.
+
+Left out on purpose: who owns the engine and how weights travel to it (`trainer/rollouts.py`, `launch/ray_engine.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to be sampled."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What came back: token ids, and their log-probabilities under the sampling distribution (None if not told)."""
+
+    ids: list[int]
+    logps: list[float] | None
+    version: int | None = None
+    """Number of the weight sync whose weights sampled it; None where the engine does not count."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How completions are sampled; one setting for the whole run, because importance correction depends on it."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What a vLLM engine is started with."""
+
+    model: str
+    dtype: str
+    max_model_length: int | None
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    on_cpu: bool
+    tensor_parallel: int = 1
+
+
+def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
+    """Return the sampling seed of one completion: the same after a restart and under any layout of ranks."""
+    key = f"{run_seed}/{draw}/{prompt_id}/{refill_round}/{k}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def start_llm(settings: EngineSettings, **changes: Any) -> Any:
+    """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`."""
+    if settings.on_cpu:
+        # The CPU build repacks every Linear for oneDNN and drops the original weight, so that later loads land
+        # nowhere without an error. Without oneDNN the weights stay where `load_weights` finds them.
+        import vllm._custom_ops as ops
+        from vllm.platforms import current_platform
+
+        ops._supports_onednn = False
+        # counting token ranks is not worth the 25 s that compiling it takes
+        current_platform.simple_compile_backend = "eager"
+    from vllm import LLM
+
+    return LLM(
+        model=settings.model,
+        dtype=settings.dtype,  # type: ignore[arg-type]
+        max_model_len=settings.max_model_length,
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        tensor_parallel_size=settings.tensor_parallel,
+        enforce_eager=settings.on_cpu,  # compiling costs 20 s on a CPU and gains nothing at that size
+        logprobs_mode="processed_logprobs",  # importance correction needs what was really sampled from
+        seed=0,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **changes,
+    )
+
+
+def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the engine's weights in place and forget the keys and values that belong to the old ones."""
+    llm.apply_model(lambda model: _load(model, named))
+    llm.reset_prefix_cache()
+
+
+def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
+
+
+def sample(llm: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """Sample one completion a request, in order.
+
+    Out of memory, the requests are sampled in two halves, once. Raises RuntimeError where a half is too much as well.
+    """
+    try:
+        return _sample(llm, requests, sampling)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(requests) < 2:
+            raise
+    _abort(llm)
+    middle = len(requests) // 2
+    try:
+        return [c for half in (requests[:middle], requests[middle:]) for c in _sample(llm, half, sampling)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _abort(llm)
+        raise RuntimeError(
+            f"the rollout engine ran out of memory on {len(requests)} completions and again on half of them: lower "
+            "grpo.max_completion_length or the generation batch, or change grpo.vllm_gpu_memory_utilization"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocator's refusal, of a GPU's or of the host's memory, from other errors."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _sample(llm: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    from vllm import SamplingParams
+
+    shared = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    params = [SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **shared) for r in requests]
+    prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
+    return [_completion(output.outputs[0]) for output in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+
+
+def _abort(llm: Any) -> None:
+    """Take back what an interrupted call left in the engine, and its cached blocks."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    llm.reset_prefix_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _completion(output: Any) -> Completion:
+    ids = list(output.token_ids)
+    return Completion(ids=ids, logps=[at[t].logprob for t, at in zip(ids, output.logprobs, strict=True)])

@@ -1,0 +1,74 @@
+"""SIGTERM and SIGINT: a checkpoint at the next draw's boundary, then the end; SIGINT twice: at once.
+
+Slurm and Kubernetes send SIGTERM and, some seconds later, SIGKILL. Where the boundary does not come in time, the run ends
+without a new checkpoint rather than in the middle of one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trainer.slots import DrawPlan
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(TrainerCallback):
+    """Listen while the run trains; all ranks stop after the same step.
+
+    `agree` returns the largest of what the ranks pass in: a signal reaches them at different moments.
+    """
+
+    def __init__(self, plan: DrawPlan, *, grace_s: float, agree: Callable[[int], int]) -> None:
+        self.plan = plan
+        self.grace_s = grace_s
+        self.agree = agree
+        self.received = 0
+        self.stopped: tuple[int, int] | None = None
+        """Signal and step of the checkpoint, once a signal has ended the run."""
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        number = self.agree(self.received)
+        if number and self.plan.is_boundary(state.global_step) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.stopped = number, state.global_step
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            _say("second interrupt: ending at once")
+            os._exit(128 + number)
+        again = "; once more to end at once" if number == signal.SIGINT else ""
+        _say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
+        self.received = number
+        if number == signal.SIGTERM:
+            timer = threading.Timer(self.grace_s, self._give_up)
+            timer.daemon = True
+            timer.start()
+
+    def _give_up(self) -> None:
+        if self._before:  # still training
+            _say(f"SIGTERM: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
+            os._exit(128 + signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
