@@ -141,6 +141,10 @@ class Weighted:
         self.rewards = {name: find_reward(part["reward"]) for name, part in parts.items()}
         self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
 
+    @property
+    def is_slow(self) -> bool:
+        return any(getattr(reward, "is_slow", False) for reward in self.rewards.values())
+
     def components(
         self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
     ) -> dict[str, list[float | None]]:

@@ -291,7 +291,7 @@ class Walk:
     def tokenize(self, prompts):
         return [[1]] * len(prompts)
 
-    def complete(self, requests):
+    def complete(self, requests, on_finished=None):
         return [Completion(ids=[ord(letter)], logps=None) for letter in self.letters]
 
     def to_samples(self, prompts, completions):
