@@ -43,9 +43,11 @@ def fit_exchange(entropy: Sequence[float], score: Sequence[float], *, level: flo
     """
     if len(entropy) != len(score):
         raise ValueError(f"entropies and scores must come in pairs, got {len(entropy)} and {len(score)}")
+    if len(entropy) < FEWEST:
+        return None
     x, y = np.exp(np.asarray(entropy, dtype=float)), np.asarray(score, dtype=float)
     spread = float(((x - x.mean()) ** 2).sum())
-    if len(x) < FEWEST or spread < 1e-12:
+    if spread < 1e-12:
         return None
     slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
     residual = y - y.mean() - slope * (x - x.mean())

@@ -170,6 +170,10 @@ class PromptPool:
     def state_of(self, prompt_id: str) -> State:
         return State(int(self.state[self._places[prompt_id]]))
 
+    def place_of(self, prompt_id: str) -> int:
+        """Return the row of a prompt in the columns."""
+        return self._places[prompt_id]
+
     # --- remembering ----------------------------------------------------------------------------------------------
 
     def columns(self) -> Columns:

@@ -88,17 +88,30 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
 
     evaluate = _verb(
-        verbs, "eval", _eval, "score a model on a recipe's held-out sets", "polyphony eval runs/demo/final r.yaml"
+        verbs,
+        "eval",
+        _eval,
+        "score a model on a recipe's held-out sets, or compare two on the same items",
+        "polyphony eval runs/a runs/b r.yaml",
     )
-    evaluate.add_argument("model", help="folder or hub name of the model")
-    evaluate.add_argument("recipe", help="the recipe, YAML")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    evaluate.add_argument(
+        "names",
+        nargs="+",
+        metavar="MODEL [MODEL] [RECIPE] [key.path=value ..]",
+        help="one or two models (folder, run folder or hub name), the recipe (default: the run folder's), overrides",
+    )
+    evaluate.set_defaults(overrides=[])
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     report = _verb(verbs, "report", _report, "write the HTML report of one or more runs", "polyphony report runs/demo")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
     report.add_argument("--json", action="store_true", help="print the summary numbers instead")
+
+    dashboard = _verb(
+        verbs, "dashboard", _dashboard, "create or update a run's W&B dashboard", "polyphony dashboard runs/demo"
+    )
+    dashboard.add_argument("folder", type=Path, metavar="RUN")
 
     probe = _verb(
         verbs, "probe", _probe, "measure what training on each domain does to the others", "polyphony probe recipe.yaml"
@@ -108,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
     )
+
+    screen = _verb(
+        verbs, "screen", _screen, "say which training prompts the model can learn from", "polyphony screen recipe.yaml"
+    )
+    screen.add_argument("recipe", help="the recipe, YAML; its section `pool` says what is too hard")
+    screen.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
+    screen.add_argument("--out", type=Path, help="folder (default: runs/<name>-screen); an unfinished one goes on")
+    screen.add_argument("--visits", type=int, default=12, help="most groups for a prompt that never succeeds")
+    screen.add_argument("--json", action="store_true", help="print one JSON object")
 
     plan = _verb(
         verbs, "plan", _plan, "say in which order to train, or to mix", "polyphony plan runs/x-probe/transfer.json"
@@ -195,16 +217,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from launch.config import load_recipe
-    from launch.evaluate import evaluate
+    from launch.evaluate import evaluate, parse
 
-    evaluate(load_recipe(arguments.recipe, arguments.overrides), arguments.model, as_json=arguments.json)
+    evaluate(parse(arguments.names, arguments.overrides), as_json=arguments.json)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from launch.report import report
 
     report(arguments.runs, out=arguments.out, as_json=arguments.json)
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from launch.dashboard import dashboard
+
+    dashboard(arguments.folder)
 
 
 def _probe(arguments: argparse.Namespace) -> None:
@@ -220,6 +247,21 @@ def _probe(arguments: argparse.Namespace) -> None:
     probe(recipe, out)
     print(transfer_table(TransferMatrix.load(out / TRANSFER_FILE).on("report")))
     print(f"{out / TRANSFER_FILE}\n{write_report([out], out / 'report.html')}")
+
+
+def _screen(arguments: argparse.Namespace) -> None:
+    from launch.config import RecipeError, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.visits < 1:
+        raise RecipeError(f"--visits must be at least 1, got {arguments.visits}")
+    from launch.screen import IMPOSSIBLE_FILE, POOL_FILE, screen, screen_table
+
+    out = arguments.out or Path("runs") / f"{recipe.name}-screen"
+    summary = screen(recipe, out, most_visits=arguments.visits)
+    print(json.dumps(summary) if arguments.json else screen_table(summary))
+    if not arguments.json:
+        print(f"{out / POOL_FILE}\n{out / IMPOSSIBLE_FILE}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -140,6 +140,10 @@ class EvalSection(_Section):
     """Completions an item."""
     shown: int = Field(default=3, ge=0)
     """Items of each domain whose completion is kept for people to read."""
+    greedy: bool = False
+    """Also decode every item greedily, apart from the samples; `polyphony eval` always does."""
+    kl_items: int = Field(default=64, ge=0)
+    """Items of each domain on which the distance to the base model is measured; 0 leaves it out."""
 
 
 class CheckpointSection(_Section):
@@ -294,9 +298,12 @@ class EntropySection(_Section):
     """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
     control: Literal["none", "adaptive"] = "none"
     """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
-    rate: float = Field(default=0.02, gt=0)
-    """Growth of a coefficient per draw, for an entropy that is off its edge by the base model's whole entropy."""
-    max_coefficient: float = Field(default=0.2, gt=0)
+    push: float = Field(default=1.0, ge=0)
+    """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
+    rate: float = Field(default=0.05, gt=0)
+    """Growth of the coefficient per draw for the same distance."""
+    max_coefficient: float = Field(default=1.0, gt=0)
+    """Either way; at 1 the term weighs as much as an advantage of 1."""
 
     @field_validator("band")
     @classmethod
@@ -386,6 +393,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
     _check_entropy(recipe)
+    if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
+        raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
     for name in recipe.guardrails:
         if name not in recipe.domains:
             raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")

@@ -1,55 +1,170 @@
-"""`polyphony eval`: score any checkpoint on a recipe's held-out sets."""
+"""`polyphony eval`: score any checkpoint on a recipe's held-out sets, or compare two on the same items and seeds."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launch.config import Recipe
+from launch.config import Recipe, RecipeError, load_recipe
+from launch.tables import statistics_table
+
+if TYPE_CHECKING:
+    from trainer.grpo import DomainGRPOTrainer
+    from trainer.heldout_result import HeldoutResult
+    from trainer.rollouts import InProcessEngine
+
+RECIPE_FILE = "recipe.yaml"
 
 
-def evaluate(recipe: Recipe, model: str, *, as_json: bool) -> None:
-    """Print, for each domain, the mean score with its 95 % interval, pass@k and entropy; both halves of the items."""
-    results = evaluate_model(recipe, model)
-    if as_json:
-        print(json.dumps(results))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What one call of the verb asks for."""
+
+    models: tuple[str, ...]
+    """One, or two to compare."""
+    recipe: Recipe
+
+
+def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Request:
+    """Tell models, recipe and overrides apart: `MODEL [MODEL] [RECIPE.yaml] [key.path=value ..]`.
+
+    A run folder stands for its `final/`, and a model inside a run folder brings that run's recipe. Raises RecipeError.
+    """
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    models = [name for name in names if "=" not in name and name not in files]
+    overrides = [*(name for name in names if "=" in name), *overrides]
+    if len(files) > 1 or not 1 <= len(models) <= 2:
+        raise RecipeError(f"expected one or two models and one recipe, got {', '.join(models + files) or 'nothing'}")
+    recipe = files[0] if files else next(filter(None, map(_recipe_of, models)), None)
+    if recipe is None:
+        raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
+    return Request(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
+
+
+def evaluate(request: Request, *, as_json: bool) -> None:
+    """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
+    paired differences and whether they exclude zero."""
+    from trainer.measures import as_lists
+
+    results, engine = [], None
+    for model in request.models:
+        result, engine = evaluate_model(request.recipe, model, engine=engine)
+        results.append(result)
+    if len(results) == 2:
+        _print_comparison(request.models, *results, as_json=as_json)
         return
-    print(
-        f"{'domain':<16}{'items':>6}{'score':>8}  {'95 % interval':<18}{'pass@' + str(recipe.eval.samples):>8}{'entropy':>9}"
-    )
-    for name, r in results.items():
-        low, high = r["interval"]
-        interval = f"[{low:.3f}, {high:.3f}]"
-        print(f"{name:<16}{r['items']:>6}{r['score']:>8.3f}  {interval:<18}{r['pass_at_k']:>8.3f}{r['entropy']:>9.3f}")
+    answers = {name: results[0].read(name) for name in results[0].answers}
+    found = {name: read.intervals() for name, read in answers.items()}
+    if as_json:
+        print(json.dumps({name: _as_dict(results[0], name, as_lists(found[name])) for name in found}))
+        return
+    print(statistics_table(found))
+    for name, read in answers.items():
+        print(
+            f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
+        )
 
 
-def evaluate_model(recipe: Recipe, model: str) -> dict[str, dict]:
-    """Return the held-out numbers of a model, by domain."""
-    from curricula.records import mean
+def evaluate_model(
+    recipe: Recipe, model: str, *, engine: InProcessEngine | None = None
+) -> tuple[HeldoutResult, InProcessEngine | None]:
+    """Return what a model does on a recipe's held-out sets, and the engine for a next model of the same shape.
+
+    Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
+    """
     from launch.train import build_trainer
 
+    greedy = recipe.rollouts.engine != "transformers"
+    settings = recipe.eval.model_copy(update={"greedy": greedy})
     local = Path(model)
-    recipe = recipe.model_copy(update={"model": str(local.resolve()) if local.is_dir() else model})
+    name = str(local.resolve()) if local.is_dir() else model
     with tempfile.TemporaryDirectory() as scratch:
-        result = build_trainer(recipe, Path(scratch)).evaluate_heldout()
-    passed, scores = result.passed(), result.scores()
+        trainer = build_trainer(
+            recipe.model_copy(update={"model": name, "eval": settings}), Path(scratch), engine=engine
+        )
+        result = trainer.evaluate_heldout()
+    if name != recipe.model and settings.kl_items:
+        result = replace(result, base_kl=_distance(trainer, recipe.model))
+    return result, trainer.engine
+
+
+def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
+    """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
+    does not take a few items that did not move for certainty."""
+    from curricula.intervals import paired
+    from trainer.measures import compare
+
+    before, after = first.scores(), second.scores()
     return {
-        name: {
-            "items": len(items),
-            "score": mean(items),
-            "interval": _interval(items),
-            "pass_at_k": mean(passed[name]),
-            "entropy": result.entropy[name],
-        }
-        for name, items in scores.items()
+        name: compare(first.read(name), second.read(name)) | {"score": paired(after[name], before[name])}
+        for name in first.answers
     }
 
 
-def _interval(items: tuple[float, ...]) -> list[float]:
-    """95 % bootstrap interval of the mean over items."""
-    import numpy as np
+def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
+    """Return (nats, tokens) of KL(policy || base) by domain and item; nothing where the two speak other tokens."""
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
 
-    rng = np.random.default_rng(0)
-    means = rng.choice(np.asarray(items), size=(10_000, len(items))).mean(axis=1)
-    return [float(q) for q in np.quantile(means, [0.025, 0.975])]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
+    if model.config.get_text_config().vocab_size != trainer.model.config.get_text_config().vocab_size:
+        return {}
+    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    model.to(trainer.accelerator.device).eval()
+    return trainer.evaluator.distance_to(lambda prompts, ids: trainer.log_probabilities(prompts, ids, model=model))
+
+
+def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:
+    from trainer.measures import as_lists
+
+    found = compare_results(first, second)
+    if as_json:
+        differences = {
+            name: {
+                statistic: {"interval": [*i], "excludes_zero": i.is_above_zero or i.is_below_zero}
+                for statistic, i in rows.items()
+            }
+            for name, rows in found.items()
+        }
+        sides = {
+            model: {name: _as_dict(r, name, as_lists(r.read(name).intervals())) for name in r.answers}
+            for model, r in zip(("a", "b"), (first, second), strict=True)
+        }
+        print(json.dumps({"models": dict(zip("ab", models, strict=True)), **sides, "difference": differences}))
+        return
+    print(f"{models[1]} minus {models[0]}, paired by item; * where the 95 % interval excludes zero (each by itself)")
+    print(statistics_table(found, is_change=True))
+
+
+def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[float]]) -> dict[str, Any]:
+    low, score, high = statistics["score"]
+    return {
+        "items": len(result.items[name]),
+        "score": score,
+        "interval": [low, high],
+        "pass_at_k": sum(result.passed()[name]) / len(result.items[name]),
+        "entropy": result.entropy[name],
+        "statistics": statistics,
+        "styles": result.read(name).styles(),
+    }
+
+
+def _recipe_of(model: str) -> str | None:
+    """Return the recipe of the run folder that a model is, or lies in; None outside of one."""
+    folder = Path(model)
+    found = [p / RECIPE_FILE for p in (folder, folder.parent, folder.parent.parent) if (p / RECIPE_FILE).is_file()]
+    return str(found[0]) if folder.is_dir() and found else None
+
+
+def _weights_of(model: str) -> str:
+    """Return the folder of the weights where a run folder is named."""
+    folder = Path(model)
+    if not (folder / RECIPE_FILE).is_file():
+        return model
+    if not (folder / "final").is_dir():
+        raise RecipeError(f"run {model} has no final/ yet: name one of its checkpoints/")
+    return str(folder / "final")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from curricula.effects import Effects
+from curricula.intervals import Interval
 from curricula.transfer import TransferMatrix
 
 
@@ -34,6 +35,33 @@ def predicted_table(reviews: Sequence[Mapping[str, Any]]) -> str:
         pairs = [(review["predicted"][n], review["measured"][n]) for n in names if "predicted" in review]
         lines.append(f"{review['stage']:<14}" + "".join(f"{f'{p:.2f} / {m:.2f}':>{width}}" for p, m in pairs))
     return "\n".join(lines)
+
+
+def statistics_table(found: Mapping[str, Mapping[str, Interval]], *, is_change: bool = False, across: int = 4) -> str:
+    """Return statistics (rows) of domains (columns, `across` at a time) with their 95 % intervals.
+
+    Of changes, `*` marks those whose interval excludes zero.
+    """
+    blocks, names = [], list(found)
+    for start in range(0, len(names), across):
+        shown = names[start : start + across]
+        statistics = list(dict.fromkeys(statistic for name in shown for statistic in found[name]))
+        width = max(24, *(len(name) + 2 for name in shown))
+        lines = [" " * 27 + "".join(f"{name:>{width}}" for name in shown)]
+        for statistic in statistics:
+            cells = [_bounded(found[name].get(statistic), is_change=is_change) for name in shown]
+            lines.append(f"{statistic:<27}" + "".join(f"{cell:>{width}}" for cell in cells))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _bounded(interval: Interval | None, *, is_change: bool) -> str:
+    if interval is None or math.isnan(interval.mid):
+        return "-"
+    if not is_change:
+        return f"{interval.mid:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    mark = "*" if interval.is_above_zero or interval.is_below_zero else " "
+    return f"{interval.mid:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{mark}"
 
 
 def _cell(change: float, low: float, high: float) -> str:

@@ -211,7 +211,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
             domains=data,
             curriculum=scheduler,
             engine=engine or rollout_engine(recipe),
-            evaluation=EvaluationSettings(samples=recipe.eval.samples, shown=recipe.eval.shown),
+            evaluation=EvaluationSettings(**recipe.eval.model_dump(exclude={"every"})),
             entropy=EntropySettings(**recipe.entropy.model_dump()),
             pool=pool,
             update=update_settings(recipe),

@@ -56,6 +56,14 @@ class FunctionCall:
     ) -> list[float | None]:
         return [self._score(c, reference_calls(a)) for c, a in zip(completions, answer, strict=True)]
 
+    def is_valid(self, text: str) -> bool:
+        """Say whether every call of a text can be read."""
+        try:
+            canonical(calls_of(text))
+        except (ValueError, RecursionError):
+            return False
+        return True
+
     def _score(self, completion: Any, expected: list[tuple]) -> float:
         try:
             made = canonical(calls_of(completion))

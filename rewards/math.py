@@ -64,6 +64,10 @@ class Math:
         scores = [verdicts[p] if verdict is None else verdict for p, verdict in zip(pairs, quick, strict=True)]
         return [None if score is None else float(score) for score in scores]
 
+    def is_valid(self, text: str) -> bool:
+        """Say whether a text commits to an answer."""
+        return bool(final_answer(text, sources=self.sources))
+
     def _at_sight(self, given: str | None, reference: str) -> bool | None:
         """Return the verdict where nothing must be parsed; None where it must."""
         if not given or len(given) > self.max_answer_chars or _contradicts_itself(given):

@@ -153,6 +153,10 @@ class Weighted:
         results = settled([reward(**arguments) for reward in self.rewards.values()])
         return dict(zip(self.rewards, results, strict=True))
 
+    def is_valid(self, text: str) -> bool:
+        """Say whether a text has the form that each part asks for."""
+        return all(part.is_valid(text) for part in self.rewards.values() if hasattr(part, "is_valid"))
+
     def combine(self, components: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """Return the weighted sum of what the parts said."""
         parts = [(self.weights[name], values) for name, values in components.items() if self.weights[name]]

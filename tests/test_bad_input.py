@@ -239,6 +239,9 @@ def test_a_probe_that_cannot_begin_leaves_no_folder(capsys, tmp_path, recipe):
         (["score", "gone.jsonl", "--reward", "exact"], "file gone.jsonl does not exist"),
         (["eval", "no-such/model", "RECIPE"], "model 'no-such/model' cannot be loaded"),
         (["eval", "model", "gone.yaml"], "recipe gone.yaml does not exist"),
+        (["eval", "model"], "give a recipe: model is not inside a run folder"),
+        (["eval", "a", "b", "c", "RECIPE"], "expected one or two models and one recipe, got a, b, c, "),
+        (["eval", "a", "RECIPE", "eval.smples=2"], "unknown key 'eval.smples'; did you mean 'samples'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from launch.config import load_recipe
 from launch.train import claim_folder
 from tests.conftest import HOUSE, RECIPES
 
-VERBS = ("train", "eval", "report", "probe", "plan", "demo", "doctor", "launch", "score")
+VERBS = ("train", "eval", "report", "dashboard", "probe", "plan", "demo", "doctor", "launch", "score")
 
 
 def broken(prompts, **columns):
@@ -35,7 +36,7 @@ def test_the_help_lists_every_verb(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     said = capsys.readouterr().out
-    assert all(f"\n    {verb} " in said for verb in VERBS)
+    assert all(re.search(rf"^    {verb}\b", said, re.MULTILINE) for verb in VERBS)
 
 
 def modules_after(*arguments) -> set[str]:

@@ -184,24 +184,53 @@ def test_too_few_evaluations_or_a_still_entropy_fit_nothing(entropy):
 # --- control -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_coefficient_grows_by_its_distance_from_the_band_and_fades_inside_it():
-    control = EntropyControl(domains=("math",), rate=0.1, decay=0.5)
-    band = {"band": (0.5, 1.5), "base": 1.0}
-    assert control.move("math", level=0.3, **band) == pytest.approx(0.02)  # .1 * (.5 - .3) / 1
-    assert control.move("math", level=0.4, **band) == pytest.approx(0.03)
-    assert control.move("math", level=1.0, **band) == pytest.approx(0.015)
-    assert control.move("math", level=2.5, **band) == pytest.approx(0.015 - 0.1)
+BAND = {"band": (0.5, 1.5), "base": 1.0}
+"""Drawn in by a tenth of its width: control begins below 0.6 and above 1.4."""
 
 
-def test_a_coefficient_has_bounds_and_stays_where_nothing_is_known():
-    control = EntropyControl(domains=("math",), rate=10.0, most=0.2)
-    assert control.move("math", level=0.0, band=(0.5, 1.5), base=1.0) == 0.2
-    assert control.move("math", level=math.nan, band=(0.5, 1.5), base=1.0) == 0.2
-    assert control.move("math", level=9.0, band=(0.5, 1.5), base=1.0) == -0.2
-    assert control.move("math", level=9.0, band=(math.nan, math.nan), base=math.nan) == -0.2
+def test_a_coefficient_answers_at_once_and_grows_while_its_domain_stays_out():
+    control = EntropyControl(domains=("math",), push=0.5, rate=0.1, most=1.0)
+    assert control.move("math", level=0.4, **BAND) == pytest.approx(0.5 * 0.2 + 0.1 * 0.2)
+    assert control.move("math", level=0.3, **BAND) == pytest.approx(0.5 * 0.3 + 0.1 * 0.5)
+
+
+def test_a_coefficient_fades_once_its_domain_is_back():
+    control = EntropyControl(domains=("math",), push=0.5, rate=0.1)
+    control.sums["math"] = 1.0
+    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.9)
+    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.81)
+
+
+def test_too_much_entropy_is_pushed_down():
+    control = EntropyControl(domains=("math",), push=0.1, rate=0.1)
+    assert control.move("math", level=1.9, **BAND) == pytest.approx(-0.1 * 0.5 - 0.1 * 0.5)
+
+
+def test_a_coefficient_has_bounds_and_its_sum_does_not_run_away():
+    control = EntropyControl(domains=("math",), push=1.0, rate=0.1, most=0.2)
+    for _ in range(1000):
+        assert control.move("math", level=0.0, **BAND) == 0.2
+    assert control.sums["math"] == pytest.approx(2.0)
+    assert control.move("math", level=9.0, **BAND) == -0.2
+
+
+def test_nothing_moves_while_the_base_is_unknown():
+    control = EntropyControl(domains=("math",))
+    control.move("math", level=0.2, **BAND)
+    before = control.state_dict()
+    control.move("math", level=math.nan, **BAND)
+    control.move("math", level=0.1, band=(math.nan, math.nan), base=math.nan)
+    assert control.state_dict() == before
+
+
+def test_a_restored_control_goes_on():
+    control, other = EntropyControl(domains=("math",)), EntropyControl(domains=("math",))
+    control.move("math", level=0.2, **BAND)
+    other.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert other.move("math", level=0.3, **BAND) == control.move("math", level=0.3, **BAND)
 
 
 def test_domains_are_controlled_apart():
     control = EntropyControl(domains=("math", "stories"), rate=0.1)
-    control.move("math", level=0.1, band=(0.5, 1.5), base=1.0)
+    control.move("math", level=0.1, **BAND)
     assert control.coefficients["stories"] == 0.0 < control.coefficients["math"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from curricula.records import Domain
+from trainer.answers import Answer
+from trainer.base_kl import BaseReference, mean_kl
 from trainer.data import PromptTable
 from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
 from trainer.rollouts import Completion
@@ -27,6 +30,7 @@ class World:
     def __init__(self):
         self.requests = []
         self.tokenized = 0
+        self.moved = 0.0
 
     def tokenize(self, prompts):
         self.tokenized += len(prompts)
@@ -54,6 +58,10 @@ class World:
         """An item's number in nats, over ten tokens in math and thirty in stories."""
         return [(float(s.text), 10 if s.prompt.domain == "math" else 30) for s in samples]
 
+    def log_probabilities(self, prompt_ids, ids):
+        """Half a nat a token, and less the further the policy has moved."""
+        return [-0.5 * len(row) - self.moved for row in ids]
+
 
 def evaluator(world, *tables, gather=list, **ranks) -> Evaluator:
     return Evaluator(
@@ -65,6 +73,8 @@ def evaluator(world, *tables, gather=list, **ranks) -> Evaluator:
         to_samples=world.to_samples,
         score=world.score,
         entropy_sums=world.entropy_sums,
+        log_probabilities=world.log_probabilities,
+        read=lambda s, score: Answer(score=score, vote=s.text, confidence=0.5, is_valid=True, style="bare"),
         limit={"math": 8, "stories": 32}.__getitem__,
         gather=gather,
         **ranks,
@@ -145,3 +155,43 @@ def test_an_item_that_nobody_could_grade_is_an_error_not_a_zero():
 def test_a_score_outside_0_to_1_is_an_error(samples, message):
     with pytest.raises(ValueError, match=rf"domain 'math': held-out scores must lie in \[0, 1\], got {message}"):
         result(math=(samples, (0.0, 0.0))).scores()
+
+
+def test_greedy_answers_are_asked_for_apart_from_the_samples():
+    world = World()
+    asked = evaluator(world, *BOTH)
+    asked.settings = EvaluationSettings(samples=4, greedy=True)
+    result = asked.run()
+    assert [r.is_greedy for r in world.requests] == [False] * 20 + [True] * 5
+    assert {name: len(answers) for name, answers in result.greedy.items()} == {"math": 3, "stories": 2}
+    assert evaluator(World(), *BOTH).run().greedy == {}
+
+
+def test_the_distance_to_the_base_is_what_its_own_completions_lost_in_probability():
+    world = World()
+    moving = evaluator(world, *BOTH)
+    assert moving.run().base_kl == {}
+    moving.remember_base()
+    world.moved = 0.25
+    kl = moving.run().base_kl
+    assert kl == {"math": dict.fromkeys(("4", "1", "2"), (0.25, 1)), "stories": dict.fromkeys(("0", "3"), (0.25, 1))}
+    assert mean_kl(kl, ["math"]) == 0.25 and math.isnan(mean_kl(kl, []))
+
+
+def test_only_so_many_items_of_each_domain_are_remembered():
+    few = evaluator(World(), *BOTH)
+    few.settings = EvaluationSettings(samples=1, kl_items=1)
+    few.run()
+    assert [(c.domain, c.item) for c in few.remember_base().completions] == [("math", "4"), ("stories", "0")]
+
+
+def test_a_base_is_the_same_after_it_was_written_and_read():
+    base = evaluator(World(), *BOTH)
+    base.run()
+    assert BaseReference.from_json(base.remember_base().to_json()) == base.base
+
+
+def test_answers_come_item_by_item_with_their_entropies():
+    read = evaluator(World(), *BOTH).run().read("math")
+    assert [[a.score for a in row] for row in read.sampled] == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert read.entropy == ((4.0, 10), (1.0, 10), (2.0, 10)) and read.kl is None and read.greedy is None

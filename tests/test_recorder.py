@@ -12,8 +12,9 @@ from curricula.records import Domain, Evaluation
 from curricula.schedulers.joint import Joint
 from curricula.schedulers.sequential import Sequential
 from curricula.transfer import TransferMatrix
+from trainer.answers import Answer
 from trainer.data import Prompt
-from trainer.evaluation import HeldoutResult
+from trainer.heldout_result import HeldoutResult
 from trainer.recorder import Recorder
 from trainer.run_folder import RunFolder
 from trainer.scoring import Sample
@@ -47,8 +48,19 @@ def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
         mine = domains.get(name, (steer, report))
         samples[name] = tuple((mine[0],) * 2 if is_steer else (mine[1],) * 2 for is_steer in STEER)
     shown = Sample(prompt=Prompt(id="a", domain="math", prompt="1+1 =", columns={}), ids=[1], text="2", truncated=False)
+    answers = {
+        name: tuple(
+            tuple(Answer(score=s, vote=str(s), confidence=0.75, is_valid=True, style="bare") for s in row)
+            for row in rows
+        )
+        for name, rows in samples.items()
+    }
     return HeldoutResult(
-        items=dict.fromkeys(NAMES, IDS), samples=samples, entropy=dict.fromkeys(NAMES, 0.7), shown=((shown, 1.0),)
+        items=dict.fromkeys(NAMES, IDS),
+        samples=samples,
+        answers=answers,
+        entropy=dict.fromkeys(NAMES, 0.7),
+        shown=((shown, 1.0),),
     )
 
 
@@ -188,3 +200,19 @@ def test_a_probes_rows_lie_beside_the_runs_own_and_stay_on_restore(tmp_path):
     again.restore(0)
     assert [(row.probe, row.step) for row in ours.matrix.rows] == [(True, 0), (True, 9), (False, 0), (False, 2)]
     assert [(row.probe, row.step) for row in again.matrix.rows] == [(True, 0), (True, 9), (False, 0)]
+
+
+def test_calibration_and_form_are_published_of_the_report_half_alone(tmp_path):
+    ours = recorder(tmp_path)
+    metrics = ours.record_heldout(0, result(math=(0.0, 1.0)))
+    assert metrics["heldout/math/overconfidence"] == pytest.approx(0.75 - 1.0)  # every published answer is right
+    assert metrics["heldout/math/brier"] == pytest.approx(0.25**2) and "heldout/math/auroc" not in metrics
+    assert metrics["heldout/math/format_share"] == 1.0
+
+
+def test_every_evaluation_leaves_its_intervals_and_styles(tmp_path):
+    ours = recorder(tmp_path)
+    ours.record_heldout(0, result(math=(0.0, 1.0)))
+    line = ours.folder.read("evaluations")[0]
+    assert line["step"] == 0 and line["domains"]["math"]["styles"] == {"bare": 1.0}
+    assert line["domains"]["math"]["score"] == [1.0, 1.0, 1.0]

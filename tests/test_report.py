@@ -212,7 +212,7 @@ def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
     sections = [e["id"] for e in page.find("section")]
     absent = {"plan", "quality"}
     assert sections == [e["href"][1:] for e in page.find("a")]
-    assert len(sections) == 15 and not absent & set(sections)
+    assert len(sections) == 16 and not absent & set(sections)
     drawings = re.findall(r"<svg.*?</svg>", out.read_text(), re.S)
     assert len(drawings) > 40
     for drawing in drawings:
@@ -461,3 +461,37 @@ def test_two_thousand_steps_of_twenty_domains_take_ten_seconds_and_ten_megabytes
     out = write_report([run], tmp_path / "report.html")
     assert time.perf_counter() - start <= 10
     assert out.stat().st_size <= 10_000_000
+
+
+def test_quality_is_drawn_with_the_intervals_that_the_run_kept(tmp_path):
+    run = write_run(tmp_path / "run", steps=40, eval_every=20, items=20)
+    details = {"pass@1": [0.1, 0.2, 0.3], "pass@4": [0.4, 0.5, 0.6], "overconfidence": [-0.1, 0.0, 0.1]}
+    lines = [
+        {"step": step, "domains": {"facts": details | {"styles": {"bare": 0.75, "prose": 0.25}}}} for step in (0, 40)
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(tmp_path, run)
+    curve = page.plots("quality")["facts"]["s"][0]
+    assert curve[2] == [0, 40] and curve[3] in ([0.5, 0.5], [0.0, 0.0])
+    assert "bare 75%, prose 25%" in page.find("section", id="quality")[0]["text"]
+
+
+def test_the_headroom_is_told_where_score_followed_entropy(tmp_path):
+    # R = .9 - .2 e^H at H = 1, .8, .5, .2: the rest of the entropy buys .2 (e^.2 - 1) = .044
+    entropy = (1.0, 0.8, 0.5, 0.2)
+    table = {10 * k: (0.9 - 0.2 * math.exp(h), 0.5, 0.5) for k, h in enumerate(entropy)}
+    run = hand_run(tmp_path / "run", table, trained=((), ("a",), ("a",), ("a",)), entropy=entropy)
+    text = report(tmp_path, run).find("section", id="exchange")[0]["text"]
+    assert "using up the rest of the entropy would buy" in text
+    assert "fewer than 4 evaluations, or entropy did not move" in text  # of b and w
+
+
+def test_a_run_that_is_just_being_written_is_read_as_far_as_it_goes(tmp_path):
+    run = write_run(tmp_path / "run", steps=40, eval_every=20, items=20)
+    (run / "final").rmdir()
+    (run / "evaluations.jsonl").write_text(
+        '{"step": 0, "domains": {"facts": {"ece": [0.1, 0.2, 0.3]}}}\n{"step": 20, "dom'
+    )
+    page = report(tmp_path, run)
+    assert "evaluations.jsonl: its last line is cut off" in page.missing
+    assert page.plots("quality")["facts"]["s"][0][3] == [0.2]

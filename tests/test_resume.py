@@ -115,3 +115,33 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, recipe):
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "final" / "model.safetensors").read_bytes() == weights
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# every group is dead, so that every draw is refilled as often as may be
+REFILL = [*RECIPE[:-2], "domains.arithmetic.train.size=64", "domains.stories.train.size=64", "pool.refill.max_rounds=3"]
+REFILL += ["domains.arithmetic.reward=tests.test_resume:Hopeless", "guard.cap=2.0", "pool.retry_deferred=2"]
+
+
+class Hopeless:
+    """Nothing is ever right."""
+
+    def __call__(self, prompts, **columns):
+        return [0.0] * len(prompts)
+
+
+def in_a_refill(folder) -> bool:
+    """The second refill of the third draw is about to be generated."""
+    path = folder / "refills.jsonl"
+    return path.exists() and sum(line["step"] == 3 for line in lines(folder, "refills")) >= 2
+
+
+def test_a_run_killed_in_the_middle_of_a_refill_draws_and_refills_the_same(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(*REFILL, "--out", str(whole))
+    kill_when(folder, in_a_refill, *REFILL, "--out", str(folder))
+    run("--resume", str(folder))
+    assert drawn(folder) == drawn(whole)
+    assert lines(folder, "refills") == lines(whole, "refills")
+    assert {line["round"] for line in lines(whole, "refills")} == {1, 2, 3}
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()

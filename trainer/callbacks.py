@@ -12,11 +12,13 @@ from transformers import TrainerCallback
 
 from curricula.guardrails import Guardrail, Verdict, check
 from curricula.pool_file import POOL_FILE, save_pools
+from trainer.base_kl import BaseReference
 from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
 from trainer.dashboard import defined
 from trainer.progress import ProgressLine
 from trainer.recorder import Recorder
 from trainer.tracking import WandbTracker
+from trainer.tracking_tables import track_completions, track_decisions, track_transfer
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
@@ -79,6 +81,11 @@ class RunCallback(TrainerCallback):
         """Measure the baseline, unless the run is resumed and has one."""
         if state.global_step == 0:
             self._write(0, self._evaluate(0))
+            base = self.trainer.evaluator.remember_base()
+            if self.trainer.accelerator.is_main_process:
+                self.recorder.folder.write(self.recorder.folder.base.name, base.to_json())
+        elif self.recorder.folder.base.is_file():
+            self.trainer.evaluator.base = BaseReference.from_json(self.recorder.folder.base.read_text())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         drawn = sum(self.trainer.curriculum.drawn.values())
@@ -110,12 +117,18 @@ class RunCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
+            folder, matrix = self.recorder.folder, self.recorder.matrix
+            track_decisions(self.tracker, state.global_step, folder.read("decisions"))
+            if matrix is not None:
+                track_transfer(self.tracker, state.global_step, matrix)
             self.tracker.finish()
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
         result = self.trainer.evaluate_heldout()
         self.trainer.entropy.after_evaluation(step, result.item_entropy)
+        if self.tracker is not None:
+            track_completions(self.tracker, step, result)
         return self.recorder.record_heldout(step, result)
 
     def _note_shortcut_alarms(self) -> None:
@@ -133,6 +146,8 @@ class RunCallback(TrainerCallback):
                 logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm)
                 entry = {"step": alarm.step, "domain": alarm.domain, "kind": alarm.kind, "message": str(alarm)}
                 self.recorder.folder.append("alarms", entry | {"drawn": dict(alarm.drawn)})
+                if self.tracker is not None:
+                    self.tracker.alert(f"{alarm.kind} of {alarm.domain}", str(alarm))
 
     def _broken_guardrails(self) -> list[Verdict]:
         watched = [d.name for d in self.trainer.data.domains if d.is_watch_only]

@@ -19,7 +19,7 @@ import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.entropy import Alarm, EntropyMonitor, Sums
-from curricula.entropy_control import MOST, RATE, EntropyControl
+from curricula.entropy_control import MOST, PUSH, RATE, EntropyControl
 from curricula.records import Group
 from trainer.dashboard import defined, key
 
@@ -34,6 +34,7 @@ class EntropySettings:
     band: tuple[float, float] = (0.5, 1.5)
     """Multiples of each domain's entropy in the base model."""
     control: Literal["none", "adaptive"] = "none"
+    push: float = PUSH
     rate: float = RATE
     max_coefficient: float = MOST
 
@@ -56,7 +57,9 @@ class DomainEntropy:
             for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
                 if value := getattr(args, name):
                     raise ValueError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other")
-            self.control = EntropyControl(domains=domains, rate=settings.rate, most=settings.max_coefficient)
+            self.control = EntropyControl(
+                domains=domains, push=settings.push, rate=settings.rate, most=settings.max_coefficient
+            )
 
     def after_draw(self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group]) -> None:
         """Take in one draw; `step` is the optimizer step it is for."""
@@ -97,11 +100,13 @@ class DomainEntropy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on; JSON-able."""
-        coefficients = None if self.control is None else dict(self.control.coefficients)
-        return {"monitor": self.monitor.state_dict(), "coefficients": coefficients}
+        return {
+            "monitor": self.monitor.state_dict(),
+            "control": None if self.control is None else self.control.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
         self.monitor.load_state_dict(state["monitor"])
-        if self.control is not None and state["coefficients"] is not None:
-            self.control.load(state["coefficients"])
+        if self.control is not None and state["control"] is not None:
+            self.control.load_state_dict(state["control"])

@@ -7,59 +7,19 @@ The same item gets the same sampling seeds at every evaluation, which makes diff
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from curricula.records import mean
 from rewards.diversity import Diversity
+from trainer.answers import Answer
+from trainer.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from trainer.data import Prompt, PromptTable
+from trainer.heldout_result import HeldoutResult, Record, join, once
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.scoring import Sample
-from trainer.variety import Variety, varieties
+from trainer.variety import varieties
 
 EVALUATION_DRAW = -1
 """Stands for the draw in the seeds of held-out samples: no training completion shares them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldoutResult:
-    """What one pass over the held-out sets gave, in the order of the sets."""
-
-    items: Mapping[str, tuple[str, ...]]
-    """Per domain, the ids of the items."""
-    samples: Mapping[str, tuple[tuple[float | None, ...], ...]]
-    """Per domain and item, the scores of its k samples; None where the grader failed."""
-    entropy: Mapping[str, float]
-    """Per domain, mean token entropy in nats of the first sample of every item."""
-    variety: Mapping[str, tuple[Variety, ...]] = field(default_factory=dict)
-    """Per domain and item, how much its samples differ; empty with one sample an item."""
-    item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
-    """Per domain and item, summed token entropy and token count of its first sample."""
-    shown: tuple[tuple[Sample, float | None], ...] = ()
-    """A few samples of each domain, for people to read."""
-
-    def scores(self) -> dict[str, tuple[float, ...]]:
-        """Return the mean score of each item over its graded samples, in [0, 1].
-
-        Raises ValueError for a domain with an item that could not be graded at all, or a score outside [0, 1].
-        """
-        scores = {}
-        for name, items in self.samples.items():
-            graded = [[s for s in item if s is not None] for item in items]
-            if not all(graded):
-                failed = sum(not g for g in graded)
-                raise ValueError(f"domain {name!r}: {failed} of {len(items)} held-out items could not be graded")
-            scores[name] = tuple(mean(g) for g in graded)
-            low, high = min(scores[name]), max(scores[name])
-            if low < 0 or high > 1:
-                raise ValueError(f"domain {name!r}: held-out scores must lie in [0, 1], got {low:g} to {high:g}")
-        return scores
-
-    def passed(self) -> dict[str, tuple[float, ...]]:
-        """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples."""
-        return {
-            name: tuple(float(any(s is not None and s >= 1.0 for s in item)) for item in items)
-            for name, items in self.samples.items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +30,11 @@ class EvaluationSettings:
     """Completions an item."""
     shown: int = 3
     """Items of each domain whose first completion is kept for people to read."""
+    greedy: bool = False
+    """Also decode every item greedily, apart from the samples."""
+    kl_items: int = 64
+    """Items of each domain on which the distance to the base model is measured: their forward passes are what it costs;
+    0 leaves it out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,15 +54,21 @@ class Evaluator:
     score: Callable[[Sequence[Sample]], list[float | None]]
     entropy_sums: Callable[[Sequence[Sequence[int]], Sequence[Sample]], list[tuple[float, int]]]
     """Summed token entropy and token count of each sample under the policy."""
+    log_probabilities: LogProbabilities
+    read: Callable[[Sample, float | None], Answer]
     limit: Callable[[str], int]
     """The domain's completion length in tokens."""
     gather: Callable[[list], list]
     """Joins the lists of all ranks in rank order."""
     rank: int = 0
     world_size: int = 1
+    base: BaseReference | None = None
+    """What the base model said; set by `remember_base`, or restored."""
     diversity: Mapping[str, Diversity] = field(default_factory=dict)
     """What tells the answers of a domain apart, where it rewards difference."""
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict)
+    _records: list[Record] = field(default_factory=list)
+    """Of the last run, of all ranks."""
 
     def run(self) -> HeldoutResult:
         """Evaluate all domains; collective over ranks, and every rank gets the whole result."""
@@ -117,12 +88,65 @@ class Evaluator:
         scores = self.score(samples)
         entropies = self.entropy_sums(ids[::k], samples[::k])
         variety = varieties(samples, scores, k=k, by_domain=self.diversity) or [None] * len(local)
-        records = []
-        for j, (place, prompt) in enumerate(local):
-            shown = samples[j * k] if self._is_shown(prompt) else None
-            of_item = tuple(scores[j * k : (j + 1) * k])
-            records.append((place, prompt.domain, prompt.id, of_item, entropies[j], shown, variety[j]))
-        return _join(self.gather(records), list(self.tables))
+        answers = [self.read(sample, score) for sample, score in zip(samples, scores, strict=True)]
+        greedy = self._greedy([prompt for _, prompt in local], requests[::k])
+        records = [
+            Record(
+                place=place,
+                domain=prompt.domain,
+                item=prompt.id,
+                scores=tuple(scores[j * k : (j + 1) * k]),
+                entropy=entropies[j],
+                answers=tuple(answers[j * k : (j + 1) * k]),
+                greedy=greedy[j] if greedy else None,
+                variety=variety[j],
+                shown=samples[j * k] if self._is_shown(prompt) else None,
+                ids=(ids[j * k], samples[j * k].ids) if self._is_measured(prompt) else None,
+            )
+            for j, (place, prompt) in enumerate(local)
+        ]
+        self._records = once(self.gather(records))
+        kl = self.base.kl(self._shared_log_probabilities) if self.base is not None else {}
+        return join(self._records, list(self.tables), kl)
+
+    def remember_base(self) -> BaseReference:
+        """Take the policy as it is, and what it said at the last run, for the base model; collective over ranks."""
+        kept = [(r.domain, r.item, *r.ids) for r in self._records if r.ids is not None]
+        logps = self._shared_log_probabilities([row[2] for row in kept], [row[3] for row in kept])
+        self.base = BaseReference(
+            completions=tuple(
+                BaseCompletion(domain=domain, item=item, prompt_ids=list(prompt_ids), ids=list(ids), logp=logp)
+                for (domain, item, prompt_ids, ids), logp in zip(kept, logps, strict=True)
+            )
+        )
+        return self.base
+
+    def distance_to(self, other: LogProbabilities) -> dict[str, dict[str, tuple[float, int]]]:
+        """Return (nats, tokens) of KL(policy || other) on what the policy said at the last run, by domain and item."""
+        base, own = self.base, self.remember_base()
+        self.base = base
+        return own.kl(lambda prompt_ids, ids: self._shared(other, prompt_ids, ids))
+
+    def _greedy(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> list[Answer]:
+        """Return one greedy answer an item; none unless asked for."""
+        if not self.settings.greedy:
+            return []
+        samples = self.to_samples(prompts, self.complete([replace(request, is_greedy=True) for request in requests]))
+        return [self.read(s, score) for s, score in zip(samples, self.score(samples), strict=True)]
+
+    def _shared_log_probabilities(
+        self, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
+    ) -> list[float]:
+        return self._shared(self.log_probabilities, prompt_ids, ids)
+
+    def _shared(
+        self, measure: LogProbabilities, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Split the rows over the ranks, evenly because the forward pass may be collective, and put them together."""
+        share = -(-len(ids) // self.world_size)
+        places = [min(p, len(ids) - 1) for p in range(self.rank * share, (self.rank + 1) * share)]
+        sums = measure([prompt_ids[p] for p in places], [ids[p] for p in places]) if ids else []
+        return self.gather(sums)[: len(ids)]
 
     def _local_items(self) -> list[tuple[int, Prompt]]:
         """This rank's share of all items; padded by repeating, because generation and forward may be collective."""
@@ -139,21 +163,8 @@ class Evaluator:
                 self._prompt_ids[f"{prompt.domain}/{prompt.id}"] = ids
         return [self._prompt_ids[f"{p.domain}/{p.id}"] for p in prompts]
 
+    def _is_measured(self, prompt: Prompt) -> bool:
+        return prompt.id in self.tables[prompt.domain].ids[: self.settings.kl_items]
+
     def _is_shown(self, prompt: Prompt) -> bool:
         return prompt.id in self.tables[prompt.domain].ids[: self.settings.shown]
-
-
-def _join(records: list[tuple], domains: Sequence[str]) -> HeldoutResult:
-    by_place = {record[0]: record for record in records}
-    ordered = [by_place[place] for place in sorted(by_place)]
-    of = {name: [r for r in ordered if r[1] == name] for name in domains}
-    return HeldoutResult(
-        items={name: tuple(r[2] for r in rs) for name, rs in of.items()},
-        samples={name: tuple(r[3] for r in rs) for name, rs in of.items()},
-        entropy={
-            name: sum(r[4][0] for r in rs) / tokens for name, rs in of.items() if (tokens := sum(r[4][1] for r in rs))
-        },
-        variety={name: tuple(r[6] for r in rs) for name, rs in of.items() if rs and rs[0][6] is not None},
-        item_entropy={name: tuple(r[4] for r in rs) for name, rs in of.items()},
-        shown=tuple((r[5], r[3][0]) for r in ordered if r[5] is not None),
-    )

@@ -199,6 +199,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             if self.state.global_step != self._last_loaded_step:
                 self.sync_engine()
             return self.engine.complete(requests, on_finished)
+        if any(r.is_greedy for r in requests):
+            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
         prompt_ids = [list(r.prompt_ids) for r in requests]
         ids, logps = super()._generate_single_turn(prompt_ids, None, {}, copies)
         logps = logps or [None] * len(ids)
@@ -432,14 +434,20 @@ class DomainGRPOTrainer(GRPOTrainer):
                 found[g.domain] = (total + g.surprisal, tokens + g.length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}
 
-    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
-        """Return log-probabilities, entropies and mask of completions under the policy, each [B, T]; no gradient."""
+    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], model: Any = None):
+        """Return log-probabilities, entropies and mask of completions, each [B, T], under the policy or another model
+        with TRL's fused head; no gradient."""
         ids, attention, mask = pad_rows(
             prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
         )
         with torch.no_grad():
             logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                self.model, ids, attention, mask.size(1), self.args.per_device_eval_batch_size, compute_entropy=True
+                self.model if model is None else model,
+                ids,
+                attention,
+                mask.size(1),
+                self.args.per_device_eval_batch_size,
+                compute_entropy=True,
             )
         return logps, entropy, mask
 
@@ -457,6 +465,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Return summed token entropy (nats) and token count of each sample under the policy."""
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
+
+    def log_probabilities(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, model: Any = None
+    ) -> list[float]:
+        """Return the summed log-probability of each completion, at the run's temperature, under the policy or `model`."""
+        logps, _, mask = self._forward(prompt_ids, completion_ids, model)
+        return (logps * mask).sum(1).tolist()
 
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 

@@ -9,14 +9,22 @@ from typing import Any
 
 from curricula.curriculum import Curriculum
 from curricula.forgetting import moment
-from curricula.items import on_half
+from curricula.items import halves, on_half
 from curricula.records import Domain, Evaluation, Group, PromptRef, mean
 from curricula.replay import decision_line
 from curricula.transfer import TransferMatrix
+from trainer.base_kl import mean_kl
 from trainer.dashboard import defined, key
-from trainer.evaluation import HeldoutResult
+from trainer.heldout_result import HeldoutResult
+from trainer.measures import Answers, as_lists
 from trainer.run_folder import RunFolder
 from trainer.variety import variety_metrics
+
+READ = {name: name for name in ("majority", "greedy", "format_valid", "format_share", "ece", "brier", "auroc",
+                                "overconfidence")} | {"kl": "kl_base"}  # fmt: skip
+"""Statistics of the answers that are logged, and under which metric; score, pass@k and entropy are there already."""
+RESAMPLES = 200
+"""For the intervals of one point of a curve, which nobody decides by."""
 
 
 @dataclass(slots=True)
@@ -79,6 +87,8 @@ class Recorder:
         for sample, score in result.shown if self.is_main else ():
             shown = {"domain": sample.prompt.domain, "prompt": sample.prompt.prompt, "completion": sample.text}
             self.folder.append("samples", {"step": step, **shown, "score": score})
+        if self.is_main:
+            self.folder.append("evaluations", {"step": step, "domains": _details(result)})
         return self._metrics(row, result)
 
     @property
@@ -120,6 +130,13 @@ class Recorder:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
             metrics[key("heldout", "entropy", name)] = row.entropy.get(name)
+            for metric, value in _report_half(result, name).values().items():
+                if metric in READ:
+                    metrics[key("heldout", READ[metric], name)] = value
+        if result.base_kl:
+            others = [name for name in result.base_kl if name not in row.trained]
+            metrics[key("heldout", "kl_current")] = mean_kl(result.base_kl, row.trained)
+            metrics[key("heldout", "kl_others")] = mean_kl(result.base_kl, others)
         if len(self._run) > 1:
             run = [on_half(past, result.items, "report") for past in self._run]
             now = moment(run, watch_only=self.matrix.watch_only)
@@ -132,3 +149,18 @@ class Recorder:
             metrics[key("transfer", "bwt")] = now.mean_bwt
             metrics[key("transfer", "drawdown_max")] = now.worst_drawdown
         return defined(metrics)
+
+
+def _report_half(result: HeldoutResult, domain: str) -> Answers:
+    """Return a domain's answers to the items that are published."""
+    sides = halves(result.items[domain])
+    return result.read(domain).take([i for i, side in enumerate(sides) if side == "report"])
+
+
+def _details(result: HeldoutResult) -> dict[str, Any]:
+    """Return, per domain, every statistic with its interval and the share of each output style, `report` half."""
+    details = {}
+    for name in result.answers:
+        answers = _report_half(result, name)
+        details[name] = as_lists(answers.intervals(resamples=RESAMPLES)) | {"styles": answers.styles()}
+    return details

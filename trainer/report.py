@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from trainer import report_quality as beyond
 from trainer import report_sections as curves
 from trainer import report_tables as tables
 from trainer.report_data import read_run
@@ -69,9 +70,13 @@ SECTIONS = (
     Section("rollouts", "Rollout budget", curves.rollouts,
             "Completions of each domain; the pale part was in groups with equal rewards, which teach nothing.",
             "rollout numbers"),
-    Section("quality", "Beyond the score", curves.quality,
-            "What held-out evaluation says about reach, calibration and form.",
+    Section("quality", "Beyond the score", beyond.quality,
+            "What held-out evaluation says about reach, calibration and form, with 95 % intervals over prompts. Watch "
+            "overconfidence where a domain is not trained: there it grows unseen.",
             "pass@k, calibration and format share"),
+    Section("exchange", "What entropy was traded for", beyond.exchange,
+            "R = b − a·e^H fitted to each domain's evaluations (score R, entropy H): what a domain that follows the law "
+            "could still gain before its entropy is used up. Intervals are of the fit.", ""),
     Section("diversity", "Diversity", curves.diversity,
             "How many semantically different answers a group of completions holds.", "diversity"),
     Section("degeneration", "Degeneration monitors", curves.degeneration,

@@ -49,6 +49,8 @@ class Run:
     decisions: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     alarms: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    """Per evaluation, every statistic of every domain with its interval."""
     predicted: Sequence[Mapping[str, Any]]
     is_finished: bool
     missing: tuple[str, ...]
@@ -126,7 +128,8 @@ def read_run(path: str | Path) -> Run:
         item_ids=(transfer.items if transfer else None) or {},
         decisions=_read_lines(path / "decisions.jsonl", missing, gives="the mixture and its reasons"),
         samples=_read_lines(path / "samples.jsonl", missing, gives="sample completions"),
-        alarms=_read_lines(path / "alarms.jsonl", [], gives="alarms") if (path / "alarms.jsonl").exists() else (),
+        alarms=_read_optional(path / "alarms.jsonl", missing, gives="alarms"),
+        evaluations=_read_optional(path / "evaluations.jsonl", missing, gives="intervals beyond the score"),
         predicted=_read_predicted(path / "predicted.json", missing),
         is_finished=(path / "final").is_dir(),
         missing=tuple(missing),
@@ -211,6 +214,11 @@ def _read_lines(path: Path, missing: list[str], *, gives: str) -> list[dict[str,
     if not rows:
         missing.append(f"{path.name} is empty: no {gives}")
     return rows
+
+
+def _read_optional(path: Path, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
+    """Read lines of a file that a run may well not have."""
+    return _read_lines(path, missing, gives=gives) if path.exists() else []
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 import numpy as np
 
-from curricula.intervals import Interval
 from trainer.report_charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
 from trainer.report_data import Run
 from trainer.report_numbers import budget
@@ -40,7 +39,7 @@ def held_out(sheet: Sheet) -> str:
         found = []
         for n, f in enumerate(sheet.findings):
             if scores := f.scores.get(name):
-                found.append(_interval_line(sheet, n, name, f.steps, scores))
+                found.append(sheet.interval_line(n, sheet.colour(name), f.steps, scores))
         return found or sheet.metric_lines(f"heldout/{name}/score", sheet.colour(name))
 
     return sheet.domain_panels(lines)
@@ -68,7 +67,8 @@ def entropy(sheet: Sheet) -> str:
         known = [f.entropy[name] for f in sheet.findings if name in f.entropy]
         return next(((e.low, e.high) for e in known if math.isfinite(e.low)), None)
 
-    return sheet.domain_panels(lines, shares_y=False, allowed_of=allowed)
+    levels = sheet.domain_panels(lines, shares_y=False, allowed_of=allowed)
+    return levels + _by_metric(sheet, "domain/", {"entropy_coef": "Coefficient of the entropy term, where it is on"})
 
 
 def forgetting(sheet: Sheet) -> str:
@@ -82,7 +82,7 @@ def forgetting(sheet: Sheet) -> str:
                 points = [(m.step, getattr(m, field)[name]) for m in f.moments if name in getattr(m, field)]
                 points = [(step, interval) for step, interval in points if math.isfinite(interval.mid)]
                 if points:
-                    found.append(_interval_line(sheet, n, name, *zip(*points, strict=True)))
+                    found.append(sheet.interval_line(n, sheet.colour(name), *zip(*points, strict=True)))
             return found
 
         parts.append(sheet.domain_panels(lines, heading=title, has_zero=True))
@@ -107,14 +107,6 @@ def rollouts(sheet: Sheet) -> str:
     return _budget(sheet) + overall + dead
 
 
-def quality(sheet: Sheet) -> str:
-    """Draw what held-out evaluation says beside the score: pass@k, calibration, format, variety."""
-    return _by_metric(sheet, "heldout/", {"pass_at_k": "pass@k", "ece": "Calibration error (ECE)",
-                                          "format_valid": "Format-valid share",
-                                          "unique_correct": "Different right answers an item",
-                                          "distinct_2": "Different word pairs in an item's samples"})  # fmt: skip
-
-
 def diversity(sheet: Sheet) -> str:
     """Draw how many different answers a group holds."""
     return _by_metric(sheet, "diversity/", {"classes": "Semantic classes a group", "mean": "Mean diversity",
@@ -130,11 +122,6 @@ def degeneration(sheet: Sheet) -> str:
 def health(sheet: Sheet) -> str:
     """Draw TRL's own numbers over all domains."""
     return _key_panels(sheet, HEALTH)
-
-
-def _interval_line(sheet: Sheet, n: int, name: str, steps: Sequence[int], intervals: Sequence[Interval]) -> Line:
-    low, mid, high = np.array(intervals, dtype=float).T
-    return sheet.line(n, sheet.colour(name), steps, mid, band=(low, high), mark="both")
 
 
 def _budget(sheet: Sheet) -> str:

@@ -13,6 +13,7 @@ from html import escape
 import numpy as np
 from numpy.typing import ArrayLike
 
+from curricula.intervals import Interval
 from trainer.report_charts import Line, Mark, Panel, draw_panel
 from trainer.report_numbers import Findings
 from trainer.report_scales import fmt, padded, thin
@@ -88,6 +89,11 @@ class Sheet:
             end="" if mark == "dots" else self.letter(n),
             mark=mark,
         )
+
+    def interval_line(self, n: int, colour: str, steps: Sequence[float], intervals: Sequence[Interval]) -> Line:
+        """Return a curve of run n with its intervals as band, one dot a step."""
+        low, mid, high = np.array(intervals, dtype=float).T
+        return self.line(n, colour, steps, mid, band=(low, high), mark="both")
 
     def metric_lines(self, key: str, colour: str, *, what: str = "") -> list[Line]:
         """Return the curves of one metric, thinned, with the spread of what was averaged as their band."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms")
+LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations")
 """The line-by-line files; each line has the `step` it belongs to."""
 
 
@@ -30,6 +30,11 @@ class RunFolder:
     @property
     def transfer(self) -> Path:
         return self.path / "transfer.json"
+
+    @property
+    def base(self) -> Path:
+        """What the base model said to some held-out prompts."""
+        return self.path / "base.json"
 
     def ledger(self, name: str) -> Path:
         return self.path / f"{name}.jsonl"

@@ -20,6 +20,8 @@ class Request:
     prompt_ids: Sequence[int]
     seed: int
     max_tokens: int
+    is_greedy: bool = False
+    """Take the likeliest token each time, whatever the run's sampling; only an engine of ours can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +154,10 @@ def _sample(
         "logprobs": 0,
         "detokenize": False,
     }
-    params = [SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **shared) for r in requests]
+    greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    params = [
+        SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **(greedy if r.is_greedy else shared)) for r in requests
+    ]
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
     if on_finished is None:
         return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]

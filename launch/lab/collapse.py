@@ -1,0 +1,134 @@
+"""Provoke a collapse of entropy and hold it off: does the alarm come before the damage, and does control prevent it?
+
+    python -m launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
+
+Two runs a seed of `launch/recipes/collapse.yaml`: `free`, and `held` with `entropy.control: adaptive`. A finished run is
+not made again, so seeds may be added or taken apart. Prints one line a run and, over seeds, held minus free with a 95 %
+interval (Student's, paired by seed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from curricula.forgetting import curves
+from curricula.intervals import Interval, student
+from curricula.records import mean
+from launch.config import load_recipe
+from launch.train import say, train
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "collapse.yaml"
+ARMS = {"free": "none", "held": "adaptive"}
+LAST = 40
+"""Draws at the end that reward and entropy are averaged over."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one run came to."""
+
+    alarm: float
+    """Step of the first collapse alarm; NaN where none went off."""
+    fall: float
+    """Step of the first evaluation that is below the best before it for sure (drawdown's 95 % interval under zero)."""
+    entropy: float
+    """Of rollouts at the end, in multiples of the base model's."""
+    inside: float
+    """Share of the draws after the first quarter of the run whose smoothed level (8 draws) is inside the band."""
+    reward: float
+    """Training reward at the end."""
+    score: float
+    """Held-out score at the end."""
+    passed: float
+    """Held-out pass@2 at the end."""
+
+
+def make_runs(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+    """Train every arm of every seed that is not there yet; an unfinished one begins anew."""
+    engine = None
+    for seed in seeds:
+        for arm, control in ARMS.items():
+            folder = out / f"{arm}-{seed}"
+            if (folder / "report.html").exists():
+                continue
+            if folder.exists():
+                shutil.rmtree(folder)
+            say(f"{folder.name}")
+            recipe = load_recipe(RECIPE, [*overrides, f"grpo.seed={seed}", f"entropy.control={control}"])
+            engine = train(recipe, folder, engine=engine)
+
+
+def outcome(folder: Path) -> Outcome:
+    """Read what a run came to."""
+    from trainer.report_data import read_run
+
+    run = read_run(folder)
+    name = run.domains[0]
+    band = run.setting("entropy", "band")
+    base = run.moments[0].entropy[name]
+    levels = run.metrics[f"domain/{name}/entropy"].values
+    smooth = [mean(levels[k - 7 : k + 1].tolist()) / base for k in range(max(7, len(levels) // 4), len(levels))]
+    fallen = [m.step for m in curves(run.moments, watch_only=()) if m.drawdown[name].high < 0]
+    collapsed = [alarm["step"] for alarm in run.alarms if alarm["kind"] == "collapse"]
+    return Outcome(
+        alarm=min(collapsed, default=math.nan),
+        fall=min(fallen, default=math.nan),
+        entropy=mean(levels[-LAST:].tolist()) / base,
+        inside=mean([float(band[0] <= level <= band[1]) for level in smooth]),
+        reward=mean(run.metrics[f"domain/{name}/reward"].values[-LAST:].tolist()),
+        score=mean(run.moments[-1].scores[name]),
+        passed=float(run.metrics[f"heldout/{name}/pass_at_k"].values[-1]),
+    )
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Return the mean of independent seeds with its 95 % interval."""
+    n, mid = len(values), mean(values)
+    if n < 2:
+        return Interval(-math.inf, mid, math.inf)
+    half = student(0.95, n - 1) * math.sqrt(sum((v - mid) ** 2 for v in values) / (n - 1) / n)
+    return Interval(mid - half, mid, mid + half)
+
+
+def summary(out: Path, seeds: Sequence[int]) -> str:
+    """Return every run's line and, over seeds, each arm and what control changed."""
+    found = {arm: [outcome(out / f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
+    fields = Outcome.__slots__
+    lines = ["run       " + "".join(f"{field:>9}" for field in fields)]
+    for arm, outcomes in found.items():
+        for seed, result in zip(seeds, outcomes, strict=True):
+            lines.append(f"{arm}-{seed:<5}" + "".join(f"{getattr(result, field):>9.3g}" for field in fields))
+    for field in fields[2:]:
+        free, held = ([getattr(o, field) for o in found[arm]] for arm in ARMS)
+        rows = {"free": free, "held": held, "held - free": [b - a for a, b in zip(free, held, strict=True)]}
+        lines.append(f"{field:<9}" + "   ".join(f"{label} {_interval(over_seeds(v))}" for label, v in rows.items()))
+    lead = [o.fall - o.alarm for o in found["free"] if not math.isnan(o.fall + o.alarm)]
+    before = sum(step > 0 for step in lead)
+    lines.append(
+        f"free: alarm before the fall in {before} of {len(seeds)} runs ({len(lead)} had both); steps between: {lead}"
+    )
+    return "\n".join(lines)
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.mid:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def main() -> None:
+    """Read the arguments, make the runs that are missing, print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    arguments = parser.parse_args()
+    make_runs(arguments.out, arguments.seeds, arguments.overrides)
+    print(summary(arguments.out, arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

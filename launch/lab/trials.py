@@ -1,0 +1,48 @@
+"""The same recipe in several arms and seeds, one run folder each, all on one engine; what is finished is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config import load_recipe
+from launch.train import say, train
+
+if TYPE_CHECKING:
+    from trainer.rollouts import InProcessEngine
+
+
+@dataclass(kw_only=True, slots=True)
+class Trials:
+    """Train what is not trained yet.
+
+    Example: `Trials(recipe=path, arms={"on": ("guard.cap=2.0",), "off": ()}, out=out).run("on", 1)` is a run folder.
+    """
+
+    recipe: Path
+    arms: Mapping[str, Sequence[str]]
+    out: Path
+    overrides: Sequence[str] = ()
+    """Of all arms."""
+    engine: InProcessEngine | None = None
+
+    def run(self, arm: str, seed: int) -> Path:
+        """Return the folder of a finished run."""
+        folder = self.out / f"{arm}-{seed}"
+        recipe = load_recipe(self.recipe, [*self.overrides, *self.arms[arm], f"grpo.seed={seed}"])
+        if not (folder / "report.html").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            self.engine = train(recipe, folder, engine=self.engine)
+            say(f"{arm} seed {seed}: done")
+        elif load_recipe(folder / "recipe.yaml") != recipe:
+            raise ValueError(f"{folder} is a run of another recipe; choose another --out")
+        return folder
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the entries of one of a run's ledgers."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

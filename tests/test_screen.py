@@ -1,0 +1,81 @@
+"""Screening with the real engine: what can be learned from is found, an unfinished screening goes on, `train` uses it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from curricula.pool_file import POOL_FILE, load_pools
+from curricula.posterior import State
+from launch.config import RecipeError, load_recipe
+from launch.practice import adopt_known
+from launch.screen import IMPOSSIBLE_FILE, describe, screen, screen_table
+from launch.train import build_trainer
+from tests.conftest import RECIPES
+
+pytestmark = pytest.mark.slow
+SMALL = ["domains.strings.train.size=12", "domains.facts.train.size=12", "domains.facts.heldout.size=4"]
+SMALL += ["domains.strings.heldout.size=4"]
+
+
+def recipe(*overrides):
+    return load_recipe(RECIPES / "worth.yaml", [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def screened(tmp_path_factory, engine):
+    folder = tmp_path_factory.mktemp("screen") / "out"
+    return folder, screen(recipe(), folder, engine=engine)
+
+
+def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answered(screened):
+    folder, summary = screened
+    for found in summary["domains"].values():
+        assert found["prompts"] == 12 and found["ungraded"] == 0
+        assert found["drop"] >= 6  # half of the references are wrong
+        assert found["keep"] + found["mastered"] + found["defer"] + found["drop"] == 12
+        # eight visits for every hopeless prompt, one for every one that succeeded at once
+        assert 8 * found["drop"] + 12 - found["drop"] <= found["visits"] <= 12 * 12
+        assert sum(found["histogram"]) == 12
+    listed = [json.loads(line) for line in (folder / IMPOSSIBLE_FILE).read_text().splitlines()]
+    assert len(listed) == sum(found["drop"] for found in summary["domains"].values())
+    wrong = [line for line in listed if line["reference"] == "?"]
+    assert len(wrong) == 12
+    assert all(line["answers"] and line["answers"][0][1] >= 2 for line in wrong)
+    assert "pass rate" in screen_table(summary)
+
+
+def test_a_screening_that_is_done_has_nothing_left_to_do(screened, engine, monkeypatch):
+    folder, summary = screened
+    monkeypatch.setattr("launch.screen.Screening._visit", None)  # a visit would fail
+    assert screen(recipe(), folder, engine=engine) == summary
+
+
+def test_training_starts_from_what_was_screened(screened, engine, tmp_path):
+    folder, summary = screened
+    chosen = recipe(f"pool.from={folder / POOL_FILE}")
+    trainer = build_trainer(chosen, tmp_path, engine=engine)
+    assert adopt_known(trainer, chosen) == "pool.from: 24 of 24 training prompts are known"
+    for name, pool in trainer.curriculum.pools.items():
+        assert describe(pool) == summary["domains"][name]
+        drawn = pool.draw(summary["domains"][name]["keep"])
+        assert {pool.state_of(i) for i in drawn} == {State.ACTIVE}
+
+
+def test_a_pool_of_another_data_set_cannot_be_started_from(screened, engine, tmp_path):
+    folder, _ = screened
+    other = load_recipe(RECIPES / "debug.yaml", [f"pool.from={folder / POOL_FILE}"])
+    with pytest.raises(RecipeError, match="is of another data set: it knows none of the training prompts"):
+        adopt_known(build_trainer(other, tmp_path, engine=engine), other)
+
+
+def test_a_damaged_pool_is_moved_aside_and_screening_starts_anew(tmp_path, engine, capsys):
+    tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2")
+    folder = tmp_path / "out"
+    screen(tiny, folder, most_visits=1, engine=engine)
+    (folder / POOL_FILE).write_bytes(b"half a file")
+    screen(tiny, folder, most_visits=1, engine=engine)
+    assert (folder / f"{POOL_FILE}.aside-1").read_bytes() == b"half a file"
+    assert "moved to" in capsys.readouterr().err
+    assert load_pools(folder / POOL_FILE)["strings"].visits.tolist() == [1, 1]

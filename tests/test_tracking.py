@@ -1,0 +1,177 @@
+"""W&B, real but without its servers: offline files, servers that are gone or mute, and a small one that answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import wandb
+
+from curricula.transfer import TransferMatrix
+from launch.cli import main
+from tests.run_folders import write_run
+from trainer.dashboard import METRICS
+from trainer.tracking import WandbSettings, WandbTracker, is_reachable
+from trainer.tracking_tables import track_decisions, track_transfer
+from trainer.wandb_dashboard import SECTIONS, build_workspace, specification
+
+KEY = "0" * 40
+
+
+@pytest.fixture
+def mute():
+    """A server that takes connections and never says a word."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(20)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    """W&B reads its environment once a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def tracker(folder, mode) -> WandbTracker:
+    folder.mkdir(exist_ok=True)
+    return WandbTracker(WandbSettings(mode=mode), name="test", folder=folder, config={"a": 1})
+
+
+def offline_runs(folder) -> list:
+    return list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_numbers_tables_and_the_heatmap(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    ours = tracker(tmp_path, "offline")
+    ours.log(1, {"domain/math/reward": 0.25})
+    track_decisions(ours, 2, [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()])
+    track_transfer(ours, 3, TransferMatrix.load(run / "transfer.json"))
+    ours.finish()
+    (file,) = offline_runs(tmp_path)
+    written = file.read_bytes()
+    for text in (b"domain/math/reward", b"decisions", b"transfer_heatmap", b"confusion_matrix"):
+        assert text in written
+    tables = [json.loads(p.read_text()) for p in file.parent.glob("files/media/table/*.table.json")]
+    columns = {tuple(table["columns"]): len(table["data"]) for table in tables}
+    assert columns[("trained", "measured", "change", "low", "high")] == 4 * 5
+    assert columns[("step", "draw", "arithmetic", "strings", "facts", "stories", "stage", "reason")] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outage", ["refused", "mute"])
+def test_a_server_that_cannot_be_reached_neither_slows_nor_stops_a_run(tmp_path, monkeypatch, mute, outage):
+    monkeypatch.setenv("WANDB_BASE_URL", mute if outage == "mute" else "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    started = time.perf_counter()
+    ours = tracker(tmp_path, "online")
+    for step in range(50):
+        ours.log(step, {"reward": 0.5})
+    assert time.perf_counter() - started < 1.0  # all this before W&B has even been asked
+    ours.finish()
+    assert time.perf_counter() - started < 45
+    assert b"reward" in offline_runs(tmp_path)[0].read_bytes()  # nothing is lost: it can be synced later
+
+
+def test_a_failing_tracker_is_left_behind(tmp_path, caplog):
+    ours = tracker(tmp_path, "disabled")
+    ours._tasks.put(lambda run: 1 / 0)
+    ours.log(1, {"reward": 0.5})
+    ours.finish()
+    assert "W&B failed (ZeroDivisionError: division by zero); metrics are in metrics.jsonl" in caplog.text
+
+
+def test_a_mute_server_is_not_reachable_and_an_error_page_is(mute, monkeypatch):
+    monkeypatch.setattr("trainer.tracking.REACH_S", 0.2)
+    assert not is_reachable(mute) and not is_reachable("http://127.0.0.1:9")
+    with small_server() as (url, _):
+        assert is_reachable(url)
+
+
+# --- the dashboard ------------------------------------------------------------------------------------------------------
+
+
+def test_every_panel_shows_metrics_that_a_run_logs():
+    for rows in SECTIONS.values():
+        assert all(metric in METRICS[family] for family, metrics in rows.items() for metric in metrics)
+    workspace = build_workspace(name="n", entity="e", project="p", domains=["math", "safety"])
+    text = json.dumps(specification(workspace))
+    assert "heldout/math/score" in text and "transfer/safety/bwt" in text and "completions" in text
+
+
+def test_without_a_key_the_specification_is_written_and_how_to_push_it_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    assert main(["dashboard", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "no API key is set. To push: `wandb login`, `wandb sync" in out
+    assert "heldout/arithmetic/score" in (run / "dashboard.json").read_text()
+    assert not (run / "dashboard.url").exists()
+
+
+def test_a_dashboard_of_no_run_is_an_error(tmp_path, capsys):
+    assert main(["dashboard", str(tmp_path / "gone")]) == 2
+    assert "no such run folder" in capsys.readouterr().err
+
+
+class small_server:  # noqa: N801 (used like a function)
+    """W&B's GraphQL in a few lines: keeps one view, as `saved`, and gives it back."""
+
+    def __enter__(self):
+        saved: list[dict] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_error(404)
+
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                variables = asked.get("variables") or {}
+                if "upsertView" in asked["query"]:
+                    saved.append(variables)
+                    answer = {"upsertView": {"view": {"id": "view-1", "name": variables["name"]}, "inserted": True}}
+                elif "allViews" in asked["query"]:
+                    node = {"id": "view-1", "displayName": "old", "spec": saved[-1]["spec"]}
+                    answer = {"project": {"allViews": {"edges": [{"node": node}]}}}
+                else:
+                    viewer = {"id": "u", "entity": "team", "username": "u", "flags": "{}", "teams": {"edges": []}}
+                    answer = {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}}
+                body = json.dumps({"data": answer}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}", saved
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.slow
+def test_a_dashboard_is_created_once_and_updated_from_then_on(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    with small_server() as (url, saved):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        assert main(["dashboard", str(run)]) == 0 and main(["dashboard", str(run)]) == 0
+    assert len(saved) == 2 and "id" not in saved[0] and saved[1]["id"] == "view-1"
+    assert "heldout/arithmetic/score" in saved[1]["spec"]
+    assert (run / "dashboard.url").read_text() in capsys.readouterr().out
