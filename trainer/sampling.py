@@ -161,7 +161,9 @@ def _sample(
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
     if on_finished is None:
         return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
-    places = {name: i for i, name in enumerate(llm.enqueue(prompts, params, use_tqdm=False))}
+    # a request's name is its number, behind which newer engines put a random tail that outputs do not have
+    names = llm.enqueue(prompts, params, use_tqdm=False)
+    places = {name.partition("-")[0]: i for i, name in enumerate(names)}
     found: dict[int, Completion] = {}
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
