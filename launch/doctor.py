@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
 
-Verdict = Literal["ok", "slow", "broken"]
+from launch import doctor_cluster as more
+from launch.findings import Finding, Verdict
 
 RANGES = {
     "trl": ((1, 16), (1, 17)),
@@ -28,19 +28,10 @@ MEMORY_GIB = 6
 """What the demo needs at most."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    verdict: Verdict
-    what: str
-    fix: str = ""
-
-
 def doctor(*, as_json: bool) -> int:
     """Print every finding; return 1 if one is broken."""
-    checks: list[Callable[[], list[Finding]]] = [packages, houses, engine, devices, memory, disk, weight_sync]
+    checks: list[Callable[[], list[Finding]]] = [packages, more.extras, houses, engine, devices, more.cards]
+    checks += [memory, disk, more.shared_folder, more.ports, more.all_reduce, weight_sync]
     findings = []
     for check in checks:
         for finding in check():

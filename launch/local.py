@@ -60,18 +60,20 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
         environment[RAY_GPUS] = ",".join(str(i) for i in range(cluster.processes, gpus))
     if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
         return Command(words=words, environment=environment)
-    return Command(words=[*accelerate(cluster, machine, gpus=gpus), *words[1:]], environment=environment)
+    return Command(words=[*group_words(cluster, machine, gpus=gpus), *words[1:]], environment=environment)
 
 
-def accelerate(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list[str]:
-    """Return accelerate's part of the command."""
+def group_words(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list[str]:
+    """Return what starts the ranks: accelerate, or torchrun where there is no GPU, whose `--cpu` starts one rank only."""
+    if not gpus and cluster.strategy == "ddp":
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(cluster.processes)]
+        words += ["--nnodes", str(machine.of), "--node_rank", str(machine.rank)]
+        return [*words, "--master_addr", machine.main_address, "--master_port", str(cluster.port)]
     words = [sys.executable, "-m", "accelerate.commands.launch"]
     words += ["--config_file", str(HERE / "accelerate" / f"{cluster.strategy}.yaml")]
     if cluster.strategy.startswith("zero"):
         words += ["--deepspeed_config_file", str(HERE / "deepspeed" / f"{cluster.strategy}.json")]
         words += ["--deepspeed_multinode_launcher", "standard"]
-    elif not gpus:
-        words.append("--cpu")  # not with DeepSpeed, which it would switch off
     words += ["--num_processes", str(cluster.processes * machine.of), "--num_machines", str(machine.of)]
     words += ["--machine_rank", str(machine.rank), "--main_process_ip", machine.main_address]
     return [*words, "--main_process_port", str(cluster.port)]
@@ -81,6 +83,8 @@ def check_room(recipe: Recipe, *, gpus: int) -> None:
     """Raise RecipeError where trainer ranks and the rollout workers beside them need more GPUs than there are."""
     cluster, rollouts = recipe.cluster, recipe.rollouts
     if not gpus:
+        if cluster.strategy == "fsdp":
+            raise RecipeError("cluster.strategy=fsdp needs GPUs: accelerate starts FSDP on none; use ddp or zero2 here")
         return  # a machine without GPUs shares its cores
     if cluster.processes > gpus:
         raise RecipeError(f"cluster.processes={cluster.processes}: this machine has {gpus} GPUs")

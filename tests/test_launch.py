@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,14 +31,19 @@ def test_one_process_needs_no_launcher():
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_every_strategy_is_shipped(strategy):
     recipe = debug(f"cluster.strategy={strategy}", "cluster.processes=2")
-    words = local.plan(recipe, ["r.yaml"], local.Machine(), gpus=0).words
-    files = [word for word in words if word.endswith((".yaml", ".json")) and word != "r.yaml"]
+    words = local.plan(recipe, ["r.yaml"], local.Machine(), gpus=2).words
+    files = [Path(word) for word in words if word.endswith((".yaml", ".json")) and word != "r.yaml"]
     assert len(files) == (2 if strategy.startswith("zero") else 1)
-    for name in files:
-        with open(name) as file:  # noqa: PTH123
-            assert file.read()
-    # accelerate drops DeepSpeed without a word where it is told to use the CPU
-    assert ("--cpu" in words) != strategy.startswith("zero")
+    assert all(file.read_text() for file in files)
+    # accelerate drops DeepSpeed without a word where it is told to use the CPU, and starts one rank of DDP
+    assert "--cpu" not in words
+
+
+def test_without_gpus_ranks_are_started_by_torchrun_and_fsdp_is_refused():
+    words = local.plan(debug("cluster.processes=2"), ["r.yaml"], local.Machine(), gpus=0).words
+    assert words[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    with pytest.raises(RecipeError, match=r"cluster.strategy=fsdp needs GPUs"):
+        local.plan(debug("cluster.strategy=fsdp"), [], local.Machine(), gpus=0)
 
 
 def test_rollout_workers_get_the_gpus_that_the_trainer_leaves():

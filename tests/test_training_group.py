@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from launch.config import load_recipe
-from launch.local import Machine, accelerate
+from launch.local import Machine, group_words
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def alone(tmp_path_factory):
 def group(request, tmp_path_factory):
     overrides = [f"cluster.strategy={request.param}", "cluster.processes=2", f"cluster.port={free_port()}"]
     recipe = load_recipe(RECIPES / "debug.yaml", overrides)
-    words = accelerate(recipe.cluster, Machine(), gpus=0)
+    words = group_words(recipe.cluster, Machine(), gpus=0)
     folder = tmp_path_factory.mktemp(request.param) / "two"
     return request.param, run(words, folder, "grpo.per_device_train_batch_size=4")
 

@@ -38,7 +38,7 @@ class Rate:
 def bench_engine() -> list[Result]:
     """Sample 64 prompts x 8 through our engine and through the `LLM` inside it, in turns."""
     trainer, engine = _running()
-    requests = _requests(trainer)
+    requests = requests_of(trainer)
     pairs = [_pair(engine, requests, ours_first=i % 2 == 0) for i in range(PAIRS + 1)][1:]  # without the warm-up
     ours, bare = [rate for rate, _ in pairs], [rate for _, rate in pairs]
     target = Target(relation=">=", limit=0.9)
@@ -78,8 +78,8 @@ def _running() -> tuple[DomainGRPOTrainer, InProcessEngine]:
     return trainer, trainer.engine
 
 
-def _requests(trainer: DomainGRPOTrainer) -> list[Request]:
-    """The same number of prompts of each domain, every one `COPIES` times, each copy with a seed of its own."""
+def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
+    """Return the same number of prompts of each domain, every one `COPIES` times, each copy with a seed of its own."""
     from trainer.rollouts import Request
 
     share = PROMPTS // len(trainer.data.train)
