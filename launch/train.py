@@ -338,9 +338,16 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         "logging_steps": 1,
     }
     try:
-        return GRPOConfig(**{**ours, **recipe.grpo})
+        config = GRPOConfig(**{**ours, **recipe.grpo})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.world_size != started:
+        raise RecipeError(
+            f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "
+            "or set ACCELERATE_USE_CPU=true where there is no GPU"
+        )
+    return config
 
 
 def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
