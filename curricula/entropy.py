@@ -3,6 +3,8 @@
 Sums and counts in, nats per token out. A domain is looked at whenever `WINDOW` draws of it have passed and at every
 held-out evaluation; an alarm goes off only where the whole interval of the level lies outside the band. Look n of a
 domain spends error / (2 K n (n + 1)) on each side, which sums to `error` over all K domains and however many looks.
+Rollouts are judged by the band too, which comes from held-out prompts: a domain whose training prompts leave the base
+model less choice than its held-out ones starts lower in it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class Question:
     """What one call of the verb asks for."""
 
     models: tuple[str, ...]
@@ -29,7 +29,7 @@ class Request:
     recipe: Recipe
 
 
-def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Request:
+def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Question:
     """Tell models, recipe and overrides apart: `MODEL [MODEL] [RECIPE.yaml] [key.path=value ..]`.
 
     A run folder stands for its `final/`, and a model inside a run folder brings that run's recipe. Raises RecipeError.
@@ -42,20 +42,22 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Request:
     recipe = files[0] if files else next(filter(None, map(_recipe_of, models)), None)
     if recipe is None:
         raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
-    return Request(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
+    return Question(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
 
 
-def evaluate(request: Request, *, as_json: bool) -> None:
+def evaluate(question: Question, *, as_json: bool) -> None:
     """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
     paired differences and whether they exclude zero."""
     from trainer.measures import as_lists
 
     results, engine = [], None
-    for model in request.models:
-        result, engine = evaluate_model(request.recipe, model, engine=engine)
+    for model in question.models:
+        if engine is not None and not _same_shape(*question.models):
+            engine = None
+        result, engine = evaluate_model(question.recipe, model, engine=engine)
         results.append(result)
     if len(results) == 2:
-        _print_comparison(request.models, *results, as_json=as_json)
+        _print_comparison(question.models, *results, as_json=as_json)
         return
     answers = {name: results[0].read(name) for name in results[0].answers}
     found = {name: read.intervals() for name, read in answers.items()}
@@ -151,6 +153,15 @@ def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[flo
         "statistics": statistics,
         "styles": result.read(name).styles(),
     }
+
+
+def _same_shape(first: str, second: str) -> bool:
+    """Say whether one engine can serve both models: the same architecture and sizes."""
+    from transformers import AutoConfig
+
+    apart = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+    sizes = [AutoConfig.from_pretrained(model).to_dict() for model in (first, second)]
+    return all(sizes[0].get(k) == sizes[1].get(k) for k in sizes[0] | sizes[1] if k not in apart)
 
 
 def _recipe_of(model: str) -> str | None:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from curricula.records import Evaluation
 from curricula.transfer import TransferMatrix
-from launch.config import CurriculumSection, Recipe, RecipeError, load_recipe
+from launch.config import CurriculumSection, EntropySection, Recipe, RecipeError, load_recipe
 from launch.train import save_final, say
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import Engine
@@ -189,14 +189,17 @@ def cost(recipe: Recipe, arms: list[Arm]) -> str:
 
 
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
-    """Return the recipe of one arm: the other domains are only watched; shares are equal, whatever the scheduler."""
+    """Return the recipe of one arm: the other domains are only watched; shares are equal, whatever the scheduler.
+
+    Entropy is not controlled: what training does by itself is what a probe measures.
+    """
     domains = {
         name: section if name in arm.trained or not arm.trained else section.model_copy(update={"train": None})
         for name, section in recipe.domains.items()
     }
     grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
-    update = {"domains": domains, "model": model, "grpo": grpo, "curriculum": CurriculumSection(scheduler="joint")}
-    return recipe.model_copy(update=update)
+    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySection()}
+    return recipe.model_copy(update={"domains": domains, "model": model, "grpo": grpo, **plain})
 
 
 def _scores(row: Evaluation) -> str:

@@ -165,7 +165,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
             keep_checkpoints=recipe.checkpoint.keep,
             guardrails=[Guardrail(domain=name, **g.model_dump()) for name, g in recipe.guardrails.items()],
             tracker=tracker,
-            progress=ProgressLine(recipe.name, trainer.plan.steps) if is_main else None,
+            progress=ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names) if is_main else None,
         )
     )
     stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s, agree=trainer.largest)

@@ -250,7 +250,7 @@ def test_what_another_verb_cannot_find_is_named(capsys, recipe, arguments, messa
 
 
 def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
-    from tests.run_folders import write_run
+    from launch.lab.synthetic_run import write_run
 
     run = write_run(tmp_path / "run", steps=20, items=4)
     assert "cannot be written" in fails(capsys, "report", run, "--out", run / "recipe.yaml" / "report.html")

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from run_folders import FOUR, write_run
 
 from curricula.items import halves
 from curricula.records import Evaluation
+from launch.lab.synthetic_run import FOUR, write_run
 from trainer.report import summarise, write_report
 from trainer.report_charts import Layer, draw_stack
 from trainer.report_data import read_run

@@ -13,7 +13,7 @@ import wandb
 
 from curricula.transfer import TransferMatrix
 from launch.cli import main
-from tests.run_folders import write_run
+from launch.lab.synthetic_run import write_run
 from trainer.dashboard import METRICS
 from trainer.tracking import WandbSettings, WandbTracker, is_reachable
 from trainer.tracking_tables import track_decisions, track_transfer

@@ -1,39 +1,59 @@
-"""One line that says how far the run is and when it ends; plain lines where there is no terminal."""
+"""How far a run is and how its domains fare, live in a terminal; plain lines where there is none.
+
+Everything shown is a metric that the run logs anyway, so watching costs nothing and shows nothing that is not on disk.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 """Seconds between plain lines: seldom enough for a log file, often enough to see life."""
+TRACK = 11
+"""Characters of the little scale that shows an entropy in its band."""
 
 
 class ProgressLine:
-    """Show progress of one run, on standard error."""
+    """Show progress of one run, on standard error.
 
-    def __init__(self, label: str, total: int, *, console: Console | None = None) -> None:
+    Example: `ProgressLine("demo", 80, domains=["math"]).update(1, {"reward": 0.5, "domain/math/entropy": 0.7})`
+    """
+
+    def __init__(self, label: str, total: int, *, domains: Sequence[str] = (), console: Console | None = None) -> None:
         self.label = label
         self.total = total
+        self.domains = tuple(domains)
         self.console = console or Console(stderr=True)
+        self._known: dict[str, float] = {}
         self._started = time.monotonic()
         self._said = 0.0
         self._first: int | None = None
         self._bar: Progress | None = None
+        self._live: Live | None = None
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
             self._task = self._bar.add_task(label, total=total)
-            self._bar.start()
+            self._live = Live(self._bar, console=self.console, refresh_per_second=2)
+            self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done; a domain keeps its last values until new ones come."""
+        self._known.update(metrics)
         text = f"{self.label}  reward {metrics['reward']:.3f}" if "reward" in metrics else self.label
-        if self._bar is not None:
+        if self._bar is not None and self._live is not None:
+            if "rollout/tokens_per_s" in self._known:
+                text += f"  {self._known['rollout/tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, description=text)
+            self._live.update(Group(self._bar, domain_table(self.domains, self._known)))
             return
         now = time.monotonic()
         self._first = step if self._first is None else self._first
@@ -44,5 +64,44 @@ class ProgressLine:
             self.console.print(f"{text}  step {step}/{self.total}{left}", highlight=False)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        """Leave the last picture standing and give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def domain_table(domains: Sequence[str], known: Mapping[str, float]) -> Table:
+    """Return a row a domain: held-out score, drawdown, training reward, entropy with its place in the band, share."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("domain", "score", "drawdown", "reward", "entropy", "band", "share"):
+        table.add_column(heading, justify="left" if heading in ("domain", "band") else "right")
+    for name in domains:
+        place = known.get(f"domain/{name}/entropy_place", math.nan)
+        table.add_row(
+            name,
+            _number(known.get(f"heldout/{name}/score")),
+            _number(known.get(f"transfer/{name}/drawdown"), signed=True),
+            _number(known.get(f"domain/{name}/reward")),
+            _number(known.get(f"domain/{name}/entropy", known.get(f"heldout/{name}/entropy"))),
+            track(place),
+            _number(known.get(f"curriculum/{name}/mixture")),
+        )
+    return table
+
+
+def track(place: float) -> Text:
+    """Return a small scale with a mark where an entropy lies: 0 is the band's low edge, 1 its high one; red outside."""
+    if math.isnan(place):
+        return Text("")
+    is_inside = 0 <= place <= 1
+    # the band takes the middle of the scale, so that there is room to be outside on either side
+    at = round((min(max(place, -0.5), 1.5) + 0.5) / 2 * (TRACK - 1))
+    quarter = (TRACK - 1) // 4
+    cells = ["─" if quarter <= k <= TRACK - 1 - quarter else "·" for k in range(TRACK)]
+    cells[at] = "●"
+    return Text("".join(cells), style="green" if is_inside else "bold red")
+
+
+def _number(value: float | None, *, signed: bool = False) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:+.3f}" if signed else f"{value:.3f}"

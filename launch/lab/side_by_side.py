@@ -108,18 +108,18 @@ class SideBySide:
     def ours(self) -> Block:
         """Run as `polyphony train` does: curriculum, routed rewards, entropy by domain, meter, ledgers, W&B."""
         trainer = self.our_trainer()
-        return self._run(trainer)
+        return self.run(trainer)
 
     def stock(self) -> Block:
         """Run TRL's own trainer on what our last run drew."""
         trainer = self.stock_trainer()
-        return self._run(trainer)
+        return self.run(trainer)
 
     def our_trainer(self) -> DomainGRPOTrainer:
         """Return a fresh trainer of ours."""
         self.engine.twin_seeds = None
         trainer = start(
-            self.recipe, claim_folder(self.recipe, self._folder(), resume=False), engine=self.engine
+            self.recipe, claim_folder(self.recipe, self.next_folder(), resume=False), engine=self.engine
         ).trainer
         self.prompts, self.seeds = [], []
         draws = itertools.count()
@@ -142,7 +142,7 @@ class SideBySide:
         trainer = GRPOTrainer(
             recipe.model,
             RoutedReward({name: find_reward(section.reward) for name, section in recipe.domains.items()}),
-            args=grpo_config(recipe, self._folder()),
+            args=grpo_config(recipe, self.next_folder()),
             train_dataset=_rows(self.prompts),
         )
         trainer.remove_callback(PrinterCallback)  # ours prints no logs either
@@ -151,13 +151,15 @@ class SideBySide:
         trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = self.engine, True, -1
         return trainer
 
-    def _run(self, trainer: GRPOTrainer) -> Block:
+    def run(self, trainer: GRPOTrainer) -> Block:
+        """Train and return the means of a step."""
         clock = StepClock(self.engine)
         trainer.add_callback(clock)
         trainer.train()
         return clock.block(self.warm_up)
 
-    def _folder(self) -> Path:
+    def next_folder(self) -> Path:
+        """Return where the next run goes."""
         return self.folder / f"run{next(self._runs)}"
 
 
