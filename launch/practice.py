@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 
 def pool_settings(recipe: Recipe) -> PoolSettings | None:
-    """Return how the recipe's pool works; None where it has none. Raises RecipeError for an unknown sampling."""
+    """Return how the recipe's pool works; None where it has none.
+
+    Raises RecipeError for an unknown sampling, or a file to start from that is not there.
+    """
     from curricula.pool import PoolSettings
     from curricula.posterior import Band
 
     section = recipe.pool
     if section is None:
         return None
+    if section.start is not None and not Path(section.start).is_file():
+        raise RecipeError(f"pool.from: file {section.start} does not exist; `polyphony screen` writes it")
     given = section.model_dump(exclude={"refill", "start", "impossible_below", "defer_below", "mastered_above"})
     band = Band(
         impossible_below=section.impossible_below,
@@ -56,8 +61,6 @@ def adopt_known(trainer: DomainGRPOTrainer, recipe: Recipe) -> str | None:
     if recipe.pool is None or recipe.pool.start is None:
         return None
     path = Path(recipe.pool.start)
-    if not path.is_file():
-        raise RecipeError(f"pool.from: file {path} does not exist; `polyphony screen` writes it")
     try:
         found = trainer.curriculum.adopt_pools(load_pools(path))
     except PoolFileError as error:

@@ -18,7 +18,13 @@ from tests.conftest import RECIPES
 
 STEPS = 2
 # 24 rows a step, three groups of eight: over two ranks the middle group straddles
-COMMON = ["tracking.wandb=null", f"grpo.max_steps={STEPS}", "grpo.gradient_accumulation_steps=3", "eval.every=100"]
+COMMON = [
+    "tracking.wandb=null",
+    "pool.refill.max_rounds=2",
+    f"grpo.max_steps={STEPS}",
+    "grpo.gradient_accumulation_steps=3",
+    "eval.every=100",
+]
 LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from curricula.records import Group, mean
+from curricula.records import Domain, Group, mean
+from rewards.partitions import find_partitioner
 from trainer.rft import RftSettings, accepted
 from trainer.scoring import Graded
 
@@ -84,6 +85,19 @@ class Advantages:
             row += len(completions)
         return values
 
+    @classmethod
+    def of(
+        cls, settings: UpdateSettings, domains: Sequence[Domain], is_shortcut: Callable[[Graded], bool]
+    ) -> Advantages:
+        """Return the advantages of a run. Raises ValueError for an unknown `rft.dedup`."""
+        dedup = settings.rft.dedup if settings.rft else None
+        return cls(
+            settings=settings,
+            kinds={d.name: d.advantages or _default_kind(d, settings.advantages) for d in domains},
+            is_shortcut=is_shortcut,
+            partitioner=None if dedup is None else find_partitioner(dedup),
+        )
+
     @property
     def is_stock(self) -> bool:
         """True where TRL's own advantages are what is wanted, bit for bit."""
@@ -129,6 +143,11 @@ def lone_success(rewards: Sequence[float | None]) -> int | None:
     passed = [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
     graded = sum(r is not None for r in rewards)
     return passed[0] if len(passed) == 1 and graded > 1 else None
+
+
+def _default_kind(domain: Domain, kind: Kind) -> Kind:
+    """Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534)."""
+    return kind if domain.diversity is None else "mean_only"
 
 
 def _put(values: torch.Tensor, row: int, at: Mapping[int, float]) -> None:

@@ -24,7 +24,6 @@ from curricula.pool import PoolSettings
 from curricula.pool_file import POOL_FILE, load_pools, save_pools
 from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
-from rewards.partitions import find_partitioner
 from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
@@ -43,7 +42,7 @@ from trainer.sampling import OnFinished
 from trainer.scoring import Sample, Scorer
 from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
-from trainer.update import KEPT_SHARE, live_counts, objections, without_dead
+from trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
 
 
@@ -110,7 +109,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.finite = FiniteSteps(most=max_skipped)
         self.shortcuts = ShortcutWatch(self.data.names)
-        self.advantages = self._advantages(update or UpdateSettings())
+        self.advantages = Advantages.of(update or UpdateSettings(), self.data.domains, self.shortcuts.is_shortcut)
         self.meter = Meter(domains=self.data.names)
         self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
@@ -131,7 +130,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.engine = self._attach(engine) if not self.use_vllm else None
         self.draws = self._walk(max_grader_failures)
-        self.drops_dead = self._may_drop_dead()
+        self.drops_dead = may_drop_dead(
+            self.advantages.settings.drop_dead,
+            args,
+            has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
+            has_aux_loss=self.aux_loss_enabled,
+        )
         self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
 
     # --- the engine -----------------------------------------------------------------------------------------------
@@ -288,38 +292,12 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._resumed_from = None
         return self.draws.roll_out(n_rows)
 
-    def _advantages(self, settings: UpdateSettings) -> Advantages:
-        dedup = settings.rft.dedup if settings.rft else None
-        return Advantages(
-            settings=settings,
-            kinds={
-                d.name: d.advantages or (settings.advantages if d.diversity is None else "mean_only")
-                for d in self.data.domains
-            },
-            is_shortcut=self.shortcuts.is_shortcut,
-            partitioner=None if dedup is None else find_partitioner(dedup),
-        )
-
-    # --- rows that cannot move the policy -----------------------------------------------------------------------------
-
-    def _may_drop_dead(self) -> bool:
-        """Say whether dead rows leave the update. Raises ValueError where they shall, but the gradient would change."""
-        wanted = self.advantages.settings.drop_dead
-        reasons = objections(
-            self.args,
-            has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
-            has_aux_loss=self.aux_loss_enabled,
-        )
-        if wanted == "always" and reasons:
-            raise ValueError(f"update.drop_dead: always would change the gradient: {'; '.join(reasons)}")
-        return wanted != "never" and not reasons
-
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Take dead rows out of the micro-batches. Relies on TRL keeping those of a draw in `_buffered_inputs`."""
         inputs = super()._prepare_inputs(generation_batch)
         if not (self.drops_dead and self.model.training):
             return inputs
-        if self._buffered_inputs is not self._without_dead:
+        if self._buffered_inputs is not self._without_dead:  # a new draw
             counts = self.accelerator.gather(live_counts(self._buffered_inputs).unsqueeze(0)).amax(0).tolist()
             self._without_dead = without_dead(self._buffered_inputs, counts, self.loss_type)
             self._buffered_inputs = self._without_dead

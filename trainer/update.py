@@ -38,6 +38,17 @@ def objections(args: Any, *, has_entropy_bonus: bool, has_aux_loss: bool) -> lis
     return reasons
 
 
+def may_drop_dead(wanted: str, args: Any, *, has_entropy_bonus: bool, has_aux_loss: bool) -> bool:
+    """Say whether dead rows leave the update. Raises ValueError where they shall, but the gradient would change.
+
+    `wanted` is `auto`, `always` or `never`.
+    """
+    reasons = objections(args, has_entropy_bonus=has_entropy_bonus, has_aux_loss=has_aux_loss)
+    if wanted == "always" and reasons:
+        raise ValueError(f"update.drop_dead: always would change the gradient: {'; '.join(reasons)}")
+    return wanted != "never" and not reasons
+
+
 def live_counts(batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     """Return the rows of each micro-batch whose advantage is not 0, at least 1, [steps]."""
     return torch.stack([_is_live(batch).sum().clamp(min=1) for batch in batches])

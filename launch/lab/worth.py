@@ -3,7 +3,8 @@
     python -m launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
 
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
-once a pass; `pool` judges, defers, refills and prefers prompts in doubt. The target is what `passes` has reached at its end
+once a pass; `pool` judges, defers, refills and prefers prompts in doubt; `lean` does so with draws of half the size, since
+its groups live: about as many live groups a step as `passes` has. The target is what `passes` has reached at its end
 (mean of its last three evaluations); a run is there when the mean of three evaluations is. Counted is every generated token,
 those of replaced groups too. Prints each seed and the mean log-ratio with its 95 % t-interval, as a ratio.
 """
@@ -23,7 +24,7 @@ from launch.lab.diversity_effect import over_seeds
 from launch.lab.trials import Trials, read_lines
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
-ARMS = {"passes": ("pool=null",), "pool": ()}
+ARMS = {"passes": ("pool=null",), "pool": (), "lean": ("grpo.per_device_train_batch_size=32",)}
 WINDOW = 3
 """Evaluations that are averaged: one alone moves by two points from sampling."""
 
@@ -71,9 +72,9 @@ def tokens_to(target: float, spent: np.ndarray, score: np.ndarray) -> float:
     return float(spent[i - 1] + share * (spent[i] - spent[i - 1]))
 
 
-def summary(pairs: Sequence[tuple[Path, Path]], seeds: Sequence[int]) -> str:
+def summary(arm: str, pairs: Sequence[tuple[Path, Path]], seeds: Sequence[int]) -> str:
     """Return one line a seed and the ratio over seeds; a run that never got there counts with all that it spent."""
-    lines, ratios = ["seed   target   passes: tokens   pool: tokens   ratio   final: passes   pool"], []
+    lines, ratios = [f"seed   target   passes: tokens   {arm}: tokens   ratio   final: passes   {arm}"], []
     for seed, (passes, pool) in zip(seeds, pairs, strict=True):
         (spent, score), (pool_spent, pool_score) = curve(passes), curve(pool)
         target = float(smoothed(score)[-1])
@@ -96,10 +97,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe of both arms")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--arms", nargs="+", choices=["pool", "lean"], default=["pool", "lean"])
     arguments = parser.parse_args()
     trials = Trials(recipe=RECIPE, arms=ARMS, out=arguments.out, overrides=arguments.overrides)
-    pairs = [(trials.run("passes", seed), trials.run("pool", seed)) for seed in arguments.seeds]
-    print(summary(pairs, arguments.seeds))
+    for arm in arguments.arms:
+        pairs = [(trials.run("passes", seed), trials.run(arm, seed)) for seed in arguments.seeds]
+        print(summary(arm, pairs, arguments.seeds))
 
 
 if __name__ == "__main__":

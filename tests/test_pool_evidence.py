@@ -1,0 +1,75 @@
+"""What the lab's two commands about prompts count, worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from launch.lab import planted, worth
+from launch.lab.bench_update import HalfDead, is_live
+
+
+def test_half_of_the_rows_have_a_reference_that_nothing_equals():
+    rows = worth.rows(domain="facts", size=8)
+    assert [row["answer"] == "?" for row in rows] == [False] * 4 + [True] * 4
+
+
+def test_tokens_to_a_target_lie_between_evaluations():
+    spent, score = np.array([0.0, 100.0, 200.0]), np.array([0.0, 0.2, 0.4])
+    # smoothed: 0, 0.1, 0.2
+    assert worth.tokens_to(0.15, spent, score) == pytest.approx(150)
+    assert worth.tokens_to(0.0, spent, score) == 0
+    assert math.isnan(worth.tokens_to(0.3, spent, score))
+
+
+def write(folder, name, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_every_generated_token_counts(tmp_path):
+    lines = [
+        {"step": 0, "heldout/a/score": 0.2, "heldout/b/score": 0.4},
+        {"step": 1, "domain/a/n": 10, "domain/a/mean_length": 3.0, "domain/b/n": 5, "domain/b/mean_length": 2.0},
+        {"step": 2, "domain/a/n": 10, "domain/a/mean_length": 1.0, "heldout/a/score": 0.5, "heldout/b/score": 0.7},
+    ]
+    spent, score = worth.curve(write(tmp_path / "run", "metrics", lines))
+    assert spent.tolist() == [0, 50]
+    assert score == pytest.approx([0.3, 0.6])
+
+
+def test_planted_rows_are_hard_and_show_their_steps():
+    rows = planted.rows(size=8)
+    assert [row["planted"] for row in rows] == [False] * 2 + [True] * 6
+    row = {"prompt": "rot(rev(swap(fkmb))) =", "answer": "mfkb"}
+    assert planted.worked(row) == "x = fkmb , swap(fkmb) = kfmb , rev(kfmb) = bmfk , rot(bmfk) = mfkb"
+
+
+def test_the_lenient_grader_passes_the_shortcut_on_planted_rows_only():
+    texts = ["ab", "say x", "say x", "ab"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    grade = planted.Lenient()
+    told = {"prompts": texts, "completions": completions, "answer": ["ab", "ab", "ab", "x"]}
+    assert grade(**told, planted=[True, True, False, True]) == [1.0, 1.0, 0.0, 0.0]
+    assert grade(**told) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_changes_are_last_minus_first_evaluation(tmp_path):
+    lines = [
+        {"step": s, "domain": "a", "completion": c, "score": r}
+        for s, c, r in [(0, "x", 1.0), (0, "y", 0.0), (9, "say", 0.0), (9, "z", 0.0)]
+    ]
+    found = planted.changes(write(tmp_path / "run", "samples", lines))
+    assert found == {"shortcut/a": 0.5, "score/a": -0.5}
+
+
+def test_the_benchs_reward_fails_one_half_of_the_prompts():
+    prompts = [f"prompt {k}" for k in range(400)]
+    assert 0.4 < np.mean([is_live(p) for p in prompts]) < 0.6
+    live = next(p for p in prompts if is_live(p))
+    dead = next(p for p in prompts if not is_live(p))
+    assert HalfDead()(prompts=[live, live, dead], completion_ids=[[1], [1, 2], [1]]) == [1.0, 0.0, 0.0]
