@@ -132,15 +132,6 @@ def test_a_stage_ends_when_practising_its_domain_lowers_it_beyond_noise():
     assert run.go().stage == "b" and "a ended because practising it lowers its score" in run.decisions[-1].reason
 
 
-def test_a_domain_that_its_last_stage_lowered_gets_none_of_the_draws_left_over():
-    run = Run(Bwt(transfer=probes()))
-    run.see((), None, w=0.8, a=0.4, b=0.4)
-    run.go(21)
-    run.see(("w",), {"w": 1}, w=0.5, a=0.8, b=0.8)
-    assert run.go().mixture == pytest.approx((0, 1 / 2, 1 / 2))
-    assert "equal shares, but none for w, which its practice lowered" in run.decisions[-1].reason
-
-
 def test_no_plateau_means_no_early_end():
     run = Run(Bwt(transfer=probes(), plateau=None))
     run.see((), None, w=0.4, a=0.6, b=0.4)

@@ -18,9 +18,6 @@ from curricula.records import Decision, Evidence, mean
 from curricula.rehearsal import Plateau, Protection, Replay, combine
 from curricula.transfer import TransferMatrix
 
-LOWERED = "practising it lowers its score"
-"""Why a stage ended whose domain lies below where the stage found it."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bwt:
@@ -30,8 +27,7 @@ class Bwt:
     q: power-law replay plus protection of domains that are being forgotten, see `rehearsal`; Omni-Thinker has neither.
     Length: a stage gets an equal part of the draws that are left; it ends early when its domain's held-out score has
         stopped rising, or lies below where the stage began with 95 % confidence (single-domain stages can damage
-        their own domain). Draws that the last stage leaves over go alike to all domains but those that their own
-        stage lowered.
+        their own domain). Draws that the last stage leaves over go to all domains alike.
     A guardrail that broke ends the stage that broke it, or protects its domain where that can be replayed.
     After each stage the scores it was predicted to reach are put beside those measured, and the rest is planned again:
         T[j -> i] moves by what the run has shown beyond the probes. The effects of all domains on one are believed to
@@ -83,15 +79,9 @@ class Bwt:
         )
 
     def _all_alike(self, run: _Run, evidence: Evidence, news: str) -> Decision:
-        lowered = [review["stage"] for review in run.reviews if review["why"] == LOWERED]
-        shared = [name for name in evidence.domains if name not in lowered] or list(evidence.domains)
-        reason = "all stages are over: equal shares"
-        if len(shared) < len(evidence.domains):
-            reason += f", but none for {', '.join(lowered)}, which its practice lowered"
+        size = len(evidence.domains)
         return Decision(
-            mixture=tuple((name in shared) / len(shared) for name in evidence.domains),
-            reason=reason + news,
-            state=run.as_json(),
+            mixture=(1 / size,) * size, reason=f"all stages are over: equal shares{news}", state=run.as_json()
         )
 
     def _begin(self, evidence: Evidence) -> _Run:
@@ -140,7 +130,7 @@ class Bwt:
             return "its score has stopped rising"
         before = evidence.evaluations[max(run.first - 1, 0)].scores[domain]
         if paired(own[-1], before).high < 0:
-            return LOWERED
+            return "practising it lowers its score"
         return ""
 
     def _next_stage(self, run: _Run, evidence: Evidence, why: str) -> tuple[_Run, str]:
