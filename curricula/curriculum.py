@@ -63,6 +63,7 @@ class Curriculum:
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
         self._alarms: list[str] = []
+        self._stages: list[str] = []  # named since the last evaluation; empty text for none
         self._exhausted: set[str] = set()
         # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
         scheduler.decide(self.evidence(), self._state)
@@ -74,6 +75,7 @@ class Curriculum:
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
         self._state, self._notes, self._alarms = self.decision.state, [], []
+        self._stages = sorted({*self._stages, self.decision.stage or ""})
         self.draws += 1
         refs: list[PromptRef] = []
         for name, count in zip(self.names, counts, strict=True):
@@ -108,6 +110,12 @@ class Curriculum:
     def record(self, evaluation: Evaluation) -> None:
         """Take in one held-out row, already reduced to the `steer` half."""
         self.evaluations.append(evaluation)
+        self._stages = []
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that all draws since the last evaluation belonged to, replay included; None under a mixture."""
+        return self._stages[0] or None if len(self._stages) == 1 else None
 
     def note(self, text: str, *, domain: str | None = None) -> None:
         """Tell the scheduler, at its next decision, about something that happened to the run.
@@ -163,6 +171,7 @@ class Curriculum:
             "evaluations": [evaluation.as_row() for evaluation in self.evaluations],
             "notes": list(self._notes),
             "alarms": list(self._alarms),
+            "stages": list(self._stages),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,7 +184,7 @@ class Curriculum:
         self._residual, self._state = list(state["residual"]), state["scheduler"]
         self._last = tuple(DomainStats(**stats) for stats in state["last"])
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
-        self._notes, self._alarms = list(state["notes"]), list(state["alarms"])
+        self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
 
     def _check_exhausted(self) -> None:
         """Warn, once for each domain, where nothing is left to learn; stop by choice where no domain has anything."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from curricula.intervals import Interval, ratio
@@ -26,6 +26,9 @@ TREND = 32
 """Draws the slope is fitted over."""
 
 Kind = Literal["collapse", "explosion"]
+Source = Literal["rollouts", "held out"]
+SOURCES: tuple[Source, ...] = ("rollouts", "held out")
+"""Looked at apart: a policy may know its training prompts by heart and still be unsure of all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +42,7 @@ class Alarm:
     """Nats per token, with the interval that the look's share of the error allows."""
     edge: float
     """The band's edge that was crossed."""
-    source: str
-    """`rollouts` or `held out`."""
+    source: Source
     since: int
     """Step of the domain's last look inside its band."""
     drawn: Mapping[str, float]
@@ -63,21 +65,29 @@ class Alarm:
 
 
 @dataclass(slots=True)
+class Excursion:
+    """What one source has shown since its last look inside the band."""
+
+    out: Kind | None = None
+    """Set by an alarm, until a look's level is inside again: one alarm an excursion."""
+    since: int = 0
+    """Step of the last look inside."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Prompts of each domain drawn since then."""
+
+
+@dataclass(slots=True)
 class Watch:
     """What is remembered of one domain."""
 
     base: float = math.nan
     """Nats per token at the first evaluation, of the base model."""
     looks: int = 0
-    out: Kind | None = None
-    """Set by an alarm, until a look's level is inside again: one alarm an excursion."""
-    since: int = 0
     window: list[Sums] = field(default_factory=list)
     """Draws since the last look."""
     recent: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, nats, tokens) of the last TREND draws."""
-    drawn: dict[str, int] = field(default_factory=dict)
-    """Prompts of each domain drawn since the last look inside the band."""
+    excursions: dict[Source, Excursion] = field(default_factory=lambda: {name: Excursion() for name in SOURCES})
 
 
 class EntropyMonitor:
@@ -106,8 +116,9 @@ class EntropyMonitor:
         """Take in one draw: per domain its summed entropy and tokens, and how many prompts of each were drawn."""
         alarms = []
         for name, watch in self.watches.items():
-            for other, count in drawn.items():
-                watch.drawn[other] = watch.drawn.get(other, 0) + count
+            for excursion in watch.excursions.values():
+                for other, count in drawn.items():
+                    excursion.drawn[other] = excursion.drawn.get(other, 0) + count
             nats, tokens = sums.get(name, (0.0, 0.0))
             if not tokens:
                 continue
@@ -127,7 +138,7 @@ class EntropyMonitor:
             if not math.isnan(watch.base):
                 alarms += self._look(name, step, totals, counts, "held out")
             elif sum(counts):
-                watch.base, watch.since = sum(totals) / sum(counts), step
+                watch.base = sum(totals) / sum(counts)
         return alarms
 
     def level(self, domain: str) -> float:
@@ -162,11 +173,9 @@ class EntropyMonitor:
             name: {
                 "base": None if math.isnan(w.base) else w.base,
                 "looks": w.looks,
-                "out": w.out,
-                "since": w.since,
                 "window": list(w.window),
                 "recent": list(w.recent),
-                "drawn": dict(w.drawn),
+                "excursions": {source: asdict(excursion) for source, excursion in w.excursions.items()},
             }
             for name, w in self.watches.items()
         }
@@ -179,17 +188,17 @@ class EntropyMonitor:
             name: Watch(
                 base=math.nan if saved["base"] is None else saved["base"],
                 looks=saved["looks"],
-                out=saved["out"],
-                since=saved["since"],
                 window=[(nats, tokens) for nats, tokens in saved["window"]],
                 recent=[(step, nats, tokens) for step, nats, tokens in saved["recent"]],
-                drawn=dict(saved["drawn"]),
+                excursions={source: Excursion(**saved["excursions"][source]) for source in SOURCES},
             )
             for name in self.watches
             for saved in [state[name]]
         }
 
-    def _look(self, name: str, step: int, totals: Sequence[float], counts: Sequence[float], source: str) -> list[Alarm]:
+    def _look(
+        self, name: str, step: int, totals: Sequence[float], counts: Sequence[float], source: Source
+    ) -> list[Alarm]:
         watch = self.watches[name]
         if math.isnan(watch.base):
             return []
@@ -199,7 +208,8 @@ class EntropyMonitor:
         low, high = self.band(name)
         kind: Kind | None = "collapse" if level.high < low else "explosion" if level.low > high else None
         alarms = []
-        if kind is not None and kind != watch.out:
+        excursion = watch.excursions[source]
+        if kind is not None and kind != excursion.out:
             edge = low if kind == "collapse" else high
             alarms.append(
                 Alarm(
@@ -209,13 +219,13 @@ class EntropyMonitor:
                     level=level,
                     edge=edge,
                     source=source,
-                    since=watch.since,
-                    drawn=_shares(watch.drawn),
+                    since=excursion.since,
+                    drawn=_shares(excursion.drawn),
                 )
             )
-            watch.out = kind
+            excursion.out = kind
         if low <= level.mid <= high:
-            watch.out, watch.since, watch.drawn = None, step, {}
+            excursion.out, excursion.since, excursion.drawn = None, step, {}
         return alarms
 
 

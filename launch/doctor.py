@@ -31,7 +31,7 @@ MEMORY_GIB = 6
 def doctor(*, as_json: bool) -> int:
     """Print every finding; return 1 if one is broken."""
     checks: list[Callable[[], list[Finding]]] = [packages, more.extras, houses, engine, devices, more.cards]
-    checks += [memory, disk, more.shared_folder, more.ports, more.all_reduce, weight_sync]
+    checks += [memory, disk, sandbox, more.shared_folder, more.ports, more.all_reduce, weight_sync]
     findings = []
     for check in checks:
         for finding in check():
@@ -120,6 +120,24 @@ def disk() -> list[Finding]:
     free = shutil.disk_usage(".").free / 2**30
     verdict: Verdict = "ok" if free >= 1 else "slow"
     return [Finding(name="disk", verdict=verdict, what=f"{free:.1f} GiB free here")]
+
+
+def sandbox() -> list[Finding]:
+    """What keeps a program that a policy wrote from the rest of this host, where `code` grades."""
+    from rewards.sandbox import SandboxError, isolation
+
+    try:
+        found = isolation()
+    except SandboxError as error:
+        fix = "domains graded by `code` need a Linux host on x86-64 or arm64; all others train here"
+        return [Finding(name="sandbox", verdict="slow", what=str(error), fix=fix)]
+    if found.level != "limits":
+        return [Finding(name="sandbox", verdict="ok", what=str(found))]
+    fix = (
+        "for a jail without the host's files and processes install bubblewrap, or allow user namespaces "
+        "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
+    )
+    return [Finding(name="sandbox", verdict="slow", what=str(found), fix=fix)]
 
 
 def weight_sync() -> list[Finding]:

@@ -58,6 +58,8 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
     environment = {} if gpus else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if recipe.rollouts.engine == "ray" and gpus and recipe.rollouts.address is None:
         environment[RAY_GPUS] = ",".join(str(i) for i in range(cluster.processes, gpus))
+    if not gpus and cluster.strategy == "ddp":
+        environment["ACCELERATE_USE_CPU"] = "true"  # else every rank believes to be alone; DeepSpeed would go missing
     if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
         return Command(words=words, environment=environment)
     return Command(words=[*group_words(cluster, machine, gpus=gpus), *words[1:]], environment=environment)

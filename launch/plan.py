@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from curricula.planner import make_plan
@@ -21,7 +22,7 @@ def plan(path: Path, *, as_json: bool) -> None:
 
 
 def replay_run(run: Path, *, scheduler: str, as_json: bool) -> None:
-    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for."""
+    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both."""
     replayed = replayed_run(run, scheduler=scheduler)
     if as_json:
         lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
@@ -33,6 +34,16 @@ def replay_run(run: Path, *, scheduler: str, as_json: bool) -> None:
     for r in replayed[:: max(1, len(replayed) // 40)]:
         shares = "".join(f"{f'{a:.2f}/{b:.2f}':>{width}}" for a, b in zip(r.ran, r.replayed, strict=True))
         print(f"{r.draw:>6}  {shares}   {r.reason}")
+    print(drawn(run, replayed, scheduler=scheduler))
+
+
+def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
+    """Draw both mixtures one below the other into the run folder; return the page."""
+    from trainer.report import write_replay
+
+    lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
+    name = "".join(c if c.isalnum() else "-" for c in scheduler)
+    return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
 
 
 def replayed_run(run: Path, *, scheduler: str) -> list[Replayed]:

@@ -20,6 +20,7 @@ from launch.shares import cost, spread, whole_groups
 from launch.weights import TrainerWeights, open_nccl, pack
 from launch.workers import PoolSettings, Share, Worker, WorkerPool, last_line
 from trainer.rollouts import Completion, Engine, Request
+from trainer.sampling import OnFinished
 
 
 class RayEngine(Engine):
@@ -79,10 +80,13 @@ class RayEngine(Engine):
 
     # --- completions --------------------------------------------------------------------------------------------------
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample one completion a request, in order; every rank must call it."""
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Sample one completion a request, in order; every rank must call it.
+
+        On a single rank `on_finished` gets a worker's whole share at a time; several ranks get all at the end.
+        """
         if self.accelerator.num_processes == 1:
-            return self._complete(requests)
+            return self._complete(requests, on_finished)
         of_ranks = gather_object([list(requests)])
         flat = [request for of_rank in of_ranks for request in of_rank]
         done = [self._complete(flat) if self.pool is not None else []]
@@ -90,13 +94,13 @@ class RayEngine(Engine):
         start = sum(len(of_rank) for of_rank in of_ranks[: self.accelerator.process_index])
         return done[0][start : start + len(requests)]
 
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def _complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Deal out whole groups until every one has come back; what a lost worker had is dealt out again."""
         completions: dict[int, Completion] = {}
         waiting = whole_groups(requests)
         while waiting:
             running = self._deal_out(waiting, requests)
-            waiting = self._collect(running, completions)
+            waiting = self._collect(running, completions, on_finished)
         return [completions[place] for place in range(len(requests))]
 
     def _deal_out(
@@ -118,6 +122,7 @@ class RayEngine(Engine):
         self,
         running: dict[ray.ObjectRef, tuple[Worker, list[Sequence[int]]]],
         completions: dict[int, Completion],
+        on_finished: OnFinished | None,
     ) -> list[Sequence[int]]:
         """Take in the shares as they come; return the groups that have to be sampled again."""
         assert self.pool is not None
@@ -136,6 +141,8 @@ class RayEngine(Engine):
             places = [place for group in share for place in group]
             for place, completion in zip(places, answer.completions, strict=True):
                 completions[place] = replace(completion, version=answer.version)
+                if on_finished is not None:
+                    on_finished(place, completions[place])
         return again
 
     def _answer(self, call: ray.ObjectRef, worker: Worker) -> Share | None:

@@ -29,17 +29,18 @@ def score(path: Path, *, reward: str, as_json: bool) -> None:
 
 
 def score_rows(path: Path, *, reward: str) -> list[float | None]:
-    """Return the reward of every row of a JSONL or Parquet file."""
+    """Return the reward of every row of a JSONL or Parquet file; `completion_ids` are for rewards that count tokens."""
     rows = [dict(row) for row in load_rows(str(path), where="rows")]
     for number, row in enumerate(rows, start=1):
         if "completion" not in row:
             raise ValueError(f"{path}: row {number} has no `completion`; its columns are {sorted(row)}")
         row["id"] = str(number)  # the same prompt may stand with several completions
+    tokens = [row.pop("completion_ids", []) for row in rows]
     domain = Domain(name="rows", kind="structured", reward=_spec(reward))
     table = PromptTable(rows, domain=domain, where=str(path), is_chat=True)
     samples = [
-        Sample(prompt=prompt, ids=[], text=_text(row["completion"]), truncated=False)
-        for prompt, row in zip(table, rows, strict=True)
+        Sample(prompt=prompt, ids=ids, text=_text(row["completion"]), truncated=False)
+        for prompt, row, ids in zip(table, rows, tokens, strict=True)
     ]
     return Scorer([domain])(samples)
 

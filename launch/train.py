@@ -327,6 +327,7 @@ def domains_of(recipe: Recipe) -> list[Any]:
 
 def grpo_config(recipe: Recipe, output: Path) -> Any:
     """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
+    import torch
     from trl.trainer.grpo_config import GRPOConfig
 
     ours: dict[str, Any] = {
@@ -337,10 +338,19 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         "report_to": "none",
         "logging_steps": 1,
     }
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not torch.cuda.is_available():
+        ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
     try:
-        return GRPOConfig(**{**ours, **recipe.grpo})
+        config = GRPOConfig(**{**ours, **recipe.grpo})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
+    if config.world_size != started:
+        raise RecipeError(
+            f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "
+            "or set ACCELERATE_USE_CPU=true where there is no GPU"
+        )
+    return config
 
 
 def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rewards.answers import answer_region
 from rewards.sandbox import Limits, Program, SandboxError, isolation
@@ -41,6 +41,7 @@ class Code:
     `test_code`, assertions about what the program defines. A program must end with status 0 for its output to count.
     """
 
+    is_slow: ClassVar[bool] = True
     partial_credit: bool = False
     """Give the share of cases or checks that hold instead. Off: a share also pays for guessing the easy cases."""
     limits: Limits | dict = field(default_factory=Limits)

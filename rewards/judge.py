@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rewards.awaiting import settled
 from rewards.endpoint import Endpoint, Question
@@ -41,6 +41,7 @@ class Judge:
     """What to judge by; a row's own `rubric` column comes first."""
     scale: tuple[int, int] = (1, 10)
     """Of a pointwise score; its ends become 0 and 1."""
+    is_slow: ClassVar[bool] = True
     client: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `Endpoint`: concurrency, requests_per_minute, attempts, timeout_s, cache, .."""
 

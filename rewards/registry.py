@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Reward = Callable[..., Any]
-"""TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
+"""TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async.
+
+One that mostly waits, for a judge or for processes, says so by an attribute `is_slow = True`: the trainer then calls it
+while the engine still generates, with the completions that are finished, and never twice at a time.
+"""
 
 REGISTRY = {
     "code": "rewards.code:Code",

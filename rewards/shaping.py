@@ -81,7 +81,9 @@ class Length:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list | None = None, **columns: Any
     ) -> list[float | None]:
-        if completion_ids is None:
+        if completion_ids is None or any(
+            not ids and completion_text(completion) for ids, completion in zip(completion_ids, completions, strict=True)
+        ):
             raise ValueError("length: needs completion_ids, the tokens of each completion")
         over = [len(ids) - (self.max_tokens - self.soft_tokens) for ids in completion_ids]
         return [-min(max(tokens, 0) / self.soft_tokens, 1.0) for tokens in over]
@@ -138,6 +140,10 @@ class Weighted:
             raise ValueError("weighted: needs at least one part")
         self.rewards = {name: find_reward(part["reward"]) for name, part in parts.items()}
         self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
+
+    @property
+    def is_slow(self) -> bool:
+        return any(getattr(reward, "is_slow", False) for reward in self.rewards.values())
 
     def components(
         self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any

@@ -65,6 +65,9 @@ class Workers:
 
     def _answer(self, job: Any) -> Any:
         worker, kept = self._idle.get(), None
+        if worker is not None and worker.poll() is not None:  # it was killed while it waited: no job's fault
+            _end(worker)
+            worker = None
         try:
             worker = worker or self._start()
             answer = _ask(worker, job, self._timeout_s + _GRACE_S)

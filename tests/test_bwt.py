@@ -108,12 +108,36 @@ def test_a_stage_ends_early_when_its_score_has_stopped_rising_and_the_rest_share
     assert [d.stage for d in run.decisions].count("b") == 13  # 26 draws were left for two stages
 
 
-def test_the_last_stage_does_not_end_early():
+def test_draws_that_the_last_stage_leaves_over_go_to_all_domains_alike():
     run = Run(Bwt(transfer=probes()))
     run.go(21)
-    for step in range(6):
+    for step in range(4):
+        assert run.decisions[-1].stage == "w"
         run.see(("w",), {"w": step}, w=0.5, a=0.8, b=0.8)
-        assert run.go().stage == "w"
+        run.go()
+    assert run.decisions[-1].stage is None and run.decisions[-1].mixture == pytest.approx((1 / 3,) * 3)
+    assert "all stages are over: equal shares; w ended because its score has stopped rising" in run.decisions[-1].reason
+    run.see(NAMES, {"w": 5}, w=0.5, a=0.8, b=0.8)
+    assert run.go().mixture == pytest.approx((1 / 3,) * 3)
+    assert [review["stage"] for review in run.state["reviews"]] == ["a", "b", "w"]
+
+
+def test_a_stage_ends_when_practising_its_domain_lowers_it_beyond_noise():
+    run = Run(Bwt(transfer=probes()))
+    run.see((), None, w=0.4, a=0.6, b=0.4)
+    run.go()
+    run.see(("a",), {"a": 1}, w=0.4, a=0.58, b=0.4)
+    assert run.go().stage == "a"  # 4 of 200 items: noise
+    run.see(("a",), {"a": 2}, w=0.4, a=0.4, b=0.4)
+    assert run.go().stage == "b" and "a ended because practising it lowers its score" in run.decisions[-1].reason
+
+
+def test_no_plateau_means_no_early_end():
+    run = Run(Bwt(transfer=probes(), plateau=None))
+    run.see((), None, w=0.4, a=0.6, b=0.4)
+    run.go()
+    run.see(("a",), {"a": 2}, w=0.4, a=0.1, b=0.4)
+    assert run.go().stage == "a"
 
 
 def test_after_a_stage_predicted_and_measured_scores_stand_side_by_side():

@@ -47,7 +47,7 @@ class Engine:
         self.alive, self.dead = alive, dead
         self.rounds: list[list] = []
 
-    def complete(self, requests):
+    def complete(self, requests, on_finished=None):
         self.rounds.append(list(requests))
         texts = [TOKENIZER.decode(r.prompt_ids) for r in requests]
         is_alive = [any(f"{i[:4]} {i[4:]}" in text for i in self.alive) for text in texts]

@@ -102,6 +102,15 @@ def test_a_watched_domain_is_alarmed_by_its_evaluations():
     assert found[0].drawn == {"math": 1.0}
 
 
+def test_a_held_out_level_inside_does_not_end_an_excursion_of_the_rollouts():
+    watching, rng = monitor(), random.Random(1)
+    found = feed(watching, "math", [0.2] * WINDOW, rng)
+    for k in range(1, 5):
+        assert watching.measure(k * WINDOW, {"math": ([45.0, 55.0] * 20, [50, 50] * 20)}) == []
+        found += feed(watching, "math", [0.2] * WINDOW, rng, start=k * WINDOW + 1)
+    assert [(a.step, a.source) for a in found] == [(WINDOW, "rollouts")]
+
+
 def test_noise_at_the_very_edge_of_the_band_alarms_at_most_one_run_in_twenty():
     alarmed = 0
     for seed in range(200):

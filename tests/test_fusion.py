@@ -10,14 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from curricula.records import Domain, Fused, Group, mean
+from curricula.records import Domain, Fused, Group, PromptRef, mean
 from launch.config import DiversitySection
 from rewards.diversity import Diversity
 from tests.conftest import HOUSE
 from trainer.advantages import Advantages, UpdateSettings
+from trainer.data import Prompt
+from trainer.draws import Draws
 from trainer.fusion import Fusion, find_diversity
 from trainer.meter import Meter
-from trainer.scoring import check_failures
+from trainer.rollouts import Completion
+from trainer.scoring import Sample, Scorer, check_failures
 
 
 def domain(name="stories", kind="open_ended", **diversity) -> Domain:
@@ -81,6 +84,11 @@ def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():
     assert not group((1.0, 1.0, 1.0)).has_signal
 
 
+def test_a_text_that_was_not_gathered_is_an_error_and_not_an_empty_answer():
+    with pytest.raises(ValueError, match="domain 'stories': 1 of 2 texts of a group were gathered"):
+        Fusion.of([domain()])([group((1.0, 1.0))], ["a", None], prompt_of)
+
+
 def test_ranks_share_the_comparing_and_agree_on_the_result():
     groups = [group((1.0, 0.5), prompt=f"p{i}") for i in range(5)]
     texts = [text for i in range(5) for text in ("a", "a" if i % 2 else "b")]
@@ -106,6 +114,7 @@ import json
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tests.test_fusion import advantages, domain, prompt_of
+from trainer.data import Prompt
 from trainer.data import Prompt
 from trainer.fusion import Fusion
 from trainer.scoring import Sample, form_groups, grade
@@ -264,3 +273,47 @@ def test_metrics_keep_classes_difference_and_reward_apart():
     assert metrics["domain/stories/frac_dead"] == 1.0  # both pairs earn the same throughout
     meter.add(groups[2:], {}, 1.0)
     assert not [name for name in meter.flush() if name.startswith("diversity/")]
+
+
+class Walk:
+    """Stands for data, curriculum, engine and tokenizer: completions are the letters that it was given."""
+
+    train = {"stories": {"p": Prompt(id="p", domain="stories", prompt="about p", columns={})}}  # noqa: RUF012
+    limits = {"stories": 4}  # noqa: RUF012
+    draws = 0
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def draw(self, n):
+        return [PromptRef(domain="stories", id="p")] * n
+
+    def tokenize(self, prompts):
+        return [[1]] * len(prompts)
+
+    def complete(self, requests, on_finished=None):
+        return [Completion(ids=[ord(letter)], logps=None) for letter in self.letters]
+
+    def to_samples(self, prompts, completions):
+        texts = [chr(c.ids[0]) for c in completions]
+        return [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in zip(prompts, texts, strict=True)]
+
+
+def test_a_draw_hands_the_fused_reward_to_the_update_and_the_quality_to_the_curriculum():
+    walk = Walk("aabcxxxx")
+    half = Domain(name="stories", kind="open_ended", reward=lambda prompts, **columns: [0.5] * len(prompts))
+    draws = Draws(
+        data=walk,
+        curriculum=walk,
+        scorer=Scorer([half]),
+        fusion=Fusion.of([domain()]),
+        seed=1,
+        group_size=4,
+        max_grader_failures=0.5,
+        complete=walk.complete,
+        to_samples=walk.to_samples,
+    )
+    rollout = draws.roll_out(8)
+    assert rollout.rewards == pytest.approx([1 / 3, 1 / 3, 0.5, 0.5] + [0.05] * 4)
+    assert [group.rewards for group in rollout.groups] == [(0.5,) * 4] * 2
+    assert [group.has_signal for group in rollout.groups] == [True, False]

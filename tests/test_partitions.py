@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from rewards.partitions import answer_signature, connected, find_partitioner, shared_words
@@ -105,3 +107,20 @@ def test_a_classifier_of_pairs_decides_about_long_texts(bias, expected, tmp_path
 def test_wrong_partitioners_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         find_partitioner(spec)
+
+
+PROGRAM = "```python\n" + "(" * 10_000
+HOSTILE = ["", " ", "\0", "x" * 200_000, "[" * 10_000, PROGRAM, r"\boxed{" * 10_000, "P\u0430ris", "Paris"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["exact", "normalised", "answer_signature", pytest.param(MINILM, marks=pytest.mark.slow)]
+)
+def test_no_text_breaks_a_partitioner(spec):
+    start = time.monotonic()
+    (same,) = find_partitioner(spec).same([HOSTILE], ["p"])
+    assert time.monotonic() - start < 30  # a model's loading included
+    assert [len(row) for row in same] == [len(HOSTILE)] * len(HOSTILE)
+    assert all(same[i][i] for i in range(len(HOSTILE)))
+    assert all(same[i][j] == same[j][i] for i in range(len(HOSTILE)) for j in range(i))
+    assert not same[-1][0]

@@ -8,7 +8,7 @@ import pytest
 
 from curricula.curriculum import Curriculum
 from curricula.items import halves
-from curricula.records import Domain, Evaluation
+from curricula.records import Decision, Domain, Evaluation
 from curricula.schedulers.joint import Joint
 from curricula.schedulers.sequential import Sequential
 from curricula.transfer import TransferMatrix
@@ -90,6 +90,26 @@ def test_the_worst_domain_is_judged_on_the_steer_half_of_what_is_trained(tmp_pat
     ours = recorder(tmp_path)
     ours.record_heldout(0, result(math=(0.75, 0.0), stories=(0.5, 1.0), safety=(0.0, 0.0)))
     assert ours.worst_steer_score == 0.5
+
+
+class Replaying:
+    """A stage on math with a little of stories in every draw."""
+
+    def decide(self, evidence, state):
+        return Decision(mixture=(0.75, 0.25), reason="stage 1: math; replay stories", stage="math")
+
+
+def test_a_stage_stays_a_stage_with_replay_in_it_and_what_was_replayed_stays_on_record(tmp_path):
+    ours = recorder(tmp_path, scheduler=Replaying())
+    ours.record_heldout(0, result())
+    ours.curriculum.draw(8)
+    restored = recorder(tmp_path / "again", scheduler=Replaying())
+    restored.record_heldout(0, result())
+    restored.curriculum.load_state_dict(json.loads(json.dumps(ours.curriculum.state_dict())))
+    for each in (ours, restored):
+        each.record_heldout(1, result())
+        row = each.curriculum.evaluations[-1]
+        assert (row.trained, row.exposure) == (("math",), {"math": 6, "stories": 2})
 
 
 def test_a_row_names_what_was_trained_since_the_row_before(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from curricula.items import halves
 from curricula.records import Evaluation
 from launch.lab.synthetic_run import FOUR, write_run
-from trainer.report import summarise, write_report
+from trainer.report import summarise, write_replay, write_report
 from trainer.report_charts import Layer, draw_stack
 from trainer.report_data import read_run
 from trainer.report_numbers import find, score_interval
@@ -461,6 +461,14 @@ def test_two_thousand_steps_of_twenty_domains_take_ten_seconds_and_ten_megabytes
     out = write_report([run], tmp_path / "report.html")
     assert time.perf_counter() - start <= 10
     assert out.stat().st_size <= 10_000_000
+
+
+def test_a_replay_is_drawn_beside_the_run(tmp_path):
+    run = write_run(tmp_path / "run", steps=40)
+    lines = [{"draw": n, "mixture": {"arithmetic": 1.0}, "reason": "only sums"} for n in range(40)]
+    page = write_replay(run, lines, scheduler="mine", out=tmp_path / "replay.html").read_text()
+    assert page.count("share of each draw") >= 2 and "mine, replayed" in page and "only sums" in page
+    assert "Held-out score" not in page
 
 
 def test_quality_is_drawn_with_the_intervals_that_the_run_kept(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch import doctor
 from rewards import sandbox
 from rewards.sandbox import Limits, Program, Run, isolation
 
@@ -170,3 +171,28 @@ def test_sets_have_the_same_order_every_time():
 def test_limits_that_allow_nothing_are_refused():
     with pytest.raises(ValueError, match="sandbox limit wall_s must be > 0, got 0"):
         Limits(wall_s=0)
+
+
+def test_doctor_names_the_isolation_of_this_host():
+    (finding,) = doctor.sandbox()
+    assert finding.what == str(isolation())
+    assert finding.verdict == ("slow" if isolation().level == "limits" else "ok")
+
+
+@pytest.mark.parametrize(("level", "verdict"), [("namespaces", "ok"), ("bubblewrap", "ok"), ("limits", "slow")])
+def test_doctor_says_what_would_make_the_jail_stronger(level, verdict, monkeypatch):
+    found = sandbox.Isolation(level=level, network="none", processes="..", files="..")
+    monkeypatch.setattr(sandbox, "isolation", lambda: found)
+    (finding,) = doctor.sandbox()
+    assert (finding.verdict, finding.what.split(":")[0]) == (verdict, level)
+    assert ("bubblewrap" in finding.fix) == (verdict == "slow")
+
+
+def test_doctor_goes_on_where_no_jail_works(monkeypatch):
+    def none():
+        raise sandbox.SandboxError("no jail works on this host")
+
+    monkeypatch.setattr(sandbox, "isolation", none)
+    (finding,) = doctor.sandbox()
+    assert (finding.verdict, finding.what) == ("slow", "no jail works on this host")
+    assert "`code`" in finding.fix

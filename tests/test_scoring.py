@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -71,6 +72,13 @@ class SlowReward:
 @pytest.mark.parametrize("reward", [slow_reward, SlowReward()])
 def test_a_reward_may_be_asynchronous(reward):
     assert scorer(math=reward)([sample(answer="4")]) == [1.0]
+
+
+def test_an_asynchronous_reward_is_awaited_inside_a_running_event_loop():
+    async def inside():
+        return scorer(math=SlowReward())([sample(), sample()])
+
+    assert asyncio.run(inside()) == [1.0, 1.0]
 
 
 def test_none_stays_none_and_other_numbers_become_floats():

@@ -48,7 +48,7 @@ def test_length_by_hand():
     # max 10, soft 4: nothing up to 6 tokens, then a quarter each, -1 from 10 on
     grade = find_reward({"name": "length", "max_tokens": 10, "soft_tokens": 4})
     tokens = [[0] * n for n in (0, 6, 7, 9, 10, 99)]
-    assert grade(["q"] * 6, ["x"] * 6, tokens) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]
+    assert grade(["q"] * 6, ["", *"xxxxx"], tokens) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]
 
 
 def test_length_needs_tokens():

@@ -6,12 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 
 import pytest
 
 from launch.config import load_recipe
-from launch.local import Machine, group_words
+from launch.local import Command, Machine, plan
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow
@@ -25,28 +24,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(words: list[str], folder, *overrides: str) -> list[dict]:
-    """Run tests/ranks.py; return what each rank wrote."""
+def run(command: Command, folder, *overrides: str) -> list[dict]:
+    """Run tests/ranks.py in the place of `polyphony train`; return what each rank wrote."""
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [*words, "-m", "tests.ranks", str(folder), *overrides]
+    environment = {**os.environ, **command.environment, "PYTHONPATH": str(HOUSE)}
+    words = command.words[: command.words.index("launch.cli") - 1]
+    words = [*words, "-m", "tests.ranks", str(folder), *overrides]
     done = subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run([sys.executable], tmp_path_factory.mktemp("alone") / "one", "grpo.per_device_train_batch_size=8")[0]
+    command = plan(load_recipe(RECIPES / "debug.yaml"), [], Machine(), gpus=0)
+    return run(command, tmp_path_factory.mktemp("alone") / "one", "grpo.per_device_train_batch_size=8")[0]
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def group(request, tmp_path_factory):
     overrides = [f"cluster.strategy={request.param}", "cluster.processes=2", f"cluster.port={free_port()}"]
     recipe = load_recipe(RECIPES / "debug.yaml", overrides)
-    words = group_words(recipe.cluster, Machine(), gpus=0)
+    command = plan(recipe, [], Machine(), gpus=0)
     folder = tmp_path_factory.mktemp(request.param) / "two"
-    return request.param, run(words, folder, "grpo.per_device_train_batch_size=4")
+    return request.param, run(command, folder, "grpo.per_device_train_batch_size=4")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

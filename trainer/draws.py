@@ -16,10 +16,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from curricula.curriculum import Curriculum
 from curricula.records import Group, PromptRef
+from trainer.ahead import Ahead
 from trainer.data import Prompt
 from trainer.domains import DomainData
 from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
+from trainer.sampling import OnFinished
 from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
 
 
@@ -132,8 +134,8 @@ class Draws:
     group_size: int
     """Completions a prompt; a group may straddle ranks."""
     max_grader_failures: float
-    complete: Callable[[Sequence[Request]], list[Completion]]
-    """Samples this rank's requests with the policy's present weights."""
+    complete: Callable[[Sequence[Request], OnFinished | None], list[Completion]]
+    """Samples this rank's requests with the policy's present weights, and tells of each that is finished."""
     to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]]
     rank: int = 0
     world_size: int = 1
@@ -144,7 +146,7 @@ class Draws:
     inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: ()
     """Finds signs of shortcuts in a completion."""
     with_texts: Collection[str] = ()
-    """Domains whose texts all ranks get."""
+    """Domains whose texts all ranks get, beside those that compare them."""
     listeners: list[Callable[[Sequence[PromptRef]], None]] = field(default_factory=list)
     """Called on rank 0 with the prompts of every draw before they are generated."""
     refill_listeners: list[Callable[[int, Sequence[Group], Sequence[PromptRef]], None]] = field(default_factory=list)
@@ -200,10 +202,18 @@ class Draws:
             for i, prompt, ids in zip(places, prompts, prompt_ids, strict=True)
         ]
         started = time.perf_counter()
-        completions = self.complete(requests)
+        ahead = Ahead(self.scorer, prompts, self.to_samples)
+        completions = self.complete(requests, ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
         samples = self.to_samples(prompts, completions)
-        graded = gather_object(grade(samples, self.scorer(samples), inspect=self.inspect, with_texts=self.with_texts))
+        graded = gather_object(
+            grade(
+                samples,
+                ahead.scores(samples),
+                inspect=self.inspect,
+                with_texts={*self.with_texts, *self.fusion.domains},
+            )
+        )
         groups = self.fusion(
             form_groups(graded, size=size, draw=draw),
             [g.text for g in graded],

@@ -84,9 +84,7 @@ class Fusion:
         if not places:
             return list(groups)
         size = len(groups[0].rewards)
-        mine = {
-            i: [text or "" for text in texts[i * size : (i + 1) * size]] for i in places[self.rank :: self.world_size]
-        }
+        mine = {i: _known(texts[i * size : (i + 1) * size], groups[i]) for i in places[self.rank :: self.world_size]}
         told: list[tuple[int, Same | None]] = []
         for name, diversity in self.by_domain.items():
             own = [i for i in mine if groups[i].domain == name]
@@ -128,6 +126,15 @@ def compared(
     ]:
         raise ValueError(f"domain {name!r}: the partitioner did not return one matrix [n][n] for each of its groups")
     return told
+
+
+def _known(texts: Sequence[str | None], group: Group) -> list[str]:
+    known = [text for text in texts if text is not None]
+    if len(known) != len(group.rewards):
+        raise ValueError(
+            f"domain {group.domain!r}: {len(known)} of {len(group.rewards)} texts of a group were gathered"
+        )
+    return known
 
 
 def _record(result: DiversityResult) -> Fused:

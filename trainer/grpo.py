@@ -38,6 +38,7 @@ from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
 from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from trainer.sampling import OnFinished
 from trainer.scoring import Sample, Scorer
 from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
@@ -187,19 +188,21 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
 
-    def complete(self, requests: Sequence[Request], copies: int) -> list[Completion]:
+    def complete(
+        self, requests: Sequence[Request], copies: int, on_finished: OnFinished | None = None
+    ) -> list[Completion]:
         """Sample one completion a request with the policy's present weights.
 
         Without an engine of ours, TRL generates (transformers, or its own colocate and server modes): seeds are then not
         honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
-        each prompt stands in a row.
+        each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
         """
         if not requests and self.use_vllm:
             return []
         if self.engine is not None:
             if self.state.global_step != self._last_loaded_step:
                 self.sync_engine()
-            return self.engine.complete(requests)
+            return self.engine.complete(requests, on_finished)
         if any(r.is_greedy for r in requests):
             raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
         prompt_ids = [list(r.prompt_ids) for r in requests]
@@ -244,14 +247,14 @@ class DomainGRPOTrainer(GRPOTrainer):
             seed=self.args.seed,
             group_size=self.num_generations,
             max_grader_failures=max_grader_failures,
-            complete=lambda requests: self.complete(requests, self.num_generations),
+            complete=lambda requests, taken: self.complete(requests, self.num_generations, taken),
             to_samples=self.to_samples,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             refill_rounds=self.curriculum.pool.refill_rounds if self.curriculum.pool else 0,
             is_useful=rft.is_useful if rft else lambda group: group.has_signal,
             inspect=self.shortcuts.inspect,
-            with_texts=self.data.names if self.advantages.partitioner else self.fusion.domains,
+            with_texts=self.data.names if self.advantages.partitioner else (),
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

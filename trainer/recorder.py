@@ -103,6 +103,9 @@ class Recorder:
         return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
 
     def _trained_since_last(self) -> tuple[str, ...]:
+        """Return the scheduler's stage, where there was one (what it replays is in `exposure`), else all drawn from."""
+        if self.curriculum.stage is not None:
+            return (self.curriculum.stage,)
         before = self._run[-1].exposure if self._run else {}
         return tuple(name for name, n in self.curriculum.drawn.items() if n > before.get(name, 0))
 

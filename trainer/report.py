@@ -7,7 +7,8 @@ derives, `report_story` puts it in sentences, `report_sections` and `report_tabl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -104,6 +105,23 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     return out
 
 
+def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, scheduler: str, out: str | Path) -> Path:
+    """Draw the mixture that ran beside the one `scheduler` would have asked for on the same evidence.
+
+    `decisions` are its lines, as in decisions.jsonl: `draw`, `mixture` by domain, `reason`.
+    """
+    ran = read_run(run)
+    other = replace(ran, name=f"{scheduler}, replayed", decisions=decisions)
+    sheet = Sheet(findings=(find(ran), find(other)))
+    only = tuple(section for section in SECTIONS if section.id == "mixture")
+    title = (
+        f"<p>{escape(ran.name)} as it ran, and what {escape(scheduler)} would have asked for on the same evidence.</p>"
+    )
+    out = Path(out)
+    out.write_text(_page(sheet, sections=only, header=title), encoding="utf-8")
+    return out
+
+
 def summarise(run: str | Path) -> dict[str, Any]:
     """Return a run's numbers and its five sentences (`story`), ready for JSON: undefined is None.
 
@@ -113,9 +131,9 @@ def summarise(run: str | Path) -> dict[str, Any]:
     return as_json(findings) | {"story": tell(findings)}
 
 
-def _page(sheet: Sheet) -> str:
-    drawn = {section.id: section.draw(sheet) for section in SECTIONS}
-    present = [section for section in SECTIONS if drawn[section.id]]
+def _page(sheet: Sheet, *, sections: Sequence[Section] = SECTIONS, header: str | None = None) -> str:
+    drawn = {section.id: section.draw(sheet) for section in sections}
+    present = [section for section in sections if drawn[section.id]]
     body = "".join(
         f'<section id="{s.id}"><h2>{s.title}</h2><p class="how">{s.how}</p>{drawn[s.id]}</section>' for s in present
     )
@@ -123,10 +141,10 @@ def _page(sheet: Sheet) -> str:
     return Template(FRAME.read_text(encoding="utf-8")).substitute(
         title=escape(" · ".join(names)),
         palette=palette(),
-        header=sheet.side_by_side([(n, _story(f)) for n, f in enumerate(sheet.findings)]),
+        header=header or sheet.side_by_side([(n, _story(f)) for n, f in enumerate(sheet.findings)]),
         links="".join(f'<a href="#{s.id}">{s.id.capitalize()}</a>' for s in present),
         body=body,
-        missing=_missing(sheet, [s.lacks for s in SECTIONS if s.lacks and not drawn[s.id]]),
+        missing=_missing(sheet, [s.lacks for s in sections if s.lacks and not drawn[s.id]]),
     )
 
 

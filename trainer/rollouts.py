@@ -18,6 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trainer.sampling import (
     Completion,
     EngineSettings,
+    OnFinished,
     Request,
     Sampling,
     completion_seed,
@@ -102,8 +103,11 @@ class Engine(VLLMGeneration):
         self.model = model
         self.accelerator = accelerator
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Sample one completion a request, in order; every rank must call it."""
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Sample one completion a request, in order; every rank must call it.
+
+        `on_finished` gets completions that are whole before the others are, as far as the engine can tell.
+        """
         raise NotImplementedError
 
     def flush_faults(self) -> EngineFaults:
@@ -155,10 +159,10 @@ class InProcessEngine(Engine):
         load_weights(self.llm, self._iter_named_params())
         self.version += 1
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order."""
         # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            completions = sample(self.llm, requests, self.sampling)
+            completions = sample(self.llm, requests, self.sampling, on_finished)
         return [replace(c, version=self.version) for c in completions]

@@ -6,7 +6,7 @@ Left out on purpose: who owns the engine and how weights travel to it (`trainer/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class EngineSettings:
     tensor_parallel: int = 1
 
 
+OnFinished = Callable[[int, Completion], None]
+"""Called with the place of a request and its completion as soon as that is whole, in any order."""
+
+
 def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
     """Return the sampling seed of one completion: the same after a restart and under any layout of ranks."""
     key = f"{run_seed}/{draw}/{prompt_id}/{refill_round}/{k}"
@@ -103,13 +107,15 @@ def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
 
 
-def sample(llm: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-    """Sample one completion a request, in order.
+def sample(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+) -> list[Completion]:
+    """Sample one completion a request, in order; `on_finished` gets each while the others are still sampled.
 
     Out of memory, the requests are sampled in two halves, once. Raises RuntimeError where a half is too much as well.
     """
     try:
-        return _sample(llm, requests, sampling)
+        return _sample(llm, requests, sampling, on_finished)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(requests) < 2:
             raise
@@ -134,7 +140,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _sample(llm: Any, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+def _sample(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+) -> list[Completion]:
     from vllm import SamplingParams
 
     shared = {
@@ -151,7 +159,19 @@ def _sample(llm: Any, requests: Sequence[Request], sampling: Sampling) -> list[C
         SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **(greedy if r.is_greedy else shared)) for r in requests
     ]
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-    return [_completion(output.outputs[0]) for output in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+    if on_finished is None:
+        return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+    # a request's name is its number, behind which newer engines put a random tail that outputs do not have
+    names = llm.enqueue(prompts, params, use_tqdm=False)
+    places = {name.partition("-")[0]: i for i, name in enumerate(names)}
+    found: dict[int, Completion] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                place = places[output.request_id]
+                found[place] = _completion(output.outputs[0])
+                on_finished(place, found[place])
+    return [found[i] for i in range(len(requests))]
 
 
 def _abort(llm: Any) -> None:

@@ -62,6 +62,8 @@ class Scorer:
                 self.rewards[domain.name] = find_reward(domain.reward)
             except ValueError as error:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
+        self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
+        """Domains whose rewards mostly wait, see `rewards.registry`."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """Return one reward a sample, in order."""

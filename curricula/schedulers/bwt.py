@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from curricula.forgetting import moment
+from curricula.intervals import paired
 from curricula.online import Prior, Regression
 from curricula.planner import Solver
 from curricula.priors import score_prior
@@ -25,7 +26,8 @@ class Bwt:
     Order: the planner's (Omni-Thinker's rule, arXiv:2507.14783, with uncertainty and entropy, see `planner`).
     q: power-law replay plus protection of domains that are being forgotten, see `rehearsal`; Omni-Thinker has neither.
     Length: a stage gets an equal part of the draws that are left; it ends early when its domain's held-out score has
-        stopped rising (single-domain stages go on to damage their own domain), except the last one.
+        stopped rising, or lies below where the stage began with 95 % confidence (single-domain stages can damage
+        their own domain). Draws that the last stage leaves over go to all domains alike.
     A guardrail that broke ends the stage that broke it, or protects its domain where that can be replayed.
     After each stage the scores it was predicted to reach are put beside those measured, and the rest is planned again:
         T[j -> i] moves by what the run has shown beyond the probes. The effects of all domains on one are believed to
@@ -40,7 +42,7 @@ class Bwt:
     protect: Any = field(default_factory=Protection)
     """`Protection` or its settings: `{max_drop: 0.02, share: 0.25}`."""
     plateau: Any = field(default_factory=Plateau)
-    """`Plateau` or its settings: `{window: 2, gain: 0.01}`; None: every stage runs to its end."""
+    """`Plateau` or its settings: `{window: 2, gain: 0.01}`; None: every stage runs to its end, come what may."""
     solver: Solver = field(init=False, repr=False, compare=False)
     prior: Prior = field(init=False, repr=False, compare=False)
 
@@ -59,6 +61,8 @@ class Bwt:
         run, news = self._observe(run, evidence), ""
         if ended := self._ended(run, evidence):
             run, news = self._next_stage(run, evidence, ended)
+        if run.stage == len(run.order):
+            return self._all_alike(run, evidence, news)
         domain = run.order[run.stage]
         earlier = self._earlier_shares(run, evidence)
         shares = earlier | {domain: 1 - sum(earlier.values())}
@@ -72,6 +76,12 @@ class Bwt:
             reason=reason + news,
             state=run.as_json(),
             stage=domain,
+        )
+
+    def _all_alike(self, run: _Run, evidence: Evidence, news: str) -> Decision:
+        size = len(evidence.domains)
+        return Decision(
+            mixture=(1 / size,) * size, reason=f"all stages are over: equal shares{news}", state=run.as_json()
         )
 
     def _begin(self, evidence: Evidence) -> _Run:
@@ -101,25 +111,35 @@ class Bwt:
     def _ended(self, run: _Run, evidence: Evidence) -> str:
         """Return why the stage is over, or nothing."""
         left = len(run.order) - run.stage
-        if left == 1:
+        if left == 0:
             return ""
         if hurt := [name for name in evidence.alarms if name not in run.order[: run.stage]]:
             return f"it broke the guardrail of {', '.join(hurt)}"
         length = max(1, (evidence.total_draws - run.start) // left)
         if evidence.draw - run.start >= length:
             return "its draws are used up"
+        return self._does_not_pay(run, evidence)
+
+    def _does_not_pay(self, run: _Run, evidence: Evidence) -> str:
+        """Return what the stage's own evaluations say against going on with it, or nothing."""
         domain = run.order[run.stage]
-        own = [row for row in evidence.evaluations[run.first :] if row.trained == (domain,)]
-        if self.plateau is not None and self.plateau.is_reached([mean(row.scores[domain]) for row in own]):
+        own = [row.scores[domain] for row in evidence.evaluations[run.first :] if row.trained == (domain,)]
+        if self.plateau is None or not own:
+            return ""
+        if self.plateau.is_reached([mean(items) for items in own]):
             return "its score has stopped rising"
+        before = evidence.evaluations[max(run.first - 1, 0)].scores[domain]
+        if paired(own[-1], before).high < 0:
+            return "practising it lowers its score"
         return ""
 
     def _next_stage(self, run: _Run, evidence: Evidence, why: str) -> tuple[_Run, str]:
         ended = run.order[run.stage]
         done, left = run.order[: run.stage + 1], run.order[run.stage + 1 :]
-        rest = self.solver.order(left, self._shift(run, evidence))
-        news = f"; {ended} ended because {why}; the plan of the rest {'stays' if rest == left else 'becomes'} "
-        news += ", ".join(rest)
+        rest = self.solver.order(left, self._shift(run, evidence)) if left else ()
+        news = f"; {ended} ended because {why}"
+        if left:
+            news += f"; the plan of the rest {'stays' if rest == left else 'becomes'} {', '.join(rest)}"
         review: dict[str, Any] = {"stage": ended, "draw": evidence.draw, "why": why, "rest": list(rest)}
         if evidence.evaluations:
             now = evidence.evaluations[-1].scores

@@ -25,6 +25,7 @@ from rewards import Reward, find_reward
 from trainer.data import Prompt
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
+from trainer.sampling import OnFinished
 
 
 class TwinEngine(InProcessEngine):
@@ -34,10 +35,10 @@ class TwinEngine(InProcessEngine):
     twin_seeds: Iterator[int] | None = None
     """Seeds that requests get instead of their own; None leaves them theirs."""
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         if self.twin_seeds is not None:
             requests = [replace(request, seed=next(self.twin_seeds)) for request in requests]
-        completions = super().complete(requests)
+        completions = super().complete(requests, on_finished)
         self.tokens += sum(len(completion.ids) for completion in completions)
         return completions
 
