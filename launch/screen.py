@@ -71,14 +71,14 @@ class Screening:
     most_visits: int
     """Of a prompt that never succeeded."""
     ungraded: set[tuple[str, str]] = field(default_factory=set)
-    """Prompts whose reward failed on a whole group: not tried again in this session."""
+    """Prompts whose reward failed on a whole group: not tried again by this process."""
 
     @property
     def pools(self) -> dict[str, PromptPool]:
         return self.trainer.curriculum.pools
 
     def resume(self) -> None:
-        """Take over what an earlier session in this folder learned."""
+        """Take over what an earlier screening in this folder learned."""
         prompts = {name: pool.ids for name, pool in self.pools.items()}
         if saved := own_pool(self.out / POOL_FILE, prompts):
             say(f"going on: {self.trainer.curriculum.adopt_pools(saved)} prompts were there")
