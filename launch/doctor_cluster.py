@@ -12,8 +12,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.config import ClusterSection
 from launch.findings import Finding
+from launch.sections.rollouts import ClusterSection
 
 RAN_TOGETHER = {"ray": "2.60", "deepspeed": "0.19"}
 """Releases that were run with the other packages' pinned ones."""

@@ -15,7 +15,8 @@ from types import FrameType
 
 import psutil
 
-from launch.config import ClusterSection, Recipe, RecipeError
+from launch.config import Recipe, RecipeError
+from launch.sections.rollouts import ClusterSection
 
 HERE = Path(__file__).resolve().parent
 RAY_GPUS = "POLYPHONY_ROLLOUT_GPUS"

@@ -18,7 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from curricula.records import Evaluation
 from curricula.transfer import TransferMatrix
-from launch.config import CurriculumSection, EntropySection, Recipe, RecipeError, load_recipe
+from launch.config import Recipe, RecipeError, load_recipe
+from launch.sections.course import CurriculumSection
+from launch.sections.update import EntropySection
 from launch.train import save_final, say
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import Engine

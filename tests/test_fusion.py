@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from curricula.records import Domain, Fused, Group, PromptRef, mean
-from launch.config import DiversitySection
+from launch.sections.domains import DiversitySection
 from rewards.diversity import Diversity
 from tests.conftest import HOUSE
 from trainer.advantages import Advantages, UpdateSettings

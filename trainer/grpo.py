@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -37,13 +37,14 @@ from trainer.fusion import Fusion
 from trainer.heldout import evaluator_of
 from trainer.meter import Meter
 from trainer.padding import pad_rows, sums_by_owner
-from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
 from trainer.sampling import OnFinished
 from trainer.scoring import Sample, Scorer
+from trainer.seam import attach, check_agreement, check_sync
 from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
-from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
+from trainer.weight_check import WeightCheck
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -128,7 +129,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        self.engine = self._attach(engine) if not self.use_vllm else None
+        self.engine = attach(self, engine) if not self.use_vllm else None
         self.draws = self._walk(max_grader_failures)
         self.drops_dead = may_drop_dead(
             self.advantages.settings.drop_dead,
@@ -139,31 +140,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
 
     # --- the engine -----------------------------------------------------------------------------------------------
-
-    def _attach(self, engine: str | Engine | EngineFactory) -> Engine | None:
-        """Attach an engine behind TRL's seam: `vllm_generation` and `use_vllm` switch importance correction on."""
-        if engine == "transformers":
-            return None
-        if isinstance(engine, str) and engine != "vllm":
-            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
-        if isinstance(engine, Engine):
-            engine.attach(self.model, self.accelerator)
-        else:
-            make = InProcessEngine if isinstance(engine, str) else engine
-            engine = make(
-                self.model,
-                self.accelerator,
-                self.processing_class,
-                sampling=self.sampling,
-                max_model_length=self.data.context,
-                max_num_seqs=self.args.per_device_train_batch_size * self.args.steps_per_generation,  # type: ignore[operator]
-                gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-                dtype=str(self.model.dtype).removeprefix("torch."),
-            )
-        engine.max_completion_length = self.max_completion_length
-        self.vllm_generation, self.use_vllm, self._last_loaded_step = engine, True, -1
-        set_seed(self.args.seed, device_specific=True)  # starting vLLM reseeds the process's generators
-        return engine
 
     @property
     def sampling(self) -> Sampling:
@@ -215,25 +191,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
-        if not self.use_vllm:
-            return None
-        prompts = [prompt for table in self.data.heldout.values() for prompt in list(table)[:2]]
-        ids = self.data.tokenize(prompts)
-        requests = [Request(prompt_ids=i, seed=n, max_tokens=8) for n, i in enumerate(ids)]
-
-        def score(completions: Sequence[Completion]) -> list[list[float]]:
-            logps, _, mask = self._forward(ids, [c.ids for c in completions])
-            return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
-
-        check = check_weights(
-            model=self.model,
-            sync=self.sync_engine,
-            sample=lambda: self.complete(requests, 1),
-            score=score,
-            precision=self.precision,
-        )
-        self._last_loaded_step = -1
-        return check
+        return check_sync(self) if self.use_vllm else None
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
@@ -262,7 +220,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = rollout = self._roll_out(len(inputs))
         self._row_entropy = None
         output = super()._generate_and_score_completions(rollout.rows)
-        self._check_engine()
+        check_agreement(self, rollout.completions)
         owner = self._owners(len(inputs))
         entropy = self._domain_entropy(output, owner)
         generated = [*rollout.groups, *rollout.discarded_groups]
@@ -302,25 +260,6 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._without_dead = without_dead(self._buffered_inputs, counts, self.loss_type)
             self._buffered_inputs = self._without_dead
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _check_engine(self) -> None:
-        """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync."""
-        if self._is_stale:
-            return  # importance correction is there for these
-        differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean")
-        if differences and differences[-1] > TOLERANCE[self.precision]:
-            raise RuntimeError(
-                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
-                f"(allowed {TOLERANCE[self.precision]:g}): the engine does not hold the policy's weights"
-            )
-
-    @property
-    def _is_stale(self) -> bool:
-        """True where a completion of this draw, of any rank, came from an older weight version that the recipe allows."""
-        if self.engine is None:
-            return False
-        versions = [c.version for c in self._finished.completions if c.version is not None]
-        return min(gather_object(versions), default=self.engine.version) < self.engine.version
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
@@ -443,6 +382,11 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Return summed token entropy (nats) and token count of each sample under the policy."""
         _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
+
+    def token_logps(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
+        """Return, for each completion, the log-probability of each of its tokens under the policy."""
+        logps, _, mask = self._forward(prompt_ids, completion_ids)
+        return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
 
     def log_probabilities(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, model: Any = None

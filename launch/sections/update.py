@@ -1,0 +1,105 @@
+"""Which prompts are worth their rollouts, and what of them reaches the gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from launch.sections.base import Section
+
+
+class RefillSection(Section):
+    """Groups whose rewards are all equal are replaced within the draw by groups of further prompts of their domain."""
+
+    max_rounds: int = Field(default=2, ge=0)
+    """With half of the groups dead, two rounds leave about one in eight."""
+
+
+class PoolSection(Section):
+    """Choose prompts by what is known of their pass rates; without this section every prompt is drawn once a pass."""
+
+    impossible_below: float = Field(default=0.05, gt=0, lt=1)
+    """Pass rate below which, with 95 % confidence, a prompt is given up for long; takes about eight visits of eight."""
+    defer_below: float = Field(default=0.125, gt=0, lt=1)
+    """Posterior mean below which a prompt waits."""
+    mastered_above: float = Field(default=0.9, gt=0, lt=1)
+    """Posterior mean above which it is only reviewed."""
+    discount: float = Field(default=0.99, ge=0.5, le=1)
+    """Of earlier evidence at each visit."""
+    sampling: str = "uniform"
+    """Among the unseen and active: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a domain's prompts that are waiting ones whose turn has come."""
+    retry_deferred: int = Field(default=10, ge=1)
+    """Draws until a deferred prompt is tried again; likewise the next two."""
+    retry_mastered: int = Field(default=50, ge=1)
+    retry_impossible: int = Field(default=100, ge=1)
+    when_exhausted: Literal["continue", "stop"] = "continue"
+    """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    refill: RefillSection = RefillSection()
+    start: str | None = Field(default=None, alias="from")
+    """`pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts' ids."""
+
+    @model_validator(mode="after")
+    def _is_a_band(self) -> PoolSection:
+        if not self.impossible_below <= self.defer_below < self.mastered_above:
+            raise ValueError("expected impossible_below <= defer_below < mastered_above")
+        return self
+
+
+class GuardSection(Section):
+    """What a lone success of a group may do: with G completions its advantage is about sqrt(G - 1)."""
+
+    cap: float = Field(default=2.0, gt=0)
+    """Largest advantage of a lone success."""
+    drop_shortcuts: bool = True
+    """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
+
+
+class UpdateSection(Section):
+    """The update itself."""
+
+    drop_dead: Literal["auto", "always", "never"] = "auto"
+    """Leave out rows that cannot move the policy: `auto` where the gradient stays what it is, `always` or an error."""
+
+
+class RftSection(Section):
+    """`algorithm: rft`: train on accepted samples only."""
+
+    accept_from: float = 1.0
+    """Smallest reward of an accepted sample."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Most samples a prompt, the best first."""
+    dedup: Any = None
+    """A partitioner's name: one sample of each semantic class."""
+
+
+class LoraSection(Section):
+    """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class EntropySection(Section):
+    """Token entropy of every domain, in multiples of the base model's at the run's first evaluation."""
+
+    band: tuple[float, float] = (0.5, 1.5)
+    """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
+    control: Literal["none", "adaptive"] = "none"
+    """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
+    push: float = Field(default=1.0, ge=0)
+    """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
+    rate: float = Field(default=0.05, gt=0)
+    """Growth of the coefficient per draw for the same distance."""
+    max_coefficient: float = Field(default=1.0, gt=0)
+    """Either way; at 1 the term weighs as much as an advantage of 1."""
+
+    @field_validator("band")
+    @classmethod
+    def _holds_the_base_model(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= band[0] < 1 < band[1]:
+            raise ValueError("expected multiples low < 1 < high of the base model's entropy")
+        return band
