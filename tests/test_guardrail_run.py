@@ -37,9 +37,8 @@ def recipe(action: str, *changes: str):
 
 def test_a_guardrail_stops_the_run_and_says_which_domain_and_how_much(tmp_path, engine):
     train(recipe("stop"), tmp_path / "run", engine=engine)
-    (alarm,) = alarms(tmp_path / "run")
+    (alarm,) = [alarm for alarm in alarms(tmp_path / "run") if "stopped the run" in alarm["message"]]
     assert alarm["domain"] == "safety"
-    assert "stopped the run" in alarm["message"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == alarm["step"] < 4
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
@@ -48,8 +47,9 @@ def test_a_guardrail_stops_the_run_and_says_which_domain_and_how_much(tmp_path, 
 def test_a_guardrail_takes_the_run_back_and_tells_the_scheduler(tmp_path, engine):
     warm_up = ("grpo.lr_scheduler_type=constant_with_warmup", "grpo.warmup_steps=2")  # the first step moves nothing
     train(recipe("rollback", *warm_up), tmp_path / "run", engine=engine)
-    first, *_ = alarms(tmp_path / "run")
-    assert first["message"].endswith("rolled back to checkpoint-1")
+    first, *_ = [
+        alarm for alarm in alarms(tmp_path / "run") if alarm["message"].endswith("rolled back to checkpoint-1")
+    ]
     decisions = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
     (next_draw,) = [line for line in decisions if line["step"] == first["step"] + 1]
     assert next_draw["evidence"]["notes"][0].startswith("rolled back to checkpoint-1: safety lost")

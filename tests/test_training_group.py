@@ -30,7 +30,7 @@ def run(command: Command, folder, *overrides: str) -> list[dict]:
     environment = {**os.environ, **command.environment, "PYTHONPATH": str(HOUSE)}
     words = command.words[: command.words.index("launch.cli") - 1]
     words = [*words, "-m", "tests.ranks", str(folder), *overrides]
-    done = subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(words, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 

@@ -263,6 +263,8 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
+        if not completions:  # a rank without a row of this refill; batch_decode would make one empty text of nothing
+            return []
         texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._padding}
         return [
@@ -486,6 +488,8 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
+        if self.args.device.type == "cpu":  # a rank's CPU is called cpu:0, a location that torch.load does not know
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = load_state(Path(checkpoint))
