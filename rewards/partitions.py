@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import functools
 import pkgutil
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,18 +107,24 @@ class Embedding:
     """Paraphrases of a sentence lie above, other sentences on its subject below; models differ: look at pairs."""
     device: str | None = None
     batch_size: int = 32
+    threads: int | None = None
+    """CPU threads while it embeds, when nothing else of a run computes; None leaves torch's setting."""
 
     def __post_init__(self) -> None:
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"embedding: threshold is a cosine in [-1, 1], got {self.threshold}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"embedding: threads must be at least 1, got {self.threads}")
 
     def same(self, groups: Sequence[Sequence[str]], prompts: Sequence[Any]) -> list[Same | None]:
         texts = [text for group in groups for text in group]
         if not texts:
             return [[] for _ in groups]
-        vectors = _sentence_model(self.model, self.device).encode(
-            texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False
-        )
+        model = _sentence_model(self.model, self.device)
+        with _torch_threads(self.threads):
+            vectors = model.encode(
+                texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False
+            )
         return list(self._compare(groups, vectors))
 
     def _compare(self, groups: Sequence[Sequence[str]], vectors: Any):
@@ -126,6 +133,19 @@ class Embedding:
             part = vectors[start : start + len(group)]
             start += len(group)
             yield (part @ part.T >= self.threshold).tolist()
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """Give torch so many CPU threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache

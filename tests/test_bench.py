@@ -86,4 +86,4 @@ def test_the_cost_of_a_command_is_its_own_time_and_memory():
     cost = bench_commands.measure(["--help"])
     assert 0 < cost.seconds < 60
     assert 0.01 < cost.cpu_seconds < 60
-    assert 0.005 < cost.peak_gib < 1
+    assert 0 < cost.peak_gib < 1  # sampled: a command this short may be seen only while it starts

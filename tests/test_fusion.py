@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -144,9 +145,9 @@ def test_groups_that_straddle_real_ranks_are_fused_as_on_one(tmp_path):
     results = []
     for ranks in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        subprocess.run(
-            [*command, str(tmp_path / "rank.py")], cwd=HOUSE, capture_output=True, text=True, timeout=200, check=True
-        )
+        environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+        words = [*command, str(tmp_path / "rank.py")]
+        subprocess.run(words, cwd=HOUSE, env=environment, capture_output=True, text=True, timeout=200, check=True)
         results += [json.loads((tmp_path / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(result == results[0] for result in results)
     # classes a a b c: div 2/3 2/3 1 1, halved by the quality; all alike: the floor; a b a b: div 2/3

@@ -57,6 +57,18 @@ OTHERS = ["Parliament passed the budget on Friday.", "Boil the pasta for nine mi
 
 
 @pytest.mark.slow
+def test_threads_are_lent_for_the_embedding_and_given_back():
+    import torch
+
+    before = torch.get_num_threads()
+    embedding = find_partitioner({**MINILM, "threads": before + 1})
+    assert embedding.same([["a dog", "a dog"]], [""]) == [[[True, True], [True, True]]]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        find_partitioner({**MINILM, "threads": 0})
+
+
+@pytest.mark.slow
 def test_embeddings_join_paraphrases_and_nothing_else():
     assert classes(MINILM, PARAPHRASES + OTHERS, OTHERS) == [[0, 0, 1, 2], [0, 1]]
     assert classes(MINILM, []) == [[]]

@@ -51,8 +51,15 @@ class Ahead:
 
     def scores(self, samples: Sequence[Sample]) -> list[float | None]:
         """Return one reward a sample, in order. Raises what grading ahead raised."""
-        self._waiting.put(None)
         rest = [i for i in range(len(samples)) if i not in self._taken]
+        if (
+            self._thread is not None
+        ):  # what the engine never announced waits in line: one call of a slow reward at a time
+            late = [i for i in rest if samples[i].prompt.domain in self._scorer.slow]
+            for i in late:
+                self._waiting.put((i, samples[i]))
+            rest = [i for i in rest if i not in late]
+        self._waiting.put(None)
         graded = dict(zip(rest, self._scorer([samples[i] for i in rest]), strict=True))
         if self._thread is not None:
             self._thread.join()

