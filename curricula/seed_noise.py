@@ -39,8 +39,8 @@ class SeedNoise:
         freedom = sum(len(training[0]) - 1 for training in repeated)
         if not freedom:
             return cls(sd=np.zeros(len(pool)), correlation=0.0, seeds=min(seeds, default=0))
-        covariance = sum(_covariance(training) for training in repeated) / freedom
-        items = sum(np.array([_item_variance(each) for each in training]) for training in repeated) / freedom
+        covariance = np.sum([_covariance(training) for training in repeated], axis=0) / freedom
+        items = np.sum([[_item_variance(each) for each in training] for training in repeated], axis=0) / freedom
         own = np.diag(covariance) - items
         variance = np.array([max(0.0, own[pool == name].mean()) for name in pool])
         return cls(sd=np.sqrt(variance), correlation=_correlation(covariance, variance, pool), seeds=min(seeds))

@@ -46,7 +46,7 @@ def cards() -> list[Finding]:
         return []
     found = [_driver(str(torch.version.cuda))]
     if torch.distributed.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[attr-defined]
         found.append(Finding(name="nccl", verdict="ok", what=version))
     else:
         fix = "this PyTorch was built without NCCL: several GPUs cannot train together; install the official build"

@@ -15,7 +15,7 @@ from launch.tables import statistics_table
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
     from trainer.heldout_result import HeldoutResult
-    from trainer.rollouts import InProcessEngine
+    from trainer.rollouts import Engine
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -71,9 +71,7 @@ def evaluate(question: Question, *, as_json: bool) -> None:
         )
 
 
-def evaluate_model(
-    recipe: Recipe, model: str, *, engine: InProcessEngine | None = None
-) -> tuple[HeldoutResult, InProcessEngine | None]:
+def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) -> tuple[HeldoutResult, Engine | None]:
     """Return what a model does on a recipe's held-out sets, and the engine for a next model of the same shape.
 
     Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.

@@ -123,7 +123,7 @@ class Screening:
     def _unsettled(self) -> list[tuple[int, str, str]]:
         """Return (visits, domain, id) of the prompts that need a further visit, those with the fewest first."""
         return sorted(
-            (int(pool.visits[place]), name, pool.ids[place])
+            (int(pool.visits[place]), name, str(pool.ids[place]))
             for name, pool in self.pools.items()
             for place in np.flatnonzero(self._is_open(pool, slice(None))).tolist()
             if (name, pool.ids[place]) not in self.ungraded

@@ -71,7 +71,7 @@ class DomainEntropy:
 
     def after_evaluation(self, step: int, items: Mapping[str, Sequence[tuple[float, int]]]) -> None:
         """Take in one evaluation: per domain the (nats, tokens) of each item."""
-        columns = {name: tuple(zip(*pairs, strict=True)) for name, pairs in items.items() if pairs}
+        columns = {n: ([nats for nats, _ in pairs], [k for _, k in pairs]) for n, pairs in items.items() if pairs}
         self.pending += self.monitor.measure(step, columns)
 
     def rows(self, owner: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:

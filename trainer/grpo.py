@@ -255,11 +255,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not (self.drops_dead and self.model.training):
             return inputs
-        if self._buffered_inputs is not self._without_dead:  # a new draw
-            counts = self.accelerator.gather(live_counts(self._buffered_inputs).unsqueeze(0)).amax(0).tolist()
-            self._without_dead = without_dead(self._buffered_inputs, counts, self.loss_type)
-            self._buffered_inputs = self._without_dead
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        batches: list[dict[str, Any]] = self._buffered_inputs  # type: ignore[assignment]
+        if batches is not self._without_dead:  # a new draw
+            live: Any = self.accelerator.gather(live_counts(batches).unsqueeze(0))
+            batches = without_dead(batches, live.amax(0).tolist(), self.loss_type)
+            self._without_dead = self._buffered_inputs = batches
+        return batches[self._step % self.args.steps_per_generation]  # type: ignore[operator]
 
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""

@@ -43,5 +43,5 @@ def _read(trainer: DomainGRPOTrainer, sample: Sample, score: float | None) -> An
         score,
         reward=trainer.scorer.rewards[domain.name],
         has_one_answer=domain.kind == "structured",
-        decode=partial(trainer.processing_class.decode, skip_special_tokens=True),
+        decode=partial(trainer.processing_class.decode, skip_special_tokens=True),  # type: ignore[arg-type]
     )

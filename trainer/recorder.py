@@ -132,7 +132,8 @@ class Recorder:
         for name in published.scores:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
-            metrics[key("heldout", "entropy", name)] = row.entropy.get(name)
+            if name in row.entropy:
+                metrics[key("heldout", "entropy", name)] = row.entropy[name]
             for metric, value in _report_half(result, name).values().items():
                 if metric in READ:
                     metrics[key("heldout", READ[metric], name)] = value

@@ -100,7 +100,7 @@ class WandbTracker:
         """Do one thing; whatever W&B raises is W&B's, is told once, and the run goes on."""
         try:
             task(run)
-        except Exception as error:
+        except Exception as error:  # W&B may raise anything; the metrics are on disk all the same
             if not self._has_failed:
                 logger.warning("W&B failed (%s: %s); metrics are in metrics.jsonl", type(error).__name__, error)
             self._has_failed = True
@@ -129,7 +129,7 @@ def server_url() -> str:
     """Return where W&B is, by its own environment variables."""
     settings = wandb.Settings()
     settings.update_from_system_settings()
-    settings.update_from_env_vars(os.environ)
+    settings.update_from_env_vars(dict(os.environ))
     return settings.base_url
 
 

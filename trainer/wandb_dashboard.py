@@ -39,11 +39,13 @@ TABLES = ("completions", "decisions", "transfer")
 
 def build_workspace(*, name: str, entity: str, project: str, domains: Sequence[str]) -> ws.Workspace:
     """Return the dashboard of a project's runs over these domains; nothing is sent anywhere."""
-    sections = [ws.Section(name=title, panels=_panels(rows, domains), is_open=True) for title, rows in SECTIONS.items()]
+    sections = [
+        ws.Section(name=title, panels=[*_panels(rows, domains)], is_open=True) for title, rows in SECTIONS.items()
+    ]
     overall = [wr.LinePlot(title=metric, x="Step", y=[metric]) for metric in OVERALL]
     tables = [wr.WeavePanelSummaryTable(table_name=table) for table in TABLES]
-    sections.append(ws.Section(name="The whole run", panels=overall))
-    sections.append(ws.Section(name="Completions, decisions, transfer", panels=tables))
+    sections.append(ws.Section(name="The whole run", panels=[*overall]))
+    sections.append(ws.Section(name="Completions, decisions, transfer", panels=[*tables]))
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections)
 
 

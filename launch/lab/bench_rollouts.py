@@ -74,7 +74,7 @@ def _running() -> tuple[DomainGRPOTrainer, InProcessEngine]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(load_recipe(RECIPES / "demo.yaml"), Path(folder))
-    assert trainer.engine is not None
+    assert isinstance(trainer.engine, InProcessEngine)
     return trainer, trainer.engine
 
 

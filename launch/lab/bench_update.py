@@ -75,10 +75,10 @@ def bench_update() -> list[Result]:
     class Timed(SideBySide):
         """Keeps an update clock on every run."""
 
-        def _run(self, trainer: Any) -> tuple[Block, float]:  # type: ignore[override]
+        def run(self, trainer: Any) -> tuple[Block, float]:  # type: ignore[override]
             clock = UpdateClock(warm_up=self.warm_up)
             clock.attach(trainer)
-            return SideBySide._run(self, trainer), clock.seconds
+            return super().run(trainer), clock.seconds
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = half_dead_recipe()

@@ -98,7 +98,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 def summary(out: Path, seeds: Sequence[int]) -> str:
     """Return every run's line and, over seeds, each arm and what control changed."""
     found = {arm: [outcome(out / f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
-    fields = Outcome.__slots__
+    fields = tuple(Outcome.__slots__)
     lines = ["run       " + "".join(f"{field:>9}" for field in fields)]
     for arm, outcomes in found.items():
         for seed, result in zip(seeds, outcomes, strict=True):

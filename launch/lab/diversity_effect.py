@@ -29,7 +29,7 @@ from launch.train import build_trainer, say, train
 
 if TYPE_CHECKING:
     from trainer.evaluation import HeldoutResult
-    from trainer.rollouts import InProcessEngine
+    from trainer.rollouts import Engine
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "stories.yaml"
 DOMAIN = "stories"
@@ -66,7 +66,7 @@ class Effect:
     def __init__(self, out: Path, overrides: Sequence[str]) -> None:
         self.out = out
         self.overrides = tuple(overrides)
-        self.engine: InProcessEngine | None = None
+        self.engine: Engine | None = None
         settings = out / "settings.json"
         out.mkdir(parents=True, exist_ok=True)
         if settings.exists() and json.loads(settings.read_text()) != list(overrides):

@@ -13,7 +13,7 @@ from launch.config import load_recipe
 from launch.train import say, train
 
 if TYPE_CHECKING:
-    from trainer.rollouts import InProcessEngine
+    from trainer.rollouts import Engine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Trials:
     out: Path
     overrides: Sequence[str] = ()
     """Of all arms."""
-    engine: InProcessEngine | None = None
+    engine: Engine | None = None
 
     def run(self, arm: str, seed: int) -> Path:
         """Return the folder of a finished run."""
