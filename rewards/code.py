@@ -43,7 +43,8 @@ class Code:
     """1.0 where the program passes everything, else 0.0; None where the sandbox failed or the tests test nothing.
 
     A row has `tests`, a list (or its JSON) of `{"input", "output"}` for a program that reads stdin and prints, or
-    `test_code`, assertions about what the program defines. A program must end with status 0 for its output to count.
+    `test_code`, assertions about what the program defines, returns and raises (what it prints they do not see; see
+    `rewards/jail/remote.py`). A program must end with status 0 for its output to count.
     """
 
     is_slow: ClassVar[bool] = True
@@ -90,7 +91,7 @@ class Code:
                 logger.warning("code: %s attempt in the sandbox failed: %s", attempt, error)
                 continue
             if total == 0:
-                logger.warning("code: these tests are no Python or check nothing: %.200r", checks)
+                logger.warning("code: these tests are no Python, check nothing or can not be run: %.200r", checks)
                 return None
             return passed / total if self.partial_credit else float(passed == total)
         return None

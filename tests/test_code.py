@@ -206,6 +206,26 @@ def test_checks_inside_blocks_count(tests):
     assert grade([GOOD, "def double(x): return 0"], test_code=tests) == [1.0, 0.0]
 
 
+def test_a_program_named_like_a_builtin_is_what_is_tested():
+    right, wrong = "def sum(a, b): return a * b", "def sum(a, b): return a + b"
+    assert grade([right, wrong], test_code="assert sum(2, 3) == 6") == [1.0, 0.0]
+    # but it does not shadow what the tests of another name are written with
+    shadows = "def double(x): return x\ndef all(x): return True"
+    assert grade([shadows], test_code="assert all([double(2) == 4])") == [0.0]
+    assert grade(["def all(x): return True"], test_code="assert all([double(2) == 4])") == [0.0]
+    starred = "from solution import *\nassert all([double(2) == 4])"
+    assert grade([shadows, GOOD + "\ndef all(x): return False"], test_code=starred) == [0.0, 1.0]
+
+
+def test_tests_that_can_not_be_asked_across_processes_are_the_graders_failure():
+    passes = "class P: pass\nassert f(P()) is None"
+    expects = "try:\n    f(object())\n    assert False\nexcept TypeError: pass"
+    assert grade(["def f(x): return None"], test_code=passes) == [None]
+    assert grade(["def f(x): return None"], test_code=expects) == [None]
+    # what the code under test does with a function of the tests is its own affair
+    assert grade(["def f(g): return g(list)"], test_code="assert f(lambda kind: object()) == 1") == [0.0]
+
+
 def test_a_statement_that_raises_is_a_check_that_fails_even_at_the_end():
     assert grade(["def f(): return 1"], test_code="assert f() == 1\nlength = len(f())") == [0.0]
 
