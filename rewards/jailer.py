@@ -15,13 +15,16 @@ import threading
 from pathlib import Path
 
 _JAIL = Path(__file__).parent / "jail"
+_PYTHON: str = getattr(sys, "_base_executable", sys.executable)
+"""Outside of any virtual environment, whose place is nothing that a program has to know."""
 
 
 class Jailer:
     """One such process, started when made. It ends when it is closed, and when its owner ends."""
 
     def __init__(self, *, in_bubblewrap: bool = False, packages: str = "") -> None:
-        command = [sys.executable, "-s", "-P", "-S", str(_JAIL / "__main__.py")]
+        jail = "/jail" if in_bubblewrap else str(_JAIL)
+        command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             _bubblewrap(packages) + command if in_bubblewrap else command,
@@ -83,7 +86,8 @@ def _bubblewrap(packages: str) -> list[str]:
     found = shutil.which("bwrap") or "bwrap"
     command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
     command += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
-    readable = ["/usr", sys.base_prefix, sys.prefix, str(_JAIL), *([packages] if packages else [])]
+    command += ["--ro-bind", str(_JAIL), "/jail"]
+    readable = ["/usr", sys.base_prefix, *([packages] if packages else [])]
     for path in dict.fromkeys(readable):
         command += ["--ro-bind", path, path]
     for link in ("/lib", "/lib64", "/bin"):
