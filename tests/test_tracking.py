@@ -45,6 +45,8 @@ def tracker(folder, mode) -> WandbTracker:
 
 
 def offline_runs(folder) -> list:
+    """Return the files of the runs that have ended: W&B's service closes them after `finish` has returned."""
+    wandb.teardown()  # waits for the service's end
     return list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
