@@ -17,7 +17,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
         "entropy_slope": "change of that entropy per optimizer step over the domain's last 32 draws",
         "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
-        "entropy_coef": "coefficient of the domain's entropy in the loss, with `entropy.control: adaptive`",
+        "entropy_coef": "coefficient of the domain's entropy in the loss, where `entropy.control` asks for it",
         "pass_rate": "share of graded completions with reward 1",
         "frac_dead": "share of groups drawn whose rewards are all equal",
         "dead_correct": "share of the groups that went on to the update which are dead because all was correct",
