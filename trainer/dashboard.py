@@ -61,6 +61,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "kl_current": "mean of kl_base over the domains practised since the last evaluation",
         "kl_others": "mean of kl_base over all other domains",
         "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "self_bleu": "mean BLEU of an item's samples against its other samples, 1 where all are alike",
+        "vendi": "Vendi score: effective number of different samples of an item, by the words they share",
         "unique_correct": "answers of an item that say something else, among those with the full score",
         "classes": "answers of an item that say something else, in domains with a diversity reward",
     },
