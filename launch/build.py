@@ -115,16 +115,20 @@ def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
     from curricula import schedulers
 
-    settings = recipe.curriculum.settings
+    settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
+    held = recipe.entropy.held("sampling", list(recipe.domains))
+    entropy = {"entropy_band": recipe.entropy.band, "entropy_control": held}
     try:
-        takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
-        if "entropy_band" in takes:
-            settings.setdefault("entropy_band", recipe.entropy.band)
-        if "adaptive" in takes:  # `auto` hands these on
-            settings["adaptive"] = {"entropy_band": recipe.entropy.band, **settings.get("adaptive", {})}
+        takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
+        if set(entropy) <= set(takes):
+            settings = entropy | settings
+        elif "adaptive" in takes:  # `auto` hands these on
+            settings["adaptive"] = entropy | settings.get("adaptive", {})
+        elif recipe.entropy.asks_for_sampling:
+            raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
-        return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)
+        return schedulers.build_scheduler(name, **settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"curriculum: {error}") from error
 
