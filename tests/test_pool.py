@@ -123,6 +123,17 @@ def test_waiting_prompts_are_left_out_until_their_turn_and_then_take_no_more_tha
     assert max(waited[2:]) <= 3 and sum(waited[2:]) >= 4
 
 
+def test_each_further_group_of_failures_makes_a_prompt_wait_longer():
+    p = pool(discount=1.0, retry_deferred=10, retry_impossible=60)
+    waits = []
+    for _ in range(8):
+        p.observe("p0", [0.0] * G)
+        waits.append(int(p.due[0]) - p.clock)
+    # 10 x 0.125 / mean, means 1/10, 1/18, 1/26, 1/34, 1/42, 1/50: 12.5, 22.5, .. 52.5, then no longer than IMPOSSIBLE ones
+    assert waits == [12, 22, 32, 42, 52, 60, 60, 60]
+    assert p.state_of("p0") is State.IMPOSSIBLE
+
+
 def test_a_refill_gives_other_prompts_of_the_same_draw_and_no_waiting_ones():
     p = pool(12)
     p.observe("p0", [0.0] * G)
