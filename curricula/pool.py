@@ -135,6 +135,12 @@ class PromptPool:
         return [self.ids[place] for place in self._take_open(n)]
 
     @property
+    def has_open(self) -> bool:
+        """True where a prompt is UNSEEN or ACTIVE."""
+        counts = self.counts()
+        return counts[State.UNSEEN] + counts[State.ACTIVE] > 0
+
+    @property
     def is_exhausted(self) -> bool:
         """True where every prompt is MASTERED or IMPOSSIBLE."""
         counts = self.counts()
