@@ -41,9 +41,9 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "bare_answer": "share with an answer and hardly anything before it",
         "language_mixing": "share with more than 5 % of the letters in other scripts than Latin and Greek",
         "truncation": "share cut at the length limit",
-        "lone_successes": "groups with exactly one full reward",
-        "lone_shortcuts": "lone successes with a sign that is not the domain's manner",
-        "correct_length": "median tokens of the last 64 correct completions, lone successes left out",
+        "rare_successes": "full rewards of groups with one, or at most a quarter",
+        "rare_shortcuts": "rare successes with a sign that is not the domain's manner",
+        "correct_length": "median tokens of the last 64 correct completions, rare successes left out",
     },
     "heldout": {
         "score": "mean held-out score in [0, 1], `report` half",

@@ -51,10 +51,10 @@ class PoolSection(Section):
 
 
 class GuardSection(Section):
-    """What a lone success of a group may do: with G completions its advantage is about sqrt(G - 1)."""
+    """What the successes of a group may do that has one, or a quarter at most: one of G is worth about sqrt(G - 1)."""
 
     cap: float = Field(default=2.0, gt=0)
-    """Largest advantage of a lone success."""
+    """Largest advantage of such a success."""
     drop_shortcuts: bool = True
     """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
 
