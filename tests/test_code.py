@@ -35,6 +35,11 @@ IO_ROWS = [
     ("```python\nprint(2 * int(input()))\n```", 1.0),
     ("n = int(open(0).read())\nprint(n * 2)", 1.0),
     ("import sys\ndef main(): print(int(sys.stdin.readline()) * 2)\nif __name__ == '__main__': main()", 1.0),
+    ("```python\nprint(2 * int(input()))\n```\nExample:\n```\n2\n4\n```", 1.0),
+    ("1. So:\n   ```python\n   n = int(input())\n   if n:\n       print(2 * n)\n   ```\n2. Done.", 1.0),
+    ("<answer>print(2 * int(input()))</answer>", 1.0),
+    ("print(2 * int(input()))\nexit()", 1.0),
+    ("print(2 * int(input()))\nquit(1)", 0.0),
     ("", 0.0),
     ("print(4)", 0.0),
     ("print(2 * int(input())); 1 / 0", 0.0),
@@ -185,6 +190,24 @@ def test_partial_credit_is_the_share_that_holds():
 @pytest.mark.parametrize("tests", ["assert", "x = 1", "def helper(): assert False", "'only words'"])
 def test_tests_that_test_nothing_are_the_graders_failure(tests):
     assert grade([GOOD], test_code=tests) == [None]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert double(1) == 2\ntry:\n    double(None)\n    assert False\nexcept TypeError: pass",
+        "for x, y in [(1, 2), (2, 4)]:\n    assert double(x) == y",
+        "import contextlib\nwith contextlib.nullcontext():\n    assert double(1) == 2",
+        "if True:\n    assert double(1) == 2",
+        "assert double(0) == 0\nresult = double(1) + 0\nassert result == 2",
+    ],
+)
+def test_checks_inside_blocks_count(tests):
+    assert grade([GOOD, "def double(x): return 0"], test_code=tests) == [1.0, 0.0]
+
+
+def test_a_statement_that_raises_is_a_check_that_fails_even_at_the_end():
+    assert grade(["def f(): return 1"], test_code="assert f() == 1\nlength = len(f())") == [0.0]
 
 
 def test_a_setup_line_that_fails_fails_what_follows():

@@ -185,9 +185,9 @@ for _name in ACCESSES:
 def run_tests(source, link):
     """Run the tests' source against the names that `link` offers; return a word and "passed total".
 
-    Each top-level `assert` and expression, each function `test*` and each unittest method counts as one. `broken`
-    where the source is no Python or tests nothing. A statement in between that raises ends the count: what follows
-    stands on it.
+    Each top-level `assert`, expression, and loop, branch or `try` with one in it counts as one, so does each function
+    `test*` and each unittest method. `broken` where the source is no Python or tests nothing. Any other statement that
+    raises counts as a check that fails, and so does all that follows: it stands on it.
     """
     try:
         tree = compile(source, "tests.py", "exec", _ast.PyCF_ONLY_AST)
@@ -205,6 +205,7 @@ def run_tests(source, link):
         functions += [test.debug for test in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(case)]
     total += len(functions)
     passed += sum(_holds(function) for function in functions) if whole else 0
+    total += bool(total) and not whole
     return ("verdict" if total else "broken"), f"{0 if link.broken else passed} {total}"
 
 
@@ -220,9 +221,12 @@ def _statements(tree, namespace):
 
 
 def _is_check(statement):
-    return isinstance(statement, _ast.Assert) or (
-        isinstance(statement, _ast.Expr) and not isinstance(statement.value, _ast.Constant)
-    )
+    if isinstance(statement, _ast.Expr):
+        return not isinstance(statement.value, _ast.Constant)
+    parts = [statement, *getattr(statement, "handlers", [])]
+    inside = [s for part in parts for name in ("body", "orelse", "finalbody") for s in getattr(part, name, [])]
+    is_block = isinstance(statement, (_ast.For, _ast.While, _ast.If, _ast.With, _ast.Try))
+    return isinstance(statement, _ast.Assert) or (is_block and any(map(_is_check, inside)))
 
 
 def _holds(check):
