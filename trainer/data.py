@@ -90,7 +90,8 @@ class PromptTable:
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         if not _is_prompt(prompt):
             raise ValueError(
-                f"{self.where}: row {i + 1}: `prompt` is text or a list of messages (role, content), got {prompt!r:.60}"
+                f"{self.where}: row {i + 1}: a prompt is text or a list of messages with role and content, "
+                f"got {prompt!r:.60}"
             )
         given = row.get("id")
         prompt_id = content_id(row) if given is None else str(given)
