@@ -33,7 +33,9 @@ class PoolSettings:
     retry_share: float = 0.1
     """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
     retry_deferred: int = 10
-    """Draws before a DEFERRED prompt is tried again; a policy changes noticeably in about ten."""
+    """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
+    edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
+    32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one."""
     retry_mastered: int = 50
     """Draws before a MASTERED one is; forgetting is slower than learning."""
     retry_impossible: int = 100
@@ -54,10 +56,11 @@ class PoolSettings:
         if self.refill_rounds < 0:
             raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
 
-    def delay(self, state: State) -> int:
-        """Return the draws that a prompt of this state waits for its next visit."""
+    def delay(self, state: State, pass_rate: float) -> int:
+        """Return the draws that a prompt of this state and posterior mean waits for its next visit."""
+        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.band.defer_below / pass_rate))
         waits = {
-            State.DEFERRED: self.retry_deferred,
+            State.DEFERRED: max(self.retry_deferred, backed_off),
             State.MASTERED: self.retry_mastered,
             State.IMPOSSIBLE: self.retry_impossible,
         }
@@ -132,6 +135,12 @@ class PromptPool:
         return [self.ids[place] for place in self._take_open(n)]
 
     @property
+    def has_open(self) -> bool:
+        """True where a prompt is UNSEEN or ACTIVE."""
+        counts = self.counts()
+        return counts[State.UNSEEN] + counts[State.ACTIVE] > 0
+
+    @property
     def is_exhausted(self) -> bool:
         """True where every prompt is MASTERED or IMPOSSIBLE."""
         counts = self.counts()
@@ -158,7 +167,9 @@ class PromptPool:
         # too hard so far, but it has just succeeded: no need to wait
         rises = state is State.DEFERRED and passed > 0
         self.state[place] = state
-        self.due[place] = self.clock + (1 if rises else self.settings.delay(state))
+        successes, failures = self._beta(place)
+        waits = self.settings.delay(state, successes / (successes + failures))
+        self.due[place] = self.clock + (1 if rises else waits)
         if place not in self._taken:
             self._open.remove(place)
             self._enter(place)

@@ -36,7 +36,7 @@ class Degeneration:
 
     @property
     def is_shortcut(self) -> bool:
-        """Whether a lone success with these signs should not be learned from."""
+        """Whether a rare success with these signs should not be learned from."""
         return self.answer_repetition or self.computation_skipping or self.bare_answer
 
 
