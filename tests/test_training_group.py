@@ -1,4 +1,4 @@
-"""Two trainer ranks on CPU (gloo) under DDP, ZeRO-2 and ZeRO-3: the same run as one process with the same global batch."""
+"""Two trainer ranks on CPU (gloo) under DDP and ZeRO-1, 2 and 3: the same run as one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from launch.local import Command, Machine, plan
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow
-STRATEGIES = ("ddp", "zero2", "zero3")
-WRAPPER = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+WRAPPER = {"ddp": "DistributedDataParallel"} | dict.fromkeys(("zero1", "zero2", "zero3"), "DeepSpeedEngine")
 
 
 def free_port() -> int:
