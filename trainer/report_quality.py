@@ -27,6 +27,8 @@ QUALITIES = {
     "kl_base": "KL(base ‖ policy), nats a token",
     "unique_correct": "Different right answers an item",
     "distinct_2": "Different word pairs in an item's samples",
+    "vendi": "Effective number of different samples an item (Vendi, by shared words)",
+    "self_bleu": "How much an item's samples repeat each other (self-BLEU)",
 }
 """Metrics of `heldout/<d>` and what they say."""
 IN_EVALUATIONS = {"kl_base": "kl"}
