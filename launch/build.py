@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config import Recipe, RecipeError
+from launch.local import check_heads
 from launch.practice import pool_settings, update_settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
     scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
+    check_heads(recipe)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
@@ -58,17 +60,10 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
-    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for workers that cannot be."""
-    from transformers import AutoConfig
-
+    """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
     if rollouts.engine != "ray":
         return rollouts.engine
-    heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
-    if heads % rollouts.tensor_parallel:
-        raise RecipeError(
-            f"rollouts.tensor_parallel={rollouts.tensor_parallel} does not divide the model's {heads} heads"
-        )
     from functools import partial
 
     from launch.ray_engine import RayEngine
