@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from launch.config import RecipeError
 
 
 def plan(path: Path, *, as_json: bool) -> None:
-    """Print what the transfer file recommends: a paragraph, or the JSON object."""
+    """Print what the transfer file recommends: a paragraph, or the JSON object and, beside it, what limits it."""
     if not path.is_file():
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
     made = make_plan(TransferMatrix.load(path))
-    print(json.dumps(made.as_json()) if as_json else made.explain())
+    if not as_json:
+        print(made.explain())
+        return
+    print(json.dumps(made.as_json(), allow_nan=False))
+    for note in made.notes:
+        print(note, file=sys.stderr)
 
 
 def replay_run(run: Path, *, scheduler: str, as_json: bool) -> None:

@@ -101,7 +101,7 @@ class Probe:
         return row
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
-        from launch.train import build_trainer
+        from launch.build import build_trainer
 
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)

@@ -30,7 +30,7 @@ LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 def main(folder: Path, overrides: list[str]) -> None:
     """Train twice over one engine; write `rank-<n>.json`."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     seen: dict[str, Any] = {}
     engine = None

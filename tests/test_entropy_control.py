@@ -120,7 +120,7 @@ def test_rows_carry_their_domain_only_where_a_coefficient_was_asked_for(tmp_path
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory, engine):
     """Gradients of one micro-batch of a real trainer: TRL's own, and ours with control on and each coefficient set."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     recipe = load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", "tracking.wandb=null"])
     trainer = build_trainer(recipe, tmp_path_factory.mktemp("control"), engine=engine)

@@ -13,9 +13,9 @@ import ray
 import torch
 
 from launch import cluster
+from launch.build import build_trainer, rollout_engine
 from launch.cli import main
 from launch.config import RecipeError, load_recipe
-from launch.train import build_trainer, rollout_engine
 from launch.weights import pack, unpack
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails

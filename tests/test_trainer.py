@@ -123,7 +123,7 @@ def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):
 def test_entropy_is_that_of_the_policys_softmax(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
     ids, completion = [5, 6, 7], [8, 9]
-    _, entropy, mask = trainer._forward([ids], [completion])
+    _, entropy, mask = trainer.forward([ids], [completion])
     with torch.no_grad():
         logits = trainer.model(torch.tensor([ids + completion])).logits[0, 2:4]
     expected = torch.distributions.Categorical(logits=logits).entropy()

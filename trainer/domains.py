@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -103,9 +104,15 @@ class DomainData:
     def _tokenize_one(self, prompt: Prompt, chat_template_kwargs: Mapping) -> list[int]:
         if isinstance(prompt.prompt, str):
             return self.tokenizer(prompt.prompt)["input_ids"]  # type: ignore[return-value]
-        encoded = self.tokenizer.apply_chat_template(
-            prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+            )
+        except (TypeError, TemplateError) as error:
+            # a template refuses what it does not know: a system role, roles that do not alternate, parts of content
+            raise ValueError(
+                f"domain {prompt.domain!r}: the chat template refuses prompt {prompt.id!r}: {error}"
+            ) from error
         return encoded["input_ids"]  # type: ignore[index,return-value]
 
     def _check_lengths(self) -> None:

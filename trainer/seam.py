@@ -56,7 +56,7 @@ def check_sync(trainer: DomainGRPOTrainer) -> WeightCheck:
         model=trainer.model,
         sync=trainer.sync_engine,
         sample=lambda: trainer.complete(requests, 1),
-        score=lambda completions: trainer.token_logps(ids, [c.ids for c in completions]),
+        score=lambda completions: trainer.forward.token_logps(ids, [c.ids for c in completions]),
         precision=trainer.precision,
     )
     trainer._last_loaded_step = -1

@@ -98,7 +98,7 @@ def _loud(sides: SideBySide, spent: list[float]) -> Block:
 
 def _quiet(sides: SideBySide) -> Block:
     """Run the same recipe with nothing measured by domain, nothing written and nobody told."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     folder = sides.next_folder()
     recipe = sides.recipe.model_copy(update={"grpo": {**sides.recipe.grpo, "logging_strategy": "no"}})

@@ -70,7 +70,7 @@ def bench_sync() -> list[Result]:
 @cache
 def _running() -> tuple[DomainGRPOTrainer, InProcessEngine]:
     """Return the demo's trainer and its engine, started once a process."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(load_recipe(RECIPES / "demo.yaml"), Path(folder))

@@ -19,8 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.records import PromptRef
+from launch.build import build_trainer, grpo_config
 from launch.config import Recipe
-from launch.train import build_trainer, claim_folder, grpo_config, start
+from launch.train import claim_folder, start
 from rewards import Reward, find_reward
 from trainer.data import Prompt
 from trainer.grpo import DomainGRPOTrainer

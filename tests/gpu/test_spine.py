@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from launch.build import build_trainer
 from launch.cli import main
 from launch.config import load_recipe
-from launch.train import build_trainer
 from tests.conftest import RECIPES
 from tests.ranks import differing
 
