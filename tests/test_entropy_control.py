@@ -8,7 +8,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.entropy_control import controlled
 from launch.config import RecipeError, load_recipe
-from launch.train import build_scheduler
+from launch.build import build_scheduler
 from tests.conftest import RECIPES
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 
