@@ -19,6 +19,7 @@ QUALITIES = {
     "majority": "Majority vote",
     "greedy": "Greedy decoding",
     "overconfidence": "Overconfidence: probability given to answers minus share of right ones",
+    "consistency_overconfidence": "The same by self-consistency: share of samples that agree minus share of right votes",
     "ece": "Calibration error (ECE)",
     "brier": "Brier score",
     "auroc": "Does confidence tell right from wrong (AUROC)",
@@ -45,7 +46,7 @@ def quality(sheet: Sheet) -> str:
             known = [line for line in found if line is not None]
             return known or sheet.metric_lines(f"heldout/{name}/{metric}", sheet.colour(name))
 
-        parts.append(sheet.domain_panels(lines, heading=title, has_zero=metric == "overconfidence"))
+        parts.append(sheet.domain_panels(lines, heading=title, has_zero=metric.endswith("overconfidence")))
     if not any(parts):
         return ""
     styles = sheet.side_by_side([(n, _styles(sheet, f)) for n, f in enumerate(sheet.findings)])
