@@ -20,6 +20,11 @@ from curricula.learnability import find_sampling
 from curricula.posterior import RETRIED, WAITING, Band, State
 from curricula.ranking import RankedSet
 
+LEARNED = 0.5
+"""What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the
+prompt. With their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED,
+with this three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSettings:
@@ -163,9 +168,9 @@ class PromptPool:
             return
         place = self._places[prompt_id]
         passed = sum(min(1.0, max(0.0, reward)) for reward in rewards)
-        discount = self.settings.discount
+        discount, failed = self.settings.discount, len(rewards) - passed
         self.successes[place] = discount * self.successes[place] + passed
-        self.failures[place] = discount * self.failures[place] + len(rewards) - passed
+        self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
         self.visits[place] += 1
         state = State(int(self.settings.band.classify(self.successes[place], self.failures[place], self.visits[place])))
         self.state[place] = state

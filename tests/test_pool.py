@@ -66,6 +66,18 @@ def test_earlier_evidence_is_discounted():
     assert p.posterior("p0") == (1 + 0.5 + 2, 1 + 0.5)
 
 
+def test_what_was_failed_before_all_was_right_counts_half():
+    p = pool(discount=1.0)
+    p.observe("p0", [1.0] * 2 + [0.0] * 6)
+    means = []
+    for _ in range(3):
+        p.observe("p0", [1.0] * G)
+        a, b = p.posterior("p0")
+        means.append((a, b))
+    assert means == [(11, 4), (19, 2.5), (27, 1.75)]  # 0.73, 0.88, 0.94
+    assert p.state_of("p0") is State.MASTERED
+
+
 def test_hardly_any_learnable_prompt_is_called_impossible_and_most_impossible_ones_are():
     generator = random.Random(0)
     p = pool(4_000)

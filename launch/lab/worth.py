@@ -27,8 +27,8 @@ from launch.lab.diversity_effect import over_seeds
 from launch.lab.trials import Trials, read_lines
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
-COMPLETIONS, GROUP, EVALUATIONS = 7680, 8, 10
-"""Of every run: without a pool nearly four passes over the 256 prompts."""
+COMPLETIONS, GROUP, EVALUATIONS = 5120, 8, 10
+"""Of every run: without a pool two and a half passes over the 256 prompts."""
 WINDOW = 3
 """Evaluations that are averaged: one alone moves by two points from sampling."""
 
