@@ -66,6 +66,18 @@ def test_earlier_evidence_is_discounted():
     assert p.posterior("p0") == (1 + 0.5 + 2, 1 + 0.5)
 
 
+def test_what_was_failed_before_all_was_right_counts_half():
+    p = pool(discount=1.0)
+    p.observe("p0", [1.0] * 2 + [0.0] * 6)
+    means = []
+    for _ in range(3):
+        p.observe("p0", [1.0] * G)
+        a, b = p.posterior("p0")
+        means.append((a, b))
+    assert means == [(11, 4), (19, 2.5), (27, 1.75)]  # 0.73, 0.88, 0.94
+    assert p.state_of("p0") is State.MASTERED
+
+
 def test_hardly_any_learnable_prompt_is_called_impossible_and_most_impossible_ones_are():
     generator = random.Random(0)
     p = pool(4_000)
@@ -132,6 +144,35 @@ def test_each_further_group_of_failures_makes_a_prompt_wait_longer():
     # 10 x 0.125 / mean, means 1/10, 1/18, 1/26, 1/34, 1/42, 1/50: 12.5, 22.5, .. 52.5, then no longer than IMPOSSIBLE ones
     assert waits == [12, 22, 32, 42, 52, 60, 60, 60]
     assert p.state_of("p0") is State.IMPOSSIBLE
+
+
+def test_a_prompt_whose_last_group_was_all_alike_rests_and_comes_back():
+    p = pool(4, retry_deferred=3)
+    p.draw(0)
+    for prompt_id, passed in (("p0", 8), ("p1", 7), ("p2", 0), ("p3", 1)):
+        p.observe(prompt_id, [1.0] * 2 + [0.0] * 6)
+        p.observe(prompt_id, [1.0] * passed + [0.0] * (8 - passed))
+    p.observe("p2", [1.0, 0.0])  # and learned after all
+    assert {p.state_of(i) for i in p.ids} == {State.ACTIVE}
+    drawn = []
+    for _ in range(3):  # p0 is due at draw 4
+        drawn.append(set(p.draw(3)))
+        for prompt_id in drawn[-1]:
+            p.observe(prompt_id, [1.0, 0.0])
+    assert drawn == [{"p1", "p2", "p3"}] * 2 + [drawn[2]]
+    assert set(p.draw(4)) == set(p.ids)
+
+
+def test_resting_prompts_are_drawn_before_worse_ones_where_nothing_else_is_open():
+    p = pool(3, retry_share=0.0)
+    p.draw(0)
+    p.observe("p0", [0.0] * G)
+    p.observe("p1", [1.0] * 4)  # mean 5/6: ACTIVE, at rest
+    assert p.draw(1) == ["p2"]
+    p.observe("p2", [1.0] * G)
+    p.observe("p2", [1.0] * G)
+    assert p.draw(2) == ["p1", "p0"]
+    assert p.refill(1) == []
 
 
 def test_a_refill_gives_other_prompts_of_the_same_draw_and_no_waiting_ones():

@@ -30,11 +30,12 @@ class PoolSection(Section):
     discount: float = Field(default=0.99, ge=0.5, le=1)
     """Of earlier evidence at each visit."""
     sampling: str = "uniform"
-    """Among the unseen and active: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    """Among the unseen and the active that do not rest: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of a domain's prompts that are waiting ones whose turn has come."""
     retry_deferred: int = Field(default=10, ge=1)
-    """Draws until a deferred prompt is tried again; likewise the next two."""
+    """Draws until a deferred prompt is tried again, longer after each further failure, and of rest after a group whose
+    rewards were all alike; likewise the next two."""
     retry_mastered: int = Field(default=50, ge=1)
     retry_impossible: int = Field(default=100, ge=1)
     when_exhausted: Literal["continue", "stop"] = "continue"
