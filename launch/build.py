@@ -21,6 +21,28 @@ if TYPE_CHECKING:
     from trainer.slots import DrawPlan
 
 
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
+    from rewards import find_reward
+    from rewards.partitions import find_partitioner
+    from trainer.data import check_source
+
+    build_scheduler(recipe)
+    pool_settings(recipe)
+    for name, section in recipe.domains.items():
+        for key in ("train", "heldout", "reward", "diversity"):
+            value, where = getattr(section, key), f"domains.{name}.{key}"
+            try:
+                if key in ("train", "heldout"):
+                    check_source(value, where=where)
+                elif key == "reward":
+                    find_reward(value)
+                elif value is not None:
+                    find_partitioner(value.partitioner)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
 def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
     import warnings
@@ -125,8 +147,11 @@ def build_scheduler(recipe: Recipe) -> Any:
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
         return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
+    except TypeError as error:  # a setting of another type than the scheduler can work with
+        given = {name: value for name, value in settings.items() if name != "transfer"}
+        raise RecipeError(f"curriculum: scheduler {recipe.curriculum.scheduler!r} refuses {given}: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:

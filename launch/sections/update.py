@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from launch.sections.base import Section
+from launch.sections.base import Section, named
 
 
 class RefillSection(Section):
@@ -73,6 +73,11 @@ class RftSection(Section):
     """Most samples a prompt, the best first."""
     dedup: Any = None
     """A partitioner's name: one sample of each semantic class."""
+
+    @field_validator("dedup")
+    @classmethod
+    def _names_a_partitioner(cls, dedup: Any) -> Any:
+        return dedup if dedup is None else named(dedup)
 
 
 class LoraSection(Section):
