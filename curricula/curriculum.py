@@ -64,7 +64,7 @@ class Curriculum:
         self._notes: list[str] = []
         self._alarms: list[str] = []
         self._stages: list[str] = []  # named since the last evaluation; empty text for none
-        self._exhausted: set[str] = set()
+        self._shut: set[str] = set()  # domains without an unseen or active prompt
         # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
         scheduler.decide(self.evidence(), self._state)
 
@@ -187,14 +187,14 @@ class Curriculum:
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
 
     def _check_exhausted(self) -> None:
-        """Warn, once for each domain, where nothing is left to learn; stop by choice where no domain has anything."""
-        done = [name for name, pool in self.pools.items() if pool.is_exhausted]
-        for name in done:
-            if name not in self._exhausted:
-                logger.warning("domain %r: %s; its least bad prompts go on", name, _why(self.pools[name]))
-        self._exhausted = set(done)
+        """Warn, once for each domain, where only waiting prompts are left; stop by choice where none of any is hopeful."""
+        shut = {name for name, pool in self.pools.items() if not pool.has_open}
+        for name in sorted(shut - self._shut):
+            logger.warning("domain %r: %s; the least bad go on", name, _why(self.pools[name]))
+        self._shut = shut
+        done = [name for name in shut if self.pools[name].is_exhausted]
         if self.pool and self.pool.when_exhausted == "stop" and len(done) == len(self.pools):
-            why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in done)
+            why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in sorted(done))
             raise RuntimeError(f"nothing can be learned any more: {why} (pool.when_exhausted is stop)")
 
 
@@ -210,7 +210,10 @@ def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:
 
 def _why(pool: PromptPool) -> str:
     counts = pool.counts()
-    return f"{counts[State.IMPOSSIBLE]} prompts are impossible and {counts[State.MASTERED]} mastered of {len(pool.ids)}"
+    return (
+        f"of {len(pool.ids)} prompts {counts[State.UNSEEN] + counts[State.ACTIVE]} are unseen or active, "
+        f"{counts[State.DEFERRED]} deferred, {counts[State.IMPOSSIBLE]} impossible, {counts[State.MASTERED]} mastered"
+    )
 
 
 def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:

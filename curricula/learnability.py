@@ -13,7 +13,7 @@ SAMPLINGS = {"uniform": "curricula.learnability:Uniform", "thompson": "curricula
 
 
 class Sampling(Protocol):
-    """Chooses among candidates that were drawn uniformly from the UNSEEN and ACTIVE prompts of a domain."""
+    """Chooses among candidates that were drawn uniformly from the open prompts of a domain."""
 
     def candidates(self, n: int) -> int:
         """Return how many candidates it wants to see to choose `n`."""

@@ -1,9 +1,9 @@
 """The prompts of one domain, each with what is known of its pass rate, and which of them to practise next.
 
 Columns of numpy, one row a prompt, found by id: rows of the data set may come and go between runs. A draw takes prompts
-that are UNSEEN or ACTIVE, beside them a small share of those whose turn to be tried again has come. Picking and updating
-cost O(log N) a prompt. Nothing depends on the order of events but the columns and the clock, so a restored pool draws
-what the saved one would have drawn.
+that are open: UNSEEN, or ACTIVE and not at rest after a group whose rewards were all alike; beside them a small share of
+those whose turn to be tried again has come. Picking and updating cost O(log N) a prompt. Nothing depends on the order of
+events but the columns and the clock, so a restored pool draws what the saved one would have drawn.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from curricula.learnability import find_sampling
-from curricula.posterior import WAITING, Band, State
+from curricula.posterior import RETRIED, WAITING, Band, State
 from curricula.ranking import RankedSet
+
+LEARNED = 0.5
+"""What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the
+prompt. With their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED,
+with this three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +34,14 @@ class PoolSettings:
     discount: float = 0.99
     """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
     sampling: str = "uniform"
-    """Which UNSEEN and ACTIVE prompts: a name of `curricula.learnability.SAMPLINGS` or an import path."""
+    """Which of the open prompts: a name of `curricula.learnability.SAMPLINGS` or an import path."""
     retry_share: float = 0.1
     """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
     retry_deferred: int = 10
-    """Draws before a DEFERRED prompt is tried again; a policy changes noticeably in about ten."""
+    """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
+    edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
+    32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one. An ACTIVE prompt
+    rests so long after a group that was all alike: the posterior takes visits to see that it has been learned."""
     retry_mastered: int = 50
     """Draws before a MASTERED one is; forgetting is slower than learning."""
     retry_impossible: int = 100
@@ -54,14 +62,17 @@ class PoolSettings:
         if self.refill_rounds < 0:
             raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
 
-    def delay(self, state: State) -> int:
-        """Return the draws that a prompt of this state waits for its next visit."""
+    def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
+        """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
+        if state is State.DEFERRED and max(rewards) > 0:
+            return 1  # too hard so far, but it has just succeeded
+        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.band.defer_below / pass_rate))
         waits = {
-            State.DEFERRED: self.retry_deferred,
+            State.DEFERRED: max(self.retry_deferred, backed_off),
             State.MASTERED: self.retry_mastered,
             State.IMPOSSIBLE: self.retry_impossible,
         }
-        return waits.get(state, 0)
+        return waits.get(state, self.retry_deferred if min(rewards) == max(rewards) else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +125,12 @@ class PromptPool:
     def draw(self, n: int) -> list[str]:
         """Return `n` prompts for the next draw, different ones as long as there are enough.
 
-        Of those that wait, at most `retry_share`, and more only where UNSEEN and ACTIVE ones do not suffice.
+        Of those that wait, at most `retry_share`, and more only where open ones do not suffice.
         """
         self._return_taken()
         self.clock += 1
         self._refills = 0
+        self._wake()
         places = self._take_due(n)
         places += self._take_open(n - len(places))
         places += self._take_waiting(n - len(places))
@@ -127,9 +139,15 @@ class PromptPool:
         return [self.ids[place] for place in places]
 
     def refill(self, n: int) -> list[str]:
-        """Return up to `n` further prompts for the same draw: UNSEEN and ACTIVE ones that it does not have yet."""
+        """Return up to `n` further prompts for the same draw: open ones that it does not have yet."""
         self._refills += 1
         return [self.ids[place] for place in self._take_open(n)]
+
+    @property
+    def has_open(self) -> bool:
+        """True where a prompt is UNSEEN or ACTIVE."""
+        counts = self.counts()
+        return counts[State.UNSEEN] + counts[State.ACTIVE] > 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -150,15 +168,14 @@ class PromptPool:
             return
         place = self._places[prompt_id]
         passed = sum(min(1.0, max(0.0, reward)) for reward in rewards)
-        discount = self.settings.discount
+        discount, failed = self.settings.discount, len(rewards) - passed
         self.successes[place] = discount * self.successes[place] + passed
-        self.failures[place] = discount * self.failures[place] + len(rewards) - passed
+        self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
         self.visits[place] += 1
         state = State(int(self.settings.band.classify(self.successes[place], self.failures[place], self.visits[place])))
-        # too hard so far, but it has just succeeded: no need to wait
-        rises = state is State.DEFERRED and passed > 0
         self.state[place] = state
-        self.due[place] = self.clock + (1 if rises else self.settings.delay(state))
+        successes, failures = self._beta(place)
+        self.due[place] = self.clock + self.settings.delay(state, successes / (successes + failures), rewards)
         if place not in self._taken:
             self._open.remove(place)
             self._enter(place)
@@ -213,12 +230,12 @@ class PromptPool:
         self.successes, self.failures = columns.successes, columns.failures
         self.visits, self.due = columns.visits, columns.due
         self.state = self.settings.band.classify(self.successes, self.failures, self.visits)
-        self._open = RankedSet(self.state <= State.ACTIVE)
+        self._open = RankedSet((self.state <= State.ACTIVE) & (self.due <= self.clock))
         self._waiting = {state: self._queue(state) for state in WAITING}
         self._taken: set[int] = set()
 
     def _queue(self, state: State) -> list[tuple[int, int]]:
-        places = np.flatnonzero(self.state == state)
+        places = np.flatnonzero((self.state == state) & ~self._open.member)
         return sorted(zip(self.due[places].tolist(), places.tolist(), strict=True))
 
     def _beta(self, place: int) -> tuple[float, float]:
@@ -226,10 +243,15 @@ class PromptPool:
 
     def _enter(self, place: int) -> None:
         state = State(int(self.state[place]))
-        if state <= State.ACTIVE:
+        if state <= State.ACTIVE and self.due[place] <= self.clock:
             self._open.add(place)
         else:
             heapq.heappush(self._waiting[state], (int(self.due[place]), place))
+
+    def _wake(self) -> None:
+        """Open the ACTIVE prompts whose rest is over."""
+        while (head := self._head(State.ACTIVE)) is not None and head[0] <= self.clock:
+            self._open.add(heapq.heappop(self._waiting[State.ACTIVE])[1])
 
     def _return_taken(self) -> None:
         taken, self._taken = self._taken, set()
@@ -241,7 +263,7 @@ class PromptPool:
         self._owed += self.settings.retry_share * n
         taken: list[int] = []
         while len(taken) < min(n, int(self._owed)):
-            heads = [(head[0], state) for state in WAITING if (head := self._head(state)) is not None]
+            heads = [(head[0], state) for state in RETRIED if (head := self._head(state)) is not None]
             if not heads or min(heads)[0] > self.clock:
                 break
             taken.append(self._pop(min(heads)[1]))

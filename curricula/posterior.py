@@ -33,8 +33,11 @@ class State(IntEnum):
     MASTERED = 4
 
 
-WAITING = (State.DEFERRED, State.MASTERED, State.IMPOSSIBLE)
+RETRIED = (State.DEFERRED, State.MASTERED, State.IMPOSSIBLE)
 """States that are practised by schedule only, the least bad first: nearest to a pass rate that teaches something."""
+
+WAITING = (State.ACTIVE, *RETRIED)
+"""States in which a prompt may have to wait; an ACTIVE one only rests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

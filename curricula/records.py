@@ -121,6 +121,13 @@ class Group:
         return len({r for r in self.learned if r is not None}) > 1
 
     @property
+    def cause(self) -> Literal["all_correct", "all_wrong", "ungraded"]:
+        """Why it taught nothing, if it did not; a grader's failure is not the policy's."""
+        if not self.graded:
+            return "ungraded"
+        return "all_correct" if self.pass_rate == 1.0 else "all_wrong"
+
+    @property
     def abs_advantage(self) -> float:
         """Mean |A| with A = (r - mean) / population std, 0 for a dead group; NaN if there is nothing to learn from.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config import Recipe, RecipeError
+from launch.local import check_heads
 from launch.practice import pool_settings, update_settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
     scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
+    check_heads(recipe)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
@@ -80,17 +82,10 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
-    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for workers that cannot be."""
-    from transformers import AutoConfig
-
+    """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
     if rollouts.engine != "ray":
         return rollouts.engine
-    heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
-    if heads % rollouts.tensor_parallel:
-        raise RecipeError(
-            f"rollouts.tensor_parallel={rollouts.tensor_parallel} does not divide the model's {heads} heads"
-        )
     from functools import partial
 
     from launch.ray_engine import RayEngine
@@ -103,13 +98,13 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from trainer.domains import DomainData
+    from trainer.domains import DomainData, context_of
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        config = AutoConfig.from_pretrained(recipe.model).get_text_config()
+        context = context_of(recipe.model)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:
@@ -117,7 +112,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             domains_of(recipe),
             tokenizer=tokenizer,
             args=args,
-            context=getattr(config, "max_position_embeddings", None),
+            context=context,
             overlap=recipe.data.overlap,
         )
     except (ValueError, TypeError) as error:
@@ -137,21 +132,25 @@ def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
     from curricula import schedulers
 
-    settings = recipe.curriculum.settings
+    settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
+    held = recipe.entropy.held("sampling", list(recipe.domains))
+    entropy = {"entropy_band": recipe.entropy.band, "entropy_control": held}
     try:
-        takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
-        if "entropy_band" in takes:
-            settings.setdefault("entropy_band", recipe.entropy.band)
-        if "adaptive" in takes:  # `auto` hands these on
-            settings["adaptive"] = {"entropy_band": recipe.entropy.band, **settings.get("adaptive", {})}
+        takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
+        if set(entropy) <= set(takes):
+            settings = entropy | settings
+        elif "adaptive" in takes:  # `auto` hands these on
+            settings["adaptive"] = entropy | settings.get("adaptive", {})
+        elif recipe.entropy.asks_for_sampling:
+            raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
-        return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)
+        return schedulers.build_scheduler(name, **settings)
     except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
     except TypeError as error:  # a setting of another type than the scheduler can work with
-        given = {name: value for name, value in settings.items() if name != "transfer"}
-        raise RecipeError(f"curriculum: scheduler {recipe.curriculum.scheduler!r} refuses {given}: {error}") from error
+        given = recipe.curriculum.settings
+        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:

@@ -103,9 +103,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_entropy(recipe)
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
-    for name in recipe.guardrails:
-        if name not in recipe.domains:
-            raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
+    by_domain = {"guardrails": recipe.guardrails, "entropy.control": recipe.entropy.control}
+    for key, named in by_domain.items():
+        for name in named if isinstance(named, Mapping) else ():
+            if name not in recipe.domains:
+                raise RecipeError(f"unknown domain '{key}.{name}'; {_nearest(name, list(recipe.domains))}")
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -179,11 +181,11 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
 
 def _check_entropy(recipe: Recipe) -> None:
     """Refuse two controllers of the same thing, and a loss that would not hear ours."""
-    if recipe.entropy.control == "none":
+    if not recipe.entropy.held("coefficient", list(recipe.domains)):
         return
     for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
         if value := recipe.grpo.get(name):
-            raise RecipeError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other; leave out one")
+            raise RecipeError(f"entropy.control and grpo.{name}={value} exclude each other; leave out one")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -65,11 +65,13 @@ def _check_slurm(run: Run) -> None:
             f"cluster.rollout_nodes={run.recipe.cluster.rollout_nodes} need rollouts.engine: ray, "
             f"got {run.recipe.rollouts.engine}"
         )
+    here.check_heads(run.recipe)
 
 
 def ray(run: Run, *, address: str) -> int:
     """Run on the cluster whose dashboard is at `address`, and follow the job."""
-    command = jobs.plan(address if "://" in address else f"http://{address}", run.train_words)
+    address = address if "://" in address else f"http://{address}"
+    command = jobs.plan(address, run.train_words)
     if run.is_dry:
         print(command)
         return 0

@@ -19,6 +19,8 @@ from launch.config import Recipe, RecipeError
 from launch.sections.rollouts import ClusterSection
 
 HERE = Path(__file__).resolve().parent
+REFUSED = 2
+"""Exit code of a command whose input cannot be worked with; it has said why in one line."""
 RAY_GPUS = "POLYPHONY_ROLLOUT_GPUS"
 """Environment variable: the GPUs of this machine that a Ray cluster started by the trainer may use."""
 
@@ -85,6 +87,7 @@ def group_words(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list
 def check_room(recipe: Recipe, *, gpus: int) -> None:
     """Raise RecipeError where trainer ranks and the rollout workers beside them need more GPUs than there are."""
     cluster, rollouts = recipe.cluster, recipe.rollouts
+    check_heads(recipe)
     if not gpus:
         if cluster.strategy == "fsdp":
             raise RecipeError("cluster.strategy=fsdp needs GPUs: accelerate starts FSDP on none; use ddp or zero2 here")
@@ -97,6 +100,21 @@ def check_room(recipe: Recipe, *, gpus: int) -> None:
             f"rollouts.workers={rollouts.workers} x tensor_parallel={rollouts.tensor_parallel} need {needed} GPUs beside "
             f"cluster.processes={cluster.processes}; this machine has {gpus}"
         )
+
+
+def check_heads(recipe: Recipe) -> None:
+    """Raise RecipeError where the engine's ranks cannot share the model's attention heads evenly."""
+    parallel = recipe.rollouts.tensor_parallel
+    if parallel == 1:
+        return
+    from transformers import AutoConfig
+
+    try:
+        heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    if heads % parallel:
+        raise RecipeError(f"rollouts.tensor_parallel={parallel} does not divide the model's {heads} heads")
 
 
 def check_port(port: int, *, key: str) -> None:
@@ -133,6 +151,8 @@ def run(command: Command, *, run_folder: Path) -> int:
         leave_nothing(process.pid)
     if code and received:
         return 128 + received[-1]
+    if code == REFUSED:  # it has said what is wrong with the recipe, and left no folder
+        return code
     if code:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         say(f"polyphony launch: the trainer group ended ({died}); go on with --resume {run_folder}")

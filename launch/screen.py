@@ -7,6 +7,7 @@ it is IMPOSSIBLE with confidence or has had its most visits. What is known goes 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -46,8 +47,8 @@ def screen(
 
     Raises RecipeError for a folder that holds something else.
     """
-    if recipe.pool is None:
-        recipe = recipe.model_copy(update={"pool": PoolSection()})
+    pool = recipe.pool or PoolSection()
+    recipe = recipe.model_copy(update={"pool": pool.model_copy(update={"start": None})})  # that file is made here
     claim_folder(recipe, out, resume=(out / RECIPE_FILE).is_file())
     trainer = build_trainer(recipe, out, engine=engine)
     if trainer.accelerator.num_processes > 1:
@@ -80,7 +81,10 @@ class Screening:
         return self.trainer.curriculum.pools
 
     def resume(self) -> None:
-        """Take over what an earlier screening in this folder learned."""
+        """Take over what an earlier screening in this folder learned; an answer that it was writing is cut off."""
+        answers = self.out / ANSWERS_FILE
+        if answers.exists():
+            os.truncate(answers, answers.read_bytes().rfind(b"\n") + 1)
         prompts = {name: pool.ids for name, pool in self.pools.items()}
         if saved := own_pool(self.out / POOL_FILE, prompts):
             say(f"going on: {self.trainer.curriculum.adopt_pools(saved)} prompts were there")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rewards.answers import final_answer
+from rewards.answers import ANSWER_WORDS, final_answer
 
 REPEATED_ANSWERS = 3
 REPEATED_NGRAM_SHARE = 0.3
@@ -23,7 +23,7 @@ REASONING_TOKENS = 32
 FEW_STEPS, MANY_STEPS = 2, 4
 
 _STEP = re.compile(r"=|\\frac|\\times|\\cdot|(?<=\d)\s?[-+*/×÷^]\s?(?=\d)")
-_MARK = re.compile(r"<answer>|\\boxed ?\{|\banswer[ \t]{0,4}(?:is|:|=)|####", re.IGNORECASE)
+_MARK = re.compile(rf"<answer>|\\boxed ?\{{|{ANSWER_WORDS}|####", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Degeneration:
 
     @property
     def is_shortcut(self) -> bool:
-        """Whether a lone success with these signs should not be learned from."""
+        """Whether a rare success with these signs should not be learned from."""
         return self.answer_repetition or self.computation_skipping or self.bare_answer
 
 

@@ -6,11 +6,14 @@ Started by accelerate, or alone: `python -m tests.ranks FOLDER key.path=value ..
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from launch.cli import set_environment
 from launch.config import load_recipe
@@ -91,6 +94,20 @@ def differing(trainer: Any) -> list[str]:
     return found
 
 
+def let_fsdp_start_on_cpus() -> None:
+    """Call ranks over gloo what accelerate (1.15, `AcceleratorState`) calls GPUs: it gives FSDP to no others."""
+    as_it_is = PartialState.__init__
+
+    def init(self: PartialState, *arguments: Any, **named: Any) -> None:
+        as_it_is(self, *arguments, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
 if __name__ == "__main__":
     set_environment()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        let_fsdp_start_on_cpus()
     main(Path(sys.argv[1]), sys.argv[2:])

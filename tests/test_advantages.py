@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curricula.records import Group
-from trainer.advantages import Advantages, Guard, UpdateSettings, lone_success, mean_only
+from trainer.advantages import Advantages, Guard, UpdateSettings, mean_only, rare_successes
 from trainer.rft import RftSettings, accepted
 from trainer.scoring import Graded
 
@@ -50,11 +50,20 @@ def test_mean_only_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "place"),
-    [([0.0, 1.0, 0.5], 1), ([1.0, 1.0, 0.0], None), ([0.0, 0.0], None), ([1.0, None], None), ([1.0], None)],
+    ("rewards", "places"),
+    [
+        ([0.0, 1.0, 0.5], [1]),
+        ([1.0, 1.0, 0.0], []),
+        ([0.0, 0.0], []),
+        ([1.0, None], []),  # nothing failed beside it
+        ([1.0], []),
+        ([0.0, 1.0, 1.0, *[0.0] * 5], [1, 2]),  # a quarter of eight
+        ([0.0, 1.0, 1.0, *[0.0] * 4, None], []),  # more than a quarter of the seven that were graded
+        ([1.0, 1.0, 1.0, *[0.0] * 5], []),
+    ],
 )
-def test_a_lone_success_is_one_full_reward_among_graded_others(rewards, place):
-    assert lone_success(rewards) == place
+def test_a_success_is_rare_alone_and_up_to_a_quarter_of_the_graded(rewards, places):
+    assert rare_successes(rewards) == places
 
 
 def test_each_domain_has_its_own_kind_and_the_rest_is_stock():
@@ -84,6 +93,15 @@ def test_a_lone_success_with_signs_of_a_shortcut_teaches_nothing_but_two_do():
     torch.testing.assert_close(worth(stock, [together], 0, guard=guard), stock)
     kept = worth(stock, [alone], 0, guard=Guard(cap=3.0, drop_shortcuts=False))
     torch.testing.assert_close(kept, stock)
+
+
+def test_of_two_rare_successes_the_honest_one_keeps_its_advantage():
+    stock = torch.tensor([1.7, 1.7, *[-0.58] * 6])
+    group = graded(1.0, 1.0, *[0.0] * 6, signs=("bare_answer",))
+    torch.testing.assert_close(worth(stock, [group], 0, guard=Guard()), torch.tensor([0.0, 0.0, *[-0.58] * 6]))
+    group[1] = graded(1.0)[0]
+    torch.testing.assert_close(worth(stock, [group], 0, guard=Guard()), torch.tensor([0.0, 1.7, *[-0.58] * 6]))
+    assert worth(stock[:4], [group], 4, guard=Guard()).tolist() == stock[:4].tolist()  # they are on another rank
 
 
 def test_rft_trains_on_accepted_samples_with_a_mean_of_one():

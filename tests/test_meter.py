@@ -63,6 +63,13 @@ def test_what_is_undefined_is_absent():
     assert not any(name.startswith("domain/stories") for name in metrics)
 
 
+def test_dead_groups_are_told_by_cause_and_a_graders_failure_is_neither():
+    wrong = group("math", (0.0, 0.0, None, 0.0), (1,) * 4)
+    metrics = meter(([MIXED, SOLVED, wrong, UNGRADED, UNGRADED], {}, 1.0)).flush()
+    assert metrics["domain/math/frac_dead"] == 4 / 5
+    assert (metrics["domain/math/dead_correct"], metrics["domain/math/dead_wrong"]) == (1 / 5, 1 / 5)
+
+
 def test_one_graded_completion_has_a_mean_and_no_spread():
     metrics = meter(([group("math", (0.5, None), (1, 1))], {}, 1.0)).flush()
     assert metrics["domain/math/reward"] == 0.5

@@ -66,6 +66,18 @@ def test_earlier_evidence_is_discounted():
     assert p.posterior("p0") == (1 + 0.5 + 2, 1 + 0.5)
 
 
+def test_what_was_failed_before_all_was_right_counts_half():
+    p = pool(discount=1.0)
+    p.observe("p0", [1.0] * 2 + [0.0] * 6)
+    means = []
+    for _ in range(3):
+        p.observe("p0", [1.0] * G)
+        a, b = p.posterior("p0")
+        means.append((a, b))
+    assert means == [(11, 4), (19, 2.5), (27, 1.75)]  # 0.73, 0.88, 0.94
+    assert p.state_of("p0") is State.MASTERED
+
+
 def test_hardly_any_learnable_prompt_is_called_impossible_and_most_impossible_ones_are():
     generator = random.Random(0)
     p = pool(4_000)
@@ -121,6 +133,46 @@ def test_waiting_prompts_are_left_out_until_their_turn_and_then_take_no_more_tha
     waited = [len(deferred & set(p.draw(8))) for _ in range(4)]
     assert waited[:2] == [0, 0]
     assert max(waited[2:]) <= 3 and sum(waited[2:]) >= 4
+
+
+def test_each_further_group_of_failures_makes_a_prompt_wait_longer():
+    p = pool(discount=1.0, retry_deferred=10, retry_impossible=60)
+    waits = []
+    for _ in range(8):
+        p.observe("p0", [0.0] * G)
+        waits.append(int(p.due[0]) - p.clock)
+    # 10 x 0.125 / mean, means 1/10, 1/18, 1/26, 1/34, 1/42, 1/50: 12.5, 22.5, .. 52.5, then no longer than IMPOSSIBLE ones
+    assert waits == [12, 22, 32, 42, 52, 60, 60, 60]
+    assert p.state_of("p0") is State.IMPOSSIBLE
+
+
+def test_a_prompt_whose_last_group_was_all_alike_rests_and_comes_back():
+    p = pool(4, retry_deferred=3)
+    p.draw(0)
+    for prompt_id, passed in (("p0", 8), ("p1", 7), ("p2", 0), ("p3", 1)):
+        p.observe(prompt_id, [1.0] * 2 + [0.0] * 6)
+        p.observe(prompt_id, [1.0] * passed + [0.0] * (8 - passed))
+    p.observe("p2", [1.0, 0.0])  # and learned after all
+    assert {p.state_of(i) for i in p.ids} == {State.ACTIVE}
+    drawn = []
+    for _ in range(3):  # p0 is due at draw 4
+        drawn.append(set(p.draw(3)))
+        for prompt_id in drawn[-1]:
+            p.observe(prompt_id, [1.0, 0.0])
+    assert drawn == [{"p1", "p2", "p3"}] * 2 + [drawn[2]]
+    assert set(p.draw(4)) == set(p.ids)
+
+
+def test_resting_prompts_are_drawn_before_worse_ones_where_nothing_else_is_open():
+    p = pool(3, retry_share=0.0)
+    p.draw(0)
+    p.observe("p0", [0.0] * G)
+    p.observe("p1", [1.0] * 4)  # mean 5/6: ACTIVE, at rest
+    assert p.draw(1) == ["p2"]
+    p.observe("p2", [1.0] * G)
+    p.observe("p2", [1.0] * G)
+    assert p.draw(2) == ["p1", "p0"]
+    assert p.refill(1) == []
 
 
 def test_a_refill_gives_other_prompts_of_the_same_draw_and_no_waiting_ones():
@@ -217,7 +269,7 @@ def test_with_nothing_left_to_learn_the_least_bad_prompts_go_on_with_a_warning(c
     assert [ref.id for ref in c.draw(1)] == ["a"]  # mastered before impossible
     assert [ref.id for ref in c.draw(1)] == ["a"]
     assert [r.getMessage() for r in caplog.records] == [
-        "domain 'math': 1 prompts are impossible and 1 mastered of 2; its least bad prompts go on"
+        "domain 'math': of 2 prompts 0 are unseen or active, 0 deferred, 1 impossible, 1 mastered; the least bad go on"
     ]
     assert c.metrics() == {
         "math/mixture": 1.0,
@@ -228,12 +280,30 @@ def test_with_nothing_left_to_learn_the_least_bad_prompts_go_on_with_a_warning(c
     }
 
 
+def test_prompts_that_are_all_too_hard_for_now_warn_but_end_nothing(caplog):
+    c = curriculum(when_exhausted="stop")
+    learn(c, "a", 0.0, 1)
+    learn(c, "b", 0.0, 3)
+    assert [ref.id for ref in c.draw(1)] == ["a"]  # due first
+    c.draw(2)
+    assert [r.getMessage() for r in caplog.records] == [
+        "domain 'math': of 2 prompts 0 are unseen or active, 2 deferred, 0 impossible, 0 mastered; the least bad go on"
+    ]
+    learn(c, "a", 0.5, 1)
+    c.draw(1)
+    learn(c, "a", 0.0, 3)
+    c.draw(1)
+    assert len(caplog.records) == 2  # it was better in between
+
+
 def test_or_the_run_stops_with_a_message():
     c = curriculum(when_exhausted="stop")
     learn(c, "a", 0.0, 8)
     c.draw(1)
     learn(c, "b", 0.0, 8)
-    with pytest.raises(RuntimeError, match="nothing can be learned any more: domain 'math': 2 prompts are impossible"):
+    with pytest.raises(
+        RuntimeError, match=r"nothing can be learned any more: domain .math.: of 2 prompts .* 2 impossible"
+    ):
         c.draw(1)
 
 

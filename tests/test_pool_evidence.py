@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from curricula.records import Evaluation
+from curricula.transfer import TransferMatrix
 from launch.lab import planted, worth
 from launch.lab.bench_update import HalfDead, is_live
 
@@ -25,6 +27,39 @@ def test_tokens_to_a_target_lie_between_evaluations():
     assert math.isnan(worth.tokens_to(0.3, spent, score))
 
 
+def test_the_ratio_is_of_tokens_to_the_score_at_the_end_of_passes(tmp_path):
+    def run(name, spent, scores):
+        lines = [{"step": i, "domain/a/n": spent, "domain/a/mean_length": 1.0} for i in range(1, len(scores))]
+        return evaluated(write(tmp_path / name, "metrics", lines), {i: (score,) for i, score in enumerate(scores)})
+
+    passes = run("passes", 100, [0.0, 0.2, 0.4, 0.6])  # smoothed: 0, 0.1, 0.2, 0.4 after 300
+    quick = run("quick", 60, [0.0, 0.4, 0.8])  # smoothed: 0, 0.2, 0.4 after 120
+    late = run("late", 400, [0.0, 0.1, 0.2])
+    assert worth.ratio(passes, quick)[0] == pytest.approx(120 / 300)
+    value, words = worth.ratio(passes, late)
+    assert value == pytest.approx(800 / 300) and "after more than 800" in words
+    interval, _ = worth.summary([(passes, quick), (passes, late)])
+    assert interval.mid == pytest.approx((0.4 * 800 / 300) ** 0.5)
+
+
+def evaluated(folder, scores):
+    """Write a run's evaluations: by step, one item's score of each domain."""
+    names = ("a", "b")[: len(scores[0])]
+    rows = [
+        Evaluation(
+            trained=names if step else (),
+            step=step,
+            seed=1,
+            scores={n: (s,) for n, s in zip(names, of_step, strict=True)},
+        )
+        for step, of_step in scores.items()
+    ]
+    TransferMatrix(domains=names, kinds=dict.fromkeys(names, "structured"), rows=tuple(rows)).save(
+        folder / "transfer.json"
+    )
+    return folder
+
+
 def write(folder, name, lines):
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -33,11 +68,12 @@ def write(folder, name, lines):
 
 def test_every_generated_token_counts(tmp_path):
     lines = [
-        {"step": 0, "heldout/a/score": 0.2, "heldout/b/score": 0.4},
         {"step": 1, "domain/a/n": 10, "domain/a/mean_length": 3.0, "domain/b/n": 5, "domain/b/mean_length": 2.0},
-        {"step": 2, "domain/a/n": 10, "domain/a/mean_length": 1.0, "heldout/a/score": 0.5, "heldout/b/score": 0.7},
+        {"step": 2, "domain/a/n": 10, "domain/a/mean_length": 1.0},
+        {"step": 3, "domain/a/n": 10, "domain/a/mean_length": 1.0},
     ]
-    spent, score = worth.curve(write(tmp_path / "run", "metrics", lines))
+    folder = evaluated(write(tmp_path / "run", "metrics", lines), {0: (0.2, 0.4), 2: (0.5, 0.7)})
+    spent, score = worth.curve(folder)
     assert spent.tolist() == [0, 50]
     assert score == pytest.approx([0.3, 0.6])
 

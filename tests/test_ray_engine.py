@@ -13,9 +13,10 @@ import ray
 import torch
 
 from launch import cluster
-from launch.build import build_trainer, rollout_engine
+from launch.build import build_trainer
 from launch.cli import main
 from launch.config import RecipeError, load_recipe
+from launch.local import check_heads
 from launch.weights import pack, unpack
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
@@ -36,7 +37,7 @@ def test_packed_weights_come_back_as_they_were_and_are_copies():
 def test_tensor_parallel_must_divide_the_heads():
     recipe = load_recipe(DEBUG, ["rollouts={engine: ray, tensor_parallel: 3}"])
     with pytest.raises(RecipeError, match=r"rollouts.tensor_parallel=3 does not divide the model's 4 heads"):
-        rollout_engine(recipe)
+        check_heads(recipe)
 
 
 def test_a_cluster_that_never_comes_up_is_named_within_its_time():
@@ -241,7 +242,7 @@ def full_above(room: int):
 
 def test_a_version_mismatch_is_one_line():
     text = "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\nThis process:\n    Ray: 2.60.0"
-    said = cluster._reason(RuntimeError(text))
+    said = cluster.reason(text)
     assert "\n" not in said
     assert "Ray: 2.9.0" in said
     assert "install the same Ray and Python on both sides" in said

@@ -8,7 +8,7 @@ import pytest
 
 from curricula.curriculum import Curriculum
 from curricula.items import halves
-from curricula.records import Decision, Domain, Evaluation
+from curricula.records import Decision, Domain, Evaluation, Group, PromptRef
 from curricula.schedulers.joint import Joint
 from curricula.schedulers.sequential import Sequential
 from curricula.transfer import TransferMatrix
@@ -236,3 +236,20 @@ def test_every_evaluation_leaves_its_intervals_and_styles(tmp_path):
     line = ours.folder.read("evaluations")[0]
     assert line["step"] == 0 and line["domains"]["math"]["styles"] == {"bare": 1.0}
     assert line["domains"]["math"]["score"] == [1.0, 1.0, 1.0]
+
+
+def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):
+    def group(domain, *rewards):
+        size = len(rewards)
+        return Group(
+            prompt_id="p", domain=domain, draw=0, rewards=rewards, lengths=(1,) * size, truncated=(False,) * size
+        )
+
+    dead = [group("math", 1.0, 1.0), group("math", 0.0, 0.0), group("math", None, None), group("stories", 0.5, 0.5)]
+    recorder(tmp_path).record_refill(3, 1, dead, [PromptRef(domain="math", id="m1")])
+    (line,) = RunFolder(tmp_path).read("refills")
+    assert line["dead"] == {
+        "math": {"all_correct": 1, "all_wrong": 1, "ungraded": 1},
+        "stories": {"all_correct": 0, "all_wrong": 1, "ungraded": 0},
+    }
+    assert (line["step"], line["round"], line["short"], line["prompts"]) == (3, 1, 3, ["m1"])

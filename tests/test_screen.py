@@ -11,7 +11,7 @@ from curricula.posterior import State
 from launch.build import build_trainer
 from launch.config import RecipeError, load_recipe
 from launch.practice import adopt_known
-from launch.screen import IMPOSSIBLE_FILE, describe, screen, screen_table
+from launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -70,9 +70,22 @@ def test_a_pool_of_another_data_set_cannot_be_started_from(screened, engine, tmp
         adopt_known(build_trainer(other, tmp_path, engine=engine), other)
 
 
+def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_whole(tmp_path, engine):
+    tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2", "domains.facts.heldout.size=2")
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    screen(tiny, whole, most_visits=9, engine=engine)
+    screen(tiny, folder, most_visits=4, engine=engine)
+    path = folder / ANSWERS_FILE
+    path.write_bytes(path.read_bytes() + '{"domain": "facts", "id": "é'.encode()[:-1])
+    screen(tiny, folder, most_visits=9, engine=engine)
+    assert (folder / IMPOSSIBLE_FILE).read_text() == (whole / IMPOSSIBLE_FILE).read_text()
+    assert len((folder / IMPOSSIBLE_FILE).read_text().splitlines()) >= 2
+
+
 def test_a_damaged_pool_is_moved_aside_and_screening_starts_anew(tmp_path, engine, capsys):
-    tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2")
     folder = tmp_path / "out"
+    # the recipe may name already what this screening is to write
+    tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2", f"pool.from={folder / POOL_FILE}")
     screen(tiny, folder, most_visits=1, engine=engine)
     (folder / POOL_FILE).write_bytes(b"half a file")
     screen(tiny, folder, most_visits=1, engine=engine)

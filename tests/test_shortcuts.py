@@ -32,11 +32,13 @@ def test_short_is_short_of_what_correct_answers_of_the_domain_were():
     assert w.inspect(sample("so it is", ids=30)) == ("computation_skipping",)
 
 
-def test_a_lone_success_sets_no_standard():
+def test_a_rare_success_sets_no_standard():
     w = watch()
     w.observe(1, [[graded(1.0, length=3), graded(0.0)]])
+    w.observe(1, [[graded(1.0, length=3, signs=("bare_answer",))] * 2 + [graded(0.0)] * 6])
     assert w.inspect(sample("so it is", ids=30)) == ()
-    assert w.flush()["shortcuts/math/lone_successes"] == 1
+    metrics = w.flush()
+    assert (metrics["shortcuts/math/rare_successes"], metrics["shortcuts/math/rare_shortcuts"]) == (3, 2)
 
 
 def test_what_most_correct_answers_show_is_the_domains_manner():

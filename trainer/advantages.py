@@ -3,7 +3,7 @@
 `group` is TRL's: (r - mean) / std of the group. `mean_only` leaves the division out (Dr. GRPO, arXiv:2503.20783; DARLING,
 arXiv:2509.02534), so that a group that nearly agrees is not blown up. A lone success among G binary rewards gets about
 sqrt(G - 1) from `group`; the guard caps it, and takes it away where the completion shows signs of a shortcut
-(arXiv:2605.28388). B rows of this rank, G completions a group.
+(arXiv:2605.28388); likewise of every success of a group that has hardly any. B rows of this rank, G completions a group.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from trainer.scoring import Graded
 
 Kind = Literal["group", "mean_only"]
 
+RARE = 0.25
+"""Share of the graded completions up to which the successes of a group may all be accidents; a lone one always may."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guard:
-    """What a lone success may do."""
+    """What a rare success may do."""
 
     cap: float = 2.0
     """Largest advantage; sqrt(G - 1) passes it from G = 6 on. 2.0 is what the study's remedies were given."""
     drop_shortcuts: bool = True
-    """Whether a lone success that shows signs of a shortcut loses its advantage; the failures keep theirs."""
+    """Whether a rare success that shows signs of a shortcut loses its advantage; the failures keep theirs."""
 
     def __post_init__(self) -> None:
         if self.cap <= 0:
@@ -79,9 +82,8 @@ class Advantages:
                 _put(values, row, dict(enumerate(mean_only(group.learned))))
             if not group.has_signal:
                 _put(values, row, dict.fromkeys(range(len(completions)), 0.0))  # exactly, whatever rounding left
-            lone = lone_success(group.rewards)
-            if self.settings.guard is not None and lone is not None:
-                self._guard(values, row, lone, completions)
+            if self.settings.guard is not None:
+                self._guard(values, row, rare_successes(group.rewards), completions)
             row += len(completions)
         return values
 
@@ -104,15 +106,12 @@ class Advantages:
         asks = self.settings.guard or self.settings.rft or self.settings.drop_dead != "never"
         return not asks and set(self.kinds.values()) == {"group"}
 
-    def _guard(self, values: torch.Tensor, row: int, lone: int, group: Sequence[Graded]) -> None:
+    def _guard(self, values: torch.Tensor, row: int, rare: Sequence[int], group: Sequence[Graded]) -> None:
         guard = self.settings.guard
         assert guard is not None
-        if not 0 <= row + lone < len(values):
-            return
-        if guard.drop_shortcuts and self.is_shortcut(group[lone]):
-            values[row + lone] = 0.0
-        else:
-            values[row + lone] = values[row + lone].clamp(max=guard.cap)
+        for i in (i for i in rare if 0 <= row + i < len(values)):
+            is_dropped = guard.drop_shortcuts and self.is_shortcut(group[i])
+            values[row + i] = 0.0 if is_dropped else values[row + i].clamp(max=guard.cap)
 
     def _accepted(self, stock: torch.Tensor, groups: Sequence[Sequence[Graded]], first_row: int) -> torch.Tensor:
         """Return 1 for accepted rows and 0 for others, scaled so that the mean over all rows of all ranks is 1."""
@@ -123,8 +122,8 @@ class Advantages:
         for group in groups:
             keeps = accepted(group, rft, self.partitioner)
             if self.settings.guard is not None and self.settings.guard.drop_shortcuts:
-                lone = lone_success([g.reward for g in group])
-                keeps = [i for i in keeps if i != lone or not self.is_shortcut(group[i])]
+                rare = rare_successes([g.reward for g in group])
+                keeps = [i for i in keeps if i not in rare or not self.is_shortcut(group[i])]
             chosen += [start + i for i in keeps]
             start += len(group)
         values = torch.zeros_like(stock)
@@ -138,11 +137,11 @@ def mean_only(rewards: Sequence[float | None]) -> list[float]:
     return [0.0 if r is None else r - centre for r in rewards]
 
 
-def lone_success(rewards: Sequence[float | None]) -> int | None:
-    """Return the place of the only completion with the full reward among two or more graded; None if there is none."""
+def rare_successes(rewards: Sequence[float | None]) -> list[int]:
+    """Return the places of the full rewards of a group that has hardly any, one or `RARE`; else none."""
     passed = [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
     graded = sum(r is not None for r in rewards)
-    return passed[0] if len(passed) == 1 and graded > 1 else None
+    return passed if graded > 1 and len(passed) <= max(1, int(RARE * graded)) else []
 
 
 def _default_kind(domain: Domain, kind: Kind) -> Kind:

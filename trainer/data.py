@@ -89,8 +89,10 @@ class PromptTable:
         if not prompt:
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         if not _is_prompt(prompt):
-            expected = "text or a list of messages with role and content"
-            raise ValueError(f"{self.where}: row {i + 1}: a prompt is {expected}, got {prompt!r:.60}")
+            raise ValueError(
+                f"{self.where}: row {i + 1}: a prompt is text or a list of messages with role and content, "
+                f"got {prompt!r:.60}"
+            )
         given = row.get("id")
         prompt_id = content_id(row) if given is None else str(given)
         if prompt_id not in self._position:

@@ -28,7 +28,7 @@ from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
-from trainer.domains import DomainData
+from trainer.domains import DomainData, context_of
 from trainer.draws import Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
@@ -95,7 +95,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             model if isinstance(model, str) else model.name_or_path
         )
         self.data = (
-            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+            domains
+            if isinstance(domains, DomainData)
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains)
         self.fusion = Fusion.of(self.data.domains)

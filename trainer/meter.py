@@ -50,9 +50,8 @@ class DomainSums:
         """Count a group that went on to the update."""
         self.updated += 1
         if not group.has_signal:
-            is_correct = group.pass_rate == 1.0
-            self.dead_correct += is_correct
-            self.dead_wrong += not is_correct
+            self.dead_correct += group.cause == "all_correct"
+            self.dead_wrong += group.cause == "all_wrong"
 
     def metrics(self) -> dict[str, float]:
         """Return the `domain/<d>` metrics; NaN where nothing was counted."""

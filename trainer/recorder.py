@@ -66,9 +66,8 @@ class Recorder:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
         causes: dict[str, dict[str, int]] = {}
         for group in dead:
-            cause = "all_correct" if group.pass_rate == 1.0 else "all_wrong"
-            of_domain = causes.setdefault(group.domain, {"all_correct": 0, "all_wrong": 0})
-            of_domain[cause] += 1
+            of_domain = causes.setdefault(group.domain, {"all_correct": 0, "all_wrong": 0, "ungraded": 0})
+            of_domain[group.cause] += 1
         line = {"step": step, "round": refill_round, "dead": causes, "short": len(dead) - len(refs)}
         self.folder.append("refills", line | {"prompts": [ref.id for ref in refs]})
 

@@ -7,12 +7,13 @@ PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLL
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trainer.sampling import (
@@ -103,6 +104,11 @@ class Engine(VLLMGeneration):
         self.model = model
         self.accelerator = accelerator
 
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return TRL's iteration, which expects FSDP2's parameters split, as they are not after a mere forward pass."""
+        reshard(self.model)
+        return super()._iter_named_params()
+
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order; every rank must call it.
 
@@ -135,6 +141,13 @@ class Engine(VLLMGeneration):
             completions = self.complete(requests)
         ids = [c.ids for c in completions]
         return prompts, ids, [[[p] for p in c.logps or []] for c in completions], [[[t] for t in seq] for seq in ids]
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Split again what FSDP2 has left whole: after a forward pass without a backward pass it keeps and uses a copy."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 EngineFactory = Callable[..., Engine]

@@ -1,4 +1,4 @@
-"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against a lone success.
+"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against rare successes.
 
 What most well-established correct answers of a domain show (a bare letter in multiple choice, another script) is that
 domain's manner and no sign of anything. The length of correct answers is watched apart: it collapses before accuracy does
@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewards.degeneration import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
+from trainer.advantages import rare_successes
 from trainer.dashboard import key
 from trainer.scoring import Graded, Sample
 
 SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
-"""What makes a lone success suspicious."""
+"""What makes a rare success suspicious."""
 
 COUNTED = (*SIGNS, "truncation")
 
@@ -62,7 +63,7 @@ class DomainSigns:
     level: dict[str, float] = field(default_factory=dict)
     """Share of each sign, averaged over about the last 256 completions."""
     manner: dict[str, int] = field(default_factory=dict)
-    """Signs among correct answers that were not alone in their group, and how many these were (`n`)."""
+    """Signs among correct answers that were not rare in their group, and how many these were (`n`)."""
     ringing: list[str] = field(default_factory=list)
 
     @property
@@ -154,17 +155,18 @@ class ShortcutWatch:
             watch.count(signs)
             _add(since, signs, COUNTED)
             for group in of_domain:
-                self._learn(watch, since, [g for g in group if g.reward is not None and g.reward >= 1.0])
+                self._learn(watch, since, group)
             self.pending += [
                 SignAlarm(step=step, domain=name, kind=kind, message=message)
                 for kind, message in watch.alarms().items()
             ]
 
-    def _learn(self, watch: DomainSigns, since: dict[str, int], passed: Sequence[Graded]) -> None:
-        if len(passed) == 1:  # a lone success sets no standard
-            since["lone_successes"] = since.get("lone_successes", 0) + 1
-            since["lone_shortcuts"] = since.get("lone_shortcuts", 0) + self.is_shortcut(passed[0])
+    def _learn(self, watch: DomainSigns, since: dict[str, int], group: Sequence[Graded]) -> None:
+        if rare := rare_successes([g.reward for g in group]):  # they set no standard
+            since["rare_successes"] = since.get("rare_successes", 0) + len(rare)
+            since["rare_shortcuts"] = since.get("rare_shortcuts", 0) + sum(self.is_shortcut(group[i]) for i in rare)
             return
+        passed = [g for g in group if g.reward is not None and g.reward >= 1.0]
         lengths = [g.length for g in passed]
         watch.first_lengths += lengths[: ENOUGH_CORRECT - len(watch.first_lengths)]
         watch.lengths = [*watch.lengths, *lengths][-ENOUGH_CORRECT:]
@@ -177,7 +179,7 @@ class ShortcutWatch:
         for name, counts in counted.items():
             for sign in COUNTED:
                 metrics[key("shortcuts", sign, name)] = counts.get(sign, 0) / counts["n"]
-            for what in ("lone_successes", "lone_shortcuts"):
+            for what in ("rare_successes", "rare_shortcuts"):
                 metrics[key("shortcuts", what, name)] = counts.get(what, 0)
             metrics[key("shortcuts", "correct_length", name)] = self.domains[name].median_length
         return metrics

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.rollouts import Completion
+from trainer.rollouts import Completion, reshard
 
 SCALE = 1.5
 """Factor on the final norm; multiplies every logit, so that a stale engine cannot pass by chance."""
@@ -60,11 +60,12 @@ def check_weights(
     `sync` loads the policy's weights into the engine, `sample` lets the engine generate, `score` returns the policy's
     own log-probabilities of the same tokens; `precision` is what both compute in.
     """
+    reshard(model)
     norm = final_norm(model)
     sync()
     first = sample()
     before = _difference(first, score(first))
-    with _scaled(norm):
+    with _scaled(norm, model):
         sync()
         second = sample()
         scaled = _difference(second, score(second))
@@ -95,7 +96,7 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Parameter:
 
 
 @contextmanager
-def _scaled(parameter: torch.nn.Parameter):
+def _scaled(parameter: torch.nn.Parameter, model: torch.nn.Module):
     with _whole(parameter):
         kept = parameter.data.clone()
         parameter.data.mul_(SCALE)
@@ -104,6 +105,7 @@ def _scaled(parameter: torch.nn.Parameter):
     finally:
         with _whole(parameter):
             parameter.data.copy_(kept)
+        reshard(model)
 
 
 def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager:

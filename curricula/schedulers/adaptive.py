@@ -35,7 +35,8 @@ class Adaptive:
        to the held-out scores of all domains, itself and watch-only ones included, see `worth`: measured by the probes
        and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
        evaluations need no gradients and see watch-only domains.
-    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`.
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`; 1 unless
+       `entropy_control` names domains.
 
     No source has the four together; the product is ours.
     """
@@ -54,6 +55,8 @@ class Adaptive:
     """Draws of the progress slope (PAC's W)."""
     entropy_band: tuple[float, float] = (0.5, 1.5)
     """Multiples of a domain's entropy at the run's first evaluation."""
+    entropy_control: tuple[str, ...] = ()
+    """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
     seed: int = 0
     """Of the posterior samples; the draw's index is the other half of their seed, so no generator needs saving."""
     worth: Worth = field(init=False, repr=False, compare=False)
@@ -71,6 +74,7 @@ class Adaptive:
             focus=self.focus,
             alarm=self.alarm,
             band=(low, high),
+            held=tuple(self.entropy_control),
         )
         object.__setattr__(self, "worth", worth)
 

@@ -41,6 +41,8 @@ class Auto:
         elif (plan := make_plan(matrix)).decision == "sequence":
             inner = Bwt(transfer=matrix, replay=replay)
             why = f"bwt, for the plan says sequence (gain {_signed(plan.over_mean_order)} over a random order)"
+            if self.adaptive.get("entropy_control"):
+                why += ", so that entropy moves no shares"
         else:
             inner = Adaptive(transfer=matrix, **self.adaptive)
             why = f"adaptive, for the plan says mix (gain {_signed(plan.over_mean_order)} over a random order)"

@@ -19,7 +19,7 @@ from launch.lab.bench_result import Result, table
 
 Benchmark = Callable[[], Sequence[Result]]
 
-ON_REQUEST = ("demo",)
+ON_REQUEST = ("demo", "worth")
 """Minutes long: measured only when named or asked for by their own option."""
 RECORD = "bench_result"
 """What benchmarks return; measures nothing itself."""
@@ -48,7 +48,7 @@ def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: b
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks one after the other and print their table; progress goes to standard error."""
     parser = argparse.ArgumentParser(prog="python -m launch.lab.bench", description="Measure what the house costs.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but demo)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but demo and worth)")
     parser.add_argument("--demo", action="store_true", help="also time `polyphony demo`, which takes minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args(argv)

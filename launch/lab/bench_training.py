@@ -38,14 +38,15 @@ def bench_step() -> list[Result]:
             ours=[block.seconds for block in ours],
             baseline=[block.seconds for block in stock],
             target=Target(relation="<=", limit=1.05),
-            note=_note(ours, stock),
+            note=describe(ours, stock),
         )
     ]
 
 
-def step_recipe() -> Recipe:
+def step_recipe(*more: str) -> Recipe:
     """Return the demo's recipe with a policy that stays still and as little evaluation as there can be."""
     overrides = [
+        *more,
         "name=bench",
         "grpo.learning_rate=0.0",
         f"grpo.max_steps={WARM_UP + STEPS + 1}",
@@ -64,7 +65,7 @@ def _pair(sides: SideBySide, *, ours_first: bool) -> tuple[Block, Block]:
     return sides.ours(), stock
 
 
-def _note(ours: Sequence[Block], stock: Sequence[Block]) -> str:
+def describe(ours: Sequence[Block], stock: Sequence[Block]) -> str:
     """Say how much both sides generated, and the ratio by processor time, which a busy machine disturbs less."""
     ratio = statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, stock, strict=True))
     tokens = [statistics.mean(block.tokens for block in side) for side in (ours, stock)]

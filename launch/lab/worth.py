@@ -3,10 +3,11 @@
     python -m launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
 
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
-once a pass; `pool` judges, defers, refills and prefers prompts in doubt; `lean` does so with draws of half the size, since
-its groups live: about as many live groups a step as `passes` has. The target is what `passes` has reached at its end
-(mean of its last three evaluations); a run is there when the mean of three evaluations is. Counted is every generated token,
-those of replaced groups too. Prints each seed and the mean log-ratio with its 95 % t-interval, as a ratio.
+once a pass, as stock TRL does; `pool` judges, defers, and prefers prompts in doubt, without refill. The number in an arm's
+name is the groups of a draw: every arm has the same budget of completions, in few large draws or many small ones, so that
+`passes` is compared at its own best. The target is what an arm of `passes` has reached at its end (mean of its last three
+evaluations); a run is there when the mean of three evaluations is. Every token generated in training counts. Prints each
+seed and, against every arm of `passes`, the mean log-ratio with its 95 % t-interval, as a ratio.
 """
 
 from __future__ import annotations
@@ -18,15 +19,34 @@ from pathlib import Path
 
 import numpy as np
 
+from curricula.intervals import Interval
 from curricula.records import mean
+from curricula.transfer import TransferMatrix
 from launch.lab import world
 from launch.lab.diversity_effect import over_seeds
 from launch.lab.trials import Trials, read_lines
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
-ARMS = {"passes": ("pool=null",), "pool": (), "lean": ("grpo.per_device_train_batch_size=32",)}
+COMPLETIONS, GROUP, EVALUATIONS = 5120, 8, 10
+"""Of every run: without a pool two and a half passes over the 256 prompts."""
 WINDOW = 3
 """Evaluations that are averaged: one alone moves by two points from sampling."""
+
+
+def draws_of(groups: int) -> tuple[str, ...]:
+    """Return the overrides that spend the budget in draws of so many groups."""
+    steps = COMPLETIONS // (GROUP * groups)
+    rows, every = GROUP * groups, steps // EVALUATIONS
+    return (
+        f"grpo.per_device_train_batch_size={rows}",
+        f"grpo.max_steps={steps}",
+        f"eval.every={every}",
+        f"checkpoint.every={steps}",
+    )
+
+
+PASSES = {f"passes-{groups}": ("pool=null", *draws_of(groups)) for groups in (8, 4)}
+POOL = {"pool-4": draws_of(4)}
 
 
 def rows(*, domain: str, size: int, seed: int = 0, wrong: float = 0.5) -> list[world.Row]:
@@ -42,16 +62,18 @@ def rows(*, domain: str, size: int, seed: int = 0, wrong: float = 0.5) -> list[w
 
 
 def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return rollout tokens and mean held-out score at every evaluation of a run, [evaluations] each."""
-    tokens, points = 0.0, []
+    """Return rollout tokens and mean held-out score at every evaluation of a run, [evaluations] each.
+
+    The scores are of all items: nothing in these runs is decided by any of them.
+    """
+    tokens, spent = 0.0, {0: 0.0}
     for line in read_lines(folder, "metrics"):
         names = [key.split("/")[1] for key in line if key.startswith("domain/") and key.endswith("/n")]
         tokens += sum(line[f"domain/{d}/n"] * line[f"domain/{d}/mean_length"] for d in names)
-        scores = [value for key, value in line.items() if key.startswith("heldout/") and key.endswith("/score")]
-        if scores:
-            points.append((tokens, mean(scores)))
-    spent, score = np.array(points).T
-    return spent, score
+        spent[line["step"]] = tokens
+    rows = TransferMatrix.load(folder / "transfer.json").rows
+    scores = [mean([mean(items) for items in row.scores.values()]) for row in rows]
+    return np.array([spent[row.step] for row in rows]), np.array(scores)
 
 
 def smoothed(score: np.ndarray) -> np.ndarray:
@@ -72,37 +94,47 @@ def tokens_to(target: float, spent: np.ndarray, score: np.ndarray) -> float:
     return float(spent[i - 1] + share * (spent[i] - spent[i - 1]))
 
 
-def summary(arm: str, pairs: Sequence[tuple[Path, Path]], seeds: Sequence[int]) -> str:
-    """Return one line a seed and the ratio over seeds; a run that never got there counts with all that it spent."""
-    lines, ratios = [f"seed   target   passes: tokens   {arm}: tokens   ratio   final: passes   {arm}"], []
-    for seed, (passes, pool) in zip(seeds, pairs, strict=True):
-        (spent, score), (pool_spent, pool_score) = curve(passes), curve(pool)
-        target = float(smoothed(score)[-1])
-        base, ours = tokens_to(target, spent, score), tokens_to(target, pool_spent, pool_score)
-        never = math.isnan(ours)
-        ours = float(pool_spent[-1]) if never else ours
-        ratios.append(ours / base)
-        lines.append(
-            f"{seed:<6} {target:.3f}    {base:<16.0f} {ours:<14.0f} {'>' if never else ' '}{ratios[-1]:.3f}  "
-            f"{target:<15.3f} {smoothed(pool_score)[-1]:.3f}"
-        )
-    low, mid, high = (math.exp(x) for x in over_seeds([math.log(r) for r in ratios]))
-    lines.append(f"ratio of rollout tokens, {len(seeds)} seeds: {mid:.3f} [{low:.3f}, {high:.3f}]")
-    return "\n".join(lines)
+def ratio(passes: Path, pool: Path) -> tuple[float, str]:
+    """Return the pool's tokens over those of `passes` to the latter's score at its end, and both runs in words.
+
+    A run that never got there counts with all that it spent.
+    """
+    (spent, score), (pool_spent, pool_score) = curve(passes), curve(pool)
+    target = float(smoothed(score)[-1])
+    base, ours = tokens_to(target, spent, score), tokens_to(target, pool_spent, pool_score)
+    is_there = not math.isnan(ours)
+    ours = ours if is_there else float(pool_spent[-1])
+    words = (
+        f"score {target:.3f} after {base:.0f} tokens; {pool.name}: after {'' if is_there else 'more than '}{ours:.0f}"
+    )
+    return ours / base, f"{passes.name}: {words}, ratio {ours / base:.3f}, at its end {smoothed(pool_score)[-1]:.3f}"
+
+
+def summary(pairs: Sequence[tuple[Path, Path]]) -> tuple[Interval, str]:
+    """Return the ratio over seeds, and one line a seed with it."""
+    found = [ratio(passes, pool) for passes, pool in pairs]
+    low, mid, high = (math.exp(x) for x in over_seeds([math.log(value) for value, _ in found]))
+    last = f"ratio of rollout tokens, {len(pairs)} seeds: {mid:.3f} [{low:.3f}, {high:.3f}]"
+    return Interval(low=low, mid=mid, high=high), "\n".join([*(line for _, line in found), last])
+
+
+def compare(out: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[tuple[Interval, str]]:
+    """Run what is missing in `out`; return, against each arm of `PASSES`, the ratio over seeds and the seeds in words."""
+    trials = Trials(recipe=RECIPE, arms=PASSES | POOL, out=out, overrides=overrides)
+    runs = {(arm, seed): trials.run(arm, seed) for seed in seeds for arm in trials.arms}
+    (pool,) = POOL
+    return [summary([(runs[stock, seed], runs[pool, seed]) for seed in seeds]) for stock in PASSES]
 
 
 def main() -> None:
     """Read the arguments, run what is missing, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe of both arms")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe of all arms")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="+", choices=["pool", "lean"], default=["pool", "lean"])
     arguments = parser.parse_args()
-    trials = Trials(recipe=RECIPE, arms=ARMS, out=arguments.out, overrides=arguments.overrides)
-    for arm in arguments.arms:
-        pairs = [(trials.run("passes", seed), trials.run(arm, seed)) for seed in arguments.seeds]
-        print(summary(arm, pairs, arguments.seeds))
+    for _, words in compare(arguments.out, arguments.seeds, arguments.overrides):
+        print(words)
 
 
 if __name__ == "__main__":

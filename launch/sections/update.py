@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from curricula.entropy_control import Control, Means, controlled
 from launch.sections.base import Section, named
 
 
@@ -28,11 +30,12 @@ class PoolSection(Section):
     discount: float = Field(default=0.99, ge=0.5, le=1)
     """Of earlier evidence at each visit."""
     sampling: str = "uniform"
-    """Among the unseen and active: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    """Among the unseen and the active that do not rest: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of a domain's prompts that are waiting ones whose turn has come."""
     retry_deferred: int = Field(default=10, ge=1)
-    """Draws until a deferred prompt is tried again; likewise the next two."""
+    """Draws until a deferred prompt is tried again, longer after each further failure, and of rest after a group whose
+    rewards were all alike; likewise the next two."""
     retry_mastered: int = Field(default=50, ge=1)
     retry_impossible: int = Field(default=100, ge=1)
     when_exhausted: Literal["continue", "stop"] = "continue"
@@ -49,10 +52,10 @@ class PoolSection(Section):
 
 
 class GuardSection(Section):
-    """What a lone success of a group may do: with G completions its advantage is about sqrt(G - 1)."""
+    """What the successes of a group may do that has one, or a quarter at most: one of G is worth about sqrt(G - 1)."""
 
     cap: float = Field(default=2.0, gt=0)
-    """Largest advantage of a lone success."""
+    """Largest advantage of such a success."""
     drop_shortcuts: bool = True
     """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
 
@@ -93,14 +96,33 @@ class EntropySection(Section):
 
     band: tuple[float, float] = (0.5, 1.5)
     """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
-    control: Literal["none", "adaptive"] = "none"
-    """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
+    control: Control | dict[str, Control] = "none"
+    """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
+    term in the loss, of each domain's own, 0 inside the band. `sampling`: under the scheduler `adaptive`, a larger share
+    for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
     push: float = Field(default=1.0, ge=0)
     """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
     rate: float = Field(default=0.05, gt=0)
     """Growth of the coefficient per draw for the same distance."""
     max_coefficient: float = Field(default=1.0, gt=0)
     """Either way; at 1 the term weighs as much as an advantage of 1."""
+
+    def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
+        """Return the domains whose entropy is held by these means."""
+        return controlled(self.control, means, domains)
+
+    @property
+    def asks_for_sampling(self) -> bool:
+        """By that very word, so that a scheduler which cannot is an error; `adaptive` takes what there is."""
+        return "sampling" in (self.control.values() if isinstance(self.control, dict) else [self.control])
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _is_a_word(cls, control: Any) -> Any:
+        words = get_args(Control)
+        if any(word not in words for word in (control.values() if isinstance(control, dict) else [control])):
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, or one of them by domain")
+        return control
 
     @field_validator("band")
     @classmethod

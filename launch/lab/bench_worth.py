@@ -1,0 +1,37 @@
+"""Rollout tokens to the same held-out score with the prompt pool, against stock draws of two sizes: see `launch.lab.worth`.
+
+Fifteen runs of several minutes each, so that it is measured only when it is named: `python -m launch.lab.bench worth`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from launch.lab.bench_result import Result, Target
+
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def bench_worth() -> list[Result]:
+    """Train every arm with every seed; the spread of a ratio is its 95 % interval over seeds."""
+    from launch.lab.worth import PASSES, compare
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(Path(folder), SEEDS)
+    return [
+        Result(
+            name=f"rollout tokens, {stock}",
+            value=ratio.mid,
+            unit="x",
+            ratio=ratio.mid,
+            target=Target(relation="<=", limit=0.7),
+            repetitions=len(SEEDS),
+            spread=(ratio.low, ratio.high),
+            note="geometric mean, spread its 95 % interval over seeds",
+        )
+        for stock, (ratio, _) in zip(PASSES, found, strict=True)
+    ]
+
+
+BENCHMARKS = {"worth": bench_worth}
