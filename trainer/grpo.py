@@ -20,8 +20,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
-from curricula.pool import PoolSettings
 from curricula.pool_file import POOL_FILE, load_pools, save_pools
+from curricula.pool_settings import PoolSettings
 from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.advantages import Advantages, UpdateSettings
