@@ -27,6 +27,14 @@ OURS = {
 }
 """Fields that a recipe sets elsewhere, and where."""
 
+TRL_ENGINE = frozenset(
+    """
+    generation_kwargs vllm_enable_sleep_mode vllm_group_port vllm_mode vllm_server_base_url vllm_server_host
+    vllm_server_port vllm_server_timeout vllm_structured_outputs_regex vllm_tensor_parallel_size
+    """.split()  # noqa: SIM905
+)
+"""Fields of TRL's own engines, which ours do not hear (memory, length, `vllm_model_impl`, importance correction they do)."""
+
 GRPO_FIELDS = frozenset(
     """
     accelerator_config adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size average_tokens_across_devices
