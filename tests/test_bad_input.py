@@ -258,6 +258,7 @@ def test_a_probe_that_cannot_begin_leaves_no_folder(capsys, tmp_path, recipe):
         (["report", "gone"], "gone: no such run folder"),
         (["report", "gone", "--json"], "gone: no such run folder"),
         (["plan"], "give a transfer.json, or --replay RUN --scheduler NAME"),
+        (["plan", "gone.json", "--scheduler", "bwt"], "--scheduler goes with --replay RUN"),
         (["plan", "gone.json"], "transfer file gone.json does not exist"),
         (["plan", "--replay", "gone"], "--replay needs --scheduler NAME"),
         (["plan", "--replay", "gone", "--scheduler", "joint"], "gone holds no decisions.jsonl"),
