@@ -15,6 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+Means = Literal["coefficient", "sampling"]
+"""What can move a domain's entropy: its coefficient in the loss, or how much is practised of what raises or lowers it."""
+Control = Literal["none", "adaptive", "coefficient", "sampling"]
+"""What a recipe asks for; `adaptive` is both means."""
 
 PUSH = 1.0
 """Coefficient for an entropy that is off by the base model's whole entropy."""
@@ -28,9 +34,18 @@ DECAY = 0.9
 """Of the sum, per draw inside: half is gone in 7."""
 
 
+def controlled(control: Control | Mapping[str, Control], means: Means, domains: Sequence[str]) -> tuple[str, ...]:
+    """Return the domains whose entropy is held by these means; under a mapping, one that it does not name is not held.
+
+    Example: `controlled({"math": "adaptive"}, "sampling", ("math", "code")) == ("math",)`
+    """
+    asked = control if isinstance(control, Mapping) else dict.fromkeys(domains, control)
+    return tuple(name for name in domains if asked.get(name, "none") in ("adaptive", means))
+
+
 @dataclass(kw_only=True, slots=True)
 class EntropyControl:
-    """The coefficients of all domains; the same on every rank, because what they are moved by is.
+    """The coefficients of the domains that are held so; the same on every rank, because what they are moved by is.
 
     Example: `EntropyControl(domains=("math",)).move("math", level=0.2, band=(0.4, 1.2), base=0.8)`
     """

@@ -52,7 +52,6 @@ class Plan:
             "predicted": self.predicted,
             "interval": {name: list(bounds) for name, bounds in self.interval.items()},
             "transfer": self.transfer,
-            "notes": list(self.notes),
         }
         if self.measured is not None:
             document["measured"] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from curricula.items import Half, on_half
 from curricula.records import Evaluation, Kind
-from curricula.transfer_format import check_matrix, read_row
+from curricula.transfer_format import check_matrix, read_document, read_row
 
 VERSION = 1
 
@@ -51,11 +51,7 @@ class TransferMatrix:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
         """Build from the document of DESIGN.md, section 6."""
-        allowed = {"version", "domains", "kinds", "rows", "items", "watch_only", "provenance"}
-        if not isinstance(document, Mapping) or not {"version", "domains", "kinds", "rows"} <= set(document):
-            raise ValueError("a transfer file is an object with version, domains, kinds and rows")
-        if unknown := set(document) - allowed:
-            raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(allowed)}")
+        document = read_document(document)
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only {VERSION}")
         items = document.get("items")
@@ -63,7 +59,7 @@ class TransferMatrix:
             domains=tuple(document["domains"]),
             kinds=dict(document["kinds"]),
             rows=tuple(read_row(row, where=f"row {n}") for n, row in enumerate(document["rows"])),
-            items=None if items is None else {name: tuple(ids) for name, ids in items.items()},
+            items=None if items is None else {name: tuple(map(str, ids)) for name, ids in items.items()},
             watch_only=tuple(document.get("watch_only", ())),
             provenance=dict(document.get("provenance", {})),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +11,54 @@ from curricula.records import Evaluation
 if TYPE_CHECKING:
     from curricula.transfer import TransferMatrix
 
-ROW_KEYS = {"trained", "step", "seed", "scores", "entropy", "exposure", "probe"}
+DOCUMENT = {
+    "version": int,
+    "domains": list,
+    "kinds": dict,
+    "rows": list,
+    "items": dict,
+    "watch_only": list,
+    "provenance": dict,
+}
+"""Keys of the file and what each holds; the first four are required."""
+
+ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool}
+"""Keys of a row, likewise."""
+
+WORDS = {int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def read_document(document: Any) -> dict[str, Any]:
+    """Return the file's object; an optional key that is null counts as absent. Raises ValueError for a wrong shape."""
+    found = _read_object(document, DOCUMENT, what="a transfer file", where="")
+    for name, ids in found.get("items", {}).items():
+        if not isinstance(ids, list) or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"items of {name!r} must be a list of ids, text or integers, got {_short(ids)}")
+    return found
 
 
 def read_row(row: Any, *, where: str) -> Evaluation:
     """Return one row of the file as an Evaluation. Raises ValueError that names the row for a wrong shape."""
-    if not isinstance(row, Mapping) or not {"trained", "step", "seed", "scores"} <= set(row):
-        raise ValueError(f"{where}: a row is an object with trained, step, seed and scores, got {_short(row)}")
-    if unknown := set(row) - ROW_KEYS:
-        raise ValueError(f"{where}: unknown keys {sorted(unknown)}; allowed: {sorted(ROW_KEYS)}")
-    if isinstance(row["trained"], str) or not isinstance(row["trained"], Sequence):
-        raise ValueError(f"{where}: trained is a list of domain names, got {row['trained']!r}")
-    for name, items in row["scores"].items():
-        if isinstance(items, str) or not isinstance(items, Sequence):
+    found = _read_object(row, ROW, what="a row", where=f"{where}: ")
+    for name, items in found["scores"].items():
+        if not isinstance(items, list):
             raise ValueError(f"{where}: scores of {name!r} must be a list, one score an item, got {_short(items)}")
-    return Evaluation.from_row(row)
+    return Evaluation.from_row(found)
+
+
+def _read_object(value: Any, shape: Mapping[str, type], *, what: str, where: str) -> dict[str, Any]:
+    """Return the keys that hold something. Raises ValueError unless the first four are there and all are of `shape`."""
+    required = list(shape)[:4]
+    found = {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else {}
+    if not set(required) <= set(found):
+        raise ValueError(f"{where}{what} is an object with {', '.join(required)}, got {_short(value)}")
+    if unknown := set(found) - set(shape):
+        raise ValueError(f"{where}unknown keys {sorted(unknown)}; allowed: {sorted(shape)}")
+    for key, kind in shape.items():
+        # true is an integer to Python, not to a reader of the file
+        if key in found and (not isinstance(found[key], kind) or (kind is int and isinstance(found[key], bool))):
+            raise ValueError(f"{where}{key} must be {WORDS[kind]}, got {_short(found[key])}")
+    return found
 
 
 def check_matrix(matrix: TransferMatrix) -> None:
@@ -41,7 +74,7 @@ def check_matrix(matrix: TransferMatrix) -> None:
 
 def _check_domains(matrix: TransferMatrix) -> None:
     names = matrix.domains
-    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
         raise ValueError(f"domains must be different, non-empty names, at least one, got {list(names)}")
     if set(matrix.kinds) != set(names):
         raise ValueError(f"kinds must name each domain once: domains {list(names)}, kinds {sorted(matrix.kinds)}")
@@ -64,7 +97,7 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
         )
     for key in ("step", "seed"):
         value = getattr(row, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or value < 0:
             raise ValueError(f"{where}: {key} must be an integer >= 0, got {value!r}")
     if set(row.scores) != set(matrix.domains):
         raise ValueError(f"{where}: scores must name each of {list(matrix.domains)} once, got {sorted(row.scores)}")
@@ -75,6 +108,9 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
         if not (_is_number(nats) and nats >= 0):
             raise ValueError(f"{where}, domain {name!r}: entropy must be finite and >= 0 nats, got {nats!r}")
     _check_known(row.exposure, matrix.domains, where=f"{where}: exposure")
+    for name, drawn in row.exposure.items():
+        if not isinstance(drawn, int) or drawn < 0:
+            raise ValueError(f"{where}, domain {name!r}: exposure counts prompts, an integer >= 0, got {drawn!r}")
 
 
 def _check_scores(items: Sequence[Any], *, where: str) -> None:
@@ -119,14 +155,14 @@ def _check_duplicates(rows: Sequence[Evaluation]) -> None:
 
 def _check_known(names: Any, known: Sequence[str], *, where: str) -> None:
     listed = list(names)
-    if len(set(listed)) != len(listed):
-        raise ValueError(f"{where}: {listed} names a domain twice")
     if unknown := [name for name in listed if name not in known]:
         raise ValueError(f"{where}: unknown domains {unknown}; known: {list(known)}")
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"{where}: {listed} names a domain twice")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # isfinite overflows on a long integer
 
 
 def _short(value: Any) -> str:

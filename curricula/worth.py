@@ -8,7 +8,8 @@ with each guardrail of i that broke.
 
     E_k = sum_i s_i D[k -> i] / max |D|
 
-D is the same posterior for entropies; s_i is how far i is below its band, over the band's edge, negative above it.
+D is the same posterior for entropies; s_i is how far i is below its band, over the band's edge, negative above it, and 0
+where nobody asked for i to be held.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class Worth:
     focus: float
     alarm: float
     band: tuple[float, float]
+    held: tuple[str, ...]
+    """Domains whose entropy counts in E."""
 
     def assess(self, evidence: Evidence, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state brought up to the last evaluation; its `value`, `value_sd` and `pull` are V, sd(V), E [K].
 
-        V is 0 and its deviation 0 before the first evaluation, E is 0 while every entropy is inside its band.
+        V is 0 and its deviation 0 before the first evaluation, E is 0 while every entropy that is held is inside its band.
         """
         seen, rows = state.get("seen", 0), evidence.evaluations
         if not rows:
@@ -87,6 +90,9 @@ class Worth:
     def _shortfall(self, rows: tuple[Evaluation, ...], measured: tuple[str, ...]) -> np.ndarray:
         found = []
         for name in measured:
+            if name not in self.held:
+                found.append(0.0)
+                continue
             low, high = (edge * rows[0].entropy[name] for edge in self.band)
             nats = rows[-1].entropy.get(name, (low + high) / 2)
             below = (low - nats) / low if low > 0 else 0.0

@@ -7,9 +7,11 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launch.arguments import parse
 
 if TYPE_CHECKING:
     from launch.config import Recipe
@@ -22,10 +24,12 @@ TRACEBACK = "POLYPHONY_TRACEBACK"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 1 for a failed check, 2 for bad input (one line on standard error)."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     set_environment()
     try:
-        return arguments.run(arguments) or 0
+        # last, so that it shadows nothing: where a user's graders are, and an installed command does not look
+        sys.path.append(str(Path.cwd()))
+        return VERBS[arguments.verb](arguments) or 0
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -40,17 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; overrides may stand after options too, where argparse by itself no longer looks for them."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
-    return arguments
-
-
 def set_environment() -> None:
     """Choose what the libraries read at import. Two OpenMP threads on a busy small machine are slower than one."""
     if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
@@ -58,6 +51,7 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
         for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
@@ -72,111 +66,6 @@ def _warning_line(message: Warning | str, category: type[Warning], *place: Any, 
 
 def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="polyphony", description="RL post-training of one language model over many domains."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    train = _verb(verbs, "train", _train, "train a recipe", "polyphony train recipe.yaml grpo.max_steps=200")
-    train.add_argument("recipe", nargs="?", help="the recipe, YAML")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
-    train.add_argument("--out", type=Path, help="run folder (default: runs/<name>)")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
-    train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
-
-    evaluate = _verb(
-        verbs,
-        "eval",
-        _eval,
-        "score a model on a recipe's held-out sets, or compare two on the same items",
-        "polyphony eval runs/a runs/b r.yaml",
-    )
-    evaluate.add_argument(
-        "names",
-        nargs="+",
-        metavar="MODEL [MODEL] [RECIPE] [key.path=value ..]",
-        help="one or two models (folder, run folder or hub name), the recipe (default: the run folder's), overrides",
-    )
-    evaluate.set_defaults(overrides=[])
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-
-    report = _verb(verbs, "report", _report, "write the HTML report of one or more runs", "polyphony report runs/demo")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
-    report.add_argument("--json", action="store_true", help="print the summary numbers instead")
-
-    dashboard = _verb(
-        verbs, "dashboard", _dashboard, "create or update a run's W&B dashboard", "polyphony dashboard runs/demo"
-    )
-    dashboard.add_argument("folder", type=Path, metavar="RUN")
-
-    probe = _verb(
-        verbs, "probe", _probe, "measure what training on each domain does to the others", "polyphony probe recipe.yaml"
-    )
-    probe.add_argument("recipe", help="the recipe, YAML; its section `probe` says how long and from where")
-    probe.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
-    probe.add_argument(
-        "--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished probe in it goes on"
-    )
-
-    screen = _verb(
-        verbs, "screen", _screen, "say which training prompts the model can learn from", "polyphony screen recipe.yaml"
-    )
-    screen.add_argument("recipe", help="the recipe, YAML; its section `pool` says what is too hard")
-    screen.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
-    screen.add_argument("--out", type=Path, help="folder (default: runs/<name>-screen); an unfinished one goes on")
-    screen.add_argument("--visits", type=int, default=12, help="most groups for a prompt that never succeeds")
-    screen.add_argument("--json", action="store_true", help="print one JSON object")
-
-    plan = _verb(
-        verbs, "plan", _plan, "say in which order to train, or to mix", "polyphony plan runs/x-probe/transfer.json"
-    )
-    plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
-    plan.add_argument("--replay", type=Path, metavar="RUN", help="replay a saved run's evidence instead")
-    plan.add_argument("--scheduler", help="with --replay: registry name or import path")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-
-    demo = _verb(verbs, "demo", _demo, "probe four small domains, train on them, open the books", "polyphony demo")
-    demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
-
-    doctor = _verb(
-        verbs, "doctor", _doctor, "say whether this machine can train, and what will be slow", "polyphony doctor"
-    )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-
-    launch = _verb(
-        verbs, "launch", _launch, "train on this machine's GPUs, on Slurm or on Ray", "polyphony launch slurm r.yaml"
-    )
-    launch.add_argument("where", choices=["local", "slurm", "ray"], help="the recipe's section `cluster` says how")
-    launch.add_argument("recipe", nargs="?", help="the recipe, YAML")
-    launch.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the recipe")
-    launch.add_argument("--out", type=Path, help="run folder (default: runs/<name>)")
-    launch.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
-    launch.add_argument("--dry-run", action="store_true", help="print exactly what will run, then stop")
-    launch.add_argument("--address", default="127.0.0.1:8265", help="ray: host:port of the cluster's dashboard")
-    launch.add_argument("--gpus-per-node", type=int, help="slurm: default as many as this machine has")
-    launch.add_argument("--machines", type=int, default=1, help="local: machines in the group")
-    launch.add_argument("--machine-rank", type=int, default=0, help="local: this machine's number, from 0")
-    launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")
-
-    score = _verb(
-        verbs, "score", _score, "run a reward over a file of completions", "polyphony score rows.jsonl --reward exact"
-    )
-    score.add_argument("rows", type=Path, help="JSONL with prompt, completion, answer and what else the reward reads")
-    score.add_argument("--reward", required=True, help="registry name, import path, or JSON {name: .., ..}")
-    score.add_argument("--json", action="store_true", help='print {"rewards": [..]}')
-    return parser
-
-
-def _verb(
-    verbs: argparse._SubParsersAction, name: str, run: Callable, text: str, example: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
@@ -195,10 +84,12 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from launch.build import check_names
     from launch.train import Interrupted, train
 
     recipe = _recipe_to_train(arguments)
     if arguments.dry_run:
+        check_names(recipe)
         print(recipe.as_yaml(), end="")
         return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
@@ -271,7 +162,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.replay:
         if not arguments.scheduler:
             raise RecipeError("--replay needs --scheduler NAME")
-        replay_run(arguments.replay, scheduler=arguments.scheduler, as_json=arguments.json)
+        replay_run(arguments.replay, scheduler=arguments.scheduler, transfer=arguments.transfer, as_json=arguments.json)
     elif arguments.transfer:
         plan(arguments.transfer, as_json=arguments.json)
     else:
@@ -303,7 +194,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.where == "slurm":
         return launch.slurm(run, gpus_per_node=arguments.gpus_per_node)
     if arguments.where == "ray":
-        return launch.ray(run, address=arguments.address)
+        return launch.ray(run, address=arguments.address, gpus_per_node=arguments.gpus_per_node)
     machine = Machine(rank=arguments.machine_rank, of=arguments.machines, main_address=arguments.main_address)
     return launch.local(run, machine)
 
@@ -312,6 +203,21 @@ def _score(arguments: argparse.Namespace) -> None:
     from launch.score import score
 
     score(arguments.rows, reward=arguments.reward, as_json=arguments.json)
+
+
+VERBS = {
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "dashboard": _dashboard,
+    "probe": _probe,
+    "screen": _screen,
+    "plan": _plan,
+    "demo": _demo,
+    "doctor": _doctor,
+    "launch": _launch,
+    "score": _score,
+}
 
 
 if __name__ == "__main__":

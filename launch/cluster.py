@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +17,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from launch.config import RecipeError
-from launch.local import RAY_GPUS
+from launch.local import RAY_GPUS, gpus_here, names_of_gpus
 
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
 POLL_S = 0.5
+ANSWER_S = 30.0
+"""How long what listens may take to answer; Ray's own commands need some seconds to start."""
+NEEDS_TOKEN = "it asks for its token: set RAY_AUTH_MODE=token, and put it in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+"""With an address Ray (2.60) looks for no token by itself."""
 
 
 def join(address: str | None, *, timeout_s: float) -> bool:
@@ -31,7 +37,10 @@ def join(address: str | None, *, timeout_s: float) -> bool:
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):
+        deadline = time.monotonic() + timeout_s
         wait_for_port(address, timeout_s=timeout_s)
+        if "://" not in address:
+            check_cluster(address, timeout_s=max(ANSWER_S, deadline - time.monotonic()))
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address == "local":
         quiet["include_dashboard"] = False
@@ -41,17 +50,19 @@ def join(address: str | None, *, timeout_s: float) -> bool:
         with _visible_to_ray(is_own=address == "local"):
             ray.init(address=address, **quiet)
     except (RuntimeError, ConnectionError, ValueError) as error:
-        raise RecipeError(f"Ray cluster {address!r}: {_reason(error)}") from error
+        raise RecipeError(f"Ray cluster {address!r}: {reason(str(error))}") from error
     return address == "local"
 
 
 @contextmanager
 def _visible_to_ray(*, is_own: bool) -> Iterator[None]:
-    """Leave the trainer ranks' GPUs out of a cluster that is started here; `polyphony launch local` says which."""
-    spare, before = os.environ.get(RAY_GPUS), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not is_own or spare is None:
+    """Leave the trainer ranks' GPUs, the first ones, out of a cluster that is started here."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not is_own or not (gpus := gpus_here()):
         yield
         return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = os.environ.get(RAY_GPUS, ",".join(names_of_gpus(gpus)[ranks:]))  # `polyphony launch local` says which
     os.environ["CUDA_VISIBLE_DEVICES"] = spare  # for the processes that ray.init starts; CUDA is up in this one
     try:
         yield
@@ -80,12 +91,31 @@ def wait_for_port(address: str, *, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _reason(error: BaseException) -> str:
-    """Shorten Ray's account of a version mismatch, which spans many lines, to what differs."""
-    text = " ".join(str(error).split())
-    if "Version mismatch" not in text:
-        return text
-    return f"{text[text.index('Version mismatch') :][:300]}; install the same Ray and Python on both sides"
+def check_cluster(address: str, *, timeout_s: float) -> None:
+    """Ask a cluster for its state. Raises RecipeError where it is silent, asks for a token, or runs another Ray.
+
+    Asked by a process of its own, which can be ended: Ray's client tries a silent address again and again.
+    """
+    words = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RecipeError(
+            f"Ray cluster {address!r}: what listens there did not answer as Ray's head within {timeout_s:g} s"
+        ) from error
+    if done.returncode:
+        raise RecipeError(f"Ray cluster {address!r}: {reason(done.stderr)}")
+
+
+def reason(said: str) -> str:
+    """Shorten Ray's account of a failure to a line that says what to do."""
+    if "AuthToken" in said:
+        return NEEDS_TOKEN
+    if "ersion mismatch" in said:
+        differs = " ".join(said[said.rindex("ersion mismatch") + len("ersion mismatch") :].split()).lstrip(": ")
+        return f"Version mismatch: {differs[:300]}; install the same Ray and Python on both sides"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
 
 
 def reserve(n_workers: int, *, cpus: float, gpus: int, timeout_s: float, is_own: bool) -> PlacementGroup:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from launch.grpo_fields import GRPO_FIELDS, OURS
+from launch.grpo_fields import GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from launch.sections.base import Section
 from launch.sections.course import (
     CheckpointSection,
@@ -100,12 +100,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
+    _check_engine(recipe)
     _check_entropy(recipe)
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
-    for name in recipe.guardrails:
-        if name not in recipe.domains:
-            raise RecipeError(f"unknown domain 'guardrails.{name}'; {_nearest(name, list(recipe.domains))}")
+    by_domain = {"guardrails": recipe.guardrails, "entropy.control": recipe.entropy.control}
+    for key, named in by_domain.items():
+        for name in named if isinstance(named, Mapping) else ():
+            if name not in recipe.domains:
+                raise RecipeError(f"unknown domain '{key}.{name}'; {_nearest(name, list(recipe.domains))}")
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -166,22 +169,41 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _check_grpo(grpo: Mapping[str, Any]) -> None:
-    for name in grpo:
+    for name, value in grpo.items():
         if name in OURS:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
-        if name not in GRPO_FIELDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+        if name not in GRPO_KINDS:
+            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_KINDS)}")
+        if needed := complaint(name, value):
+            raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
         raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
 
 
+def _check_engine(recipe: Recipe) -> None:
+    """Refuse keys of TRL's own engines that none of ours would hear, and the other way round."""
+    engine, grpo = recipe.rollouts.engine, recipe.grpo
+    if grpo.get("use_vllm") and engine == "ray":
+        raise RecipeError("rollouts.engine ray and grpo.use_vllm=true exclude each other; leave out one")
+    if grpo.get("use_vllm") or engine == "transformers":
+        if recipe.rollouts.engine_args:
+            raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
+        return
+    heard = {"vllm_enable_sleep_mode"} if engine == "vllm" else set()
+    for name in sorted(grpo):
+        if name in TRL_ENGINE and name not in heard:
+            raise RecipeError(
+                f"grpo.{name} is not heard by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
+            )
+
+
 def _check_entropy(recipe: Recipe) -> None:
     """Refuse two controllers of the same thing, and a loss that would not hear ours."""
-    if recipe.entropy.control == "none":
+    if not recipe.entropy.held("coefficient", list(recipe.domains)):
         return
     for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
         if value := recipe.grpo.get(name):
-            raise RecipeError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other; leave out one")
+            raise RecipeError(f"entropy.control and grpo.{name}={value} exclude each other; leave out one")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

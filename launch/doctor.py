@@ -142,8 +142,8 @@ def sandbox() -> list[Finding]:
 
 def weight_sync() -> list[Finding]:
     """Start the lab's policy with its engine and see whether the engine follows the policy's weights."""
+    from launch.build import build_trainer
     from launch.config import load_recipe
-    from launch.train import build_trainer
 
     recipe = load_recipe(Path(__file__).parent / "recipes" / "debug.yaml")
     with tempfile.TemporaryDirectory() as scratch:

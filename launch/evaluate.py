@@ -76,7 +76,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 
     Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
     """
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     greedy = recipe.rollouts.engine != "transformers"
     settings = recipe.eval.model_copy(update={"greedy": greedy})
@@ -115,7 +115,9 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
         return {}
     add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     model.to(trainer.accelerator.device).eval()
-    return trainer.evaluator.distance_to(lambda prompts, ids: trainer.log_probabilities(prompts, ids, model=model))
+    return trainer.evaluator.distance_to(
+        lambda prompts, ids: trainer.forward.log_probabilities(prompts, ids, model=model)
+    )
 
 
 def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:

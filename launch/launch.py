@@ -65,11 +65,14 @@ def _check_slurm(run: Run) -> None:
             f"cluster.rollout_nodes={run.recipe.cluster.rollout_nodes} need rollouts.engine: ray, "
             f"got {run.recipe.rollouts.engine}"
         )
+    here.check_heads(run.recipe)
 
 
-def ray(run: Run, *, address: str) -> int:
+def ray(run: Run, *, address: str, gpus_per_node: int | None) -> int:
     """Run on the cluster whose dashboard is at `address`, and follow the job."""
-    command = jobs.plan(address if "://" in address else f"http://{address}", run.train_words)
+    gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
+    url = address if "://" in address else f"http://{address}"
+    command = jobs.plan(url, run.train_words, gpus=run.recipe.cluster.processes if gpus else 0)
     if run.is_dry:
         print(command)
         return 0

@@ -19,6 +19,8 @@ from launch.config import Recipe, RecipeError
 from launch.sections.rollouts import ClusterSection
 
 HERE = Path(__file__).resolve().parent
+REFUSED = 2
+"""Exit code of a command whose input cannot be worked with; it has said why in one line."""
 RAY_GPUS = "POLYPHONY_ROLLOUT_GPUS"
 """Environment variable: the GPUs of this machine that a Ray cluster started by the trainer may use."""
 
@@ -51,6 +53,12 @@ def gpus_here() -> int:
     return torch.cuda.device_count()
 
 
+def names_of_gpus(count: int) -> list[str]:
+    """Return the names by which CUDA_VISIBLE_DEVICES calls the GPUs that a process started here would see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
 def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: int) -> Command:
     """Return the command that trains on this machine. Raises RecipeError for more ranks or workers than GPUs."""
     cluster = recipe.cluster
@@ -58,7 +66,7 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
     words = [sys.executable, "-m", "launch.cli", "train", *train_words]
     environment = {} if gpus else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if recipe.rollouts.engine == "ray" and gpus and recipe.rollouts.address is None:
-        environment[RAY_GPUS] = ",".join(str(i) for i in range(cluster.processes, gpus))
+        environment[RAY_GPUS] = ",".join(names_of_gpus(gpus)[cluster.processes :])
     if not gpus and cluster.strategy == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"  # else every rank believes to be alone; DeepSpeed would go missing
     if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
@@ -85,18 +93,35 @@ def group_words(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list
 def check_room(recipe: Recipe, *, gpus: int) -> None:
     """Raise RecipeError where trainer ranks and the rollout workers beside them need more GPUs than there are."""
     cluster, rollouts = recipe.cluster, recipe.rollouts
+    check_heads(recipe)
     if not gpus:
         if cluster.strategy == "fsdp":
             raise RecipeError("cluster.strategy=fsdp needs GPUs: accelerate starts FSDP on none; use ddp or zero2 here")
         return  # a machine without GPUs shares its cores
     if cluster.processes > gpus:
         raise RecipeError(f"cluster.processes={cluster.processes}: this machine has {gpus} GPUs")
-    beside = rollouts.engine == "ray" and rollouts.address is None and not cluster.rollout_nodes
+    is_elsewhere = rollouts.address is not None or "RAY_ADDRESS" in os.environ or cluster.rollout_nodes
+    beside = rollouts.engine == "ray" and not is_elsewhere
     if beside and (needed := rollouts.workers * rollouts.tensor_parallel) > gpus - cluster.processes:
         raise RecipeError(
             f"rollouts.workers={rollouts.workers} x tensor_parallel={rollouts.tensor_parallel} need {needed} GPUs beside "
             f"cluster.processes={cluster.processes}; this machine has {gpus}"
         )
+
+
+def check_heads(recipe: Recipe) -> None:
+    """Raise RecipeError where the engine's ranks cannot share the model's attention heads evenly."""
+    parallel = recipe.rollouts.tensor_parallel
+    if parallel == 1:
+        return
+    from transformers import AutoConfig
+
+    try:
+        heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    if heads % parallel:
+        raise RecipeError(f"rollouts.tensor_parallel={parallel} does not divide the model's {heads} heads")
 
 
 def check_port(port: int, *, key: str) -> None:
@@ -133,6 +158,8 @@ def run(command: Command, *, run_folder: Path) -> int:
         leave_nothing(process.pid)
     if code and received:
         return 128 + received[-1]
+    if code == REFUSED:  # it has said what is wrong with the recipe, and left no folder
+        return code
     if code:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         say(f"polyphony launch: the trainer group ended ({died}); go on with --resume {run_folder}")

@@ -20,10 +20,11 @@ import numpy as np
 from curricula.pool import PromptPool
 from curricula.pool_file import POOL_FILE, save_pools
 from curricula.posterior import State
+from launch.build import build_trainer
 from launch.config import Recipe, RecipeError
 from launch.practice import own_pool
 from launch.sections.update import PoolSection
-from launch.train import RECIPE_FILE, build_trainer, claim_folder, say
+from launch.train import RECIPE_FILE, claim_folder, say
 
 if TYPE_CHECKING:
     from trainer.data import Prompt

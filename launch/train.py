@@ -9,19 +9,16 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.build import build_trainer, load_transfer
 from launch.config import Recipe, RecipeError, load_recipe
-from launch.practice import adopt_known, own_pool, pool_settings, update_settings
+from launch.practice import adopt_known, own_pool
 
 if TYPE_CHECKING:
-    from trl.trainer.grpo_config import GRPOConfig
-
-    from trainer.domains import DomainData
     from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import Engine, EngineFactory
+    from trainer.rollouts import Engine
     from trainer.run_folder import RunFolder
-    from trainer.slots import DrawPlan
     from trainer.stopping import StopOnSignal
 
 RECIPE_FILE = "recipe.yaml"
@@ -59,14 +56,16 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     folder = claim_folder(recipe, out, resume=resume) if is_first_rank() else out
     try:
         started = start(recipe, folder, engine=engine)
-    except RecipeError:
-        if not resume and is_first_rank():
+        trainer = started.trainer
+        trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+    except ValueError:  # what TRL and torch refuse comes to light when training begins
+        if not resume and is_first_rank() and not (folder / "metrics.jsonl").exists():
             give_up_folder(folder)
         raise
-    trainer = started.trainer
-    trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
     if started.stopper.stopped is not None:
         raise Interrupted(*started.stopper.stopped)
+    from trainer.final import save_final
+
     save_final(trainer, out / "final")
     if trainer.accelerator.is_main_process:
         from trainer.report import write_report
@@ -170,9 +169,30 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     )
     stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s, agree=trainer.largest)
     trainer.add_callback(stopper)
-    if not trainer.use_vllm:
-        say("rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own")
+    for what in _slow_or_lossy(trainer) if is_main else ():
+        say(what)
     return Started(trainer=trainer, checkpoint=checkpoint, stopper=stopper)
+
+
+def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
+    """Return what works, but not as well as it could."""
+    import torch
+
+    from trainer.seam import loses_small_steps
+
+    found = []
+    if not trainer.use_vllm:
+        found.append(
+            "rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own"
+        )
+    if loses_small_steps(trainer):
+        found.append(
+            f"the policy's weights are {trainer.model.dtype}, too coarse for steps of {trainer.args.learning_rate:g}: "
+            "set grpo.model_init_kwargs={dtype: float32}, or cluster.strategy zero2 or fsdp, or train an adapter"
+        )
+    if trainer.accelerator.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+        found.append(f"one of {gpus} GPUs trains: more with `polyphony launch local` and cluster.processes")
+    return found
 
 
 def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
@@ -186,185 +206,6 @@ def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
         folder.cut(checkpoint_step(whole[-1]) if whole else -1)
     trainer.accelerator.wait_for_everyone()
     return (whole_checkpoints(folder.checkpoints) or [None])[-1]
-
-
-def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
-    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
-    import warnings
-
-    from trainer.slots import plan_draws
-
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
-    args = grpo_config(recipe, output)
-    scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
-    data = load_data(recipe, args)
-    check_boundaries(recipe, plan_draws(args, data.n_train))
-
-    from trainer.entropy import EntropySettings  # TRL brings vLLM along, some ten seconds: only once all rows are good
-    from trainer.evaluation import EvaluationSettings
-    from trainer.grpo import DomainGRPOTrainer
-
-    try:
-        return DomainGRPOTrainer(
-            recipe.model,
-            args,
-            domains=data,
-            curriculum=scheduler,
-            engine=engine or rollout_engine(recipe),
-            evaluation=EvaluationSettings(**recipe.eval.model_dump(exclude={"every"})),
-            entropy=EntropySettings(**recipe.entropy.model_dump()),
-            pool=pool,
-            update=update_settings(recipe),
-            max_grader_failures=recipe.rollouts.max_grader_failures,
-            max_skipped=recipe.faults.max_skipped,
-            processing_class=data.tokenizer,
-            peft_config=_peft_config(recipe),
-        )
-    except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
-
-
-def rollout_engine(recipe: Recipe) -> str | EngineFactory:
-    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for workers that cannot be."""
-    from transformers import AutoConfig
-
-    rollouts = recipe.rollouts
-    if rollouts.engine != "ray":
-        return rollouts.engine
-    heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
-    if heads % rollouts.tensor_parallel:
-        raise RecipeError(
-            f"rollouts.tensor_parallel={rollouts.tensor_parallel} does not divide the model's {heads} heads"
-        )
-    from functools import partial
-
-    from launch.ray_engine import RayEngine
-    from launch.workers import PoolSettings
-
-    fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
-    pool = PoolSettings(**{name: getattr(rollouts, name) for name in fields})
-    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness)
-
-
-def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
-    """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from trainer.domains import DomainData
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        config = AutoConfig.from_pretrained(recipe.model).get_text_config()
-    except (ValueError, OSError) as error:
-        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
-    try:
-        return DomainData.load(
-            domains_of(recipe),
-            tokenizer=tokenizer,
-            args=args,
-            context=getattr(config, "max_position_embeddings", None),
-            overlap=recipe.data.overlap,
-        )
-    except (ValueError, TypeError) as error:
-        raise RecipeError(str(error)) from error
-
-
-def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
-    """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
-    checkpoints = recipe.checkpoint.every or recipe.eval.every
-    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
-        if not plan.is_boundary(every):
-            span = plan.micro_batches_per_draw / plan.micro_batches_per_step
-            raise RecipeError(f"{name}={every} falls inside a draw; a draw spans {span:g} optimizer steps")
-
-
-def build_scheduler(recipe: Recipe) -> Any:
-    """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    from curricula import schedulers
-
-    settings = recipe.curriculum.settings
-    try:
-        takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
-        if "entropy_band" in takes:
-            settings.setdefault("entropy_band", recipe.entropy.band)
-        if "adaptive" in takes:  # `auto` hands these on
-            settings["adaptive"] = {"entropy_band": recipe.entropy.band, **settings.get("adaptive", {})}
-        if recipe.curriculum.transfer is not None and "transfer" in takes:
-            settings["transfer"] = load_transfer(recipe)
-        return schedulers.build_scheduler(recipe.curriculum.scheduler, **settings)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"curriculum: {error}") from error
-
-
-def load_transfer(recipe: Recipe) -> Any:
-    """Return the probe's transfer matrix that the recipe names."""
-    from curricula.transfer import TransferMatrix
-
-    path = Path(str(recipe.curriculum.transfer))
-    if not path.is_file():
-        raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
-    try:
-        return TransferMatrix.load(path)
-    except ValueError as error:
-        raise RecipeError(f"curriculum.transfer: {error}") from error
-
-
-def _peft_config(recipe: Recipe) -> Any:
-    if recipe.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = recipe.lora
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
-
-
-def domains_of(recipe: Recipe) -> list[Any]:
-    """Return the recipe's domains as records."""
-    from curricula.records import Domain
-
-    return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
-
-
-def grpo_config(recipe: Recipe, output: Path) -> Any:
-    """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
-    import torch
-    from trl.trainer.grpo_config import GRPOConfig
-
-    ours: dict[str, Any] = {
-        "output_dir": str(output),
-        "save_strategy": "steps",
-        "save_steps": recipe.checkpoint.every or recipe.eval.every,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "logging_steps": 1,
-    }
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and not torch.cuda.is_available():
-        ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
-    try:
-        config = GRPOConfig(**{**ours, **recipe.grpo})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"grpo: {error}") from error
-    if config.world_size != started:
-        raise RecipeError(
-            f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "
-            "or set ACCELERATE_USE_CPU=true where there is no GPU"
-        )
-    return config
-
-
-def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
-    """Save the policy as an ordinary Hugging Face folder, adapters merged; collective over ranks."""
-    from peft import PeftModel
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        if trainer.accelerator.is_main_process:
-            model.merge_and_unload().save_pretrained(out)
-    else:
-        trainer.save_model(str(out))
-    if trainer.accelerator.is_main_process:
-        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
 
 
 def say(text: str) -> None:

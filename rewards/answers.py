@@ -19,8 +19,19 @@ READ_CHARS = 100_000
 ECHO_CHARS = 12
 """A shorter prompt line may well be an answer ("Paris") and is never taken for an echo."""
 
-_MARKER = re.compile(r"(?:\banswer[ \t]{0,4}(?:is|:|=)|####(?=[ \t]{0,4}[-$\d(\\]))[ \t:=]{0,8}([^\n]+)", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
+ANSWER_WORDS = r"\b(?:answer|(?:correct|right) (?:option|choice))\*{0,2}[ \t]{0,4}(?:is|:|=)"
+"""How an answer is announced in words; to be matched in any case."""
+
+_MARKER = re.compile(
+    rf"(?:{ANSWER_WORDS}|####(?=[ \t]{{0,4}}[-$\d(\\]))[\s:=*]{{0,8}}(?:(?:\\\[|\$\$)\s{{0,4}}\n)?", re.IGNORECASE
+)
+_EXPLANATION = re.compile(r"[,;]?\s+\(?(?:because|since)\s|(?<=[\d$})])\.\s+(?=[A-Z])")
+_POWER = r"\^(?:-?\d+|\{-?\d+\})"
+_NUMBER = re.compile(  # a minus between two numbers is a range; the exponent of 10^8 is no number of its own
+    r"(?:(?<![\w)\]}])-)?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
+    rf"(?:[eE][-+]?\d+)?(?:{_POWER})?(?: ?(?:\\times|\\cdot|\u00d7|\*) ?10{_POWER})?(?: ?\\?%)?"
+)
+_FONT = re.compile(r"\\(?:text|math|m)(?:bf|it|rm|box)?\{([^{}]*)\}")
 _BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
 _BETWEEN_BOXES = re.compile(r"[\s$,;.&\\]{0,12}(?:(?:and|or|\\text\{ ?(?:and|or) ?\})[\s$,;\\]{0,12})?")
 
@@ -55,9 +66,9 @@ def final_answer(
     return None
 
 
-def last_line(text: str) -> str:
-    """Return the last line with something on it; empty for an empty text."""
-    return text.rstrip().rpartition("\n")[2].strip()
+def unlatexed(text: str) -> str:
+    """Return an answer in words without LaTeX's commands for fonts: `\\text{Paris}` is Paris."""
+    return _FONT.sub(r"\1", text)
 
 
 def _prompt_texts(prompt: Any) -> list[str]:
@@ -68,9 +79,9 @@ def _prompt_texts(prompt: Any) -> list[str]:
 
 
 def _bare(answer: str) -> str:
-    """Drop what surrounds an answer without being part of it: white space, bold marks, a closing full stop."""
-    answer = answer.strip().strip("*").strip()
-    return answer[:-1].rstrip() if answer.endswith(".") else answer
+    """Drop what surrounds an answer without being part of it: white space, Markdown's marks, a closing full stop."""
+    answer = answer.strip().strip("*`").strip()
+    return answer[:-1].rstrip("*` ") if answer.endswith(".") else answer
 
 
 def _tag(text: str, _prompt: Any) -> str | None:
@@ -107,15 +118,19 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def _marker(text: str, _prompt: Any) -> str | None:
-    found = _MARKER.findall(text)
-    return found[-1] if found else None
+    """Return what follows the last marker on its line, or on the next line with something on it, without its reason."""
+    found = None
+    for marker in _MARKER.finditer(text):
+        if text[marker.end() : marker.end() + 1].strip():
+            found = marker
+    return _EXPLANATION.split(text[found.end() :].partition("\n")[0], maxsplit=1)[0] if found else None
 
 
 def _number(text: str, prompt: Any) -> str | None:
     for line in "\n".join(_prompt_texts(prompt)).splitlines():
         if len(line.strip()) >= ECHO_CHARS:
             text = text.replace(line.strip(), "\n")
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.replace("\u2212", "-"))
     return numbers[-1] if numbers else None
 
 

@@ -10,20 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rewards.answers import answer_region
+from rewards.answers import answer_region, final_answer
 from rewards.sandbox import Limits, Program, SandboxError, isolation
 from rewards.text import fenced_blocks
 
 logger = logging.getLogger(__name__)
 
-_PYTHON = ("", "python", "python3", "py")
+_PYTHON = ("python", "python3", "py")
 
 
 def program_of(completion: Any) -> str:
-    """Return the last fenced Python block of a completion, up to its end where cut off; without one, all of it."""
+    """Return the last fenced block of a completion that says it is Python, else the last that says nothing.
+
+    A block that is cut off reaches to the end. Without any, the program is the `<answer>`, or the whole completion.
+    """
     text = answer_region(completion)
-    blocks = [block for language, block in fenced_blocks(text) if language in _PYTHON]
-    return blocks[-1] if blocks else text
+    blocks = fenced_blocks(text)
+    named = [block for language, block in blocks if language in _PYTHON]
+    unnamed = [block for language, block in blocks if not language]
+    return (named or unnamed or [final_answer(text, sources=["tag"]) or text])[-1]
 
 
 def same_output(printed: str, expected: str) -> bool:
@@ -38,7 +43,8 @@ class Code:
     """1.0 where the program passes everything, else 0.0; None where the sandbox failed or the tests test nothing.
 
     A row has `tests`, a list (or its JSON) of `{"input", "output"}` for a program that reads stdin and prints, or
-    `test_code`, assertions about what the program defines. A program must end with status 0 for its output to count.
+    `test_code`, assertions about what the program defines, returns and raises (what it prints they do not see; see
+    `rewards/jail/remote.py`). A program must end with status 0 for its output to count.
     """
 
     is_slow: ClassVar[bool] = True
@@ -85,7 +91,7 @@ class Code:
                 logger.warning("code: %s attempt in the sandbox failed: %s", attempt, error)
                 continue
             if total == 0:
-                logger.warning("code: these tests are no Python or check nothing: %.200r", checks)
+                logger.warning("code: these tests are no Python, check nothing or can not be run: %.200r", checks)
                 return None
             return passed / total if self.partial_credit else float(passed == total)
         return None

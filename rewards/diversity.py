@@ -140,12 +140,6 @@ class Diversity:
         ]
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Return unique over all n-grams of words of a prompt's samples; NaN where they have none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
 def unique_correct(texts: Sequence[str], rewards: Sequence[float | None], partitioner: Any = "answer_signature") -> int:
     """Return how many classes the samples of a prompt with the full reward of 1 fall into."""
     correct = [text for text, reward in zip(texts, rewards, strict=True) if reward is not None and reward >= 1.0]

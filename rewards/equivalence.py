@@ -16,7 +16,7 @@ def equivalent(job: dict[str, str]) -> bool | None:
     reference = _read(job["reference"])
     if all(isinstance(reading, str) for reading in reference):
         return None
-    return bool(verify(reference, _read(job["answer"]), timeout_seconds=None))
+    return bool(verify(reference, _read(job["answer"]), timeout_seconds=None, allow_set_relation_comp=True))
 
 
 def _read(expression: str) -> list:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rewards.answers import ANSWER_WORDS
 from rewards.registry import Reward
 from rewards.text import fenced_blocks
 
@@ -19,7 +20,7 @@ _STYLES = {
     "tool call": re.compile(r"<tool_call>"),
     "think and answer": re.compile(r"</think>|<answer>"),
     "boxed": re.compile(r"\\boxed ?\{"),
-    "marked answer": re.compile(r"\banswer[ \t]{0,4}(?:is|:|=)|####", re.IGNORECASE),
+    "marked answer": re.compile(f"{ANSWER_WORDS}|####", re.IGNORECASE),
     "json": re.compile(r"\A\s*[\[{].*[\]}]\s*\Z", re.DOTALL),
     "list": re.compile(r"(?:^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S.*\n?){2}", re.MULTILINE),
     "latex": re.compile(r"\\(?:frac|sqrt|begin|cdot|times)\b|\$[^$\n]+\$"),

@@ -22,6 +22,8 @@ MAX_CHARS = 100_000
 """Longer texts hold no call that anybody meant."""
 MAX_DEPTH = 50
 
+_JSON_START, _CALL_START = re.compile(r"\{|\[\s*[\[{]"), re.compile(r"\[?\s*[\w.]+\(")
+"""How a text begins that is nothing but calls; `f(x) = 2x is a function.` does not end like one."""
 _REFERENCE = re.compile(r"\$([\w]+)((?:\.\w+)*)\$")
 
 
@@ -99,24 +101,44 @@ def calls_of(completion: Any) -> list[dict[str, Any]]:
     blocks = [block for _, opened, block in tagged if opened]
     if blocks := blocks or [block for _, block in fenced_blocks(text)[-1:]]:
         return [call for block in blocks for call in _read(block)]
-    return _read(text) if text[:1] in ("[", "{") or re.match(r"[\w.]+\(", text) else []
+    return _read(text) if _JSON_START.match(text) or (_CALL_START.match(text) and text[-1] in ")];") else []
 
 
 def _read(text: str) -> list[dict[str, Any]]:
-    text = text.strip()
+    """Return the calls of a text that is nothing but calls: a list, or one after the other."""
     try:
-        value = json.loads(text)
+        values = _read_json(text)
     except json.JSONDecodeError:
-        value = _read_python(text)
-    return [_unwrapped(call) for call in (value if isinstance(value, list) else [value])]
+        values = _read_python(text.strip())
+    return [_unwrapped(call) for value in values for call in (value if isinstance(value, list) else [value])]
+
+
+def _read_json(text: str) -> list[Any]:
+    values, position = [], 0
+    while rest := text[position:].strip():
+        value, end = _DECODER.raw_decode(rest)
+        values.append(value)
+        position = len(text.rstrip()) - len(rest) + end
+    return values
+
+
+def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_only_once)
 
 
 def _read_python(text: str) -> list[Any]:
     try:
-        tree = ast.parse(text, mode="eval").body
+        statements = ast.parse(text).body
     except (SyntaxError, MemoryError) as error:
         raise ValueError(f"neither JSON nor a Python call: {error}") from None
-    return [_python_value(node, 0) for node in (tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree])]
+    if not all(isinstance(statement, ast.Expr) for statement in statements):
+        raise ValueError("neither JSON nor Python calls")
+    return [_python_value(statement.value, 0) for statement in statements if isinstance(statement, ast.Expr)]
 
 
 def _python_value(node: ast.AST, depth: int) -> Any:
@@ -131,7 +153,8 @@ def _python_value(node: ast.AST, depth: int) -> Any:
         return [_python_value(item, depth + 1) for item in node.elts]
     if isinstance(node, ast.Dict):
         keys = [_python_value(key, depth + 1) for key in node.keys if key is not None]
-        return dict(zip(map(str, keys), [_python_value(value, depth + 1) for value in node.values], strict=True))
+        values = [_python_value(value, depth + 1) for value in node.values]
+        return _only_once(list(zip(map(str, keys), values, strict=True)))
     return ast.literal_eval(node)
 
 

@@ -17,14 +17,30 @@ logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"([-+]?)(?:((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?:/(\d+))?|\\[dt]?frac\{(\d+)\}\{(\d+)\})")
 _TUPLE = re.compile(r"([(\[])([^()\[\]{}]+)([)\]])")
-_UNIT = re.compile(r"(?: ?\\text\{[^{}\d]*\}| ?°[CF]?|(?: [A-Za-z]{3,})+)?")
+_UNIT = re.compile(r"(?:(?: ?\\text\{[^{}\d]*\}| (?:[ckm]?m|in|ft))(?:\^\{?[23]\}?)?| ?°[CF]?|(?: [A-Za-z]{3,})+)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CHANGES_THE_NUMBER = re.compile(
-    r"\b(?:dozen|hundred|thousand|[mbtr]+illion|squared|cubed|minus|plus|times|over|factorial|percent|and|sin|cos|tan|log|exp)"
-    r"\b",
+    r"(?<!\\)\b(?:dozen|hundred|thousand|[mbtr]+illion|squared|cubed|minus|plus|times|over|factorial|sin|cos|tan|log|exp)\b",
     re.IGNORECASE,
 )
-_DRESSING = re.compile(r"\\[!,;: ]|\\?\$|\\(?:left|right)(?![A-Za-z])|(?<=\d)\{,\}(?=\d)")
+_BASE = re.compile(r"\d_\{?(\d+)\}?$")
+_UNICODE = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\u00b2": "^2", "\u00b3": "^3", "\u221e": r"\infty ", "\u00d7": r"\times "}
+)
+_REWRITTEN = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # what only sets it, but for the `\\` that ends a row
+        (r"(?<!\\)\\(?:[!,;: ()\[\]]|(?:left|right)(?![A-Za-z]))|\\?\$|(?<=\d)\{,\}(?=\d)", ""),
+        (r"\u221a ?(\w+|\([^()]*\))", r"\\sqrt{\1}"),
+        (r"\*\*", "^"),
+        (r"(?<=\d)[eE]\+?(-?\d+)\b", r" \\times 10^{\1}"),
+        (r"(?<=\d) (\d+)/(\d+)", r"\\frac{\1}{\2}"),  # a mixed number
+        (r" ?(?:\\text\{ ?percent\}|\bpercent\b)", r"\\%"),
+        (r"\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*", ", "),
+        (r"\\varnothing\b", r"\\emptyset"),
+    )
+]
 _WORDS = re.compile(r"\\text\{([A-Za-z ,.'-]+)\}|([A-Za-z'-]{4,}|[A-Za-z'-]+(?: [A-Za-z'-]+)+)")
 
 
@@ -92,6 +108,9 @@ def equal_at_sight(given: str, reference: str) -> bool | None:
         return True
     if _CHANGES_THE_NUMBER.findall(ours) != _CHANGES_THE_NUMBER.findall(theirs):
         return False  # math-verify drops words: 4 million would equal 4
+    bases = [found[1] for side in (ours, theirs) if (found := _BASE.search(side))]
+    if len(set(bases)) > 1:
+        return False  # it drops the base of 1010_2 too
     number, expected = _numbers(ours), _numbers(theirs)
     if number and expected and (number == expected or "." not in ours + theirs):
         return number == expected
@@ -101,8 +120,11 @@ def equal_at_sight(given: str, reference: str) -> bool | None:
 
 
 def undressed(text: str) -> str:
-    """Return the expression without what only sets it: spacing commands, dollar signs, `\\left`, typographic minus."""
-    return _DRESSING.sub("", text.replace("\u2212", "-")).strip()
+    """Return the expression in the one spelling that math-verify reads, without spacing commands, `$` and `\\left`."""
+    text = text.translate(_UNICODE)
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -7,25 +7,21 @@ Nothing is written to disk. A program never meets what it is expected to print, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from rewards.jail import confine
+from rewards.jailer import Jailer, shared_jailer
 from rewards.pipes import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
-_JAIL = Path(__file__).parent / "jail"
 _GRACE_S = 10.0
 """What the jail's own work may take on a busy host before its parent stops waiting for it."""
 
@@ -74,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """How many of the tests' checks hold. `total` 0: the tests themselves are no Python, or check nothing."""
+    """How many of the tests' checks hold. `total` 0: the tests are no Python, check nothing, or can not be run here."""
 
     passed: int
     total: int
@@ -95,25 +91,19 @@ class Program:
         self._packages = sysconfig.get_path("purelib") if site_packages else ""
 
     def __enter__(self) -> Program:
-        self._warden = subprocess.Popen(
-            self._command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(),
-            cwd="/",
-            start_new_session=True,
-        )
+        alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
+        self._own_jailer = Jailer(in_bubblewrap=True, packages=self._packages) if alone else None
+        settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
+        settings += [f"level={self._level}", f"packages={self._packages}"]
+        self._requests, self._replies = (self._own_jailer or shared_jailer()).jail("\n".join(settings))
         self._send("program", self._source)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._warden.stdin and self._warden.stdout
-        os.killpg(self._warden.pid, 9)  # idle by now, or stuck
-        self._warden.wait()
-        self._warden.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self._warden.stdin.close()
+        os.close(self._requests)  # at which the warden ends
+        os.close(self._replies)
+        if self._own_jailer:
+            self._own_jailer.close()
 
     def run(self, stdin: str) -> Run:
         """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
@@ -138,27 +128,20 @@ class Program:
         passed, total = (0, 1) if ended == "timeout" else map(int, count.split())
         return Verdict(passed=passed, total=total)
 
-    def _command(self) -> list[str]:
-        settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
-        settings += [f"level={self._level}", f"packages={self._packages}"]
-        command = [sys.executable, "-s", "-P", "-S", str(_JAIL / "__main__.py"), *settings]
-        return _bubblewrap(self._packages) + command if self._level == "bubblewrap" else command
-
     def _send(self, word: str, content: bytes) -> None:
-        assert self._warden.stdin
+        unsent = memoryview(b"%s %d\n%s" % (word.encode(), len(content), content))
         try:
-            self._warden.stdin.write(b"%s %d\n%s" % (word.encode(), len(content), content))
-            self._warden.stdin.flush()
+            while unsent:
+                unsent = unsent[os.write(self._requests, unsent) :]
         except BrokenPipeError:
             raise SandboxError("the jail ended before it was asked") from None
 
     def _receive(self) -> tuple[str, bytes]:
-        assert self._warden.stdout
-        fd, data, deadline = self._warden.stdout.fileno(), b"", time.monotonic() + self._limits.wall_s + _GRACE_S
+        data, deadline = b"", time.monotonic() + self._limits.wall_s + _GRACE_S
         while b"\n" not in data or len(data) < data.index(b"\n") + 1 + int(data.split(None, 2)[1]):
-            if not is_readable_by(fd, deadline):
+            if not is_readable_by(self._replies, deadline):
                 raise SandboxError("the jail did not answer")
-            chunk = os.read(fd, 1 << 16)
+            chunk = os.read(self._replies, 1 << 16)
             if not chunk:
                 raise SandboxError("the jail ended before it answered")
             data += chunk
@@ -196,24 +179,3 @@ def _describe(level: Level) -> Isolation:
         processes="sees the host's, can signal none, starts none (seccomp)",
         files=f"can read {hidden}; can write none",
     )
-
-
-def _environment() -> dict[str, str]:
-    """Return all that a program sees of the environment: nothing of the caller's, and the same hash seed every time."""
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads}
-
-
-def _bubblewrap(packages: str) -> list[str]:
-    found = shutil.which("bwrap") or "bwrap"
-    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
-    command += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
-    readable = ["/usr", sys.base_prefix, sys.prefix, str(_JAIL), *([packages] if packages else [])]
-    for path in dict.fromkeys(readable):
-        command += ["--ro-bind", path, path]
-    for link in ("/lib", "/lib64", "/bin"):
-        if Path(link).is_symlink():
-            command += ["--symlink", str(Path(link).readlink()), link]
-        elif Path(link).exists():
-            command += ["--ro-bind", link, link]
-    return [*command, "--"]

@@ -9,22 +9,33 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewards.answers import answer_region, final_answer
+from rewards.answers import answer_region, final_answer, unlatexed
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
+_GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SAYS_SOMETHING = re.compile(  # 3.14 is not 314, -5 not 5, 1/2 not 12, C++ not C
+    r"(?<=\d)[.,:/^-](?=\d)|(?<![\w)])[-+]?\.?(?=\d)|(?<=[a-z])[+#]+(?![a-z\d])|(?<=\w)[=<>+*](?=\w)"
+)
 
 
 def normalise(text: str) -> str:
     """Return the text in lower case without punctuation, articles, invisible characters and extra white space.
 
-    The normalisation of SQuAD (arXiv:1606.05250) after Unicode's NFKC; letters that only look alike stay different.
-    What would vanish altogether ("A", "+") keeps what the last harmless step left of it.
+    The normalisation of SQuAD (arXiv:1606.05250) after Unicode's NFKC, but for signs that make another number or name;
+    letters that only look alike stay different. What would vanish altogether ("A", "+") keeps what the last harmless
+    step left of it.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
     folded = " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
-    plain = " ".join(folded.translate(_PUNCTUATION).split())
+    folded = _GROUPED.sub("", folded)
+    kept = {place for found in _SAYS_SOMETHING.finditer(folded) for place in range(*found.span())}
+    plain = " ".join("".join(c for i, c in enumerate(folded) if i in kept or not _is_punctuation(c)).split())
     return " ".join(_ARTICLES.sub(" ", plain).split()) or plain or folded
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -56,7 +67,7 @@ class ShortAnswer:
 
     def _score(self, prompt: Any, completion: Any, references: list[str]) -> float:
         found = final_answer(completion, prompt)
-        given = normalise(answer_region(completion, prompt) if found is None else found)
+        given = normalise(unlatexed(answer_region(completion, prompt) if found is None else found))
         if not given:
             return 0.0
         if self.match == "exact":

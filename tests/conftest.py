@@ -33,8 +33,8 @@ def debug_recipe():
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     """One in-process vLLM over the lab's policy; trainers attach to it one after the other."""
+    from launch.build import build_trainer
     from launch.config import load_recipe
-    from launch.train import build_trainer
 
     recipe = load_recipe(RECIPES / "debug.yaml")
     return build_trainer(recipe, tmp_path_factory.mktemp("engine")).engine

@@ -6,11 +6,14 @@ Started by accelerate, or alone: `python -m tests.ranks FOLDER key.path=value ..
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from launch.cli import set_environment
 from launch.config import load_recipe
@@ -30,14 +33,14 @@ LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 def main(folder: Path, overrides: list[str]) -> None:
     """Train twice over one engine; write `rank-<n>.json`."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     seen: dict[str, Any] = {}
     engine = None
     for kind, more in (("full", []), ("lora", [LORA, "grpo.learning_rate=1e-2"])):
         recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *more])
         trainer = build_trainer(recipe, folder / kind, engine=engine)
-        seen[kind] = trained(trainer)
+        seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, folder / kind / "final")}
         engine = trainer.engine
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     engine.close()
@@ -72,6 +75,18 @@ def parameters(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in trainer.engine._iter_named_params()}
 
 
+def unlike_saved(trainer: Any, final: Path) -> list[str]:
+    """Save the policy as a run does at its end; return the parameters that the file does not hold bit for bit."""
+    from safetensors.torch import load_file
+
+    from trainer.final import save_final
+
+    save_final(trainer, final)
+    trainer.accelerator.wait_for_everyone()
+    saved, ours = load_file(final / "model.safetensors"), parameters(trainer)
+    return [name for name in ours if name not in saved or not torch.equal(saved[name], ours[name])]
+
+
 def differing(trainer: Any) -> list[str]:
     """Return the names of engine parameters that are not bit for bit the policy's."""
     ours = parameters(trainer)
@@ -91,6 +106,20 @@ def differing(trainer: Any) -> list[str]:
     return found
 
 
+def let_fsdp_start_on_cpus() -> None:
+    """Call ranks over gloo what accelerate (1.15, `AcceleratorState`) calls GPUs: it gives FSDP to no others."""
+    as_it_is = PartialState.__init__
+
+    def init(self: PartialState, *arguments: Any, **named: Any) -> None:
+        as_it_is(self, *arguments, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
 if __name__ == "__main__":
     set_environment()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        let_fsdp_start_on_cpus()
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Bring up, or take down, a Slurm of one node on this machine, from Debian's slurm-wlm and munge; all state in one folder.
-#   tests/slurm_node.sh up FOLDER     tests/slurm_node.sh down FOLDER
-# Needs root, and the packages (apt-get install slurm-wlm munge). Clients find it by SLURM_CONF=FOLDER/slurm.conf.
+#   tests/slurm_node.sh install     tests/slurm_node.sh up FOLDER     tests/slurm_node.sh down FOLDER
+# Needs root. Clients find it by SLURM_CONF=FOLDER/slurm.conf.
 set -euo pipefail
-action=$1 folder=$2
+action=$1 folder=${2:-}
+
+install() {
+    export DEBIAN_FRONTEND=noninteractive
+    local packages=(apt-get install --yes --no-install-recommends slurm-wlm munge)
+    "${packages[@]}" || { apt-get update && "${packages[@]}"; }
+}
 
 up() {
     mkdir -p "$folder"/{state,spool,munge}

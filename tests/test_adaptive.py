@@ -121,9 +121,9 @@ def test_when_an_entropy_is_below_its_band_what_raises_it_is_practised():
     # training on b raises a's entropy by .4 nats, training on a lowers it by .4
     matrix = probes(OWN, entropies=[[-0.4, 0, 0], [0.4, 0, 0], [0, 0, 0]])
 
-    def shares(nats):
+    def shares(nats, held=("a",)):
         rows = [row(0, (0.5,) * 4, trained=(), entropy=(1.0, 1.0, 1.0)), row(10, (0.5,) * 4, entropy=(nats, 1.0, 1.0))]
-        return mean_mixture(Adaptive(transfer=matrix), evaluations=rows)
+        return mean_mixture(Adaptive(transfer=matrix, entropy_control=held), evaluations=rows)
 
     calm, decision = shares(0.8)
     assert calm == pytest.approx([1 / 3] * 3, abs=0.04) and "entropy x1.00" in decision.reason
@@ -131,6 +131,9 @@ def test_when_an_entropy_is_below_its_band_what_raises_it_is_practised():
     assert collapsed[1] > 1.15 * collapsed[2] > 1.15 * 1.15 * collapsed[0]
     exploded, _ = shares(2.0)
     assert exploded[0] > exploded[2] > exploded[1]
+    for others in ((), ("b", "c")):  # nobody asked for a to be held
+        free, decision = shares(0.1, others)
+        assert free == pytest.approx(calm) and decision.reason.count("entropy x1.00") == 3
 
 
 def test_without_probes_the_run_itself_shows_who_harms_whom():

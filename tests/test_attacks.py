@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from rewards.registry import REGISTRY
+from rewards.sandbox import isolation
 from tests.test_code import DOUBLE, FAST
 from tests.test_judge import QUICK, Server, gullible
 from trainer.data import Prompt
@@ -258,6 +259,7 @@ def test_no_attack_talks_a_judge_into_anything():
 def _attack(table, grade):
     rows = {attack: row for attack, row in table.items() if not isinstance(row, str)}
     MARK.unlink(missing_ok=True)
+    isolation()  # the process that forks the jails waits for the next program
     before, files = ours(), set(Path(__file__).parent.iterdir())
     start = time.monotonic()
     rewards = dict(zip(rows, grade([text for text, _ in rows.values()]), strict=True))

@@ -17,6 +17,22 @@ ROWS = [
     ("B) Paris", 1.0),
     ("Paris", 1.0),
     ("<think>A? C?</think>It is in France.\nThe answer is (B).", 1.0),
+    ("`B`", 1.0),
+    ("B is correct.", 1.0),
+    (r"\boxed{\textbf{(B) } Paris}", 1.0),
+    ("The correct choice is B", 1.0),
+    ("The answer is Paris (B).", 1.0),
+    ("The answer is B, Paris.", 1.0),
+    ("The answer is B because A is smaller.", 1.0),
+    ("The answer is B. It lies in France.", 1.0),
+    ("The answer is A. No: the answer is B.", 1.0),
+    ("B\n\nBecause Paris lies in France.", 1.0),
+    ("A) Rome\nB) Paris", 0.0),
+    ("A\nB", 0.0),
+    ("Answer: A) Paris", 0.0),
+    ("The answer is A. or B", 0.0),
+    ("The answer is not B", 0.0),
+    ("B is wrong.", 0.0),
     ("", 0.0),
     ("A", 0.0),
     ("A or B", 0.0),
@@ -41,6 +57,11 @@ def test_multiple_choice_table(completion, reward):
 def test_an_echo_of_the_question_chooses_nothing():
     prompt = "Capital of France?\nA) Rome\nB) Paris\nAnswer: B) Paris is an example of the form."
     assert chosen_letter(prompt, ["Rome", "Paris"], prompt) is None
+
+
+def test_texts_that_differ_by_a_sign_are_different_choices():
+    assert [chosen_letter(text, ["-1", "1", "0.1"]) for text in ("-1", "1", "0.1")] == ["A", "B", "C"]
+    assert [chosen_letter(text, ["A cat", "dog"]) for text in ("A cat", "cat", "A dog")] == ["A", "A", "B"]
 
 
 def test_without_choices_only_letters_count():

@@ -35,6 +35,11 @@ IO_ROWS = [
     ("```python\nprint(2 * int(input()))\n```", 1.0),
     ("n = int(open(0).read())\nprint(n * 2)", 1.0),
     ("import sys\ndef main(): print(int(sys.stdin.readline()) * 2)\nif __name__ == '__main__': main()", 1.0),
+    ("```python\nprint(2 * int(input()))\n```\nExample:\n```\n2\n4\n```", 1.0),
+    ("1. So:\n   ```python\n   n = int(input())\n   if n:\n       print(2 * n)\n   ```\n2. Done.", 1.0),
+    ("<answer>print(2 * int(input()))</answer>", 1.0),
+    ("print(2 * int(input()))\nexit()", 1.0),
+    ("print(2 * int(input()))\nquit(1)", 0.0),
     ("", 0.0),
     ("print(4)", 0.0),
     ("print(2 * int(input())); 1 / 0", 0.0),
@@ -185,6 +190,44 @@ def test_partial_credit_is_the_share_that_holds():
 @pytest.mark.parametrize("tests", ["assert", "x = 1", "def helper(): assert False", "'only words'"])
 def test_tests_that_test_nothing_are_the_graders_failure(tests):
     assert grade([GOOD], test_code=tests) == [None]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert double(1) == 2\ntry:\n    double(None)\n    assert False\nexcept TypeError: pass",
+        "for x, y in [(1, 2), (2, 4)]:\n    assert double(x) == y",
+        "import contextlib\nwith contextlib.nullcontext():\n    assert double(1) == 2",
+        "if True:\n    assert double(1) == 2",
+        "assert double(0) == 0\nresult = double(1) + 0\nassert result == 2",
+    ],
+)
+def test_checks_inside_blocks_count(tests):
+    assert grade([GOOD, "def double(x): return 0"], test_code=tests) == [1.0, 0.0]
+
+
+def test_a_program_named_like_a_builtin_is_what_is_tested():
+    right, wrong = "def sum(a, b): return a * b", "def sum(a, b): return a + b"
+    assert grade([right, wrong], test_code="assert sum(2, 3) == 6") == [1.0, 0.0]
+    # but it does not shadow what the tests of another name are written with
+    shadows = "def double(x): return x\ndef all(x): return True"
+    assert grade([shadows], test_code="assert all([double(2) == 4])") == [0.0]
+    assert grade(["def all(x): return True"], test_code="assert all([double(2) == 4])") == [0.0]
+    starred = "from solution import *\nassert all([double(2) == 4])"
+    assert grade([shadows, GOOD + "\ndef all(x): return False"], test_code=starred) == [0.0, 1.0]
+
+
+def test_tests_that_can_not_be_asked_across_processes_are_the_graders_failure():
+    passes = "class P: pass\nassert f(P()) is None"
+    expects = "try:\n    f(object())\n    assert False\nexcept TypeError: pass"
+    assert grade(["def f(x): return None"], test_code=passes) == [None]
+    assert grade(["def f(x): return None"], test_code=expects) == [None]
+    # what the code under test does with a function of the tests is its own affair
+    assert grade(["def f(g): return g(list)"], test_code="assert f(lambda kind: object()) == 1") == [0.0]
+
+
+def test_a_statement_that_raises_is_a_check_that_fails_even_at_the_end():
+    assert grade(["def f(): return 1"], test_code="assert f() == 1\nlength = len(f())") == [0.0]
 
 
 def test_a_setup_line_that_fails_fails_what_follows():

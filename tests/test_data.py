@@ -53,6 +53,13 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"generator": "builtins:len", "wrong": 1}, "generator 'builtins:len'"),
         ({"file": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
         ({"path": "x.jsonl", "lmit": 1}, "expected `path`"),
+        ({"path": "x.jsonl", "split": "test"}, "split 'test' is for hf:// sources"),
+        ({"generator": 5}, "generator '5' cannot be imported"),
+        ({"generator": "math:sqrt", "x": 4}, "generator 'math:sqrt'"),
+        ({"generator": "time:time"}, "expected rows, a path, hf://org/name or a generator, got generator 'time:time'"),
+        (5, "expected rows, a path, hf://org/name or a generator, got int 5"),
+        ((row for row in ()), "got generator <generator"),
+        ("hf://", "expected hf://org/name, got 'hf://'"),
     ],
 )
 def test_a_source_of_unknown_form_is_an_error(source, message):
@@ -64,6 +71,11 @@ def test_the_id_of_a_row_is_its_content_and_nothing_else():
     row = {"prompt": "1+1=", "answer": "2"}
     assert content_id(row) == content_id({"answer": "2", "prompt": "1+1=", "level": 3})
     assert content_id(row) != content_id({"prompt": "1+1=", "answer": "3"})
+
+
+def test_a_message_that_only_calls_tools_needs_no_content():
+    calls = [{"role": "user", "content": "1"}, {"role": "assistant", "tool_calls": [{"type": "function"}]}]
+    assert len(table([{"prompt": calls}])) == 1
 
 
 def test_an_id_given_twice_is_an_error_that_names_both_rows():
@@ -100,6 +112,7 @@ def test_a_conversation_needs_a_chat_template():
         {"prompt": "1", "answer": "2"},
         {"prompt": "1", "ground_truth": "2"},
         {"prompt": "1", "data_source": "gsm8k", "reward_model": {"style": "rule", "ground_truth": "2"}},
+        {"prompt": "1", "answer": "2", "reward_model": "not verl's"},
     ],
 )
 def test_the_reference_is_found_under_the_names_in_use(row):
@@ -118,6 +131,10 @@ def test_other_columns_reach_the_reward_and_prompt_id_domain_do_not():
         ([], "no rows"),
         ([{"question": "1"}], r"row 1 has no `prompt`; its columns are \['question'\]"),
         ([{"prompt": ""}], "row 1 has an empty `prompt`"),
+        (["1"], "row 1: expected an object, got '1'"),
+        ([{"prompt": [{"content": "1"}]}], "row 1: a prompt is text or a list of messages with role and content, got "),
+        ([{"prompt": [{"role": "user", "content": None}]}], "row 1: a prompt is text or a list of messages"),
+        ([{"prompt": "1", "completions": ["2"]}], "row 1: column 'completions' needs another name"),
     ],
 )
 def test_bad_rows_are_errors_that_name_the_place(rows, message):

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from rewards.diversity import Diversity, distinct_n, unique_correct
+from rewards.diversity import Diversity, unique_correct
 
 
 class Given:
@@ -103,13 +103,6 @@ def test_metrics_keep_quality_and_fused_reward_apart():
 def test_it_travels_between_processes():
     diversity = pickle.loads(pickle.dumps(Diversity(partitioner={"name": "normalised"}, floor=0.2)))
     assert diversity([["A", "a"]], [[1.0, 1.0]], ["p"]).rewards == [[0.2, 0.2]]
-
-
-def test_distinct_n_by_hand():
-    # unigrams a b a b: 2 of 4; bigrams "a b" twice: 1 of 2
-    assert distinct_n(["a b", "a b"], 1) == 0.5
-    assert distinct_n(["a b", "a b"], 2) == 0.5
-    assert math.isnan(distinct_n(["a", ""], 2))
 
 
 def test_unique_correct_counts_classes_among_the_correct():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
@@ -52,6 +54,29 @@ def test_a_domain_without_a_limit_takes_that_of_the_run(load):
 def test_a_limit_above_that_of_the_run_is_an_error(load):
     with pytest.raises(ValueError, match=r"domain 'math': max_completion_length must be in 1\.\.8 .*, got 9"):
         load(domain(max_completion_length=9))
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 'a' + messages[0].content }}", "concatenate"),
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].name.upper() }}", "has no attribute 'name'"),
+    ],
+)
+def test_a_prompt_that_the_chat_template_refuses_is_named(load, tokenizer, template, why):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    parts = [{"role": "user", "content": [{"type": "text", "text": "3+3 ="}]}]
+    odd = Domain(
+        name="math",
+        kind="structured",
+        reward="exact",
+        train=[{"prompt": parts, "id": "odd"}],
+        heldout=HELDOUT,
+    )
+    with pytest.raises(ValueError, match=f"domain 'math': the chat template refuses prompt 'odd': .*{why}"):
+        load(odd, tokenizer=other, context=64)
 
 
 def test_prompts_go_through_the_chat_template_with_the_system_prompt(load, tokenizer):

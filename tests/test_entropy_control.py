@@ -6,6 +6,8 @@ import pytest
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
+from curricula.entropy_control import controlled
+from launch.build import build_scheduler
 from launch.config import RecipeError, load_recipe
 from tests.conftest import RECIPES
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
@@ -19,8 +21,8 @@ def args(tmp_path, **fields) -> GRPOConfig:
 
 @pytest.mark.parametrize("override", ["grpo.entropy_coef=0.01", "grpo.use_adaptive_entropy=true"])
 def test_two_controllers_of_entropy_are_refused_in_one_line(override):
-    with pytest.raises(RecipeError, match=r"entropy.control: adaptive and grpo\.\w+=\S+ exclude each other"):
-        load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", override])
+    with pytest.raises(RecipeError, match=r"entropy.control and grpo\.\w+=\S+ exclude each other"):
+        load_recipe(RECIPES / "debug.yaml", ["entropy.control={stories: coefficient}", override])
 
 
 def test_the_python_interface_refuses_them_too(tmp_path):
@@ -34,9 +36,57 @@ def test_a_band_without_the_base_model_is_a_recipe_error(band):
         load_recipe(RECIPES / "debug.yaml", [f"entropy.band={band}"])
 
 
-def test_trls_own_options_stay_with_control_off():
-    recipe = load_recipe(RECIPES / "debug.yaml", ["grpo.entropy_coef=0.01", "grpo.epsilon_high=0.28"])
-    assert recipe.entropy.control == "none" and recipe.grpo["entropy_coef"] == 0.01
+@pytest.mark.parametrize("control", ["none", "sampling"])
+def test_trls_own_options_stay_where_no_coefficient_was_asked_for(control):
+    overrides = [f"entropy.control={control}", "grpo.entropy_coef=0.01", "grpo.epsilon_high=0.28"]
+    assert load_recipe(RECIPES / "debug.yaml", overrides).grpo["entropy_coef"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        ("often", r"^entropy\.control: .*expected none, adaptive, coefficient or sampling"),
+        ("{stories: often}", r"^entropy\.control: .*expected none, adaptive, coefficient or sampling"),
+        ("{stores: adaptive}", r"^unknown domain 'entropy\.control\.stores'; did you mean 'stories'"),
+    ],
+)
+def test_a_control_that_does_not_exist_is_a_recipe_error(control, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPES / "debug.yaml", [f"entropy.control={control}"])
+
+
+@pytest.mark.parametrize(
+    ("control", "coefficients", "shares"),
+    [
+        ("none", (), ()),
+        ("adaptive", ("math", "stories"), ("math", "stories")),
+        ("coefficient", ("math", "stories"), ()),
+        ("sampling", (), ("math", "stories")),
+        ({"math": "adaptive", "stories": "sampling"}, ("math",), ("math", "stories")),
+        ({"stories": "coefficient"}, ("stories",), ()),
+    ],
+)
+def test_either_means_can_be_asked_for_alone_and_for_one_domain(control, coefficients, shares):
+    domains = ("math", "stories")
+    assert controlled(control, "coefficient", domains) == coefficients
+    assert controlled(control, "sampling", domains) == shares
+
+
+@pytest.mark.parametrize("scheduler", ["adaptive", "auto", "curricula.schedulers.adaptive:Adaptive"])
+def test_the_recipe_tells_the_scheduler_whose_entropy_moves_the_shares(scheduler):
+    def built(*overrides):
+        found = build_scheduler(load_recipe(RECIPES / "debug.yaml", [f"curriculum.scheduler={scheduler}", *overrides]))
+        return getattr(found, "inner", found)
+
+    assert built().entropy_control == ()
+    assert built("entropy.control={safety: sampling, stories: coefficient}").entropy_control == ("safety",)
+    assert built("entropy.control=adaptive", "entropy.band=[0.6, 2]").entropy_band == (0.6, 2.0)
+
+
+def test_sampling_under_a_scheduler_that_cannot_is_a_recipe_error():
+    with pytest.raises(RecipeError, match=r"scheduler 'joint' does not do `entropy\.control: sampling`"):
+        build_scheduler(load_recipe(RECIPES / "debug.yaml", ["curriculum.scheduler=joint", "entropy.control=sampling"]))
+    build_scheduler(load_recipe(RECIPES / "debug.yaml", ["curriculum.scheduler=joint", "entropy.control=adaptive"]))
 
 
 def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens(tmp_path):
@@ -48,8 +98,21 @@ def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens
     assert watch.bonus(entropy, mask, torch.tensor([0, 1])).item() == pytest.approx(-0.1)
 
 
-def test_rows_carry_their_domain_only_while_control_is_on(tmp_path):
-    assert DomainEntropy(("math",), EntropySettings(), args(tmp_path)).rows([0, 0], torch.device("cpu")) == {}
+def test_a_domain_that_is_not_held_has_no_coefficient(tmp_path):
+    watch = DomainEntropy(("math", "stories"), EntropySettings(control={"stories": "coefficient"}), args(tmp_path))
+    watch.after_evaluation(0, {name: [(10.0, 10)] for name in watch.domains})
+    watch.after_draw(1, {"math": (1.0, 10.0), "stories": (4.0, 10.0)}, [])
+    # the band is [.5, 1.5], drawn in to [.6, 1.4]; e = .2, push 1, rate .05
+    assert watch.metrics()["domain/stories/entropy_coef"] == pytest.approx(0.21)
+    assert "domain/math/entropy_coef" not in watch.metrics()
+    bonus = watch.bonus(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int), torch.tensor([0, 1]))
+    assert bonus.item() == pytest.approx(0.21 * 2 / 4)
+
+
+@pytest.mark.parametrize("control", ["none", "sampling"])
+def test_rows_carry_their_domain_only_where_a_coefficient_was_asked_for(tmp_path, control):
+    watch = DomainEntropy(("math",), EntropySettings(control=control), args(tmp_path))
+    assert watch.control is None and watch.rows([0, 0], torch.device("cpu")) == {}
     rows = DomainEntropy(("math",), ADAPTIVE, args(tmp_path)).rows([0, 0], torch.device("cpu"))
     assert rows[ROW_DOMAIN].tolist() == [0, 0]
 
@@ -57,7 +120,7 @@ def test_rows_carry_their_domain_only_while_control_is_on(tmp_path):
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory, engine):
     """Gradients of one micro-batch of a real trainer: TRL's own, and ours with control on and each coefficient set."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     recipe = load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", "tracking.wandb=null"])
     trainer = build_trainer(recipe, tmp_path_factory.mktemp("control"), engine=engine)

@@ -56,7 +56,7 @@ def test_a_guardrail_takes_the_run_back_and_tells_the_scheduler(tmp_path, engine
 
 
 def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path, engine):
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     trainer = build_trainer(recipe("warn", "grpo.learning_rate=1e-3", "checkpoint.every=2"), tmp_path, engine=engine)
     trainer.train()

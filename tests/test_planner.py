@@ -11,6 +11,7 @@ from curricula.items import half
 from curricula.planner import PlanSettings, make_plan
 from curricula.records import Evaluation
 from curricula.transfer import TransferMatrix
+from launch.cli import main
 
 QUICK = PlanSettings(resamples=200)
 
@@ -168,7 +169,7 @@ def test_the_json_object_has_the_documented_keys_and_no_nan():
     plan = make_plan(matrix(fragile_writing()), QUICK)
     document = json.loads(json.dumps(plan.as_json(), allow_nan=False))
     assert set(document) == {
-        *("order", "decision", "gain", "confidence", "predicted", "interval", "transfer", "notes"),
+        *("order", "decision", "gain", "confidence", "predicted", "interval", "transfer"),
     }
     assert set(document["gain"]) == {"over_mean_order", "over_joint"}
     low, mid, high = document["gain"]["over_mean_order"]
@@ -176,6 +177,14 @@ def test_the_json_object_has_the_documented_keys_and_no_nan():
     assert document["confidence"]["precedence"]["a"]["w"] > 0.99
     assert document["confidence"]["expected_regret"] == pytest.approx(0, abs=0.01)
     assert document["interval"]["w"][0] <= document["predicted"]["w"] <= document["interval"]["w"][1]
+
+
+def test_the_command_prints_the_object_alone_and_beside_it_what_limits_the_evidence(capsys, tmp_path):
+    matrix(fragile_writing(n=30)).save(tmp_path / "transfer.json")
+    assert main(["plan", str(tmp_path / "transfer.json"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["order"] == ["a", "b", "w"]
+    assert "One seed a probe: the intervals hold evaluation noise only" in said.err
 
 
 def test_the_explanation_says_what_to_do_why_and_how_sure_it_is():

@@ -13,9 +13,10 @@ import ray
 import torch
 
 from launch import cluster
+from launch.build import build_trainer
 from launch.cli import main
 from launch.config import RecipeError, load_recipe
-from launch.train import build_trainer, rollout_engine
+from launch.local import check_heads
 from launch.weights import pack, unpack
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
@@ -36,7 +37,7 @@ def test_packed_weights_come_back_as_they_were_and_are_copies():
 def test_tensor_parallel_must_divide_the_heads():
     recipe = load_recipe(DEBUG, ["rollouts={engine: ray, tensor_parallel: 3}"])
     with pytest.raises(RecipeError, match=r"rollouts.tensor_parallel=3 does not divide the model's 4 heads"):
-        rollout_engine(recipe)
+        check_heads(recipe)
 
 
 def test_a_cluster_that_never_comes_up_is_named_within_its_time():
@@ -149,7 +150,7 @@ def test_a_worker_with_old_weights_is_refused_and_replaced(pooled):
     asked = requests(pooled)
     expected = [c.ids for c in pooled.engine.complete(asked)]
     worker = pooled.engine.pool.workers[1]
-    ray.get(worker.handle.received.remote(pooled.engine.version - 1))
+    ray.get(worker.handle.call_it.remote(pooled.engine.version - 1))
     pooled.engine.flush_faults()
     assert [c.ids for c in pooled.engine.complete(asked)] == expected
     faults = pooled.engine.flush_faults()
@@ -162,7 +163,7 @@ def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(poo
     asked = requests(pooled)
     pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[1]])
     behind = pooled.engine.version - 1
-    ray.get(pooled.engine.pool.workers[1].handle.received.remote(behind))
+    ray.get(pooled.engine.pool.workers[1].handle.call_it.remote(behind))
     pooled.engine.flush_faults()
     pooled.engine.max_staleness = 1
     try:
@@ -193,6 +194,26 @@ def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
     while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the hung process was left running"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_workers_that_come_up_without_weights_are_sent_them_before_they_sample(pooled, monkeypatch):
+    """As over NCCL, which keeps no copy that a replacement could be handed."""
+    asked = requests(pooled)
+    expected = [c.ids for c in pooled.engine.complete(asked)]
+    pooled.engine.flush_faults()
+    sent = []
+    send = pooled.engine._send
+    monkeypatch.setattr(pooled.engine, "_send", lambda: sent.append(pooled.engine.version) or send())
+    monkeypatch.setattr(pooled.engine.pool, "weights", None)
+    pooled.engine.pool.deaths = 0
+    for worker in list(pooled.engine.pool.workers):
+        os.kill(ray.get(worker.ready)[1], signal.SIGKILL)
+    completions = pooled.engine.complete(asked)
+    assert [c.ids for c in completions] == expected
+    assert {c.version for c in completions} == {pooled.engine.version}
+    assert set(sent) == {pooled.engine.version}
+    assert pooled.engine.flush_faults().workers_restarted == 2
 
 
 @pytest.mark.slow
@@ -241,7 +262,7 @@ def full_above(room: int):
 
 def test_a_version_mismatch_is_one_line():
     text = "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\nThis process:\n    Ray: 2.60.0"
-    said = cluster._reason(RuntimeError(text))
+    said = cluster.reason(text)
     assert "\n" not in said
     assert "Ray: 2.9.0" in said
     assert "install the same Ray and Python on both sides" in said

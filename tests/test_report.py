@@ -15,6 +15,7 @@ import pytest
 from curricula.items import halves
 from curricula.records import Evaluation
 from launch.lab.synthetic_run import FOUR, write_run
+from trainer.dashboard import key
 from trainer.report import summarise, write_replay, write_report
 from trainer.report_charts import Layer, draw_stack
 from trainer.report_data import read_run
@@ -218,6 +219,31 @@ def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert "pass@k" in page.missing and "entropy per domain" not in page.missing
+
+
+def test_what_the_page_draws_is_what_a_run_logs(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    ours = [
+        name.split("/") for name in run.metrics if "/" in name and not name.startswith(("completions/", "sampling/"))
+    ]
+    assert {family for family, *_ in ours} >= {"shortcuts", "diversity", "curriculum"}
+    for family, *_, metric in ours:
+        key(family, metric)  # raises KeyError for a name that no run has
+
+
+def test_signs_that_no_completion_shows_are_a_sentence_and_others_are_drawn(tmp_path):
+    folder = write_run(tmp_path / "run", domains=("math",), watch_only=(), extras=False)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    def shown(**signs):
+        rows = [line | {f"shortcuts/math/{sign}": share for sign, share in signs.items()} for line in lines]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        text = write_report([folder], tmp_path / "report.html").read_text()
+        return text.partition('<section id="degeneration">')[2].partition("</section>")[0]
+
+    assert "<svg" not in (calm := shown(bare_answer=0.0, truncation=0.0)) and "No completion" in calm
+    loud = shown(bare_answer=0.0, truncation=0.25)
+    assert loud.count("<svg") == 1 and "Cut at the length limit" in loud and "Bare" not in loud
 
 
 def test_the_page_fetches_nothing(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from launch.build import build_trainer
 from launch.cli import main
 from launch.config import load_recipe
-from launch.train import build_trainer
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 
 from curricula.pool_file import POOL_FILE, load_pools
 from curricula.posterior import State
+from launch.build import build_trainer
 from launch.config import RecipeError, load_recipe
 from launch.practice import adopt_known
 from launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
-from launch.train import build_trainer
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow

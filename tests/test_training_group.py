@@ -1,4 +1,4 @@
-"""Two trainer ranks on CPU (gloo) under DDP, ZeRO-2 and ZeRO-3: the same run as one process with the same global batch."""
+"""Two trainer ranks on CPU (gloo), DDP, FSDP, ZeRO-1, 2 and 3: the same run as one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import subprocess
 import pytest
 
 from launch.config import load_recipe
-from launch.local import Command, Machine, plan
+from launch.local import Command, Machine, group_words, plan
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow
-STRATEGIES = ("ddp", "zero2", "zero3")
-WRAPPER = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+WRAPPER = {"ddp": "DistributedDataParallel", "fsdp": "FSDP"}
+WRAPPER |= dict.fromkeys(("zero1", "zero2", "zero3"), "DeepSpeedEngine")
 
 
 def free_port() -> int:
@@ -41,13 +41,20 @@ def alone(tmp_path_factory):
     return run(command, tmp_path_factory.mktemp("alone") / "one", "grpo.per_device_train_batch_size=8")[0]
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+@pytest.fixture(scope="module", params=WRAPPER)
 def group(request, tmp_path_factory):
-    overrides = [f"cluster.strategy={request.param}", "cluster.processes=2", f"cluster.port={free_port()}"]
-    recipe = load_recipe(RECIPES / "debug.yaml", overrides)
-    command = plan(recipe, [], Machine(), gpus=0)
     folder = tmp_path_factory.mktemp(request.param) / "two"
-    return request.param, run(command, folder, "grpo.per_device_train_batch_size=4")
+    return request.param, run(two_ranks(request.param), folder, "grpo.per_device_train_batch_size=4")
+
+
+def two_ranks(strategy: str) -> Command:
+    overrides = [f"cluster.strategy={strategy}", "cluster.processes=2", f"cluster.port={free_port()}"]
+    recipe = load_recipe(RECIPES / "debug.yaml", overrides)
+    if strategy != "fsdp":
+        return plan(recipe, [], Machine(), gpus=0)
+    # `launch` refuses FSDP without GPUs, where accelerate starts none; tests/ranks.py makes it
+    words = [*group_words(recipe.cluster, Machine(), gpus=0), "-m", "launch.cli"]
+    return Command(words=words, environment={"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -56,7 +63,8 @@ def test_two_ranks_are_one_run(alone, group, kind):
     first, second = (rank[kind] for rank in ranks)
     one = alone[kind]
     assert (first["ranks"], one["ranks"]) == (2, 1)
-    assert first["wrapper"] == second["wrapper"] == WRAPPER[strategy]
+    assert first["wrapper"] == second["wrapper"]
+    assert WRAPPER[strategy] in first["wrapper"]  # FSDP2 names its classes FSDP and the model's name
     # the same draws on both ranks
     assert first["prompts"] == second["prompts"] == one["prompts"]
     assert first["drawn"] == second["drawn"] == one["drawn"]
@@ -75,3 +83,9 @@ def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group, kind)
         assert rank[kind]["check"]
         assert rank[kind]["compared"] > 10
         assert rank[kind]["differing"] == []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_saved_policy_is_whole_and_has_its_adapter_merged(group, kind):
+    for rank in group[1]:
+        assert rank[kind]["unlike_saved"] == []

@@ -80,6 +80,14 @@ def test_a_probe_that_starts_elsewhere_than_the_run_has_its_own_baseline():
     assert [[row.step for row in rows] for rows in matrix.runs()] == [[0, 5]]
 
 
+def test_null_is_as_good_as_absent_where_a_key_may_be_left_out_and_ids_may_be_integers():
+    whole = document() | {"items": None, "provenance": None}
+    whole["rows"][1]["entropy"] = None
+    assert TransferMatrix.from_json(whole).rows[1].entropy == {}
+    numbered = TransferMatrix.from_json(document() | {"items": {"math": [1, 2, 3, 4], "writing": IDS}})
+    assert numbered.items == {"math": ("1", "2", "3", "4"), "writing": tuple(IDS)}
+
+
 def test_decisions_see_the_steer_half_where_the_file_names_its_items():
     assert [half(i) for i in IDS] == ["report", "report", "steer", "report"]
     matrix = TransferMatrix.from_json(document() | {"items": {"math": IDS, "writing": IDS}})
@@ -100,11 +108,11 @@ def test_with_row_checks_the_row_against_the_others():
 
 BAD = [
     (("version",), 2, "version 2"),
-    (("rows",), KeyError, "version, domains, kinds and rows"),
+    (("rows",), KeyError, "an object with version, domains, kinds, rows"),
     (("itmes",), {}, r"unknown keys \['itmes'\]"),
     (("rows", 0, "trained"), ["math"], "no baseline"),
     (("rows", 1, "trained"), ["maths"], r"row 1: trained: unknown domains \['maths'\]"),
-    (("rows", 1, "trained"), "math", "row 1: trained is a list"),
+    (("rows", 1, "trained"), "math", "row 1: trained must be a list, got 'math'"),
     (("rows", 1, "trained"), ["math", "math"], "names a domain twice"),
     (("rows", 1, "scores", "math"), [1, 1, 1], "row 1, domain 'math': 3 items, but row 0 has 4"),
     (("rows", 1, "scores", "math"), [], "row 1, domain 'math': no scores"),
@@ -131,6 +139,21 @@ BAD = [
     (("watch_only",), ["math"], r"trained on watch-only domains \['math'\]"),
     (("watch_only",), ["math", "writing"], "every domain is watch-only"),
     (("watch_only",), ["qa"], r"unknown domains \['qa'\]"),
+    (("version",), True, "version must be an integer, got True"),
+    (("domains",), None, "an object with version, domains, kinds, rows"),
+    (("domains",), "math", "domains must be a list, got 'math'"),
+    (("domains",), [["math"]], "different, non-empty names"),
+    (("kinds",), ["math"], "kinds must be an object"),
+    (("rows",), {"trained": []}, "rows must be a list"),
+    (("rows", 1), 7, "row 1: a row is an object with trained, step, seed, scores, got 7"),
+    (("rows", 1, "scores"), [1, 1], "row 1: scores must be an object"),
+    (("rows", 1, "trained"), [["math"]], r"row 1: trained: unknown domains \[\['math'\]\]"),
+    (("rows", 1, "scores", "math"), [1, 1, 1, 10**400], "item 3: a score must be a number"),
+    (("rows", 1, "probe"), "false", "row 1: probe must be true or false, got 'false'"),
+    (("rows", 1, "entropy"), [], "row 1: entropy must be an object"),
+    (("rows", 1, "exposure"), {"math": -1}, "exposure counts prompts, an integer >= 0, got -1"),
+    (("items",), {"math": IDS, "writing": [None] * 4}, "items of 'writing' must be a list of ids"),
+    (("watch_only",), 1, "watch_only must be a list, got 1"),
 ]
 
 

@@ -22,11 +22,17 @@ STORIES = {"stories": Diversity(partitioner="normalised")}
 
 
 def test_variety_of_an_item_by_hand():
-    # pairs of words: x y, X y!, x y, y z: 3 of 4 differ; classes {0, 1}, {2}, {3}; the last is not right
+    # pairs of words: x y, X y!, x y, y z: 3 of 4 differ; classes {0, 1}, {2}, {3}; the last is not right;
+    # counts of words and pairs, only two of the texts share any: x y (1, 1, 1) and x y z (1, 1, 1, 1, 1) with cosine
+    # 3 / sqrt(3 * 5): eigenvalues (1 + c) / 4, (1 - c) / 4, 1/4, 1/4
     (variety,) = varieties(
         samples("stories", "1", "x y", "X y!", "x y z", "no"), [1.0, 1.0, 1.0, 0.9], k=4, by_domain=STORIES
     )
-    assert variety == Variety(distinct_2=0.75, unique_correct=2, classes=3)
+    eigenvalues = [(1 + math.sqrt(0.6)) / 4, (1 - math.sqrt(0.6)) / 4, 0.25, 0.25]
+    assert (variety.distinct_2, variety.unique_correct, variety.classes) == (0.75, 2, 3)
+    assert variety.vendi == pytest.approx(math.exp(-sum(x * math.log(x) for x in eigenvalues)))
+    # x y: 1, 1 of 1 (nearest length 2: no penalty); X y!: nothing shared, 0; x y z: 2/3, 1/2, 0.1/1; no: 0
+    assert variety.self_bleu == pytest.approx((1 + (2 / 3 * 1 / 2 * 0.1) ** (1 / 3)) / 4)
 
 
 def test_without_a_partitioner_answers_are_what_they_come_to():
@@ -64,7 +70,8 @@ def test_what_the_partitioner_could_not_tell_is_undefined():
 
 def test_only_the_half_that_reports_is_published():
     ids = [str(i) for i in range(8)]
-    of_items = [Variety(distinct_2=float(i), unique_correct=math.nan, classes=math.nan) for i in range(8)]
+    unknown = dict.fromkeys(("self_bleu", "vendi", "unique_correct", "classes"), math.nan)
+    of_items = [Variety(distinct_2=float(i), **unknown) for i in range(8)]
     reported = [i for i, side in enumerate(halves(ids)) if side == "report"]
     metrics = variety_metrics({"math": of_items}, {"math": ids})
     assert metrics["heldout/math/distinct_2"] == pytest.approx(sum(reported) / len(reported))

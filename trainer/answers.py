@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.answers import final_answer, last_line
+from rewards.answers import final_answer
 from rewards.form import is_valid, style
 from rewards.partitions import answer_signature
 from trainer.scoring import Sample
@@ -48,7 +48,7 @@ def answer_probability(sample: Sample, decode: Callable[[Sequence[int]], str]) -
 
     The answer is what the completion marks as such, else its last line.
     """
-    answer = final_answer(sample.text) or last_line(sample.text)
+    answer = final_answer(sample.text) or sample.text.rstrip().rpartition("\n")[2].strip()
     start = sample.text.rfind(answer)
     if sample.logps is None or not answer or start < 0:
         return math.nan

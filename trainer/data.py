@@ -17,6 +17,9 @@ from curricula.records import Domain
 
 Rows = Sequence[Mapping[str, Any]]
 
+CALLED_WITH = ("prompts", "completions", "completion_ids")
+"""What a reward is called with beside the columns, as TRL does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -72,15 +75,24 @@ class PromptTable:
         self.ids = list(self._position)
 
     def _add(self, i: int, row: Mapping[str, Any]) -> None:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{self.where}: row {i + 1}: expected an object, got {row!r:.60}")
         if "prompt" not in row:
             raise ValueError(f"{self.where}: row {i + 1} has no `prompt`; its columns are {sorted(row)}")
+        if taken := [name for name in CALLED_WITH if name in row]:
+            raise ValueError(
+                f"{self.where}: row {i + 1}: column {taken[0]!r} needs another name: a reward is called with one of its own"
+            )
         prompt = row["prompt"]
         if not self.is_chat and not isinstance(prompt, str):
             raise ValueError(f"{self.where}: row {i + 1} is a conversation, but the tokenizer has no chat template")
         if not prompt:
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         if not _is_prompt(prompt):
-            raise ValueError(f"{self.where}: row {i + 1}: a prompt is text or a list of messages, got {prompt!r:.60}")
+            raise ValueError(
+                f"{self.where}: row {i + 1}: a prompt is text or a list of messages with role and content, "
+                f"got {prompt!r:.60}"
+            )
         given = row.get("id")
         prompt_id = content_id(row) if given is None else str(given)
         if prompt_id not in self._position:
@@ -115,13 +127,12 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
     if isinstance(source, Mapping):
         return _load_mapping(dict(source), where=where, folder=folder)
     if not isinstance(source, (str, Path)):
-        return source
+        return _with_length(source, where=where, of=f"{type(source).__name__} {source!r:.60}")
     text = str(source)
     if text.startswith("hf://"):
         return _load_hub(text, split="train", where=where)
     path = (folder or Path()) / text
-    if not path.is_file():
-        raise ValueError(f"{where}: file {path} does not exist")
+    check_source(str(path), where=where)
     if path.suffix in (".jsonl", ".json"):
         return list(_read_jsonl(path))
     if path.suffix == ".parquet":
@@ -129,17 +140,25 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
     raise ValueError(f"{where}: cannot read {path.name!r}; known: .jsonl, .json (one object a line), .parquet, hf://")
 
 
+def check_source(source: Any, *, where: str) -> None:
+    """Raise ValueError where a source names a file of this machine that is not there."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if isinstance(path, str) and not path.startswith("hf://") and not Path(path).is_file():
+        raise ValueError(f"{where}: file {path} does not exist")
+
+
 def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) -> Rows:
     if "generator" in source:
-        name = source.pop("generator")
+        name = str(source.pop("generator"))
         try:
             generator = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{where}: generator {name!r} cannot be imported: {error}") from error
         try:
-            return generator(**source)
+            rows = generator(**source)
         except TypeError as error:
             raise ValueError(f"{where}: generator {name!r}: {error}") from error
+        return _with_length(rows, where=where, of=f"generator {name!r}")
     unknown = set(source) - {"path", "split", "limit"}
     if "path" not in source or unknown:
         raise ValueError(f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}")
@@ -148,6 +167,8 @@ def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) ->
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
     is_hub = path.startswith("hf://")
+    if not is_hub and split != "train":
+        raise ValueError(f"{where}: split {split!r} is for hf:// sources; {path} is one file")
     rows = _load_hub(path, split=split, where=where) if is_hub else load_rows(path, where=where, folder=folder)
     return rows if limit is None else _head(rows, limit)
 
@@ -156,9 +177,17 @@ def _head(rows: Rows, limit: int) -> Rows:
     return rows[:limit] if isinstance(rows, list) else rows.select(range(min(limit, len(rows))))  # type: ignore[attr-defined]
 
 
+def _with_length(rows: Any, *, where: str, of: str) -> Rows:
+    if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise ValueError(f"{where}: expected rows, a path, hf://org/name or a generator, got {of}")
+    return rows
+
+
 def _load_hub(text: str, *, split: str, where: str) -> Rows:
     import datasets
 
+    if text == "hf://":
+        raise ValueError(f"{where}: expected hf://org/name, got {text!r}")
     try:
         return datasets.load_dataset(text.removeprefix("hf://"), split=split)  # type: ignore[return-value]
     except (OSError, ValueError) as error:
@@ -193,7 +222,14 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_prompt(prompt: Any) -> bool:
-    return isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt))
+    return isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_message, prompt)))
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    # an assistant that only calls tools says nothing
+    return isinstance(message.get("content"), (str, list)) or bool(message.get("tool_calls"))
 
 
 def _as_prompt(prompt: Any, domain: Domain, *, is_chat: bool) -> str | list[dict[str, Any]]:
@@ -210,7 +246,8 @@ def _answer(row: Mapping[str, Any]) -> Any:
     for name in ("answer", "ground_truth"):
         if row.get(name) is not None:
             return row[name]
-    return (row.get("reward_model") or {}).get("ground_truth")
+    verl = row.get("reward_model")
+    return verl.get("ground_truth") if isinstance(verl, Mapping) else None
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:

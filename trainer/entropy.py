@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.entropy import Alarm, EntropyMonitor, Sums
-from curricula.entropy_control import MOST, PUSH, RATE, EntropyControl
+from curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, controlled
 from curricula.records import Group
 from trainer.dashboard import defined, key
 
@@ -33,7 +33,8 @@ class EntropySettings:
 
     band: tuple[float, float] = (0.5, 1.5)
     """Multiples of each domain's entropy in the base model."""
-    control: Literal["none", "adaptive"] = "none"
+    control: Control | Mapping[str, Control] = "none"
+    """For all domains or by domain. `sampling` is the curriculum's (`entropy_control` of the scheduler `adaptive`)."""
     push: float = PUSH
     rate: float = RATE
     max_coefficient: float = MOST
@@ -53,21 +54,23 @@ class DomainEntropy:
         self.control: EntropyControl | None = None
         self.pending: list[Alarm] = []
         """Alarms that nobody has written down yet."""
-        if settings.control == "adaptive":
+        if held := controlled(settings.control, "coefficient", domains):
             for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
                 if value := getattr(args, name):
-                    raise ValueError(f"entropy.control: adaptive and grpo.{name}={value} exclude each other")
+                    raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other")
             self.control = EntropyControl(
-                domains=domains, push=settings.push, rate=settings.rate, most=settings.max_coefficient
+                domains=held, push=settings.push, rate=settings.rate, most=settings.max_coefficient
             )
 
     def after_draw(self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group]) -> None:
         """Take in one draw; `step` is the optimizer step it is for."""
         self.pending += self.monitor.observe(step, sums, drawn=Counter(group.domain for group in groups))
         if self.control is not None:
-            for name, (nats, tokens) in sums.items():
-                base = self.monitor.watches[name].base
-                self.control.move(name, level=nats / tokens, band=self.monitor.band(name), base=base)
+            for name in self.control.domains:
+                if name in sums:
+                    nats, tokens = sums[name]
+                    base = self.monitor.watches[name].base
+                    self.control.move(name, level=nats / tokens, band=self.monitor.band(name), base=base)
 
     def after_evaluation(self, step: int, items: Mapping[str, Sequence[tuple[float, int]]]) -> None:
         """Take in one evaluation: per domain the (nats, tokens) of each item."""
@@ -81,7 +84,7 @@ class DomainEntropy:
     def bonus(self, entropy: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return sum_d c_d H_d of one micro-batch, to be subtracted from its loss; `entropy` and `mask` are [B, T]."""
         assert self.control is not None
-        table = torch.tensor([self.control.coefficients[name] for name in self.domains], device=entropy.device)
+        table = torch.tensor([self.control.coefficients.get(name, 0.0) for name in self.domains], device=entropy.device)
         return (table[rows].unsqueeze(1) * entropy * mask).sum() / mask.sum().clamp(min=1)
 
     def metrics(self) -> dict[str, float]:
@@ -89,7 +92,7 @@ class DomainEntropy:
         found: dict[str, float] = {}
         for name, values in self.monitor.metrics().items():
             found |= {key("domain", metric, name): value for metric, value in values.items()}
-            if self.control is not None:
+            if self.control is not None and name in self.control.domains:
                 found[key("domain", "entropy_coef", name)] = self.control.coefficients[name]
         return defined(found)
 

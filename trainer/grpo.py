@@ -28,15 +28,14 @@ from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
-from trainer.domains import DomainData
-from trainer.draws import Draws, Rollout
+from trainer.domains import DomainData, context_of
+from trainer.draws import Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
 from trainer.finite import FiniteSteps, forget_gradients, save_batch
 from trainer.fusion import Fusion
-from trainer.heldout import evaluator_of
 from trainer.meter import Meter
-from trainer.padding import pad_rows, sums_by_owner
+from trainer.padding import sums_by_owner
 from trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
 from trainer.sampling import OnFinished
 from trainer.scoring import Sample, Scorer
@@ -45,6 +44,7 @@ from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from trainer.weight_check import WeightCheck
+from trainer.wiring import draws_of, evaluator_of, forward_of
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -95,7 +95,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             model if isinstance(model, str) else model.name_or_path
         )
         self.data = (
-            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+            domains
+            if isinstance(domains, DomainData)
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains)
         self.fusion = Fusion.of(self.data.domains)
@@ -129,8 +131,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        self.forward = forward_of(self, passes=super()._get_per_token_logps_and_entropies)
         self.engine = attach(self, engine) if not self.use_vllm else None
-        self.draws = self._walk(max_grader_failures)
+        self.draws = draws_of(self, max_grader_failures=max_grader_failures)
         self.drops_dead = may_drop_dead(
             self.advantages.settings.drop_dead,
             args,
@@ -173,12 +176,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
         each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
         """
-        if not requests and self.use_vllm:
-            return []
-        if self.engine is not None:
-            if self.state.global_step != self._last_loaded_step:
+        if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
+            if self.state.global_step != self._last_loaded_step or self.engine.is_asleep:
                 self.sync_engine()
             return self.engine.complete(requests, on_finished)
+        if not requests and self.use_vllm:
+            return []
         if any(r.is_greedy for r in requests):
             raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
         prompt_ids = [list(r.prompt_ids) for r in requests]
@@ -189,35 +192,20 @@ class DomainGRPOTrainer(GRPOTrainer):
             for r, i, p in zip(requests, ids, logps, strict=True)
         ]
 
+    def _rest(self) -> None:
+        if self.engine is not None:
+            self.engine.rest()
+
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
         return check_sync(self) if self.use_vllm else None
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
-    def _walk(self, max_grader_failures: float) -> Draws:
-        rft = self.advantages.settings.rft
-        return Draws(
-            data=self.data,
-            curriculum=self.curriculum,
-            scorer=self.scorer,
-            fusion=self.fusion.on(self.accelerator),
-            seed=self.args.seed,
-            group_size=self.num_generations,
-            max_grader_failures=max_grader_failures,
-            complete=lambda requests, taken: self.complete(requests, self.num_generations, taken),
-            to_samples=self.to_samples,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            refill_rounds=self.curriculum.pool.refill_rounds if self.curriculum.pool else 0,
-            is_useful=rft.is_useful if rft else lambda group: group.has_signal,
-            inspect=self.shortcuts.inspect,
-            with_texts=self.data.names if self.advantages.partitioner else (),
-        )
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
         self._rollout = rollout = self._roll_out(len(inputs))
+        self._rest()
         self._row_entropy = None
         output = super()._generate_and_score_completions(rollout.rows)
         check_agreement(self, rollout.completions)
@@ -354,23 +342,6 @@ class DomainGRPOTrainer(GRPOTrainer):
                 found[g.domain] = (total + g.surprisal, tokens + g.length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}
 
-    def _forward(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], model: Any = None):
-        """Return log-probabilities, entropies and mask of completions, each [B, T], under the policy or another model
-        with TRL's fused head; no gradient."""
-        ids, attention, mask = pad_rows(
-            prompt_ids, completion_ids, padding=self._padding, device=self.accelerator.device
-        )
-        with torch.no_grad():
-            logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                self.model if model is None else model,
-                ids,
-                attention,
-                mask.size(1),
-                self.args.per_device_eval_batch_size,
-                compute_entropy=True,
-            )
-        return logps, entropy, mask
-
     @property
     def _padding(self) -> int:
         return self._tokenizer.pad_token_id  # type: ignore[return-value]
@@ -379,24 +350,9 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
-        return self.evaluator.run()
-
-    def entropy_sums(self, prompt_ids: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[float, int]]:
-        """Return summed token entropy (nats) and token count of each sample under the policy."""
-        _, entropy, mask = self._forward(prompt_ids, [s.ids for s in samples])
-        return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
-
-    def token_logps(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]):
-        """Return, for each completion, the log-probability of each of its tokens under the policy."""
-        logps, _, mask = self._forward(prompt_ids, completion_ids)
-        return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
-
-    def log_probabilities(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, model: Any = None
-    ) -> list[float]:
-        """Return the summed log-probability of each completion, at the run's temperature, under the policy or `model`."""
-        logps, _, mask = self._forward(prompt_ids, completion_ids, model)
-        return (logps * mask).sum(1).tolist()
+        result = self.evaluator.run()
+        self._rest()
+        return result
 
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ def read_run(path: str | Path) -> Run:
         metrics=metrics,
         transfer=transfer.on("report") if transfer else None,
         item_ids=(transfer.items if transfer else None) or {},
-        decisions=_read_lines(path / "decisions.jsonl", missing, gives="the mixture and its reasons"),
+        decisions=_read_lines(path / "decisions.jsonl", missing, gives="mixture with its reasons"),
         samples=_read_lines(path / "samples.jsonl", missing, gives="sample completions"),
         alarms=_read_optional(path / "alarms.jsonl", missing, gives="alarms"),
         evaluations=_read_optional(path / "evaluations.jsonl", missing, gives="intervals beyond the score"),

@@ -19,6 +19,7 @@ QUALITIES = {
     "majority": "Majority vote",
     "greedy": "Greedy decoding",
     "overconfidence": "Overconfidence: probability given to answers minus share of right ones",
+    "consistency_overconfidence": "The same by self-consistency: share of samples that agree minus share of right votes",
     "ece": "Calibration error (ECE)",
     "brier": "Brier score",
     "auroc": "Does confidence tell right from wrong (AUROC)",
@@ -27,6 +28,8 @@ QUALITIES = {
     "kl_base": "KL(base ‖ policy), nats a token",
     "unique_correct": "Different right answers an item",
     "distinct_2": "Different word pairs in an item's samples",
+    "vendi": "Effective number of different samples an item (Vendi, by shared words)",
+    "self_bleu": "How much an item's samples repeat each other (self-BLEU)",
 }
 """Metrics of `heldout/<d>` and what they say."""
 IN_EVALUATIONS = {"kl_base": "kl"}
@@ -43,7 +46,7 @@ def quality(sheet: Sheet) -> str:
             known = [line for line in found if line is not None]
             return known or sheet.metric_lines(f"heldout/{name}/{metric}", sheet.colour(name))
 
-        parts.append(sheet.domain_panels(lines, heading=title, has_zero=metric == "overconfidence"))
+        parts.append(sheet.domain_panels(lines, heading=title, has_zero=metric.endswith("overconfidence")))
     if not any(parts):
         return ""
     styles = sheet.side_by_side([(n, _styles(sheet, f)) for n, f in enumerate(sheet.findings)])

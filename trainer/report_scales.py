@@ -60,12 +60,11 @@ def scale(a: float, b: float, to_a: float, to_b: float) -> Scale:
 
 
 def span(values: Sequence[float]) -> tuple[float, float]:
-    """Return the smallest and the largest value; around a single value, half of it to both sides."""
+    """Return the smallest and the largest value; around a single one, half of it to both sides, 0 to 1 where it is 0."""
     low, high = float(min(values)), float(max(values))
     if high > low:
         return low, high
-    room = abs(low) * 0.5 or 0.5
-    return low - room, high + room
+    return (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
 
 
 def short(value: float | np.ndarray) -> str:

@@ -26,6 +26,16 @@ HEALTH = {
     "sampling/sampling_logp_difference/mean": "engine against trainer",
 }
 """TRL's own keys that tell whether a run is healthy; the last is the mean gap of their log-probabilities."""
+SHARES = {
+    "answer_repetition": "Says its answer three times or more",
+    "repeated_ngrams": "More than 30 % repeated 8-grams",
+    "computation_skipping": "Far shorter than correct answers, or without the steps of the solution",
+    "bare_answer": "Hardly anything before the answer",
+    "language_mixing": "Letters of other scripts",
+    "truncation": "Cut at the length limit",
+}
+"""Metrics of `shortcuts/<d>` that are shares of completions."""
+SIGNS = SHARES | {"correct_length": "Median length of correct answers, tokens"}
 FORGETTING = {
     "bwt": "Backward transfer: now minus the end of the domain's own stage (where it is only watched: minus the start)",
     "drawdown": "Drawdown: now minus the best evaluation so far, cross-fitted",
@@ -103,7 +113,10 @@ def rollouts(sheet: Sheet) -> str:
     """Draw what the rollouts were good for: the run's own keys, then dead groups by domain."""
     keys = dict.fromkeys(key for f in sheet.findings for key in _keys(f.run, "rollout/"))
     overall = _key_panels(sheet, {key: key.split("/", 1)[1].replace("_", " ") for key in keys})
-    dead = _by_metric(sheet, "domain/", {"frac_dead": "Dead groups: share of groups with equal rewards"})
+    dead = _by_metric(sheet, "domain/", {"frac_dead": "Dead groups: share of groups drawn with equal rewards",
+                                         "dead_correct": "Of what reached the update: dead because all was correct",
+                                         "dead_wrong": "Of what reached the update: dead because all was equally wrong",
+                                         })  # fmt: skip
     return _budget(sheet) + overall + dead
 
 
@@ -114,9 +127,12 @@ def diversity(sheet: Sheet) -> str:
 
 
 def degeneration(sheet: Sheet) -> str:
-    """Draw the degeneration monitors."""
-    names = sorted({key.rsplit("/", 1)[1] for f in sheet.findings for key in _keys(f.run, "degeneration/")})
-    return _by_metric(sheet, "degeneration/", {name: name.replace("_", " ") for name in names})
+    """Draw the signs of decay that any completion showed; say so where none did."""
+    logged = [(key.rsplit("/", 1)[1], f.run.metrics[key]) for f in sheet.findings for key in _keys(f.run, "shortcuts/")]
+    seen = {name for name, series in logged if series.values.any()}
+    drawn = _by_metric(sheet, "shortcuts/", {name: title for name, title in SIGNS.items() if name in seen})
+    calm = "" if any(name in seen for name in SHARES) else '<p class="how">No completion showed any of the signs.</p>'
+    return calm + drawn if logged else ""
 
 
 def health(sheet: Sheet) -> str:

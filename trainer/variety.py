@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 
 from curricula.items import halves
 from curricula.records import mean
-from rewards.diversity import Diversity, distinct_n, unique_correct
+from rewards.diversity import Diversity, unique_correct
+from rewards.ngrams import distinct_n, self_bleu, vendi
 from rewards.partitions import Same, connected
 from trainer.dashboard import key
 from trainer.fusion import compared
@@ -24,6 +25,10 @@ class Variety:
 
     distinct_2: float
     """Different over all pairs of neighbouring words."""
+    self_bleu: float
+    """Mean BLEU of each sample against the others, 1 where all are alike."""
+    vendi: float
+    """Effective number of different samples by the words they share, from 1 to k."""
     unique_correct: float
     """Answers that say something else, among those with the full score."""
     classes: float
@@ -62,12 +67,12 @@ def variety_metrics(variety: Mapping[str, Sequence[Variety]], items: Mapping[str
 
 
 def _variety(texts: list[str], scores: Sequence[float | None], told: Mapping[int, Same | None], i: int) -> Variety:
-    distinct = distinct_n(texts, 2)
+    right, classes = math.nan, math.nan
     if i not in told:
-        return Variety(distinct_2=distinct, unique_correct=unique_correct(texts, scores), classes=math.nan)
-    same = told[i]
-    if same is None:
-        return Variety(distinct_2=distinct, unique_correct=math.nan, classes=math.nan)
-    right = [j for j, score in enumerate(scores) if score is not None and score >= 1.0]
-    among_right = connected([[same[a][b] for b in right] for a in right])
-    return Variety(distinct_2=distinct, unique_correct=len(set(among_right)), classes=len(set(connected(same))))
+        right = unique_correct(texts, scores)
+    elif (same := told[i]) is not None:
+        places = [j for j, score in enumerate(scores) if score is not None and score >= 1.0]
+        right = len(set(connected([[same[a][b] for b in places] for a in places])))
+        classes = len(set(connected(same)))
+    words = {"distinct_2": distinct_n(texts, 2), "self_bleu": self_bleu(texts), "vendi": vendi(texts)}
+    return Variety(unique_correct=right, classes=classes, **words)

@@ -28,7 +28,10 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "curriculum": ("mixture",),
     },
     "Calibration and form": {"heldout": ("overconfidence", "ece", "brier", "auroc", "format_valid", "format_share")},
-    "Diversity": {"diversity": ("classes", "mean", "collapsed", "reward"), "heldout": ("distinct_2", "unique_correct")},
+    "Diversity": {
+        "diversity": ("classes", "mean", "collapsed", "reward"),
+        "heldout": ("distinct_2", "vendi", "unique_correct"),
+    },
     "Distance to the base model": {"heldout": ("kl_base",)},
 }
 """Titles of sections, and per family the metrics of a panel each; what is not listed W&B finds by itself."""

@@ -13,6 +13,7 @@ import numpy as np
 from curricula.arms import Arms
 from curricula.priors import entropy_prior, score_prior
 from curricula.records import Decision, Evidence
+from curricula.schedulers.settings import check_counts, check_numbers
 from curricula.transfer import TransferMatrix
 from curricula.worth import Worth
 
@@ -34,7 +35,8 @@ class Adaptive:
        to the held-out scores of all domains, itself and watch-only ones included, see `worth`: measured by the probes
        and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
        evaluations need no gradients and see watch-only domains.
-    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`.
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`; 1 unless
+       `entropy_control` names domains.
 
     No source has the four together; the product is ours.
     """
@@ -53,19 +55,15 @@ class Adaptive:
     """Draws of the progress slope (PAC's W)."""
     entropy_band: tuple[float, float] = (0.5, 1.5)
     """Multiples of a domain's entropy at the run's first evaluation."""
+    entropy_control: tuple[str, ...] = ()
+    """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
     seed: int = 0
     """Of the posterior samples; the draw's index is the other half of their seed, so no generator needs saving."""
     worth: Worth = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("focus", "alarm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"adaptive: {name} must be above 0, got {getattr(self, name)}")
-        if not (0 <= self.floor <= 1 and 0 <= self.strength < 1 and self.window >= 3):
-            raise ValueError(
-                "adaptive: expected 0 <= floor <= 1, 0 <= strength < 1 and window >= 3, got "
-                f"{self.floor}, {self.strength}, {self.window}"
-            )
+        check_numbers(self, floor="[0, 1]", strength="[0, 1)", focus="(0, inf)", alarm="(0, inf)")
+        check_counts(self, window=3)
         low, high = self.entropy_band
         if not 0 <= low < high:
             raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")
@@ -76,6 +74,7 @@ class Adaptive:
             focus=self.focus,
             alarm=self.alarm,
             band=(low, high),
+            held=tuple(self.entropy_control),
         )
         object.__setattr__(self, "worth", worth)
 

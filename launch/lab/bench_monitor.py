@@ -10,7 +10,7 @@ from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from launch.lab.bench_result import Result, Target, paired, repeated
-from launch.lab.bench_training import WARM_UP, step_recipe
+from launch.lab.bench_training import WARM_UP, describe, step_recipe
 
 if TYPE_CHECKING:
     from launch.lab.side_by_side import Block, SideBySide
@@ -25,7 +25,7 @@ def bench_logging() -> list[Result]:
     from launch.lab.side_by_side import SideBySide, twin_engine
 
     with tempfile.TemporaryDirectory() as folder:
-        recipe = step_recipe()
+        recipe = step_recipe("curriculum.scheduler=joint")  # the same prompts whatever was measured of the last ones
         engine = twin_engine(recipe, Path(folder) / "engine")
         sides = SideBySide(recipe=recipe, engine=engine, folder=Path(folder), warm_up=WARM_UP)
         pairs, inside = [], []
@@ -35,11 +35,18 @@ def bench_logging() -> list[Result]:
             order = ("loud", "quiet") if i % 2 == 0 else ("quiet", "loud")
             blocks = {name: runs[name]() for name in order}
             if i:  # the first pair warms up
-                pairs.append((blocks["loud"].seconds, blocks["quiet"].seconds))
+                pairs.append((blocks["loud"], blocks["quiet"]))
                 inside.append(sum(spent) / recipe.grpo["max_steps"] / blocks["loud"].seconds)
     loud, quiet = zip(*pairs, strict=True)
     return [
-        paired("logging", "s", ours=loud, baseline=quiet, target=Target(relation="<=", limit=1.02)),
+        paired(
+            "logging",
+            "s",
+            ours=[block.seconds for block in loud],
+            baseline=[block.seconds for block in quiet],
+            target=Target(relation="<=", limit=1.02),
+            note=describe(loud, quiet),
+        ),
         repeated(
             "logging, by its own clock",
             "of a step",
@@ -82,6 +89,8 @@ def _loud(sides: SideBySide, spent: list[float]) -> Block:
     callback.on_log = _timed(callback.on_log, spent)
     trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
     trainer.entropy.after_draw = _timed(trainer.entropy.after_draw, spent)
+    trainer.draws.inspect = _timed(trainer.draws.inspect, spent)
+    trainer.shortcuts.observe = _timed(trainer.shortcuts.observe, spent)
     meter = trainer.meter
     trainer.meter = SimpleNamespace(add=_timed(meter.add, spent), flush=_timed(meter.flush, spent))  # type: ignore
     return sides.run(trainer)
@@ -89,7 +98,7 @@ def _loud(sides: SideBySide, spent: list[float]) -> Block:
 
 def _quiet(sides: SideBySide) -> Block:
     """Run the same recipe with nothing measured by domain, nothing written and nobody told."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     folder = sides.next_folder()
     recipe = sides.recipe.model_copy(update={"grpo": {**sides.recipe.grpo, "logging_strategy": "no"}})
@@ -105,6 +114,8 @@ def _silenced(trainer: DomainGRPOTrainer) -> DomainGRPOTrainer:
     trainer.remove_callback(PrinterCallback)
     trainer.meter = SimpleNamespace(add=_nothing, flush=dict)  # type: ignore[assignment]
     trainer.entropy.after_draw = _nothing  # type: ignore[method-assign]
+    trainer.draws.inspect = lambda sample: ()
+    trainer.shortcuts.observe = _nothing  # type: ignore[method-assign]
     trainer._domain_entropy = lambda *args: {}  # type: ignore[method-assign]
     trainer._get_per_token_logps_and_entropies = MethodType(  # type: ignore[method-assign]
         GRPOTrainer._get_per_token_logps_and_entropies, trainer

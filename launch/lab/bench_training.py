@@ -28,24 +28,29 @@ def bench_step() -> list[Result]:
         recipe = step_recipe()
         engine = twin_engine(recipe, Path(folder) / "engine")
         sides = SideBySide(recipe=recipe, engine=engine, folder=Path(folder), warm_up=WARM_UP)
-        # the first pair is a warm-up and always begins with ours, whose draws it hands to stock
-        pairs = [_pair(sides, ours_first=i % 2 == 0) for i in range(PAIRS + 1)][1:]
-    ours, stock = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return [
-        paired(
-            "step",
-            "s",
-            ours=[block.seconds for block in ours],
-            baseline=[block.seconds for block in stock],
-            target=Target(relation="<=", limit=1.05),
-            note=_note(ours, stock),
-        )
-    ]
+        return [step_result(sides, pairs=PAIRS)[0]]
 
 
-def step_recipe() -> Recipe:
+def step_result(sides: SideBySide, *, pairs: int) -> tuple[Result, list[Block]]:
+    """Run both sides in turns; return the comparison and our blocks."""
+    # the first pair is a warm-up and always begins with ours, whose draws it hands to stock
+    seen = [_pair(sides, ours_first=i % 2 == 0) for i in range(pairs + 1)][1:]
+    ours, stock = [pair[0] for pair in seen], [pair[1] for pair in seen]
+    result = paired(
+        "step",
+        "s",
+        ours=[block.seconds for block in ours],
+        baseline=[block.seconds for block in stock],
+        target=Target(relation="<=", limit=1.05),
+        note=describe(ours, stock),
+    )
+    return result, ours
+
+
+def step_recipe(*more: str) -> Recipe:
     """Return the demo's recipe with a policy that stays still and as little evaluation as there can be."""
     overrides = [
+        *more,
         "name=bench",
         "grpo.learning_rate=0.0",
         f"grpo.max_steps={WARM_UP + STEPS + 1}",
@@ -64,7 +69,7 @@ def _pair(sides: SideBySide, *, ours_first: bool) -> tuple[Block, Block]:
     return sides.ours(), stock
 
 
-def _note(ours: Sequence[Block], stock: Sequence[Block]) -> str:
+def describe(ours: Sequence[Block], stock: Sequence[Block]) -> str:
     """Say how much both sides generated, and the ratio by processor time, which a busy machine disturbs less."""
     ratio = statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, stock, strict=True))
     tokens = [statistics.mean(block.tokens for block in side) for side in (ours, stock)]

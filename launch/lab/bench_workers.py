@@ -63,7 +63,7 @@ def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> float:
 @cache
 def _running() -> tuple[DomainGRPOTrainer, RayEngine]:
     """Return the demo's trainer over two workers, started once a process."""
-    from launch.train import build_trainer
+    from launch.build import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(RECIPES / "demo.yaml", ["rollouts={engine: ray, workers: 2}"])

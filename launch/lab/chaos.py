@@ -1,59 +1,77 @@
 """`python -m launch.lab.chaos FOLDER [--kills 30]`: kill workers and trainer at random, and compare with a quiet run.
 
-One run is left alone; others lose a rollout worker (two times in three) or the trainer itself to SIGKILL, a few seconds
-after every sign of life, and are resumed, until there have been enough kills. Each run that ends is then laid beside the
-quiet one: prompt stream, mixtures, numbers, ledgers of the last checkpoint, final weights. Call it again to go on.
+A third of the kills goes to each arm. Processes get SIGKILL some seconds after a sign of life, and what ended is resumed,
+until the arm has its kills. Each run that ends is then laid beside one that was left alone. What is promised:
+
+- `trainer` (only the trainer is killed; pool and adaptive curriculum): the run is the quiet one bit for bit, prompts,
+  metrics, ledgers and final weights. Each worker samples what it would have; all that decides is in the checkpoint.
+- `worker` (only rollout workers; fixed mixture, no pool): the prompt stream and mixtures are the quiet one's. Metrics and
+  weights are its up to rounding: a lost worker's groups are sampled, with their own seeds, beside others than before, and a
+  batch's make-up shows in the last digits of a log-probability.
+- `both` (pool and adaptive curriculum): such digits may turn a reward, hence a decision, so that only the run's own books
+  have to agree: no group lost, none counted twice, each prompt seen by the pool as often as it was drawn.
+
+Call it again to go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from launch.lab.accounts import compare
+
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "debug.yaml"
+GROUP_SIZE = 8
 LIMIT_S = 600.0
 """A run that takes no step for so long is stuck: the very thing that is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A way to disturb a run, and what has to be equal afterwards."""
+
+    victims: tuple[str, ...]
+    changes: tuple[str, ...]
+    """What it changes in the debug recipe."""
+    promised: tuple[str, ...]
+    """Fields of a `Comparison`."""
+
+
+ADAPTIVE = ("curriculum.scheduler=adaptive", "pool={}")
+ARMS = {
+    "trainer": Arm(victims=("trainer",), changes=ADAPTIVE, promised=("accounted", "prompts", "numbers")),
+    "worker": Arm(victims=("worker",), changes=(), promised=("accounted", "prompts")),
+    "both": Arm(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kill:
     """One process that was ended."""
 
-    run: str
     victim: str
     after_step: int
     """Last step that the run had logged by then."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """A disturbed run beside the quiet one; every field is true where nothing differs."""
-
-    prompts: bool
-    every_prompt_once: bool
-    """Each draw's groups were counted once: per log, completions of all domains are those of one draw."""
-    metrics: bool
-    ledgers: bool
-    weights: bool
-
-
-def overrides(steps: int, workers: int) -> list[str]:
+def overrides(arm: Arm, steps: int, workers: int) -> list[str]:
     """Return what a chaos run changes in the debug recipe."""
     pool = f"rollouts={{engine: ray, workers: {workers}, timeout_s: 120}}"
-    return [pool, f"grpo.max_steps={steps}", f"eval.every={steps}", "checkpoint.every=1", "tracking.wandb=null"]
+    often = [f"grpo.max_steps={steps}", "eval.every=10", "checkpoint.every=1", "tracking.wandb=null"]
+    return [pool, *often, f"grpo.num_generations={GROUP_SIZE}", *arm.changes]
 
 
 def command(run: Path, changes: Sequence[str]) -> list[str]:
@@ -72,8 +90,10 @@ def last_step(run: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else -1
 
 
-def disturb(run: Path, changes: Sequence[str], *, kills: int, rng: random.Random, delay_s: float) -> list[Kill]:
-    """Bring a run to its end through at most `kills` kills; return them."""
+def disturb(
+    run: Path, changes: Sequence[str], victims: Sequence[str], *, kills: int, rng: random.Random, delay_s: float
+) -> list[Kill]:
+    """Bring a run to its end through at most `kills` kills of such processes; return them."""
     done: list[Kill] = []
     while not (run / "report.html").exists():
         with (run.parent / f"{run.name}.log").open("a") as log:
@@ -82,9 +102,9 @@ def disturb(run: Path, changes: Sequence[str], *, kills: int, rng: random.Random
                 while _is_moving(trainer, run):
                     if len(done) == kills or not _wait(trainer, rng.uniform(0, delay_s)):
                         continue
-                    victim = "worker" if rng.random() < 2 / 3 else "trainer"
-                    if _kill(trainer, victim):
-                        done.append(Kill(run=run.name, victim=victim, after_step=last_step(run)))
+                    victim = rng.choice(victims)
+                    if _kill(trainer, victim, rng):
+                        done.append(Kill(victim=victim, after_step=last_step(run)))
             finally:
                 _end(trainer)
         if trainer.returncode not in (0, -9):
@@ -110,17 +130,17 @@ def _wait(trainer: subprocess.Popen, seconds: float) -> bool:
     return trainer.poll() is None
 
 
-def _kill(trainer: subprocess.Popen, victim: str) -> bool:
+def _kill(trainer: subprocess.Popen, victim: str, rng: random.Random) -> bool:
     """Send SIGKILL to the trainer or to one of its workers; False if there is none at the moment."""
     if victim == "trainer":
         trainer.kill()
         trainer.wait()
         return True
-    for process in psutil.Process(trainer.pid).children(recursive=True):
-        if process.name().startswith("ray::") and "RolloutWorker" in " ".join(process.cmdline()):
-            process.kill()
-            return True
-    return False
+    below = psutil.Process(trainer.pid).children(recursive=True)
+    workers = [p for p in below if p.name().startswith("ray::") and "RolloutWorker" in " ".join(p.cmdline())]
+    if workers:
+        rng.choice(workers).kill()
+    return bool(workers)
 
 
 def _end(trainer: subprocess.Popen) -> None:
@@ -130,43 +150,18 @@ def _end(trainer: subprocess.Popen) -> None:
     trainer.wait()
 
 
-def compare(quiet: Path, run: Path) -> Comparison:
-    """Lay a disturbed run beside the quiet one."""
-    same = {name: _told(quiet, name) == _told(run, name) for name in ("decisions", "metrics")}
-    sizes = {_drawn(line) for line in _told(run, "metrics") if _drawn(line)}
-    return Comparison(
-        prompts=same["decisions"],
-        every_prompt_once=len(sizes) == 1
-        and sizes == {_drawn(line) for line in _told(quiet, "metrics") if _drawn(line)},
-        metrics=same["metrics"],
-        ledgers=_ledgers(quiet) == _ledgers(run),
-        weights=_digest(quiet / "final" / "model.safetensors") == _digest(run / "final" / "model.safetensors"),
-    )
-
-
-def _told(run: Path, ledger: str) -> list[dict[str, Any]]:
-    """Return a ledger's lines without what tells the time or counts the very faults."""
-    timed = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
-    lines = [json.loads(line) for line in (run / f"{ledger}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in lines]
-
-
-def _drawn(line: dict[str, Any]) -> float:
-    return sum(v for k, v in line.items() if k.startswith("domain/") and k.endswith("/n"))
-
-
-def _ledgers(run: Path) -> dict[str, Any]:
-    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return json.loads((newest / "polyphony.json").read_text())
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def quiet_run(folder: Path, arm: Arm, changes: Sequence[str]) -> Path:
+    """Return an undisturbed run of an arm's recipe, which arms with the same recipe share."""
+    run = folder / ("quiet-adaptive" if arm.changes else "quiet-joint")
+    disturb(run, changes, (), kills=0, rng=random.Random(0), delay_s=0)
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Go on until there were enough kills; print what differs. Exit code 1 if prompts were lost, doubled or changed."""
-    parser = argparse.ArgumentParser(prog="python -m launch.lab.chaos", description=(__doc__ or "").splitlines()[2])
+    """Go on until there were enough kills; print what differs. Exit code 1 where a promise was not kept."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.lab.chaos", description="Kill workers and trainer at random."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
@@ -176,31 +171,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    changes = overrides(arguments.steps, arguments.workers)
-    disturb(folder / "quiet", changes, kills=0, rng=random.Random(0), delay_s=0)
-    record, killed, lines = folder / "chaos.jsonl", 0, []
-    if record.exists():
-        lines = [json.loads(line) for line in record.read_text().splitlines()]
-        killed = sum(len(line["kills"]) for line in lines)
-    while killed < arguments.kills:
-        name = f"run-{len(lines)}"
-        rng = random.Random(f"{arguments.seed}/{name}/{last_step(folder / name)}")
-        kills = disturb(folder / name, changes, kills=arguments.kills - killed, rng=rng, delay_s=arguments.delay)
-        killed += len(kills)
-        line = {"run": name, "kills": [asdict(k) for k in kills], **asdict(compare(folder / "quiet", folder / name))}
-        lines.append(line)
-        with record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    for line in lines:
-        victims = [kill["victim"] for kill in line["kills"]]
-        counts = ", ".join(f"{victims.count(v)} of the {v}" for v in ("worker", "trainer"))
-        print(f"{line['run']}: {len(victims)} kills ({counts}); " + _verdict(line))
-    return int(not all(line["prompts"] and line["every_prompt_once"] for line in lines))
+    broken = 0
+    for name, arm in ARMS.items():
+        changes = overrides(arm, arguments.steps, arguments.workers)
+        quiet = quiet_run(folder, arm, changes)
+        share, turn = arguments.kills // len(ARMS), 0
+        while share > 0:
+            kills = _run(folder / f"{name}-{turn}", arm, changes, kills=share, arguments=arguments)
+            if not kills:
+                raise RuntimeError(f"{name}-{turn} ended before anything was killed; ask for more --steps")
+            share, turn = share - len(kills), turn + 1
+            broken += _report(quiet, folder / f"{name}-{turn - 1}", arm, kills)
+    return int(broken > 0)
 
 
-def _verdict(line: dict[str, Any]) -> str:
-    names = list(Comparison.__dataclass_fields__)
-    return ", ".join(f"{name} {'equal' if line[name] else 'DIFFER'}" for name in names)
+def _run(run: Path, arm: Arm, changes: Sequence[str], *, kills: int, arguments: argparse.Namespace) -> list[Kill]:
+    """Return the kills of a run, made now or on record."""
+    record = run.with_suffix(".kills")
+    if not record.exists():
+        rng = random.Random(f"{arguments.seed}/{run.name}/{last_step(run)}")
+        made = disturb(run, changes, arm.victims, kills=kills, rng=rng, delay_s=arguments.delay)
+        record.write_text(json.dumps([asdict(kill) for kill in made]))
+    return [Kill(**kill) for kill in json.loads(record.read_text())]
+
+
+def _report(quiet: Path, run: Path, arm: Arm, kills: Sequence[Kill]) -> bool:
+    """Print how a run compares; return whether it broke a promise."""
+    found = asdict(compare(quiet, run, group_size=GROUP_SIZE))
+    counts = ", ".join(f"{n} of the {victim}" for victim, n in Counter(kill.victim for kill in kills).items())
+    words = [
+        f"{k} {'equal' if v else 'DIFFER'}{'' if k in arm.promised else ' (not promised)'}" for k, v in found.items()
+    ]
+    print(f"{run.name}: {len(kills)} kills ({counts}); {', '.join(words)}", flush=True)
+    return not all(found[name] for name in arm.promised)
 
 
 if __name__ == "__main__":

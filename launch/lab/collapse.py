@@ -1,17 +1,18 @@
 """Provoke a collapse of entropy and hold it off: does the alarm come before the damage, and does control prevent it?
 
     python -m launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
+    python -m launch.lab.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
 
-Two runs a seed of `launch/recipes/collapse.yaml`: `free`, and `held` with `entropy.control: adaptive`. A finished run is
-not made again, so seeds may be added or taken apart. Prints one line a run and, over seeds, held minus free with a 95 %
-interval (Student's, paired by seed).
+Two runs a seed of a recipe: `free`, and `held` with `entropy.control: coefficient`. `collapse` has sixteen prompts that are
+learned by heart, which takes entropy; `collapse_many` has eight hundred that are not. A finished run is not made again, so
+seeds may be added or taken apart. Prints one line a run and, over seeds, held minus free with a 95 % interval (Student's,
+paired by seed).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,10 @@ from pathlib import Path
 from curricula.forgetting import curves
 from curricula.intervals import Interval, student
 from curricula.records import mean
-from launch.config import load_recipe
-from launch.train import say, train
+from launch.lab.trials import Trials
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "collapse.yaml"
-ARMS = {"free": "none", "held": "adaptive"}
+RECIPES = Path(__file__).parent.parent / "recipes"
+ARMS = {"free": ("entropy.control=none",), "held": ("entropy.control=coefficient",)}
 LAST = 40
 """Draws at the end that reward and entropy are averaged over."""
 
@@ -46,21 +46,8 @@ class Outcome:
     """Held-out score at the end."""
     passed: float
     """Held-out pass@2 at the end."""
-
-
-def make_runs(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Train every arm of every seed that is not there yet; an unfinished one begins anew."""
-    engine = None
-    for seed in seeds:
-        for arm, control in ARMS.items():
-            folder = out / f"{arm}-{seed}"
-            if (folder / "report.html").exists():
-                continue
-            if folder.exists():
-                shutil.rmtree(folder)
-            say(f"{folder.name}")
-            recipe = load_recipe(RECIPE, [*overrides, f"grpo.seed={seed}", f"entropy.control={control}"])
-            engine = train(recipe, folder, engine=engine)
+    watched: float
+    """Held-out score of the domains that are only watched, at the end; NaN without one."""
 
 
 def outcome(folder: Path) -> Outcome:
@@ -74,7 +61,7 @@ def outcome(folder: Path) -> Outcome:
     levels = run.metrics[f"domain/{name}/entropy"].values
     smooth = [mean(levels[k - 7 : k + 1].tolist()) / base for k in range(max(7, len(levels) // 4), len(levels))]
     fallen = [m.step for m in curves(run.moments, watch_only=()) if m.drawdown[name].high < 0]
-    collapsed = [alarm["step"] for alarm in run.alarms if alarm["kind"] == "collapse"]
+    collapsed = [alarm["step"] for alarm in run.alarms if (alarm["domain"], alarm["kind"]) == (name, "collapse")]
     return Outcome(
         alarm=min(collapsed, default=math.nan),
         fall=min(fallen, default=math.nan),
@@ -83,6 +70,7 @@ def outcome(folder: Path) -> Outcome:
         reward=mean(run.metrics[f"domain/{name}/reward"].values[-LAST:].tolist()),
         score=mean(run.moments[-1].scores[name]),
         passed=float(run.metrics[f"heldout/{name}/pass_at_k"].values[-1]),
+        watched=mean([mean(run.moments[-1].scores[watched]) for watched in run.watch_only]),
     )
 
 
@@ -105,6 +93,8 @@ def summary(out: Path, seeds: Sequence[int]) -> str:
             lines.append(f"{arm}-{seed:<5}" + "".join(f"{getattr(result, field):>9.3g}" for field in fields))
     for field in fields[2:]:
         free, held = ([getattr(o, field) for o in found[arm]] for arm in ARMS)
+        if any(map(math.isnan, free)):
+            continue
         rows = {"free": free, "held": held, "held - free": [b - a for a, b in zip(free, held, strict=True)]}
         lines.append(f"{field:<9}" + "   ".join(f"{label} {_interval(over_seeds(v))}" for label, v in rows.items()))
     lead = [o.fall - o.alarm for o in found["free"] if not math.isnan(o.fall + o.alarm)]
@@ -123,10 +113,15 @@ def main() -> None:
     """Read the arguments, make the runs that are missing, print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--recipe", choices=("collapse", "collapse_many"), default="collapse")
     parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     arguments = parser.parse_args()
-    make_runs(arguments.out, arguments.seeds, arguments.overrides)
+    recipe = RECIPES / f"{arguments.recipe}.yaml"
+    trials = Trials(recipe=recipe, arms=ARMS, out=arguments.out, overrides=arguments.overrides)
+    for seed in arguments.seeds:
+        for arm in ARMS:
+            trials.run(arm, seed)
     print(summary(arguments.out, arguments.seeds))
 
 

@@ -24,8 +24,9 @@ from scipy import stats
 
 from curricula.intervals import Interval
 from curricula.records import mean
+from launch.build import build_trainer
 from launch.config import Recipe, load_recipe
-from launch.train import build_trainer, say, train
+from launch.train import say, train
 
 if TYPE_CHECKING:
     from trainer.evaluation import HeldoutResult

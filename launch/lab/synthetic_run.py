@@ -131,6 +131,7 @@ def _train_metrics(
             f"domain/{name}/entropy": world.entropy[name] * rng.uniform(0.93, 1.07),
         }
         row |= {f"domain/{name}/frac_dead": dead, f"domain/{name}/mean_length": 40 + rng.gauss(0, 3)}
+        row |= {f"domain/{name}/dead_correct": reward * dead, f"domain/{name}/dead_wrong": (1 - reward) * dead}
         row |= {f"domain/{name}/n": 8 * round(8 * mixture[name])}
     if extras:
         row |= _extra_metrics(world, mixture, rng)
@@ -146,7 +147,7 @@ def _extra_metrics(world: _World, mixture: Mapping[str, float], rng: random.Rand
         row |= {f"curriculum/{name}/deferred": 30, f"curriculum/{name}/active": 258 - mastered}
     last = list(mixture)[-1]
     row |= {f"diversity/{last}/classes": 3 + 2 * rng.random(), f"diversity/{last}/mean": rng.uniform(0.4, 0.6)}
-    row |= {f"degeneration/{name}/repeated_ngrams": rng.uniform(0, 0.05) for name in mixture}
+    row |= {f"shortcuts/{name}/repeated_ngrams": rng.uniform(0, 0.05) for name in mixture}
     return row
 
 

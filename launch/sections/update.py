@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from launch.sections.base import Section
+from curricula.entropy_control import Control, Means, controlled
+from launch.sections.base import Section, named
 
 
 class RefillSection(Section):
@@ -75,6 +77,11 @@ class RftSection(Section):
     dedup: Any = None
     """A partitioner's name: one sample of each semantic class."""
 
+    @field_validator("dedup")
+    @classmethod
+    def _names_a_partitioner(cls, dedup: Any) -> Any:
+        return dedup if dedup is None else named(dedup)
+
 
 class LoraSection(Section):
     """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
@@ -89,14 +96,33 @@ class EntropySection(Section):
 
     band: tuple[float, float] = (0.5, 1.5)
     """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
-    control: Literal["none", "adaptive"] = "none"
-    """`adaptive` adds an entropy term to the loss, with a coefficient of each domain's own that is 0 inside the band."""
+    control: Control | dict[str, Control] = "none"
+    """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
+    term in the loss, of each domain's own, 0 inside the band. `sampling`: under the scheduler `adaptive`, a larger share
+    for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
     push: float = Field(default=1.0, ge=0)
     """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
     rate: float = Field(default=0.05, gt=0)
     """Growth of the coefficient per draw for the same distance."""
     max_coefficient: float = Field(default=1.0, gt=0)
     """Either way; at 1 the term weighs as much as an advantage of 1."""
+
+    def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
+        """Return the domains whose entropy is held by these means."""
+        return controlled(self.control, means, domains)
+
+    @property
+    def asks_for_sampling(self) -> bool:
+        """By that very word, so that a scheduler which cannot is an error; `adaptive` takes what there is."""
+        return "sampling" in (self.control.values() if isinstance(self.control, dict) else [self.control])
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _is_a_word(cls, control: Any) -> Any:
+        words = get_args(Control)
+        if any(word not in words for word in (control.values() if isinstance(control, dict) else [control])):
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, or one of them by domain")
+        return control
 
     @field_validator("band")
     @classmethod

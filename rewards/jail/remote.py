@@ -7,7 +7,7 @@ not patch the tests, read what they expect, or end them; and what it returns is 
 An object that equals everything equals nothing here: a Remote is never compared with plain data, and what arithmetic
 with plain data makes of it stays Remote, or an object that has been told the expected value could turn into it.
 Not supported: passing the candidate an instance of a class that the tests define, subclassing the candidate's classes,
-capturing what it prints.
+awaiting its coroutines, capturing what it prints. What can be recognised of it makes the tests `broken`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+class UnsupportedError(TypeError):
+    """The tests ask for what can not be said between two processes."""
+
+
 class Link:
     """Asks the candidate's process and turns its answers into plain data, Remotes and exceptions."""
 
     def __init__(self, channel):
         self.channel = channel
         self.broken = False
+        self.unsupported = False
         self.callbacks = []
         self.exceptions = {}
         self.remotes = {}
 
     def names(self):
-        """Return what the code under test defines, without what the tests' own Python defines already."""
-        found = unpack(self._receive()["names"], self.resolve)
-        return {
-            name: value
-            for name, value in found.items()
-            if not hasattr(builtins, name) and (name not in sys.stdlib_module_names or isinstance(value, type(sys)))
-        }
+        """Return what the code under test defines."""
+        return unpack(self._receive()["names"], self.resolve)
 
     def refer(self, value):
         if isinstance(value, Remote):
             return {"ref": value._ref}
         if isinstance(value, type) and value in self.exceptions.values():
-            raise TypeError("the code under test's own exceptions can not be passed to it")
+            raise UnsupportedError("the code under test's own exceptions can not be passed to it")
         if callable(value):
             self.callbacks.append(value)
             return {"callback": len(self.callbacks) - 1}
-        raise TypeError(f"a {type(value).__name__} of the tests can not be passed to the code under test")
+        raise UnsupportedError(f"a {type(value).__name__} of the tests can not be passed to the code under test")
 
     def resolve(self, data):
         if "exception" in data:
@@ -71,7 +71,12 @@ class Link:
         return self.exceptions.setdefault(names[0], type(names[0], (parent,), {}))
 
     def ask(self, do, args, kwargs):
-        self.channel.send({"do": do, "args": pack(args, self.refer), "kwargs": pack(kwargs, self.refer)})
+        try:
+            request = {"do": do, "args": pack(args, self.refer), "kwargs": pack(kwargs, self.refer)}
+        except UnsupportedError:
+            self.unsupported = True  # no fault of the code under test, which never saw it
+            raise
+        self.channel.send(request)
         reply = self._receive()
         while "callback" in reply:
             self._call_back(reply)
@@ -185,9 +190,9 @@ for _name in ACCESSES:
 def run_tests(source, link):
     """Run the tests' source against the names that `link` offers; return a word and "passed total".
 
-    Each top-level `assert` and expression, each function `test*` and each unittest method counts as one. `broken`
-    where the source is no Python or tests nothing. A statement in between that raises ends the count: what follows
-    stands on it.
+    Each top-level `assert`, expression, and loop, branch or `try` with one in it counts as one, so does each function
+    `test*` and each unittest method. `broken` where the source is no Python or tests nothing. Any other statement that
+    raises counts as a check that fails, and so does all that follows: it stands on it.
     """
     try:
         tree = compile(source, "tests.py", "exec", _ast.PyCF_ONLY_AST)
@@ -195,8 +200,10 @@ def run_tests(source, link):
         return "broken", "0 0"
     solution = type(sys)("solution")
     vars(solution).update(link.names())
+    visible = _visible(vars(solution), _names_of(compile(source, "tests.py", "exec")))
+    vars(solution)["__all__"] = list(visible)
     sys.modules["solution"] = solution
-    namespace = {name: value for name, value in vars(solution).items() if not name.startswith("__")}
+    namespace = dict(visible)
     namespace["__name__"] = "tests"
     passed, total, whole = _statements(tree, namespace)
     functions = [v for k, v in namespace.items() if k.startswith("test") and type(v) is type(run_tests)]
@@ -205,7 +212,29 @@ def run_tests(source, link):
         functions += [test.debug for test in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(case)]
     total += len(functions)
     passed += sum(_holds(function) for function in functions) if whole else 0
-    return ("verdict" if total else "broken"), f"{0 if link.broken else passed} {total}"
+    total += bool(total) and not whole
+    if link.unsupported or not total:
+        return "broken", "0 0"
+    return "verdict", f"{0 if link.broken else passed} {total}"
+
+
+def _visible(defined, used):
+    """Return what the tests see of what the code defines: not what would shadow the tests' own Python, as `all`.
+
+    Where they use no other name of it, such a name is the very thing that they test.
+    """
+    public = {name: value for name, value in defined.items() if not name.startswith("__")}
+    own = {
+        name: value
+        for name, value in public.items()
+        if not hasattr(builtins, name) and (name not in sys.stdlib_module_names or isinstance(value, type(sys)))
+    }
+    return own if used & (set(own) | {"solution"}) else public
+
+
+def _names_of(code):
+    inner = [_names_of(part) for part in code.co_consts if isinstance(part, type(code))]
+    return set(code.co_names).union(*inner)
 
 
 def _statements(tree, namespace):
@@ -220,9 +249,12 @@ def _statements(tree, namespace):
 
 
 def _is_check(statement):
-    return isinstance(statement, _ast.Assert) or (
-        isinstance(statement, _ast.Expr) and not isinstance(statement.value, _ast.Constant)
-    )
+    if isinstance(statement, _ast.Expr):
+        return not isinstance(statement.value, _ast.Constant)
+    parts = [statement, *getattr(statement, "handlers", [])]
+    inside = [s for part in parts for name in ("body", "orelse", "finalbody") for s in getattr(part, name, [])]
+    is_block = isinstance(statement, (_ast.For, _ast.While, _ast.If, _ast.With, _ast.Try))
+    return isinstance(statement, _ast.Assert) or (is_block and any(map(_is_check, inside)))
 
 
 def _holds(check):

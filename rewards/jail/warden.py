@@ -11,12 +11,16 @@ of theirs is the candidate's.
     tests <source>    -> verdict, with "passed total"; or timeout | broken
 """
 
+import builtins
 import os
 import select
 import sys
 import time
 
+import candidate
 import confine
+import messages
+import remote
 
 CHUNK = 1 << 16
 BUILD_S = 3.0
@@ -76,10 +80,6 @@ class Warden:
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
-        import candidate  # json is the dearest import, and only tests need these
-        import messages
-        import remote
-
         sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
@@ -233,12 +233,12 @@ def _run_main(source):
     return status & 0xFF
 
 
-def main():
-    """Read the source and its cases from the host, run each, answer each."""
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+def main(settings):
+    """Read the source and its cases from the host, run each, answer each, until the host hangs up."""
+    builtins.exit = builtins.quit = sys.exit  # as `site` would, whose start-up time is not paid
+    requests, replies = open(0, "rb"), open(1, "wb")  # noqa: SIM115 (until this process ends)
     _, source = read_frame(requests)
-    warden = Warden(source, settings)
+    warden = Warden(source, dict(line.split("=", 1) for line in settings.split("\n")))
     while True:
         word, content = read_frame(requests)
         if word is None:

@@ -1,0 +1,218 @@
+"""A recipe becomes a trainer: rows checked first, weights loaded last, every error one line.
+
+What a run folder needs beside it (records, checkpoints, reports) is `launch.train`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config import Recipe, RecipeError
+from launch.local import check_heads
+from launch.practice import pool_settings, update_settings
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from trainer.domains import DomainData
+    from trainer.grpo import DomainGRPOTrainer
+    from trainer.rollouts import Engine, EngineFactory
+    from trainer.slots import DrawPlan
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
+    from rewards import find_reward
+    from rewards.partitions import find_partitioner
+    from trainer.data import check_source
+
+    build_scheduler(recipe)
+    pool_settings(recipe)
+    for name, section in recipe.domains.items():
+        for key in ("train", "heldout", "reward", "diversity"):
+            value, where = getattr(section, key), f"domains.{name}.{key}"
+            try:
+                if key in ("train", "heldout"):
+                    check_source(value, where=where)
+                elif key == "reward":
+                    find_reward(value)
+                elif value is not None:
+                    find_partitioner(value.partitioner)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
+def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
+    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
+    import warnings
+
+    from trainer.slots import plan_draws
+
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    args = grpo_config(recipe, output)
+    scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
+    check_heads(recipe)
+    data = load_data(recipe, args)
+    check_boundaries(recipe, plan_draws(args, data.n_train))
+
+    from trainer.entropy import EntropySettings  # TRL brings vLLM along, some ten seconds: only once all rows are good
+    from trainer.evaluation import EvaluationSettings
+    from trainer.grpo import DomainGRPOTrainer
+
+    try:
+        return DomainGRPOTrainer(
+            recipe.model,
+            args,
+            domains=data,
+            curriculum=scheduler,
+            engine=engine or rollout_engine(recipe),
+            evaluation=EvaluationSettings(**recipe.eval.model_dump(exclude={"every"})),
+            entropy=EntropySettings(**recipe.entropy.model_dump()),
+            pool=pool,
+            update=update_settings(recipe),
+            max_grader_failures=recipe.rollouts.max_grader_failures,
+            max_skipped=recipe.faults.max_skipped,
+            processing_class=data.tokenizer,
+            peft_config=_peft_config(recipe),
+        )
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def rollout_engine(recipe: Recipe) -> str | EngineFactory:
+    """Return the name of the recipe's engine, or what makes it."""
+    rollouts = recipe.rollouts
+    if rollouts.engine == "vllm" and rollouts.engine_args:
+        from trainer.rollouts import InProcessEngine
+
+        return partial(InProcessEngine, engine_args=rollouts.engine_args)
+    if rollouts.engine != "ray":
+        return rollouts.engine
+    from launch.ray_engine import RayEngine
+    from launch.workers import PoolSettings
+
+    fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
+    given = {name: getattr(rollouts, name) for name in fields}
+    if (share := recipe.grpo.get("vllm_gpu_memory_utilization")) is not None:
+        given["gpu_memory_utilization"] = share
+    pool = PoolSettings(**given)
+    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness, engine_args=rollouts.engine_args)
+
+
+def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
+    """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
+    from transformers import AutoTokenizer
+
+    from trainer.domains import DomainData, context_of
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        context = context_of(recipe.model)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    try:
+        return DomainData.load(
+            domains_of(recipe),
+            tokenizer=tokenizer,
+            args=args,
+            context=context,
+            overlap=recipe.data.overlap,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
+    """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
+    checkpoints = recipe.checkpoint.every or recipe.eval.every
+    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
+        if not plan.is_boundary(every):
+            span = plan.micro_batches_per_draw / plan.micro_batches_per_step
+            raise RecipeError(f"{name}={every} falls inside a draw; a draw spans {span:g} optimizer steps")
+
+
+def build_scheduler(recipe: Recipe) -> Any:
+    """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
+    from curricula import schedulers
+
+    settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
+    held = recipe.entropy.held("sampling", list(recipe.domains))
+    entropy = {"entropy_band": recipe.entropy.band, "entropy_control": held}
+    try:
+        takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
+        if set(entropy) <= set(takes):
+            settings = entropy | settings
+        elif "adaptive" in takes:  # `auto` hands these on
+            settings["adaptive"] = entropy | settings.get("adaptive", {})
+        elif recipe.entropy.asks_for_sampling:
+            raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
+        if recipe.curriculum.transfer is not None and "transfer" in takes:
+            settings["transfer"] = load_transfer(recipe)
+        return schedulers.build_scheduler(name, **settings)
+    except ValueError as error:
+        raise RecipeError(f"curriculum: {error}") from error
+    except TypeError as error:  # a setting of another type than the scheduler can work with
+        given = recipe.curriculum.settings
+        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
+
+
+def load_transfer(recipe: Recipe) -> Any:
+    """Return the probe's transfer matrix that the recipe names."""
+    from curricula.transfer import TransferMatrix
+
+    path = Path(str(recipe.curriculum.transfer))
+    if not path.is_file():
+        raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
+    try:
+        return TransferMatrix.load(path)
+    except ValueError as error:
+        raise RecipeError(f"curriculum.transfer: {error}") from error
+
+
+def _peft_config(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+
+
+def domains_of(recipe: Recipe) -> list[Any]:
+    """Return the recipe's domains as records."""
+    from curricula.records import Domain
+
+    return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
+
+
+def grpo_config(recipe: Recipe, output: Path) -> Any:
+    """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
+    import torch
+    from trl.trainer.grpo_config import GRPOConfig
+
+    ours: dict[str, Any] = {
+        "output_dir": str(output),
+        "save_strategy": "steps",
+        "save_steps": recipe.checkpoint.every or recipe.eval.every,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "logging_steps": 1,
+    }
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not torch.cuda.is_available():
+        ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
+    try:
+        config = GRPOConfig(**{**ours, **recipe.grpo})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"grpo: {error}") from error
+    if started == 1 and config.n_gpu > 1:
+        config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses
+    if config.world_size != started:
+        raise RecipeError(
+            f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "
+            "or set ACCELERATE_USE_CPU=true where there is no GPU"
+        )
+    return config

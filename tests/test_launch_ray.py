@@ -1,0 +1,164 @@
+"""`polyphony launch ray` on a cluster of several raylets, and what is said of one that cannot be used."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import ray
+
+from launch import cluster, jobs
+from launch.cli import main
+from launch.config import RecipeError
+from tests.conftest import HOUSE, RECIPES
+from tests.test_bad_input import fails
+from tests.test_training_group import free_port
+
+DEBUG = str(RECIPES / "debug.yaml")
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@contextmanager
+def silent_port():
+    """Something that listens and says nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+@contextmanager
+def dashboard_of(status: int, version: str):
+    """A server that answers as Ray's dashboard does."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"ray_version": version}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_silent_cluster_is_named_within_its_time():
+    started = time.monotonic()
+    with silent_port() as port, pytest.raises(RecipeError, match=r"did not answer as Ray's head within 3 s"):
+        cluster.check_cluster(f"127.0.0.1:{port}", timeout_s=3)
+    assert time.monotonic() - started < 30
+
+
+def test_a_silent_dashboard_is_named_within_its_time():
+    with silent_port() as port, pytest.raises(RecipeError, match=r"does not answer as one \(TimeoutError\)"):
+        jobs.check_dashboard(f"http://127.0.0.1:{port}", timeout_s=0.5)
+
+
+def test_a_dashboard_of_another_ray_is_named():
+    expected = f"the cluster has Ray 2.9.0, here it is {ray.__version__}; install the same Ray"
+    with dashboard_of(200, "2.9.0") as address, pytest.raises(RecipeError, match=expected):
+        jobs.check_dashboard(address, timeout_s=10)
+
+
+def test_a_dashboard_that_asks_for_a_token_says_where_to_put_it():
+    with dashboard_of(401, "") as address, pytest.raises(RecipeError, match="set RAY_AUTH_MODE=token"):
+        jobs.check_dashboard(address, timeout_s=10)
+
+
+@pytest.fixture(scope="module")
+def raylets(tmp_path_factory):
+    """A head without cores and two more raylets of one core each: environment, address and dashboard."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    port, dashboard = free_port(), free_port()
+    address = f"127.0.0.1:{port}"
+    head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
+    head += [f"--temp-dir={tmp_path_factory.mktemp('r')}"]
+    nodes = []
+    try:
+        for words in (head, [f"--address={address}", "--num-cpus=1"], [f"--address={address}", "--num-cpus=1"]):
+            words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
+            nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            cluster.wait_for_port(address, timeout_s=120)
+        wait_for_nodes(environment, address, len(nodes))
+        yield environment, address, f"127.0.0.1:{dashboard}"
+    finally:
+        for node in reversed(nodes):
+            family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
+            node.terminate()
+            node.wait(timeout=60)
+            psutil.wait_procs(family, timeout=30)
+            for left in family:
+                if left.is_running():
+                    left.kill()
+
+
+def wait_for_nodes(environment, address: str, n: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        words = [*RAY, "status", "--address", address]
+        shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=False).stdout
+        if shown.count("node_") >= n:
+            return
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_the_debug_recipe_runs_as_a_job_with_its_workers_on_two_raylets(raylets, tmp_path):
+    environment, _, dashboard = raylets
+    run = tmp_path / "run"
+    # each raylet has one core: two workers cannot be on the same
+    overrides = ["rollouts={engine: ray, workers: 2}", "tracking.wandb=null", "grpo.max_steps=2", "eval.every=2"]
+    command = [sys.executable, "-m", "launch.cli", "launch", "ray", DEBUG, *overrides]
+    done = subprocess.run(
+        [*command, "--address", dashboard, "--out", str(run)],
+        env={**environment, "PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert (run / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_ever_has_room_for_end_the_job_in_one_line(raylets, tmp_path):
+    environment, _, dashboard = raylets
+    overrides = ["rollouts={engine: ray, workers: 3, start_timeout_s: 5}", "tracking.wandb=null"]
+    command = [sys.executable, "-m", "launch.cli", "launch", "ray", DEBUG, *overrides]
+    done = subprocess.run(
+        [*command, "--address", dashboard, "--out", str(tmp_path / "run")],
+        env={**environment, "PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "rollouts.workers=3 of 1 CPU each need 3 CPU, the Ray cluster has 2" in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_token_is_not_joined_without_it(raylets, monkeypatch, capsys):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RecipeError, match="it asks for its token: set RAY_AUTH_MODE=token"):
+        cluster.check_cluster(raylets[1], timeout_s=60)
+    assert "it asks for its token" in fails(capsys, "launch", "ray", DEBUG, "--address", raylets[2])
+
+
+def test_a_dry_run_prints_the_submission_and_submits_nothing(capsys, tmp_path):
+    assert main(["launch", "ray", DEBUG, "--address", "host:8265", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "job submit --address http://host:8265" in said
+    assert f"python -m launch.cli launch local {DEBUG} --out {tmp_path / 'run'}" in said
