@@ -95,7 +95,12 @@ def _screen(verbs: argparse._SubParsersAction) -> None:
 def _plan(verbs: argparse._SubParsersAction) -> None:
     plan = _verb(verbs, "plan", "say in which order to train, or to mix", "plan runs/x-probe/transfer.json")
     plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
-    plan.add_argument("--replay", type=Path, metavar="RUN", help="replay a saved run's evidence instead")
+    plan.add_argument(
+        "--replay",
+        type=Path,
+        metavar="RUN",
+        help="replay a saved run's evidence instead (from these probes, if a transfer.json is given)",
+    )
     plan.add_argument("--scheduler", help="with --replay: registry name or import path")
     _json(plan)
 

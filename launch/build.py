@@ -23,6 +23,28 @@ if TYPE_CHECKING:
     from trainer.slots import DrawPlan
 
 
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
+    from rewards import find_reward
+    from rewards.partitions import find_partitioner
+    from trainer.data import check_source
+
+    build_scheduler(recipe)
+    pool_settings(recipe)
+    for name, section in recipe.domains.items():
+        for key in ("train", "heldout", "reward", "diversity"):
+            value, where = getattr(section, key), f"domains.{name}.{key}"
+            try:
+                if key in ("train", "heldout"):
+                    check_source(value, where=where)
+                elif key == "reward":
+                    find_reward(value)
+                elif value is not None:
+                    find_partitioner(value.partitioner)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
 def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
     import warnings
@@ -82,13 +104,13 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from trainer.domains import DomainData
+    from trainer.domains import DomainData, context_of
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        config = AutoConfig.from_pretrained(recipe.model).get_text_config()
+        context = context_of(recipe.model)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:
@@ -96,7 +118,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             domains_of(recipe),
             tokenizer=tokenizer,
             args=args,
-            context=getattr(config, "max_position_embeddings", None),
+            context=context,
             overlap=recipe.data.overlap,
         )
     except (ValueError, TypeError) as error:
@@ -130,8 +152,11 @@ def build_scheduler(recipe: Recipe) -> Any:
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
         return schedulers.build_scheduler(name, **settings)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
+    except TypeError as error:  # a setting of another type than the scheduler can work with
+        given = recipe.curriculum.settings
+        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from launch.grpo_fields import GRPO_FIELDS, OURS, TRL_ENGINE
+from launch.grpo_fields import GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from launch.sections.base import Section
 from launch.sections.course import (
     CheckpointSection,
@@ -169,11 +169,13 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _check_grpo(grpo: Mapping[str, Any]) -> None:
-    for name in grpo:
+    for name, value in grpo.items():
         if name in OURS:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
-        if name not in GRPO_FIELDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+        if name not in GRPO_KINDS:
+            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_KINDS)}")
+        if needed := complaint(name, value):
+            raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
         raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
 

@@ -56,12 +56,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     folder = claim_folder(recipe, out, resume=resume) if is_first_rank() else out
     try:
         started = start(recipe, folder, engine=engine)
-    except RecipeError:
-        if not resume and is_first_rank():
+        trainer = started.trainer
+        trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+    except ValueError:  # what TRL and torch refuse comes to light when training begins
+        if not resume and is_first_rank() and not (folder / "metrics.jsonl").exists():
             give_up_folder(folder)
         raise
-    trainer = started.trainer
-    trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
     if started.stopper.stopped is not None:
         raise Interrupted(*started.stopper.stopped)
     from trainer.final import save_final

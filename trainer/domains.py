@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.records import Domain
@@ -129,6 +129,12 @@ class DomainData:
                             f"{self.limits[name]} that is more than the context of {self.context}"
                         )
         return longest
+
+
+def context_of(model: Any) -> int | None:
+    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_names(domains: Sequence[Domain]) -> None:

@@ -20,15 +20,15 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
-from curricula.pool import PoolSettings
 from curricula.pool_file import POOL_FILE, load_pools, save_pools
+from curricula.pool_settings import PoolSettings
 from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
-from trainer.domains import DomainData
+from trainer.domains import DomainData, context_of
 from trainer.draws import Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
@@ -95,7 +95,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             model if isinstance(model, str) else model.name_or_path
         )
         self.data = (
-            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+            domains
+            if isinstance(domains, DomainData)
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains)
         self.fusion = Fusion.of(self.data.domains)
