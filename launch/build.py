@@ -6,6 +6,7 @@ What a run folder needs beside it (records, checkpoints, reports) is `launch.tra
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,16 +85,21 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
+    if rollouts.engine == "vllm" and rollouts.engine_args:
+        from trainer.rollouts import InProcessEngine
+
+        return partial(InProcessEngine, engine_args=rollouts.engine_args)
     if rollouts.engine != "ray":
         return rollouts.engine
-    from functools import partial
-
     from launch.ray_engine import RayEngine
     from launch.workers import PoolSettings
 
     fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
-    pool = PoolSettings(**{name: getattr(rollouts, name) for name in fields})
-    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness)
+    given = {name: getattr(rollouts, name) for name in fields}
+    if (share := recipe.grpo.get("vllm_gpu_memory_utilization")) is not None:
+        given["gpu_memory_utilization"] = share
+    pool = PoolSettings(**given)
+    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness, engine_args=rollouts.engine_args)
 
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
@@ -202,6 +208,8 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         config = GRPOConfig(**{**ours, **recipe.grpo})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
+    if started == 1 and config.n_gpu > 1:
+        config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses
     if config.world_size != started:
         raise RecipeError(
             f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "

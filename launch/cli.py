@@ -198,7 +198,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.where == "slurm":
         return launch.slurm(run, gpus_per_node=arguments.gpus_per_node)
     if arguments.where == "ray":
-        return launch.ray(run, address=arguments.address)
+        return launch.ray(run, address=arguments.address, gpus_per_node=arguments.gpus_per_node)
     machine = Machine(rank=arguments.machine_rank, of=arguments.machines, main_address=arguments.main_address)
     return launch.local(run, machine)
 
