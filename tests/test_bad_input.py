@@ -342,6 +342,14 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_in_one_line(capsys, tmp_
 
 
 @pytest.mark.slow
+def test_what_torch_refuses_when_training_begins_leaves_no_folder(capsys, tmp_path, recipe):
+    overrides = [f"model={POLICY}", "rollouts.engine=transformers", "grpo.learning_rate=-1"]
+    assert main(["train", str(recipe), *overrides, "--out", str(tmp_path / "run")]) == 2
+    assert "Invalid learning rate: -1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_rows_that_changed_since_the_checkpoint_are_refused_on_resume(capsys, tmp_path, recipe):
     overrides = [f"model={POLICY}", "rollouts.engine=transformers", "checkpoint.every=1", "eval.every=1"]
     run = str(tmp_path / "run")
