@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from curricula.pool import Columns, PoolSettings, PromptPool
+from curricula.pool import PromptPool
+from curricula.pool_file import Columns
+from curricula.pool_settings import PoolSettings
 from curricula.posterior import State
 from curricula.quotas import allocate
 from curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean

@@ -11,91 +11,20 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from curricula.learnability import find_sampling
-from curricula.posterior import RETRIED, WAITING, Band, State
+from curricula.pool_file import Columns
+from curricula.pool_settings import PoolSettings
+from curricula.posterior import RETRIED, WAITING, State
 from curricula.ranking import RankedSet
 
 LEARNED = 0.5
 """What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the
 prompt. With their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED,
 with this three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolSettings:
-    """How prompts are judged, waited for and chosen."""
-
-    band: Band = field(default_factory=Band)
-    discount: float = 0.99
-    """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
-    sampling: str = "uniform"
-    """Which of the open prompts: a name of `curricula.learnability.SAMPLINGS` or an import path."""
-    retry_share: float = 0.1
-    """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
-    retry_deferred: int = 10
-    """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
-    edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
-    32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one. An ACTIVE prompt
-    rests so long after a group that was all alike: the posterior takes visits to see that it has been learned."""
-    retry_mastered: int = 50
-    """Draws before a MASTERED one is; forgetting is slower than learning."""
-    retry_impossible: int = 100
-    """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
-    when_exhausted: Literal["continue", "stop"] = "continue"
-    """What happens when no domain has anything left to learn: the least bad prompts, or an end with a message."""
-    refill_rounds: int = 2
-    """Most rounds in which the dead groups of a draw are replaced; with half of them dead, two leave one in eight."""
-
-    def __post_init__(self) -> None:
-        find_sampling(self.sampling)
-        for name, low, high in (("discount", 0.5, 1.0), ("retry_share", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"pool: expected {low} <= {name} <= {high}, got {getattr(self, name)}")
-        for name in ("retry_deferred", "retry_mastered", "retry_impossible"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pool: {name} must be at least 1 draw, got {getattr(self, name)}")
-        if self.refill_rounds < 0:
-            raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
-
-    def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
-        """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
-        if state is State.DEFERRED and max(rewards) > 0:
-            return 1  # too hard so far, but it has just succeeded
-        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.band.defer_below / pass_rate))
-        waits = {
-            State.DEFERRED: max(self.retry_deferred, backed_off),
-            State.MASTERED: self.retry_mastered,
-            State.IMPOSSIBLE: self.retry_impossible,
-        }
-        return waits.get(state, self.retry_deferred if min(rewards) == max(rewards) else 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Columns:
-    """What is known of N prompts."""
-
-    ids: Sequence[str]
-    successes: np.ndarray
-    """[N] float32, discounted."""
-    failures: np.ndarray
-    """[N] float32, discounted."""
-    visits: np.ndarray
-    """[N] int32: groups with at least one graded completion."""
-    due: np.ndarray
-    """[N] int32: the draw from which on a waiting prompt may be tried again."""
-    clock: int
-    """Draws made when this was taken."""
-
-    @classmethod
-    def empty(cls, ids: Sequence[str]) -> Columns:
-        n = len(ids)
-        counts, whole = np.zeros((2, n), dtype=np.float32), np.zeros((2, n), dtype=np.int32)
-        return cls(ids=ids, successes=counts[0], failures=counts[1], visits=whole[0], due=whole[1], clock=0)
 
 
 class PromptPool:

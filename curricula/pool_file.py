@@ -6,16 +6,38 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from curricula.pool import Columns
-
 POOL_FILE = "pool.npz"
 VERSION = 1
 _COLUMNS = ("successes", "failures", "visits", "due")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """What is known of N prompts."""
+
+    ids: Sequence[str]
+    successes: np.ndarray
+    """[N] float32, discounted."""
+    failures: np.ndarray
+    """[N] float32, discounted."""
+    visits: np.ndarray
+    """[N] int32: groups with at least one graded completion."""
+    due: np.ndarray
+    """[N] int32: the draw from which on a waiting prompt may be tried again."""
+    clock: int
+    """Draws made when this was taken."""
+
+    @classmethod
+    def empty(cls, ids: Sequence[str]) -> Columns:
+        n = len(ids)
+        counts, whole = np.zeros((2, n), dtype=np.float32), np.zeros((2, n), dtype=np.int32)
+        return cls(ids=ids, successes=counts[0], failures=counts[1], visits=whole[0], due=whole[1], clock=0)
 
 
 class PoolFileError(ValueError):

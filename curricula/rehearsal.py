@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from curricula.schedulers.settings import check_counts, check_numbers
 
 MOST = 0.5
 """Largest share of a draw that all earlier domains get together, so that a stage stays the stage of its domain."""
@@ -27,10 +29,7 @@ class Replay:
     def __post_init__(self) -> None:
         if self.kind != "power_law":
             raise ValueError(f"replay: kind is power_law, got {self.kind!r}")
-        if not 0 <= self.fraction <= MOST:
-            raise ValueError(f"replay: fraction must lie in [0, {MOST}], got {self.fraction}")
-        if not (self.exponent >= 0 and math.isfinite(self.exponent)):
-            raise ValueError(f"replay: exponent must be finite and >= 0, got {self.exponent}")
+        check_numbers(self, fraction=f"[0, {MOST}]", exponent="[0, inf)")
 
     def shares(self, ages: Mapping[str, int]) -> dict[str, float]:
         """Return the share of each earlier domain; `ages` in draws, at least 1. Empty without any."""
@@ -49,10 +48,7 @@ class Protection:
     """Of a draw, for each domain under protection, as far as `MOST` allows."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.max_drop <= 1 and 0 <= self.share <= MOST):
-            raise ValueError(
-                f"protect: expected 0 <= max_drop <= 1 and 0 <= share <= {MOST}, got {self.max_drop}, {self.share}"
-            )
+        check_numbers(self, max_drop="[0, 1]", share=f"[0, {MOST}]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +63,28 @@ class Plateau:
     """Score; 0 or less waits until the domain falls."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"plateau: window must be at least 1 evaluation, got {self.window}")
+        check_counts(self, window=1)
+        check_numbers(self, gain="(-inf, inf)")
 
     def is_reached(self, scores: list[float]) -> bool:
         """Return whether the scores of a stage's evaluations, oldest first, have stopped rising."""
         recent, earlier = scores[-self.window :], scores[-2 * self.window : -self.window]
         return len(earlier) == self.window and sum(recent) - sum(earlier) < self.gain * self.window
+
+
+Settings = TypeVar("Settings")
+
+
+def read_settings(kind: type[Settings], given: Any, *, where: str) -> Settings:
+    """Return settings given as such or as a mapping. Raises ValueError that names what they do not have."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: expected a mapping of settings, got {given!r}")
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{where} has no setting {unknown}; it has {known}")
+    return kind(**given)
 
 
 def combine(replay: Mapping[str, float], protected: Mapping[str, float]) -> dict[str, float]:

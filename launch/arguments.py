@@ -95,7 +95,12 @@ def _screen(verbs: argparse._SubParsersAction) -> None:
 def _plan(verbs: argparse._SubParsersAction) -> None:
     plan = _verb(verbs, "plan", "say in which order to train, or to mix", "plan runs/x-probe/transfer.json")
     plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
-    plan.add_argument("--replay", type=Path, metavar="RUN", help="replay a saved run's evidence instead")
+    plan.add_argument(
+        "--replay",
+        type=Path,
+        metavar="RUN",
+        help="replay a saved run's evidence instead (from these probes, if a transfer.json is given)",
+    )
     plan.add_argument("--scheduler", help="with --replay: registry name or import path")
     _json(plan)
 
@@ -115,7 +120,7 @@ def _launch(verbs: argparse._SubParsersAction) -> None:
     _recipe(launch, nargs="?")
     _run_folder(launch, "print exactly what will run, then stop")
     launch.add_argument("--address", default="127.0.0.1:8265", help="ray: host:port of the cluster's dashboard")
-    launch.add_argument("--gpus-per-node", type=int, help="slurm: default as many as this machine has")
+    launch.add_argument("--gpus-per-node", type=int, help="slurm, ray: default as many as this machine has")
     launch.add_argument("--machines", type=int, default=1, help="local: machines in the group")
     launch.add_argument("--machine-rank", type=int, default=0, help="local: this machine's number, from 0")
     launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")

@@ -6,6 +6,7 @@ What a run folder needs beside it (records, checkpoints, reports) is `launch.tra
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,28 @@ if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
     from trainer.rollouts import Engine, EngineFactory
     from trainer.slots import DrawPlan
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
+    from rewards import find_reward
+    from rewards.partitions import find_partitioner
+    from trainer.data import check_source
+
+    build_scheduler(recipe)
+    pool_settings(recipe)
+    for name, section in recipe.domains.items():
+        for key in ("train", "heldout", "reward", "diversity"):
+            value, where = getattr(section, key), f"domains.{name}.{key}"
+            try:
+                if key in ("train", "heldout"):
+                    check_source(value, where=where)
+                elif key == "reward":
+                    find_reward(value)
+                elif value is not None:
+                    find_partitioner(value.partitioner)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
 def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
@@ -62,27 +85,32 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
+    if rollouts.engine == "vllm" and rollouts.engine_args:
+        from trainer.rollouts import InProcessEngine
+
+        return partial(InProcessEngine, engine_args=rollouts.engine_args)
     if rollouts.engine != "ray":
         return rollouts.engine
-    from functools import partial
-
     from launch.ray_engine import RayEngine
     from launch.workers import PoolSettings
 
     fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
-    pool = PoolSettings(**{name: getattr(rollouts, name) for name in fields})
-    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness)
+    given = {name: getattr(rollouts, name) for name in fields}
+    if (share := recipe.grpo.get("vllm_gpu_memory_utilization")) is not None:
+        given["gpu_memory_utilization"] = share
+    pool = PoolSettings(**given)
+    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness, engine_args=rollouts.engine_args)
 
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from trainer.domains import DomainData
+    from trainer.domains import DomainData, context_of
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        config = AutoConfig.from_pretrained(recipe.model).get_text_config()
+        context = context_of(recipe.model)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:
@@ -90,7 +118,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             domains_of(recipe),
             tokenizer=tokenizer,
             args=args,
-            context=getattr(config, "max_position_embeddings", None),
+            context=context,
             overlap=recipe.data.overlap,
         )
     except (ValueError, TypeError) as error:
@@ -124,8 +152,11 @@ def build_scheduler(recipe: Recipe) -> Any:
         if recipe.curriculum.transfer is not None and "transfer" in takes:
             settings["transfer"] = load_transfer(recipe)
         return schedulers.build_scheduler(name, **settings)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
+    except TypeError as error:  # a setting of another type than the scheduler can work with
+        given = recipe.curriculum.settings
+        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:
@@ -177,6 +208,8 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         config = GRPOConfig(**{**ours, **recipe.grpo})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
+    if started == 1 and config.n_gpu > 1:
+        config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses
     if config.world_size != started:
         raise RecipeError(
             f"{started} ranks were started, but each sees {config.world_size}: start them with `polyphony launch local`, "

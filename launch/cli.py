@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     set_environment()
     try:
+        # last, so that it shadows nothing: where a user's graders are, and an installed command does not look
+        sys.path.append(str(Path.cwd()))
         return VERBS[arguments.verb](arguments) or 0
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,11 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def set_environment() -> None:
     """Choose what the libraries read at import. Two OpenMP threads on a busy small machine are slower than one."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
+    drivers = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA, of AMD
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not any(Path(driver).exists() for driver in drivers):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds by itself, with a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
         for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
@@ -81,10 +86,12 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from launch.build import check_names
     from launch.train import Interrupted, train
 
     recipe = _recipe_to_train(arguments)
     if arguments.dry_run:
+        check_names(recipe)
         print(recipe.as_yaml(), end="")
         return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
@@ -157,7 +164,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.replay:
         if not arguments.scheduler:
             raise RecipeError("--replay needs --scheduler NAME")
-        replay_run(arguments.replay, scheduler=arguments.scheduler, as_json=arguments.json)
+        replay_run(arguments.replay, scheduler=arguments.scheduler, transfer=arguments.transfer, as_json=arguments.json)
+    elif arguments.scheduler:
+        raise RecipeError("--scheduler goes with --replay RUN; a plan alone has no scheduler")
     elif arguments.transfer:
         plan(arguments.transfer, as_json=arguments.json)
     else:
@@ -189,7 +198,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.where == "slurm":
         return launch.slurm(run, gpus_per_node=arguments.gpus_per_node)
     if arguments.where == "ray":
-        return launch.ray(run, address=arguments.address)
+        return launch.ray(run, address=arguments.address, gpus_per_node=arguments.gpus_per_node)
     machine = Machine(rank=arguments.machine_rank, of=arguments.machines, main_address=arguments.main_address)
     return launch.local(run, machine)
 

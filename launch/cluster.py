@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from launch.config import RecipeError
-from launch.local import RAY_GPUS
+from launch.local import RAY_GPUS, gpus_here, names_of_gpus
 
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
@@ -56,11 +56,13 @@ def join(address: str | None, *, timeout_s: float) -> bool:
 
 @contextmanager
 def _visible_to_ray(*, is_own: bool) -> Iterator[None]:
-    """Leave the trainer ranks' GPUs out of a cluster that is started here; `polyphony launch local` says which."""
-    spare, before = os.environ.get(RAY_GPUS), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not is_own or spare is None:
+    """Leave the trainer ranks' GPUs, the first ones, out of a cluster that is started here."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not is_own or not (gpus := gpus_here()):
         yield
         return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = os.environ.get(RAY_GPUS, ",".join(names_of_gpus(gpus)[ranks:]))  # `polyphony launch local` says which
     os.environ["CUDA_VISIBLE_DEVICES"] = spare  # for the processes that ray.init starts; CUDA is up in this one
     try:
         yield

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from launch.grpo_fields import GRPO_FIELDS, OURS
+from launch.grpo_fields import GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from launch.sections.base import Section
 from launch.sections.course import (
     CheckpointSection,
@@ -100,6 +100,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
+    _check_engine(recipe)
     _check_entropy(recipe)
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
@@ -168,13 +169,32 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _check_grpo(grpo: Mapping[str, Any]) -> None:
-    for name in grpo:
+    for name, value in grpo.items():
         if name in OURS:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
-        if name not in GRPO_FIELDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_FIELDS)}")
+        if name not in GRPO_KINDS:
+            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_KINDS)}")
+        if needed := complaint(name, value):
+            raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
         raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Refuse keys of TRL's own engines that none of ours would hear, and the other way round."""
+    engine, grpo = recipe.rollouts.engine, recipe.grpo
+    if grpo.get("use_vllm") and engine == "ray":
+        raise RecipeError("rollouts.engine ray and grpo.use_vllm=true exclude each other; leave out one")
+    if grpo.get("use_vllm") or engine == "transformers":
+        if recipe.rollouts.engine_args:
+            raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
+        return
+    heard = {"vllm_enable_sleep_mode"} if engine == "vllm" else set()
+    for name in sorted(grpo):
+        if name in TRL_ENGINE and name not in heard:
+            raise RecipeError(
+                f"grpo.{name} is not heard by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
+            )
 
 
 def _check_entropy(recipe: Recipe) -> None:

@@ -27,40 +27,83 @@ OURS = {
 }
 """Fields that a recipe sets elsewhere, and where."""
 
-GRPO_FIELDS = frozenset(
-    """
-    accelerator_config adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size average_tokens_across_devices
-    batch_eval_metrics beta bf16 bf16_full_eval cache_implementation cast_lm_head_to_fp32 chat_template_kwargs
-    data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
-    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
-    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta disable_dropout
-    disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef
-    entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target epsilon epsilon_high eval_accumulation_steps
-    eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy eval_use_gather_object fp16
-    fp16_full_eval fsdp fsdp_config full_determinism generation_batch_size generation_kwargs
-    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
-    importance_sampling_level include_for_metrics include_num_input_tokens_seen label_names label_smoothing_factor
-    learning_rate length_column_name liger_kernel_config load_best_model_at_end local_rank log_completions
-    log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
-    logging_first_step logging_nan_inf_filter logging_steps logging_strategy loss_type lr_scheduler_kwargs
-    lr_scheduler_type mask_truncated_completions max_completion_length max_grad_norm max_steps
-    max_tool_calling_iterations metric_for_best_model min_p model_init_kwargs multi_objective_aggregation
-    neftune_noise_alpha num_completions_to_print num_generations num_generations_eval num_iterations
-    num_train_epochs off_policy_mask_threshold optim optim_args optim_target_modules output_dir pad_to_multiple_of
-    parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project
-    push_to_hub ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns repetition_penalty report_to
-    restore_callback_states_from_checkpoint resume_from_checkpoint reward_weights router_aux_loss_coef run_name
-    sapo_temperature_neg sapo_temperature_pos save_on_each_node save_only_model save_steps save_strategy
-    save_total_limit scale_rewards seed shuffle_dataset skip_memory_metrics steps_per_generation sync_ref_model
-    temperature tf32 top_entropy_quantile top_k top_p torch_compile torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy
-    transformers_continuous_batching_config trust_remote_code use_adaptive_entropy use_bias_correction_kl use_cache
-    use_cpu use_liger_kernel use_transformers_continuous_batching use_transformers_paged use_vllm vespo_k_neg
-    vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port
-    vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
-    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode
-    vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
-    vllm_structured_outputs_regex vllm_tensor_parallel_size warmup_steps weight_decay
-    """.split()  # noqa: SIM905 (one name a line would hide the rest of the file)
+_WHOLE = """
+    data_seed? dataloader_num_workers dataloader_prefetch_factor? ddp_bucket_cap_mb? ddp_timeout
+    eval_accumulation_steps? generation_batch_size? gradient_accumulation_steps local_rank
+    max_completion_length? max_steps max_tool_calling_iterations? num_completions_to_print? num_generations?
+    num_generations_eval? num_iterations per_device_eval_batch_size per_device_train_batch_size
+    ref_model_sync_steps save_total_limit? seed steps_per_generation? top_k torch_empty_cache_steps?
+    vllm_group_port vllm_max_model_length? vllm_server_port vllm_tensor_parallel_size
+"""
+_REAL = """
+    adam_beta1 adam_beta2 adam_epsilon beta delta? entropy_coef entropy_coef_delta entropy_coef_max
+    entropy_coef_min entropy_target epsilon epsilon_high? eval_delay eval_steps? label_smoothing_factor
+    learning_rate logging_steps max_grad_norm min_p? neftune_noise_alpha? num_train_epochs
+    off_policy_mask_threshold? ref_model_mixup_alpha repetition_penalty router_aux_loss_coef?
+    sapo_temperature_neg sapo_temperature_pos save_steps temperature top_entropy_quantile top_p vespo_k_neg
+    vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_gpu_memory_utilization vllm_importance_sampling_cap?
+    vllm_importance_sampling_clip_max? vllm_importance_sampling_clip_min? vllm_server_timeout warmup_steps
+    weight_decay
+"""
+_TRUTH = """
+    auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16? bf16_full_eval
+    cast_lm_head_to_fp32 dataloader_drop_last dataloader_in_order dataloader_persistent_workers
+    dataloader_pin_memory ddp_broadcast_buffers? ddp_find_unused_parameters? ddp_static_graph? disable_dropout
+    disable_tqdm? do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint
+    eval_do_concat_batches eval_on_start eval_use_gather_object fp16 fp16_full_eval full_determinism
+    gradient_checkpointing greater_is_better? hub_always_push hub_private_repo? ignore_data_skip
+    load_best_model_at_end log_completions log_multimodal log_on_each_node log_unique_prompts logging_first_step
+    logging_nan_inf_filter mask_truncated_completions prediction_loss_only push_to_hub remove_unused_columns?
+    restore_callback_states_from_checkpoint save_on_each_node save_only_model shuffle_dataset?
+    skip_memory_metrics sync_ref_model tf32? torch_compile trust_remote_code use_adaptive_entropy
+    use_bias_correction_kl use_cache use_cpu use_liger_kernel use_transformers_continuous_batching
+    use_transformers_paged use_vllm vllm_enable_sleep_mode vllm_importance_sampling_correction
+"""
+_OTHER = """
+    accelerator_config cache_implementation chat_template_kwargs dataloader_multiprocessing_context ddp_backend
+    debug deepspeed eval_strategy fsdp fsdp_config generation_kwargs gradient_checkpointing_kwargs hub_model_id
+    hub_revision hub_strategy hub_token importance_sampling_level include_for_metrics
+    include_num_input_tokens_seen label_names length_column_name liger_kernel_config log_completions_hub_repo
+    log_level log_level_replica logging_strategy loss_type lr_scheduler_kwargs lr_scheduler_type
+    metric_for_best_model model_init_kwargs multi_objective_aggregation optim optim_args optim_target_modules
+    output_dir pad_to_multiple_of parallelism_config project report_to resume_from_checkpoint reward_weights
+    run_name save_strategy scale_rewards torch_compile_backend torch_compile_mode trackio_bucket_id
+    trackio_space_id trackio_static_space_id train_sampling_strategy transformers_continuous_batching_config
+    vllm_importance_sampling_mode vllm_mode vllm_model_impl vllm_server_base_url vllm_server_host
+    vllm_structured_outputs_regex
+"""
+
+GRPO_KINDS: dict[str, tuple[str, bool]] = {
+    name.rstrip("?"): (kind, name.endswith("?"))
+    for kind, names in (("a whole number", _WHOLE), ("a number", _REAL), ("true or false", _TRUTH), ("", _OTHER))
+    for name in names.split()
+}
+"""What each field takes, in words, and whether null as well; no words: left to TRL. `?` marks null in the lists."""
+
+ABOVE_ZERO = frozenset(
+    {
+        *("generation_batch_size", "gradient_accumulation_steps", "max_completion_length", "num_generations"),
+        *("num_iterations", "per_device_train_batch_size", "steps_per_generation", "temperature"),
+    }
 )
+"""Fields that something is divided by, or that nothing could be generated with."""
+
+TRL_ENGINE = frozenset(
+    """
+    generation_kwargs vllm_enable_sleep_mode vllm_group_port vllm_mode vllm_server_base_url vllm_server_host
+    vllm_server_port vllm_server_timeout vllm_structured_outputs_regex vllm_tensor_parallel_size
+    """.split()  # noqa: SIM905
+)
+"""Fields of TRL's own engines, which ours do not hear (memory, length, `vllm_model_impl`, importance correction they do)."""
+
+
+def complaint(name: str, value: object) -> str | None:
+    """Return what a field must be where `value` is not that, else None."""
+    kind, may_be_null = GRPO_KINDS[name]
+    if not kind or (value is None and may_be_null):
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    fits = {"a whole number": is_number and isinstance(value, int), "a number": is_number}
+    if not fits.get(kind, isinstance(value, bool)):
+        return f"{kind}{' or null' if may_be_null else ''}"
+    return "above 0" if name in ABOVE_ZERO and not value > 0 else None  # type: ignore[operator]

@@ -17,15 +17,17 @@ from launch.config import RecipeError
 from launch.local import Command
 
 
-def plan(address: str, train_words: Sequence[str]) -> Command:
-    """Return the `ray job submit` that runs `polyphony train` on the cluster's head node.
+def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
+    """Return the `ray job submit` that runs `polyphony train` on the cluster, on its head node where it takes no GPUs.
 
-    Recipe, rows, model and run folder are read and written where the job runs: their paths have to be shared.
+    `gpus` are the trainer ranks': Ray has to know of them, or it would give the same to a rollout worker. Recipe, rows,
+    model and run folder are read and written where the job runs: their paths have to be shared.
     """
     environment = {"env_vars": {"PYTHONPATH": str(HOUSE)}}
     job = ["python", "-m", "launch.cli", "launch", "local", *train_words]
     words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     words += ["--runtime-env-json", json.dumps(environment), "--entrypoint-num-cpus", "0"]
+    words += ["--entrypoint-num-gpus", str(gpus)] if gpus else []
     return Command(words=[*words, "--", *job])
 
 

@@ -53,6 +53,12 @@ def gpus_here() -> int:
     return torch.cuda.device_count()
 
 
+def names_of_gpus(count: int) -> list[str]:
+    """Return the names by which CUDA_VISIBLE_DEVICES calls the GPUs that a process started here would see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
 def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: int) -> Command:
     """Return the command that trains on this machine. Raises RecipeError for more ranks or workers than GPUs."""
     cluster = recipe.cluster
@@ -60,7 +66,7 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
     words = [sys.executable, "-m", "launch.cli", "train", *train_words]
     environment = {} if gpus else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if recipe.rollouts.engine == "ray" and gpus and recipe.rollouts.address is None:
-        environment[RAY_GPUS] = ",".join(str(i) for i in range(cluster.processes, gpus))
+        environment[RAY_GPUS] = ",".join(names_of_gpus(gpus)[cluster.processes :])
     if not gpus and cluster.strategy == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"  # else every rank believes to be alone; DeepSpeed would go missing
     if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
@@ -94,7 +100,8 @@ def check_room(recipe: Recipe, *, gpus: int) -> None:
         return  # a machine without GPUs shares its cores
     if cluster.processes > gpus:
         raise RecipeError(f"cluster.processes={cluster.processes}: this machine has {gpus} GPUs")
-    beside = rollouts.engine == "ray" and rollouts.address is None and not cluster.rollout_nodes
+    is_elsewhere = rollouts.address is not None or "RAY_ADDRESS" in os.environ or cluster.rollout_nodes
+    beside = rollouts.engine == "ray" and not is_elsewhere
     if beside and (needed := rollouts.workers * rollouts.tensor_parallel) > gpus - cluster.processes:
         raise RecipeError(
             f"rollouts.workers={rollouts.workers} x tensor_parallel={rollouts.tensor_parallel} need {needed} GPUs beside "

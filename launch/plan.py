@@ -27,9 +27,12 @@ def plan(path: Path, *, as_json: bool) -> None:
         print(note, file=sys.stderr)
 
 
-def replay_run(run: Path, *, scheduler: str, as_json: bool) -> None:
-    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both."""
-    replayed = replayed_run(run, scheduler=scheduler)
+def replay_run(run: Path, *, scheduler: str, transfer: Path | None = None, as_json: bool) -> None:
+    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both.
+
+    A scheduler that plans starts from the probes in `transfer`, by default from those in the run's own file.
+    """
+    replayed = replayed_run(run, scheduler=scheduler, transfer=transfer)
     if as_json:
         lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
         print(json.dumps(lines))
@@ -52,18 +55,27 @@ def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
 
 
-def replayed_run(run: Path, *, scheduler: str) -> list[Replayed]:
+def replayed_run(run: Path, *, scheduler: str, transfer: Path | None = None) -> list[Replayed]:
     """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence."""
-    decisions = run / "decisions.jsonl"
-    if not decisions.is_file():
-        raise RecipeError(f"{run} holds no decisions.jsonl: not a run folder, or one without a draw")
-    lines = [json.loads(line) for line in decisions.read_text(encoding="utf-8").splitlines()]
+    from trainer.run_folder import RunFolder
+
+    lines = RunFolder(run).read("decisions")
+    if not lines:
+        raise RecipeError(f"{run} holds no decisions.jsonl with a draw in it: not a run folder, or one just begun")
     matrix = TransferMatrix.load(run / "transfer.json")
     rows = [row for row in matrix.on("steer").rows if not row.probe]
+    probes = matrix if transfer is None else TransferMatrix.load(transfer)
     found = find_scheduler(scheduler)
-    takes_transfer = "transfer" in getattr(found, "__dataclass_fields__", {})
-    probes = matrix if takes_transfer and matrix.probes else None
-    return replay(lines, found(transfer=probes) if takes_transfer else found(), rows)
+    if "transfer" not in getattr(found, "__dataclass_fields__", {}):
+        return replay(lines, found(), rows)
+    try:
+        built = found(transfer=probes if probes.probes else None)
+    except ValueError as error:
+        if probes.probes:
+            raise
+        told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {scheduler}"
+        raise RecipeError(f"{scheduler} starts from probes, and {run} holds none; name their file: {told}") from error
+    return replay(lines, built, rows)
 
 
 def _shares(replayed: Replayed, mixture: tuple[float, ...]) -> dict[str, float]:

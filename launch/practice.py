@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from launch.config import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from curricula.pool import PoolSettings
+    from curricula.pool_settings import PoolSettings
     from trainer.advantages import UpdateSettings
     from trainer.grpo import DomainGRPOTrainer
 
@@ -18,7 +18,7 @@ def pool_settings(recipe: Recipe) -> PoolSettings | None:
 
     Raises RecipeError for an unknown sampling, or a file to start from that is not there.
     """
-    from curricula.pool import PoolSettings
+    from curricula.pool_settings import PoolSettings
     from curricula.posterior import Band
 
     section = recipe.pool

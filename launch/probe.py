@@ -21,7 +21,7 @@ from curricula.transfer import TransferMatrix
 from launch.config import Recipe, RecipeError, load_recipe
 from launch.sections.course import CurriculumSection
 from launch.sections.update import EntropySection
-from launch.train import save_final, say
+from launch.train import say
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import Engine
 
@@ -124,6 +124,8 @@ class Probe:
             trainer = self._train(
                 Arm(trained=names, steps=int(start.removeprefix("joint:")), seed=seed), self.recipe.model
             )
+            from trainer.final import save_final
+
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 save_final(trainer, Path(scratch) / "weights")
                 (Path(scratch) / "weights").rename(folder)

@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
+from launch.nccl import Announcement, NcclSender, copies
 from launch.shares import cost, spread, whole_groups
-from launch.weights import TrainerWeights, open_nccl, pack
+from launch.weights import pack
 from launch.workers import PoolSettings, Share, Worker, WorkerPool, last_line
 from trainer.rollouts import Completion, Engine, Request
 from trainer.sampling import OnFinished
@@ -30,14 +32,19 @@ class RayEngine(Engine):
         self.pool_settings = pool
         self.max_staleness = max_staleness
         self.pool: WorkerPool | None = None
-        self._nccl: tuple[list[Any], Any] | None = None
+        self._announcement: Announcement | None = None
+        self._sender: NcclSender | None = None
         super().__init__(*arguments, **named)
 
     def _init_vllm(self) -> None:
         if self.accelerator.is_main_process:
             settings = self.settings(tensor_parallel=self.pool_settings.tensor_parallel)
             everyone = settings.max_num_seqs * self.accelerator.num_processes
-            settings = replace(settings, max_num_seqs=-(-everyone // self.pool_settings.workers))
+            settings = replace(
+                settings,
+                max_num_seqs=-(-everyone // self.pool_settings.workers),
+                gpu_memory_utilization=self.pool_settings.gpu_memory_utilization,
+            )
             self.pool = WorkerPool.start(settings, self.pool_settings)
             atexit.register(self.close)
         self.accelerator.wait_for_everyone()
@@ -48,35 +55,46 @@ class RayEngine(Engine):
             self.pool.close()
             self.pool = None
 
+    def attach(self, model: Any, accelerator: Any) -> None:
+        """Serve another policy; what workers are told of its parameters is asked anew."""
+        super().attach(model, accelerator)
+        self._announcement = None
+
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def sync_weights(self) -> None:
         """Send the policy's present weights to all workers; every rank must call it, gathering is collective."""
         self.version += 1
+        self._send()
+
+    def _send(self) -> None:
         if self.accelerator.device.type != "cpu":
             self._send_by_nccl()
         elif self.pool is not None:
             self.pool.load(self.version, pack(self._iter_named_params()))
         else:
-            for _ in self._iter_named_params():
-                pass
+            self._walk()
+
+    def _walk(self) -> None:
+        """Take part in the gathering of parameters that rank 0 sends."""
+        for _ in self._iter_named_params():
+            pass
 
     def _send_by_nccl(self) -> None:
-        """Broadcast over NCCL; the group is opened anew where workers have been replaced since the last sync.
-
-        Not measured: written against vLLM's weight-transfer interface, tests/gpu runs it where there is a GPU.
-        """
-        handles = [worker.handle for worker in self.pool.alive()] if self.pool is not None else []
-        changed = [self._nccl is None or self._nccl[0] != handles]
-        broadcast_object_list(changed, from_process=0)
-        if changed[0]:
-            source = TrainerWeights(self._iter_named_params)
-            parallel = self.pool_settings.tensor_parallel
-            engine = open_nccl(source, handles, tensor_parallel=parallel, is_sender=self.pool is not None)
-            self._nccl = (handles, engine)
-        assert self._nccl is not None
-        self._nccl[1].send_weights()
-        ray.get([handle.received.remote(self.version) for handle in handles])
+        dtype = getattr(torch, self.dtype, None)  # None for "auto"
+        if self._announcement is None:
+            self._announcement = Announcement.of(self._iter_named_params(), dtype=dtype)
+        if self.pool is None:
+            self._walk()
+            return
+        workers = self.pool.answering()
+        handles = [worker.handle for worker in workers]
+        if self._sender is None or self._sender.handles != handles:
+            parallel, timeout_s = self.pool_settings.tensor_parallel, self.pool_settings.timeout_s
+            self._sender = NcclSender(handles, tensor_parallel=parallel, timeout_s=timeout_s)
+        self._sender.send(self._announcement, copies(self._iter_named_params(), dtype=dtype), version=self.version)
+        for worker in workers:
+            worker.has_weights = True
 
     # --- completions --------------------------------------------------------------------------------------------------
 
@@ -85,29 +103,41 @@ class RayEngine(Engine):
 
         On a single rank `on_finished` gets a worker's whole share at a time; several ranks get all at the end.
         """
-        if self.accelerator.num_processes == 1:
-            return self._complete(requests, on_finished)
         of_ranks = gather_object([list(requests)])
         flat = [request for of_rank in of_ranks for request in of_rank]
-        done = [self._complete(flat) if self.pool is not None else []]
-        broadcast_object_list(done, from_process=0)
+        if self.accelerator.num_processes > 1:
+            on_finished = None
+        completions: dict[int, Completion] = {}
+        done: list[Any] = [None]
+        while True:
+            done = [self._complete(flat, completions, on_finished) if self.pool is not None else None]
+            broadcast_object_list(done, from_process=0)
+            if done[0] is not None:
+                break
+            self._send()  # the workers that had weights are lost; gathering them needs every rank
         start = sum(len(of_rank) for of_rank in of_ranks[: self.accelerator.process_index])
         return done[0][start : start + len(requests)]
 
-    def _complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
-        """Deal out whole groups until every one has come back; what a lost worker had is dealt out again."""
-        completions: dict[int, Completion] = {}
-        waiting = whole_groups(requests)
+    def _complete(
+        self, requests: Sequence[Request], completions: dict[int, Completion], on_finished: OnFinished | None
+    ) -> list[Completion] | None:
+        """Deal out whole groups until every one has come back; what a lost worker had is dealt out again.
+
+        `completions` keeps what came back. Returns None where no worker is left that has weights.
+        """
+        assert self.pool is not None
+        waiting = [group for group in whole_groups(requests) if group[0] not in completions]
         while waiting:
-            running = self._deal_out(waiting, requests)
+            workers = [worker for worker in self.pool.alive() if worker.has_weights]
+            if not workers:
+                return None
+            running = self._deal_out(waiting, requests, workers)
             waiting = self._collect(running, completions, on_finished)
         return [completions[place] for place in range(len(requests))]
 
     def _deal_out(
-        self, groups: Sequence[Sequence[int]], requests: Sequence[Request]
+        self, groups: Sequence[Sequence[int]], requests: Sequence[Request], workers: Sequence[Worker]
     ) -> dict[ray.ObjectRef, tuple[Worker, list[Sequence[int]]]]:
-        assert self.pool is not None
-        workers = self.pool.alive()
         running = {}
         for worker, numbers in zip(
             workers, spread([cost(requests, group) for group in groups], len(workers)), strict=True

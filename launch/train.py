@@ -56,14 +56,16 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     folder = claim_folder(recipe, out, resume=resume) if is_first_rank() else out
     try:
         started = start(recipe, folder, engine=engine)
-    except RecipeError:
-        if not resume and is_first_rank():
+        trainer = started.trainer
+        trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+    except ValueError:  # what TRL and torch refuse comes to light when training begins
+        if not resume and is_first_rank() and not (folder / "metrics.jsonl").exists():
             give_up_folder(folder)
         raise
-    trainer = started.trainer
-    trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
     if started.stopper.stopped is not None:
         raise Interrupted(*started.stopper.stopped)
+    from trainer.final import save_final
+
     save_final(trainer, out / "final")
     if trainer.accelerator.is_main_process:
         from trainer.report import write_report
@@ -167,9 +169,30 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     )
     stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s, agree=trainer.largest)
     trainer.add_callback(stopper)
-    if not trainer.use_vllm:
-        say("rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own")
+    for what in _slow_or_lossy(trainer) if is_main else ():
+        say(what)
     return Started(trainer=trainer, checkpoint=checkpoint, stopper=stopper)
+
+
+def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
+    """Return what works, but not as well as it could."""
+    import torch
+
+    from trainer.seam import loses_small_steps
+
+    found = []
+    if not trainer.use_vllm:
+        found.append(
+            "rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own"
+        )
+    if loses_small_steps(trainer):
+        found.append(
+            f"the policy's weights are {trainer.model.dtype}, too coarse for steps of {trainer.args.learning_rate:g}: "
+            "set grpo.model_init_kwargs={dtype: float32}, or cluster.strategy zero2 or fsdp, or train an adapter"
+        )
+    if trainer.accelerator.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+        found.append(f"one of {gpus} GPUs trains: more with `polyphony launch local` and cluster.processes")
+    return found
 
 
 def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
@@ -183,20 +206,6 @@ def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
         folder.cut(checkpoint_step(whole[-1]) if whole else -1)
     trainer.accelerator.wait_for_everyone()
     return (whole_checkpoints(folder.checkpoints) or [None])[-1]
-
-
-def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
-    """Save the policy as an ordinary Hugging Face folder, adapters merged; collective over ranks."""
-    from peft import PeftModel
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        if trainer.accelerator.is_main_process:
-            model.merge_and_unload().save_pretrained(out)
-    else:
-        trainer.save_model(str(out))
-    if trainer.accelerator.is_main_process:
-        trainer.processing_class.save_pretrained(out)  # type: ignore[union-attr]
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = ("MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
+"""How the variables begin by which torchrun tells a process its place."""
 MOST_DEATHS = 5
 """Workers lost one after the other, with no completion in between, before the run stops: a cause that stays."""
 NO_WEIGHTS = -1
@@ -35,6 +37,8 @@ class PoolSettings:
 
     workers: int = 1
     tensor_parallel: int = 1
+    gpu_memory_utilization: float = 0.9
+    """Share of each of its GPUs that a worker takes: it has them to itself."""
     timeout_s: float = 600.0
     """A worker that has not finished its share after so long counts as hung."""
     start_timeout_s: float = 300.0
@@ -58,6 +62,7 @@ class RolloutWorker:
 
         from trainer.sampling import start_llm
 
+        forget_launcher(os.environ)
         # weights are read where Ray keeps them, and Ray keeps them read-only
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         transfer: dict[str, Any] = {"weight_transfer_config": {"backend": "nccl"}} if by_nccl else {}
@@ -88,26 +93,21 @@ class RolloutWorker:
         """Return the engine's parameters by vLLM's names (query, key and value are one there), as arrays."""
         return self.llm.apply_model(lambda model: {n: p.detach().cpu().numpy() for n, p in model.named_parameters()})[0]
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def join(self, meeting: dict[str, Any]) -> None:
         """Join the trainer's NCCL group."""
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
+        self.llm.init_weight_transfer_engine({"init_info": meeting})
 
-    def start_weight_update(self) -> None:
-        """Get ready to receive weights."""
+    def receive(self, update: dict[str, Any], version: int) -> None:
+        """Take over the weights of sync `version` while the trainer sends them; half a transfer counts as none."""
         self.version = NO_WEIGHTS
         self.llm.start_weight_update()
-
-    def update_weights(self, update_info: Any) -> None:
-        """Receive weights over NCCL while the trainer sends them."""
-        self.llm.update_weights({"update_info": update_info})
-
-    def finish_weight_update(self) -> None:
-        """Put received weights in place, and forget keys and values of the old ones."""
+        self.llm.update_weights({"update_info": update})
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache()
+        self.version = version
 
-    def received(self, version: int) -> None:
-        """Note which sync the weights just received are of."""
+    def call_it(self, version: int) -> None:
+        """Count the weights that are there as those of sync `version`."""
         self.version = version
 
 
@@ -121,6 +121,8 @@ class Worker:
     ready: ray.ObjectRef
     """Resolves to node and process id once the engine is up."""
     is_up: bool = False
+    has_weights: bool = False
+    """False until weights of a sync were sent to it."""
 
 
 @dataclass(kw_only=True)
@@ -177,6 +179,7 @@ class WorkerPool:
         worker = Worker(place=place, handle=handle, ready=handle.process_id.remote())
         if self.weights is not None:
             handle.load.remote(*self.weights)  # an actor's calls run in order, so it arrives before any request
+            worker.has_weights = True
         return worker
 
     def alive(self) -> list[Worker]:
@@ -187,6 +190,14 @@ class WorkerPool:
         while not any(worker.is_up for worker in self.workers):
             self.wait_for_one(of=self.workers)
         return [worker for worker in self.workers if worker.is_up]
+
+    def answering(self) -> list[Worker]:
+        """Return the workers that are up and answer; those that do not are replaced first. Raises RuntimeError."""
+        while True:
+            workers = self.alive()
+            self.wait_for({worker.handle.process_id.remote(): worker for worker in workers})
+            if all(worker is self.workers[worker.place] for worker in workers):
+                return workers
 
     def wait_for_one(self, *, of: Sequence[Worker]) -> None:
         """Wait until one of the workers is up or has failed to start. Raises RuntimeError after `start_timeout_s`."""
@@ -231,6 +242,7 @@ class WorkerPool:
         for worker in self.workers:
             if not worker.is_up:
                 worker.handle.load.remote(*self.weights)
+            worker.has_weights = True
 
     def wait_for(self, calls: dict[ray.ObjectRef, Worker]) -> None:
         """Wait for calls without an answer of interest; a worker that fails or hangs is replaced."""
@@ -247,6 +259,15 @@ class WorkerPool:
             for worker in self.workers:
                 ray.kill(worker.handle)
         cluster.leave(self.group, is_own=self.is_own_cluster)
+
+
+def forget_launcher(environment: MutableMapping[str, str]) -> None:
+    """Take out what torchrun told a trainer rank, which started this process's Ray: a worker is a group of its own.
+
+    Told to use the agent's store, PyTorch would wait for one at a port where vLLM expects it to open its own.
+    """
+    for name in [name for name in environment if name.startswith(LAUNCHER)]:
+        del environment[name]
 
 
 def worker_environment(*, on_cpu: bool) -> dict[str, str]:

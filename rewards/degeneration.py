@@ -23,6 +23,7 @@ REASONING_TOKENS = 32
 FEW_STEPS, MANY_STEPS = 2, 4
 
 _STEP = re.compile(r"=|\\frac|\\times|\\cdot|(?<=\d)\s?[-+*/×÷^]\s?(?=\d)")
+_WORD = re.compile(r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+")
 _MARK = re.compile(rf"<answer>|\\boxed ?\{{|{ANSWER_WORDS}|####", re.IGNORECASE)
 
 
@@ -70,8 +71,11 @@ def repeats_answer(text: str) -> bool:
 
 
 def repeated_ngram_share(text: str, n: int) -> float:
-    """Return the share of the n-grams of words that occurred before in the text; 0 for a text shorter than n words."""
-    words = text.split()
+    """Return the share of the n-grams of words that occurred before in the text; 0 for a text shorter than n words.
+
+    A character of a script that puts no spaces between its words counts as a word.
+    """
+    words = _WORD.findall(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

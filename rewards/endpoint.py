@@ -18,11 +18,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 logger = logging.getLogger(__name__)
+
+GIVE_UP_AFTER = 16
+"""Questions without a single answer; with five attempts each, a judge that restarts has had time to come back."""
+_ANSWERED = "answered"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +79,20 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"judge: endpoint must be an http(s) address up to /v1, got {self.url!r}")
-        for name in ("max_tokens", "concurrency", "attempts", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"judge: {name} must be > 0, got {getattr(self, name)}")
+        for name in ("max_tokens", "concurrency", "attempts", "timeout_s", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"judge: {name} must be > 0, got {value}")
+        if self.cache and not Path(self.cache).parent.is_dir():
+            raise ValueError(f"judge: cache {self.cache!r} would lie in a folder that does not exist")
 
     async def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Return the parsed replies in order; None for a question that got no valid one."""
-        failures: Counter[str] = Counter()
+        """Return the parsed replies in order; None for a question that got no valid one.
+
+        Equal questions are asked once. Where the first `GIVE_UP_AFTER` or `concurrency` that ended, whichever is more,
+        were all left unanswered, the others are not asked: a judge that is gone must not hold up a draw for hours.
+        """
+        outcomes: Counter[str] = Counter()
         slots = asyncio.Semaphore(self.concurrency)
         settings: dict[str, Any] = {
             "timeout": self.timeout_s,
@@ -88,28 +100,42 @@ class Endpoint:
             "headers": self._headers(),
             "verify": self.url.startswith("https"),  # reading the certificates takes longer than most verdicts
         }
+        bodies = [self._body(question) for question in questions]
+        keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
+        asked = {key: (body, question) for key, body, question in zip(keys, bodies, questions, strict=True)}
         async with httpx.AsyncClient(**settings) as client:
-            replies = await asyncio.gather(*(self._answer(client, slots, q, failures) for q in questions))
-        if failures:
-            reasons = ", ".join(f"{why} ({count})" for why, count in failures.most_common(5))
-            logger.warning("judge: %d of %d unanswered: %s", failures.total(), len(questions), reasons)
-        return list(replies)
+            replies = await asyncio.gather(
+                *(self._answer(client, slots, key, *asking, outcomes) for key, asking in asked.items())
+            )
+        outcomes.pop(_ANSWERED, None)
+        if outcomes:
+            reasons = ", ".join(f"{why} ({count})" for why, count in outcomes.most_common(5))
+            logger.warning("judge: %d of %d unanswered: %s", outcomes.total(), len(asked), reasons)
+        by_key = dict(zip(asked, replies, strict=True))
+        return [by_key[key] for key in keys]
 
     async def _answer(
-        self, client: httpx.AsyncClient, slots: asyncio.Semaphore, question: Question, failures: Counter[str]
+        self,
+        client: httpx.AsyncClient,
+        slots: asyncio.Semaphore,
+        key: str,
+        body: dict[str, Any],
+        question: Question,
+        outcomes: Counter[str],
     ) -> Any:
-        body = self._body(question)
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         kept = _kept(self.cache, key) if self.cache else None
         if kept is not None:
             return question.parse(kept)
         try:
             async with slots:
+                if not outcomes[_ANSWERED] and outcomes.total() >= max(GIVE_UP_AFTER, self.concurrency):
+                    raise _UnansweredError("not asked, as it answered none before", None)
                 reply = await self._ask_until_answered(client, body, key)
             verdict = question.parse(reply)
         except (_UnansweredError, ValueError) as error:
-            failures[str(error)] += 1
+            outcomes[str(error)] += 1
             return None
+        outcomes[_ANSWERED] += 1
         if self.cache:
             _keep(self.cache, key, reply)
         return verdict

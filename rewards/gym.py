@@ -20,7 +20,7 @@ _EVAL = re.compile(r"\b(?:eval|exec)\(")
 _SYMPY = re.compile(r"\b(?:parse_expr|sympify|simplify)\(")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*\(")
-_NOT_IN_FORMULAS = re.compile(r"__|lambda|[\"'`\\\[\]{}:;=@#\n]|\.\s*[A-Za-z_]")
+_NOT_IN_FORMULAS = re.compile(r"__|\b(?:lambda|or|and|not|if|else|in|is)\b|[\"'`\\\[\]{}:;=@#\n]|\.\s*[A-Za-z_]")
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
 _FUNCTIONS |= {"exp", "log", "ln", "sqrt", "Abs"}
 

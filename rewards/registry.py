@@ -37,7 +37,10 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
 
     Raises ValueError that names the reward and, for an unknown one, lists those that exist.
     """
-    return find("reward", REGISTRY, spec)
+    reward = find("reward", REGISTRY, spec)
+    if not callable(reward):
+        raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
+    return reward
 
 
 def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:

@@ -40,7 +40,7 @@ def main(folder: Path, overrides: list[str]) -> None:
     for kind, more in (("full", []), ("lora", [LORA, "grpo.learning_rate=1e-2"])):
         recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *more])
         trainer = build_trainer(recipe, folder / kind, engine=engine)
-        seen[kind] = trained(trainer)
+        seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, folder / kind / "final")}
         engine = trainer.engine
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     engine.close()
@@ -73,6 +73,18 @@ def trained(trainer: Any) -> dict[str, Any]:
 def parameters(trainer: Any) -> dict[str, torch.Tensor]:
     """Return the policy's whole parameters as the engine is sent them; collective."""
     return {name: p.detach().cpu().clone() for name, p in trainer.engine._iter_named_params()}
+
+
+def unlike_saved(trainer: Any, final: Path) -> list[str]:
+    """Save the policy as a run does at its end; return the parameters that the file does not hold bit for bit."""
+    from safetensors.torch import load_file
+
+    from trainer.final import save_final
+
+    save_final(trainer, final)
+    trainer.accelerator.wait_for_everyone()
+    saved, ours = load_file(final / "model.safetensors"), parameters(trainer)
+    return [name for name in ours if name not in saved or not torch.equal(saved[name], ours[name])]
 
 
 def differing(trainer: Any) -> list[str]:

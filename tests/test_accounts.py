@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from curricula.pool import Columns
-from curricula.pool_file import POOL_FILE, save_pools
+from curricula.pool_file import POOL_FILE, Columns, save_pools
 from launch.lab.accounts import compare, errors
 
 

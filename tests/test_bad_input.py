@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -75,6 +76,16 @@ def broken(prompts, **columns):
         (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
         (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
+        (["curriculum.replay=3"], "curriculum: replay: expected a mapping of settings, got 3"),
+        (["curriculum.replay={fractoin: 0.1}"], "curriculum: replay has no setting ['fractoin']; it has ['kind', "),
+        (["curriculum.replay={fraction: much}"], "Replay: fraction must be a number in [0, 0.5], got 'much'"),
+        (["curriculum.adaptive={floor: x}"], "curriculum: Adaptive: floor must be a number in [0, 1], got 'x'"),
+        (["curriculum.scheduler=sequential", "curriculum.order=5"], "scheduler 'sequential' refuses {'order': 5}"),
+        (
+            ["curriculum.scheduler=joint", "domains.sums.weight=0", "domains.words.weight=0"],
+            "joint: the weight of every domain is 0: ['sums', 'words']",
+        ),
+        (["algorithm=rft", "rft.dedup=5"], "rft.dedup: Value error, expected a name"),
         (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm', 'ray' or 'transformers'"),
         (["model=./gone"], "model: folder "),
         (["model=no-such/model"], "model 'no-such/model' cannot be loaded"),
@@ -105,8 +116,14 @@ def test_a_model_without_weights_is_what_is_left_to_complain_about(capsys, tmp_p
         ('{"prompt": "1", "id": 7}\n{"prompt": "2", "id": 7}\n', "id '7' stands in row 1 and again in row 2"),
         ("", "domains.sums.train: no rows"),
         ('{"question": "1"}\n', "domains.sums.train: row 1 has no `prompt`"),
-        ('{"prompt": 1}\n', "domains.sums.train: row 1: a prompt is text or a list of messages, got 1"),
-        ('{"prompt": ["hello"]}\n', "domains.sums.train: row 1: a prompt is text or a list of messages, got ['hello']"),
+        (
+            '{"prompt": 1}\n',
+            "domains.sums.train: row 1: a prompt is text or a list of messages with role and content, got 1",
+        ),
+        (
+            '{"prompt": ["hello"]}\n',
+            "domains.sums.train: row 1: a prompt is text or a list of messages with role and content, got ['hello']",
+        ),
     ],
 )
 def test_bad_rows_are_named_with_their_place(capsys, tmp_path, recipe, lines, message):
@@ -241,6 +258,7 @@ def test_a_probe_that_cannot_begin_leaves_no_folder(capsys, tmp_path, recipe):
         (["report", "gone"], "gone: no such run folder"),
         (["report", "gone", "--json"], "gone: no such run folder"),
         (["plan"], "give a transfer.json, or --replay RUN --scheduler NAME"),
+        (["plan", "gone.json", "--scheduler", "bwt"], "--scheduler goes with --replay RUN"),
         (["plan", "gone.json"], "transfer file gone.json does not exist"),
         (["plan", "--replay", "gone"], "--replay needs --scheduler NAME"),
         (["plan", "--replay", "gone", "--scheduler", "joint"], "gone holds no decisions.jsonl"),
@@ -255,6 +273,19 @@ def test_a_probe_that_cannot_begin_leaves_no_folder(capsys, tmp_path, recipe):
 )
 def test_what_another_verb_cannot_find_is_named(capsys, recipe, arguments, message):
     assert message in fails(capsys, *[recipe if a == "RECIPE" else a for a in arguments])
+
+
+def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsys, tmp_path):
+    from launch.lab.synthetic_run import write_run
+
+    run = write_run(tmp_path / "run", steps=20, items=4)
+    asked = ("plan", "--replay", run, "--scheduler")
+    file = json.loads((run / "transfer.json").read_text())
+    (run / "transfer.json").write_text(json.dumps(file | {"rows": [r for r in file["rows"] if not r["probe"]]}))
+    assert "name their file: polyphony plan TRANSFER.json --replay" in fails(capsys, *asked, "bwt")
+    assert "scheduler 'math:pi' is no class with a method `decide`" in fails(capsys, *asked, "math:pi")
+    (run / "decisions.jsonl").write_text('{"draw": 0, "cut in the mid')
+    assert "holds no decisions.jsonl with a draw in it" in fails(capsys, *asked, "joint")
 
 
 def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
@@ -308,6 +339,14 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_in_one_line(capsys, tmp_
     last = capsys.readouterr().err.splitlines()[-1]
     assert message in last
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.slow
+def test_what_torch_refuses_when_training_begins_leaves_no_folder(capsys, tmp_path, recipe):
+    overrides = [f"model={POLICY}", "rollouts.engine=transformers", "grpo.learning_rate=-1"]
+    assert main(["train", str(recipe), *overrides, "--out", str(tmp_path / "run")]) == 2
+    assert "Invalid learning rate: -1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from launch.lab import bench, bench_commands
+from launch.lab import bench, bench_commands, bench_gpu
 from launch.lab.bench_result import Result, Target, paired, repeated, table
 
 AT_MOST = Target(relation="<=", limit=1.05)
@@ -87,3 +88,15 @@ def test_the_cost_of_a_command_is_its_own_time_and_memory():
     assert 0 < cost.seconds < 60
     assert 0.01 < cost.cpu_seconds < 60
     assert 0 < cost.peak_gib < 1  # sampled: a command this short may be seen only while it starts
+
+
+def test_what_two_processes_measured_on_a_gpu_is_one_table():
+    step = paired("step", "s", ours=[1.1], baseline=[1.0], target=AT_MOST)
+    fields = json.loads(json.dumps(asdict(step)))
+    assert bench_gpu._read(fields, policy="lab").name == "lab step"
+    assert bench_gpu._read(fields, policy="lab").target == AT_MOST
+    seen = {"results": [], "tokens_a_step": 10.0, "device": "X"}
+    ours = bench_gpu.Measured(**seen, step_s=1.0, sync_s=0.1, peak_gib=6.0)
+    colocate = bench_gpu.Measured(**seen, step_s=2.0, sync_s=0.4, peak_gib=8.0)
+    rows = {row.name: row.ratio for row in bench_gpu._compared("lab", ours, colocate)}
+    assert rows == {"lab step, TRL's colocate": 0.5, "lab sync": 0.25, "lab peak memory": 0.75}

@@ -13,7 +13,7 @@ import pytest
 from launch.cli import main
 from launch.config import load_recipe
 from launch.train import claim_folder
-from tests.conftest import HOUSE, RECIPES
+from tests.conftest import HOUSE, RECIPES, write_rows
 
 VERBS = ("train", "eval", "report", "dashboard", "probe", "plan", "demo", "doctor", "launch", "score")
 
@@ -77,6 +77,35 @@ def test_a_dry_run_prints_a_recipe_that_loads_back_and_makes_no_folder(capsys, t
     assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(recipe, ["eval.every=7"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("domains.sums.train=gone.jsonl", "domains.sums.train: file "),
+        ("domains.words.heldout={path: gone.parquet}", "domains.words.heldout: file "),
+        ("domains.sums.reward=exactt", "domains.sums.reward: reward 'exactt' does not exist; known: code"),
+        ("domains.sums.reward=math:pi", "domains.sums.reward: reward 'math:pi' is no function"),
+        (
+            "domains.sums.diversity={partitioner: nowhere, shape: [1, 0]}",
+            "domains.sums.diversity: partitioner 'nowhere'",
+        ),
+        ("curriculum.scheduler=jint", "curriculum: scheduler 'jint' does not exist"),
+        ("curriculum.transfer=gone.json", "curriculum.transfer: file "),
+        ("pool.from=gone.npz", "pool.from: file "),
+        ("grpo.max_steps=many", "grpo.max_steps must be a whole number, got 'many'"),
+        ("grpo.learning_rate=true", "grpo.learning_rate must be a number, got True"),
+        ("grpo.learning_rate=.nan", "grpo.learning_rate must be a number, got nan"),
+        ("grpo.bf16=1", "grpo.bf16 must be true or false or null, got 1"),
+        ("grpo.seed=null", "grpo.seed must be a whole number, got None"),
+        ("grpo.num_generations=0", "grpo.num_generations must be above 0, got 0"),
+        ("grpo.temperature=0", "grpo.temperature must be above 0, got 0"),
+    ],
+)
+def test_a_dry_run_finds_what_is_not_there(capsys, tmp_path, recipe, override, message):
+    assert main(["train", str(recipe), override, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n"), message in said.err) == ("", 1, True), said.err
+
+
 def test_a_dry_run_of_a_resume_trains_nothing(capsys, tmp_path, recipe):
     run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
     assert main(["train", "--resume", str(run), "--dry-run"]) == 0
@@ -117,6 +146,20 @@ def test_score_prints_the_reward_of_every_row_in_order(capsys, completions):
     assert json.loads(capsys.readouterr().out) == {"rewards": [1.0, 0.0, 1.0]}
     assert main(["score", str(completions), "--reward", '{"name": "exact"}']) == 0
     assert "mean 0.667 of 3 graded, 0 failed (0: 1, 1: 2)" in capsys.readouterr().out
+
+
+def test_a_reward_is_found_beside_the_user_as_an_installed_command_is_not(capsys, completions, tmp_path, monkeypatch):
+    (tmp_path / "graders_of_mine.py").write_text("def f(prompts, **columns):\n    return [0.5] * len(prompts)\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", str(completions), "--reward", "graders_of_mine:f", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rewards": [0.5, 0.5, 0.5]}
+
+
+def test_a_row_without_an_answer_is_not_graded_by_exact(capsys, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1 =", "completion": "None"}])
+    assert main(["score", str(rows), "--reward", "exact", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rewards": [None]}
 
 
 def test_a_reward_that_raises_scores_null(capsys, completions):

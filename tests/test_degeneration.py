@@ -22,6 +22,7 @@ def test_repeated_ngrams_by_hand():
     assert repeated_ngram_share("a b a b a b c", 2) == 0.5
     assert repeated_ngram_share("a b", 3) == 0.0
     assert repeated_ngram_share("", 1) == 0.0
+    assert repeated_ngram_share("\u554a\u554a\u554a\u554a", 3) == 0.5  # two trigrams of characters, one of them new
 
 
 def test_an_answer_said_three_times_is_repeated():

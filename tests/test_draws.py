@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from curricula.curriculum import Curriculum
-from curricula.pool import PoolSettings
+from curricula.pool_settings import PoolSettings
 from curricula.records import Domain
 from curricula.schedulers.joint import Joint
 from tests.conftest import POLICY

@@ -163,6 +163,26 @@ def test_one_failure_costs_the_others_nothing(caplog):
     assert "1 of 3 unanswered: the reply is no JSON (1)" in caplog.text
 
 
+def test_equal_questions_are_asked_once():
+    with Server('{"score": 10}', '{"score": 1}') as server:
+        assert sorted(grade(server, ["a", "b", "a", "a"], client={**QUICK, "concurrency": 1})) == [0.0, 1.0, 1.0, 1.0]
+        assert len(server.bodies) == 2
+
+
+def test_a_judge_that_answers_nobody_is_not_asked_for_ever(caplog):
+    with Server((500, {})) as server:
+        assert grade(server, list("abcdefghijklmnopqrstuvwxyz"), client={**QUICK, "concurrency": 4}) == [None] * 26
+        assert len(server.bodies) <= 3 * (16 + 3)  # three attempts; at most three more were under way
+    assert "not asked, as it answered none before" in caplog.text
+
+
+def test_a_judge_that_answered_once_is_asked_on():
+    with Server('{"score": 10}', (400, {})) as server:
+        rewards = grade(server, [str(i) for i in range(30)], client={**QUICK, "concurrency": 2})
+        assert sorted(rewards, key=str) == [1.0] + [None] * 29
+        assert len(server.bodies) == 30
+
+
 def test_no_more_requests_at_a_time_than_allowed():
     at_work, most, lock = set(), [], threading.Lock()
 
@@ -334,6 +354,8 @@ def test_the_judge_partitions_groups():
         ({"endpoint": "judge:8000"}, "must be an http"),
         ({"client": {"concurency": 4}}, "unexpected keyword argument 'concurency'; allowed: api_key_env, temperature"),
         ({"client": {"attempts": 0}}, "attempts must be > 0"),
+        ({"client": {"requests_per_minute": 0}}, "requests_per_minute must be > 0"),
+        ({"client": {"cache": "/no/such/folder/judge.sqlite"}}, "in a folder that does not exist"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import cluster, local
 from launch.cli import main
 from launch.config import RecipeError, load_recipe
 from tests.conftest import RECIPES
@@ -49,6 +50,33 @@ def test_without_gpus_ranks_are_started_by_torchrun_and_fsdp_is_refused():
 def test_rollout_workers_get_the_gpus_that_the_trainer_leaves():
     recipe = debug("cluster.processes=2", "rollouts={engine: ray, workers: 3, tensor_parallel: 2}")
     assert local.plan(recipe, [], local.Machine(), gpus=8).environment == {local.RAY_GPUS: "2,3,4,5,6,7"}
+
+
+def test_gpus_keep_the_names_that_they_have_where_the_launcher_is_told_of_some(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-8a")
+    recipe = debug("rollouts={engine: ray, workers: 2}")
+    assert local.plan(recipe, [], local.Machine(), gpus=3).environment == {local.RAY_GPUS: "5,GPU-8a"}
+
+
+def test_a_cluster_started_by_a_rank_alone_leaves_its_gpu_out(monkeypatch):
+    monkeypatch.setattr("launch.cluster.gpus_here", lambda: 4)
+    for name in (local.RAY_GPUS, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with cluster._visible_to_ray(is_own=True):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with cluster._visible_to_ray(is_own=True):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+
+
+def test_ray_is_told_of_the_trainers_gpus(capsys):
+    assert main(["launch", "ray", DEBUG, "cluster.processes=2", "--gpus-per-node", "8", "--dry-run"]) == 0
+    assert "--entrypoint-num-gpus 2 -- python -m launch.cli launch local" in capsys.readouterr().out
+    assert main(["launch", "ray", DEBUG, "cluster.processes=2", "--dry-run"]) == 0
+    assert "gpus" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

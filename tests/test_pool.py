@@ -9,8 +9,9 @@ import pytest
 
 from curricula.curriculum import Curriculum
 from curricula.learnability import Thompson, find_sampling
-from curricula.pool import PoolSettings, PromptPool
+from curricula.pool import PromptPool
 from curricula.pool_file import PoolFileError, load_pools, move_aside, save_pools
+from curricula.pool_settings import PoolSettings
 from curricula.posterior import Band, State
 from curricula.ranking import RankedSet
 from curricula.records import Domain, Group

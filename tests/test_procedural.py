@@ -85,6 +85,11 @@ def test_scorers_that_evaluate_see_no_code(dataset):
     assert grade(row, [row["answer"]]) == [1.0]
 
 
+def test_two_formulas_are_no_answer():
+    row = rows(split="train", dataset="simple_integration", size=1, seed=3)[0]
+    assert grade(row, [row["answer"], f"{row['answer']} or x", f"x or {row['answer']}"]) == [1.0, 0.0, 0.0]
+
+
 def test_plain_formulas_and_literals_pass_to_the_scorer():
     row = rows(split="train", dataset="countdown", size=1, seed=1)[0]
     assert grade(row, [f"({row['answer']})", f"{row['answer']} + 1"]) == [1.0, 0.0]

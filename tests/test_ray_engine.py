@@ -150,7 +150,7 @@ def test_a_worker_with_old_weights_is_refused_and_replaced(pooled):
     asked = requests(pooled)
     expected = [c.ids for c in pooled.engine.complete(asked)]
     worker = pooled.engine.pool.workers[1]
-    ray.get(worker.handle.received.remote(pooled.engine.version - 1))
+    ray.get(worker.handle.call_it.remote(pooled.engine.version - 1))
     pooled.engine.flush_faults()
     assert [c.ids for c in pooled.engine.complete(asked)] == expected
     faults = pooled.engine.flush_faults()
@@ -163,7 +163,7 @@ def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(poo
     asked = requests(pooled)
     pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[1]])
     behind = pooled.engine.version - 1
-    ray.get(pooled.engine.pool.workers[1].handle.received.remote(behind))
+    ray.get(pooled.engine.pool.workers[1].handle.call_it.remote(behind))
     pooled.engine.flush_faults()
     pooled.engine.max_staleness = 1
     try:
@@ -194,6 +194,26 @@ def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
     while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the hung process was left running"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_workers_that_come_up_without_weights_are_sent_them_before_they_sample(pooled, monkeypatch):
+    """As over NCCL, which keeps no copy that a replacement could be handed."""
+    asked = requests(pooled)
+    expected = [c.ids for c in pooled.engine.complete(asked)]
+    pooled.engine.flush_faults()
+    sent = []
+    send = pooled.engine._send
+    monkeypatch.setattr(pooled.engine, "_send", lambda: sent.append(pooled.engine.version) or send())
+    monkeypatch.setattr(pooled.engine.pool, "weights", None)
+    pooled.engine.pool.deaths = 0
+    for worker in list(pooled.engine.pool.workers):
+        os.kill(ray.get(worker.ready)[1], signal.SIGKILL)
+    completions = pooled.engine.complete(asked)
+    assert [c.ids for c in completions] == expected
+    assert {c.version for c in completions} == {pooled.engine.version}
+    assert set(sent) == {pooled.engine.version}
+    assert pooled.engine.flush_faults().workers_restarted == 2
 
 
 @pytest.mark.slow

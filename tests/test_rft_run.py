@@ -57,12 +57,18 @@ def test_the_gradient_is_that_of_the_likelihood_of_at_most_k_different_right_ans
 
 
 def test_the_command_trains_by_rft_and_refills_prompts_that_nobody_solved(tmp_path):
-    pool = ["pool={}", "domains.arithmetic.train.size=32", "grpo.max_steps=4", "eval.every=2", "checkpoint.every=2"]
+    # strings, where many groups have no right answer yet
+    pool = [
+        "pool={}",
+        "domains.arithmetic.train={generator: launch.lab.world:rows, domain: strings, split: train, size: 64}",
+    ]
+    pool += ["grpo.max_steps=4", "eval.every=2", "checkpoint.every=2"]
     assert main(["train", str(RECIPES / "debug.yaml"), *RFT, *pool, "--out", str(tmp_path / "run")]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in metrics} == {0, 1, 2, 3, 4}
     assert all(line["grad_norm"] > 0 for line in metrics if "grad_norm" in line)
-    for line in (tmp_path / "run" / "refills.jsonl").read_text().splitlines():
-        causes = json.loads(line)["dead"]["arithmetic"]
+    refills = [json.loads(line) for line in (tmp_path / "run" / "refills.jsonl").read_text().splitlines()]
+    for refill in refills:
+        causes = refill["dead"]["arithmetic"]
         assert causes["all_correct"] == 0 and causes["all_wrong"] > 0  # a solved group is useful here
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()

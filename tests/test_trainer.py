@@ -108,6 +108,11 @@ def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, l
     assert any(loss != 0 for loss in losses(ours))
 
 
+def test_a_prompt_longer_than_the_context_is_refused_from_python_too(tmp_path):
+    with pytest.raises(ValueError, match="more than the context of 256"):
+        DomainGRPOTrainer(POLICY, config(tmp_path, max_completion_length=250), domains=both())
+
+
 def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.0, max_steps=1), domains=both(), engine=engine)
     trainer.train()

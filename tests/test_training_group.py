@@ -83,3 +83,9 @@ def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group, kind)
         assert rank[kind]["check"]
         assert rank[kind]["compared"] > 10
         assert rank[kind]["differing"] == []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_saved_policy_is_whole_and_has_its_adapter_merged(group, kind):
+    for rank in group[1]:
+        assert rank[kind]["unlike_saved"] == []

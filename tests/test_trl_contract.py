@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 
 import pytest
 import trl
@@ -11,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from launch.grpo_fields import GRPO_FIELDS, OURS
+from launch.grpo_fields import ABOVE_ZERO, GRPO_KINDS, OURS, complaint
 
 
 def parameters(function) -> list[str]:
@@ -23,8 +24,27 @@ def test_the_pinned_minor_version_is_installed():
 
 
 def test_the_committed_fields_are_those_of_grpo_config():
-    assert {field.name for field in dataclasses.fields(GRPOConfig) if field.init} == GRPO_FIELDS
-    assert set(OURS) <= GRPO_FIELDS
+    assert {field.name for field in dataclasses.fields(GRPOConfig) if field.init} == set(GRPO_KINDS)
+    assert set(OURS) | ABOVE_ZERO <= set(GRPO_KINDS)
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def test_the_committed_kinds_are_those_of_grpo_config():
+    for name, hint in typing.get_type_hints(GRPOConfig).items():
+        kinds = set(typing.get_args(hint) or (hint,))
+        bare = kinds - {type(None)}
+        known = WORDS.get(next(iter(bare)), "") if len(bare) == 1 else ""
+        if name in GRPO_KINDS:
+            assert GRPO_KINDS[name] == (known, bool(known) and type(None) in kinds), name
+
+
+def test_what_grpo_config_has_by_default_is_allowed(tmp_path):
+    defaults = GRPOConfig(output_dir=str(tmp_path), bf16=False)
+    made_later = {"generation_batch_size", "steps_per_generation"}  # from each other
+    named = {f.name for f in dataclasses.fields(GRPOConfig) if f.init} - made_later
+    assert {name: said for name in named if (said := complaint(name, getattr(defaults, name)))} == {}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.rollouts import Completion
-from trainer.weight_check import WeightCheck, check_weights, final_norm
+from trainer.weight_check import WeightCheck, check_weights, final_norm, tolerance_of
 
 
 class Policy(torch.nn.Module):
@@ -54,9 +54,8 @@ class SilentEngine(Engine):
 
 
 def check(engine) -> WeightCheck:
-    precision = engine.policy.norm.weight.dtype
     return check_weights(
-        model=engine.policy, sync=engine.sync, sample=engine.sample, score=engine.score, precision=precision
+        model=engine.policy, sync=engine.sync, sample=engine.sample, score=engine.score, tolerance=1e-3
     )
 
 
@@ -64,15 +63,15 @@ def test_an_engine_that_follows_passes_and_moved_as_far_as_the_scaled_norm_says(
     seen = check(Engine(Policy()))
     assert seen.is_passed
     assert (seen.before, seen.scaled, seen.after) == (0, 0, 0)
-    # log_softmax [1, 2] to [1.5, 3]: one token falls by what the other rises short of 0.5 (1.5 - 1 of their distance)
-    assert seen.moved == pytest.approx(0.25, abs=1e-6)
+    # log_softmax [1, 2] to [0.1, 0.2]: one token rises by what the other falls short of 0.9 (1 - 0.1 of their distance)
+    assert seen.moved == pytest.approx(0.45, abs=1e-6)
     assert seen.tolerance == 1e-3
 
 
 def test_an_engine_that_keeps_its_weights_fails():
     seen = check(StaleEngine(Policy()))
     assert not seen.is_passed
-    assert seen.scaled == pytest.approx(0.25, abs=1e-6)
+    assert seen.scaled == pytest.approx(0.45, abs=1e-6)
     assert seen.moved == 0
 
 
@@ -93,12 +92,47 @@ def test_the_policy_is_left_exactly_as_it_was_even_where_the_engine_breaks():
             raise error
 
     with pytest.raises(RuntimeError, match="no memory"):
-        check_weights(model=policy, sync=breaks, sample=engine.sample, score=engine.score, precision=torch.float32)
+        check_weights(model=policy, sync=breaks, sample=engine.sample, score=engine.score, tolerance=1e-3)
     assert policy.norm.weight.tolist() == [1.0, 2.0]
 
 
-def test_bf16_is_given_the_tolerance_of_its_precision():
-    assert check(Engine(Policy().to(torch.bfloat16))).tolerance == 0.2
+def test_precision_and_device_say_what_counts_as_a_match():
+    assert tolerance_of(torch.float32, device="cpu") == 1e-3
+    assert tolerance_of(torch.float32, device="cuda") == 0.02  # TF32
+    assert tolerance_of(torch.bfloat16, device="cpu") == tolerance_of(torch.bfloat16, device="cuda") == 0.2
+
+
+class SurePolicy(torch.nn.Module):
+    """Ten thousand tokens, one of which is twelve nats likelier than each other: an entropy of 0.8 nats."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(10_000)
+        self.norm.weight.data = torch.zeros(10_000)
+        self.norm.weight.data[0] = 12.0
+
+
+class SamplingEngine(Engine):
+    """Samples 200 tokens from the weights it serves."""
+
+    def sample(self):
+        logps = torch.log_softmax(self.weight, 0)
+        ids = torch.multinomial(logps.exp(), 200, replacement=True, generator=torch.Generator().manual_seed(0))
+        return [Completion(ids=ids.tolist(), logps=logps[ids].tolist())]
+
+    def score(self, completions):
+        return [torch.log_softmax(self.policy.norm.weight, 0)[torch.tensor(c.ids)].tolist() for c in completions]
+
+
+def test_a_policy_that_is_sure_of_its_tokens_is_moved_far_enough_for_bf16():
+    policy = SurePolicy()
+    engine = SamplingEngine(policy)
+    seen = check_weights(model=policy, sync=engine.sync, sample=engine.sample, score=engine.score, tolerance=0.2)
+    assert seen.is_passed
+    # a token other than the first is 12 + log(1 + 10,000 e^-12) nats less likely than sure: 12.06; scaled, ln(10,002)
+    assert seen.moved == pytest.approx(12.06 - 9.21, abs=0.05)
+    stale = check_weights(model=policy, sync=lambda: None, sample=engine.sample, score=engine.score, tolerance=0.2)
+    assert not stale.is_passed
 
 
 PASSED = WeightCheck(before=0.0, scaled=1e-3, after=0.0, moved=5e-3, tolerance=1e-3)

@@ -132,13 +132,19 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
     if text.startswith("hf://"):
         return _load_hub(text, split="train", where=where)
     path = (folder or Path()) / text
-    if not path.is_file():
-        raise ValueError(f"{where}: file {path} does not exist")
+    check_source(str(path), where=where)
     if path.suffix in (".jsonl", ".json"):
         return list(_read_jsonl(path))
     if path.suffix == ".parquet":
         return _read_parquet(path)
     raise ValueError(f"{where}: cannot read {path.name!r}; known: .jsonl, .json (one object a line), .parquet, hf://")
+
+
+def check_source(source: Any, *, where: str) -> None:
+    """Raise ValueError where a source names a file of this machine that is not there."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if isinstance(path, str) and not path.startswith("hf://") and not Path(path).is_file():
+        raise ValueError(f"{where}: file {path} does not exist")
 
 
 def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) -> Rows:

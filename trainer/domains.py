@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.records import Domain
@@ -34,6 +34,8 @@ class DomainData:
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """Tokens that prompt and completion may fill together; None where the model does not say."""
+    longest: int = 0
+    """Tokens of the longest prompt together with its longest completion."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
 
@@ -78,8 +80,7 @@ class DomainData:
             context=context,
             dropped=_resolve_overlap(train, heldout, overlap),
         )
-        data._check_lengths()
-        return data
+        return replace(data, longest=data._longest())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,18 +116,25 @@ class DomainData:
             ) from error
         return encoded["input_ids"]  # type: ignore[index,return-value]
 
-    def _check_lengths(self) -> None:
-        if self.context is None:
-            return
+    def _longest(self) -> int:
+        longest = 0
         for tables in (self.train, self.heldout):
             for name, table in tables.items():
                 for prompt in table:
                     length = len(self.tokenize([prompt])[0])
-                    if length + self.limits[name] > self.context:
+                    longest = max(longest, length + self.limits[name])
+                    if self.context is not None and longest > self.context:
                         raise ValueError(
                             f"{table.where}: prompt {prompt.id!r} has {length} tokens; with completions of "
                             f"{self.limits[name]} that is more than the context of {self.context}"
                         )
+        return longest
+
+
+def context_of(model: Any) -> int | None:
+    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_names(domains: Sequence[Domain]) -> None:

@@ -20,15 +20,15 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from curricula.curriculum import Curriculum
-from curricula.pool import PoolSettings
 from curricula.pool_file import POOL_FILE, load_pools, save_pools
+from curricula.pool_settings import PoolSettings
 from curricula.records import Domain
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
-from trainer.domains import DomainData
+from trainer.domains import DomainData, context_of
 from trainer.draws import Rollout
 from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
@@ -95,7 +95,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             model if isinstance(model, str) else model.name_or_path
         )
         self.data = (
-            domains if isinstance(domains, DomainData) else DomainData.load(domains, tokenizer=tokenizer, args=args)
+            domains
+            if isinstance(domains, DomainData)
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains)
         self.fusion = Fusion.of(self.data.domains)
@@ -174,12 +176,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
         each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
         """
-        if not requests and self.use_vllm:
-            return []
-        if self.engine is not None:
-            if self.state.global_step != self._last_loaded_step:
+        if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
+            if self.state.global_step != self._last_loaded_step or self.engine.is_asleep:
                 self.sync_engine()
             return self.engine.complete(requests, on_finished)
+        if not requests and self.use_vllm:
+            return []
         if any(r.is_greedy for r in requests):
             raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
         prompt_ids = [list(r.prompt_ids) for r in requests]
@@ -190,6 +192,10 @@ class DomainGRPOTrainer(GRPOTrainer):
             for r, i, p in zip(requests, ids, logps, strict=True)
         ]
 
+    def _rest(self) -> None:
+        if self.engine is not None:
+            self.engine.rest()
+
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
         return check_sync(self) if self.use_vllm else None
@@ -199,6 +205,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
         self._rollout = rollout = self._roll_out(len(inputs))
+        self._rest()
         self._row_entropy = None
         output = super()._generate_and_score_completions(rollout.rows)
         check_agreement(self, rollout.completions)
@@ -343,7 +350,9 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
-        return self.evaluator.run()
+        result = self.evaluator.run()
+        self._rest()
+        return result
 
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 

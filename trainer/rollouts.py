@@ -7,7 +7,7 @@ PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLL
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 
+MOST_TOKENS_A_STEP = 4096
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineFaults:
     """What went wrong in an engine and was made good, counted since the last log."""
@@ -62,6 +65,8 @@ class Engine(VLLMGeneration):
     """Tokens; set by the trainer, for the requests that come through TRL's own call."""
     version: int = 0
     """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
+    is_asleep: bool = False
+    """True while it holds no weights: only a sync wakes it."""
 
     def __init__(
         self,
@@ -72,11 +77,16 @@ class Engine(VLLMGeneration):
         sampling: Sampling,
         max_model_length: int | None,
         max_num_seqs: int,
-        gpu_memory_utilization: float = 0.3,
         dtype: str = "auto",
+        longest: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+        **named: Any,
     ) -> None:
+        """Start it; `named` are `VLLMGeneration`'s, `engine_args` are arguments of `vllm.LLM`."""
         self.sampling = sampling
         self.dtype = dtype
+        self.longest = longest
+        self.engine_args = engine_args or {}
         self.faults = EngineFaults()
         super().__init__(
             model=model,
@@ -84,11 +94,12 @@ class Engine(VLLMGeneration):
             processing_class=processing_class,
             max_model_length=max_model_length,
             max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization,
+            **named,
         )
 
     def settings(self, *, tensor_parallel: int = 1) -> EngineSettings:
         """Return what the vLLM behind this engine is started with."""
+        own = {"model_impl": self.model_impl, "trust_remote_code": self.trust_remote_code}
         return EngineSettings(
             model=self.model.name_or_path,
             dtype=self.dtype,
@@ -97,6 +108,8 @@ class Engine(VLLMGeneration):
             gpu_memory_utilization=self.gpu_memory_utilization,
             on_cpu=self.accelerator.device.type == "cpu",
             tensor_parallel=tensor_parallel,
+            longest=self.longest,
+            more={**own, **self.engine_args},
         )
 
     def attach(self, model: Any, accelerator: Any) -> None:
@@ -120,6 +133,9 @@ class Engine(VLLMGeneration):
         """Return the counts since the last call."""
         faults, self.faults = self.faults, EngineFaults()
         return faults
+
+    def rest(self) -> None:
+        """Give GPU memory back until the next sync, where the recipe wants that; nothing for most."""
 
     def close(self) -> None:
         """Let go of what the engine holds outside this process; nothing for most."""
@@ -158,22 +174,43 @@ class InProcessEngine(Engine):
     """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place."""
 
     def _init_vllm(self) -> None:
-        many_ranks = self.accelerator.num_processes > 1
-        if many_ranks:
+        changes: dict[str, Any] = {}
+        if self.accelerator.num_processes > 1:
+            # each rank its own engine on its own GPU, in the process group that is there already (as TRL's colocate)
             os.environ["RANK"] = str(self.accelerator.process_index)
             os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
             os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
-        backend = "external_launcher" if many_ranks else None
-        self.llm = start_llm(self.settings(), distributed_executor_backend=backend)
+            changes["distributed_executor_backend"] = "external_launcher"
+        if self.accelerator.device.type != "cpu":
+            # vLLM sets memory aside for the activations of so many tokens, 16,384 by default on a large card (TRL's figure)
+            changes["max_num_batched_tokens"] = max(MOST_TOKENS_A_STEP, self.max_num_seqs or 0)
+        if self.enable_sleep_mode:
+            changes["enable_sleep_mode"] = True
+        self.llm = start_llm(self.settings(), **changes)
+        self.rest()
         self.accelerator.wait_for_everyone()
+
+    def rest(self) -> None:
+        """Give back the memory of weights, keys and values until the next sync (`grpo.vllm_enable_sleep_mode`)."""
+        if self.enable_sleep_mode and not self.is_asleep:
+            self.llm.sleep(level=2)
+            self.is_asleep = True
 
     def sync_weights(self) -> None:
         """Load the policy's present weights; every rank must call it, because gathering them is collective."""
+        if self.is_asleep:
+            torch.cuda.empty_cache()  # what the update left in PyTorch's cache is the engine's now
+            self.llm.wake_up(tags=["weights"])
         load_weights(self.llm, self._iter_named_params())
+        if self.is_asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.is_asleep = False
         self.version += 1
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order."""
+        if not requests:  # a rank without a row of this refill
+            return []
         # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

@@ -6,8 +6,8 @@ Left out on purpose: who owns the engine and how weights travel to it (`trainer/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,14 +52,23 @@ class EngineSettings:
     model: str
     dtype: str
     max_model_length: int | None
+    """Tokens of the longest sequence; None takes the model's own limit, or as much of it as fits into a GPU's memory."""
     max_num_seqs: int
     gpu_memory_utilization: float
     on_cpu: bool
     tensor_parallel: int = 1
+    longest: int = 0
+    """Tokens that the longest prompt of the run and its completion will have, as far as known."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`; they win over what is chosen here."""
 
 
 OnFinished = Callable[[int, Completion], None]
 """Called with the place of a request and its completion as soon as that is whole, in any order."""
+
+
+LONGEST_THAT_FITS = -1
+"""As vLLM's `max_model_len`: the model's own limit, or what the memory for keys and values has room for, if less."""
 
 
 def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
@@ -68,33 +77,44 @@ def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int,
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def start_llm(settings: EngineSettings, **changes: Any) -> Any:
-    """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`."""
-    if settings.on_cpu:
-        # The CPU build repacks every Linear for oneDNN and drops the original weight, so that later loads land
-        # nowhere without an error. Without oneDNN the weights stay where `load_weights` finds them.
-        import vllm._custom_ops as ops
-        from vllm.platforms import current_platform
+def prepare_cpu_build() -> None:
+    """Have the CPU build keep weights where `load_weights` finds them.
 
-        ops._supports_onednn = False
-        # counting token ranks is not worth the 25 s that compiling it takes
-        current_platform.simple_compile_backend = "eager"
+    It repacks every Linear for oneDNN and drops the original weight, so that later loads land nowhere without an error.
+    """
+    import vllm._custom_ops as ops
+    from vllm.platforms import current_platform
+
+    ops._supports_onednn = False
+    # counting token ranks is not worth the 25 s that compiling it takes
+    current_platform.simple_compile_backend = "eager"
+
+
+def start_llm(settings: EngineSettings, **changes: Any) -> Any:
+    """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`.
+
+    Raises ValueError where it has no room for the longest completion of the run.
+    """
+    if settings.on_cpu:
+        prepare_cpu_build()
     from vllm import LLM
 
-    return LLM(
-        model=settings.model,
-        dtype=settings.dtype,  # type: ignore[arg-type]
-        max_model_len=settings.max_model_length,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        tensor_parallel_size=settings.tensor_parallel,
-        enforce_eager=settings.on_cpu,  # compiling costs 20 s on a CPU and gains nothing at that size
-        logprobs_mode="processed_logprobs",  # importance correction needs what was really sampled from
-        seed=0,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **changes,
-    )
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_length or (None if settings.on_cpu else LONGEST_THAT_FITS),
+        "max_num_seqs": settings.max_num_seqs,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enforce_eager": settings.on_cpu,  # compiling costs 20 s on a CPU and gains nothing at that size
+        "logprobs_mode": "processed_logprobs",  # importance correction needs what was really sampled from
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    llm = LLM(**{**arguments, **changes, **settings.more})
+    _check_room(llm, settings.longest)
+    return llm
 
 
 def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -152,12 +172,14 @@ def _sample(
         "min_p": sampling.min_p or 0.0,
         "repetition_penalty": sampling.repetition_penalty,
         "logprobs": 0,
+        "flat_logprobs": True,  # two lists in place of an object and a dict a token
         "detokenize": False,
     }
     greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     params = [
         SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **(greedy if r.is_greedy else shared)) for r in requests
     ]
+    _check_room(llm, max((len(r.prompt_ids) + r.max_tokens for r in requests), default=0))
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
     if on_finished is None:
         return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
@@ -174,6 +196,16 @@ def _sample(
     return [found[i] for i in range(len(requests))]
 
 
+def _check_room(llm: Any, longest: int) -> None:
+    """Raise ValueError for a prompt and completion that vLLM would cut short without a word."""
+    room = llm.model_config.max_model_len
+    if longest > room:
+        raise ValueError(
+            f"the rollout engine has room for {room} tokens of prompt and completion, {longest} are asked for: raise "
+            "grpo.vllm_gpu_memory_utilization or grpo.vllm_max_model_length, or lower grpo.max_completion_length"
+        )
+
+
 def _abort(llm: Any) -> None:
     """Take back what an interrupted call left in the engine, and its cached blocks."""
     engine = llm.llm_engine
@@ -185,4 +217,6 @@ def _abort(llm: Any) -> None:
 
 def _completion(output: Any) -> Completion:
     ids = list(output.token_ids)
-    return Completion(ids=ids, logps=[at[t].logprob for t, at in zip(ids, output.logprobs, strict=True)])
+    # `logprobs=0` tells the sampled token alone, so the flat list has one entry a token
+    assert len(output.logprobs.logprobs) == len(ids)
+    return Completion(ids=ids, logps=output.logprobs.logprobs)

@@ -5,16 +5,23 @@ TRL asks `vllm_generation` for completions once `use_vllm` is set; that also swi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.utils import gather_object, set_seed
 
-from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request
-from trainer.weight_check import TOLERANCE, WeightCheck, check_weights
+from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from trainer.weight_check import WeightCheck, check_weights, tolerance_of
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
+
+COARSE_STEP = 1e-4
+CHECKED_TOKENS = 8
+"""Of each prompt in the check of weights."""
 
 
 def attach(trainer: DomainGRPOTrainer, engine: str | Engine | EngineFactory) -> Engine | None:
@@ -36,10 +43,14 @@ def attach(trainer: DomainGRPOTrainer, engine: str | Engine | EngineFactory) -> 
             trainer.accelerator,
             trainer.processing_class,
             sampling=trainer.sampling,
-            max_model_length=trainer.data.context,
+            max_model_length=args.vllm_max_model_length,
             max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,  # type: ignore[operator]
+            dtype=str(trainer.precision).removeprefix("torch."),
+            longest=trainer.data.longest,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            dtype=str(trainer.model.dtype).removeprefix("torch."),
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
         )
     engine.max_completion_length = trainer.max_completion_length
     trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = engine, True, -1
@@ -47,35 +58,87 @@ def attach(trainer: DomainGRPOTrainer, engine: str | Engine | EngineFactory) -> 
     return engine
 
 
+def refuse_uneven(trainer: DomainGRPOTrainer, refill_rounds: int) -> None:
+    """Raise ValueError where ranks would ask one TRL engine for unlike numbers of completions, as refills do.
+
+    TRL cuts the joint answer into equal parts, and waits for a rank that asks for nothing.
+    """
+    shares = trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1
+    is_joint = trainer.use_vllm and trainer.engine is None and shares
+    if is_joint and refill_rounds and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            f"pool.refill.max_rounds={refill_rounds} with several ranks on one engine of TRL's (grpo.use_vllm): use "
+            "rollouts.engine ray, or set it to 0"
+        )
+
+
 def check_sync(trainer: DomainGRPOTrainer) -> WeightCheck:
     """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again."""
-    prompts = [prompt for table in trainer.data.heldout.values() for prompt in list(table)[:2]]
-    ids = trainer.data.tokenize(prompts)
-    requests = [Request(prompt_ids=i, seed=n, max_tokens=8) for n, i in enumerate(ids)]
-    check = check_weights(
-        model=trainer.model,
-        sync=trainer.sync_engine,
-        sample=lambda: trainer.complete(requests, 1),
-        score=lambda completions: trainer.forward.token_logps(ids, [c.ids for c in completions]),
-        precision=trainer.precision,
-    )
+    data = trainer.data
+    prompts = [prompt for table in data.heldout.values() for prompt in list(table)[:2]]
+    ids = data.tokenize(prompts)
+    requests = [
+        Request(prompt_ids=i, seed=n, max_tokens=min(CHECKED_TOKENS, data.limits[prompt.domain]))
+        for n, (prompt, i) in enumerate(zip(prompts, ids, strict=True))
+    ]
+    with _whole_distribution(trainer):
+        check = check_weights(
+            model=trainer.model,
+            sync=trainer.sync_engine,
+            sample=lambda: trainer.complete(requests, 1),
+            score=lambda completions: trainer.forward.token_logps(ids, [c.ids for c in completions]),
+            tolerance=_tolerance(trainer),
+        )
     trainer._last_loaded_step = -1
     return check
+
+
+@contextmanager
+def _whole_distribution(trainer: DomainGRPOTrainer) -> Iterator[None]:
+    """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know."""
+    whole = Sampling(temperature=trainer.temperature)
+    generation = trainer.vllm_generation
+    changed = asdict(whole) if trainer.engine is None else {"sampling": whole}  # TRL's own modes name each by itself
+    kept = {name: getattr(generation, name) for name in changed}
+    for name, value in changed.items():
+        setattr(generation, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(generation, name, value)
+
+
+def _tolerance(trainer: DomainGRPOTrainer) -> float:
+    return tolerance_of(trainer.precision, device=trainer.accelerator.device.type)
 
 
 def check_agreement(trainer: DomainGRPOTrainer, completions: Sequence[Completion]) -> None:
     """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
 
     Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
+    So do those that were sampled with top-k and its like.
     """
-    if _is_stale(trainer.engine, completions):
+    if trainer.sampling != Sampling(temperature=trainer.temperature) or _is_stale(trainer.engine, completions):
         return
+    allowed = _tolerance(trainer)
     differences = trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
-    if differences and differences[-1] > TOLERANCE[trainer.precision]:
+    if differences and differences[-1] > allowed:
         raise RuntimeError(
             f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
-            f"(allowed {TOLERANCE[trainer.precision]:g}): the engine does not hold the policy's weights"
+            f"(allowed {allowed:g}): the engine does not hold the policy's weights"
         )
+
+
+def loses_small_steps(trainer: DomainGRPOTrainer) -> bool:
+    """Tell whether the optimizer adds steps to weights of half precision that are as coarse as they.
+
+    DeepSpeed and FSDP keep float32 weights for the optimizer. Adam moves a weight by about the learning rate; bfloat16
+    numbers of size w are w / 128 to w / 256 apart, so that a step below 1e-4 is rounded away in a weight of 0.05.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.args.learning_rate >= COARSE_STEP:
+        return False
+    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
 
 
 def _is_stale(engine: Engine | None, completions: Sequence[Completion]) -> bool:

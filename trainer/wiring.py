@@ -12,6 +12,7 @@ from trainer.draws import Draws
 from trainer.evaluation import EvaluationSettings, Evaluator
 from trainer.forward import Forward
 from trainer.scoring import Sample
+from trainer.seam import refuse_uneven
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
@@ -21,6 +22,8 @@ def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws
     """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
     rft = trainer.advantages.settings.rft
     pool = trainer.curriculum.pool
+    refill_rounds = pool.refill_rounds if pool else 0
+    refuse_uneven(trainer, refill_rounds)
     return Draws(
         data=trainer.data,
         curriculum=trainer.curriculum,
@@ -33,7 +36,7 @@ def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws
         to_samples=trainer.to_samples,
         rank=trainer.accelerator.process_index,
         world_size=trainer.accelerator.num_processes,
-        refill_rounds=pool.refill_rounds if pool else 0,
+        refill_rounds=refill_rounds,
         is_useful=rft.is_useful if rft else lambda group: group.has_signal,
         inspect=trainer.shortcuts.inspect,
         with_texts=trainer.data.names if trainer.advantages.partitioner else (),

@@ -46,9 +46,12 @@ def find_scheduler(name: str) -> type:
     if ":" not in path:
         raise ValueError(f"scheduler {name!r} does not exist; known: {', '.join(REGISTRY)}, or pkg.module:Class")
     try:
-        return pkgutil.resolve_name(path)
+        found: Any = pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and hasattr(found, "decide")):
+        raise ValueError(f"scheduler {name!r} is no class with a method `decide`")
+    return found
 
 
 def build_scheduler(name: str, **settings: Any) -> Scheduler:

@@ -13,6 +13,7 @@ import numpy as np
 from curricula.arms import Arms
 from curricula.priors import entropy_prior, score_prior
 from curricula.records import Decision, Evidence
+from curricula.schedulers.settings import check_counts, check_numbers
 from curricula.transfer import TransferMatrix
 from curricula.worth import Worth
 
@@ -61,14 +62,8 @@ class Adaptive:
     worth: Worth = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("focus", "alarm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"adaptive: {name} must be above 0, got {getattr(self, name)}")
-        if not (0 <= self.floor <= 1 and 0 <= self.strength < 1 and self.window >= 3):
-            raise ValueError(
-                "adaptive: expected 0 <= floor <= 1, 0 <= strength < 1 and window >= 3, got "
-                f"{self.floor}, {self.strength}, {self.window}"
-            )
+        check_numbers(self, floor="[0, 1]", strength="[0, 1)", focus="(0, inf)", alarm="(0, inf)")
+        check_counts(self, window=3)
         low, high = self.entropy_band
         if not 0 <= low < high:
             raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from curricula.planner import make_plan
 from curricula.records import Decision, Evidence
+from curricula.rehearsal import Replay, read_settings
 from curricula.schedulers.adaptive import Adaptive
 from curricula.schedulers.bwt import Bwt
 from curricula.transfer import TransferMatrix
@@ -33,11 +34,12 @@ class Auto:
     inner: Bwt | Adaptive = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        replay = Replay() if self.replay is None else read_settings(Replay, self.replay, where="replay")
         matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
         if matrix is None:
             inner, why = Adaptive(**self.adaptive), "adaptive, for no transfer file was given"
         elif (plan := make_plan(matrix)).decision == "sequence":
-            inner = Bwt(transfer=matrix, **({} if self.replay is None else {"replay": self.replay}))
+            inner = Bwt(transfer=matrix, replay=replay)
             why = f"bwt, for the plan says sequence (gain {_signed(plan.over_mean_order)} over a random order)"
             if self.adaptive.get("entropy_control"):
                 why += ", so that entropy moves no shares"

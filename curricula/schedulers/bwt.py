@@ -15,7 +15,7 @@ from curricula.online import Prior, Regression
 from curricula.planner import Solver
 from curricula.priors import score_prior
 from curricula.records import Decision, Evidence, mean
-from curricula.rehearsal import Plateau, Protection, Replay, combine
+from curricula.rehearsal import Plateau, Protection, Replay, combine, read_settings
 from curricula.transfer import TransferMatrix
 
 
@@ -50,8 +50,9 @@ class Bwt:
         if self.transfer is None:
             raise ValueError("bwt: transfer is missing; run `polyphony probe` and give the path of its transfer.json")
         for name, kind in (("replay", Replay), ("protect", Protection), ("plateau", Plateau)):
-            if isinstance(getattr(self, name), Mapping):
-                object.__setattr__(self, name, kind(**getattr(self, name)))
+            given = getattr(self, name)
+            if given is not None or name != "plateau":
+                object.__setattr__(self, name, read_settings(kind, given, where=name))
         matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
         object.__setattr__(self, "solver", Solver(matrix.on("steer")))
         object.__setattr__(self, "prior", score_prior(matrix))

@@ -19,4 +19,6 @@ class Joint:
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         total = sum(evidence.weights)
+        if not total:
+            raise ValueError(f"joint: the weight of every domain is 0: {list(evidence.domains)}")
         return Decision(mixture=tuple(w / total for w in evidence.weights), reason="fixed weights")

@@ -19,7 +19,7 @@ from launch.lab.bench_result import Result, table
 
 Benchmark = Callable[[], Sequence[Result]]
 
-ON_REQUEST = ("demo", "worth")
+ON_REQUEST = ("demo", "worth", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
 RECORD = "bench_result"
 """What benchmarks return; measures nothing itself."""

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from curricula.pool import Columns, PoolSettings, PromptPool
-from curricula.pool_file import POOL_FILE, load_pools, save_pools
+from curricula.pool import PromptPool
+from curricula.pool_file import POOL_FILE, Columns, load_pools, save_pools
+from curricula.pool_settings import PoolSettings
 from launch.lab.bench_result import Result, Target, paired, repeated
 
 PROMPTS, FEW = 1_000_000, 1_000

@@ -38,33 +38,43 @@ class Rate:
 def bench_engine() -> list[Result]:
     """Sample 64 prompts x 8 through our engine and through the `LLM` inside it, in turns."""
     trainer, engine = _running()
-    requests = requests_of(trainer)
+    return [against_bare(engine, requests_of(trainer))]
+
+
+def against_bare(engine: InProcessEngine, requests: list[Request]) -> Result:
+    """Sample the same through our engine and through the `LLM` inside it, in turns."""
     pairs = [_pair(engine, requests, ours_first=i % 2 == 0) for i in range(PAIRS + 1)][1:]  # without the warm-up
     ours, bare = [rate for rate, _ in pairs], [rate for _, rate in pairs]
-    target = Target(relation=">=", limit=0.9)
-    return [
-        paired(
-            "engine",
-            "tok/s",
-            ours=[rate.tokens / rate.seconds for rate in ours],
-            baseline=[rate.tokens / rate.seconds for rate in bare],
-            target=target,
-            note=_note(ours, bare),
-        )
-    ]
+    return paired(
+        "engine",
+        "tok/s",
+        ours=[rate.tokens / rate.seconds for rate in ours],
+        baseline=[rate.tokens / rate.seconds for rate in bare],
+        target=Target(relation=">=", limit=0.9),
+        note=_note(ours, bare),
+    )
 
 
 def bench_sync() -> list[Result]:
     """Load the lab policy's weights into the engine."""
     trainer, engine = _running()
-    engine.sync_weights()  # warms up
-    seconds = []
-    for _ in range(SYNCS):
-        started = time.perf_counter()
-        engine.sync_weights()
-        seconds.append(time.perf_counter() - started)
+    seconds = sync_seconds(engine.sync_weights)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())  # type: ignore[union-attr]
     return [repeated("sync", "s", seconds, note=f"{n_parameters / 1e6:.2f} M parameters")]
+
+
+def sync_seconds(sync: Callable[[], None]) -> list[float]:
+    """Return how long each of some syncs took, without the first."""
+    import torch
+
+    seconds = []
+    for _ in range(SYNCS + 1):
+        started = time.perf_counter()
+        sync()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
 
 
 @cache

@@ -28,19 +28,23 @@ def bench_step() -> list[Result]:
         recipe = step_recipe()
         engine = twin_engine(recipe, Path(folder) / "engine")
         sides = SideBySide(recipe=recipe, engine=engine, folder=Path(folder), warm_up=WARM_UP)
-        # the first pair is a warm-up and always begins with ours, whose draws it hands to stock
-        pairs = [_pair(sides, ours_first=i % 2 == 0) for i in range(PAIRS + 1)][1:]
-    ours, stock = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return [
-        paired(
-            "step",
-            "s",
-            ours=[block.seconds for block in ours],
-            baseline=[block.seconds for block in stock],
-            target=Target(relation="<=", limit=1.05),
-            note=describe(ours, stock),
-        )
-    ]
+        return [step_result(sides, pairs=PAIRS)[0]]
+
+
+def step_result(sides: SideBySide, *, pairs: int) -> tuple[Result, list[Block]]:
+    """Run both sides in turns; return the comparison and our blocks."""
+    # the first pair is a warm-up and always begins with ours, whose draws it hands to stock
+    seen = [_pair(sides, ours_first=i % 2 == 0) for i in range(pairs + 1)][1:]
+    ours, stock = [pair[0] for pair in seen], [pair[1] for pair in seen]
+    result = paired(
+        "step",
+        "s",
+        ours=[block.seconds for block in ours],
+        baseline=[block.seconds for block in stock],
+        target=Target(relation="<=", limit=1.05),
+        note=describe(ours, stock),
+    )
+    return result, ours
 
 
 def step_recipe(*more: str) -> Recipe:

@@ -26,7 +26,7 @@ from curricula.records import Evaluation, mean
 from curricula.transfer import TransferMatrix
 from launch.config import Recipe, load_recipe
 from launch.probe import Arm, Probe, claim_probe
-from launch.train import save_final, say
+from launch.train import say
 
 MEASURED_FILE = "orders.json"
 
@@ -71,6 +71,8 @@ class Orders(Probe):
             trainer = self._train(
                 Arm(trained=prefix[-1:], steps=steps, seed=seed), self._weights(prefix[:-1], steps, seed)
             )
+            from trainer.final import save_final
+
             save_final(trainer, folder)
         return str(folder)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,10 @@ def twin_engine(recipe: Recipe, folder: Path) -> TwinEngine:
         trainer.accelerator,
         trainer.processing_class,
         sampling=trainer.sampling,
-        max_model_length=trainer.data.context,
+        max_model_length=trainer.args.vllm_max_model_length,
         max_num_seqs=trainer.args.generation_batch_size,  # type: ignore[arg-type]
-        dtype=str(trainer.model.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+        dtype=str(trainer.precision).removeprefix("torch."),
+        gpu_memory_utilization=trainer.args.vllm_gpu_memory_utilization,
     )
 
 
@@ -73,12 +74,13 @@ class Block:
 class StepClock(TrainerCallback):
     """Note the time at the start of every optimizer step; a step ends, its logs included, where the next one begins."""
 
-    def __init__(self, engine: TwinEngine) -> None:
-        self.engine = engine
-        self.ticks: list[tuple[float, float, int]] = []
+    def __init__(self, count: Callable[[], float]) -> None:
+        self.count = count
+        """Tells the tokens generated so far."""
+        self.ticks: list[tuple[float, float, float]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ticks.append((time.perf_counter(), time.process_time(), self.engine.tokens))
+        self.ticks.append((time.perf_counter(), time.process_time(), self.count()))
 
     def block(self, warm_up: int) -> Block:
         """Return the means after `warm_up` steps, without the last one: a run ends with an evaluation, not with a tick."""
@@ -141,13 +143,7 @@ class SideBySide:
         recipe = self.recipe.model_copy(
             update={"grpo": {**self.recipe.grpo, "save_strategy": "no", "shuffle_dataset": False}}
         )
-        trainer = GRPOTrainer(
-            recipe.model,
-            RoutedReward({name: find_reward(section.reward) for name, section in recipe.domains.items()}),
-            args=grpo_config(recipe, self.next_folder()),
-            train_dataset=_rows(self.prompts),
-        )
-        trainer.remove_callback(PrinterCallback)  # ours prints no logs either
+        trainer = stock_trainer(recipe, self.prompts, self.next_folder())
         self.engine.attach(trainer.model, trainer.accelerator)
         self.engine.twin_seeds = iter(self.seeds)
         trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = self.engine, True, -1
@@ -155,7 +151,7 @@ class SideBySide:
 
     def run(self, trainer: GRPOTrainer) -> Block:
         """Train and return the means of a step."""
-        clock = StepClock(self.engine)
+        clock = StepClock(lambda: self.engine.tokens)
         trainer.add_callback(clock)
         trainer.train()
         return clock.block(self.warm_up)
@@ -163,6 +159,18 @@ class SideBySide:
     def next_folder(self) -> Path:
         """Return where the next run goes."""
         return self.folder / f"run{next(self._runs)}"
+
+
+def stock_trainer(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> GRPOTrainer:
+    """Return TRL's own trainer over prompts of the recipe's domains."""
+    trainer = GRPOTrainer(
+        recipe.model,
+        RoutedReward({name: find_reward(section.reward) for name, section in recipe.domains.items()}),
+        args=grpo_config(recipe, folder),
+        train_dataset=_rows(prompts),
+    )
+    trainer.remove_callback(PrinterCallback)  # ours prints no logs either
+    return trainer
 
 
 def _rows(prompts: Sequence[Prompt]) -> Dataset:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from launch.sections.base import Section
+from launch.sections.base import Section, named
 
 
 class DiversitySection(Section):
@@ -28,7 +27,7 @@ class DiversitySection(Section):
     @field_validator("partitioner")
     @classmethod
     def _names_a_partitioner(cls, partitioner: Any) -> Any:
-        return _named(partitioner)
+        return named(partitioner)
 
 
 class DomainSection(Section):
@@ -51,7 +50,7 @@ class DomainSection(Section):
     @field_validator("reward")
     @classmethod
     def _names_a_reward(cls, reward: Any) -> Any:
-        return _named(reward)
+        return named(reward)
 
     @field_validator("diversity")
     @classmethod
@@ -61,9 +60,3 @@ class DomainSection(Section):
 
             Diversity(**{**diversity.model_dump(), "partitioner": "exact"}).check_verifiable()
         return diversity
-
-
-def _named(spec: Any) -> Any:
-    if not isinstance(spec.get("name") if isinstance(spec, Mapping) else spec, str):
-        raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
-    return spec

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from launch.sections.base import Section, default_of
+
+NOT_FREE = {
+    "model": "model",
+    "gpu_memory_utilization": "grpo.vllm_gpu_memory_utilization",
+    "max_model_len": "grpo.vllm_max_model_length",
+    "enable_sleep_mode": "grpo.vllm_enable_sleep_mode",
+    "model_impl": "grpo.vllm_model_impl",
+    "trust_remote_code": "grpo.trust_remote_code",
+    "tensor_parallel_size": "rollouts.tensor_parallel",
+    "seed": "grpo.seed",
+    "logprobs_mode": "nothing (importance correction needs what was sampled from)",
+    "distributed_executor_backend": "rollouts.engine",
+    "weight_transfer_config": "rollouts.engine",
+}
+"""Arguments of `vllm.LLM` that a recipe sets elsewhere, and where."""
 
 
 class RolloutsSection(Section):
@@ -27,6 +42,10 @@ class RolloutsSection(Section):
     """How long a cluster and its workers may take to come up; large models read their weights for minutes."""
     address: str | None = None
     """Of the Ray cluster, `host:port` or `auto`; by default `RAY_ADDRESS`, or a cluster of this machine."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `vllm.LLM`, handed over untouched: `max_num_seqs`, `enforce_eager`, `kv_cache_dtype`, `quantization`.
+    Memory, length and sleep have TRL's names: `grpo.vllm_gpu_memory_utilization`, `vllm_max_model_length`,
+    `vllm_enable_sleep_mode`."""
     max_grader_failures: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
 
@@ -35,6 +54,13 @@ class RolloutsSection(Section):
         pool = {"workers", "tensor_parallel", "max_staleness", "timeout_s", "start_timeout_s", "address"}
         if self.engine != "ray" and (changed := sorted(n for n in pool if getattr(self, n) != default_of(self, n))):
             raise ValueError(f"{', '.join(changed)} belong to engine: ray, this recipe has engine: {self.engine}")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_args_are_free(self) -> RolloutsSection:
+        for name in self.engine_args:
+            if name in NOT_FREE:
+                raise ValueError(f"engine_args.{name} is set by Polyphony: use {NOT_FREE[name]}")
         return self
 
 

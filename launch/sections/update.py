@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from curricula.entropy_control import Control, Means, controlled
-from launch.sections.base import Section
+from launch.sections.base import Section, named
 
 
 class RefillSection(Section):
@@ -76,6 +76,11 @@ class RftSection(Section):
     """Most samples a prompt, the best first."""
     dedup: Any = None
     """A partitioner's name: one sample of each semantic class."""
+
+    @field_validator("dedup")
+    @classmethod
+    def _names_a_partitioner(cls, dedup: Any) -> Any:
+        return dedup if dedup is None else named(dedup)
 
 
 class LoraSection(Section):

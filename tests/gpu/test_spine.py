@@ -10,11 +10,13 @@ import torch
 from launch.build import build_trainer
 from launch.cli import main
 from launch.config import load_recipe
+from launch.lab.bench_gpu import random_policy
 from tests.conftest import RECIPES
-from tests.ranks import differing
+from tests.ranks import LORA, differing
 
 DEBUG = str(RECIPES / "debug.yaml")
 QUICK = ["grpo.max_steps=2", "eval.every=2", "tracking.wandb=null", "grpo.vllm_gpu_memory_utilization=0.2"]
+BF16 = "grpo.bf16=true"
 
 
 def losses(run) -> list[float]:
@@ -22,12 +24,25 @@ def losses(run) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def half_billion(tmp_path_factory):
+    return random_policy(tmp_path_factory.mktemp("policy") / "half-billion")
+
+
 @pytest.mark.parametrize("engine", ["rollouts.engine=vllm", "grpo.use_vllm=true"], ids=["in-process", "colocate"])
-def test_a_short_run_trains(tmp_path, engine):
+@pytest.mark.parametrize("precision", ["grpo.bf16=false", BF16], ids=["fp32", "bf16"])
+def test_a_short_run_trains(tmp_path, engine, precision):
     run = tmp_path / "run"
-    assert main(["train", DEBUG, *QUICK, engine, "--out", str(run)]) == 0
+    assert main(["train", DEBUG, *QUICK, engine, precision, "--out", str(run)]) == 0
     assert len(losses(run)) == 2
     assert (run / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("more", [[], [LORA], ["grpo.vllm_enable_sleep_mode=true"]], ids=["full", "lora", "sleeping"])
+def test_half_a_billion_parameters_in_bf16_train(tmp_path, half_billion, more):
+    run = tmp_path / "run"
+    assert main(["train", DEBUG, *QUICK, BF16, f"model={half_billion}", *more, "--out", str(run)]) == 0
+    assert len(losses(run)) == 2
 
 
 def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
@@ -38,10 +53,16 @@ def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a worker needs a GPU of its own beside the trainer's")
-def test_weights_reach_a_worker_over_nccl(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYPHONY_ROLLOUT_GPUS", "1")
-    trainer = build_trainer(load_recipe(DEBUG, [*QUICK, "rollouts={engine: ray, workers: 1}"]), tmp_path)
+@pytest.mark.parametrize("more", [[], [LORA]], ids=["full", "lora"])
+def test_weights_reach_a_worker_over_nccl(tmp_path, more):
+    trainer = build_trainer(load_recipe(DEBUG, [*QUICK, "rollouts={engine: ray, workers: 1}", *more]), tmp_path)
     try:
+        assert trainer.check_weight_sync().is_passed
+        # as after training: an adapter that changes nothing would hide weights that were sent without it
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
         assert trainer.check_weight_sync().is_passed
     finally:
         trainer.engine.close()

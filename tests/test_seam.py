@@ -1,0 +1,182 @@
+"""The seam to an engine: how it is started, when it gives memory back, and what it may be asked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl.trainer.grpo_config import GRPOConfig
+
+from launch.build import build_trainer, grpo_config, rollout_engine
+from launch.config import RecipeError, load_recipe
+from tests.conftest import RECIPES
+from trainer.final import save_final
+from trainer.rollouts import InProcessEngine
+from trainer.sampling import Request, Sampling
+from trainer.seam import loses_small_steps
+
+DEBUG = RECIPES / "debug.yaml"
+
+
+class SleepyLLM:
+    """Writes down what vLLM is asked to do with its memory and weights."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags[0]}")
+
+    def apply_model(self, load):
+        self.calls.append("load")
+
+    def reset_prefix_cache(self):
+        self.calls.append("forget")
+
+
+class SleepyEngine(InProcessEngine):
+    def _init_vllm(self):
+        self.llm = SleepyLLM()
+        self.rest()
+
+
+def sleepy(**named) -> SleepyEngine:
+    accelerator = SimpleNamespace(is_fsdp2=False, state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None))
+    return SleepyEngine(
+        torch.nn.Linear(1, 1), accelerator, None, sampling=Sampling(), max_model_length=None, max_num_seqs=1, **named
+    )
+
+
+def test_an_engine_that_may_sleep_holds_memory_from_a_sync_to_the_end_of_the_draw():
+    engine = sleepy(enable_sleep_mode=True)
+    assert engine.is_asleep
+    engine.sync_weights()
+    assert not engine.is_asleep
+    engine.rest()
+    engine.rest()
+    assert engine.is_asleep
+    # keys and values come back after the weights: both at once are not there while the policy is gathered
+    assert engine.llm.calls == ["sleep 2", "wake weights", "load", "forget", "wake kv_cache", "sleep 2"]
+
+
+def test_an_engine_stays_awake_by_default():
+    engine = sleepy()
+    engine.sync_weights()
+    engine.rest()
+    assert engine.llm.calls == ["load", "forget"]
+
+
+def test_the_policy_is_synced_anew_to_an_engine_that_slept(engine, debug_recipe, tmp_path, monkeypatch):
+    trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
+    trainer.sync_engine()
+    version = engine.version
+    request = Request(prompt_ids=[1, 2], seed=1, max_tokens=2)
+    trainer.complete([request], 1)
+    assert engine.version == version
+    monkeypatch.setattr(engine, "is_asleep", True)
+    monkeypatch.setattr(engine, "sync_weights", lambda: setattr(engine, "is_asleep", False))
+    trainer.complete([request], 1)
+    assert not engine.is_asleep
+
+
+def test_an_engine_hears_of_a_rank_that_asks_for_nothing(engine, debug_recipe, tmp_path, monkeypatch):
+    trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
+    assert trainer.complete([], 1) == []
+    version = engine.version
+    trainer._last_loaded_step = -1
+    heard = []
+    monkeypatch.setattr(engine, "complete", lambda requests, on_finished: heard.append(requests) or [])
+    trainer.complete([], 1)
+    # the ranks that do ask would wait for this one, in the sync as in an engine of all ranks
+    assert engine.version == version + 1
+    assert heard == [[]]
+
+
+@pytest.mark.slow
+def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
+    recipe = load_recipe(DEBUG, ["tracking.wandb=null", "grpo.top_k=3", "grpo.top_p=0.9"])
+    trainer = build_trainer(recipe, tmp_path, engine=engine)
+    restricted = engine.sampling = trainer.sampling
+    try:
+        assert trainer.check_weight_sync().is_passed
+        assert engine.sampling is restricted
+    finally:
+        engine.sampling = Sampling()
+
+
+def test_a_request_that_would_be_cut_short_is_refused(engine):
+    room = engine.llm.model_config.max_model_len
+    with pytest.raises(ValueError, match=rf"room for {room} tokens of prompt and completion, {room + 1} are asked for"):
+        engine.complete([Request(prompt_ids=[1] * room, seed=1, max_tokens=1)])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not heard by rollouts.engine vllm"),
+        ("grpo.vllm_mode=server", "grpo.vllm_mode is not heard by rollouts.engine vllm"),
+        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not heard by rollouts.engine vllm"),
+        ("rollouts.engine_args={max_model_len: 9}", "use grpo.vllm_max_model_length"),
+        ("rollouts.engine_args={tensor_parallel_size: 2}", "use rollouts.tensor_parallel"),
+    ],
+)
+def test_what_an_engine_would_not_hear_is_refused(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(DEBUG, [override])
+
+
+def test_trls_own_engine_takes_its_own_keys():
+    recipe = load_recipe(DEBUG, ["grpo.use_vllm=true", "grpo.vllm_mode=server"])
+    assert recipe.grpo["vllm_mode"] == "server"
+    with pytest.raises(RecipeError, match="engine_args are for engines of ours"):
+        load_recipe(DEBUG, ["grpo.use_vllm=true", "rollouts.engine_args={enforce_eager: true}"])
+
+
+def test_arguments_of_vllm_and_memory_reach_the_engines():
+    factory = rollout_engine(load_recipe(DEBUG, ["rollouts.engine_args={enforce_eager: true}"]))
+    assert (factory.func, factory.keywords) == (InProcessEngine, {"engine_args": {"enforce_eager": True}})
+    pooled = rollout_engine(load_recipe(DEBUG, ["rollouts={engine: ray, engine_args: {quantization: fp8}}"]))
+    # a worker has its GPU to itself
+    assert pooled.keywords["pool"].gpu_memory_utilization == 0.9
+    assert pooled.keywords["engine_args"] == {"quantization": "fp8"}
+    lent = rollout_engine(load_recipe(DEBUG, ["rollouts.engine=ray", "grpo.vllm_gpu_memory_utilization=0.5"]))
+    assert lent.keywords["pool"].gpu_memory_utilization == 0.5
+
+
+def test_a_process_alone_takes_one_of_several_gpus(debug_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert GRPOConfig(output_dir=str(tmp_path), bf16=False).n_gpu == 4  # which TRL refuses: it would be DataParallel
+    assert grpo_config(debug_recipe, tmp_path).n_gpu == 1
+
+
+def test_steps_that_bfloat16_weights_would_lose_are_noticed(tmp_path):
+    step = 1e-6
+    assert torch.tensor(0.05, dtype=torch.bfloat16) + step == torch.tensor(0.05, dtype=torch.bfloat16)
+    common = ["rollouts.engine=transformers", f"grpo.learning_rate={step}", "grpo.model_init_kwargs={dtype: bfloat16}"]
+    full = build_trainer(load_recipe(DEBUG, common), tmp_path / "full")
+    assert loses_small_steps(full)
+    full.args.learning_rate = 1e-3
+    assert not loses_small_steps(full)
+    adapter = "lora={r: 4, alpha: 8, target_modules: [q_proj]}"  # PEFT keeps adapters in float32
+    assert not loses_small_steps(build_trainer(load_recipe(DEBUG, [*common, adapter]), tmp_path / "lora"))
+
+
+def test_a_saved_policy_has_its_adapter_merged_and_the_trainer_keeps_it(tmp_path):
+    adapter = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
+    trainer = build_trainer(load_recipe(DEBUG, ["rollouts.engine=transformers", adapter]), tmp_path / "run")
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.02)
+    save_final(trainer, tmp_path / "final")
+    trainer.model.eval()
+    ids = torch.tensor([[1, 5, 7, 9]])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")(ids).logits
+    assert torch.allclose(saved, trainer.model(input_ids=ids).logits, atol=1e-4)
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(saved, trainer.model(input_ids=ids).logits, atol=1e-2)
