@@ -87,7 +87,9 @@ class Screening:
             os.truncate(answers, answers.read_bytes().rfind(b"\n") + 1)
         prompts = {name: pool.ids for name, pool in self.pools.items()}
         if saved := own_pool(self.out / POOL_FILE, prompts):
-            say(f"going on: {self.trainer.curriculum.adopt_pools(saved)} prompts were there")
+            self.trainer.curriculum.adopt_pools(saved)
+            visited = sum(int((pool.visits > 0).sum()) for pool in self.pools.values())
+            say(f"going on: {visited} of {self.trainer.data.n_train} prompts were visited before")
 
     def run(self, label: str) -> None:
         """Visit prompts until none is open; save on the way."""

@@ -70,7 +70,7 @@ def test_a_pool_of_another_data_set_cannot_be_started_from(screened, engine, tmp
         adopt_known(build_trainer(other, tmp_path, engine=engine), other)
 
 
-def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_whole(tmp_path, engine):
+def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_whole(tmp_path, engine, capsys):
     tiny = recipe("domains.strings.train.size=2", "domains.facts.train.size=2", "domains.facts.heldout.size=2")
     whole, folder = tmp_path / "whole", tmp_path / "out"
     screen(tiny, whole, most_visits=9, engine=engine)
@@ -78,6 +78,7 @@ def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_w
     path = folder / ANSWERS_FILE
     path.write_bytes(path.read_bytes() + '{"domain": "facts", "id": "é'.encode()[:-1])
     screen(tiny, folder, most_visits=9, engine=engine)
+    assert "going on: 4 of 4 prompts were visited before" in capsys.readouterr().err
     assert (folder / IMPOSSIBLE_FILE).read_text() == (whole / IMPOSSIBLE_FILE).read_text()
     assert len((folder / IMPOSSIBLE_FILE).read_text().splitlines()) >= 2
 

@@ -1,4 +1,4 @@
-"""A planted shortcut: what lone accidental successes teach, with the guard and without it.
+"""A planted shortcut: what rare accidental successes teach, with the guard and without it.
 
     python -m launch.lab.planted --out runs/planted --seeds 1 2 3 4 5
 
