@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def set_environment() -> None:
     """Choose what the libraries read at import. Two OpenMP threads on a busy small machine are slower than one."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
+    drivers = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA, of AMD
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not any(Path(driver).exists() for driver in drivers):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds by itself, with a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -163,6 +165,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         if not arguments.scheduler:
             raise RecipeError("--replay needs --scheduler NAME")
         replay_run(arguments.replay, scheduler=arguments.scheduler, transfer=arguments.transfer, as_json=arguments.json)
+    elif arguments.scheduler:
+        raise RecipeError("--scheduler goes with --replay RUN; a plan alone has no scheduler")
     elif arguments.transfer:
         plan(arguments.transfer, as_json=arguments.json)
     else:

@@ -258,6 +258,7 @@ def test_a_probe_that_cannot_begin_leaves_no_folder(capsys, tmp_path, recipe):
         (["report", "gone"], "gone: no such run folder"),
         (["report", "gone", "--json"], "gone: no such run folder"),
         (["plan"], "give a transfer.json, or --replay RUN --scheduler NAME"),
+        (["plan", "gone.json", "--scheduler", "bwt"], "--scheduler goes with --replay RUN"),
         (["plan", "gone.json"], "transfer file gone.json does not exist"),
         (["plan", "--replay", "gone"], "--replay needs --scheduler NAME"),
         (["plan", "--replay", "gone", "--scheduler", "joint"], "gone holds no decisions.jsonl"),
@@ -338,6 +339,14 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_in_one_line(capsys, tmp_
     last = capsys.readouterr().err.splitlines()[-1]
     assert message in last
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.slow
+def test_what_torch_refuses_when_training_begins_leaves_no_folder(capsys, tmp_path, recipe):
+    overrides = [f"model={POLICY}", "rollouts.engine=transformers", "grpo.learning_rate=-1"]
+    assert main(["train", str(recipe), *overrides, "--out", str(tmp_path / "run")]) == 2
+    assert "Invalid learning rate: -1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

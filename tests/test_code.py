@@ -1,6 +1,9 @@
 import pickle
+import sys
 import threading
+import time
 
+import psutil
 import pytest
 
 from rewards import find_reward
@@ -259,6 +262,26 @@ def test_a_row_that_says_not_how_to_test_is_refused(columns, message):
 def test_an_unknown_limit_is_refused():
     with pytest.raises(ValueError, match=r"unknown limits \['ram'\]; allowed: wall_s, cpu_s"):
         find_reward({"name": "code", "limits": {"ram": 1}})
+
+
+def test_a_killed_process_that_forks_jails_loses_nothing():
+    assert grade(["print(4)"], tests=DOUBLE[:1]) == [1.0]
+    (jailer,) = [p for p in psutil.Process().children() if (p.cmdline() or [""])[-1].endswith("jail/__main__.py")]
+    jailer.kill()
+    assert grade(["print(4)"] * 4, tests=DOUBLE[:1]) == [1.0] * 4
+
+
+def test_jails_end_with_the_process_that_wanted_them():
+    source = (
+        "from rewards.code import Code\n"
+        "Code(limits={'wall_s': 2.0})([''] * 2, ['while True: pass'] * 2, tests=[[{'input': '', 'output': '1'}]] * 2)"
+    )
+    owner = psutil.Popen([sys.executable, "-c", source])
+    while len(jails := owner.children(recursive=True)) < 3:  # what forks them, and a program at least
+        time.sleep(0.05)
+    owner.kill()
+    owner.wait()
+    assert psutil.wait_procs(jails, timeout=20)[1] == []
 
 
 def test_cases_may_be_json():

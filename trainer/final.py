@@ -31,7 +31,7 @@ def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
             if is_main:
                 whole[name] = parameter.detach().cpu().clone()  # merged and gathered only until the next one
         if is_main:
-            model.get_base_model().save_pretrained(out, state_dict=whole)
+            model.get_base_model().save_pretrained(out, state_dict=whole)  # type: ignore[operator]
     else:
         trainer.save_model(str(out))
     if is_main:

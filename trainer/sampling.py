@@ -99,7 +99,7 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         prepare_cpu_build()
     from vllm import LLM
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_length or (None if settings.on_cpu else LONGEST_THAT_FITS),

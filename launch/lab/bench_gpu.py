@@ -87,7 +87,12 @@ def random_policy(folder: Path, **changes: Any) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    shape: dict[str, Any] = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    }
     shape |= {"num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 4096} | changes
     ids = {name: json.loads((LAB / "config.json").read_text())[name] for name in ("bos_token_id", "eos_token_id")}
     torch.manual_seed(1)
@@ -158,7 +163,8 @@ def colocate(policy: Path, folder: Path) -> Measured:
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, "use_vllm": True, "save_strategy": "no"}})
     if not torch.cuda.is_available():
         prepare_cpu_build()
-        vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)  # compiling takes minutes on a CPU
+        # compiling takes minutes on a CPU
+        vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)  # type: ignore[misc,assignment]
     data = load_data(recipe, grpo_config(recipe, folder))
     prompts = [table[i] for table in data.train.values() for i in table.ids[:64]]
     trainer = stock_trainer(recipe, prompts, folder)
@@ -170,7 +176,7 @@ def colocate(policy: Path, folder: Path) -> Measured:
         lengths.extend(map(len, answer[1]))
         return answer
 
-    trainer.vllm_generation.generate = counted
+    trainer.vllm_generation.generate = counted  # type: ignore[method-assign]
     clock = StepClock(lambda: sum(lengths))
     trainer.add_callback(clock)
     trainer.train()
