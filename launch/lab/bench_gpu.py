@@ -99,7 +99,8 @@ def random_policy(folder: Path, **changes: Any) -> Path:
     model = Qwen2ForCausalLM(Qwen2Config(**shape, **ids, tie_word_embeddings=True))
     # logits as far apart as a trained policy's: else nothing that is done to the weights would show in them
     model.model.norm.weight.data.fill_(5.0)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(LAB / name, folder / name)
     return folder
