@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -83,6 +84,8 @@ def raylets(tmp_path_factory):
     """A head without cores and two more raylets of one core each: environment, address and dashboard."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # a job's `python` is the one its node was started with, as in a virtual environment that was activated
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     port, dashboard = free_port(), free_port()
     address = f"127.0.0.1:{port}"
     head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
@@ -91,6 +94,7 @@ def raylets(tmp_path_factory):
     try:
         for words in (head, [f"--address={address}", "--num-cpus=1"], [f"--address={address}", "--num-cpus=1"]):
             words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
+            words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
             nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             cluster.wait_for_port(address, timeout_s=120)
         wait_for_nodes(environment, address, len(nodes))
