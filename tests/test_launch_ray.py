@@ -148,7 +148,7 @@ def test_more_workers_than_the_cluster_ever_has_room_for_end_the_job_in_one_line
         env={**environment, "PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "rollouts.workers=3 of 1 CPU each need 3 CPU, the Ray cluster has 2" in done.stdout + done.stderr
+    assert "rollouts.workers=3 of 1 CPU each need 3, the Ray cluster has 2" in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
 
 
