@@ -90,14 +90,12 @@ def raylets(tmp_path_factory):
     address = f"127.0.0.1:{port}"
     head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
     head += [f"--temp-dir={tmp_path_factory.mktemp('r')}"]
-    nodes = []
+    nodes: list[subprocess.Popen] = []
     try:
         for words in (head, [f"--address={address}", "--num-cpus=1"], [f"--address={address}", "--num-cpus=1"]):
-            words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
-            words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
-            nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            nodes.append(start_node(words, environment))
             cluster.wait_for_port(address, timeout_s=120)
-        wait_for_nodes(environment, address, len(nodes))
+            wait_for_nodes(environment, address, nodes)
         yield environment, address, f"127.0.0.1:{dashboard}"
     finally:
         for node in reversed(nodes):
@@ -110,13 +108,21 @@ def raylets(tmp_path_factory):
                     left.kill()
 
 
-def wait_for_nodes(environment, address: str, n: int) -> None:
-    deadline = time.monotonic() + 120
+def start_node(words: list[str], environment) -> subprocess.Popen:
+    words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
+    words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
+    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_nodes(environment, address: str, nodes: list[subprocess.Popen]) -> None:
+    """Wait until the cluster knows as many nodes as were started; one after the other, or a small machine is late."""
+    deadline = time.monotonic() + 180
     while True:
         words = [*RAY, "status", "--address", address]
         shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=False).stdout
-        if shown.count("node_") >= n:
+        if shown.count(" node_") >= len(nodes):
             return
+        assert [node.poll() for node in nodes] == [None] * len(nodes), "a node has ended"
         assert time.monotonic() < deadline, shown
         time.sleep(0.5)
 
