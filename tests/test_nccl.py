@@ -17,7 +17,7 @@ from tests.conftest import HOUSE
 AMID_A_TRANSFER = """
 import sys, time, ray
 from launch.nccl import watched
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)  # also where a cluster was left running
 @ray.remote
 def receive(seconds, fails):
     time.sleep(seconds)
