@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from curricula.effects import LEVELS
-from curricula.orders import EntropyTerm, Objective, best_orders
+from curricula.orders import EntropyTerm, Objective, best_orders, over_mean_order
 
 PRIOR = 1e-6
 """Score by which structured before open-ended is preferred in a tie; below anything that a held-out set can show."""
@@ -53,16 +53,22 @@ class Chooser:
     def overruled(self, transfer: np.ndarray, resampled: np.ndarray) -> Chooser:
         """Return the chooser without its prior where all pairs together speak against it, else itself.
 
-        No single pair may be certain while the order as a whole is. The best order by evidence alone must beat the
-        one with the prior by more than noise would let any order beat it: the 95 % point, over the resamples' noise,
-        of the largest gain of an order over the one with the prior.
+        No single pair may be certain while the order as a whole is. Two cases, each against the 95 % point of what noise
+        alone lets the best order gain: the best order by evidence beats the one with the prior by more than that; or it
+        beats the mean order by more than that, and the one with the prior does not.
         """
-        careful = self.choose(transfer, resampled)
-        noise = Objective(after=(resampled - transfer).transpose(0, 2, 1))
-        largest = noise.value(best_orders(noise, start=careful)) - noise.value(careful[None])
+        careful = self.choose(transfer, resampled)[None]
+        drawn = resampled - transfer
+        noise = Objective(after=drawn.transpose(0, 2, 1))
+        luckiest = best_orders(noise, start=careful[0])
         problem = self.objective(transfer.T[None])
-        gap = problem.value(best_orders(problem)) - problem.value(careful[None])
-        return replace(self, has_prior=False) if gap[0] > np.quantile(largest, 0.95) else self
+        best = best_orders(problem)
+        gap = problem.value(best) - problem.value(careful)
+        is_better = gap[0] > np.quantile(noise.value(luckiest) - noise.value(careful), 0.95)
+        q = np.quantile(over_mean_order(drawn, luckiest), 0.95)
+        table = transfer[None]
+        is_needed = over_mean_order(table, best)[0] > q >= over_mean_order(table, careful)[0]
+        return replace(self, has_prior=False) if is_better or is_needed else self
 
     def objective(self, after: np.ndarray) -> Objective:
         """Return the ordering problems [B, J, J] with this chooser's entropy term."""

@@ -109,6 +109,16 @@ class Effects:
         table = np.stack([change[:, self.rows_of(name, seeds)].mean(axis=1) for name in self.trained], axis=1)
         return table[0] if means is None else table
 
+    def square(self, means: Means, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """Return T among the trained domains alone, [B, J, J]."""
+        columns = [self.domains.index(name) for name in self.trained]
+        return self.transfer(means, seeds=seeds)[:, :, columns]
+
+    def own_levels(self, means: Means) -> np.ndarray:
+        """Return s_i [B, J]: a domain's score after training on it alone."""
+        pairs = [(name, self.domains.index(name)) for name in self.trained]
+        return np.stack([means.after[:, self.rows_of(name), k].mean(axis=1) for name, k in pairs], axis=1)
+
     def relative_transfer(self, means: Means | None = None) -> np.ndarray:
         """Return T[j -> i] / a_i(before), [J, K], or [B, J, K] as `transfer`; NaN where the score before was 0."""
         drawn = means or self.means()

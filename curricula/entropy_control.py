@@ -5,9 +5,13 @@
     c = clip(push * e + rate * S, -most, most)
 
 Proportional and integral control: the push answers at once, because a collapse feeds on itself, and the sum grows for as
-long as the domain stays out and fades once it is back. Positive coefficients raise entropy, negative ones lower it. One
-global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's entropy because an
+long as the domain stays out and fades slowly once it is back. Positive coefficients raise entropy, negative ones lower it.
+One global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's entropy because an
 open-ended one lost its own.
+
+A coefficient that raises entropy acts where no completion of the group got the full reward (`rows: unsolved`): there the
+reward has no answer to prefer yet, while entropy in a prompt that is solved is paid for in reward (R = b - a e^H). A draw
+without such a group is let pass: c is 0 and S stays. A coefficient that lowers entropy acts on all rows.
 """
 
 from __future__ import annotations
@@ -17,21 +21,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from curricula.records import Group
+
 Means = Literal["coefficient", "sampling"]
 """What can move a domain's entropy: its coefficient in the loss, or how much is practised of what raises or lowers it."""
 Control = Literal["none", "adaptive", "coefficient", "sampling"]
 """What a recipe asks for; `adaptive` is both means."""
+Rows = Literal["unsolved", "all"]
+"""Which rows a coefficient that raises entropy acts on; `all` alike is TRL's own bonus."""
 
 PUSH = 1.0
 """Coefficient for an entropy that is off by the base model's whole entropy."""
-RATE = 0.05
+RATE = 0.02
 """Growth of the coefficient per draw for the same distance."""
 MOST = 1.0
 """Largest coefficient either way, as TRL's own `entropy_coef_max`: there the term weighs as much as an advantage of 1."""
-MARGIN = 0.1
+MARGIN = 0.15
 """Share of the band's width that the control begins before each edge: a push needs time to be felt."""
-DECAY = 0.9
-"""Of the sum, per draw inside: half is gone in 7."""
+DECAY = 0.98
+"""Of the sum, per draw inside: half is gone in 34. What held a domain inside is still needed there; 0.9 swung."""
 
 
 def controlled(control: Control | Mapping[str, Control], means: Means, domains: Sequence[str]) -> tuple[str, ...]:
@@ -54,6 +62,7 @@ class EntropyControl:
     push: float = PUSH
     rate: float = RATE
     most: float = MOST
+    rows: Rows = "unsolved"
     coefficients: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     """S of each domain."""
@@ -62,13 +71,21 @@ class EntropyControl:
         self.coefficients = dict.fromkeys(self.domains, 0.0)
         self.sums = dict.fromkeys(self.domains, 0.0)
 
-    def move(self, domain: str, *, level: float, band: tuple[float, float], base: float) -> float:
-        """Return the domain's next coefficient; unchanged while level or band are unknown (NaN)."""
+    def move(
+        self, domain: str, *, level: float, band: tuple[float, float], base: float, can_raise: bool = True
+    ) -> float:
+        """Return the domain's next coefficient; unchanged while level or band are unknown (NaN).
+
+        `can_raise` says whether the draw has a row that a coefficient above 0 would act on.
+        """
         if math.isnan(level) or not base > 0:
             return self.coefficients[domain]
         room = MARGIN * (band[1] - band[0])
         low, high = band[0] + room, band[1] - room
         error = (low - level if level < low else high - level if level > high else 0.0) / base
+        if error > 0 and not can_raise:
+            self.coefficients[domain] = 0.0
+            return 0.0
         # the sum stops where it alone would reach the limit, so that it is not long in coming back
         most = self.most / self.rate
         total = self.sums[domain] + error if error else self.sums[domain] * DECAY
@@ -76,6 +93,15 @@ class EntropyControl:
         wanted = self.push * error + self.rate * self.sums[domain]
         self.coefficients[domain] = min(self.most, max(-self.most, wanted))
         return self.coefficients[domain]
+
+    def can_raise(self, group: Group) -> bool:
+        """Return whether a coefficient above 0 acts on this group's rows."""
+        return group.domain in self.coefficients and (self.rows == "all" or group.pass_rate == 0)
+
+    def of_row(self, group: Group) -> float:
+        """Return what a nat of entropy is worth in a row of this group, in units of advantage."""
+        coefficient = self.coefficients.get(group.domain, 0.0)
+        return coefficient if coefficient < 0 or self.can_raise(group) else 0.0
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return what is remembered; JSON-able."""

@@ -63,6 +63,13 @@ class Objective:
         return gained if self.entropy is None else gained - self.entropy.cost(is_after).sum(axis=1)
 
 
+def over_mean_order(transfer: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Return, [B], what `orders` [B or 1, K] gain over the mean of all orders under T [B, K, K], summed over domains."""
+    after = transfer.transpose(0, 2, 1)
+    off_diagonal = after.sum(axis=(1, 2)) - np.trace(after, axis1=1, axis2=2)
+    return Objective(after=after).value(orders) - off_diagonal / 2
+
+
 def best_orders(objective: Objective, *, start: np.ndarray | None = None) -> np.ndarray:
     """Return the best order of each problem, [B, K]; ties go to the order that comes first in the domains' order.
 

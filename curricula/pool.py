@@ -200,12 +200,19 @@ class PromptPool:
         return taken
 
     def _take_waiting(self, n: int) -> list[int]:
-        """Take prompts before their turn, the least bad first."""
+        """Take prompts before their turn: those that rest, then of the longest waiting of each state the most in doubt."""
         taken: list[int] = []
-        for state in WAITING:
-            while len(taken) < n and self._head(state) is not None:
-                taken.append(self._pop(state))
+        while len(taken) < n:
+            heads = {state: head[1] for state in WAITING if (head := self._head(state)) is not None}
+            if not heads:
+                break
+            taken.append(self._pop(max(heads, key=lambda state: (state is State.ACTIVE, self._doubt(heads[state])))))
         return taken
+
+    def _doubt(self, place: int) -> float:
+        """Return p (1 - p) of a prompt's posterior mean: the variance of its rewards."""
+        successes, failures = self._beta(place)
+        return successes * failures / (successes + failures) ** 2
 
     def _take_open(self, n: int) -> list[int]:
         generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")

@@ -88,6 +88,12 @@ ABOVE_ZERO = frozenset(
 )
 """Fields that something is divided by, or that nothing could be generated with."""
 
+ONE_OF = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+}
+"""What TRL tells apart only while it computes the first loss."""
+
 TRL_ENGINE = frozenset(
     """
     generation_kwargs vllm_enable_sleep_mode vllm_group_port vllm_mode vllm_server_base_url vllm_server_host
@@ -99,6 +105,8 @@ TRL_ENGINE = frozenset(
 
 def complaint(name: str, value: object) -> str | None:
     """Return what a field must be where `value` is not that, else None."""
+    if value not in ONE_OF.get(name, (value,)):
+        return f"one of {', '.join(ONE_OF[name])}"
     kind, may_be_null = GRPO_KINDS[name]
     if not kind or (value is None and may_be_null):
         return None

@@ -18,6 +18,34 @@ RECIPES = HOUSE / "launch" / "recipes"
 POLICY = HOUSE / "launch" / "lab" / "policy"
 
 
+TOGETHER = dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_slurm"), "ray")
+"""Files that bring up clusters: never two at once."""
+LONGEST = ("ray", "test_training_group", "test_resume", "test_stopping", "test_planner", "test_toy_world")
+"""Begun first, so that no worker is left alone with them at the end."""
+
+
+def group_of(path: str) -> str:
+    """The tests that one worker runs: a whole file, because its fixtures are engines and trained policies."""
+    return TOGETHER.get(Path(path).stem, Path(path).stem)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(group_of(str(item.path)), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Groups as `group_of` has them; xdist's own `loadgroup` has no effect under pytest 9.2, whose ids are fixed."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return Grouped(config, log)
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curricula.records import Group
-from trainer.advantages import Advantages, Guard, UpdateSettings, mean_only, rare_successes
+from trainer.advantages import Advantages, Guard, UpdateSettings, centred_without, mean_only, rare_successes
 from trainer.rft import RftSettings, accepted
 from trainer.scoring import Graded
 
@@ -41,7 +41,9 @@ def worth(stock, members, first_row=0, *, kind="group", **settings):
 
 def advantages(kind="group", **settings) -> Advantages:
     return Advantages(
-        settings=UpdateSettings(**settings), kinds={"math": kind, "talk": "group"}, is_shortcut=lambda g: bool(g.signs)
+        settings=UpdateSettings(**settings),
+        kinds={"math": kind, "talk": "group"},
+        find_suspects=lambda group: [i for i, g in enumerate(group) if g.signs],
     )
 
 
@@ -85,23 +87,30 @@ def test_a_lone_success_is_capped_and_the_failures_keep_theirs():
     torch.testing.assert_close(capped, torch.tensor([2.0, *[-0.35] * 7]))
 
 
-def test_a_lone_success_with_signs_of_a_shortcut_teaches_nothing_but_two_do():
+def test_a_suspect_leaves_its_group_and_the_others_are_centred_without_it():
     guard = Guard(cap=2.0)
-    stock = torch.tensor([2.5, -0.35, -0.35])
-    alone, together = graded(1.0, 0.0, 0.0, signs=("bare_answer",)), graded(1.0, 1.0, 0.0, signs=("bare_answer",))
-    torch.testing.assert_close(worth(stock, [alone], 0, guard=guard), torch.tensor([0.0, -0.35, -0.35]))
-    torch.testing.assert_close(worth(stock, [together], 0, guard=guard), stock)
+    stock = torch.tensor([1.15, -0.58, -0.58])
+    alone = graded(1.0, 0.0, 0.0, signs=("bare_answer",))
+    assert worth(stock, [alone], 0, guard=guard).tolist() == [0.0, 0.0, 0.0]  # what is left is all alike
     kept = worth(stock, [alone], 0, guard=Guard(cap=3.0, drop_shortcuts=False))
     torch.testing.assert_close(kept, stock)
+    honest = [*graded(1.0, signs=("bare_answer",)), *graded(1.0, 0.0, 0.0)]
+    # (r - 1/2) / s before; of the three that stay the mean is 1/3, and s is what it was
+    values = worth(torch.tensor([0.87, 0.87, -0.87, -0.87]), [honest], 0, guard=guard)
+    torch.testing.assert_close(values, torch.tensor([0.0, 2 / 3, -1 / 3, -1 / 3]) * 0.87 / 0.5)
+    second = worth(torch.tensor([-0.87, -0.87]), [honest], 2, guard=guard)  # the second of two ranks
+    torch.testing.assert_close(second, values[2:])
 
 
-def test_of_two_rare_successes_the_honest_one_keeps_its_advantage():
-    stock = torch.tensor([1.7, 1.7, *[-0.58] * 6])
-    group = graded(1.0, 1.0, *[0.0] * 6, signs=("bare_answer",))
-    torch.testing.assert_close(worth(stock, [group], 0, guard=Guard()), torch.tensor([0.0, 0.0, *[-0.58] * 6]))
-    group[1] = graded(1.0)[0]
-    torch.testing.assert_close(worth(stock, [group], 0, guard=Guard()), torch.tensor([0.0, 1.7, *[-0.58] * 6]))
-    assert worth(stock[:4], [group], 4, guard=Guard()).tolist() == stock[:4].tolist()  # they are on another rank
+def test_what_is_divided_by_stays_whatever_it_was():
+    rewards = (1.0, 0.5, 0.0, 0.5)
+    found = centred_without([0], rewards, {1: 0.0, 2: -0.5 / 0.1})
+    assert found == pytest.approx({1: (0.5 - 1 / 3) / 0.1, 2: (0.0 - 1 / 3) / 0.1})
+    assert centred_without([0], rewards, {1: 0.0, 3: 0.0}) == {1: 0.0, 3: 0.0}  # nothing says what s was
+    assert centred_without([0, 2], rewards, {1: 0.0, 2: -5.0}) == {1: 0.0, 2: 0.0}
+    assert centred_without([0], (1.0, None, 0.0, 1.0), {1: 7.0, 2: -2.0}) == pytest.approx(
+        {2: -1.5}
+    )  # no reward: as it is
 
 
 def test_rft_trains_on_accepted_samples_with_a_mean_of_one():
@@ -115,7 +124,7 @@ def test_rft_trains_on_accepted_samples_with_a_mean_of_one():
     assert nothing.tolist() == [0, 0]
 
 
-def test_rft_drops_a_lone_success_that_looks_like_a_shortcut():
+def test_rft_drops_a_suspect():
     group = graded(1.0, 0.0, signs=("bare_answer",))
     assert worth(torch.zeros(2), [group], 0, rft=RftSettings(), guard=Guard()).tolist() == [0, 0]
 

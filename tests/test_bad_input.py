@@ -72,6 +72,7 @@ def broken(prompts, **columns):
         (["grpo.max_completion_length=250"], "domains.sums.train: prompt 'train-0' has 1"),
         (["grpo.max_completion_length=null"], "grpo.max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),
+        (["grpo.loss_type=gpro"], "grpo.loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, vespo"),
         (["grpo.steps_per_generation=4", "eval.every=3"], "eval.every=3 falls inside a draw; a draw spans 4 optimizer"),
         (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
         (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),

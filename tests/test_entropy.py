@@ -14,6 +14,7 @@ from curricula.entropy import TREND, WINDOW, EntropyMonitor
 from curricula.entropy_control import EntropyControl
 from curricula.exchange import fit_exchange
 from curricula.intervals import ratio, student
+from curricula.records import Group
 
 
 def monitor(*domains, **settings) -> EntropyMonitor:
@@ -194,25 +195,25 @@ def test_too_few_evaluations_or_a_still_entropy_fit_nothing(entropy):
 
 
 BAND = {"band": (0.5, 1.5), "base": 1.0}
-"""Drawn in by a tenth of its width: control begins below 0.6 and above 1.4."""
+"""Drawn in by .15 of its width: control begins below 0.65 and above 1.35."""
 
 
 def test_a_coefficient_answers_at_once_and_grows_while_its_domain_stays_out():
     control = EntropyControl(domains=("math",), push=0.5, rate=0.1, most=1.0)
-    assert control.move("math", level=0.4, **BAND) == pytest.approx(0.5 * 0.2 + 0.1 * 0.2)
-    assert control.move("math", level=0.3, **BAND) == pytest.approx(0.5 * 0.3 + 0.1 * 0.5)
+    assert control.move("math", level=0.4, **BAND) == pytest.approx(0.5 * 0.25 + 0.1 * 0.25)
+    assert control.move("math", level=0.3, **BAND) == pytest.approx(0.5 * 0.35 + 0.1 * 0.6)
 
 
 def test_a_coefficient_fades_once_its_domain_is_back():
     control = EntropyControl(domains=("math",), push=0.5, rate=0.1)
     control.sums["math"] = 1.0
-    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.9)
-    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.81)
+    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.98)
+    assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.98**2)
 
 
 def test_too_much_entropy_is_pushed_down():
     control = EntropyControl(domains=("math",), push=0.1, rate=0.1)
-    assert control.move("math", level=1.9, **BAND) == pytest.approx(-0.1 * 0.5 - 0.1 * 0.5)
+    assert control.move("math", level=1.9, **BAND) == pytest.approx(-0.1 * 0.55 - 0.1 * 0.55)
 
 
 def test_a_coefficient_has_bounds_and_its_sum_does_not_run_away():
@@ -243,3 +244,43 @@ def test_domains_are_controlled_apart():
     control = EntropyControl(domains=("math", "stories"), rate=0.1)
     control.move("math", level=0.1, **BAND)
     assert control.coefficients["stories"] == 0.0 < control.coefficients["math"]
+
+
+def group(*rewards: float | None, domain: str = "math") -> Group:
+    n = len(rewards)
+    return Group(prompt_id="p", domain=domain, draw=1, rewards=rewards, lengths=(4,) * n, truncated=(False,) * n)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "acts"),
+    [
+        ((0.0, 0.0), True),
+        ((0.9, 0.5), True),
+        ((None, 0.0), True),
+        ((1.0, 0.0), False),
+        ((1.0, 1.0), False),
+        ((None,), False),
+    ],
+)
+def test_entropy_is_raised_where_no_completion_got_the_full_reward(rewards, acts):
+    control = EntropyControl(domains=("math",))
+    control.coefficients["math"] = 0.2
+    assert control.of_row(group(*rewards)) == (0.2 if acts else 0.0)
+    control.rows = "all"
+    assert control.of_row(group(*rewards)) == 0.2
+
+
+def test_entropy_is_lowered_on_all_rows_alike_and_nothing_is_done_to_other_domains():
+    control = EntropyControl(domains=("math",))
+    control.coefficients["math"] = -0.2
+    assert [control.of_row(group(1.0, 1.0)), control.of_row(group(0.0, 0.0))] == [-0.2, -0.2]
+    assert control.of_row(group(0.0, domain="stories")) == 0.0
+
+
+def test_a_draw_with_nothing_to_act_on_is_let_pass_and_does_not_wind_the_sum_up():
+    control = EntropyControl(domains=("math",))
+    before = control.move("math", level=0.2, **BAND)
+    for _ in range(100):
+        assert control.move("math", level=0.2, **BAND, can_raise=False) == 0.0
+    assert control.sums["math"] == pytest.approx(0.45) and before > 0
+    assert control.move("math", level=1.9, **BAND, can_raise=False) < 0

@@ -10,7 +10,8 @@ from curricula.entropy_control import controlled
 from launch.build import build_scheduler
 from launch.config import RecipeError, load_recipe
 from tests.conftest import RECIPES
-from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
+from tests.test_entropy import group
+from trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
 
 ADAPTIVE = EntropySettings(control="adaptive")
 
@@ -91,30 +92,42 @@ def test_sampling_under_a_scheduler_that_cannot_is_a_recipe_error():
 
 def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens(tmp_path):
     watch = DomainEntropy(("math", "stories"), ADAPTIVE, args(tmp_path))
-    watch.control.coefficients = {"math": 0.1, "stories": -0.2}
     entropy = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     # (.1 (1 + 2) - .2 * 3) / 3 tokens
-    assert watch.bonus(entropy, mask, torch.tensor([0, 1])).item() == pytest.approx(-0.1)
+    assert watch.bonus(entropy, mask, torch.tensor([0.1, -0.2])).item() == pytest.approx(-0.1)
 
 
 def test_a_domain_that_is_not_held_has_no_coefficient(tmp_path):
     watch = DomainEntropy(("math", "stories"), EntropySettings(control={"stories": "coefficient"}), args(tmp_path))
     watch.after_evaluation(0, {name: [(10.0, 10)] for name in watch.domains})
-    watch.after_draw(1, {"math": (1.0, 10.0), "stories": (4.0, 10.0)}, [])
-    # the band is [.5, 1.5], drawn in to [.6, 1.4]; e = .2, push 1, rate .05
-    assert watch.metrics()["domain/stories/entropy_coef"] == pytest.approx(0.21)
+    groups = [group(0.0, 0.0), group(0.5, 0.0, domain="stories"), group(1.0, 0.0, domain="stories")]
+    watch.after_draw(1, {"math": (1.0, 10.0), "stories": (4.0, 10.0)}, groups)
+    # the band is [.5, 1.5], drawn in to [.65, 1.35]; e = .25, push 1, rate .02
+    assert watch.metrics()["domain/stories/entropy_coef"] == pytest.approx(0.255)
     assert "domain/math/entropy_coef" not in watch.metrics()
-    bonus = watch.bonus(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int), torch.tensor([0, 1]))
-    assert bonus.item() == pytest.approx(0.21 * 2 / 4)
+    assert watch.rows(groups, torch.device("cpu"))[ROW_COEFFICIENT].tolist() == pytest.approx([0.0, 0.255, 0.0])
+
+
+def test_where_only_replaced_groups_had_nothing_right_there_is_nothing_to_act_on(tmp_path):
+    watch = DomainEntropy(("math",), ADAPTIVE, args(tmp_path))
+    watch.after_evaluation(0, {"math": [(10.0, 10)]})
+    watch.after_draw(1, {"math": (1.0, 10.0)}, [group(1.0, 0.0)], discarded=[group(0.0, 0.0)])
+    assert watch.metrics()["domain/math/entropy_coef"] == 0.0
 
 
 @pytest.mark.parametrize("control", ["none", "sampling"])
-def test_rows_carry_their_domain_only_where_a_coefficient_was_asked_for(tmp_path, control):
+def test_rows_carry_a_coefficient_only_where_it_was_asked_for(tmp_path, control):
     watch = DomainEntropy(("math",), EntropySettings(control=control), args(tmp_path))
-    assert watch.control is None and watch.rows([0, 0], torch.device("cpu")) == {}
-    rows = DomainEntropy(("math",), ADAPTIVE, args(tmp_path)).rows([0, 0], torch.device("cpu"))
-    assert rows[ROW_DOMAIN].tolist() == [0, 0]
+    assert watch.control is None and watch.rows([group(0.0)] * 2, torch.device("cpu")) == {}
+    rows = DomainEntropy(("math",), ADAPTIVE, args(tmp_path)).rows([group(0.0)] * 2, torch.device("cpu"))
+    assert rows[ROW_COEFFICIENT].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rows", ["some", "true"])
+def test_rows_that_do_not_exist_are_a_recipe_error(rows):
+    with pytest.raises(RecipeError, match=r"^entropy\.rows: .*'unsolved' or 'all'"):
+        load_recipe(RECIPES / "debug.yaml", [f"entropy.rows={rows}"])
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +135,12 @@ def captured(tmp_path_factory, engine):
     """Gradients of one micro-batch of a real trainer: TRL's own, and ours with control on and each coefficient set."""
     from launch.build import build_trainer
 
-    recipe = load_recipe(RECIPES / "debug.yaml", ["entropy.control=adaptive", "tracking.wandb=null"])
+    overrides = ["entropy.control=adaptive", "entropy.rows=all", "tracking.wandb=null"]
+    recipe = load_recipe(RECIPES / "debug.yaml", overrides)
     trainer = build_trainer(recipe, tmp_path_factory.mktemp("control"), engine=engine)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
+    trainer.entropy.control.coefficients["arithmetic"] = 1.0
     inputs = trainer._prepare_inputs([{"prompt": ""}] * 32)
     return trainer, inputs
 
@@ -142,6 +157,8 @@ def test_with_coefficients_of_zero_or_control_off_the_gradient_is_trls_bit_for_b
 
     trainer, inputs = captured
     stock = gradient(trainer, inputs, lambda *a: GRPOTrainer._compute_loss(trainer, *a))
+    zero = {**inputs, ROW_COEFFICIENT: torch.zeros_like(inputs[ROW_COEFFICIENT])}
+    assert torch.equal(stock, gradient(trainer, zero, trainer._compute_loss))
     control, trainer.entropy.control = trainer.entropy.control, None
     off = gradient(trainer, inputs, trainer._compute_loss)
     trainer.entropy.control = control
@@ -153,7 +170,7 @@ def test_equal_coefficients_are_trls_own_bonus(captured):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer, inputs = captured
-    trainer.entropy.control.coefficients = dict.fromkeys(trainer.data.names, 0.05)
+    inputs = {**inputs, ROW_COEFFICIENT: torch.full_like(inputs["advantages"], 0.05)}
     ours = gradient(trainer, inputs, trainer._compute_loss)
     trainer._entropy_bonus_enabled, trainer.entropy_coef = True, 0.05
     trls = gradient(trainer, inputs, lambda *a: GRPOTrainer._compute_loss(trainer, *a))
@@ -165,8 +182,7 @@ def test_equal_coefficients_are_trls_own_bonus(captured):
 @pytest.mark.slow
 def test_one_domains_coefficient_raises_that_domains_entropy(captured):
     trainer, inputs = captured
-    own = trainer.data.names.index("arithmetic")
-    is_own = (inputs[ROW_DOMAIN] == own).unsqueeze(1)
+    is_own = (inputs[ROW_COEFFICIENT] == 1.0).unsqueeze(1)  # as TRL has shuffled and split it
     assert 0 < is_own.sum() < len(is_own)
 
     def entropy_of(rows):
@@ -180,7 +196,6 @@ def test_one_domains_coefficient_raises_that_domains_entropy(captured):
         return ((entropy * mask).sum() / mask.sum()).item()
 
     before = entropy_of(is_own)
-    trainer.entropy.control.coefficients = dict.fromkeys(trainer.data.names, 0.0) | {"arithmetic": 1.0}
     inputs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
     gradient(trainer, inputs, trainer._compute_loss)
     weights = [p.detach().clone() for p in trainer.model.parameters()]

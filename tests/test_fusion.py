@@ -107,7 +107,7 @@ def test_ranks_share_the_comparing_and_agree_on_the_result():
 
 def advantages() -> Advantages:
     kinds = {"math": "group", "stories": "mean_only"}
-    return Advantages(settings=UpdateSettings(), kinds=kinds, is_shortcut=lambda graded: False)
+    return Advantages(settings=UpdateSettings(), kinds=kinds, find_suspects=lambda group: ())
 
 
 RANK = """

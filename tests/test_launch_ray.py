@@ -8,9 +8,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,50 +81,78 @@ def test_a_dashboard_that_asks_for_a_token_says_where_to_put_it():
 
 
 @pytest.fixture(scope="module")
-def raylets(tmp_path_factory):
+def raylets():
     """A head without cores and two more raylets of one core each: environment, address and dashboard."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # a job's `python` is the one its node was started with, as in a virtual environment that was activated
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    port, dashboard = free_port(), free_port()
-    address = f"127.0.0.1:{port}"
-    head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
-    head += [f"--temp-dir={tmp_path_factory.mktemp('r')}"]
     nodes: list[subprocess.Popen] = []
-    try:
-        for words in (head, [f"--address={address}", "--num-cpus=1"], [f"--address={address}", "--num-cpus=1"]):
-            nodes.append(start_node(words, environment))
-            cluster.wait_for_port(address, timeout_s=120)
-            wait_for_nodes(environment, address, nodes)
-        yield environment, address, f"127.0.0.1:{dashboard}"
-    finally:
-        for node in reversed(nodes):
-            family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-            node.terminate()
-            node.wait(timeout=60)
-            psutil.wait_procs(family, timeout=30)
-            for left in family:
-                if left.is_running():
-                    left.kill()
+    # a short folder: the sockets below it have paths of at most 103 bytes, and pytest's own folders are long
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        try:
+            address, dashboard = bring_up(nodes, environment, Path(folder))
+            yield environment, address, dashboard
+        finally:
+            take_down(nodes)
 
 
-def start_node(words: list[str], environment) -> subprocess.Popen:
+def bring_up(nodes: list[subprocess.Popen], environment, folder: Path, tries: int = 3) -> tuple[str, str]:
+    """Start the cluster's `nodes` one after the other: a small machine is late, and Ray's own 30 s are fixed."""
+    said = folder / "said.txt"
+    for left in reversed(range(tries)):
+        port, dashboard = free_port(), free_port()
+        address = f"127.0.0.1:{port}"
+        head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+        member = [f"--address={address}", "--num-cpus=1"]
+        try:
+            for words in (head, member, member):
+                nodes.append(start_node(words, environment, said))
+                wait_for_nodes(environment, address, nodes)
+            return address, f"127.0.0.1:{dashboard}"
+        except RuntimeError as error:
+            take_down(nodes)
+            if not left:
+                pytest.fail(f"{error}; the nodes said:\n{said.read_text()}")
+    raise AssertionError("the loop returns or fails")
+
+
+def take_down(nodes: list[subprocess.Popen]) -> None:
+    while nodes:
+        node = nodes.pop()
+        family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
+        node.terminate()
+        node.wait(timeout=60)
+        psutil.wait_procs(family, timeout=30)
+        for left in family:
+            if left.is_running():
+                left.kill()
+
+
+def start_node(words: list[str], environment, said: Path) -> subprocess.Popen:
     words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
     words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
-    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with said.open("a") as file:
+        return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
 
-def wait_for_nodes(environment, address: str, nodes: list[subprocess.Popen]) -> None:
-    """Wait until the cluster knows as many nodes as were started; one after the other, or a small machine is late."""
-    deadline = time.monotonic() + 180
+def wait_for_nodes(environment, address: str, nodes: list[subprocess.Popen], timeout_s: float = 180) -> None:
+    """Wait until the cluster knows as many nodes as were started; RuntimeError if one has ended or the time is up."""
+    deadline = time.monotonic() + timeout_s
     while True:
-        words = [*RAY, "status", "--address", address]
-        shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=False).stdout
+        shown = ""
+        with suppress(RecipeError, subprocess.TimeoutExpired):  # asked before the head listens, `status` never answers
+            cluster.wait_for_port(address, timeout_s=5)
+            words = [*RAY, "status", "--address", address]
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+            shown = done.stdout
         if shown.count(" node_") >= len(nodes):
             return
-        assert [node.poll() for node in nodes] == [None] * len(nodes), "a node has ended"
-        assert time.monotonic() < deadline, shown
+        codes = [node.poll() for node in nodes]
+        if codes != [None] * len(nodes):
+            raise RuntimeError(f"a node has ended, exit codes {codes}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{len(nodes)} nodes were started, the cluster shows {shown!r}")
         time.sleep(0.5)
 
 

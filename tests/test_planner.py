@@ -12,6 +12,17 @@ from curricula.planner import PlanSettings, make_plan
 from curricula.records import Evaluation
 from curricula.transfer import TransferMatrix
 from launch.cli import main
+from launch.lab.decisions import (
+    OWN,
+    World,
+    chain,
+    gain,
+    no_transfer,
+    random,
+    share_of_sequences,
+    simulate,
+    standard_error,
+)
 
 QUICK = PlanSettings(resamples=200)
 
@@ -211,56 +222,54 @@ def test_a_joint_arm_of_other_length_is_noted():
     assert "ran 50 steps and the probes 30 together" in make_plan(matrix(rows), QUICK).explain()
 
 
-def simulated(rng, transfer, *, n=100, seeds=2, seed_sd=0.03, joint=None):
-    """Binary items of different difficulty, each training with its own luck (part of it shared by all domains)."""
-    size = len(transfer)
-    names = [f"d{k}" for k in range(size)]
-    level = rng.beta(2, 2, (size, n))
-
-    def scores(shift):
-        chances = np.clip(level + shift[:, None], 0, 1)
-        return {name: tuple((rng.random(n) < p).astype(float)) for name, p in zip(names, chances, strict=True)}
-
-    def luck():
-        return seed_sd * (math.sqrt(0.3) * rng.normal() + math.sqrt(0.7) * rng.normal(size=size))
-
-    rows = [Evaluation(trained=(), step=0, seed=0, scores=scores(np.zeros(size)))]
-    for seed in range(seeds):
-        for name, effect in zip(names, transfer, strict=True):
-            rows.append(Evaluation(trained=(name,), step=1, seed=seed, scores=scores(effect + luck()), probe=True))
-        if joint is not None:
-            reached = scores(np.full(size, joint) + luck())
-            rows.append(Evaluation(trained=tuple(names), step=size, seed=seed, scores=reached, probe=True))
-    kinds = {name: "open_ended" if k == size - 1 else "structured" for k, name in enumerate(names)}
-    return matrix(rows, kinds=kinds)
+def mirrored(rng, size):
+    """Transfer that is large and the same both ways: no order gains anything."""
+    table = rng.normal(size=(size, size)) * 0.05
+    return table + table.T
 
 
-def share_of_sequences(worlds, transfer, **fields):
-    rng = np.random.default_rng(3)
-    plans = [make_plan(simulated(rng, transfer, **fields), QUICK) for _ in range(worlds)]
-    return sum(plan.decision == "sequence" for plan in plans) / worlds
+def share(kind, *, worlds=300, error=0.0, **fields):
+    world = World(**fields)
+    return share_of_sequences(simulate(world, kind, worlds, np.random.default_rng(3), error=error))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joint", [None, 0.1])
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_zero_transfer_is_called_a_sequence_in_at_most_a_tenth_of_300_matrices(seeds, joint):
-    seed_sd = 0.03 if seeds == 2 else 0.0  # with one seed its noise cannot be seen
-    assert share_of_sequences(300, np.eye(4) * 0.1, seeds=seeds, seed_sd=seed_sd, joint=joint) <= 0.1
+@pytest.mark.parametrize(
+    ("kind", "seeds", "joint"),
+    [(no_transfer, 1, None), (no_transfer, 2, None), (no_transfer, 2, 0.1), (mirrored, 2, None)],
+)
+def test_where_no_order_matters_a_sequence_is_called_in_at_most_a_tenth_of_300_matrices(kind, seeds, joint):
+    luck = 0.03 if seeds == 2 else 0.0  # with one seed its noise cannot be seen
+    assert share(kind, size=4, seeds=seeds, luck=luck, joint=joint) <= 0.1
 
 
 @pytest.mark.slow
-def test_a_gain_of_four_standard_errors_is_called_a_sequence_in_four_fifths_of_matrices():
-    # each domain takes c from all later ones: the order gains 6 pairs x c / 2 over 4 domains = .75 c on the mean
-    # order; its standard error is .028 (spread of the gain over 300 matrices with zero transfer), so c = 4 x .028/.75
-    c = 4 * 0.028 / 0.75
-    assert share_of_sequences(100, np.eye(4) * 0.1 - c * np.triu(np.ones((4, 4)), 1)) >= 0.8
+@pytest.mark.parametrize("kind", [chain, random])
+@pytest.mark.parametrize(("size", "marks"), [(4, "binary"), (5, "graded")])
+def test_a_gain_of_four_standard_errors_is_called_a_sequence_in_four_fifths_of_matrices(size, marks, kind):
+    world = World(size=size, marks=marks)
+    rng = np.random.default_rng(4)
+    error = standard_error(simulate(world, no_transfer, 200, rng))
+    assert share(kind, size=size, marks=marks, worlds=100, error=error) >= 0.8
+
+
+@pytest.mark.slow
+def test_the_interval_holds_the_true_gain_of_the_chosen_order_in_nineteen_of_twenty():
+    world = World(size=4)
+    rng = np.random.default_rng(5)
+    inside = []
+    for _ in range(100):
+        table = random(rng, 4) * 0.05
+        plan = make_plan(world.matrix(rng, OWN * np.eye(4) + table), QUICK)
+        low, _, high = plan.over_mean_order
+        inside.append(low <= gain(table, np.array([int(name[1]) for name in plan.order])) <= high)
+    assert np.mean(inside) >= 0.9
 
 
 @pytest.mark.slow
 def test_twelve_domains_are_planned_within_five_seconds():
     rng = np.random.default_rng(0)
-    whole = simulated(rng, np.eye(12) * 0.1, n=200, joint=0.0)
+    whole = World(size=12, items=200, joint=0.0).matrix(rng, OWN * np.eye(12))
     start = time.process_time()
     make_plan(whole)
     assert time.process_time() - start < 5

@@ -176,6 +176,17 @@ def test_resting_prompts_are_drawn_before_worse_ones_where_nothing_else_is_open(
     assert p.refill(1) == []
 
 
+def test_prompts_before_their_turn_are_those_whose_outcome_is_most_in_doubt():
+    p = pool(3, retry_share=0.0)
+    p.draw(0)
+    for _ in range(3):
+        p.observe("p0", [0.0] * G)  # Beta(1, 25): deferred, p (1 - p) = 0.037
+    for _ in range(2):
+        p.observe("p1", [1.0] * G)  # Beta(17, 1): mastered, 0.052
+    p.observe("p2", [0.0] * G)  # Beta(1, 9): deferred, 0.09, and due before p0
+    assert p.draw(3) == ["p2", "p1", "p0"]
+
+
 def test_a_refill_gives_other_prompts_of_the_same_draw_and_no_waiting_ones():
     p = pool(12)
     p.observe("p0", [0.0] * G)

@@ -401,6 +401,21 @@ def test_two_runs_share_panels_and_name_what_each_lacks(tmp_path):
     assert ends.count("A") == 2 and ends.count("B") == 2
 
 
+def test_an_alarms_line_says_whose_it_is_where_there_are_two_runs(tmp_path):
+    runs = []
+    for name, steps in (("one", (5,)), ("two", (5, 15))):
+        run = write_run(tmp_path / name, domains=("math",), watch_only=(), steps=20, eval_every=10, items=30)
+        alarm = {"domain": "math", "kind": "collapse", "message": "fell"}
+        (run / "alarms.jsonl").write_text("".join(json.dumps(alarm | {"step": step}) + "\n" for step in steps))
+        runs.append(run)
+
+    def whose(*shown):
+        return [e["text"] for e in report(tmp_path, *shown).find("span", "entropy") if e.get("class") == "whose"]
+
+    assert whose(*runs) == ["AB", "B"]
+    assert whose(runs[1]) == []
+
+
 def test_runs_are_compared_only_on_the_same_items(tmp_path):
     runs = [write_run(tmp_path / name, domains=("a", "b"), steps=10, eval_every=5, items=20) for name in ("x", "y")]
     document = json.loads((runs[1] / "transfer.json").read_text())

@@ -15,12 +15,20 @@ from launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, scree
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
-SMALL = ["domains.strings.train.size=12", "domains.facts.train.size=12", "domains.facts.heldout.size=4"]
-SMALL += ["domains.strings.heldout.size=4"]
+FACTS = [
+    "domains.facts.kind=structured",
+    "domains.facts.train.generator=launch.lab.worth:rows",
+    "domains.facts.train.domain=facts",
+    "domains.facts.heldout.generator=launch.lab.world:rows",
+    "domains.facts.heldout.domain=facts",
+    "domains.facts.heldout.split=heldout",
+    "domains.facts.reward=exact",
+]
+SMALL = [f"domains.{name}.{rows}" for name in ("strings", "facts") for rows in ("train.size=12", "heldout.size=4")]
 
 
 def recipe(*overrides):
-    return load_recipe(RECIPES / "worth.yaml", [*SMALL, *overrides])
+    return load_recipe(RECIPES / "worth.yaml", [*FACTS, *SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")

@@ -38,16 +38,33 @@ def test_a_rare_success_sets_no_standard():
     w.observe(1, [[graded(1.0, length=3, signs=("bare_answer",))] * 2 + [graded(0.0)] * 6])
     assert w.inspect(sample("so it is", ids=30)) == ()
     metrics = w.flush()
-    assert (metrics["shortcuts/math/rare_successes"], metrics["shortcuts/math/rare_shortcuts"]) == (3, 2)
+    assert (metrics["shortcuts/math/rare_successes"], metrics["shortcuts/math/suspects"]) == (3, 2)
 
 
-def test_what_most_correct_answers_show_is_the_domains_manner():
+def test_what_most_established_answers_show_is_the_domains_manner():
     w = watch()
-    suspect = graded(1.0, signs=("bare_answer",))
-    assert w.is_shortcut(suspect)
-    w.observe(1, [[suspect, suspect, graded(0.0)]] * 8)
-    assert not w.is_shortcut(suspect)
-    assert w.is_shortcut(graded(1.0, signs=("bare_answer", "repeated_ngrams")))
+    suspect, failure = graded(1.0, signs=("bare_answer",)), graded(0.0)
+    assert w.suspects([suspect, failure, failure]) == [0]
+    assert w.suspects([suspect, suspect, failure]) == []  # not rare, and the manner is not known yet
+    w.observe(1, [[suspect, suspect, failure]] * 8)
+    assert w.suspects([suspect, failure, failure]) == []
+    assert w.suspects([graded(1.0, signs=("bare_answer", "repeated_ngrams")), failure, failure]) == [0]
+
+
+def test_a_sign_that_came_later_is_foreign_however_many_show_it():
+    w = watch()
+    honest, suspect, failure = graded(1.0), graded(1.0, signs=("bare_answer",), length=3), graded(0.0)
+    w.observe(1, [[suspect] * 3 + [failure] * 5])  # most are wrong: no manner
+    w.observe(1, [[honest, honest, failure]] * 8)
+    group = [honest, *[suspect] * 5, failure]
+    assert w.suspects(group) == [1, 2, 3, 4, 5]
+    for step in range(2, 40):
+        w.observe(step, [group])
+    assert w.suspects(group) == [1, 2, 3, 4, 5]
+    w.flush()
+    w.observe(40, [group])
+    metrics = w.flush()
+    assert metrics["shortcuts/math/suspects"] == 5 and metrics["shortcuts/math/correct_length"] == 100
 
 
 def test_length_collapse_rings_once_and_again_after_recovery():

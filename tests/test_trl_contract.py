@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 
 import pytest
@@ -12,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from launch.grpo_fields import ABOVE_ZERO, GRPO_KINDS, OURS, complaint
+from launch.grpo_fields import ABOVE_ZERO, GRPO_KINDS, ONE_OF, OURS, complaint
 
 
 def parameters(function) -> list[str]:
@@ -45,6 +46,14 @@ def test_what_grpo_config_has_by_default_is_allowed(tmp_path):
     made_later = {"generation_batch_size", "steps_per_generation"}  # from each other
     named = {f.name for f in dataclasses.fields(GRPOConfig) if f.init} - made_later
     assert {name: said for name in named if (said := complaint(name, getattr(defaults, name)))} == {}
+
+
+def test_the_committed_losses_are_those_that_the_trainer_computes():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    assert set(re.findall(r"\w+", " ".join(compared))) == set(ONE_OF["loss_type"])
+    levels = re.findall(r"self\.importance_sampling_level == \"(\w+)\"", inspect.getsource(GRPOTrainer))
+    assert set(levels) == set(ONE_OF["importance_sampling_level"])
 
 
 @pytest.mark.parametrize(

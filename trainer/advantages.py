@@ -2,8 +2,11 @@
 
 `group` is TRL's: (r - mean) / std of the group. `mean_only` leaves the division out (Dr. GRPO, arXiv:2503.20783; DARLING,
 arXiv:2509.02534), so that a group that nearly agrees is not blown up. A lone success among G binary rewards gets about
-sqrt(G - 1) from `group`; the guard caps it, and takes it away where the completion shows signs of a shortcut
-(arXiv:2605.28388); likewise of every success of a group that has hardly any. B rows of this rank, G completions a group.
+sqrt(G - 1) from `group`; the guard caps it, likewise every success of a group that has hardly any. A success that shows
+signs of a shortcut (arXiv:2605.28388) is a suspect: the guard takes it out of its group, whose other completions are
+centred without it, so that a suspect neither teaches nor lowers what is beside it.
+
+B rows of this rank, G completions a group.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ RARE = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guard:
-    """What a rare success may do."""
+    """What a rare success may do, and what a suspicious one may not."""
 
     cap: float = 2.0
     """Largest advantage; sqrt(G - 1) passes it from G = 6 on. 2.0 is what the study's remedies were given."""
     drop_shortcuts: bool = True
-    """Whether a rare success that shows signs of a shortcut loses its advantage; the failures keep theirs."""
+    """Whether a success that shows signs of a shortcut leaves its group."""
 
     def __post_init__(self) -> None:
         if self.cap <= 0:
@@ -56,13 +59,14 @@ class UpdateSettings:
 class Advantages:
     """Turn the groups of a draw into advantages.
 
-    Example: `Advantages(settings=settings, kinds=kinds, is_shortcut=watch.is_shortcut)(stock, groups, members, 0)`
+    Example: `Advantages(settings=settings, kinds=kinds, find_suspects=watch.suspects)(stock, groups, members, 0)`
     """
 
     settings: UpdateSettings
     kinds: Mapping[str, Kind]
     """Per domain."""
-    is_shortcut: Callable[[Graded], bool]
+    find_suspects: Callable[[Sequence[Graded]], Sequence[int]]
+    """The places of a group's suspects (`ShortcutWatch.suspects`)."""
     partitioner: Any = None
     """Tells classes of accepted completions apart, for rft with `dedup`."""
 
@@ -83,20 +87,23 @@ class Advantages:
             if not group.has_signal:
                 _put(values, row, dict.fromkeys(range(len(completions)), 0.0))  # exactly, whatever rounding left
             if self.settings.guard is not None:
-                self._guard(values, row, rare_successes(group.rewards), completions)
+                self._guard(values, row, group.learned, completions)
             row += len(completions)
         return values
 
     @classmethod
     def of(
-        cls, settings: UpdateSettings, domains: Sequence[Domain], is_shortcut: Callable[[Graded], bool]
+        cls,
+        settings: UpdateSettings,
+        domains: Sequence[Domain],
+        find_suspects: Callable[[Sequence[Graded]], Sequence[int]],
     ) -> Advantages:
         """Return the advantages of a run. Raises ValueError for an unknown `rft.dedup`."""
         dedup = settings.rft.dedup if settings.rft else None
         return cls(
             settings=settings,
             kinds={d.name: d.advantages or _default_kind(d, settings.advantages) for d in domains},
-            is_shortcut=is_shortcut,
+            find_suspects=find_suspects,
             partitioner=None if dedup is None else find_partitioner(dedup),
         )
 
@@ -106,12 +113,15 @@ class Advantages:
         asks = self.settings.guard or self.settings.rft or self.settings.drop_dead != "never"
         return not asks and set(self.kinds.values()) == {"group"}
 
-    def _guard(self, values: torch.Tensor, row: int, rare: Sequence[int], group: Sequence[Graded]) -> None:
+    def _guard(self, values: torch.Tensor, row: int, learned: Sequence[float | None], group: Sequence[Graded]) -> None:
         guard = self.settings.guard
         assert guard is not None
-        for i in (i for i in rare if 0 <= row + i < len(values)):
-            is_dropped = guard.drop_shortcuts and self.is_shortcut(group[i])
-            values[row + i] = 0.0 if is_dropped else values[row + i].clamp(max=guard.cap)
+        suspects = self.find_suspects(group) if guard.drop_shortcuts else ()
+        if suspects:
+            _put(values, row, centred_without(suspects, learned, _here(values, row, len(group))))
+        rewards = [None if i in suspects else g.reward for i, g in enumerate(group)]
+        for i in (i for i in rare_successes(rewards) if 0 <= row + i < len(values)):
+            values[row + i] = values[row + i].clamp(max=guard.cap)
 
     def _accepted(self, stock: torch.Tensor, groups: Sequence[Sequence[Graded]], first_row: int) -> torch.Tensor:
         """Return 1 for accepted rows and 0 for others, scaled so that the mean over all rows of all ranks is 1."""
@@ -122,8 +132,8 @@ class Advantages:
         for group in groups:
             keeps = accepted(group, rft, self.partitioner)
             if self.settings.guard is not None and self.settings.guard.drop_shortcuts:
-                rare = rare_successes([g.reward for g in group])
-                keeps = [i for i in keeps if i not in rare or not self.is_shortcut(group[i])]
+                suspects = self.find_suspects(group)
+                keeps = [i for i in keeps if i not in suspects]
             chosen += [start + i for i in keeps]
             start += len(group)
         values = torch.zeros_like(stock)
@@ -137,16 +147,46 @@ def mean_only(rewards: Sequence[float | None]) -> list[float]:
     return [0.0 if r is None else r - centre for r in rewards]
 
 
+def passed(rewards: Sequence[float | None]) -> list[int]:
+    """Return the places of the full rewards of a group."""
+    return [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
+
+
 def rare_successes(rewards: Sequence[float | None]) -> list[int]:
     """Return the places of the full rewards of a group that has hardly any, one or `RARE`; else none."""
-    passed = [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
-    graded = sum(r is not None for r in rewards)
-    return passed if graded > 1 and len(passed) <= max(1, int(RARE * graded)) else []
+    full, graded = passed(rewards), sum(r is not None for r in rewards)
+    return full if graded > 1 and len(full) <= max(1, int(RARE * graded)) else []
+
+
+def centred_without(
+    suspects: Sequence[int], learned: Sequence[float | None], here: Mapping[int, float]
+) -> dict[int, float]:
+    """Return the advantages of a group's rows on this rank with some taken out: 0 for these, the others centred anew.
+
+    `learned` are the rewards of the whole group [G], `here` the advantages of those rows that are this rank's. What TRL
+    divided by stays, whichever `scale_rewards` it was: (r - mean) / s becomes (r - mean of the others) / s. Rows that all
+    lie on the mean say nothing of s and keep their 0.
+    """
+    centre = mean([r for r in learned if r is not None])
+    others = [r for i, r in enumerate(learned) if r is not None and i not in suspects]
+    if len(set(others)) < 2:
+        return dict.fromkeys(here, 0.0)
+    rewards = {i: reward for i in here if (reward := learned[i]) is not None}
+    widest = max(rewards, key=lambda i: abs(here[i]), default=None)
+    if widest is None or here[widest] == 0.0:
+        return dict.fromkeys(here, 0.0)
+    scale = (rewards[widest] - centre) / here[widest]
+    return {i: 0.0 if i in suspects else (r - mean(others)) / scale for i, r in rewards.items()}
 
 
 def _default_kind(domain: Domain, kind: Kind) -> Kind:
     """Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534)."""
     return kind if domain.diversity is None else "mean_only"
+
+
+def _here(values: torch.Tensor, row: int, size: int) -> dict[int, float]:
+    """Return the values of those rows of a group, counted from `row`, that are this rank's."""
+    return {i: float(values[row + i]) for i in range(size) if 0 <= row + i < len(values)}
 
 
 def _put(values: torch.Tensor, row: int, at: Mapping[int, float]) -> None:

@@ -42,7 +42,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "language_mixing": "share with more than 5 % of the letters in other scripts than Latin and Greek",
         "truncation": "share cut at the length limit",
         "rare_successes": "full rewards of groups with one, or at most a quarter",
-        "rare_shortcuts": "rare successes with a sign that is not the domain's manner",
+        "suspects": "full rewards with a sign that is not the domain's manner; rare ones only until that is known",
         "correct_length": "median tokens of the last 64 correct completions, rare successes left out",
     },
     "heldout": {

@@ -1,9 +1,9 @@
 """Entropy by domain inside the trainer: the monitor's inputs, its alarms, and the term it may add to the loss.
 
 Entropies are TRL's: exact, from the policy's logits over the whole vocabulary, divided by the run's temperature. The
-term is off unless asked for, and then, for coefficients c_d in units of advantage a nat,
+term is off unless asked for, and then, for coefficients c_i of the rows in units of advantage a nat,
 
-    loss = TRL's loss - sum_d c_d * (sum of the token entropies of d's rows) / (tokens of all rows) / accumulation
+    loss = TRL's loss - sum_i c_i * (sum of the token entropies of row i) / (tokens of all rows) / accumulation
 
 which for equal coefficients is TRL's own bonus (`grpo.entropy_coef`), so the two exclude each other.
 """
@@ -19,12 +19,12 @@ import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from curricula.entropy import Alarm, EntropyMonitor, Sums
-from curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, controlled
+from curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, Rows, controlled
 from curricula.records import Group
 from trainer.dashboard import defined, key
 
-ROW_DOMAIN = "domain_index"
-"""Key of the rows' domains in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
+ROW_COEFFICIENT = "entropy_coefficient"
+"""Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class EntropySettings:
     push: float = PUSH
     rate: float = RATE
     max_coefficient: float = MOST
+    rows: Rows = "unsolved"
 
 
 class DomainEntropy:
@@ -59,33 +60,52 @@ class DomainEntropy:
                 if value := getattr(args, name):
                     raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other")
             self.control = EntropyControl(
-                domains=held, push=settings.push, rate=settings.rate, most=settings.max_coefficient
+                domains=held,
+                push=settings.push,
+                rate=settings.rate,
+                most=settings.max_coefficient,
+                rows=settings.rows,
             )
 
-    def after_draw(self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group]) -> None:
-        """Take in one draw; `step` is the optimizer step it is for."""
-        self.pending += self.monitor.observe(step, sums, drawn=Counter(group.domain for group in groups))
-        if self.control is not None:
-            for name in self.control.domains:
-                if name in sums:
-                    nats, tokens = sums[name]
-                    base = self.monitor.watches[name].base
-                    self.control.move(name, level=nats / tokens, band=self.monitor.band(name), base=base)
+    def after_draw(
+        self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group], discarded: Sequence[Group] = ()
+    ) -> None:
+        """Take in one draw: the groups of the update and those that refills replaced; `step` is the one it is for."""
+        self.pending += self.monitor.observe(step, sums, drawn=Counter(g.domain for g in (*groups, *discarded)))
+        if self.control is None:
+            return
+        raised = {group.domain for group in groups if self.control.can_raise(group)}
+        for name in self.control.domains:
+            if name in sums:
+                nats, tokens = sums[name]
+                self.control.move(
+                    name,
+                    level=nats / tokens,
+                    band=self.monitor.band(name),
+                    base=self.monitor.watches[name].base,
+                    can_raise=name in raised,
+                )
 
     def after_evaluation(self, step: int, items: Mapping[str, Sequence[tuple[float, int]]]) -> None:
         """Take in one evaluation: per domain the (nats, tokens) of each item."""
         columns = {n: ([nats for nats, _ in pairs], [k for _, k in pairs]) for n, pairs in items.items() if pairs}
         self.pending += self.monitor.measure(step, columns)
 
-    def rows(self, owner: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-        """Return what the loss needs to know of each row, for TRL's batch; nothing while control is off."""
-        return {} if self.control is None else {ROW_DOMAIN: torch.tensor(owner, device=device)}
+    def rows(self, groups: Sequence[Group], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return what the loss needs to know of each row, for TRL's batch; nothing while control is off.
 
-    def bonus(self, entropy: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return sum_d c_d H_d of one micro-batch, to be subtracted from its loss; `entropy` and `mask` are [B, T]."""
-        assert self.control is not None
-        table = torch.tensor([self.control.coefficients.get(name, 0.0) for name in self.domains], device=entropy.device)
-        return (table[rows].unsqueeze(1) * entropy * mask).sum() / mask.sum().clamp(min=1)
+        `groups` are those that this rank's rows belong to, [B].
+        """
+        if self.control is None:
+            return {}
+        return {ROW_COEFFICIENT: torch.tensor([self.control.of_row(group) for group in groups], device=device)}
+
+    def bonus(self, entropy: torch.Tensor, mask: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return sum_i c_i H_i of one micro-batch, to be subtracted from its loss.
+
+        `entropy` and `mask` are [B, T], `coefficients` [B].
+        """
+        return (coefficients.unsqueeze(1) * entropy * mask).sum() / mask.sum().clamp(min=1)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this step, by full name."""

@@ -22,7 +22,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from curricula.curriculum import Curriculum
 from curricula.pool_file import POOL_FILE, load_pools, save_pools
 from curricula.pool_settings import PoolSettings
-from curricula.records import Domain
+from curricula.records import Domain, Group
 from curricula.schedulers import Scheduler, find_scheduler
 from trainer.advantages import Advantages, UpdateSettings
 from trainer.checkpoints import load_state, save_state, whole_or_none
@@ -30,7 +30,7 @@ from trainer.dashboard import defined, key
 from trainer.data import Prompt
 from trainer.domains import DomainData, context_of
 from trainer.draws import Rollout
-from trainer.entropy import ROW_DOMAIN, DomainEntropy, EntropySettings
+from trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
 from trainer.finite import FiniteSteps, forget_gradients, save_batch
 from trainer.fusion import Fusion
@@ -112,7 +112,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.finite = FiniteSteps(most=max_skipped)
         self.shortcuts = ShortcutWatch(self.data.names)
-        self.advantages = Advantages.of(update or UpdateSettings(), self.data.domains, self.shortcuts.is_shortcut)
+        self.advantages = Advantages.of(update or UpdateSettings(), self.data.domains, self.shortcuts.suspects)
         self.meter = Meter(domains=self.data.names)
         self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
@@ -209,7 +209,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._row_entropy = None
         output = super()._generate_and_score_completions(rollout.rows)
         check_agreement(self, rollout.completions)
-        owner = self._owners(len(inputs))
+        of_rows = self._groups_of_rows(len(inputs))
+        owner = [self.data.names.index(group.domain) for group in of_rows]
         entropy = self._domain_entropy(output, owner)
         generated = [*rollout.groups, *rollout.discarded_groups]
         self.curriculum.observe(
@@ -222,8 +223,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             discarded=rollout.discarded_groups,
             rounds=rollout.rounds,
         )
-        self.entropy.after_draw(self.state.global_step + 1, entropy, generated)
-        output.update(self.entropy.rows(owner, self.accelerator.device))
+        self.entropy.after_draw(self.state.global_step + 1, entropy, rollout.groups, rollout.discarded_groups)
+        output.update(self.entropy.rows(of_rows, self.accelerator.device))
         if not self.advantages.is_stock:
             first_row = self.accelerator.process_index * len(inputs)
             members = list(rollout.batch.graded.values())
@@ -309,13 +310,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         entropy, self._loss_entropy = self._loss_entropy, None
         if self.entropy.control is None or entropy is None:
             return loss
-        bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_DOMAIN])
+        bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_COEFFICIENT])
         return loss - bonus / self.current_gradient_accumulation_steps
 
-    def _owners(self, n_rows: int) -> list[int]:
-        """Return the place in the list of domains of each of this rank's rows."""
+    def _groups_of_rows(self, n_rows: int) -> list[Group]:
+        """Return the group of each of this rank's rows."""
         groups, start = self._finished.groups, self.accelerator.process_index * n_rows
-        return [self.data.names.index(groups[(start + i) // self.num_generations].domain) for i in range(n_rows)]
+        return [groups[(start + i) // self.num_generations] for i in range(n_rows)]
 
     def _domain_entropy(self, output: Mapping[str, Any], owner: Sequence[int]) -> dict[str, tuple[float, float]]:
         """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,15 @@ class Line:
         return [float(values.min()), float(values.max())] if len(values) else []
 
 
+class Moment(NamedTuple):
+    """Something that a panel shows as a vertical line."""
+
+    x: float
+    what: str
+    whose: str = ""
+    """A run's letter, where there are several."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
     """A small chart of curves over one x axis."""
@@ -61,8 +70,7 @@ class Panel:
     allowed: tuple[float, float] | None = None
     """Where the curves should stay: drawn as a pale band with edges."""
     has_zero: bool = False
-    marks: Sequence[tuple[float, str]] = ()
-    """Moments worth a vertical line: (x, what happened)."""
+    marks: Sequence[Moment] = ()
     ribbon: Sequence[tuple[float, float, str]] = ()
     """Strips along the bottom: (from x, to x, colour)."""
 
@@ -88,14 +96,14 @@ def draw_panel(panel: Panel) -> str:
     shapes += [_rule(float(to_y(t)), "zero" if t == 0 and panel.has_zero else "grid") for t in ticks(y0, y1)]
     shapes += [f'<rect class="stage" x="{short(to_x(a))}" y="975" width="{short(to_x(b) - to_x(a))}" height="25" '
                f'style="fill:{colour}"/>' for a, b, colour in panel.ribbon]  # fmt: skip
-    shapes += [f'<path class="mark" d="M{short(to_x(x))} 0V1000"><title>{escape(text)}</title></path>'
-               for x, text in panel.marks]  # fmt: skip
+    shapes += [f'<path class="mark" d="M{short(to_x(x))} 0V1000"><title>{escape(what)}</title></path>'
+               for x, what, _ in panel.marks]  # fmt: skip
     shapes += [_band(line, to_x, to_y) for line in lines] + [_curve(line, to_x, to_y) for line in lines]
-    words = _axis_words(x0, x1, y0, y1) + _end_words(lines, to_y)
+    words = _axis_words(x0, x1, y0, y1) + _end_words(lines, to_y) + _mark_words(panel.marks, to_x)
     hover = {
         "r": [x0, x1],
         "s": [_hover_line(line) for line in lines],
-        "m": [[round(x, 3), text] for x, text in panel.marks],
+        "m": [[round(x, 3), what] for x, what, _ in panel.marks],
     }
     return _figure(
         panel.title, panel.domain, panel.chip, panel.note, _describe(panel.title, lines), shapes, words, hover
@@ -206,6 +214,17 @@ def _end_words(lines: Sequence[Line], to_y: Scale) -> list[str]:
             f'<span class="end" style="top:{short(placed / 10)}%;color:{line.colour}">{escape(line.end)}</span>'
         )
     return words
+
+
+def _mark_words(marks: Sequence[Moment], to_x: Scale) -> list[str]:
+    """Say above each vertical line whose it is; lines that stand too close for a letter each share a place."""
+    places: list[tuple[float, list[str]]] = []
+    for x, whose in sorted((float(to_x(x)), whose) for x, _, whose in marks if whose):
+        if not places or x - places[-1][0] > 30:
+            places.append((x, []))
+        if whose not in places[-1][1]:
+            places[-1][1].append(whose)
+    return [f'<span class="whose" style="left:{short(x / 10)}%">{escape("".join(names))}</span>' for x, names in places]
 
 
 def _layer_word(name: str, share: np.ndarray, base: np.ndarray, borders: np.ndarray, total: float) -> str:

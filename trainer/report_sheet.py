@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from curricula.intervals import Interval
-from trainer.report_charts import Line, Mark, Panel, draw_panel
+from trainer.report_charts import Line, Mark, Moment, Panel, draw_panel
 from trainer.report_numbers import Findings
 from trainer.report_scales import fmt, padded, thin
 
@@ -142,10 +142,14 @@ class Sheet:
             f'<div class="group" style="--n:{len(drawn)}"><h3>{escape(heading)}</h3>{grid}</div>' if heading else grid
         )
 
-    def marks(self, domain: str) -> list[tuple[float, str]]:
-        """Return a domain's first alarms as (step, words); the table has them all."""
+    def marks(self, domain: str) -> list[Moment]:
+        """Return a domain's first alarms; the table has them all."""
         found = [
-            (float(alarm["step"]), f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip())
+            Moment(
+                x=float(alarm["step"]),
+                what=f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip(),
+                whose=self.letter(n),
+            )
             for n, found in enumerate(self.findings)
             for alarm in found.run.alarms
             if alarm.get("domain") == domain and isinstance(alarm.get("step"), (int, float))

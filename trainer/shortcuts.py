@@ -1,8 +1,10 @@
-"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against rare successes.
+"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against successes.
 
-What most well-established correct answers of a domain show (a bare letter in multiple choice, another script) is that
-domain's manner and no sign of anything. The length of correct answers is watched apart: it collapses before accuracy does
-(arXiv:2605.28388). All is fed from what every rank has gathered, so all ranks come to the same verdicts.
+What most of a domain's first established answers show (a bare letter in multiple choice, another script) is that domain's
+manner and no sign of anything. Established are the right ones of groups that are mostly right. The manner is fixed after 64
+of them, or a shortcut that has spread would pass for it. Until 16 are known, signs count against rare successes only. The
+length of correct answers is watched apart: it collapses before accuracy does (arXiv:2605.28388). All is fed from what every
+rank has gathered, so all ranks come to the same verdicts.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewards.degeneration import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
-from trainer.advantages import rare_successes
+from trainer.advantages import passed, rare_successes
 from trainer.dashboard import key
 from trainer.scoring import Graded, Sample
 
 SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
-"""What makes a rare success suspicious."""
+"""What makes a success suspicious."""
 
 COUNTED = (*SIGNS, "truncation")
 
@@ -63,7 +65,7 @@ class DomainSigns:
     level: dict[str, float] = field(default_factory=dict)
     """Share of each sign, averaged over about the last 256 completions."""
     manner: dict[str, int] = field(default_factory=dict)
-    """Signs among correct answers that were not rare in their group, and how many these were (`n`)."""
+    """Signs among the first established answers, and how many these were (`n`)."""
     ringing: list[str] = field(default_factory=list)
 
     @property
@@ -140,8 +142,14 @@ class ShortcutWatch:
         }
         return tuple(name for name, shows in signs.items() if shows)
 
-    def is_shortcut(self, graded: Graded) -> bool:
-        """Whether a completion shows a sign that is not its domain's manner."""
+    def suspects(self, group: Sequence[Graded]) -> list[int]:
+        """Return the places of a group's successes that show a sign which is not their domain's manner."""
+        rewards = [g.reward for g in group]
+        known = self.domains[group[0].domain].manner.get("n", 0) >= ENOUGH_MANNER
+        successes = passed(rewards) if known else rare_successes(rewards)
+        return [i for i in successes if self._is_foreign(group[i])]
+
+    def _is_foreign(self, graded: Graded) -> bool:
         manner = self.domains[graded.domain].manner
         known = manner.get("n", 0) >= ENOUGH_MANNER
         return any(not (known and manner.get(s, 0) >= MANNER * manner["n"]) for s in graded.signs if s in SIGNS)
@@ -162,15 +170,16 @@ class ShortcutWatch:
             ]
 
     def _learn(self, watch: DomainSigns, since: dict[str, int], group: Sequence[Graded]) -> None:
-        if rare := rare_successes([g.reward for g in group]):  # they set no standard
-            since["rare_successes"] = since.get("rare_successes", 0) + len(rare)
-            since["rare_shortcuts"] = since.get("rare_shortcuts", 0) + sum(self.is_shortcut(group[i]) for i in rare)
-            return
-        passed = [g for g in group if g.reward is not None and g.reward >= 1.0]
-        lengths = [g.length for g in passed]
+        suspects, rewards = self.suspects(group), [g.reward for g in group]
+        rare = rare_successes(rewards)
+        since["rare_successes"] = since.get("rare_successes", 0) + len(rare)
+        since["suspects"] = since.get("suspects", 0) + len(suspects)
+        right = [group[i] for i in passed(rewards) if i not in rare and i not in suspects]  # the others set no standard
+        lengths = [g.length for g in right]
         watch.first_lengths += lengths[: ENOUGH_CORRECT - len(watch.first_lengths)]
         watch.lengths = [*watch.lengths, *lengths][-ENOUGH_CORRECT:]
-        _add(watch.manner, [g.signs for g in passed], SIGNS)
+        if len(right) > len(group) / 2 and watch.manner.get("n", 0) < ENOUGH_CORRECT:
+            _add(watch.manner, [g.signs for g in right], SIGNS)
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last flush, by full name."""
@@ -179,7 +188,7 @@ class ShortcutWatch:
         for name, counts in counted.items():
             for sign in COUNTED:
                 metrics[key("shortcuts", sign, name)] = counts.get(sign, 0) / counts["n"]
-            for what in ("rare_successes", "rare_shortcuts"):
+            for what in ("rare_successes", "suspects"):
                 metrics[key("shortcuts", what, name)] = counts.get(what, 0)
             metrics[key("shortcuts", "correct_length", name)] = self.domains[name].median_length
         return metrics

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.crossfit import own_levels, square
 from curricula.effects import Effects
 from curricula.records import Decision, Evidence, mean
 from curricula.schedulers.settings import check_numbers
@@ -55,8 +54,8 @@ class VisATB:
                 "run `polyphony probe` on this recipe"
             )
         rows = [effects.trained.index(name) for name in domains]
-        table = square(effects, effects.means())[0][rows][:, rows]
-        level = own_levels(effects, effects.means())[0][rows].tolist()
+        table = effects.square(effects.means())[0][rows][:, rows]
+        level = effects.own_levels(effects.means())[0][rows].tolist()
         given = [_mean_without(table[k], k) for k in range(len(rows))]
         got = [_mean_without(table[:, k], k) for k in range(len(rows))]
         terms = zip(

@@ -47,13 +47,13 @@ def step_result(sides: SideBySide, *, pairs: int) -> tuple[Result, list[Block]]:
     return result, ours
 
 
-def step_recipe(*more: str) -> Recipe:
+def step_recipe(*more: str, steps: int = STEPS) -> Recipe:
     """Return the demo's recipe with a policy that stays still and as little evaluation as there can be."""
     overrides = [
         *more,
         "name=bench",
         "grpo.learning_rate=0.0",
-        f"grpo.max_steps={WARM_UP + STEPS + 1}",
+        f"grpo.max_steps={WARM_UP + steps + 1}",
         "eval.every=1000",
         "eval.samples=1",
         *(f"domains.{name}.heldout.size=8" for name in load_recipe(RECIPES / "demo.yaml").domains),

@@ -1,6 +1,6 @@
-"""Rollout tokens to the same held-out score with the prompt pool, against stock draws of two sizes: see `launch.lab.worth`.
+"""Rollout tokens to the same held-out score with the prompt pool, against stock draws of three sizes: `launch.lab.worth`.
 
-Fifteen runs of several minutes each, so that it is measured only when it is named: `python -m launch.lab.bench worth`.
+Twenty runs of a minute or two each, so that it is measured only when it is named: `python -m launch.lab.bench worth`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
     python -m launch.lab.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
 
-Two runs a seed of a recipe: `free`, and `held` with `entropy.control: coefficient`. `collapse` has sixteen prompts that are
-learned by heart, which takes entropy; `collapse_many` has eight hundred that are not. A finished run is not made again, so
-seeds may be added or taken apart. Prints one line a run and, over seeds, held minus free with a 95 % interval (Student's,
-paired by seed).
+Runs of a recipe by seed: `free`, `held` with `entropy.control: coefficient`, and `all` with `entropy.rows: all` beside it.
+`collapse` has sixteen prompts that are learned by heart, which takes entropy; `collapse_many` has eight hundred that are
+not. A finished run is not made again, so seeds and arms may be added or taken apart. Prints one line a run and, over seeds,
+each arm minus free with a 95 % interval (Student's, paired by seed).
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from curricula.records import mean
 from launch.lab.trials import Trials
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ARMS = {"free": ("entropy.control=none",), "held": ("entropy.control=coefficient",)}
+ARMS = {
+    "free": ("entropy.control=none",),
+    "held": ("entropy.control=coefficient",),
+    "all": ("entropy.control=coefficient", "entropy.rows=all"),
+}
 LAST = 40
 """Draws at the end that reward and entropy are averaged over."""
 
@@ -83,20 +87,22 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mid - half, mid, mid + half)
 
 
-def summary(out: Path, seeds: Sequence[int]) -> str:
-    """Return every run's line and, over seeds, each arm and what control changed."""
-    found = {arm: [outcome(out / f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
+def summary(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> str:
+    """Return every run's line and, over seeds, what each arm came to and what it changed of the free runs."""
+    found = {arm: [outcome(out / f"{arm}-{seed}") for seed in seeds] for arm in arms}
     fields = tuple(Outcome.__slots__)
     lines = ["run       " + "".join(f"{field:>9}" for field in fields)]
     for arm, outcomes in found.items():
         for seed, result in zip(seeds, outcomes, strict=True):
             lines.append(f"{arm}-{seed:<5}" + "".join(f"{getattr(result, field):>9.3g}" for field in fields))
     for field in fields[2:]:
-        free, held = ([getattr(o, field) for o in found[arm]] for arm in ARMS)
-        if any(map(math.isnan, free)):
+        values = {arm: [getattr(o, field) for o in outcomes] for arm, outcomes in found.items()}
+        if any(map(math.isnan, values["free"])):
             continue
-        rows = {"free": free, "held": held, "held - free": [b - a for a, b in zip(free, held, strict=True)]}
-        lines.append(f"{field:<9}" + "   ".join(f"{label} {_interval(over_seeds(v))}" for label, v in rows.items()))
+        for arm in arms:
+            words = f"{field:<9}{arm:<5}{_interval(over_seeds(values[arm]))}"
+            change = [b - a for a, b in zip(values["free"], values[arm], strict=True)]
+            lines.append(words if arm == "free" else f"{words}   minus free {_interval(over_seeds(change))}")
     lead = [o.fall - o.alarm for o in found["free"] if not math.isnan(o.fall + o.alarm)]
     before = sum(step > 0 for step in lead)
     lines.append(
@@ -116,13 +122,15 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("collapse", "collapse_many"), default="collapse")
     parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--arms", choices=[arm for arm in ARMS if arm != "free"], nargs="+", default=["held"])
     arguments = parser.parse_args()
     recipe = RECIPES / f"{arguments.recipe}.yaml"
     trials = Trials(recipe=recipe, arms=ARMS, out=arguments.out, overrides=arguments.overrides)
+    arms = ["free", *arguments.arms]
     for seed in arguments.seeds:
-        for arm in ARMS:
+        for arm in arms:
             trials.run(arm, seed)
-    print(summary(arguments.out, arguments.seeds))
+    print(summary(arguments.out, arguments.seeds, arms))
 
 
 if __name__ == "__main__":

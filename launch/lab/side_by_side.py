@@ -7,6 +7,7 @@ The learning rate is 0, so the policy stays what it is; the stock trainer gets t
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ class Block:
     """Means over the measured steps of one run."""
 
     seconds: float
+    median_seconds: float
+    """Of a step: what hits single steps from outside does not move it."""
     cpu_seconds: float
     """Of this process: what others do on the machine hardly touches it."""
     tokens: float
@@ -88,7 +91,9 @@ class StepClock(TrainerCallback):
         seconds, cpu_seconds, tokens = (
             (end - begin) / steps for begin, end in zip(self.ticks[warm_up], self.ticks[-1], strict=True)
         )
-        return Block(seconds=seconds, cpu_seconds=cpu_seconds, tokens=tokens)
+        starts = [tick[0] for tick in self.ticks[warm_up:]]
+        median = statistics.median(end - begin for begin, end in itertools.pairwise(starts))
+        return Block(seconds=seconds, median_seconds=median, cpu_seconds=cpu_seconds, tokens=tokens)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from curricula.entropy_control import Control, Means, controlled
+from curricula.entropy_control import MOST, PUSH, RATE, Control, Means, Rows, controlled
 from launch.sections.base import Section, named
 
 
@@ -52,12 +52,12 @@ class PoolSection(Section):
 
 
 class GuardSection(Section):
-    """What the successes of a group may do that has one, or a quarter at most: one of G is worth about sqrt(G - 1)."""
+    """What a rare success may do (one of G is worth about sqrt(G - 1)), and what a suspicious one may not."""
 
     cap: float = Field(default=2.0, gt=0)
-    """Largest advantage of such a success."""
+    """Largest advantage of a success in a group that has one, or a quarter at most."""
     drop_shortcuts: bool = True
-    """Give it none where it shows signs of a shortcut that the domain's other correct answers do not show."""
+    """Take out of its group every success with a sign that the domain's first established answers do not show."""
 
 
 class UpdateSection(Section):
@@ -98,14 +98,17 @@ class EntropySection(Section):
     """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
     control: Control | dict[str, Control] = "none"
     """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
-    term in the loss, of each domain's own, 0 inside the band. `sampling`: under the scheduler `adaptive`, a larger share
-    for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
-    push: float = Field(default=1.0, ge=0)
+    term in the loss, of each domain's own, fading inside the band. `sampling`: under the scheduler `adaptive`, a larger
+    share for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
+    push: float = Field(default=PUSH, ge=0)
     """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
-    rate: float = Field(default=0.05, gt=0)
+    rate: float = Field(default=RATE, gt=0)
     """Growth of the coefficient per draw for the same distance."""
-    max_coefficient: float = Field(default=1.0, gt=0)
+    max_coefficient: float = Field(default=MOST, gt=0)
     """Either way; at 1 the term weighs as much as an advantage of 1."""
+    rows: Rows = "unsolved"
+    """Where a coefficient that raises entropy acts: in groups without a full reward, so that prompts that are solved may
+    stay certain, or in `all` alike, which is TRL's own bonus."""
 
     def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
         """Return the domains whose entropy is held by these means."""
