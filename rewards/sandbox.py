@@ -22,7 +22,7 @@ from rewards.pipes import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
-_GRACE_S = 10.0
+_GRACE_S = 30.0
 """What the jail's own work may take on a busy host before its parent stops waiting for it."""
 
 
