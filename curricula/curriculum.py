@@ -222,8 +222,8 @@ def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
     graded = [g for g in groups if g.graded]
     return DomainStats(
         groups=len(groups),
-        reward=mean([r for g in graded for r in g.graded]),
-        pass_rate=mean([g.pass_rate for g in graded]),
+        reward=mean([r for g in graded for r in g.unselected]),
+        pass_rate=mean([mean([float(r >= 1.0) for r in g.unselected]) for g in graded if g.unselected]),
         abs_advantage=mean([g.abs_advantage for g in graded]),
         frac_dead=mean([float(not g.has_signal) for g in groups]),
         entropy=entropy,

@@ -32,6 +32,8 @@ class PoolSettings:
     """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
     when_exhausted: Literal["continue", "stop"] = "continue"
     """What happens when no domain has anything left to learn: the least bad prompts, or an end with a message."""
+    look: int | None = None
+    """Completions of a group that are sampled first; where they are all worth the same, the others are not sampled."""
     refill_rounds: int = 2
     """Most rounds in which the dead groups of a draw are replaced; with half of them dead, two leave one in eight."""
 
@@ -43,6 +45,8 @@ class PoolSettings:
         for name in ("retry_deferred", "retry_mastered", "retry_impossible"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pool: {name} must be at least 1 draw, got {getattr(self, name)}")
+        if self.look is not None and self.look < 2:
+            raise ValueError(f"pool: look must be at least 2 completions, got {self.look}")
         if self.refill_rounds < 0:
             raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
 

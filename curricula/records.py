@@ -93,6 +93,8 @@ class Group:
     """[G]; True where the completion ran into the length limit."""
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
+    look: int | None = None
+    """How many were sampled whatever they were, the others only because these differed; None: all were."""
 
     @property
     def learned(self) -> tuple[float | None, ...]:
@@ -103,6 +105,11 @@ class Group:
     def graded(self) -> tuple[float, ...]:
         """The rewards that exist, in order."""
         return tuple([r for r in self.rewards if r is not None])
+
+    @property
+    def unselected(self) -> tuple[float, ...]:
+        """The rewards that exist of completions sampled whatever they were: their mean is unbiased under a `look` too."""
+        return tuple([r for r in self.rewards[: self.look] if r is not None])
 
     @property
     def mean_reward(self) -> float:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from curricula.curriculum import Curriculum
 from curricula.pool_settings import PoolSettings
-from curricula.records import Domain
+from curricula.records import Domain, Group
 from curricula.schedulers.joint import Joint
 from tests.conftest import POLICY
 from trainer.domains import DomainData
 from trainer.draws import Draws
 from trainer.fusion import Fusion
+from trainer.meter import DomainSums
 from trainer.rollouts import Completion, completion_seed
 from trainer.scoring import Sample, Scorer
 
@@ -47,7 +50,7 @@ class Engine:
         self.alive, self.dead = alive, dead
         self.rounds: list[list] = []
 
-    def complete(self, requests, on_finished=None):
+    def complete(self, requests, copies, on_finished=None):
         self.rounds.append(list(requests))
         texts = [TOKENIZER.decode(r.prompt_ids) for r in requests]
         is_alive = [any(f"{i[:4]} {i[4:]}" in text for i in self.alive) for text in texts]
@@ -144,3 +147,99 @@ def test_a_rank_makes_its_own_rows_of_a_refill_only(rank, monkeypatch):
     assert rollout.groups == whole.groups
     assert [len(requests) for requests in engine.rounds] == [4, 4, 4]
     assert list(rollout.batch.rows) == [4 * rank + i for i in range(4)]
+
+
+class Script:
+    """Answers each prompt's completions in order with the rewards that were written for it, 0 where nothing was."""
+
+    def __init__(self, rewards: dict[str, list[int]]):
+        self.rewards = rewards
+        self.rounds: list[list] = []
+        self.copies: list[int] = []
+        self.told: dict[str, int] = {}
+
+    def complete(self, requests, copies, on_finished=None):
+        self.rounds.append(list(requests))
+        self.copies.append(copies)
+        return [Completion(ids=[self._next(TOKENIZER.decode(r.prompt_ids))], logps=[-0.5]) for r in requests]
+
+    def _next(self, text: str) -> int:
+        name = next(name for name in EVERY if f"{name[:4]} {name[4:]}" in text)
+        n = self.told[name] = self.told.get(name, -1) + 1
+        return self.rewards[name][n] if name in self.rewards else 0
+
+
+def looking(engine, **changes) -> Draws:
+    walk = draws(engine, refill_rounds=changes.pop("refill_rounds", 0))
+    walk.group_size, walk.look = 4, 2
+    for name, value in changes.items():
+        setattr(walk, name, value)
+    return walk
+
+
+EVERY = {f"{name}{k}" for name in ("math", "talk") for k in range(6)}
+
+
+def test_a_group_that_is_all_alike_after_its_look_is_left_at_that():
+    engine = Script({name: [1, 0, 1, 1] for name in EVERY if name < "n"})  # talk never succeeds
+    rollout = looking(engine).roll_out(16)
+    assert [len(requests) for requests in engine.rounds] == [8, 4] and engine.copies == [2, 2]
+    assert [g.rewards for g in rollout.groups] == [(1.0, 0.0, 1.0, 1.0)] * 2 + [(0.0, 0.0)] * 2
+    assert [g.look for g in rollout.groups] == [2] * 4
+    assert [len(members) for members in rollout.all_graded] == [4, 4, 2, 2]
+    # TRL gets whole groups, the missing rows being what there is once more
+    assert rollout.rewards == [1.0, 0.0, 1.0, 1.0] * 2 + [0.0] * 8
+    assert [len(members) for members in rollout.members_of_rows] == [4] * 4
+    assert [len(group.lengths) for group in rollout.groups_of_rows] == [4] * 4
+    assert list(rollout.batch.rows) == list(range(16))
+    assert rollout.completions[10] is rollout.completions[8] and rollout.completions[11] is rollout.completions[9]
+
+
+def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_whole():
+    answers = {name: [1, 0, 0, 1] for name in EVERY}
+    seeds = []
+    for look in (None, 2, 3):
+        engine = Script(answers)
+        rollout = looking(engine, look=look).roll_out(16)
+        asked = [request for requests in engine.rounds for request in requests]
+        seeds.append(sorted((str(r.prompt_ids), r.seed) for r in asked))
+        assert [g.rewards for g in rollout.groups] == [(1.0, 0.0, 0.0, 1.0)] * 4
+    assert seeds[0] == seeds[1] == seeds[2]
+
+
+def test_a_completion_without_a_grade_is_no_reason_to_leave_a_group():
+    engine = Script({name: [0, 0, 0, 0] for name in EVERY})
+    walk = looking(engine)
+    walk.scorer.rewards = dict.fromkeys(
+        walk.scorer.rewards, lambda completion_ids, **columns: [None] + [0.0] * (len(completion_ids) - 1)
+    )
+    walk.max_grader_failures = 1.0
+    rollout = walk.roll_out(16)
+    # one completion of each domain's first batch has no grade: its group goes on
+    assert sorted(len(g.rewards) for g in rollout.groups) == [2, 2, 4, 4]
+
+
+def test_a_group_that_was_left_is_replaced_and_its_replacement_is_looked_at_too():
+    engine = Script({})
+    rollout = looking(engine, refill_rounds=1).roll_out(16)
+    assert rollout.rounds == 1 and [len(requests) for requests in engine.rounds] == [8, 8]
+    assert [len(g.rewards) for g in (*rollout.groups, *rollout.discarded_groups)] == [2] * 8
+    assert len(rollout.rows) == 16
+
+
+def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
+    group = Group(
+        prompt_id="a",
+        domain="math",
+        draw=0,
+        rewards=(1.0, 0.0, 1.0, 1.0),
+        lengths=(1,) * 4,
+        truncated=(False,) * 4,
+        look=2,
+    )
+    assert group.unselected == (1.0, 0.0) and group.graded == (1.0, 0.0, 1.0, 1.0)
+    sums = DomainSums()
+    sums.add(group)
+    sums.add(replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False)))
+    metrics = sums.metrics()
+    assert metrics["reward"] == metrics["pass_rate"] == 0.25 and metrics["n"] == 6

@@ -118,7 +118,7 @@ from accelerate.utils import gather_object
 from tests.test_fusion import advantages, domain, prompt_of
 from trainer.data import Prompt
 from trainer.fusion import Fusion
-from trainer.scoring import Sample, form_groups, grade
+from trainer.scoring import Sample, by_prompt, form_group, grade
 import torch
 
 state = PartialState(cpu=True)
@@ -128,8 +128,8 @@ share = len(samples) // state.num_processes
 mine = slice(state.process_index * share, (state.process_index + 1) * share)
 fusion = Fusion.of([domain()]).on(state)
 graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
-groups = fusion(form_groups(graded, size=4, draw=0), [g.text for g in graded], prompt_of)
-members = [graded[i : i + 4] for i in range(0, len(graded), 4)]
+members = by_prompt(graded, size=4)
+groups = fusion([form_group(group, draw=0) for group in members], [g.text for g in graded], prompt_of)
 rows = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
 said = json.dumps([[g.learned for g in groups], gather_object(rows.tolist())])
 Path(__file__).with_name(f"{state.num_processes}-{state.process_index}.json").write_text(said)
@@ -291,7 +291,7 @@ class Walk:
     def tokenize(self, prompts):
         return [[1]] * len(prompts)
 
-    def complete(self, requests, on_finished=None):
+    def complete(self, requests, copies, on_finished=None):
         return [Completion(ids=[ord(letter)], logps=None) for letter in self.letters]
 
     def to_samples(self, prompts, completions):

@@ -7,7 +7,7 @@ import pytest
 
 from curricula.records import Domain, Group
 from trainer.data import Prompt
-from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
+from trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
 
 
 class Recording:
@@ -141,7 +141,7 @@ def test_grading_keeps_what_other_ranks_need_to_know():
 
 def test_groups_are_whole_and_in_order():
     members = [graded("a", 1.0), graded("a", None, 5, True), graded("b", 0.0), graded("b", 0.5)]
-    first, second = form_groups(members, size=2, draw=7)
+    first, second = (form_group(group, draw=7) for group in by_prompt(members, size=2))
     assert first == Group(
         prompt_id="a", domain="math", draw=7, rewards=(1.0, None), lengths=(3, 5), truncated=(False, True)
     )
@@ -151,15 +151,15 @@ def test_groups_are_whole_and_in_order():
 @pytest.mark.parametrize("prompts", ["aab", "abab", "aaabbb"])
 def test_groups_that_are_not_whole_are_an_error(prompts):
     with pytest.raises(ValueError, match="are not one whole group of 2"):
-        form_groups([graded(prompt) for prompt in prompts], size=2, draw=0)
+        by_prompt([graded(prompt) for prompt in prompts], size=2)
 
 
 def test_the_same_prompt_drawn_twice_makes_two_groups():
-    assert [g.prompt_id for g in form_groups([graded("a")] * 4, size=2, draw=0)] == ["a", "a"]
+    assert [g[0].prompt_id for g in by_prompt([graded("a")] * 4, size=2)] == ["a", "a"]
 
 
 def test_failures_are_counted_against_the_completions_of_their_own_domain():
-    half = form_groups([graded("a", None), graded("a", 1.0)], size=2, draw=0)
+    half = [form_group([graded("a", None), graded("a", 1.0)], draw=0)]
     check_failures(half, most=0.5)
     with pytest.raises(RuntimeError, match="domain 'math': the reward failed on 1 of 2 completions in one draw"):
         check_failures(half, most=0.49)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from curricula.pool_settings import PoolSettings
 from launch.lab.rewards import StoryRubric
 from tests.test_trainer import POLICY, Recording, config, domain, losses
 from trainer.advantages import UpdateSettings
@@ -103,6 +104,49 @@ def test_the_gradient_is_that_of_stock_trl(tmp_path, engine, loss_type, accumula
     for a, b in zip(mine.of_step, theirs.of_step, strict=True):
         assert b.norm() > 1e-3
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def half_hopeless(prompts, completions, completion_ids, **columns):
+    """Fail prompts by their first digit, and pass every other completion of the rest, whichever half of a group this is."""
+    return [float(i % 2) if ord(p[0]["content"][0]) % 2 else 0.0 for i, p in enumerate(prompts)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_a_look_leaves_the_gradient_as_it_is_where_what_it_leaves_is_dead(tmp_path, engine, loss_type):
+    changes = {"loss_type": loss_type, "steps_per_generation": 2, "max_steps": 1, "max_grad_norm": 0.0}
+    seen = {}
+    for look in (None, 4):
+        trainer = DomainGRPOTrainer(
+            POLICY,
+            config(tmp_path, **changes),
+            domains=[domain("arithmetic", reward=half_hopeless)],
+            engine=engine,
+            pool=PoolSettings(look=look, refill_rounds=0),
+            update=UpdateSettings(drop_dead="always"),
+        )
+        rollouts = []
+        keep = trainer._roll_out
+        trainer._roll_out = lambda n, keep=keep, rollouts=rollouts: rollouts.append(keep(n)) or rollouts[-1]
+        gradients = Gradients()
+        trainer.add_callback(gradients)
+        trainer.train()
+        seen[look] = rollouts[0], gradients.of_step[0], trainer.state.log_history[0]
+    (whole, theirs, _), (looked, ours, log) = seen[None], seen[4]
+    live = [g.has_signal for g in whole.groups]
+    assert 0 < sum(live) < len(live) == 4
+    assert [len(g.rewards) for g in looked.groups] == [8 if lives else 4 for lives in live]
+    assert looked.rewards == whole.rewards
+    for start, lives in zip(range(0, 32, 8), live, strict=True):
+        sampled = slice(start, start + (8 if lives else 4))
+        assert [c.ids for c in looked.completions[sampled]] == [c.ids for c in whole.completions[sampled]]
+    assert log["domain/arithmetic/n"] == sum(len(g.rewards) for g in looked.groups)
+    assert theirs.norm() > 1e-3
+    if (
+        loss_type == "dapo"
+    ):  # divided by the tokens of the draw, in which what is repeated stands for what was not sampled
+        ours = ours * (theirs @ ours) / (ours @ ours)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 @pytest.mark.slow

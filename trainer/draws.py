@@ -1,6 +1,9 @@
 """The walk of one draw: the curriculum names prompts, the engine samples their groups, the domains' rewards score them.
 
 Groups that can teach nothing are replaced, in a bounded number of rounds, by groups of further prompts of the same domain.
+With a look, a group whose first completions are all worth the same is left at these. What that selects by is rewards alone,
+and given its rewards every group that is left over still points, in expectation, where its prompt's policy gradient does:
+prompts at which the policy nearly always fails, or never does, weigh less, as they do where dead groups are replaced.
 All is decided from what all ranks have gathered, so that all make the same number of rounds.
 """
 
@@ -9,7 +12,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -22,7 +26,7 @@ from trainer.domains import DomainData
 from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.sampling import OnFinished
-from trainer.scoring import Graded, Sample, Scorer, check_failures, form_groups, grade
+from trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +45,7 @@ class Batch:
     rows: dict[int, Row]
     """Of this rank, by the row's place in the draw."""
     graded: dict[int, list[Graded]]
-    """Of all ranks, [G] a group."""
+    """Of all ranks, [G] a group, fewer where a group was left after its look."""
     groups: dict[int, Group]
     seconds: float
     """Spent generating."""
@@ -71,6 +75,8 @@ class Rollout:
 
     batch: Batch
     """What goes on to the update."""
+    size: int
+    """Rows a group."""
     discarded: list[Batch] = field(default_factory=list)
     """Groups that taught nothing and were replaced, or came in vain as replacements."""
     rounds: int = 0
@@ -91,18 +97,23 @@ class Rollout:
 
     @property
     def groups(self) -> list[Group]:
-        """Of all ranks."""
+        """Of all ranks, with what was sampled of each."""
         return list(self.batch.groups.values())
 
     @property
-    def graded(self) -> list[Graded]:
-        """Of all ranks, in rank order."""
-        return [g for members in self.batch.graded.values() for g in members]
+    def groups_of_rows(self) -> list[Group]:
+        """Of all ranks, each with a member a row."""
+        return [_filled_group(group, self.size) for group in self.groups]
+
+    @property
+    def members_of_rows(self) -> list[Sequence[Graded]]:
+        """The completions of `groups_of_rows`."""
+        return [_repeated(members, self.size) for members in self.batch.graded.values()]
 
     @property
     def rewards(self) -> list[float | None]:
-        """What the update learns from, of all ranks in rank order."""
-        return [reward for group in self.groups for reward in group.learned]
+        """What the update learns from, a reward a row of all ranks, in rank order."""
+        return [reward for group in self.groups_of_rows for reward in group.learned]
 
     @property
     def all_graded(self) -> list[list[Graded]]:
@@ -134,11 +145,14 @@ class Draws:
     group_size: int
     """Completions a prompt; a group may straddle ranks."""
     max_grader_failures: float
-    complete: Callable[[Sequence[Request], OnFinished | None], list[Completion]]
-    """Samples this rank's requests with the policy's present weights, and tells of each that is finished."""
+    complete: Callable[[Sequence[Request], int, OnFinished | None], list[Completion]]
+    """Samples this rank's requests, so many of each prompt in a row, with the policy's present weights, and tells of each
+    that is finished."""
     to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]]
     rank: int = 0
     world_size: int = 1
+    look: int | None = None
+    """Completions of a group that are sampled first; where these can teach nothing, the group is left at that."""
     refill_rounds: int = 0
     """Most rounds in which groups that teach nothing are replaced."""
     is_useful: Callable[[Group], bool] = lambda group: group.has_signal
@@ -170,7 +184,7 @@ class Draws:
             discarded += [batch.part(better, self.group_size), fresh.part(in_vain, self.group_size)]
             kept = fresh.part(better, self.group_size)
             batch = batch.joined(Batch(rows=kept.rows, graded=kept.graded, groups=kept.groups, seconds=fresh.seconds))
-        return Rollout(batch=batch, discarded=discarded, rounds=rounds)
+        return Rollout(batch=batch, size=self.group_size, discarded=discarded, rounds=rounds)
 
     def _replacements(self, refill_round: int, groups: Mapping[int, Group]) -> dict[int, PromptRef]:
         """Return a further prompt of the same domain for each useless group, as far as there are any."""
@@ -186,10 +200,41 @@ class Draws:
         return found
 
     def _sample(self, draw: int, refill_round: int, refs: Mapping[int, PromptRef], n_rows: int) -> Batch:
-        """Generate and score the group of each place; this rank makes the rows that are its own."""
+        """Generate and score the group of each place; this rank makes the rows that are its own.
+
+        With a `look`, first that many completions of each, then the others of the groups that go on.
+        """
+        size, look = self.group_size, self.look or self.group_size
+        rows, graded, seconds = self._generate(draw, refill_round, refs, n_rows, range(look))
+        going_on = {k: ref for k, ref in refs.items() if look < size and self._goes_on(graded[k])}
+        if going_on:
+            more_rows, more, more_seconds = self._generate(draw, refill_round, going_on, n_rows, range(look, size))
+            graded = {k: [*members, *more.get(k, ())] for k, members in graded.items()}
+            rows, seconds = rows | more_rows, seconds + more_seconds
+        groups = self.fusion(
+            [form_group(members, draw=draw, look=self.look) for members in graded.values()],
+            [g.text for members in graded.values() for g in members],
+            lambda group: self.data.train[group.domain][group.prompt_id].prompt,
+        )
+        return Batch(
+            rows=_filled(rows, [k for k in refs if k not in going_on], look, size),
+            graded=graded,
+            groups=dict(zip(refs, groups, strict=True)),
+            seconds=seconds,
+        )
+
+    def _goes_on(self, seen: Sequence[Graded]) -> bool:
+        """Say whether a group may be useful, from its first completions: it is, or quality is not all that counts."""
+        of_all = all(g.reward is not None for g in seen)
+        return not of_all or seen[0].domain in self.fusion.domains or self.is_useful(form_group(seen, draw=0))
+
+    def _generate(
+        self, draw: int, refill_round: int, refs: Mapping[int, PromptRef], n_rows: int, members: range
+    ) -> tuple[dict[int, Row], dict[int, list[Graded]], float]:
+        """Return these members of each group: this rank's rows, the graded ones of all ranks, the seconds it took."""
         mine = range(self.rank * n_rows, (self.rank + 1) * n_rows)
         size = self.group_size
-        places = [i for k in refs for i in range(k * size, (k + 1) * size) if i in mine]
+        places = [i for k in refs for i in range(k * size + members.start, k * size + members.stop) if i in mine]
         drawn = {ref: self.data.train[ref.domain][ref.id] for ref in {refs[i // size] for i in places}}
         prompts = [drawn[refs[i // size]] for i in places]  # one object a group, which is tokenised once
         prompt_ids = self.data.tokenize(prompts)
@@ -203,7 +248,7 @@ class Draws:
         ]
         started = time.perf_counter()
         ahead = Ahead(self.scorer, prompts, self.to_samples)
-        completions = self.complete(requests, ahead.take if self.scorer.slow else None)
+        completions = self.complete(requests, len(members), ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
         samples = self.to_samples(prompts, completions)
         graded = gather_object(
@@ -214,23 +259,38 @@ class Draws:
                 with_texts={*self.with_texts, *self.fusion.domains},
             )
         )
-        groups = self.fusion(
-            form_groups(graded, size=size, draw=draw),
-            [g.text for g in graded],
-            lambda group: self.data.train[group.domain][group.prompt_id].prompt,
-        )
-        return Batch(
-            rows={
-                i: Row(prompt=prompt, prompt_ids=ids, completion=completion)
-                for i, prompt, ids, completion in zip(places, prompts, prompt_ids, completions, strict=True)
-            },
-            graded={k: graded[n * size : (n + 1) * size] for n, k in enumerate(refs)},
-            groups=dict(zip(refs, groups, strict=True)),
-            seconds=seconds,
-        )
+        made = {
+            i: Row(prompt=prompt, prompt_ids=ids, completion=completion)
+            for i, prompt, ids, completion in zip(places, prompts, prompt_ids, completions, strict=True)
+        }
+        return made, dict(zip(refs, by_prompt(graded, size=len(members)), strict=True)), seconds
 
     def _agreed(self, refs: list[PromptRef]) -> list[PromptRef]:
         """Return rank 0's prompts on every rank."""
         shared = [refs]
         broadcast_object_list(shared, from_process=0)
         return shared[0]
+
+
+def _filled(rows: dict[int, Row], left: Collection[int], look: int, size: int) -> dict[int, Row]:
+    """Return the rows in order, where a group was left after its look with its completions once more in the empty places.
+
+    TRL wants whole groups. What is repeated has no advantage, and stands for what was not sampled wherever a loss, a
+    penalty or an entropy is averaged over all rows.
+    """
+    copies = {
+        k * size + n: rows[k * size + n % look] for k in left for n in range(look, size) if k * size + n % look in rows
+    }
+    return dict(sorted((rows | copies).items()))
+
+
+def _filled_group(group: Group, size: int) -> Group:
+    """Return the group as its rows are: what `_filled` repeats, repeated."""
+    if len(group.rewards) == size:
+        return group
+    rewards, lengths, truncated = (_repeated(m, size) for m in (group.rewards, group.lengths, group.truncated))
+    return replace(group, rewards=rewards, lengths=lengths, truncated=truncated)
+
+
+def _repeated(members: Sequence[Any], size: int) -> tuple[Any, ...]:
+    return tuple(islice(cycle(members), size))

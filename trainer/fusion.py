@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -83,8 +84,11 @@ class Fusion:
         places = [i for i, group in enumerate(groups) if group.domain in self.by_domain]
         if not places:
             return list(groups)
-        size = len(groups[0].rewards)
-        mine = {i: _known(texts[i * size : (i + 1) * size], groups[i]) for i in places[self.rank :: self.world_size]}
+        ends = list(accumulate(len(group.rewards) for group in groups))
+        mine = {
+            i: _known(texts[ends[i] - len(groups[i].rewards) : ends[i]], groups[i])
+            for i in places[self.rank :: self.world_size]
+        }
         told: list[tuple[int, Same | None]] = []
         for name, diversity in self.by_domain.items():
             own = [i for i in mine if groups[i].domain == name]

@@ -227,8 +227,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
         if not self.advantages.is_stock:
             first_row = self.accelerator.process_index * len(inputs)
-            members = list(rollout.batch.graded.values())
-            output["advantages"] = self.advantages(output["advantages"], rollout.groups, members, first_row)
+            groups, members = rollout.groups_of_rows, rollout.members_of_rows
+            output["advantages"] = self.advantages(output["advantages"], groups, members, first_row)
         self.shortcuts.observe(self.state.global_step + 1, rollout.all_graded)
         return output
 

@@ -32,12 +32,12 @@ class DomainSums:
     entropy_tokens: float = 0.0
 
     def add(self, group: Group) -> None:
-        graded = group.graded
+        graded = group.unselected
         tokens = sum(group.lengths)
         self.groups += 1
         self.dead += not group.has_signal
         self.completions += len(group.rewards)
-        self.failures += len(group.rewards) - len(graded)
+        self.failures += len(group.rewards) - len(group.graded)
         self.graded += len(graded)
         self.passed += sum(r >= 1.0 for r in graded)
         self.reward += sum(graded)

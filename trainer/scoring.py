@@ -120,24 +120,26 @@ def grade(
     ]
 
 
-def form_groups(graded: Sequence[Graded], *, size: int, draw: int) -> list[Group]:
-    """Return the groups of `size` consecutive completions that share a prompt, over all ranks."""
-    groups = []
-    for start in range(0, len(graded), size):
-        members = graded[start : start + size]
+def by_prompt(graded: Sequence[Graded], *, size: int) -> list[list[Graded]]:
+    """Return every `size` consecutive completions, over all ranks. Raises ValueError where they do not share a prompt."""
+    groups = [list(graded[start : start + size]) for start in range(0, len(graded), size)]
+    for n, members in enumerate(groups):
         if len({m.prompt_id for m in members}) != 1 or len(members) != size:
-            raise ValueError(f"completions {start} to {start + size - 1} are not one whole group of {size}")
-        groups.append(
-            Group(
-                prompt_id=members[0].prompt_id,
-                domain=members[0].domain,
-                draw=draw,
-                rewards=tuple(m.reward for m in members),
-                lengths=tuple(m.length for m in members),
-                truncated=tuple(m.truncated for m in members),
-            )
-        )
+            raise ValueError(f"completions {n * size} to {(n + 1) * size - 1} are not one whole group of {size}")
     return groups
+
+
+def form_group(members: Sequence[Graded], *, draw: int, look: int | None = None) -> Group:
+    """Return the completions of one prompt as a group."""
+    return Group(
+        prompt_id=members[0].prompt_id,
+        domain=members[0].domain,
+        draw=draw,
+        rewards=tuple(m.reward for m in members),
+        lengths=tuple(m.length for m in members),
+        truncated=tuple(m.truncated for m in members),
+        look=look,
+    )
 
 
 def check_failures(groups: Sequence[Group], *, most: float) -> None:

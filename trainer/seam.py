@@ -58,17 +58,34 @@ def attach(trainer: DomainGRPOTrainer, engine: str | Engine | EngineFactory) -> 
     return engine
 
 
-def refuse_uneven(trainer: DomainGRPOTrainer, refill_rounds: int) -> None:
-    """Raise ValueError where ranks would ask one TRL engine for unlike numbers of completions, as refills do.
+def refuse_uneven(trainer: DomainGRPOTrainer, refill_rounds: int, look: int | None) -> None:
+    """Raise ValueError where ranks would ask one TRL engine for unlike numbers of completions, as refills and looks do.
 
     TRL cuts the joint answer into equal parts, and waits for a rank that asks for nothing.
     """
     shares = trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1
     is_joint = trainer.use_vllm and trainer.engine is None and shares
-    if is_joint and refill_rounds and trainer.accelerator.num_processes > 1:
+    if is_joint and (refill_rounds or look) and trainer.accelerator.num_processes > 1:
+        name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
         raise ValueError(
-            f"pool.refill.max_rounds={refill_rounds} with several ranks on one engine of TRL's (grpo.use_vllm): use "
-            "rollouts.engine ray, or set it to 0"
+            f"pool.{name}={value} with several ranks on one engine of TRL's (grpo.use_vllm): use rollouts.engine ray, or "
+            f"set it to {none}"
+        )
+
+
+def refuse_odd_look(trainer: DomainGRPOTrainer, look: int) -> None:
+    """Raise ValueError for a `pool.look` that is no part of a group, or where ranks share groups.
+
+    What a rank puts in the place of what was not sampled is its own.
+    """
+    args, size = trainer.args, trainer.num_generations
+    if look >= size:
+        raise ValueError(f"pool.look: must be below grpo.num_generations={size}, got {look}")
+    rows = args.per_device_train_batch_size * args.steps_per_generation  # type: ignore[operator]
+    if trainer.accelerator.num_processes > 1 and rows % size:
+        raise ValueError(
+            f"pool.look={look}: a rank's {rows} rows of a draw (grpo.per_device_train_batch_size x "
+            f"grpo.steps_per_generation) must be whole groups of grpo.num_generations={size}"
         )
 
 

@@ -12,7 +12,7 @@ from trainer.draws import Draws
 from trainer.evaluation import EvaluationSettings, Evaluator
 from trainer.forward import Forward
 from trainer.scoring import Sample
-from trainer.seam import refuse_uneven
+from trainer.seam import refuse_odd_look, refuse_uneven
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
@@ -23,7 +23,10 @@ def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws
     rft = trainer.advantages.settings.rft
     pool = trainer.curriculum.pool
     refill_rounds = pool.refill_rounds if pool else 0
-    refuse_uneven(trainer, refill_rounds)
+    look = pool.look if pool else None
+    refuse_uneven(trainer, refill_rounds, look)
+    if look:
+        refuse_odd_look(trainer, look)
     return Draws(
         data=trainer.data,
         curriculum=trainer.curriculum,
@@ -32,10 +35,11 @@ def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws
         seed=trainer.args.seed,
         group_size=trainer.num_generations,
         max_grader_failures=max_grader_failures,
-        complete=lambda requests, taken: trainer.complete(requests, trainer.num_generations, taken),
+        complete=trainer.complete,
         to_samples=trainer.to_samples,
         rank=trainer.accelerator.process_index,
         world_size=trainer.accelerator.num_processes,
+        look=look,
         refill_rounds=refill_rounds,
         is_useful=rft.is_useful if rft else lambda group: group.has_signal,
         inspect=trainer.shortcuts.inspect,

@@ -40,6 +40,9 @@ class PoolSection(Section):
     retry_impossible: int = Field(default=100, ge=1)
     when_exhausted: Literal["continue", "stop"] = "continue"
     """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    look: int | None = Field(default=None, ge=2)
+    """Completions of a group that are sampled first; where these are all worth the same, the others are not sampled. Half of
+    `grpo.num_generations` saves up to half of what dead groups cost; null samples every group whole."""
     refill: RefillSection = RefillSection()
     start: str | None = Field(default=None, alias="from")
     """`pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts' ids."""
