@@ -243,3 +243,22 @@ def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
     sums.add(replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False)))
     metrics = sums.metrics()
     assert metrics["reward"] == metrics["pass_rate"] == 0.25 and metrics["n"] == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_fills_up_its_own_groups_after_a_look(rank, monkeypatch):
+    """Both ranks know all groups; here the other rank's half of every gather is played back."""
+    import trainer.draws as module
+
+    answers = {name: [1, 0, 1, 1] for name in EVERY if name < "n"}
+    whole = looking(Script(answers)).roll_out(16)
+    seen = list(whole.batch.graded.values())
+    gathers = [[g for group in seen for g in group[:2]], [g for group in seen for g in group[2:]]]
+    monkeypatch.setattr(module, "broadcast_object_list", lambda shared, from_process: None)
+    monkeypatch.setattr(module, "gather_object", lambda mine: gathers.pop(0))
+    engine = Script(answers)
+    rollout = looking(engine, rank=rank, world_size=2).roll_out(8)
+    assert rollout.groups == whole.groups and rollout.rewards == whole.rewards
+    assert [len(requests) for requests in engine.rounds] == [4, 4 if rank == 0 else 0]  # rank 1 has the groups left
+    assert list(rollout.batch.rows) == [8 * rank + i for i in range(8)]
+    assert len(rollout.completions) == 8

@@ -19,7 +19,7 @@ from trainer.dashboard import key
 from trainer.report import summarise, write_replay, write_report
 from trainer.report_charts import Layer, draw_stack
 from trainer.report_data import read_run
-from trainer.report_numbers import find, score_interval
+from trainer.report_numbers import budget, find, score_interval
 from trainer.report_scales import thin, ticks
 from trainer.report_sheet import DARK, LIGHT
 from trainer.report_story import tell
@@ -502,6 +502,14 @@ def test_two_thousand_steps_of_twenty_domains_take_ten_seconds_and_ten_megabytes
     out = write_report([run], tmp_path / "report.html")
     assert time.perf_counter() - start <= 10
     assert out.stat().st_size <= 10_000_000
+
+
+def test_a_dead_group_that_was_left_after_its_look_counts_with_what_was_sampled_of_it(tmp_path):
+    folder = hand_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "domain/a/frac_dead": 0.5, "domain/a/n": 12}\n')
+    assert budget(read_run(folder)) == {"a": (12.0, 6.0)}
+    (folder / "recipe.yaml").write_text("pool: {look: 4}\ngrpo: {num_generations: 8}\n")
+    assert budget(read_run(folder)) == {"a": (12.0, pytest.approx(4.0))}  # of four and of eight
 
 
 def test_a_replay_is_drawn_beside_the_run(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rewards.exact import Exact
 from tests.conftest import HOUSE
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import InProcessEngine
+from trainer.seam import refuse_odd_look
 
 pytestmark = pytest.mark.slow
 POLICY = str(HOUSE / "launch" / "lab" / "policy")
@@ -111,6 +113,20 @@ def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, l
 def test_a_prompt_longer_than_the_context_is_refused_from_python_too(tmp_path):
     with pytest.raises(ValueError, match="more than the context of 256"):
         DomainGRPOTrainer(POLICY, config(tmp_path, max_completion_length=250), domains=both())
+
+
+@pytest.mark.parametrize(
+    ("look", "batch", "ranks", "message"),
+    [
+        (8, 16, 1, r"pool\.look: must be below grpo\.num_generations=8, got 8"),
+        (4, 12, 2, r"pool\.look=4: a rank's 12 rows of a draw .* must be whole groups of grpo\.num_generations=8"),
+    ],
+)
+def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, message):
+    arguments = SimpleNamespace(per_device_train_batch_size=batch, steps_per_generation=1)
+    ranked = SimpleNamespace(args=arguments, num_generations=8, accelerator=SimpleNamespace(num_processes=ranks))
+    with pytest.raises(ValueError, match=message):
+        refuse_odd_look(ranked, look)  # type: ignore[arg-type]
 
 
 def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):

@@ -112,7 +112,7 @@ def _entropy(findings: Findings) -> str:
 def _spent(findings: Findings) -> str:
     run, parts = findings.run, []
     if math.isfinite(dead := dead_share(run)):
-        parts.append(f"{dead:.0%} of the groups had equal rewards and taught nothing")
+        parts.append(f"{dead:.0%} of the completions were in groups with equal rewards and taught nothing")
     if math.isfinite(useful := average(run, "rollout/useful_token_frac")):
         parts.append(f"{useful:.0%} of the generated tokens were in groups with a signal")
     if math.isfinite(time := average(run, "step_time")):
