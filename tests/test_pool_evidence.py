@@ -38,6 +38,9 @@ def test_the_ratio_is_of_tokens_to_the_score_at_the_end_of_passes(tmp_path):
     assert worth.ratio(passes, quick)[0] == pytest.approx(120 / 300)
     value, words = worth.ratio(passes, late)
     assert value == pytest.approx(800 / 300) and "after more than 800" in words
+    short = run("short", 60, [0.0, 0.1, 0.1])  # ended before it had spent as much: no less than passes counts
+    value, words = worth.ratio(passes, short)
+    assert value == pytest.approx(300 / 300) and "after more than 300" in words
     interval, _ = worth.summary([(passes, quick), (passes, late)])
     assert interval.mid == pytest.approx((0.4 * 800 / 300) ** 0.5)
 

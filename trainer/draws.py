@@ -1,9 +1,9 @@
 """The walk of one draw: the curriculum names prompts, the engine samples their groups, the domains' rewards score them.
 
 Groups that can teach nothing are replaced, in a bounded number of rounds, by groups of further prompts of the same domain.
-With a look, a group whose first completions are all worth the same is left at these. What that selects by is rewards alone,
-and given its rewards every group that is left over still points, in expectation, where its prompt's policy gradient does:
-prompts at which the policy nearly always fails, or never does, weigh less, as they do where dead groups are replaced.
+With a look, a group whose first completions are all worth the same is left at these. That selects by rewards alone: where
+they are 0 or 1, a group with both points, in expectation, where its prompt's policy gradient does, whatever their order. So
+no direction changes, but prompts at which the policy nearly always fails, or never does, weigh less.
 All is decided from what all ranks have gathered, so that all make the same number of rounds.
 """
 

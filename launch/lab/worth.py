@@ -3,9 +3,9 @@
     python -m launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
 
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
-once a pass, as stock TRL does; `pool` judges, defers, and prefers prompts in doubt, without refill. The number in an arm's
-name is the groups of a draw: every arm has the same budget of completions, in few large draws or many small ones, so that
-`passes` is compared at its own best. The target is what an arm of `passes` has reached at its end (mean of its last three
+once a pass, as stock TRL does; `pool` judges, defers, prefers prompts in doubt, and leaves a group at its look, without
+refill. The number in an arm's name is the groups of a draw: every arm has about the same budget of tokens, in few large
+draws or many small ones, so that `passes` is compared at its own best. The target is what an arm of `passes` has reached at its end (mean of its last three
 evaluations), or with `--share 0.9` nine tenths of the way there; a run is there when the mean of three evaluations is. Every
 token generated in training counts. Prints each seed and, against every arm of `passes`, the mean log-ratio with its 95 %
 t-interval, as a ratio.
@@ -30,14 +30,17 @@ from launch.lab.trials import Trials, read_lines
 RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
 COMPLETIONS, GROUP, EVALUATIONS = 20_480, 8, 10
 """Of every run: without a pool five passes over the 512 prompts."""
+LONGER = 17
+"""Evaluations of a run with the pool: its looks leave three fifths of the completions of a draw, and all runs are to spend
+about as many tokens."""
 WINDOW = 3
 """Evaluations that are averaged: one alone moves by two points from sampling."""
 
 
-def draws_of(groups: int) -> tuple[str, ...]:
-    """Return the overrides that spend the budget in draws of so many groups."""
-    steps = COMPLETIONS // (GROUP * groups)
-    rows, every = GROUP * groups, steps // EVALUATIONS
+def draws_of(groups: int, evaluations: int = EVALUATIONS) -> tuple[str, ...]:
+    """Return the overrides that spend the budget in draws of so many groups, or more of it in more evaluations."""
+    rows, every = GROUP * groups, COMPLETIONS // (GROUP * groups) // EVALUATIONS
+    steps = every * evaluations
     return (
         f"grpo.per_device_train_batch_size={rows}",
         f"grpo.max_steps={steps}",
@@ -47,7 +50,7 @@ def draws_of(groups: int) -> tuple[str, ...]:
 
 
 PASSES = {f"passes-{groups}": ("pool=null", *draws_of(groups)) for groups in (8, 4, 2)}
-POOL = {"pool-2": draws_of(2)}
+POOL = {"pool-2": draws_of(2, LONGER)}
 
 
 def rows(*, domain: str, size: int, seed: int = 0, wrong: float = 0.5) -> list[world.Row]:
@@ -98,13 +101,13 @@ def tokens_to(target: float, spent: np.ndarray, score: np.ndarray) -> float:
 def ratio(passes: Path, pool: Path, share: float = 1.0) -> tuple[float, str]:
     """Return the pool's tokens over those of `passes` to a share of what the latter gained by its end, and both in words.
 
-    A run that never got there counts with all that it spent.
+    A run that never got there counts with all that it spent, at least with what `passes` spent.
     """
     (spent, score), (pool_spent, pool_score) = curve(passes), curve(pool)
     target = float(score[0] + share * (smoothed(score)[-1] - score[0]))
     base, ours = tokens_to(target, spent, score), tokens_to(target, pool_spent, pool_score)
     is_there = not math.isnan(ours)
-    ours = ours if is_there else float(pool_spent[-1])
+    ours = ours if is_there else float(max(pool_spent[-1], spent[-1]))
     words = (
         f"score {target:.3f} after {base:.0f} tokens; {pool.name}: after {'' if is_there else 'more than '}{ours:.0f}"
     )
