@@ -5,10 +5,10 @@
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
 once a pass, as stock TRL does; `pool` judges, defers, prefers prompts in doubt, and leaves a group at its look, without
 refill. The number in an arm's name is the groups of a draw: every arm has about the same budget of tokens, in few large
-draws or many small ones, so that `passes` is compared at its own best. The target is what an arm of `passes` has reached at its end (mean of its last three
-evaluations), or with `--share 0.9` nine tenths of the way there; a run is there when the mean of three evaluations is. Every
-token generated in training counts. Prints each seed and, against every arm of `passes`, the mean log-ratio with its 95 %
-t-interval, as a ratio.
+draws or many small ones, so that `passes` is compared at its own best. The target is what an arm of `passes` has reached at
+its end (mean of its last three evaluations), or with `--share 0.9` nine tenths of the way there; a run is there when the
+mean of three evaluations is. Every token generated in training counts. Prints each seed and, against every arm of `passes`,
+the mean log-ratio with its 95 % t-interval, as a ratio.
 """
 
 from __future__ import annotations
