@@ -22,6 +22,9 @@ from launch.local import RAY_GPUS, gpus_here, names_of_gpus
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
 POLL_S = 0.5
+RAY_NICENESS = "RAY_worker_niceness"
+"""Variable for the priority of a cluster's workers. Ray's own lets anything else on the machine go first; the trainer waits
+for its workers."""
 ANSWER_S = 30.0
 """How long what listens may take to answer; Ray's own commands need some seconds to start."""
 NEEDS_TOKEN = "it asks for its token: set RAY_AUTH_MODE=token, and put it in RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -44,6 +47,7 @@ def join(address: str | None, *, timeout_s: float) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address == "local":
         quiet["include_dashboard"] = False
+        os.environ.setdefault(RAY_NICENESS, "0")
     else:
         quiet["runtime_env"] = {"py_modules": [str(HOUSE / package) for package in PACKAGES]}
     try:

@@ -84,7 +84,7 @@ def test_a_dashboard_that_asks_for_a_token_says_where_to_put_it():
 def raylets():
     """A head without cores and two more raylets of one core each: environment, address and dashboard."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     # a job's `python` is the one its node was started with, as in a virtual environment that was activated
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     nodes: list[subprocess.Popen] = []

@@ -197,6 +197,12 @@ def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
 
 
 @pytest.mark.slow
+def test_workers_have_the_priority_of_the_trainer(pooled):
+    """Ray's own is the lowest but four: beside two busy processes a worker took five minutes to start."""
+    assert psutil.Process(process_of(pooled.engine, 0)).nice() == psutil.Process().nice()
+
+
+@pytest.mark.slow
 def test_workers_that_come_up_without_weights_are_sent_them_before_they_sample(pooled, monkeypatch):
     """As over NCCL, which keeps no copy that a replacement could be handed."""
     asked = requests(pooled)
