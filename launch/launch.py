@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import jobs
+from launch import jobs, kernels
 from launch import local as here
 from launch import slurm as queue
 from launch.config import Recipe, RecipeError
@@ -39,6 +39,8 @@ def local(run: Run, machine: here.Machine) -> int:
         return 0
     if run.recipe.cluster.processes > 1 and machine.rank == 0:
         here.check_port(run.recipe.cluster.port, key="cluster.port")
+    if run.recipe.cluster.strategy.startswith("zero"):
+        kernels.leave_no_killed_build(here.say)
     return here.run(command, run_folder=run.out)
 
 

@@ -51,6 +51,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_kernels(tmp_path_factory):
+    """DeepSpeed's kernels are built in a folder of these tests: in the user's a killed build may have left its lock."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
+
+
 @pytest.fixture
 def debug_recipe():
     from launch.config import load_recipe
