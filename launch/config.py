@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from launch.grpo_fields import GRPO_KINDS, OURS, TRL_ENGINE, complaint
+from launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from launch.sections.base import Section
 from launch.sections.course import (
     CheckpointSection,
@@ -102,6 +102,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_grpo(recipe.grpo)
     _check_engine(recipe)
     _check_entropy(recipe)
+    size = recipe.grpo.get("num_generations", GROUP_SIZE)
+    if recipe.pool is not None and recipe.pool.look is not None and recipe.pool.look >= size:
+        raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
     by_domain = {"guardrails": recipe.guardrails, "entropy.control": recipe.entropy.control}

@@ -27,6 +27,9 @@ OURS = {
 }
 """Fields that a recipe sets elsewhere, and where."""
 
+GROUP_SIZE = 8
+"""Completions a group where the recipe does not say: the default of `num_generations`."""
+
 _WHOLE = """
     data_seed? dataloader_num_workers dataloader_prefetch_factor? ddp_bucket_cap_mb? ddp_timeout
     eval_accumulation_steps? generation_batch_size? gradient_accumulation_steps local_rank

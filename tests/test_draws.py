@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from curricula.curriculum import Curriculum
 from curricula.pool_settings import PoolSettings
-from curricula.records import Domain, Group
+from curricula.records import Domain, Group, PromptRef
 from curricula.schedulers.joint import Joint
 from tests.conftest import POLICY
 from trainer.domains import DomainData
@@ -177,6 +177,15 @@ def looking(engine, **changes) -> Draws:
     return walk
 
 
+class Paying:
+    """A fusion that pays for difference in talk, and finds none."""
+
+    domains = frozenset({"talk"})
+
+    def __call__(self, groups, texts, question):
+        return groups
+
+
 EVERY = {f"{name}{k}" for name in ("math", "talk") for k in range(6)}
 
 
@@ -205,6 +214,25 @@ def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_w
         seeds.append(sorted((str(r.prompt_ids), r.seed) for r in asked))
         assert [g.rewards for g in rollout.groups] == [(1.0, 0.0, 0.0, 1.0)] * 4
     assert seeds[0] == seeds[1] == seeds[2]
+
+
+@pytest.mark.parametrize("look", [None, 2])
+def test_a_prompt_that_stands_in_a_draw_repeatedly_is_sampled_anew_each_time(look):
+    engine = Script({name: [1, 0] * 16 for name in EVERY})
+    walk = looking(engine, look=look)
+    walk.curriculum.draw = lambda n: [PromptRef(domain="math", id="math0")] * n  # type: ignore[method-assign]
+    rollout = walk.roll_out(16)
+    asked = [request.seed for requests in engine.rounds for request in requests]
+    assert len(set(asked)) == len(asked) == 16
+    assert {g.prompt_id for g in rollout.groups} == {"math0"}
+
+
+def test_where_difference_is_paid_for_a_look_selects_nothing():
+    engine = Script({name: [1, 1, 1, 1] for name in EVERY})
+    walk = looking(engine)
+    walk.fusion = Paying()
+    assert [g.look for g in walk.roll_out(16).groups] == [2, 2, None, None]
+    assert [len(requests) for requests in engine.rounds] == [8, 4]
 
 
 def test_a_completion_without_a_grade_is_no_reason_to_leave_a_group():
@@ -239,8 +267,8 @@ def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
     )
     assert group.unselected == (1.0, 0.0) and group.graded == (1.0, 0.0, 1.0, 1.0)
     sums = DomainSums()
-    sums.add(group)
-    sums.add(replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False)))
+    sums.add(group, is_useful=True)
+    sums.add(replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False)), is_useful=False)
     metrics = sums.metrics()
     assert metrics["reward"] == metrics["pass_rate"] == 0.25 and metrics["n"] == 6
 

@@ -4,6 +4,7 @@ import pytest
 
 from curricula.records import Group
 from trainer.meter import Meter
+from trainer.rft import RftSettings
 
 
 def group(domain, rewards, lengths, truncated=None) -> Group:
@@ -68,6 +69,24 @@ def test_dead_groups_are_told_by_cause_and_a_graders_failure_is_neither():
     metrics = meter(([MIXED, SOLVED, wrong, UNGRADED, UNGRADED], {}, 1.0)).flush()
     assert metrics["domain/math/frac_dead"] == 4 / 5
     assert (metrics["domain/math/dead_correct"], metrics["domain/math/dead_wrong"]) == (1 / 5, 1 / 5)
+
+
+def test_completions_of_dead_groups_are_counted_as_they_were_sampled():
+    left = group("math", (0.0, 0.0), (3, 3))  # after its look
+    metrics = meter(([MIXED, left], {}, 1.0)).flush()
+    assert metrics["domain/math/frac_dead"] == 1 / 2
+    assert metrics["domain/math/dead_completions"] == 2 / 6
+
+
+def test_where_solved_groups_teach_they_are_not_dead():
+    wrong = group("math", (0.0,) * 4, (1,) * 4)
+    rft = Meter(domains=("math",), is_useful=RftSettings().is_useful)
+    rft.add([MIXED, SOLVED, SOLVED, wrong], {}, 1.0)
+    metrics = rft.flush()
+    assert metrics["rollout/shortfall"] == 1
+    assert metrics["domain/math/frac_dead"] == metrics["domain/math/dead_completions"] == 1 / 4
+    assert metrics["rollout/useful_token_frac"] == 49 / 53
+    assert (metrics["domain/math/dead_correct"], metrics["domain/math/dead_wrong"]) == (0, 1 / 4)
 
 
 def test_one_graded_completion_has_a_mean_and_no_spread():

@@ -8,14 +8,14 @@ import math
 import pytest
 from rich.console import Console
 
-from trainer.progress import ProgressLine, track
+from trainer.progress import ProgressLine, mean_reward, track
 
 METRICS = {
-    "reward": 0.5,
     "heldout/math/score": 0.25,
     "domain/math/entropy": 0.7,
     "domain/math/entropy_place": 0.5,
-    "domain/math/reward": 0.375,
+    "domain/math/reward": 0.5,
+    "domain/math/n": 8,
     "curriculum/math/mixture": 1.0,
     "transfer/safety/drawdown": -0.125,
     "heldout/safety/entropy": 0.15,
@@ -29,7 +29,7 @@ def shown(*, terminal: bool, width: int = 100) -> str:
         "demo", 2, domains=["math", "safety"], console=Console(file=out, force_terminal=terminal, width=width)
     )
     line.update(1, METRICS)
-    line.update(2, {"reward": 0.625})
+    line.update(2, {"reward": 0.1, "domain/math/reward": 0.75, "domain/math/n": 24, "domain/code/n": 8})
     line.close()
     return out.getvalue()
 
@@ -38,7 +38,13 @@ def test_a_terminal_shows_every_domain_with_its_score_entropy_and_share():
     said = shown(terminal=True)
     for text in ("math", "safety", "0.250", "0.700", "-0.125", "0.150", "1.000", "1,234 tokens/s", "2/2", "●"):
         assert text in said, text
-    assert "reward 0.625" in said  # the last reward, and the domain's values of the step before
+    assert "reward 0.750" in said  # the last reward, and the domain's values of the step before
+
+
+def test_the_reward_is_over_all_completions_and_not_over_the_rows_of_the_update():
+    metrics = {"reward": 0.9, "domain/a/reward": 0.5, "domain/a/n": 8, "domain/b/reward": 0.25, "domain/b/n": 24}
+    assert mean_reward(["a", "b", "watched"], metrics) == (0.5 * 8 + 0.25 * 24) / 32
+    assert math.isnan(mean_reward(["watched"], metrics))
 
 
 def test_a_narrow_terminal_is_no_error():
@@ -48,7 +54,7 @@ def test_a_narrow_terminal_is_no_error():
 def test_without_a_terminal_there_are_plain_lines():
     said = shown(terminal=False)
     assert said.splitlines()[0] == "demo  reward 0.500  step 1/2"
-    assert said.splitlines()[-1].startswith("demo  reward 0.625  step 2/2")
+    assert said.splitlines()[-1].startswith("demo  reward 0.750  step 2/2")
     assert "\x1b" not in said
 
 

@@ -504,12 +504,12 @@ def test_two_thousand_steps_of_twenty_domains_take_ten_seconds_and_ten_megabytes
     assert out.stat().st_size <= 10_000_000
 
 
-def test_a_dead_group_that_was_left_after_its_look_counts_with_what_was_sampled_of_it(tmp_path):
+def test_the_budget_is_of_completions_and_not_of_groups(tmp_path):
     folder = hand_run(tmp_path / "run")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "domain/a/frac_dead": 0.5, "domain/a/n": 12}\n')
-    assert budget(read_run(folder)) == {"a": (12.0, 6.0)}
-    (folder / "recipe.yaml").write_text("pool: {look: 4}\ngrpo: {num_generations: 8}\n")
-    assert budget(read_run(folder)) == {"a": (12.0, pytest.approx(4.0))}  # of four and of eight
+    lines = ['"domain/a/dead_completions": 0.25, "domain/a/n": 16', '"domain/a/dead_completions": 0.5, "domain/a/n": 8']
+    text = "".join(f'{{"step": {n}, "domain/a/frac_dead": 0.9, {line}}}\n' for n, line in enumerate(lines, 1))
+    (folder / "metrics.jsonl").write_text(text)
+    assert budget(read_run(folder)) == {"a": (24.0, 8.0)}
 
 
 def test_a_replay_is_drawn_beside_the_run(tmp_path):

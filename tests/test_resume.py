@@ -120,6 +120,7 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, recipe):
 # every group is dead, so that every draw is refilled as often as may be
 REFILL = [*RECIPE[:-2], "domains.arithmetic.train.size=64", "domains.stories.train.size=64", "pool.refill.max_rounds=3"]
 REFILL += ["domains.arithmetic.reward=tests.test_resume:Hopeless", "guard.cap=2.0", "pool.retry_deferred=2"]
+REFILL += ["pool.look=4"]
 
 
 class Hopeless:

@@ -1,3 +1,5 @@
+import pytest
+
 from trainer.data import Prompt
 from trainer.scoring import Graded, Sample
 from trainer.shortcuts import ENOUGH_CORRECT, ShortcutWatch
@@ -64,7 +66,9 @@ def test_a_sign_that_came_later_is_foreign_however_many_show_it():
     w.flush()
     w.observe(40, [group])
     metrics = w.flush()
-    assert metrics["shortcuts/math/suspects"] == 5 and metrics["shortcuts/math/correct_length"] == 100
+    assert metrics["shortcuts/math/suspects"] == 5
+    assert w.domains["math"].median_length == 100  # suspects set no standard
+    assert metrics["shortcuts/math/correct_length"] == 3  # and are seen
 
 
 def test_length_collapse_rings_once_and_again_after_recovery():
@@ -85,6 +89,42 @@ def test_length_collapse_rings_once_and_again_after_recovery():
     for step in range(40, 60):
         w.observe(step, [short])
     assert [a.kind for a in w.take_alarms()] == ["length_collapse"]
+
+
+@pytest.mark.parametrize("right", [[8], [5, 1, 0], [2, 1, 0]], ids=str)
+@pytest.mark.parametrize("collapsed", [40, 30, 5])
+def test_answers_that_shrink_ring_however_short_and_however_rare_they_are(right, collapsed):
+    w = watch()
+    prompt = Prompt(id="p", domain="math", prompt="?", columns={})
+
+    def draw(length):
+        words = " ".join(f"w{k}" for k in range(length))
+        signs = w.inspect(Sample(prompt=prompt, ids=[0] * length, text=words, truncated=False))
+        success = graded(1.0, length=length, signs=signs)
+        return [[success] * n + [graded(0.0, length=100)] * (8 - n) for n in right]
+
+    for step in range(40):
+        w.observe(step, draw(100))
+    assert w.take_alarms() == []
+    for step in range(40, 80):
+        w.observe(step, draw(collapsed))
+    alarms = [a for a in w.take_alarms() if a.kind == "length_collapse"]
+    assert [a.message for a in alarms] == [
+        f"correct answers have shrunk to {collapsed} tokens, {collapsed}% of the start's"
+    ]
+    assert w.flush()["shortcuts/math/correct_length"] == collapsed
+
+
+def test_a_lone_success_that_was_cut_off_is_suspect_unless_that_is_the_manner():
+    w = watch()
+    cut, failure = graded(1.0, signs=("truncation",)), graded(0.0)
+    assert w.suspects([cut, *[failure] * 7]) == [0]
+    w.observe(1, [[graded(1.0), graded(1.0), failure]] * 8)  # the manner is to end
+    assert w.suspects([cut, *[failure] * 7]) == [0]
+    assert w.suspects([cut, cut, cut, failure]) == []  # no accident: the limit is short
+    other = watch()
+    other.observe(1, [[cut, cut, failure]] * 8)
+    assert other.suspects([cut, *[failure] * 7]) == []
 
 
 def test_a_sign_that_spreads_rings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from curricula.pool_settings import PoolSettings
 from curricula.records import Decision, Domain
 from launch.lab.rewards import StoryRubric
 from launch.lab.world import rows
@@ -18,7 +20,7 @@ from rewards.exact import Exact
 from tests.conftest import HOUSE
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import InProcessEngine
-from trainer.seam import refuse_odd_look
+from trainer.seam import refuse_odd_look, refuse_uneven
 
 pytestmark = pytest.mark.slow
 POLICY = str(HOUSE / "launch" / "lab" / "policy")
@@ -124,9 +126,50 @@ def test_a_prompt_longer_than_the_context_is_refused_from_python_too(tmp_path):
 )
 def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, message):
     arguments = SimpleNamespace(per_device_train_batch_size=batch, steps_per_generation=1)
-    ranked = SimpleNamespace(args=arguments, num_generations=8, accelerator=SimpleNamespace(num_processes=ranks))
+    ranked = SimpleNamespace(
+        args=arguments,
+        num_generations=8,
+        accelerator=SimpleNamespace(num_processes=ranks),
+        curriculum=SimpleNamespace(pool=PoolSettings(look=look)),
+    )
     with pytest.raises(ValueError, match=message):
-        refuse_odd_look(ranked, look)  # type: ignore[arg-type]
+        refuse_odd_look(ranked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"use_vllm": True, "vllm_mode": "server"},
+            r"pool\.refill\.max_rounds=2 with several ranks on one engine of TRL's",
+        ),
+        ({"is_fsdp_enabled": True}, "rollouts.engine transformers over ranks that split the policy's weights"),
+        ({"is_deepspeed_enabled": True}, "rollouts.engine transformers over ranks that split the policy's weights"),
+        ({}, None),
+    ],
+)
+def test_ranks_that_generate_together_are_asked_for_like_numbers(changes, message):
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    settings = {"engine": None, "use_vllm": False, "vllm_mode": "colocate", "is_fsdp_enabled": False}
+    settings |= {"is_deepspeed_enabled": False, "accelerator": SimpleNamespace(num_processes=2, state=state)}
+    settings |= {"args": SimpleNamespace(vllm_tensor_parallel_size=1)}
+    trainer = SimpleNamespace(**{**settings, **changes})
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        refuse_uneven(trainer, 2, None)  # type: ignore[arg-type]
+    refuse_uneven(trainer, 0, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("look", [None, 4])
+def test_weights_are_synced_once_a_draw_however_often_it_is_looked_at_and_refilled(look, tmp_path, engine):
+    hopeless = domain("arithmetic", reward=lambda prompts, **columns: [0.0] * len(prompts))
+    pool = PoolSettings(refill_rounds=2, look=look)
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[hopeless], engine=engine, pool=pool)
+    synced: list[int] = []
+    keep = trainer.sync_engine
+    trainer.sync_engine = lambda: (synced.append(trainer.state.global_step), keep())  # type: ignore[method-assign]
+    trainer.train()
+    assert synced == [0, 1, 2]
+    assert [entry["rollout/refill_rounds"] for entry in trainer.state.log_history if "loss" in entry] == [2, 2, 2]
 
 
 def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):

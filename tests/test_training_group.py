@@ -57,6 +57,28 @@ def two_ranks(strategy: str) -> Command:
     return Command(words=words, environment={"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
 
 
+@pytest.fixture(scope="module")
+def lookers(tmp_path_factory):
+    """One rank and two, looking at groups and refilling; a rank has whole groups, as a look asks for."""
+    shape = ["pool.look=4", "grpo.gradient_accumulation_steps=4"]
+    folder = tmp_path_factory.mktemp("look")
+    command = plan(load_recipe(RECIPES / "debug.yaml"), [], Machine(), gpus=0)
+    one = run(command, folder / "one", "grpo.per_device_train_batch_size=8", *shape)
+    return one + run(two_ranks("ddp"), folder / "two", "grpo.per_device_train_batch_size=4", *shape)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_ranks_look_and_refill_as_one_does(lookers, kind):
+    one, first, second = (rank[kind] for rank in lookers)
+    assert first["prompts"] == second["prompts"] == one["prompts"]
+    assert [a + b for a, b in zip(first["own_ids"], second["own_ids"], strict=True)] == one["own_ids"]
+    assert first["rewards"] == second["rewards"] == one["rewards"]
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-3, abs=1e-5)
+    assert one["sampled"] == first["sampled"] == second["sampled"]
+    assert {4, 8} == {n for draw in one["sampled"] for n in draw}  # some groups went on, some were left
+    assert max(one["rounds"]) > 0
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_ranks_are_one_run(alone, group, kind):
     strategy, ranks = group

@@ -107,6 +107,10 @@ class Advantages:
             partitioner=None if dedup is None else find_partitioner(dedup),
         )
 
+    def is_useful(self, group: Group) -> bool:
+        """Return whether a group can move the policy."""
+        return self.settings.rft.is_useful(group) if self.settings.rft else group.has_signal
+
     @property
     def is_stock(self) -> bool:
         """True where TRL's own advantages are what is wanted, bit for bit."""

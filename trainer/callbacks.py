@@ -137,6 +137,8 @@ class RunCallback(TrainerCallback):
             if self.trainer.accelerator.is_main_process:
                 logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
                 self.recorder.folder.append("alarms", asdict(alarm))
+                if self.tracker is not None:
+                    self.tracker.alert(f"{alarm.kind} of {alarm.domain}", alarm.message)
 
     def _note_entropy_alarms(self) -> None:
         """Write down what the entropy monitor has found, on rank 0; the scheduler is told by every rank's own copy."""

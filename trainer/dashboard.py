@@ -19,7 +19,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
         "entropy_coef": "coefficient of the domain's entropy in the loss, where `entropy.control` asks for it",
         "pass_rate": "share of graded completions with reward 1",
-        "frac_dead": "share of groups drawn whose rewards are all equal",
+        "frac_dead": "share of groups drawn that teach nothing: rewards all equal (`algorithm: rft`: none accepted)",
+        "dead_completions": "share of completions that lie in such groups",
         "dead_correct": "share of the groups that went on to the update which are dead because all was correct",
         "dead_wrong": "the same, dead because all was equally wrong",
         "mean_length": "tokens a completion",
@@ -43,7 +44,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "truncation": "share cut at the length limit",
         "rare_successes": "full rewards of groups with one, or at most a quarter",
         "suspects": "full rewards with a sign that is not the domain's manner; rare ones only until that is known",
-        "correct_length": "median tokens of the last 64 correct completions, rare successes left out",
+        "correct_length": "median tokens of the last 64 correct completions",
     },
     "heldout": {
         "score": "mean held-out score in [0, 1], `report` half",

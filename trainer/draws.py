@@ -129,6 +129,22 @@ class Rollout:
         return [g for batch in self.discarded for members in batch.graded.values() for g in members]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walk:
+    """One round of generation in a draw: what the seeds of its completions are made of."""
+
+    draw: int
+    refill_round: int
+    n_rows: int
+    """Of this rank in the draw."""
+    before: Mapping[int, int]
+    """Of each group by its place, how many of the same prompt stand before it: a small domain's prompts come repeatedly."""
+
+    def member(self, row: int, size: int) -> int:
+        """Return which of its prompt's completions in this round a row is."""
+        return self.before[row // size] * size + row % size
+
+
 @dataclass(kw_only=True, slots=True)
 class Draws:
     """Turn empty slots into rollouts, one draw at a time; collective over ranks.
@@ -205,14 +221,15 @@ class Draws:
         With a `look`, first that many completions of each, then the others of the groups that go on.
         """
         size, look = self.group_size, self.look or self.group_size
-        rows, graded, seconds = self._generate(draw, refill_round, refs, n_rows, range(look))
+        walk = Walk(draw=draw, refill_round=refill_round, n_rows=n_rows, before=_copies_before(refs))
+        rows, graded, seconds = self._generate(walk, refs, range(look))
         going_on = {k: ref for k, ref in refs.items() if look < size and self._goes_on(graded[k])}
         if going_on:
-            more_rows, more, more_seconds = self._generate(draw, refill_round, going_on, n_rows, range(look, size))
+            more_rows, more, more_seconds = self._generate(walk, going_on, range(look, size))
             graded = {k: [*members, *more.get(k, ())] for k, members in graded.items()}
             rows, seconds = rows | more_rows, seconds + more_seconds
         groups = self.fusion(
-            [form_group(members, draw=draw, look=self.look) for members in graded.values()],
+            [form_group(members, draw=draw, look=self._selects(members)) for members in graded.values()],
             [g.text for members in graded.values() for g in members],
             lambda group: self.data.train[group.domain][group.prompt_id].prompt,
         )
@@ -225,14 +242,18 @@ class Draws:
 
     def _goes_on(self, seen: Sequence[Graded]) -> bool:
         """Say whether a group may be useful, from its first completions: it is, or quality is not all that counts."""
-        of_all = all(g.reward is not None for g in seen)
-        return not of_all or seen[0].domain in self.fusion.domains or self.is_useful(form_group(seen, draw=0))
+        all_graded = all(g.reward is not None for g in seen)
+        return not all_graded or seen[0].domain in self.fusion.domains or self.is_useful(form_group(seen, draw=0))
+
+    def _selects(self, members: Sequence[Graded]) -> int | None:
+        """Return the look after which rewards decided; None where all is sampled whatever the rewards."""
+        return None if members[0].domain in self.fusion.domains else self.look
 
     def _generate(
-        self, draw: int, refill_round: int, refs: Mapping[int, PromptRef], n_rows: int, members: range
+        self, walk: Walk, refs: Mapping[int, PromptRef], members: range
     ) -> tuple[dict[int, Row], dict[int, list[Graded]], float]:
         """Return these members of each group: this rank's rows, the graded ones of all ranks, the seconds it took."""
-        mine = range(self.rank * n_rows, (self.rank + 1) * n_rows)
+        mine = range(self.rank * walk.n_rows, (self.rank + 1) * walk.n_rows)
         size = self.group_size
         places = [i for k in refs for i in range(k * size + members.start, k * size + members.stop) if i in mine]
         drawn = {ref: self.data.train[ref.domain][ref.id] for ref in {refs[i // size] for i in places}}
@@ -241,7 +262,7 @@ class Draws:
         requests = [
             Request(
                 prompt_ids=ids,
-                seed=completion_seed(self.seed, draw, prompt.id, refill_round, i % size),
+                seed=completion_seed(self.seed, walk.draw, prompt.id, walk.refill_round, walk.member(i, size)),
                 max_tokens=self.data.limits[prompt.domain],
             )
             for i, prompt, ids in zip(places, prompts, prompt_ids, strict=True)
@@ -270,6 +291,16 @@ class Draws:
         shared = [refs]
         broadcast_object_list(shared, from_process=0)
         return shared[0]
+
+
+def _copies_before(refs: Mapping[int, PromptRef]) -> dict[int, int]:
+    """Return, for each place, how often its prompt stands at an earlier one."""
+    seen: Counter[PromptRef] = Counter()
+    found = {}
+    for place, ref in refs.items():
+        found[place] = seen[ref]
+        seen[ref] += 1
+    return found
 
 
 def _filled(rows: dict[int, Row], left: Collection[int], look: int, size: int) -> dict[int, Row]:

@@ -39,7 +39,7 @@ from trainer.padding import sums_by_owner
 from trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
 from trainer.sampling import OnFinished
 from trainer.scoring import Sample, Scorer
-from trainer.seam import attach, check_agreement, check_sync
+from trainer.seam import attach, check_agreement, check_sync, refuse_odd_look
 from trainer.shortcuts import ShortcutWatch
 from trainer.slots import plan_draws, slot_arguments, slot_dataset
 from trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
@@ -113,7 +113,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.finite = FiniteSteps(most=max_skipped)
         self.shortcuts = ShortcutWatch(self.data.names)
         self.advantages = Advantages.of(update or UpdateSettings(), self.data.domains, self.shortcuts.suspects)
-        self.meter = Meter(domains=self.data.names)
         self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
@@ -132,6 +131,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.forward = forward_of(self, passes=super()._get_per_token_logps_and_entropies)
+        self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
+        refuse_odd_look(self)
         self.engine = attach(self, engine) if not self.use_vllm else None
         self.draws = draws_of(self, max_grader_failures=max_grader_failures)
         self.drops_dead = may_drop_dead(
@@ -180,7 +181,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             if self.state.global_step != self._last_loaded_step or self.engine.is_asleep:
                 self.sync_engine()
             return self.engine.complete(requests, on_finished)
-        if not requests and self.use_vllm:
+        if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
             return []
         if any(r.is_greedy for r in requests):
             raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from curricula.records import Group
@@ -16,6 +16,7 @@ class DomainSums:
 
     groups: int = 0
     dead: int = 0
+    dead_completions: int = 0
     updated: int = 0
     dead_correct: int = 0
     dead_wrong: int = 0
@@ -31,11 +32,12 @@ class DomainSums:
     entropy: float = 0.0
     entropy_tokens: float = 0.0
 
-    def add(self, group: Group) -> None:
+    def add(self, group: Group, *, is_useful: bool) -> None:
         graded = group.unselected
         tokens = sum(group.lengths)
         self.groups += 1
-        self.dead += not group.has_signal
+        self.dead += not is_useful
+        self.dead_completions += 0 if is_useful else len(group.rewards)
         self.completions += len(group.rewards)
         self.failures += len(group.rewards) - len(group.graded)
         self.graded += len(graded)
@@ -43,13 +45,13 @@ class DomainSums:
         self.reward += sum(graded)
         self.reward_squared += sum(r * r for r in graded)
         self.tokens += tokens
-        self.useful_tokens += tokens if group.has_signal else 0
+        self.useful_tokens += tokens if is_useful else 0
         self.truncated += sum(group.truncated)
 
-    def update_with(self, group: Group) -> None:
+    def update_with(self, group: Group, *, is_useful: bool) -> None:
         """Count a group that went on to the update."""
         self.updated += 1
-        if not group.has_signal:
+        if not is_useful:
             self.dead_correct += group.cause == "all_correct"
             self.dead_wrong += group.cause == "all_wrong"
 
@@ -63,6 +65,7 @@ class DomainSums:
             "entropy": _ratio(self.entropy, self.entropy_tokens),
             "pass_rate": _ratio(self.passed, self.graded),
             "frac_dead": _ratio(self.dead, self.groups),
+            "dead_completions": _ratio(self.dead_completions, self.completions),
             "dead_correct": _ratio(self.dead_correct, self.updated),
             "dead_wrong": _ratio(self.dead_wrong, self.updated),
             "mean_length": _ratio(self.tokens, self.completions),
@@ -117,6 +120,8 @@ class Meter:
     """Per-domain metrics between two logs. `domains` is fixed, so that every rank reduces the same shape."""
 
     domains: tuple[str, ...]
+    is_useful: Callable[[Group], bool] = lambda group: group.has_signal
+    """Whether a group can move the policy."""
     sums: dict[str, DomainSums] = field(default_factory=dict)
     diversity: dict[str, DiversitySums] = field(default_factory=dict)
     """Of the domains with a diversity reward."""
@@ -140,9 +145,9 @@ class Meter:
         `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`.
         """
         for group in (*groups, *discarded):
-            self.sums.setdefault(group.domain, DomainSums()).add(group)
+            self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
         for group in groups:
-            self.sums[group.domain].update_with(group)
+            self.sums[group.domain].update_with(group, is_useful=self.is_useful(group))
             if group.fused is not None:
                 self.diversity.setdefault(group.domain, DiversitySums()).add(group)
         self.draws += 1

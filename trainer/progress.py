@@ -24,7 +24,7 @@ TRACK = 11
 class ProgressLine:
     """Show progress of one run, on standard error.
 
-    Example: `ProgressLine("demo", 80, domains=["math"]).update(1, {"reward": 0.5, "domain/math/entropy": 0.7})`
+    Example: `ProgressLine("demo", 80, domains=["math"]).update(1, {"domain/math/reward": 0.5, "domain/math/n": 64})`
     """
 
     def __init__(self, label: str, total: int, *, domains: Sequence[str] = (), console: Console | None = None) -> None:
@@ -48,7 +48,8 @@ class ProgressLine:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are done; a domain keeps its last values until new ones come."""
         self._known.update(metrics)
-        text = f"{self.label}  reward {metrics['reward']:.3f}" if "reward" in metrics else self.label
+        reward = mean_reward(self.domains, metrics)
+        text = self.label if math.isnan(reward) else f"{self.label}  reward {reward:.3f}"
         if self._bar is not None and self._live is not None:
             if "rollout/tokens_per_s" in self._known:
                 text += f"  {self._known['rollout/tokens_per_s']:,.0f} tokens/s"
@@ -67,6 +68,17 @@ class ProgressLine:
         """Leave the last picture standing and give the terminal back."""
         if self._live is not None:
             self._live.stop()
+
+
+def mean_reward(domains: Sequence[str], metrics: Mapping[str, float]) -> float:
+    """Return the domains' mean reward, each weighted by its completions; NaN where none was drawn.
+
+    Not TRL's `reward`: that is over the rows of the update, which refill and look have chosen.
+    """
+    drawn = [n for n in domains if f"domain/{n}/reward" in metrics]
+    counts = [metrics[f"domain/{n}/n"] for n in drawn]
+    total = sum(metrics[f"domain/{n}/reward"] * count for n, count in zip(drawn, counts, strict=True))
+    return total / sum(counts) if drawn else math.nan
 
 
 def domain_table(domains: Sequence[str], known: Mapping[str, float]) -> Table:

@@ -19,9 +19,6 @@ from curricula.intervals import UNDEFINED, Interval, paired, quantile
 from curricula.records import Evaluation, mean
 from trainer.report_data import Run, stage_spans
 
-TRL_GROUP = 8
-"""Completions a group where the recipe does not say: `num_generations` of TRL's GRPOConfig."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entropy:
@@ -139,20 +136,14 @@ def budget(run: Run) -> dict[str, tuple[float, float]]:
     """Return per domain (completions, completions in dead groups) over the run; only domains that logged both."""
     spent = {}
     for name in run.domains:
-        share, count = run.metrics.get(f"domain/{name}/frac_dead"), run.metrics.get(f"domain/{name}/n")
+        share, count = run.metrics.get(f"domain/{name}/dead_completions"), run.metrics.get(f"domain/{name}/n")
         if share is None or count is None:
             continue
         _, at, of = np.intersect1d(count.steps, share.steps, return_indices=True)
         counts = count.values[at]
         if counts.sum() > 0:
-            spent[name] = float(counts.sum()), float(counts @ _of_completions(run, share.values[of]))
+            spent[name] = float(counts.sum()), float(counts @ share.values[of])
     return spent
-
-
-def _of_completions(run: Run, share: np.ndarray) -> np.ndarray:
-    """Return the share of completions for a share of groups: with `pool.look`, a dead group has that many only."""
-    look, size = run.setting("pool", "look"), run.setting("grpo", "num_generations") or TRL_GROUP
-    return share * look / (share * look + (1 - share) * size) if look else share
 
 
 def dead_share(run: Run) -> float:

@@ -15,7 +15,7 @@ from trainer.report_sheet import Sheet
 
 STATES = ("active", "deferred", "impossible", "mastered")
 HEALTH = {
-    "reward": "reward",
+    "reward": "reward, of the rows of the update",
     "entropy": "entropy, nats a token",
     "loss": "loss",
     "grad_norm": "gradient norm",

@@ -59,26 +59,39 @@ def attach(trainer: DomainGRPOTrainer, engine: str | Engine | EngineFactory) -> 
 
 
 def refuse_uneven(trainer: DomainGRPOTrainer, refill_rounds: int, look: int | None) -> None:
-    """Raise ValueError where ranks would ask one TRL engine for unlike numbers of completions, as refills and looks do.
+    """Raise ValueError where ranks that generate together would ask for unlike numbers: refills and looks do.
 
-    TRL cuts the joint answer into equal parts, and waits for a rank that asks for nothing.
+    TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where Transformers
+    generates and the policy's weights are split over the ranks, every token is made by all of them.
     """
-    shares = trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1
-    is_joint = trainer.use_vllm and trainer.engine is None and shares
-    if is_joint and (refill_rounds or look) and trainer.accelerator.num_processes > 1:
-        name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
-        raise ValueError(
-            f"pool.{name}={value} with several ranks on one engine of TRL's (grpo.use_vllm): use rollouts.engine ray, or "
-            f"set it to {none}"
+    if trainer.engine is not None or not (refill_rounds or look) or trainer.accelerator.num_processes == 1:
+        return
+    if trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1):
+        joint = "several ranks on one engine of TRL's (grpo.use_vllm)"
+    elif not trainer.use_vllm and _splits_weights(trainer):
+        joint = (
+            "rollouts.engine transformers over ranks that split the policy's weights (cluster.strategy zero3 or fsdp)"
         )
+    else:
+        return
+    name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
+    raise ValueError(f"pool.{name}={value} with {joint}: use rollouts.engine vllm or ray, or set it to {none}")
 
 
-def refuse_odd_look(trainer: DomainGRPOTrainer, look: int) -> None:
+def _splits_weights(trainer: DomainGRPOTrainer) -> bool:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3)
+
+
+def refuse_odd_look(trainer: DomainGRPOTrainer) -> None:
     """Raise ValueError for a `pool.look` that is no part of a group, or where ranks share groups.
 
     What a rank puts in the place of what was not sampled is its own.
     """
     args, size = trainer.args, trainer.num_generations
+    look = trainer.curriculum.pool.look if trainer.curriculum.pool else None
+    if look is None:
+        return
     if look >= size:
         raise ValueError(f"pool.look: must be below grpo.num_generations={size}, got {look}")
     rows = args.per_device_train_batch_size * args.steps_per_generation  # type: ignore[operator]

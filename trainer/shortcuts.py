@@ -9,6 +9,7 @@ rank has gathered, so all ranks come to the same verdicts.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +21,11 @@ from trainer.dashboard import key
 from trainer.scoring import Graded, Sample
 
 SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
-"""What makes a success suspicious."""
+"""What makes any success suspicious."""
 
 COUNTED = (*SIGNS, "truncation")
+"""What makes a rare success suspicious: one that was cut off had not come to its end. Where many are right and cut off,
+the limit is short."""
 
 ENOUGH_CORRECT = 64
 """Correct answers behind a median: its standard error is then a sixth of the spread."""
@@ -58,8 +61,10 @@ class DomainSigns:
 
     first_lengths: list[int] = field(default_factory=list)
     """Of the first correct answers, tokens."""
+    last_lengths: list[int] = field(default_factory=list)
+    """Of the last correct answers, shortcuts too: what shrinks is to be seen."""
     lengths: list[int] = field(default_factory=list)
-    """Of the last correct answers."""
+    """Of the last correct answers that set a standard, neither rare nor suspect."""
     first: dict[str, int] = field(default_factory=dict)
     """Signs among the first completions, and how many these were (`n`)."""
     level: dict[str, float] = field(default_factory=dict)
@@ -84,13 +89,14 @@ class DomainSigns:
     def alarms(self) -> dict[str, str]:
         """Return what has begun to ring, by kind, with the reason in words."""
         found = self._risen_signs()
-        if len(self.first_lengths) == ENOUGH_CORRECT == len(self.lengths):
-            ratio = self.median_length / statistics.median(self.first_lengths)
+        if len(self.first_lengths) == ENOUGH_CORRECT == len(self.last_lengths):
+            now = statistics.median(self.last_lengths)
+            ratio = now / statistics.median(self.first_lengths)
             found |= self._turn(
                 "length_collapse",
                 ratio < COLLAPSED,
                 ratio > RECOVERED,
-                f"correct answers have shrunk to {self.median_length:g} tokens, {ratio:.0%} of the start's",
+                f"correct answers have shrunk to {now:g} tokens, {ratio:.0%} of the start's",
             )
         return found
 
@@ -146,13 +152,14 @@ class ShortcutWatch:
         """Return the places of a group's successes that show a sign which is not their domain's manner."""
         rewards = [g.reward for g in group]
         known = self.domains[group[0].domain].manner.get("n", 0) >= ENOUGH_MANNER
-        successes = passed(rewards) if known else rare_successes(rewards)
-        return [i for i in successes if self._is_foreign(group[i])]
+        rare = rare_successes(rewards)
+        successes = passed(rewards) if known else rare
+        return [i for i in successes if self._is_foreign(group[i], COUNTED if i in rare else SIGNS)]
 
-    def _is_foreign(self, graded: Graded) -> bool:
+    def _is_foreign(self, graded: Graded, signs: Sequence[str]) -> bool:
         manner = self.domains[graded.domain].manner
         known = manner.get("n", 0) >= ENOUGH_MANNER
-        return any(not (known and manner.get(s, 0) >= MANNER * manner["n"]) for s in graded.signs if s in SIGNS)
+        return any(not (known and manner.get(s, 0) >= MANNER * manner["n"]) for s in graded.signs if s in signs)
 
     def observe(self, step: int, groups: Sequence[Sequence[Graded]]) -> None:
         """Take in the groups of one draw, of all ranks."""
@@ -174,12 +181,13 @@ class ShortcutWatch:
         rare = rare_successes(rewards)
         since["rare_successes"] = since.get("rare_successes", 0) + len(rare)
         since["suspects"] = since.get("suspects", 0) + len(suspects)
+        all_right = [group[i].length for i in passed(rewards)]
+        watch.first_lengths += all_right[: ENOUGH_CORRECT - len(watch.first_lengths)]
+        watch.last_lengths = [*watch.last_lengths, *all_right][-ENOUGH_CORRECT:]
         right = [group[i] for i in passed(rewards) if i not in rare and i not in suspects]  # the others set no standard
-        lengths = [g.length for g in right]
-        watch.first_lengths += lengths[: ENOUGH_CORRECT - len(watch.first_lengths)]
-        watch.lengths = [*watch.lengths, *lengths][-ENOUGH_CORRECT:]
+        watch.lengths = [*watch.lengths, *(g.length for g in right)][-ENOUGH_CORRECT:]
         if len(right) > len(group) / 2 and watch.manner.get("n", 0) < ENOUGH_CORRECT:
-            _add(watch.manner, [g.signs for g in right], SIGNS)
+            _add(watch.manner, [g.signs for g in right], COUNTED)
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last flush, by full name."""
@@ -190,7 +198,8 @@ class ShortcutWatch:
                 metrics[key("shortcuts", sign, name)] = counts.get(sign, 0) / counts["n"]
             for what in ("rare_successes", "suspects"):
                 metrics[key("shortcuts", what, name)] = counts.get(what, 0)
-            metrics[key("shortcuts", "correct_length", name)] = self.domains[name].median_length
+            last = self.domains[name].last_lengths
+            metrics[key("shortcuts", "correct_length", name)] = statistics.median(last) if last else math.nan
         return metrics
 
     def take_alarms(self) -> list[SignAlarm]:

@@ -12,7 +12,7 @@ from trainer.draws import Draws
 from trainer.evaluation import EvaluationSettings, Evaluator
 from trainer.forward import Forward
 from trainer.scoring import Sample
-from trainer.seam import refuse_odd_look, refuse_uneven
+from trainer.seam import refuse_uneven
 
 if TYPE_CHECKING:
     from trainer.grpo import DomainGRPOTrainer
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws:
     """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
-    rft = trainer.advantages.settings.rft
     pool = trainer.curriculum.pool
     refill_rounds = pool.refill_rounds if pool else 0
     look = pool.look if pool else None
     refuse_uneven(trainer, refill_rounds, look)
-    if look:
-        refuse_odd_look(trainer, look)
     return Draws(
         data=trainer.data,
         curriculum=trainer.curriculum,
@@ -41,7 +38,7 @@ def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws
         world_size=trainer.accelerator.num_processes,
         look=look,
         refill_rounds=refill_rounds,
-        is_useful=rft.is_useful if rft else lambda group: group.has_signal,
+        is_useful=trainer.advantages.is_useful,
         inspect=trainer.shortcuts.inspect,
         with_texts=trainer.data.names if trainer.advantages.partitioner else (),
     )

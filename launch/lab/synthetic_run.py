@@ -132,7 +132,7 @@ def _train_metrics(
         }
         row |= {f"domain/{name}/frac_dead": dead, f"domain/{name}/mean_length": 40 + rng.gauss(0, 3)}
         row |= {f"domain/{name}/dead_correct": reward * dead, f"domain/{name}/dead_wrong": (1 - reward) * dead}
-        row |= {f"domain/{name}/n": 8 * round(8 * mixture[name])}
+        row |= {f"domain/{name}/n": 8 * round(8 * mixture[name]), f"domain/{name}/dead_completions": dead}
     if extras:
         row |= _extra_metrics(world, mixture, rng)
     return row
