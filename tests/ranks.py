@@ -61,7 +61,7 @@ def trained(trainer: Any) -> dict[str, Any]:
         "wrapper": type(wrapped).__name__,
         "prompts": [[group.prompt_id for group in r.groups] for r in rollouts],
         "rewards": [list(r.rewards) for r in rollouts],
-        "sampled": [[len(group.rewards) for group in r.groups] for r in rollouts],
+        "sampled": [[len(g.rewards) for g in (*r.groups, *r.discarded_groups)] for r in rollouts],
         "rounds": [r.rounds for r in rollouts],
         "own_ids": [[list(c.ids) for c in r.completions] for r in rollouts],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

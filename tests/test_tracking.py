@@ -6,14 +6,20 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import wandb
 
+from curricula.entropy import Alarm
+from curricula.intervals import Interval
 from curricula.transfer import TransferMatrix
 from launch.cli import main
 from launch.lab.synthetic_run import write_run
+from trainer.callbacks import RunCallback
 from trainer.dashboard import METRICS
+from trainer.run_folder import RunFolder
+from trainer.shortcuts import SignAlarm
 from trainer.tracking import WandbSettings, WandbTracker, is_reachable
 from trainer.tracking_tables import track_decisions, track_transfer
 from trainer.wandb_dashboard import SECTIONS, build_workspace, specification
@@ -66,6 +72,43 @@ def test_an_offline_run_holds_numbers_tables_and_the_heatmap(tmp_path, monkeypat
     columns = {tuple(table["columns"]): len(table["data"]) for table in tables}
     assert columns[("trained", "measured", "change", "low", "high")] == 4 * 5
     assert columns[("step", "draw", "arithmetic", "strings", "facts", "stories", "stage", "reason")] == 20
+
+
+def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
+    entropy = Alarm(
+        step=3,
+        domain="math",
+        kind="collapse",
+        level=Interval(0.05, 0.1, 0.15),
+        edge=0.2,
+        source="rollouts",
+        since=1,
+        drawn={"math": 1.0},
+    )
+    shortcut = SignAlarm(step=3, domain="talk", kind="length_collapse", message="correct answers have shrunk")
+    told: list[tuple] = []
+    notes: list[str] = []
+    folder = RunFolder(tmp_path)
+    trainer = SimpleNamespace(
+        draws=SimpleNamespace(listeners=[], refill_listeners=[]),
+        entropy=SimpleNamespace(take_alarms=lambda: [entropy]),
+        shortcuts=SimpleNamespace(take_alarms=lambda: [shortcut]),
+        curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}),
+        accelerator=SimpleNamespace(is_main_process=True),
+        data=SimpleNamespace(n_train=8),
+    )
+    callback = RunCallback(
+        trainer,  # type: ignore[arg-type]
+        SimpleNamespace(folder=folder),  # type: ignore[arg-type]
+        evaluate_every=10,
+        keep_checkpoints=1,
+        tracker=SimpleNamespace(alert=lambda *words: told.append(words)),  # type: ignore[arg-type]
+        progress=None,
+    )
+    callback.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
+    assert [title for title, _ in told] == ["collapse of math", "length_collapse of talk"]
+    assert [line["kind"] for line in folder.read("alarms")] == ["collapse", "length_collapse"]
+    assert [note.split(":")[0] for note in notes] == ["math", "talk"]
 
 
 @pytest.mark.slow
