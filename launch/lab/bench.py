@@ -48,7 +48,9 @@ def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: b
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks one after the other and print their table; progress goes to standard error."""
     parser = argparse.ArgumentParser(prog="python -m launch.lab.bench", description="Measure what the house costs.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but demo and worth)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all but {', '.join(ON_REQUEST)})"
+    )
     parser.add_argument("--demo", action="store_true", help="also time `polyphony demo`, which takes minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args(argv)
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"measuring: {name}", file=sys.stderr, flush=True)
         results += benchmarks[name]()
     print(json.dumps({"results": [r.as_dict() for r in results]}) if arguments.json else table(results))
+    if not arguments.names and (left := [name for name in ON_REQUEST if name in benchmarks and name not in chosen]):
+        print(f"left out, name them to measure them too: {', '.join(left)}", file=sys.stderr)
     return 0
 
 
