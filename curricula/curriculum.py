@@ -65,6 +65,7 @@ class Curriculum:
         self._last = tuple(DomainStats() for _ in self.names)
         self._notes: list[str] = []
         self._alarms: list[str] = []
+        self.rolled_back = False  # since the last evaluation
         self._stages: list[str] = []  # named since the last evaluation; empty text for none
         self._shut: set[str] = set()  # domains without an unseen or active prompt
         # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
@@ -112,21 +113,34 @@ class Curriculum:
     def record(self, evaluation: Evaluation) -> None:
         """Take in one held-out row, already reduced to the `steer` half."""
         self.evaluations.append(evaluation)
-        self._stages = []
+        self._stages, self.rolled_back = [], False
 
     @property
     def stage(self) -> str | None:
         """The stage that all draws since the last evaluation belonged to, replay included; None under a mixture."""
         return self._stages[0] or None if len(self._stages) == 1 else None
 
+    @property
+    def stage_ends(self) -> bool:
+        """True where the next decision would leave the stage of the last one: what it was worth is to be measured now."""
+        if self.decision is None or self.decision.stage is None or self.draws >= self.total_draws:
+            return False
+        return self.scheduler.decide(self.evidence(), self._state).stage != self.decision.stage
+
+    def reviews(self) -> list[dict[str, Any]]:
+        """Return what a scheduler that plans says of its stages once all draws are done; empty for any other."""
+        review = getattr(self.scheduler, "reviews", None)
+        return review(self.evidence(), self._state) if review and self.draws >= self.total_draws else []
+
     def note(self, text: str, *, domain: str | None = None) -> None:
         """Tell the scheduler, at its next decision, about something that happened to the run.
 
-        With a `domain`: that it was hurt so much that a guardrail broke (call it after a rollback's restore).
+        With a `domain`: that it was hurt so much that the run was taken back (call it after a rollback's restore).
         """
         self._notes.append(text)
         if domain is not None:
             self._alarms.append(domain)
+            self.rolled_back = True
 
     def evidence(self) -> Evidence:
         """Return what the scheduler may look at now."""
@@ -174,6 +188,7 @@ class Curriculum:
             "notes": list(self._notes),
             "alarms": list(self._alarms),
             "stages": list(self._stages),
+            "rolled_back": self.rolled_back,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +202,7 @@ class Curriculum:
         self._last = tuple(DomainStats(**stats) for stats in state["last"])
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
+        self.rolled_back = state.get("rolled_back", False)
 
     def _check_exhausted(self) -> None:
         """Warn, once for each domain, where only waiting prompts are left; stop by choice where none of any is hopeful."""

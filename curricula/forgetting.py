@@ -47,7 +47,7 @@ class Moment:
     bwt: Mapping[str, Interval]
     """Now minus the end of the domain's last finished stage; for a watch-only domain, now minus its baseline."""
     fwt: Mapping[str, Interval]
-    """Before the domain's first stage minus baseline; `now` stands for it until that stage begins."""
+    """Before the domain was first practised minus baseline; `now` stands for it until then."""
     drawdown: Mapping[str, Interval]
     """Now minus the cross-fitted best evaluation so far: below 0 means that something was lost."""
 
@@ -138,7 +138,9 @@ def _forward(run: Sequence[Evaluation], past: Sequence[Stage], name: str, level:
         return UNDEFINED
     own = [stage for stage in past if stage.domain == name]
     until = own[0].before if own else len(run) - 1
-    return paired(run[until].scores[name], run[0].scores[name], level=level)
+    # practised under a mixture or by replay before: what that gave is no transfer
+    until = max(n for n in range(until + 1) if run[n].exposure.get(name, 0) == run[0].exposure.get(name, 0))
+    return paired(run[until].scores[name], run[0].scores[name], level=level) if until else UNDEFINED
 
 
 def _measure_run(run: Sequence[Evaluation], names: Sequence[str]) -> Measured:

@@ -77,6 +77,20 @@ def check(
     return verdicts
 
 
+def exceeded(
+    guardrails: Sequence[Guardrail], run: Sequence[Evaluation], *, watch_only: Sequence[str] = ()
+) -> list[str]:
+    """Return the domains that, by what was measured at the last evaluation, lost more than may be lost, sure or not.
+
+    To go back to such a checkpoint would be to go back to the damage.
+    """
+    if len(run) < 2:
+        return []
+    now = moment(run, watch_only=watch_only)
+    changes = {g.domain: _change(g.domain, now.bwt, now.drawdown, watch_only)[0].mid for g in guardrails}
+    return [g.domain for g in guardrails if changes[g.domain] < -g.max_drop]
+
+
 def _change(
     domain: str, bwt: Mapping[str, Interval], drawdown: Mapping[str, Interval], watch_only: Sequence[str]
 ) -> tuple[Interval, str]:

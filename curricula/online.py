@@ -164,8 +164,11 @@ class Regression:
 
 
 def _practice(before: Evaluation, now: Evaluation, trained: Sequence[str]) -> np.ndarray | None:
-    """Return the steps' worth of practice of each domain between two evaluations, [K]; None where there was none."""
+    """Return the steps' worth of practice of each domain between two evaluations, [K].
+
+    None where there was none, and where a rollback in between makes the change another one than practice made.
+    """
     drawn = np.array([now.exposure.get(name, 0) - before.exposure.get(name, 0) for name in trained], dtype=float)
-    if drawn.sum() <= 0 or now.step <= before.step:
+    if drawn.sum() <= 0 or now.step <= before.step or now.rolled_back:
         return None
     return drawn / drawn.sum() * (now.step - before.step)

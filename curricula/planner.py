@@ -13,7 +13,7 @@ joint arm, because in a study with 12 matched seeds no data policy beat uniform 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -102,12 +102,13 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
 
     Raises ValueError where a trainable domain has neither a probe nor a stage.
     """
-    solver = Solver(matrix.on("steer"), settings)
+    fair = _without_short_joint_arm(matrix)
+    solver = Solver(fair.on("steer"), settings)
     effects, names = solver.effects, solver.names
     order = solver.order()
     precedence, regret = _confidence(solver, order)
     gain = _gains(solver, order)
-    published = solver if matrix.items is None else Solver(matrix.on("report"), settings)
+    published = solver if fair.items is None else Solver(fair.on("report"), settings)
     predicted, interval = _predictions(published, order)
     return Plan(
         order=order,
@@ -178,14 +179,28 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
         notes.append("No joint arm was measured, so mixing has not been given its chance in this comparison.")
     if {row.trained[0] for row in matrix.probes} != set(matrix.trainable):
         notes.append("Some domains were never probed: their transfer is that of the run's stages.")
-    steps = {name: effects.rows[effects.rows_of(name)[0]].step for name in effects.trained}
-    start = matrix.baselines(probe=True)[0].step
-    total = sum(step - start for step in steps.values())
     for name in effects.domains:
         items = effects.after[effects.domains.index(name)].shape[1]
         if items < FEW_ITEMS:
             notes.append(f"Domain {name} is decided by {items} items: its intervals are too narrow for so few.")
-    for row in matrix.joint_arm[:1]:
-        if row.step - start != total:
-            notes.append(f"The joint arm ran {row.step - start} steps and the probes {total} together: not the same.")
+    ran, total = _steps(matrix)
+    if ran is not None and ran != total:
+        what = "too few to compare with, so it was left out" if ran < total else "not the same"
+        notes.append(f"The joint arm ran {ran} steps and the probes {total} together: {what}.")
     return tuple(notes)
+
+
+def _steps(matrix: TransferMatrix) -> tuple[int | None, int]:
+    """Return the steps of the shortest joint arm, None without one, and those of all domains' probes together."""
+    start = matrix.baselines(probe=True)[0].step
+    alone = {row.trained[0]: row.step - start for row in matrix.probes}
+    ran = min((row.step - start for row in matrix.joint_arm), default=None)
+    return ran, sum(alone.values())
+
+
+def _without_short_joint_arm(matrix: TransferMatrix) -> TransferMatrix:
+    """Return the matrix without a joint arm that had less training than the probes: any order would beat it."""
+    ran, total = _steps(matrix)
+    if ran is None or ran >= total:
+        return matrix
+    return replace(matrix, rows=tuple(row for row in matrix.rows if row not in matrix.joint_arm))

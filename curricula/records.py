@@ -169,10 +169,12 @@ class Evaluation:
     exposure: Mapping[str, int] = field(default_factory=dict)
     """Prompts drawn of each domain since the run began."""
     probe: bool = False
+    rolled_back: bool = False
+    """Since the row before, a guardrail took the weights back to a checkpoint: the change is not of practice alone."""
 
     def as_row(self) -> dict[str, Any]:
         """Return the row of `transfer.json`."""
-        return {
+        row = {
             "trained": list(self.trained),
             "step": self.step,
             "seed": self.seed,
@@ -181,10 +183,11 @@ class Evaluation:
             "exposure": dict(self.exposure),
             "probe": self.probe,
         }
+        return row | ({"rolled_back": True} if self.rolled_back else {})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Evaluation:
-        """Read a row of `transfer.json`; `entropy`, `exposure` and `probe` may be absent."""
+        """Read a row of `transfer.json`; `entropy`, `exposure`, `probe` and `rolled_back` may be absent."""
         return cls(
             trained=tuple(row["trained"]),
             step=row["step"],
@@ -193,6 +196,7 @@ class Evaluation:
             entropy=dict(row.get("entropy", {})),
             exposure=dict(row.get("exposure", {})),
             probe=bool(row.get("probe", False)),
+            rolled_back=bool(row.get("rolled_back", False)),
         )
 
 

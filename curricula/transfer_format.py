@@ -22,7 +22,8 @@ DOCUMENT = {
 }
 """Keys of the file and what each holds; the first four are required."""
 
-ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool}
+ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
+       "rolled_back": bool}  # fmt: skip
 """Keys of a row, likewise."""
 
 WORDS = {int: "an integer", bool: "true or false", list: "a list", dict: "an object"}

@@ -101,7 +101,10 @@ def _plan(verbs: argparse._SubParsersAction) -> None:
         metavar="RUN",
         help="replay a saved run's evidence instead (from these probes, if a transfer.json is given)",
     )
-    plan.add_argument("--scheduler", help="with --replay: registry name or import path")
+    plan.add_argument(
+        "--scheduler", help="with --replay: registry name or import path; curriculum.key=value may follow"
+    )
+    plan.set_defaults(overrides=[])
     _json(plan)
 
 

@@ -161,10 +161,21 @@ def _plan(arguments: argparse.Namespace) -> None:
     from launch.config import RecipeError
     from launch.plan import plan, replay_run
 
+    overrides = arguments.overrides
+    if arguments.transfer and "=" in arguments.transfer.name:  # without a file the first override stands in its place
+        overrides, arguments.transfer = [str(arguments.transfer), *overrides], None
+    if overrides and not arguments.replay:
+        raise RecipeError(f"{overrides[0]}: settings of a scheduler go with --replay RUN --scheduler NAME")
     if arguments.replay:
         if not arguments.scheduler:
             raise RecipeError("--replay needs --scheduler NAME")
-        replay_run(arguments.replay, scheduler=arguments.scheduler, transfer=arguments.transfer, as_json=arguments.json)
+        replay_run(
+            arguments.replay,
+            scheduler=arguments.scheduler,
+            transfer=arguments.transfer,
+            overrides=overrides,
+            as_json=arguments.json,
+        )
     elif arguments.scheduler:
         raise RecipeError("--scheduler goes with --replay RUN; a plan alone has no scheduler")
     elif arguments.transfer:

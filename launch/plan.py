@@ -9,9 +9,10 @@ from pathlib import Path
 
 from curricula.planner import make_plan
 from curricula.replay import Replayed, replay
-from curricula.schedulers import find_scheduler
+from curricula.schedulers import Scheduler
 from curricula.transfer import TransferMatrix
-from launch.config import RecipeError
+from launch.build import build_scheduler
+from launch.config import RecipeError, load_recipe
 
 
 def plan(path: Path, *, as_json: bool) -> None:
@@ -27,12 +28,11 @@ def plan(path: Path, *, as_json: bool) -> None:
         print(note, file=sys.stderr)
 
 
-def replay_run(run: Path, *, scheduler: str, transfer: Path | None = None, as_json: bool) -> None:
-    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both.
-
-    A scheduler that plans starts from the probes in `transfer`, by default from those in the run's own file.
-    """
-    replayed = replayed_run(run, scheduler=scheduler, transfer=transfer)
+def replay_run(
+    run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = (), as_json: bool
+) -> None:
+    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both."""
+    replayed = replayed_run(run, scheduler=scheduler, transfer=transfer, overrides=overrides)
     if as_json:
         lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
         print(json.dumps(lines))
@@ -55,8 +55,14 @@ def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
 
 
-def replayed_run(run: Path, *, scheduler: str, transfer: Path | None = None) -> list[Replayed]:
-    """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence."""
+def replayed_run(
+    run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = ()
+) -> list[Replayed]:
+    """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.
+
+    The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
+    either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
+    """
     from trainer.run_folder import RunFolder
 
     lines = RunFolder(run).read("decisions")
@@ -64,18 +70,25 @@ def replayed_run(run: Path, *, scheduler: str, transfer: Path | None = None) -> 
         raise RecipeError(f"{run} holds no decisions.jsonl with a draw in it: not a run folder, or one just begun")
     matrix = TransferMatrix.load(run / "transfer.json")
     rows = [row for row in matrix.on("steer").rows if not row.probe]
-    probes = matrix if transfer is None else TransferMatrix.load(transfer)
-    found = find_scheduler(scheduler)
-    if "transfer" not in getattr(found, "__dataclass_fields__", {}):
-        return replay(lines, found(), rows)
+    return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
+
+
+def _scheduler_of(
+    run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
+) -> Scheduler:
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.curriculum.scheduler != name:
+        overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    source = run / "transfer.json" if transfer is None and matrix.probes else transfer
+    section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
     try:
-        built = found(transfer=probes if probes.probes else None)
-    except ValueError as error:
-        if probes.probes:
+        return build_scheduler(recipe.model_copy(update={"curriculum": section}))
+    except RecipeError as error:
+        if source is not None or "transfer is missing" not in str(error):
             raise
-        told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {scheduler}"
-        raise RecipeError(f"{scheduler} starts from probes, and {run} holds none; name their file: {told}") from error
-    return replay(lines, built, rows)
+        told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {name}"
+        raise RecipeError(f"{name} starts from probes, and {run} holds none; name their file: {told}") from error
 
 
 def _shares(replayed: Replayed, mixture: tuple[float, ...]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from launch.config import Recipe, RecipeError, load_recipe
 from launch.sections.course import CurriculumSection
 from launch.sections.update import EntropySection
 from launch.train import say
+from trainer.callbacks import CheckWeights
 from trainer.grpo import DomainGRPOTrainer
 from trainer.rollouts import Engine
 
@@ -65,6 +66,8 @@ class Probe:
         self.recipe = recipe
         self.out = out
         self.engine = engine
+        self.is_checked = False
+        """Whether the engine was shown to follow the weights; if it did not, every transfer would be nil."""
         self.file = out / TRANSFER_FILE
         self.matrix = TransferMatrix.load(self.file) if self.file.exists() else None
 
@@ -73,7 +76,8 @@ class Probe:
         rows = self.matrix.rows if self.matrix is not None else ()
         held = {(row.trained, row.seed) for row in rows}
         arms = [arm for arm in arms if (arm.trained, arm.seed) not in held]
-        say(f"probe: {len(arms)} runs, {cost(self.recipe, arms)}")
+        if arms:
+            say(f"probe: {len(arms)} runs, {cost(self.recipe, arms, items=self._heldout_items())}")
         begun, done, total = time.monotonic(), 0, sum(arm.steps for arm in arms)
         for arm in arms:
             row = self._measure(arm)
@@ -82,6 +86,12 @@ class Probe:
             say(f"probe: seed {arm.seed}, {arm.label}: {_scores(row)}{left}")
         shutil.rmtree(self.out / "scratch", ignore_errors=True)  # where the runs' trainers would have saved
         return self.engine
+
+    def _heldout_items(self) -> int:
+        from launch.build import grpo_config, load_data
+
+        data = load_data(self.recipe, grpo_config(self.recipe, self.out / "scratch"))
+        return sum(len(table) for table in data.heldout.values())
 
     def _measure(self, arm: Arm) -> Evaluation:
         """Train one arm from the start, evaluate it, and add its row to the file."""
@@ -107,6 +117,9 @@ class Probe:
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
         trainer.remove_callback(PrinterCallback)
         self.engine = trainer.engine
+        if arm.steps and not self.is_checked:
+            trainer.add_callback(CheckWeights(trainer, say=say))
+            self.is_checked = True
         if arm.steps:
             trainer.train()
         return trainer
@@ -182,14 +195,23 @@ def plan_arms(recipe: Recipe, names: list[str]) -> list[Arm]:
     return arms
 
 
-def cost(recipe: Recipe, arms: list[Arm]) -> str:
-    """Return an upper bound of what the runs will generate, in words."""
+def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
+    """Return an upper bound of what the runs will generate, in words; `items` are held out, in all domains together."""
     grpo = recipe.grpo
     batch = int(grpo.get("per_device_train_batch_size", 8)) * int(grpo.get("gradient_accumulation_steps", 1))
-    length = int(grpo.get("max_completion_length", 256))
+    lengths = [domain.max_completion_length or 0 for domain in recipe.domains.values()]
+    length = max(int(grpo.get("max_completion_length", 256)), *lengths)
     steps = sum(arm.steps for arm in arms)
-    tokens = steps * int(grpo.get("generation_batch_size") or batch) * length
-    return f"{steps} optimizer steps, at most {tokens / 1e6:.2g} million rollout tokens, and {len(arms)} evaluations"
+    if recipe.probe.start.startswith("joint:"):
+        steps += int(recipe.probe.start.removeprefix("joint:")) * len({arm.seed for arm in arms})
+    trained = steps * max(batch, int(grpo.get("generation_batch_size") or batch)) * length
+    samples = recipe.eval.samples + int(recipe.eval.greedy)
+    evaluated = len(arms) * items * samples * length
+    return (
+        f"{steps} optimizer steps and {len(arms)} evaluations: "
+        f"at most {trained / 1e6:.2g} million rollout tokens to train on, "
+        f"and {evaluated / 1e6:.2g} million to evaluate {items} held-out items with {samples} samples each"
+    )
 
 
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:

@@ -31,21 +31,23 @@ class Run:
         self.scheduler, self.total, self.draw, self.state = scheduler, total, 0, {}
         self.evaluations, self.decisions = [], []
 
+    def evidence(self, alarms=()):
+        return Evidence(
+            draw=self.draw,
+            total_draws=self.total,
+            domains=NAMES,
+            kinds=("structured",) * 3,
+            weights=(1.0,) * 3,
+            sizes=(9,) * 3,
+            drawn=(0,) * 3,
+            last=(DomainStats(),) * 3,
+            evaluations=tuple(self.evaluations),
+            alarms=alarms,
+        )
+
     def go(self, draws=1, alarms=()):
         for _ in range(draws):
-            evidence = Evidence(
-                draw=self.draw,
-                total_draws=self.total,
-                domains=NAMES,
-                kinds=("structured",) * 3,
-                weights=(1.0,) * 3,
-                sizes=(9,) * 3,
-                drawn=(0,) * 3,
-                last=(DomainStats(),) * 3,
-                evaluations=tuple(self.evaluations),
-                alarms=alarms,
-            )
-            decision = self.scheduler.decide(evidence, self.state)
+            decision = self.scheduler.decide(self.evidence(alarms), self.state)
             self.state, self.draw = decision.state, self.draw + 1
             self.decisions.append(decision)
         return self.decisions[-1]
@@ -187,3 +189,16 @@ def test_a_broken_guardrail_protects_a_past_domain_and_ends_the_stage_for_any_ot
 def test_more_domains_than_draws_is_no_reason_to_skip_the_first():
     run = Run(Bwt(transfer=probes()), total=2)
     assert [run.go().stage, run.go().stage] == ["a", "b"]
+
+
+def test_the_last_stage_is_reviewed_when_the_run_is_over():
+    run = Run(Bwt(transfer=probes()))
+    run.see((), None, w=0.4, a=0.4, b=0.4)
+    run.go(30)
+    run.see(("w",), {"a": 10, "b": 10, "w": 10}, w=0.7, a=0.7, b=0.6)
+    assert [review["stage"] for review in run.state["reviews"]] == ["a", "b"]
+    evidence = run.evidence()
+    reviews = run.scheduler.reviews(evidence, run.state)
+    assert [review["stage"] for review in reviews] == ["a", "b", "w"]
+    assert reviews[-1]["measured"] == pytest.approx({"w": 0.7, "a": 0.7, "b": 0.6})
+    assert run.scheduler.reviews(evidence, {}) == []

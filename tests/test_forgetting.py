@@ -147,3 +147,22 @@ def test_drawdown_does_not_grow_with_the_number_of_looks_under_noise_alone():
         fitted += drawdown(history).mid / worlds
     assert plain > 0.1
     assert abs(fitted) < 0.02
+
+
+def test_forward_transfer_ends_where_the_domain_is_first_practised():
+    def at(step, trained, scores, **drawn):
+        items = {name: ones(s) for name, s in zip("ab", scores, strict=True)}
+        return Evaluation(trained=tuple(trained), step=step, seed=0, scores=items, exposure=drawn)
+
+    # b is practised from step 20 on, under a mixture, before it has a stage of its own
+    rows = [
+        at(0, "", (0.2, 0.2), a=0, b=0),
+        at(10, "a", (0.5, 0.3), a=8, b=0),
+        at(20, "ab", (0.6, 0.7), a=12, b=4),
+        at(30, "b", (0.6, 0.9), a=12, b=12),
+    ]
+    assert moment(rows).fwt["b"].mid == pytest.approx(0.1)
+    assert moment(rows[:3]).fwt["b"].mid == pytest.approx(0.1)
+    # practised before anything else was measured: nothing to tell from
+    at_once = [rows[0], at(10, "a", (0.5, 0.3), a=8, b=1), rows[3]]
+    assert math.isnan(moment(at_once).fwt["b"].mid)

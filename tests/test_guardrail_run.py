@@ -53,6 +53,12 @@ def test_a_guardrail_takes_the_run_back_and_tells_the_scheduler(tmp_path, engine
     decisions = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
     (next_draw,) = [line for line in decisions if line["step"] == first["step"] + 1]
     assert next_draw["evidence"]["notes"][0].startswith("rolled back to checkpoint-1: safety lost")
+    assert next_draw["evidence"]["alarms"] == ["safety"]
+    rows = json.loads((tmp_path / "run" / "transfer.json").read_text())["rows"]
+    marked = [row["step"] for row in rows if row.get("rolled_back")]
+    assert marked[0] == first["step"] + 1  # what changed by then is not of practice alone
+    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert best["checkpoint"] == "checkpoint-1"  # the one saved at the rollback was evaluated with other weights
 
 
 def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path, engine):
@@ -63,7 +69,7 @@ def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     moved = dict(trainer.model.named_parameters())
     assert any(not torch.equal(saved[name], moved[name]) for name in saved)
-    trainer.rollback(tmp_path / "checkpoint-2", because="a test")
+    trainer.rollback(tmp_path / "checkpoint-2", because="a test", domain="safety")
     assert all(torch.equal(saved[name], value) for name, value in trainer.model.named_parameters())
     assert trainer.state.global_step == 4
     assert trainer.curriculum.draws == 4

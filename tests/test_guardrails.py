@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from curricula.guardrails import Guardrail, check
+from curricula.guardrails import Guardrail, check, exceeded
 from curricula.records import Evaluation
 
 
@@ -86,3 +86,12 @@ def test_no_domain_that_stands_still_breaks_a_guardrail_more_often_than_the_erro
 def test_a_wrong_setting_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         Guardrail(**{"domain": "safety", "max_drop": 0.1} | change)
+
+
+def test_a_checkpoint_that_lost_more_than_may_be_lost_is_none_to_go_back_to_sure_or_not():
+    start, math_ = row(0, safety=ones(90), math=ones(10)), ones(40)
+    for kept, named in ((86, []), (84, ["safety"]), (50, ["safety"])):
+        rows = [start, row(10, ("math",), safety=ones(kept), math=math_)]
+        assert exceeded([SAFETY], rows, watch_only=["safety"]) == named
+    assert check([SAFETY], [start, row(10, ("math",), safety=ones(84), math=math_)], watch_only=["safety"]) == []
+    assert exceeded([SAFETY], [start], watch_only=["safety"]) == []

@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -126,3 +127,19 @@ def test_a_probe_that_took_no_steps_is_refused():
     matrix = TransferMatrix(domains=NAMES, kinds=dict.fromkeys(NAMES, "structured"), rows=(rows[0], still, rows[2]))
     with pytest.raises(ValueError, match="domain 'a': its probe ends at the baseline's step"):
         score_prior(matrix)
+
+
+def test_what_a_rollback_gave_back_is_nobodys_doing():
+    before, damaged = row(0, (0.5, 0.9)), row(10, (0.5, 0.3), exposure=(80, 0))
+    healed = Evaluation(**{**vars_of(row(20, (0.5, 0.9), exposure=(80, 80))), "rolled_back": True})
+    sums = Regression.empty(2, 2).add_scores(before, damaged, NAMES)
+    assert sums.add_scores(damaged, healed, NAMES) is sums
+    assert sums.add_entropies(damaged, healed, NAMES, ()) is sums
+    later = row(30, (0.5, 0.9), exposure=(80, 160))
+    mean, _ = sums.add_scores(healed, later, NAMES).posterior(flat_prior(NAMES, NAMES, own=0.0, sd=0.05))
+    assert mean[1, 0] < -0.03 and abs(mean[1, 1]) < 0.01  # a harms b, b does nothing
+    assert Evaluation.from_row(healed.as_row()) == healed and "rolled_back" not in later.as_row()
+
+
+def vars_of(evaluation):
+    return {f.name: getattr(evaluation, f.name) for f in fields(evaluation)}

@@ -219,7 +219,18 @@ def test_a_joint_arm_of_other_length_is_noted():
     names = ("w", "a", "b")
     rows = [*fragile_writing(step=10), row(names, dict.fromkeys(names, 0.7), step=50)]
     rows[0] = row((), dict.fromkeys(names, 0.4), step=0)
-    assert "ran 50 steps and the probes 30 together" in make_plan(matrix(rows), QUICK).explain()
+    assert "ran 50 steps and the probes 30 together: not the same" in make_plan(matrix(rows), QUICK).explain()
+
+
+def test_a_joint_arm_that_had_less_training_than_the_probes_is_left_out():
+    names = ("w", "a", "b")
+    probes = fragile_writing(step=10)
+    probes[0] = row((), dict.fromkeys(names, 0.4), step=0)
+    short = make_plan(matrix([*probes, row(names, dict.fromkeys(names, 0.42), step=1)]), QUICK)
+    none = make_plan(matrix(probes), QUICK)
+    assert short.over_joint is None
+    assert (short.order, short.decision, short.over_mean_order) == (none.order, none.decision, none.over_mean_order)
+    assert "ran 1 steps and the probes 30 together: too few to compare with, so it was left out" in short.explain()
 
 
 def mirrored(rng, size):

@@ -38,8 +38,22 @@ def test_without_the_joint_arm_a_probe_costs_half():
     names = ["arithmetic", "stories"]
     whole, half = recipe(), recipe("probe.joint_arm=false")
     # a step generates 16 x 2 completions of at most 32 tokens: 1024
-    assert cost(whole, plan_arms(whole, names)).startswith("8 optimizer steps, at most 0.0082 million rollout tokens")
-    assert cost(half, plan_arms(half, names)).startswith("4 optimizer steps, at most 0.0041 million rollout tokens")
+    assert cost(whole, plan_arms(whole, names), items=100).startswith(
+        "8 optimizer steps and 4 evaluations: at most 0.0082 million rollout tokens to train on, and "
+    )
+    assert cost(half, plan_arms(half, names), items=100).startswith(
+        "4 optimizer steps and 3 evaluations: at most 0.0041 million rollout tokens to train on, and "
+    )
+
+
+def test_the_cost_of_a_probe_has_its_warm_up_and_its_evaluations_in_it():
+    warmed = recipe("probe.from=joint:6", "probe.seeds=2", "eval.samples=4", "domains.stories.max_completion_length=64")
+    said = cost(warmed, plan_arms(warmed, ["arithmetic", "stories"]), items=100)
+    # 2 x (8 + 6) steps of 32 completions, 8 evaluations of 100 items with 4 samples, each of up to 64 tokens
+    assert said == (
+        "28 optimizer steps and 8 evaluations: at most 0.057 million rollout tokens to train on, "
+        "and 0.2 million to evaluate 100 held-out items with 4 samples each"
+    )
 
 
 def test_an_arm_trains_its_domain_and_watches_the_others():

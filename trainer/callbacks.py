@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from curricula.guardrails import Guardrail, Verdict, check
+from curricula.guardrails import Guardrail, Verdict, check, exceeded
 from curricula.pool_file import POOL_FILE, save_pools
 from trainer.base_kl import BaseReference
 from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
@@ -72,6 +72,7 @@ class RunCallback(TrainerCallback):
         self.tracker = tracker
         self.progress = progress
         self._evaluated_at: int | None = None
+        self._rolled_back_at: int | None = None
         trainer.draws.refill_listeners.append(
             lambda n, groups, refs: recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
         )
@@ -91,13 +92,26 @@ class RunCallback(TrainerCallback):
         drawn = sum(self.trainer.curriculum.drawn.values())
         state.epoch = drawn / self.trainer.data.n_train
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self.trainer.pending_metrics.update(self._evaluate(state.global_step))
-            control.should_log = True
-            for verdict in self._broken_guardrails():
-                self._act(verdict, control, Path(args.output_dir))
+            self._look(args, state, control)
+        if self._stage_ends(state.global_step):
+            self._look(args, state, control)
         self._note_entropy_alarms()
         self._note_shortcut_alarms()
         return control
+
+    def _look(self, args: Any, state: Any, control: Any) -> None:
+        """Evaluate, and act on what was lost."""
+        self.trainer.pending_metrics.update(self._evaluate(state.global_step))
+        control.should_log = True
+        for verdict in self._broken_guardrails():
+            self._act(verdict, control, Path(args.output_dir))
+
+    def _stage_ends(self, step: int) -> bool:
+        """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
+        curriculum = self.trainer.curriculum
+        if curriculum.decision is None or curriculum.decision.stage is None or self._evaluated_at == step:
+            return False
+        return self.trainer.plan.is_boundary(step) and bool(self.trainer.largest(int(curriculum.stage_ends)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
@@ -114,6 +128,7 @@ class RunCallback(TrainerCallback):
                 save_pools(self.recorder.folder.path / POOL_FILE, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder.record_end()
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
@@ -152,8 +167,15 @@ class RunCallback(TrainerCallback):
                     self.tracker.alert(f"{alarm.kind} of {alarm.domain}", str(alarm))
 
     def _broken_guardrails(self) -> list[Verdict]:
-        watched = [d.name for d in self.trainer.data.domains if d.is_watch_only]
-        return check(self.guardrails, self.trainer.curriculum.evaluations, watch_only=watched)
+        return check(self.guardrails, self.trainer.curriculum.evaluations, watch_only=self._watched)
+
+    def _lost_too_much(self) -> list[str]:
+        going_back = [guardrail for guardrail in self.guardrails if guardrail.action == "rollback"]
+        return exceeded(going_back, self.trainer.curriculum.evaluations, watch_only=self._watched)
+
+    @property
+    def _watched(self) -> list[str]:
+        return [d.name for d in self.trainer.data.domains if d.is_watch_only]
 
     def _act(self, verdict: Verdict, control: Any, checkpoints: Path) -> None:
         """Warn, stop, or go back to the best checkpoint; in every case say so in `alarms.jsonl`."""
@@ -162,7 +184,8 @@ class RunCallback(TrainerCallback):
         if action == "rollback" and best is None:
             action = "stop"  # there is nothing to go back to
         if best is not None:
-            self.trainer.rollback(best, because=str(verdict))
+            self.trainer.rollback(best, because=str(verdict), domain=domain)
+            self._rolled_back_at = verdict.step
         elif action == "stop":
             control.should_training_stop = True
         done = f"rolled back to {best.name}" if best else {"warn": "warned", "stop": "stopped the run"}[action]
@@ -180,8 +203,10 @@ class RunCallback(TrainerCallback):
             self.tracker.log(step, shown)
 
     def _best(self, folder: Path, step: int) -> Path | None:
-        """Mark this checkpoint as the best so far, if it was evaluated and is; return the best one."""
-        score = self.recorder.worst_steer_score
-        if self._evaluated_at == step:
-            mark_best(folder, whole_checkpoints(folder)[-1], score)
+        """Mark this checkpoint as the best so far, if it was evaluated, is, and kept to the guardrails; return the best.
+
+        One that is saved at the step of a rollback holds other weights than were evaluated.
+        """
+        if self._evaluated_at == step != self._rolled_back_at and not self._lost_too_much():
+            mark_best(folder, whole_checkpoints(folder)[-1], self.recorder.worst_steer_score)
         return best_checkpoint(folder)

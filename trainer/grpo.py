@@ -430,9 +430,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Return the largest of what the ranks pass in; every rank must call it."""
         return max(gather_object([number]))
 
-    def rollback(self, checkpoint: Path, *, because: str) -> None:
+    def rollback(self, checkpoint: Path, *, because: str, domain: str) -> None:
         """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
 
+        The scheduler is told that `domain` was hurt, and why.
         What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
         engines hold the weights themselves.
         """
@@ -443,7 +444,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(str(checkpoint))
         self.lr_scheduler.load_state_dict(lr_state)  # type: ignore[union-attr]
         self._last_loaded_step, self._buffered_inputs = -1, None
-        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}")
+        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}", domain=domain)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""

@@ -57,10 +57,17 @@ class Recorder:
     def record_draw(self, step: int, refs: Sequence[PromptRef]) -> None:
         """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
-        if reviews := self.curriculum.decision.state.get("reviews"):
-            self.folder.write("predicted.json", json.dumps(reviews))
+        self._write_reviews(self.curriculum.decision.state.get("reviews", []))
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
         self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
+
+    def record_end(self) -> None:
+        """Put what the last stage was expected to reach beside what the last evaluation measured."""
+        self._write_reviews(self.curriculum.reviews())
+
+    def _write_reviews(self, reviews: Sequence[Mapping[str, Any]]) -> None:
+        if reviews and self.is_main:
+            self.folder.write("predicted.json", json.dumps(list(reviews)))
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[PromptRef]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
@@ -80,6 +87,7 @@ class Recorder:
             scores=result.scores(),
             entropy=result.entropy,
             exposure=dict(self.curriculum.drawn),
+            rolled_back=self.curriculum.rolled_back,
         )
         self._add(row, result.items)
         self.curriculum.record(on_half(row, result.items, "steer"))

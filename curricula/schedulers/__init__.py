@@ -30,7 +30,11 @@ REGISTRY = {
 
 
 class Scheduler(Protocol):
-    """Decide the mixture of the next draw."""
+    """Decide the mixture of the next draw.
+
+    One that plans stages may have `reviews(evidence, state)` too: what it expected of them and what was measured, asked
+    for when the run is over.
+    """
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         """Return mixture, reason and next state. Pure: same evidence and state, same decision. `state` starts as {}."""

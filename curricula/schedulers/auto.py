@@ -54,6 +54,10 @@ class Auto:
         reason = f"{self.why}; {decision.reason}"
         return Decision(mixture=decision.mixture, reason=reason, state=decision.state, stage=decision.stage)
 
+    def reviews(self, evidence: Evidence, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the reviews of a planned sequence; empty under `adaptive`."""
+        return self.inner.reviews(evidence, state) if isinstance(self.inner, Bwt) else []
+
 
 def _signed(gain: tuple[float, float, float]) -> str:
     low, mid, high = gain

@@ -79,6 +79,15 @@ class Bwt:
             stage=domain,
         )
 
+    def reviews(self, evidence: Evidence, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the reviews of all stages begun, the last one's from the evidence at the end of the run."""
+        if not state:
+            return []
+        run = self._observe(_Run.from_json(state), evidence)
+        if run.stage < len(run.order):
+            run, _ = self._next_stage(run, evidence, "the run is over")
+        return [dict(review) for review in run.reviews]
+
     def _all_alike(self, run: _Run, evidence: Evidence, news: str) -> Decision:
         size = len(evidence.domains)
         return Decision(

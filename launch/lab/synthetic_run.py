@@ -187,10 +187,11 @@ def _recipe(
     lines = [f"name: {name}", "model: launch/lab/policy", "algorithm: grpo", "domains:"]
     for domain in domains:
         kind = "open_ended" if domain == domains[-1] and len(domains) > 1 else "structured"
-        lines.append(f"  {domain}: {{kind: {kind}, train: data/{domain}.jsonl, heldout: data/{domain}_test.jsonl}}")
-    lines += [f"  {domain}: {{kind: structured, heldout: data/{domain}_test.jsonl}}" for domain in watch_only]
+        files = f"train: data/{domain}.jsonl, heldout: data/{domain}_test.jsonl"
+        lines.append(f"  {domain}: {{kind: {kind}, {files}, reward: exact}}")
+    lines += [f"  {d}: {{kind: structured, heldout: data/{d}_test.jsonl, reward: exact}}" for d in watch_only]
     lines += [f"curriculum: {{scheduler: {scheduler}}}", "entropy: {band: [0.5, 1.5]}"]
-    return "\n".join([*lines, f"eval: {{every: {eval_every}}}", f"grpo: {{max_steps: {steps}}}", "seed: 0", ""])
+    return "\n".join([*lines, f"eval: {{every: {eval_every}}}", f"grpo: {{max_steps: {steps}, seed: 0}}", ""])
 
 
 def _transfer(names: Sequence[str], evaluations: Sequence[Evaluation], items: int) -> dict[str, Any]:
