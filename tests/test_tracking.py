@@ -93,7 +93,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
         draws=SimpleNamespace(listeners=[], refill_listeners=[]),
         entropy=SimpleNamespace(take_alarms=lambda: [entropy]),
         shortcuts=SimpleNamespace(take_alarms=lambda: [shortcut]),
-        curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}),
+        curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(n_train=8),
     )
