@@ -1,6 +1,6 @@
 """Kernels that DeepSpeed builds when it first needs them: locks that a killed build left behind.
 
-torch (2.11, `FileBaton`) locks a build by a file that is there, open in the process that builds. A process killed
+torch (`FileBaton`) locks a build by a file that is there, open in the process that builds. A process killed
 inside a build leaves the file, and whoever needs the kernel next waits for it without a word and without an end.
 """
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
-from typing import Any
+from dataclasses import dataclass, field
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -23,6 +21,7 @@ from curricula.records import Group, PromptRef
 from trainer.ahead import Ahead
 from trainer.data import Prompt
 from trainer.domains import DomainData
+from trainer.drawn import Batch, Rollout, Row, filled
 from trainer.fusion import Fusion
 from trainer.rollouts import Completion, Request, completion_seed
 from trainer.sampling import OnFinished
@@ -30,107 +29,7 @@ from trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, f
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One completion on the rank that it belongs to."""
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion: Completion
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Some groups of a draw, by their place in it."""
-
-    rows: dict[int, Row]
-    """Of this rank, by the row's place in the draw."""
-    graded: dict[int, list[Graded]]
-    """Of all ranks, [G] a group, fewer where a group was left after its look."""
-    groups: dict[int, Group]
-    seconds: float
-    """Spent generating."""
-
-    def part(self, places: Sequence[int], size: int) -> Batch:
-        """Return the groups at these places."""
-        return Batch(
-            rows={i: row for i, row in self.rows.items() if i // size in places},
-            graded={k: self.graded[k] for k in places},
-            groups={k: self.groups[k] for k in places},
-            seconds=0.0,
-        )
-
-    def joined(self, other: Batch) -> Batch:
-        """Return both, the other's groups in the stead of one's own; the order of the draw is kept."""
-        return Batch(
-            rows=dict(sorted((self.rows | other.rows).items())),
-            graded=dict(sorted((self.graded | other.graded).items())),
-            groups=dict(sorted((self.groups | other.groups).items())),
-            seconds=self.seconds + other.seconds,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """One draw, generated and scored: what the overridden TRL methods hand over."""
-
-    batch: Batch
-    """What goes on to the update."""
-    size: int
-    """Rows a group."""
-    discarded: list[Batch] = field(default_factory=list)
-    """Groups that taught nothing and were replaced, or came in vain as replacements."""
-    rounds: int = 0
-    """Refill rounds made."""
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """This rank's rows in TRL's form."""
-        return [{"prompt": row.prompt.prompt} for row in self.batch.rows.values()]
-
-    @property
-    def prompt_ids(self) -> list[list[int]]:
-        return [row.prompt_ids for row in self.batch.rows.values()]
-
-    @property
-    def completions(self) -> list[Completion]:
-        return [row.completion for row in self.batch.rows.values()]
-
-    @property
-    def groups(self) -> list[Group]:
-        """Of all ranks, with what was sampled of each."""
-        return list(self.batch.groups.values())
-
-    @property
-    def groups_of_rows(self) -> list[Group]:
-        """Of all ranks, each with a member a row."""
-        return [_filled_group(group, self.size) for group in self.groups]
-
-    @property
-    def members_of_rows(self) -> list[Sequence[Graded]]:
-        """The completions of `groups_of_rows`."""
-        return [_repeated(members, self.size) for members in self.batch.graded.values()]
-
-    @property
-    def rewards(self) -> list[float | None]:
-        """What the update learns from, a reward a row of all ranks, in rank order."""
-        return [reward for group in self.groups_of_rows for reward in group.learned]
-
-    @property
-    def all_graded(self) -> list[list[Graded]]:
-        """Of all ranks, by group, those that were replaced too."""
-        return [members for batch in (self.batch, *self.discarded) for members in batch.graded.values()]
-
-    @property
-    def discarded_groups(self) -> list[Group]:
-        return [group for batch in self.discarded for group in batch.groups.values()]
-
-    @property
-    def discarded_completions(self) -> list[Graded]:
-        return [g for batch in self.discarded for members in batch.graded.values() for g in members]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Walk:
+class Round:
     """One round of generation in a draw: what the seeds of its completions are made of."""
 
     draw: int
@@ -221,11 +120,11 @@ class Draws:
         With a `look`, first that many completions of each, then the others of the groups that go on.
         """
         size, look = self.group_size, self.look or self.group_size
-        walk = Walk(draw=draw, refill_round=refill_round, n_rows=n_rows, before=_copies_before(refs))
-        rows, graded, seconds = self._generate(walk, refs, range(look))
+        this_round = Round(draw=draw, refill_round=refill_round, n_rows=n_rows, before=_copies_before(refs))
+        rows, graded, seconds = self._generate(this_round, refs, range(look))
         going_on = {k: ref for k, ref in refs.items() if look < size and self._goes_on(graded[k])}
         if going_on:
-            more_rows, more, more_seconds = self._generate(walk, going_on, range(look, size))
+            more_rows, more, more_seconds = self._generate(this_round, going_on, range(look, size))
             graded = {k: [*members, *more.get(k, ())] for k, members in graded.items()}
             rows, seconds = rows | more_rows, seconds + more_seconds
         groups = self.fusion(
@@ -234,7 +133,7 @@ class Draws:
             lambda group: self.data.train[group.domain][group.prompt_id].prompt,
         )
         return Batch(
-            rows=_filled(rows, [k for k in refs if k not in going_on], look, size),
+            rows=filled(rows, [k for k in refs if k not in going_on], look, size),
             graded=graded,
             groups=dict(zip(refs, groups, strict=True)),
             seconds=seconds,
@@ -250,10 +149,10 @@ class Draws:
         return None if members[0].domain in self.fusion.domains else self.look
 
     def _generate(
-        self, walk: Walk, refs: Mapping[int, PromptRef], members: range
+        self, this: Round, refs: Mapping[int, PromptRef], members: range
     ) -> tuple[dict[int, Row], dict[int, list[Graded]], float]:
         """Return these members of each group: this rank's rows, the graded ones of all ranks, the seconds it took."""
-        mine = range(self.rank * walk.n_rows, (self.rank + 1) * walk.n_rows)
+        mine = range(self.rank * this.n_rows, (self.rank + 1) * this.n_rows)
         size = self.group_size
         places = [i for k in refs for i in range(k * size + members.start, k * size + members.stop) if i in mine]
         drawn = {ref: self.data.train[ref.domain][ref.id] for ref in {refs[i // size] for i in places}}
@@ -262,7 +161,7 @@ class Draws:
         requests = [
             Request(
                 prompt_ids=ids,
-                seed=completion_seed(self.seed, walk.draw, prompt.id, walk.refill_round, walk.member(i, size)),
+                seed=completion_seed(self.seed, this.draw, prompt.id, this.refill_round, this.member(i, size)),
                 max_tokens=self.data.limits[prompt.domain],
             )
             for i, prompt, ids in zip(places, prompts, prompt_ids, strict=True)
@@ -301,27 +200,3 @@ def _copies_before(refs: Mapping[int, PromptRef]) -> dict[int, int]:
         found[place] = seen[ref]
         seen[ref] += 1
     return found
-
-
-def _filled(rows: dict[int, Row], left: Collection[int], look: int, size: int) -> dict[int, Row]:
-    """Return the rows in order, where a group was left after its look with its completions once more in the empty places.
-
-    TRL wants whole groups. What is repeated has no advantage, and stands for what was not sampled wherever a loss, a
-    penalty or an entropy is averaged over all rows.
-    """
-    copies = {
-        k * size + n: rows[k * size + n % look] for k in left for n in range(look, size) if k * size + n % look in rows
-    }
-    return dict(sorted((rows | copies).items()))
-
-
-def _filled_group(group: Group, size: int) -> Group:
-    """Return the group as its rows are: what `_filled` repeats, repeated."""
-    if len(group.rewards) == size:
-        return group
-    rewards, lengths, truncated = (_repeated(m, size) for m in (group.rewards, group.lengths, group.truncated))
-    return replace(group, rewards=rewards, lengths=lengths, truncated=truncated)
-
-
-def _repeated(members: Sequence[Any], size: int) -> tuple[Any, ...]:
-    return tuple(islice(cycle(members), size))

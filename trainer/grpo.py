@@ -29,7 +29,7 @@ from trainer.checkpoints import load_state, save_state, whole_or_none
 from trainer.dashboard import defined, key
 from trainer.data import Prompt
 from trainer.domains import DomainData, context_of
-from trainer.draws import Rollout
+from trainer.drawn import Rollout
 from trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
 from trainer.evaluation import EvaluationSettings, HeldoutResult
 from trainer.finite import FiniteSteps, forget_gradients, save_batch
