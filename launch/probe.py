@@ -210,7 +210,7 @@ def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
     return (
         f"{steps} optimizer steps and {len(arms)} evaluations: "
         f"at most {trained / 1e6:.2g} million rollout tokens to train on, "
-        f"and {evaluated / 1e6:.2g} million to evaluate {items} held-out items with {samples} samples each"
+        f"and {evaluated / 1e6:.2g} million to evaluate {items} held-out items, {samples} times each"
     )
 
 

@@ -52,7 +52,7 @@ def test_the_cost_of_a_probe_has_its_warm_up_and_its_evaluations_in_it():
     # 2 x (8 + 6) steps of 32 completions, 8 evaluations of 100 items with 4 samples, each of up to 64 tokens
     assert said == (
         "28 optimizer steps and 8 evaluations: at most 0.057 million rollout tokens to train on, "
-        "and 0.2 million to evaluate 100 held-out items with 4 samples each"
+        "and 0.2 million to evaluate 100 held-out items, 4 times each"
     )
 
 
