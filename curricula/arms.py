@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from curricula.records import Evidence, mean
+from polyphony.curricula.records import Evidence, mean
 
 INFLATION = 0.02
 """Variance added to every arm at each draw (PAC)."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from curricula.effects import LEVELS
-from curricula.orders import EntropyTerm, Objective, best_orders, over_mean_order
+from polyphony.curricula.effects import LEVELS
+from polyphony.curricula.orders import EntropyTerm, Objective, best_orders, over_mean_order
 
 PRIOR = 1e-6
 """Score by which structured before open-ended is preferred in a tie; below anything that a held-out set can show."""

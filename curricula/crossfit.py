@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curricula.chooser import Chooser
-from curricula.effects import JOINT, Effects, Part
+from polyphony.curricula.chooser import Chooser
+from polyphony.curricula.effects import JOINT, Effects, Part
 
 FOLDS = 5
 """Parts of the items. With 2, the order is chosen on half of the evidence and is often not the one to be valued."""

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from curricula.pool import PromptPool
-from curricula.pool_file import Columns
-from curricula.pool_settings import PoolSettings
-from curricula.posterior import State
-from curricula.quotas import allocate
-from curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean
-from curricula.sampling import PassSampler
-from curricula.schedulers import Scheduler
+from polyphony.curricula.pool import PromptPool
+from polyphony.curricula.pool_file import Columns
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.posterior import State
+from polyphony.curricula.quotas import allocate
+from polyphony.curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean
+from polyphony.curricula.sampling import PassSampler
+from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
 

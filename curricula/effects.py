@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curricula.forgetting import stages
-from curricula.intervals import paired, quantile
-from curricula.records import Evaluation, mean
-from curricula.seed_noise import SeedNoise
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.forgetting import stages
+from polyphony.curricula.intervals import paired, quantile
+from polyphony.curricula.records import Evaluation, mean
+from polyphony.curricula.seed_noise import SeedNoise
+from polyphony.curricula.transfer import TransferMatrix
 
 JOINT = ""
 """Stands for the joint arm where a training is named by its domain."""

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from curricula.intervals import Interval, ratio
-from curricula.records import mean
+from polyphony.curricula.intervals import Interval, ratio
+from polyphony.curricula.records import mean
 
 Sums = tuple[float, float]
 """Summed token entropy in nats, and the tokens it was summed over."""

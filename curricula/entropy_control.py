@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from curricula.records import Group
+from polyphony.curricula.records import Group
 
 Means = Literal["coefficient", "sampling"]
 """What can move a domain's entropy: its coefficient in the loss, or how much is practised of what raises or lowers it."""

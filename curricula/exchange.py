@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curricula.intervals import UNDEFINED, Interval, student
+from polyphony.curricula.intervals import UNDEFINED, Interval, student
 
 FEWEST = 4
 """Evaluations a fit needs: two parameters, and two degrees of freedom for its interval."""

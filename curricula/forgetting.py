@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from curricula.intervals import UNDEFINED, Interval, average, paired
-from curricula.records import Evaluation, mean
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.intervals import UNDEFINED, Interval, average, paired
+from polyphony.curricula.records import Evaluation, mean
+from polyphony.curricula.transfer import TransferMatrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

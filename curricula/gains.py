@@ -7,7 +7,7 @@
 g(o) +- q holds for all orders at once with 95 % confidence, and so for the one that was chosen because its g looked best;
 likewise h(o). An order turned round has -g, which is why one q serves both ends. In an earlier rule the bounds were those
 of the cross-fitted value: too narrow, as its parts share their noise, and blinder, as each order is chosen on a part of
-the evidence (`python -m launch.lab.decisions` for both kinds of error). That value is still the point between them.
+the evidence (`launch.lab.decisions` measures both kinds of error). That value is still the point between them.
 J domains to be ordered, B resamples.
 """
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curricula.chooser import Chooser
-from curricula.crossfit import crossfitted
-from curricula.effects import JOINT, LEVELS, Effects, Means
-from curricula.intervals import UNDEFINED, Interval
-from curricula.orders import Objective, best_orders, over_mean_order
+from polyphony.curricula.chooser import Chooser
+from polyphony.curricula.crossfit import crossfitted
+from polyphony.curricula.effects import JOINT, LEVELS, Effects, Means
+from polyphony.curricula.intervals import UNDEFINED, Interval
+from polyphony.curricula.orders import Objective, best_orders, over_mean_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

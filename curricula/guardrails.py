@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from curricula.forgetting import moment
-from curricula.intervals import Interval
-from curricula.records import Evaluation
+from polyphony.curricula.forgetting import moment
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import Evaluation
 
 Action = Literal["warn", "stop", "rollback"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from curricula.records import Evaluation
+from polyphony.curricula.records import Evaluation
 
 Half = Literal["steer", "report"]
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-SAMPLINGS = {"uniform": "curricula.learnability:Uniform", "thompson": "curricula.learnability:Thompson"}
+SAMPLINGS = {
+    "uniform": "polyphony.curricula.learnability:Uniform",
+    "thompson": "polyphony.curricula.learnability:Thompson",
+}
 """Registry name to `module:Class`."""
 
 

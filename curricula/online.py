@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from curricula.intervals import paired, quantile
-from curricula.records import Evaluation
+from polyphony.curricula.intervals import paired, quantile
+from polyphony.curricula.records import Evaluation
 
 FADING = 0.95
 """Weight of an interval at the next one: 14 evaluations halve it."""

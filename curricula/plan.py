@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from curricula.forgetting import Measured
-from curricula.intervals import Interval
+from polyphony.curricula.forgetting import Measured
+from polyphony.curricula.intervals import Interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

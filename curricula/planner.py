@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from curricula.chooser import Chooser
-from curricula.effects import LEVELS, Effects, Means
-from curricula.forgetting import measure
-from curricula.gains import Gains, gains
-from curricula.intervals import Interval
-from curricula.orders import EntropyTerm, best_orders
-from curricula.plan import Plan
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.chooser import Chooser
+from polyphony.curricula.effects import LEVELS, Effects, Means
+from polyphony.curricula.forgetting import measure
+from polyphony.curricula.gains import Gains, gains
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.orders import EntropyTerm, best_orders
+from polyphony.curricula.plan import Plan
+from polyphony.curricula.transfer import TransferMatrix
 
 FEW_ITEMS = 20
 """Below it `sequence` is said too often: of 200 matrices with zero transfer in 11 to 15 % at 10 items, in 7 to 8 % at 20."""

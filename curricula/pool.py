@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from curricula.learnability import find_sampling
-from curricula.pool_file import Columns
-from curricula.pool_settings import PoolSettings
-from curricula.posterior import RETRIED, WAITING, State
-from curricula.ranking import RankedSet
+from polyphony.curricula.learnability import find_sampling
+from polyphony.curricula.pool_file import Columns
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.posterior import RETRIED, WAITING, State
+from polyphony.curricula.ranking import RankedSet
 
 LEARNED = 0.5
 """What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from curricula.learnability import find_sampling
-from curricula.posterior import Band, State
+from polyphony.curricula.learnability import find_sampling
+from polyphony.curricula.posterior import Band, State
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class PoolSettings:
     discount: float = 0.99
     """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
     sampling: str = "uniform"
-    """Which of the open prompts: a name of `curricula.learnability.SAMPLINGS` or an import path."""
+    """Which of the open prompts: a name of `polyphony.curricula.learnability.SAMPLINGS` or an import path."""
     retry_share: float = 0.1
     """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
     retry_deferred: int = 10

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from curricula.effects import Effects
-from curricula.intervals import quantile
-from curricula.online import ENTROPY_NOISE, Prior
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.intervals import quantile
+from polyphony.curricula.online import ENTROPY_NOISE, Prior
+from polyphony.curricula.transfer import TransferMatrix
 
 MISFIT = 0.5
 """Prior standard deviation of an effect in units of the effect: a probe's rate is half believed later in a run."""

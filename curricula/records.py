@@ -33,7 +33,7 @@ class Domain:
     weight: float = 1.0
     """Relative share under the `joint` scheduler."""
     diversity: Any = None
-    """None, or how answers that differ from their siblings are rewarded: `rewards.diversity.Diversity` or its fields."""
+    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
     advantages: Literal["group", "mean_only"] | None = None
     """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
     max_completion_length: int | None = None

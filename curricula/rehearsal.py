@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from curricula.schedulers.settings import check_counts, check_numbers
+from polyphony.curricula.schedulers.settings import check_counts, check_numbers
 
 MOST = 0.5
 """Largest share of a draw that all earlier domains get together, so that a stage stays the stage of its domain."""

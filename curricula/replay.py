@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from curricula.records import Decision, DomainStats, Evaluation, Evidence, PromptRef
-from curricula.schedulers import Scheduler
+from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, PromptRef
+from polyphony.curricula.schedulers import Scheduler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

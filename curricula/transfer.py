@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from curricula.items import Half, on_half
-from curricula.records import Evaluation, Kind
-from curricula.transfer_format import check_matrix, read_document, read_row
+from polyphony.curricula.items import Half, on_half
+from polyphony.curricula.records import Evaluation, Kind
+from polyphony.curricula.transfer_format import check_matrix, read_document, read_row
 
 VERSION = 1
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from curricula.records import Evaluation
+from polyphony.curricula.records import Evaluation
 
 if TYPE_CHECKING:
-    from curricula.transfer import TransferMatrix
+    from polyphony.curricula.transfer import TransferMatrix
 
 DOCUMENT = {
     "version": int,

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from curricula.forgetting import drawdown
-from curricula.online import Prior, Regression, flat_prior
-from curricula.records import Evaluation, Evidence, mean
+from polyphony.curricula.forgetting import drawdown
+from polyphony.curricula.online import Prior, Regression, flat_prior
+from polyphony.curricula.records import Evaluation, Evidence, mean
 
 OWN, OTHERS = 0.1, 0.05
 """Prior without probes, in score per interval between evaluations spent on one domain alone: what it adds to itself,

@@ -1,6 +1,6 @@
 """A recipe becomes a trainer: rows checked first, weights loaded last, every error one line.
 
-What a run folder needs beside it (records, checkpoints, reports) is `launch.train`.
+What a run folder needs beside it (records, checkpoints, reports) is `polyphony.launch.train`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import Recipe, RecipeError
-from launch.local import check_heads
-from launch.practice import pool_settings, update_settings
+from polyphony.launch.config import Recipe, RecipeError
+from polyphony.launch.local import check_heads
+from polyphony.launch.practice import pool_settings, update_settings
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    from trainer.domains import DomainData
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import Engine, EngineFactory
-    from trainer.slots import DrawPlan
+    from polyphony.trainer.domains import DomainData
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.rollouts import Engine, EngineFactory
+    from polyphony.trainer.slots import DrawPlan
 
 
 def check_names(recipe: Recipe) -> None:
     """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
-    from rewards import find_reward
-    from rewards.partitions import find_partitioner
-    from trainer.data import check_source
+    from polyphony.rewards import find_reward
+    from polyphony.rewards.partitions import find_partitioner
+    from polyphony.trainer.data import check_source
 
     build_scheduler(recipe)
     pool_settings(recipe)
@@ -49,7 +49,7 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
     import warnings
 
-    from trainer.slots import plan_draws
+    from polyphony.trainer.slots import plan_draws
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
@@ -58,9 +58,11 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
-    from trainer.entropy import EntropySettings  # TRL brings vLLM along, some ten seconds: only once all rows are good
-    from trainer.evaluation import EvaluationSettings
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.entropy import (
+        EntropySettings,  # TRL brings vLLM along, some ten seconds: only once all rows are good
+    )
+    from polyphony.trainer.evaluation import EvaluationSettings
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
     try:
         return DomainGRPOTrainer(
@@ -86,13 +88,13 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
     if rollouts.engine == "vllm" and rollouts.engine_args:
-        from trainer.rollouts import InProcessEngine
+        from polyphony.trainer.rollouts import InProcessEngine
 
         return partial(InProcessEngine, engine_args=rollouts.engine_args)
     if rollouts.engine != "ray":
         return rollouts.engine
-    from launch.ray_engine import RayEngine
-    from launch.workers import PoolSettings
+    from polyphony.launch.ray_engine import RayEngine
+    from polyphony.launch.workers import PoolSettings
 
     fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
     given = {name: getattr(rollouts, name) for name in fields}
@@ -106,7 +108,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
     from transformers import AutoTokenizer
 
-    from trainer.domains import DomainData, context_of
+    from polyphony.trainer.domains import DomainData, context_of
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
@@ -136,7 +138,7 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
 
 def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    from curricula import schedulers
+    from polyphony.curricula import schedulers
 
     settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
     held = recipe.entropy.held("sampling", list(recipe.domains))
@@ -161,7 +163,7 @@ def build_scheduler(recipe: Recipe) -> Any:
 
 def load_transfer(recipe: Recipe) -> Any:
     """Return the probe's transfer matrix that the recipe names."""
-    from curricula.transfer import TransferMatrix
+    from polyphony.curricula.transfer import TransferMatrix
 
     path = Path(str(recipe.curriculum.transfer))
     if not path.is_file():
@@ -183,7 +185,7 @@ def _peft_config(recipe: Recipe) -> Any:
 
 def domains_of(recipe: Recipe) -> list[Any]:
     """Return the recipe's domains as records."""
-    from curricula.records import Domain
+    from polyphony.curricula.records import Domain
 
     return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import parse
+from polyphony.launch.arguments import parse
+from polyphony.launch.import_paths import look_in
 
 if TYPE_CHECKING:
-    from launch.config import Recipe
+    from polyphony.launch.config import Recipe
 
 USAGE_ERROR = 2
 
@@ -27,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     set_environment()
     try:
-        # last, so that it shadows nothing: where a user's graders are, and an installed command does not look
-        sys.path.append(str(Path.cwd()))
+        look_in(Path.cwd())  # where a user's graders may be, and an installed command does not look
         return VERBS[arguments.verb](arguments) or 0
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,8 +72,8 @@ def _one_line(error: BaseException | str) -> str:
 
 def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
     """Return the recipe of `train` or `launch`: given, or that of the folder to go on with. Raises RecipeError."""
-    from launch.config import RecipeError, load_recipe
-    from launch.train import RECIPE_FILE
+    from polyphony.launch.config import RecipeError, load_recipe
+    from polyphony.launch.train import RECIPE_FILE
 
     if arguments.resume:
         if arguments.out:
@@ -86,8 +86,8 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from launch.build import check_names
-    from launch.train import Interrupted, train
+    from polyphony.launch.build import check_names
+    from polyphony.launch.train import Interrupted, train
 
     recipe = _recipe_to_train(arguments)
     if arguments.dry_run:
@@ -101,7 +101,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"polyphony train: {stopped}; go on with --resume {out}", file=sys.stderr)
         return 128 + stopped.number
     if (out / "predicted.json").is_file():
-        from launch.tables import predicted_table
+        from polyphony.launch.tables import predicted_table
 
         print(predicted_table(json.loads((out / "predicted.json").read_text())))
     if os.environ.get("RANK", "0") == "0":
@@ -110,31 +110,31 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from launch.evaluate import evaluate, parse
+    from polyphony.launch.evaluate import evaluate, parse
 
     evaluate(parse(arguments.names, arguments.overrides), as_json=arguments.json)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from launch.report import report
+    from polyphony.launch.report import report
 
     report(arguments.runs, out=arguments.out, as_json=arguments.json)
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    from launch.dashboard import dashboard
+    from polyphony.launch.dashboard import dashboard
 
     dashboard(arguments.folder)
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    from launch.config import load_recipe
+    from polyphony.launch.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from curricula.transfer import TransferMatrix
-    from launch.probe import TRANSFER_FILE, probe
-    from launch.tables import transfer_table
-    from trainer.report import write_report
+    from polyphony.curricula.transfer import TransferMatrix
+    from polyphony.launch.probe import TRANSFER_FILE, probe
+    from polyphony.launch.tables import transfer_table
+    from polyphony.trainer.report import write_report
 
     out = arguments.out or Path("runs") / f"{recipe.name}-probe"
     probe(recipe, out)
@@ -143,12 +143,12 @@ def _probe(arguments: argparse.Namespace) -> None:
 
 
 def _screen(arguments: argparse.Namespace) -> None:
-    from launch.config import RecipeError, load_recipe
+    from polyphony.launch.config import RecipeError, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.visits < 1:
         raise RecipeError(f"--visits must be at least 1, got {arguments.visits}")
-    from launch.screen import IMPOSSIBLE_FILE, POOL_FILE, screen, screen_table
+    from polyphony.launch.screen import IMPOSSIBLE_FILE, POOL_FILE, screen, screen_table
 
     out = arguments.out or Path("runs") / f"{recipe.name}-screen"
     summary = screen(recipe, out, most_visits=arguments.visits)
@@ -158,8 +158,8 @@ def _screen(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from launch.config import RecipeError
-    from launch.plan import plan, replay_run
+    from polyphony.launch.config import RecipeError
+    from polyphony.launch.plan import plan, replay_run
 
     overrides = arguments.overrides
     if arguments.transfer and "=" in arguments.transfer.name:  # without a file the first override stands in its place
@@ -185,20 +185,20 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from launch.demo import demo
+    from polyphony.launch.demo import demo
 
     demo(arguments.out)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from launch.doctor import doctor
+    from polyphony.launch.doctor import doctor
 
     return doctor(as_json=arguments.json)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    from launch import launch
-    from launch.local import Machine
+    from polyphony.launch import launch
+    from polyphony.launch.local import Machine
 
     recipe = _recipe_to_train(arguments)
     out = (arguments.resume or arguments.out or Path("runs") / recipe.name).resolve()
@@ -215,7 +215,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from launch.score import score
+    from polyphony.launch.score import score
 
     score(arguments.rows, reward=arguments.reward, as_json=arguments.json)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +20,10 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from launch.config import RecipeError
-from launch.local import RAY_GPUS, gpus_here, names_of_gpus
+from polyphony.launch.config import RecipeError
+from polyphony.launch.local import RAY_GPUS, gpus_here, names_of_gpus
 
-HOUSE = Path(__file__).resolve().parent.parent
-PACKAGES = ("trainer", "rewards", "curricula", "launch")
+WINGS = ("curricula", "launch", "rewards", "trainer")
 POLL_S = 0.5
 RAY_NICENESS = "RAY_worker_niceness"
 """Variable for the priority of a cluster's workers. Ray's own lets anything else on the machine go first; the trainer waits
@@ -48,14 +51,29 @@ def join(address: str | None, *, timeout_s: float) -> bool:
     if address == "local":
         quiet["include_dashboard"] = False
         os.environ.setdefault(RAY_NICENESS, "0")
-    else:
-        quiet["runtime_env"] = {"py_modules": [str(HOUSE / package) for package in PACKAGES]}
+    # with a working directory of their own, workers do not look for modules in ours, where a file may bear any name
+    quiet["runtime_env"] = {"working_dir": str(staged_package().parent)}
     try:
         with _visible_to_ray(is_own=address == "local"):
             ray.init(address=address, **quiet)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise RecipeError(f"Ray cluster {address!r}: {reason(str(error))}") from error
     return address == "local"
+
+
+@functools.cache
+def staged_package() -> Path:
+    """Return a copy of `polyphony` as one folder, alone in another, for interpreters that lack it; gone with this process.
+
+    Here its four folders may stand anywhere: an editable install has no folder of that name.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="polyphony-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    wings = Path(__file__).resolve().parent.parent
+    for wing in WINGS:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(wings / wing, folder / "polyphony" / wing, ignore=ignored)
+    return folder / "polyphony"
 
 
 @contextmanager

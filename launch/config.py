@@ -15,9 +15,10 @@ from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
-from launch.sections.base import Section
-from launch.sections.course import (
+from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
+from polyphony.launch.import_paths import look_in, renamed
+from polyphony.launch.sections.base import Section
+from polyphony.launch.sections.course import (
     CheckpointSection,
     CurriculumSection,
     DataSection,
@@ -26,9 +27,9 @@ from launch.sections.course import (
     ProbeSection,
     TrackingSection,
 )
-from launch.sections.domains import DomainSection
-from launch.sections.rollouts import ClusterSection, FaultsSection, RolloutsSection
-from launch.sections.update import (
+from polyphony.launch.sections.domains import DomainSection
+from polyphony.launch.sections.rollouts import ClusterSection, FaultsSection, RolloutsSection
+from polyphony.launch.sections.update import (
     EntropySection,
     GuardSection,
     LoraSection,
@@ -87,6 +88,8 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides, check it. Paths are relative to the recipe's own folder.
 
+    Modules in that folder can be imported from then on: the recipe's rewards and generators may be there.
+
     Raises RecipeError, in one line, naming the key, the value and what is allowed.
     """
     path = Path(path)
@@ -95,8 +98,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = _read_yaml(path)
     for override in overrides:
         _apply(document, override)
+    look_in(path.resolve().parent)
     try:
-        recipe = Recipe.model_validate(document)
+        recipe = Recipe.model_validate(renamed(document))
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)

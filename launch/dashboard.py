@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launch.config import RecipeError
+from polyphony.launch.config import RecipeError
 
 SPECIFICATION, PLACE = "dashboard.json", "dashboard.url"
 
@@ -15,8 +15,14 @@ def dashboard(run: Path) -> None:
 
     The same run's dashboard is updated the next time.
     """
-    from trainer.report_data import read_run
-    from trainer.wandb_dashboard import build_workspace, default_entity, obstacle, save_workspace, specification
+    from polyphony.trainer.report_data import read_run
+    from polyphony.trainer.wandb_dashboard import (
+        build_workspace,
+        default_entity,
+        obstacle,
+        save_workspace,
+        specification,
+    )
 
     found = read_run(run)
     if not found.domains:

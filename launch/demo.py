@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from curricula.records import Evaluation, mean
-from curricula.transfer import TransferMatrix
-from launch.config import Recipe, RecipeError, load_recipe
-from launch.probe import TRANSFER_FILE, probe
-from launch.tables import transfer_table
-from launch.train import say, train
+from polyphony.curricula.records import Evaluation, mean
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.config import Recipe, RecipeError, load_recipe
+from polyphony.launch.probe import TRANSFER_FILE, probe
+from polyphony.launch.tables import transfer_table
+from polyphony.launch.train import say, train
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
 
-from launch import doctor_cluster as more
-from launch.findings import Finding, Verdict
+from polyphony.launch import doctor_cluster as more
+from polyphony.launch.findings import Finding, Verdict
 
 RANGES = {
     "trl": ((1, 16), (1, 17)),
@@ -62,16 +62,16 @@ def packages() -> list[Finding]:
 
 
 def houses() -> list[Finding]:
-    """Our four packages have plain names; another distribution of the same name may hide them."""
+    """Another package named `polyphony` may hide a part of ours."""
     home = Path(__file__).resolve().parent.parent
     found = []
     for name in ("trainer", "rewards", "curricula", "launch"):
-        spec = util.find_spec(name)
+        spec = util.find_spec(f"polyphony.{name}")
         origin = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if origin != home / name:
-            fix = f"another package is named {name!r}: uninstall it, or put {home} first on PYTHONPATH"
-            found.append(Finding(name=name, verdict="broken", what=f"imported from {origin}", fix=fix))
-    return found or [Finding(name="house", verdict="ok", what="trainer, rewards, curricula, launch are ours")]
+            fix = f"another package is named polyphony: uninstall it, and install ours ({home}) again"
+            found.append(Finding(name=f"polyphony.{name}", verdict="broken", what=f"imported from {origin}", fix=fix))
+    return found or [Finding(name="house", verdict="ok", what=f"polyphony is {home}")]
 
 
 def engine() -> list[Finding]:
@@ -124,7 +124,7 @@ def disk() -> list[Finding]:
 
 def sandbox() -> list[Finding]:
     """What keeps a program that a policy wrote from the rest of this host, where `code` grades."""
-    from rewards.sandbox import SandboxError, isolation
+    from polyphony.rewards.sandbox import SandboxError, isolation
 
     try:
         found = isolation()
@@ -142,8 +142,8 @@ def sandbox() -> list[Finding]:
 
 def weight_sync() -> list[Finding]:
     """Start the lab's policy with its engine and see whether the engine follows the policy's weights."""
-    from launch.build import build_trainer
-    from launch.config import load_recipe
+    from polyphony.launch.build import build_trainer
+    from polyphony.launch.config import load_recipe
 
     recipe = load_recipe(Path(__file__).parent / "recipes" / "debug.yaml")
     with tempfile.TemporaryDirectory() as scratch:

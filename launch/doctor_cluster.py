@@ -12,8 +12,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.findings import Finding
-from launch.sections.rollouts import ClusterSection
+from polyphony.launch.findings import Finding
+from polyphony.launch.sections.rollouts import ClusterSection
 
 RAN_TOGETHER = {"ray": "2.60", "deepspeed": "0.19"}
 """Releases that were run with the other packages' pinned ones."""
@@ -103,8 +103,8 @@ def _version(name: str) -> str | None:
 
 def ports() -> list[Finding]:
     """The ports that `polyphony launch` uses by default."""
-    from launch.config import RecipeError
-    from launch.local import check_port
+    from polyphony.launch.config import RecipeError
+    from polyphony.launch.local import check_port
 
     found, section = [], ClusterSection()
     for key, port in (("cluster.port", section.port), ("cluster.ray_port", section.ray_port)):

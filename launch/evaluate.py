@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import Recipe, RecipeError, load_recipe
-from launch.tables import statistics_table
+from polyphony.launch.config import Recipe, RecipeError, load_recipe
+from polyphony.launch.tables import statistics_table
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.heldout_result import HeldoutResult
-    from trainer.rollouts import Engine
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.heldout_result import HeldoutResult
+    from polyphony.trainer.rollouts import Engine
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -48,7 +48,7 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Question:
 def evaluate(question: Question, *, as_json: bool) -> None:
     """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
     paired differences and whether they exclude zero."""
-    from trainer.measures import as_lists
+    from polyphony.trainer.measures import as_lists
 
     results, engine = [], None
     for model in question.models:
@@ -76,7 +76,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 
     Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
     """
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     greedy = recipe.rollouts.engine != "transformers"
     settings = recipe.eval.model_copy(update={"greedy": greedy})
@@ -95,8 +95,8 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
     """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
     does not take a few items that did not move for certainty."""
-    from curricula.intervals import paired
-    from trainer.measures import compare
+    from polyphony.curricula.intervals import paired
+    from polyphony.trainer.measures import compare
 
     before, after = first.scores(), second.scores()
     return {
@@ -121,7 +121,7 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
 
 
 def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:
-    from trainer.measures import as_lists
+    from polyphony.trainer.measures import as_lists
 
     found = compare_results(first, second)
     if as_json:

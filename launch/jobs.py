@@ -12,9 +12,9 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
-from launch.cluster import ANSWER_S, HOUSE, NEEDS_TOKEN, reason, wait_for_port
-from launch.config import RecipeError
-from launch.local import Command
+from polyphony.launch.cluster import ANSWER_S, NEEDS_TOKEN, reason, staged_package, wait_for_port
+from polyphony.launch.config import RecipeError
+from polyphony.launch.local import Command
 
 
 def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
@@ -23,8 +23,8 @@ def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
     `gpus` are the trainer ranks': Ray has to know of them, or it would give the same to a rollout worker. Recipe, rows,
     model and run folder are read and written where the job runs: their paths have to be shared.
     """
-    environment = {"env_vars": {"PYTHONPATH": str(HOUSE)}}
-    job = ["python", "-m", "launch.cli", "launch", "local", *train_words]
+    environment = {"py_modules": [str(staged_package())]}  # the `python` there may lack it
+    job = ["python", "-P", "-m", "polyphony.launch.cli", "launch", "local", *train_words]
     words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     words += ["--runtime-env-json", json.dumps(environment), "--entrypoint-num-cpus", "0"]
     words += ["--entrypoint-num-gpus", str(gpus)] if gpus else []

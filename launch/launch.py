@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import jobs, kernels
-from launch import local as here
-from launch import slurm as queue
-from launch.config import Recipe, RecipeError
+from polyphony.launch import jobs, kernels
+from polyphony.launch import local as here
+from polyphony.launch import slurm as queue
+from polyphony.launch.config import Recipe, RecipeError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

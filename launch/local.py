@@ -15,10 +15,13 @@ from types import FrameType
 
 import psutil
 
-from launch.config import Recipe, RecipeError
-from launch.sections.rollouts import ClusterSection
+from polyphony.launch.config import Recipe, RecipeError
+from polyphony.launch.sections.rollouts import ClusterSection
 
 HERE = Path(__file__).resolve().parent
+PYTHON = [sys.executable, "-P"]
+"""What starts a child of ours: a file in the working directory must not stand in for a module."""
+OURS = [*PYTHON, "-u", "-m", "polyphony.launch.cli"]
 REFUSED = 2
 """Exit code of a command whose input cannot be worked with; it has said why in one line."""
 RAY_GPUS = "POLYPHONY_ROLLOUT_GPUS"
@@ -63,7 +66,7 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
     """Return the command that trains on this machine. Raises RecipeError for more ranks or workers than GPUs."""
     cluster = recipe.cluster
     check_room(recipe, gpus=gpus)
-    words = [sys.executable, "-m", "launch.cli", "train", *train_words]
+    words = [*OURS, "train", *train_words]
     environment = {} if gpus else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if recipe.rollouts.engine == "ray" and gpus and recipe.rollouts.address is None:
         environment[RAY_GPUS] = ",".join(names_of_gpus(gpus)[cluster.processes :])
@@ -71,16 +74,16 @@ def plan(recipe: Recipe, train_words: Sequence[str], machine: Machine, *, gpus: 
         environment["ACCELERATE_USE_CPU"] = "true"  # else every rank believes to be alone; DeepSpeed would go missing
     if cluster.processes * machine.of == 1 and cluster.strategy == "ddp":
         return Command(words=words, environment=environment)
-    return Command(words=[*group_words(cluster, machine, gpus=gpus), *words[1:]], environment=environment)
+    return Command(words=[*group_words(cluster, machine, gpus=gpus), *words], environment=environment)
 
 
 def group_words(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list[str]:
     """Return what starts the ranks: accelerate, or torchrun where there is no GPU, whose `--cpu` starts one rank only."""
     if not gpus and cluster.strategy == "ddp":
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(cluster.processes)]
+        words = [*PYTHON, "-m", "torch.distributed.run", "--no-python", "--nproc_per_node", str(cluster.processes)]
         words += ["--nnodes", str(machine.of), "--node_rank", str(machine.rank)]
         return [*words, "--master_addr", machine.main_address, "--master_port", str(cluster.port)]
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words = [*PYTHON, "-m", "accelerate.commands.launch", "--no_python"]
     words += ["--config_file", str(HERE / "accelerate" / f"{cluster.strategy}.yaml")]
     if cluster.strategy.startswith("zero"):
         words += ["--deepspeed_config_file", str(HERE / "deepspeed" / f"{cluster.strategy}.json")]
@@ -170,7 +173,7 @@ def ranks_of(agent: int) -> list[psutil.Process]:
     """Return the trainer ranks below accelerate's agent, or the one process that is its own rank."""
     try:
         family = [psutil.Process(agent), *psutil.Process(agent).children(recursive=True)]
-        ranks = [child for child in family if "RANK" in child.environ() and "launch.cli" in child.cmdline()]
+        ranks = [child for child in family if "RANK" in child.environ() and "polyphony.launch.cli" in child.cmdline()]
     except psutil.NoSuchProcess:
         return []
     return ranks or family[:1]

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curricula.planner import make_plan
-from curricula.replay import Replayed, replay
-from curricula.schedulers import Scheduler
-from curricula.transfer import TransferMatrix
-from launch.build import build_scheduler
-from launch.config import RecipeError, load_recipe
+from polyphony.curricula.planner import make_plan
+from polyphony.curricula.replay import Replayed, replay
+from polyphony.curricula.schedulers import Scheduler
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.build import build_scheduler
+from polyphony.launch.config import RecipeError, load_recipe
 
 
 def plan(path: Path, *, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def replay_run(
 
 def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     """Draw both mixtures one below the other into the run folder; return the page."""
-    from trainer.report import write_replay
+    from polyphony.trainer.report import write_replay
 
     lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
     name = "".join(c if c.isalnum() else "-" for c in scheduler)
@@ -63,7 +63,7 @@ def replayed_run(
     The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
-    from trainer.run_folder import RunFolder
+    from polyphony.trainer.run_folder import RunFolder
 
     lines = RunFolder(run).read("decisions")
     if not lines:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import Recipe, RecipeError
+from polyphony.launch.config import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from curricula.pool_settings import PoolSettings
-    from trainer.advantages import UpdateSettings
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.curricula.pool_settings import PoolSettings
+    from polyphony.trainer.advantages import UpdateSettings
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
 def pool_settings(recipe: Recipe) -> PoolSettings | None:
@@ -18,8 +18,8 @@ def pool_settings(recipe: Recipe) -> PoolSettings | None:
 
     Raises RecipeError for an unknown sampling, or a file to start from that is not there.
     """
-    from curricula.pool_settings import PoolSettings
-    from curricula.posterior import Band
+    from polyphony.curricula.pool_settings import PoolSettings
+    from polyphony.curricula.posterior import Band
 
     section = recipe.pool
     if section is None:
@@ -40,8 +40,8 @@ def pool_settings(recipe: Recipe) -> PoolSettings | None:
 
 def update_settings(recipe: Recipe) -> UpdateSettings:
     """Return how the recipe's rewards become an update."""
-    from trainer.advantages import Guard, UpdateSettings
-    from trainer.rft import RftSettings
+    from polyphony.trainer.advantages import Guard, UpdateSettings
+    from polyphony.trainer.rft import RftSettings
 
     return UpdateSettings(
         advantages=recipe.advantages,
@@ -56,7 +56,7 @@ def adopt_known(trainer: DomainGRPOTrainer, recipe: Recipe) -> str | None:
 
     Raises RecipeError for a file that cannot be read or knows none of these prompts.
     """
-    from curricula.pool_file import PoolFileError, load_pools
+    from polyphony.curricula.pool_file import PoolFileError, load_pools
 
     if recipe.pool is None or recipe.pool.start is None:
         return None
@@ -75,8 +75,8 @@ def own_pool(path: Path, prompts: Any) -> dict[str, Any] | None:
 
     `prompts` are the ids of each domain.
     """
-    from curricula.pool_file import PoolFileError, load_pools, move_aside
-    from launch.train import say
+    from polyphony.curricula.pool_file import PoolFileError, load_pools, move_aside
+    from polyphony.launch.train import say
 
     if not path.exists():
         return None

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
-from curricula.records import Evaluation
-from curricula.transfer import TransferMatrix
-from launch.config import Recipe, RecipeError, load_recipe
-from launch.sections.course import CurriculumSection
-from launch.sections.update import EntropySection
-from launch.train import say
-from trainer.callbacks import CheckWeights
-from trainer.grpo import DomainGRPOTrainer
-from trainer.rollouts import Engine
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.config import Recipe, RecipeError, load_recipe
+from polyphony.launch.sections.course import CurriculumSection
+from polyphony.launch.sections.update import EntropySection
+from polyphony.launch.train import say
+from polyphony.trainer.callbacks import CheckWeights
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.rollouts import Engine
 
 TRANSFER_FILE = "transfer.json"
 
@@ -88,7 +88,7 @@ class Probe:
         return self.engine
 
     def _heldout_items(self) -> int:
-        from launch.build import grpo_config, load_data
+        from polyphony.launch.build import grpo_config, load_data
 
         data = load_data(self.recipe, grpo_config(self.recipe, self.out / "scratch"))
         return sum(len(table) for table in data.heldout.values())
@@ -111,7 +111,7 @@ class Probe:
         return row
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
-        from launch.build import build_trainer
+        from polyphony.launch.build import build_trainer
 
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
@@ -137,7 +137,7 @@ class Probe:
             trainer = self._train(
                 Arm(trained=names, steps=int(start.removeprefix("joint:")), seed=seed), self.recipe.model
             )
-            from trainer.final import save_final
+            from polyphony.trainer.final import save_final
 
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 save_final(trainer, Path(scratch) / "weights")

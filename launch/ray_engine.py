@@ -10,6 +10,7 @@ import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,12 +18,17 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
-from launch.nccl import Announcement, NcclSender, copies
-from launch.shares import cost, spread, whole_groups
-from launch.weights import pack
-from launch.workers import PoolSettings, Share, Worker, WorkerPool, last_line
-from trainer.rollouts import Completion, Engine, Request
-from trainer.sampling import OnFinished
+from polyphony.launch.nccl import Announcement, NcclSender, copies
+from polyphony.launch.shares import cost, spread, whole_groups
+from polyphony.launch.weights import pack
+from polyphony.launch.workers import PoolSettings, Share, Worker, WorkerPool, last_line
+from polyphony.trainer.rollouts import Completion, Engine, Request
+from polyphony.trainer.sampling import OnFinished
+
+
+def _from_anywhere(model: str) -> str:
+    """Return the model's folder by its whole path, since workers run in another; a hub's name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 class RayEngine(Engine):
@@ -42,6 +48,7 @@ class RayEngine(Engine):
             everyone = settings.max_num_seqs * self.accelerator.num_processes
             settings = replace(
                 settings,
+                model=_from_anywhere(settings.model),
                 max_num_seqs=-(-everyone // self.pool_settings.workers),
                 gpu_memory_utilization=self.pool_settings.gpu_memory_utilization,
             )

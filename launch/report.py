@@ -9,7 +9,7 @@ from pathlib import Path
 
 def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
     """Write the report and print where it lies, or print the summary of each run as JSON."""
-    from trainer.report import summarise, write_report
+    from polyphony.trainer.report import summarise, write_report
 
     if as_json:
         summaries = {run.name: summarise(run) for run in runs}

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from curricula.records import Domain
-from trainer.data import PromptTable, load_rows
-from trainer.scoring import Sample, Scorer
+from polyphony.curricula.records import Domain
+from polyphony.launch.import_paths import renamed
+from polyphony.trainer.data import PromptTable, load_rows
+from polyphony.trainer.scoring import Sample, Scorer
 
 
 def score(path: Path, *, reward: str, as_json: bool) -> None:
@@ -47,17 +48,17 @@ def score_rows(path: Path, *, reward: str) -> list[float | None]:
 
 def _spec(reward: str) -> Any:
     if not reward.lstrip().startswith("{"):
-        return reward
+        return renamed(reward)
     try:
         spec = json.loads(reward)
     except json.JSONDecodeError as error:
         raise ValueError(f"--reward {reward!r}: not valid JSON: {error.msg}") from error
     if not isinstance(spec.get("name"), str):
         raise ValueError(f"--reward {reward!r}: expected a `name`")
-    return spec
+    return renamed(spec)
 
 
 def _text(completion: Any) -> str:
-    from rewards.text import completion_text
+    from polyphony.rewards.text import completion_text
 
     return completion_text(completion)

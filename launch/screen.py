@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curricula.pool import PromptPool
-from curricula.pool_file import POOL_FILE, save_pools
-from curricula.posterior import State
-from launch.build import build_trainer
-from launch.config import Recipe, RecipeError
-from launch.practice import own_pool
-from launch.sections.update import PoolSection
-from launch.train import RECIPE_FILE, claim_folder, say
+from polyphony.curricula.pool import PromptPool
+from polyphony.curricula.pool_file import POOL_FILE, save_pools
+from polyphony.curricula.posterior import State
+from polyphony.launch.build import build_trainer
+from polyphony.launch.config import Recipe, RecipeError
+from polyphony.launch.practice import own_pool
+from polyphony.launch.sections.update import PoolSection
+from polyphony.launch.train import RECIPE_FILE, claim_folder, say
 
 if TYPE_CHECKING:
-    from trainer.data import Prompt
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import InProcessEngine
+    from polyphony.trainer.data import Prompt
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.rollouts import InProcessEngine
 
 SCREEN_DRAW = -2
 """Stands for the draw in the seeds of screening, visit by visit downwards: training and evaluation do not share them."""
@@ -93,7 +93,7 @@ class Screening:
 
     def run(self, label: str) -> None:
         """Visit prompts until none is open; save on the way."""
-        from trainer.progress import ProgressLine
+        from polyphony.trainer.progress import ProgressLine
 
         total = sum(len(pool.ids) for pool in self.pools.values())
         progress, saved_at = ProgressLine(f"{label}: prompts settled", total), time.monotonic()
@@ -147,7 +147,7 @@ class Screening:
         return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
 
     def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
-        from trainer.rollouts import Request, completion_seed
+        from polyphony.trainer.rollouts import Request, completion_seed
 
         trainer, size = self.trainer, self.group_size
         chosen = [(visits, trainer.data.train[name][prompt_id]) for visits, name, prompt_id in batch]

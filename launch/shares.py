@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.sampling import Request
+from polyphony.trainer.sampling import Request
 
 
 def whole_groups(requests: Sequence[Request]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from launch.config import Recipe, RecipeError
+from polyphony.launch.config import Recipe, RecipeError
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from curricula.effects import Effects
-from curricula.intervals import Interval
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.transfer import TransferMatrix
 
 
 def transfer_table(matrix: TransferMatrix) -> str:

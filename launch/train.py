@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.build import build_trainer, load_transfer
-from launch.config import Recipe, RecipeError, load_recipe
-from launch.practice import adopt_known, own_pool
+from polyphony.launch.build import build_trainer, load_transfer
+from polyphony.launch.config import Recipe, RecipeError, load_recipe
+from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
+from polyphony.launch.practice import adopt_known, own_pool
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import Engine
-    from trainer.run_folder import RunFolder
-    from trainer.stopping import StopOnSignal
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.rollouts import Engine
+    from polyphony.trainer.run_folder import RunFolder
+    from polyphony.trainer.stopping import StopOnSignal
 
 RECIPE_FILE = "recipe.yaml"
 LOGS = "logs"
@@ -64,11 +65,11 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
         raise
     if started.stopper.stopped is not None:
         raise Interrupted(*started.stopper.stopped)
-    from trainer.final import save_final
+    from polyphony.trainer.final import save_final
 
     save_final(trainer, out / "final")
     if trainer.accelerator.is_main_process:
-        from trainer.report import write_report
+        from polyphony.trainer.report import write_report
 
         write_report([out], out / "report.html")
     return trainer.engine
@@ -113,16 +114,16 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     """Build everything a run needs and wire up the run folder."""
     from transformers.trainer_callback import PrinterCallback
 
-    from curricula.guardrails import Guardrail
-    from curricula.pool_file import POOL_FILE
-    from trainer.callbacks import CheckWeights, RunCallback
-    from trainer.checkpoints import checkpoint_step
-    from trainer.progress import ProgressLine
-    from trainer.provenance import provenance
-    from trainer.recorder import Recorder
-    from trainer.run_folder import RunFolder
-    from trainer.stopping import StopOnSignal
-    from trainer.tracking import WandbSettings, WandbTracker
+    from polyphony.curricula.guardrails import Guardrail
+    from polyphony.curricula.pool_file import POOL_FILE
+    from polyphony.trainer.callbacks import CheckWeights, RunCallback
+    from polyphony.trainer.checkpoints import checkpoint_step
+    from polyphony.trainer.progress import ProgressLine
+    from polyphony.trainer.provenance import provenance
+    from polyphony.trainer.recorder import Recorder
+    from polyphony.trainer.run_folder import RunFolder
+    from polyphony.trainer.stopping import StopOnSignal
+    from polyphony.trainer.tracking import WandbSettings, WandbTracker
 
     folder = RunFolder(out)
     trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
@@ -138,7 +139,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     origin = provenance(model=recipe.model, tables=places)
     is_main = trainer.accelerator.is_main_process
     if is_main:
-        folder.write("provenance.json", json.dumps(origin, indent=1))
+        folder.write(PROVENANCE_FILE, json.dumps({**origin, "imports_from": looked_in()}, indent=1))
     recorder = Recorder(
         folder=folder,
         domains=trainer.data.domains,
@@ -178,7 +179,7 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
     """Return what works, but not as well as it could."""
     import torch
 
-    from trainer.seam import loses_small_steps
+    from polyphony.trainer.seam import loses_small_steps
 
     found = []
     if not trainer.use_vllm:
@@ -197,7 +198,7 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
 
 def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
     """Take away what a run that broke off left half done; return the checkpoint to go on from. Collective over ranks."""
-    from trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
+    from polyphony.trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
 
     if trainer.accelerator.is_main_process:
         folder.checkpoints.mkdir(exist_ok=True)

@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch import cluster
+from polyphony.launch import cluster
 
 if TYPE_CHECKING:
-    from launch.weights import PackedWeights
-    from trainer.sampling import Completion, EngineSettings, Request, Sampling
+    from polyphony.launch.weights import PackedWeights
+    from polyphony.trainer.sampling import Completion, EngineSettings, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RolloutWorker:
     def __init__(self, settings: EngineSettings, *, by_nccl: bool) -> None:
         import warnings
 
-        from trainer.sampling import start_llm
+        from polyphony.trainer.sampling import start_llm
 
         forget_launcher(os.environ)
         # weights are read where Ray keeps them, and Ray keeps them read-only
@@ -76,8 +76,8 @@ class RolloutWorker:
 
     def load(self, version: int, weights: PackedWeights) -> None:
         """Take over the weights of sync `version`; half a load counts as none."""
-        from launch.weights import unpack
-        from trainer.sampling import load_weights
+        from polyphony.launch.weights import unpack
+        from polyphony.trainer.sampling import load_weights
 
         self.version = NO_WEIGHTS
         load_weights(self.llm, list(unpack(weights)))
@@ -85,7 +85,7 @@ class RolloutWorker:
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Share:
         """Sample one completion a request, in order."""
-        from trainer.sampling import sample
+        from polyphony.trainer.sampling import sample
 
         return Share(version=self.version, completions=sample(self.llm, requests, sampling))
 
@@ -273,7 +273,6 @@ def forget_launcher(environment: MutableMapping[str, str]) -> None:
 def worker_environment(*, on_cpu: bool) -> dict[str, str]:
     """Return the environment variables of a worker's process."""
     ours = {
-        "PYTHONPATH": os.pathsep.join([str(cluster.HOUSE), os.environ.get("PYTHONPATH", "")]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are replaced in the engine's own process
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tensor-parallel ranks are sent the loading function
         "TOKENIZERS_PARALLELISM": "false",
@@ -281,7 +280,7 @@ def worker_environment(*, on_cpu: bool) -> dict[str, str]:
     if on_cpu:
         # one thread a worker: threads that share a core with another process are slower than one
         ours |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    passed = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_VERBOSITY")
+    passed = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_VERBOSITY")
     return ours | {name: os.environ[name] for name in passed if name in os.environ}
 
 

@@ -4,6 +4,6 @@
 failed, never 0.
 """
 
-from rewards.registry import REGISTRY, Reward, find_reward
+from polyphony.rewards.registry import REGISTRY, Reward, find_reward
 
 __all__ = ["REGISTRY", "Reward", "find_reward"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rewards.text import completion_text
+from polyphony.rewards.text import completion_text
 
 Source = Literal["tag", "boxed", "marker", "number"]
 

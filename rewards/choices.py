@@ -12,8 +12,8 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answers import answer_region, final_answer, unlatexed
-from rewards.short_answer import normalise
+from polyphony.rewards.answers import answer_region, final_answer, unlatexed
+from polyphony.rewards.short_answer import normalise
 
 _LONE = re.compile(
     r"(?:(?:I choose )?(?:[Oo]ption|[Cc]hoice)|I choose)?[\s(\[*`]{0,4}([A-Za-z])[\s)\].:*`]{0,4}"

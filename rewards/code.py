@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rewards.answers import answer_region, final_answer
-from rewards.sandbox import Limits, Program, SandboxError, isolation
-from rewards.text import fenced_blocks
+from polyphony.rewards.answers import answer_region, final_answer
+from polyphony.rewards.sandbox import Limits, Program, SandboxError, isolation
+from polyphony.rewards.text import fenced_blocks
 
 logger = logging.getLogger(__name__)
 

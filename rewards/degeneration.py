@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rewards.answers import ANSWER_WORDS, final_answer
+from polyphony.rewards.answers import ANSWER_WORDS, final_answer
 
 REPEATED_ANSWERS = 3
 REPEATED_NGRAM_SHARE = 0.3

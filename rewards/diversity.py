@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rewards.partitions import Partitioner, Same, connected, find_partitioner
+from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewards.text import completion_text
+from polyphony.rewards.text import completion_text
 
 
 class Exact:

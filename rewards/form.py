@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rewards.answers import ANSWER_WORDS
-from rewards.registry import Reward
-from rewards.text import fenced_blocks
+from polyphony.rewards.answers import ANSWER_WORDS
+from polyphony.rewards.registry import Reward
+from polyphony.rewards.text import fenced_blocks
 
 BARE_WORDS = 8
 """A single line of at most as many words is an answer without any work."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from rewards.awaiting import settled
-from rewards.endpoint import Endpoint, Question
-from rewards.text import completion_text
+from polyphony.rewards.awaiting import settled
+from polyphony.rewards.endpoint import Endpoint, Question
+from polyphony.rewards.text import completion_text
 
 RUBRIC = "Judge how well the response does what the request asks: content, correctness, clarity and style."
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from rewards.answers import Source, final_answer
-from rewards.short_answer import normalise
-from rewards.workers import JobError, shared_workers
+from polyphony.rewards.answers import Source, final_answer
+from polyphony.rewards.short_answer import normalise
+from polyphony.rewards.workers import JobError, shared_workers
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class Math:
         return equal_at_sight(given, reference)
 
     def _compare(self, pairs: list[tuple[str | None, str]]) -> list[bool | None]:
-        workers = shared_workers("rewards.equivalence:equivalent", size=self.workers, timeout_s=self.timeout_s)
+        workers = shared_workers(
+            "polyphony.rewards.equivalence:equivalent", size=self.workers, timeout_s=self.timeout_s
+        )
         jobs = [{"answer": undressed(given or ""), "reference": undressed(reference)} for given, reference in pairs]
         answers = workers.map(jobs)
         for (given, reference), verdict in zip(pairs, answers, strict=True):

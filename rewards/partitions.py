@@ -14,21 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rewards.answers import final_answer
-from rewards.math import plain_number, undressed
-from rewards.registry import find
-from rewards.short_answer import normalise
-from rewards.text import fenced_blocks
+from polyphony.rewards.answers import final_answer
+from polyphony.rewards.math import plain_number, undressed
+from polyphony.rewards.registry import find
+from polyphony.rewards.short_answer import normalise
+from polyphony.rewards.text import fenced_blocks
 
 Same = list[list[bool]]
 
 PARTITIONERS = {
-    "answer_signature": "rewards.partitions:AnswerSignature",
-    "classifier": "rewards.partitions:Classifier",
-    "embedding": "rewards.partitions:Embedding",
-    "exact": "rewards.partitions:ExactText",
-    "judge": "rewards.judge:SameMeaning",
-    "normalised": "rewards.partitions:NormalisedText",
+    "answer_signature": "polyphony.rewards.partitions:AnswerSignature",
+    "classifier": "polyphony.rewards.partitions:Classifier",
+    "embedding": "polyphony.rewards.partitions:Embedding",
+    "exact": "polyphony.rewards.partitions:ExactText",
+    "judge": "polyphony.rewards.judge:SameMeaning",
+    "normalised": "polyphony.rewards.partitions:NormalisedText",
 }
 """Registry name to `module:Class`."""
 

@@ -1,7 +1,7 @@
 """`procedural`: questions made by rule, at any difficulty and in any number, with a scorer that knows the rule.
 
 `rows` makes a domain of any reasoning-gym dataset (arXiv:2505.24760), or of `composition`; in a recipe:
-`train: {generator: "rewards.procedural:rows", dataset: chain_sum, split: train, size: 1000, seed: 0, config: {..}}`.
+`train: {generator: "polyphony.rewards.procedural:rows", dataset: chain_sum, split: train, size: 1000, config: {..}}`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewards.answers import answer_region, final_answer
-from rewards.composition import CompositionConfig, composition
-from rewards.workers import JobError, shared_workers
+from polyphony.rewards.answers import answer_region, final_answer
+from polyphony.rewards.composition import CompositionConfig, composition
+from polyphony.rewards.workers import JobError, shared_workers
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def rows(
 
 def _gym_items(dataset: str, seed: int, draws: int, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     place = {"dataset": dataset, "seed": seed, "size": draws, "config": json.dumps(config, sort_keys=True)}
-    workers = shared_workers("rewards.gym:work", size=1, timeout_s=BLOCK_S)
+    workers = shared_workers("polyphony.rewards.gym:work", size=1, timeout_s=BLOCK_S)
     for start in range(0, draws, BLOCK):
         indices = list(range(start, min(start + BLOCK, draws)))
         (block,) = workers.map([place | {"indices": indices}])
@@ -124,7 +124,9 @@ class Procedural:
             for text, place, at_sight in zip(given, places, known, strict=True)
             if at_sight is None
         ]
-        scored = iter(shared_workers("rewards.gym:work", size=self.workers, timeout_s=self.timeout_s).map(jobs))
+        scored = iter(
+            shared_workers("polyphony.rewards.gym:work", size=self.workers, timeout_s=self.timeout_s).map(jobs)
+        )
         return [self._reward(next(scored)) if at_sight is None else at_sight for at_sight in known]
 
     def _at_sight(self, given: str, answer: str, place: dict[str, Any]) -> float | None:

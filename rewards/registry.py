@@ -14,20 +14,20 @@ while the engine still generates, with the completions that are finished, and ne
 """
 
 REGISTRY = {
-    "code": "rewards.code:Code",
-    "exact": "rewards.exact:Exact",
-    "format": "rewards.shaping:Format",
-    "function_call": "rewards.function_call:FunctionCall",
-    "judge": "rewards.judge:Judge",
-    "language": "rewards.shaping:Language",
-    "length": "rewards.shaping:Length",
-    "math": "rewards.math:Math",
-    "multiple_choice": "rewards.choices:MultipleChoice",
-    "procedural": "rewards.procedural:Procedural",
-    "repetition": "rewards.shaping:Repetition",
-    "short_answer": "rewards.short_answer:ShortAnswer",
-    "verl": "rewards.verl:Verl",
-    "weighted": "rewards.shaping:Weighted",
+    "code": "polyphony.rewards.code:Code",
+    "exact": "polyphony.rewards.exact:Exact",
+    "format": "polyphony.rewards.shaping:Format",
+    "function_call": "polyphony.rewards.function_call:FunctionCall",
+    "judge": "polyphony.rewards.judge:Judge",
+    "language": "polyphony.rewards.shaping:Language",
+    "length": "polyphony.rewards.shaping:Length",
+    "math": "polyphony.rewards.math:Math",
+    "multiple_choice": "polyphony.rewards.choices:MultipleChoice",
+    "procedural": "polyphony.rewards.procedural:Procedural",
+    "repetition": "polyphony.rewards.shaping:Repetition",
+    "short_answer": "polyphony.rewards.short_answer:ShortAnswer",
+    "verl": "polyphony.rewards.verl:Verl",
+    "weighted": "polyphony.rewards.shaping:Weighted",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from rewards.jail import confine
-from rewards.jailer import Jailer, shared_jailer
-from rewards.pipes import is_readable_by
+from polyphony.rewards.jail import confine
+from polyphony.rewards.jailer import Jailer, shared_jailer
+from polyphony.rewards.pipes import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")

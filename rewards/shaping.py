@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.awaiting import settled
-from rewards.degeneration import repeated_ngram_share, script_shares
-from rewards.registry import find_reward
-from rewards.text import completion_text
+from polyphony.rewards.awaiting import settled
+from polyphony.rewards.degeneration import repeated_ngram_share, script_shares
+from polyphony.rewards.registry import find_reward
+from polyphony.rewards.text import completion_text
 
 
 def has_think_answer_format(text: str) -> bool:

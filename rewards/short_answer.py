@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rewards.answers import answer_region, final_answer, unlatexed
+from polyphony.rewards.answers import answer_region, final_answer, unlatexed
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))

@@ -1,4 +1,4 @@
-"""A worker's own side (`python -m rewards.work module:function timeout_s memory_bytes`): read a job, answer, repeat.
+"""A worker's own side (`python -m polyphony.rewards.work module:function timeout_s memory_bytes`): read, answer, repeat.
 
 The alarm is left to its default action, which ends the process: the kernel delivers that even inside C code.
 """
@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 
-from rewards.jail import confine
+from polyphony.rewards.jail import confine
 
 
 def main() -> None:

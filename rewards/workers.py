@@ -18,10 +18,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from rewards.pipes import is_readable_by
+from polyphony.rewards.pipes import is_readable_by
 
 START_S = 120.0
 """Importing a symbolic library on a busy host takes seconds; longer than this is a failure to start."""
@@ -81,14 +80,12 @@ class Workers:
         return JobError(answer["error"]) if "error" in answer else answer["value"]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         worker = subprocess.Popen(
-            [sys.executable, "-m", "rewards.work", *self._arguments],
+            [sys.executable, "-P", "-m", "polyphony.rewards.work", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": path, **_SAME_EVERYWHERE},
+            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **_same_path(), **_SAME_EVERYWHERE},
             start_new_session=True,
         )
         try:
@@ -97,6 +94,11 @@ class Workers:
             _end(worker)
             raise RuntimeError(f"a worker for {self._arguments[0]} could not start: {error}") from None
         return worker
+
+
+def _same_path() -> dict[str, str]:
+    """Return where else modules are looked for: in a tree that Ray brought, nothing but this variable finds ours."""
+    return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
 
 
 def _ask(worker: subprocess.Popen[bytes], job: Any, timeout_s: float) -> Any:

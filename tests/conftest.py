@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -51,15 +53,31 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def bare_interpreter(folder: Path) -> Path:
+    """Make an environment with the packages of this one, but not with what is installed here as editable."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "packages.pth").write_text(here)  # a .pth file in a folder that a .pth file names is not read
+    return folder / "bin" / "python"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_kernels(tmp_path_factory):
     """DeepSpeed's kernels are built in a folder of these tests: in the user's a killed build may have left its lock."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
 
 
+@pytest.fixture(autouse=True)
+def one_package():
+    """Nothing of ours is imported by a name that a user's own file may have."""
+    yield
+    assert not {"trainer", "rewards", "curricula", "launch"} & set(sys.modules)
+
+
 @pytest.fixture
 def debug_recipe():
-    from launch.config import load_recipe
+    from polyphony.launch.config import load_recipe
 
     return load_recipe(RECIPES / "debug.yaml", ["tracking.wandb=null"])
 
@@ -67,8 +85,8 @@ def debug_recipe():
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     """One in-process vLLM over the lab's policy; trainers attach to it one after the other."""
-    from launch.build import build_trainer
-    from launch.config import load_recipe
+    from polyphony.launch.build import build_trainer
+    from polyphony.launch.config import load_recipe
 
     recipe = load_recipe(RECIPES / "debug.yaml")
     return build_trainer(recipe, tmp_path_factory.mktemp("engine")).engine

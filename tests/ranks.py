@@ -15,8 +15,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from launch.cli import set_environment
-from launch.config import load_recipe
+from polyphony.launch.cli import set_environment
+from polyphony.launch.config import load_recipe
 from tests.conftest import RECIPES
 
 STEPS = 2
@@ -33,7 +33,7 @@ LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 def main(folder: Path, overrides: list[str]) -> None:
     """Train twice over one engine; write `rank-<n>.json`."""
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     seen: dict[str, Any] = {}
     engine = None
@@ -81,7 +81,7 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
     """Save the policy as a run does at its end; return the parameters that the file does not hold bit for bit."""
     from safetensors.torch import load_file
 
-    from trainer.final import save_final
+    from polyphony.trainer.final import save_final
 
     save_final(trainer, final)
     trainer.accelerator.wait_for_everyone()

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from curricula.records import DomainStats, Evaluation, Evidence
-from curricula.schedulers.adaptive import Adaptive
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.records import DomainStats, Evaluation, Evidence
+from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.transfer import TransferMatrix
 
 NAMES = ("a", "b", "c")
 

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from curricula.records import Group
-from trainer.advantages import Advantages, Guard, UpdateSettings, centred_without, mean_only, rare_successes
-from trainer.rft import RftSettings, accepted
-from trainer.scoring import Graded
+from polyphony.curricula.records import Group
+from polyphony.trainer.advantages import Advantages, Guard, UpdateSettings, centred_without, mean_only, rare_successes
+from polyphony.trainer.rft import RftSettings, accepted
+from polyphony.trainer.scoring import Graded
 
 
 def graded(*rewards, domain="math", signs=(), texts=None) -> list[Graded]:
@@ -136,7 +136,7 @@ def test_rft_takes_the_best_k_of_a_prompt():
 
 
 def test_rft_keeps_one_sample_of_each_class():
-    from rewards.partitions import find_partitioner
+    from polyphony.rewards.partitions import find_partitioner
 
     group = graded(1.0, 1.0, 1.0, texts=["a", "b", "a"])
     assert accepted(group, RftSettings(dedup="exact"), find_partitioner("exact")) == [0, 1]

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from curricula.records import Domain
-from rewards import find_reward
-from trainer.ahead import Ahead
-from trainer.data import Prompt
-from trainer.rollouts import Completion, Request
-from trainer.scoring import Sample, Scorer
+from polyphony.curricula.records import Domain
+from polyphony.rewards import find_reward
+from polyphony.trainer.ahead import Ahead
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.rollouts import Completion, Request
+from polyphony.trainer.scoring import Sample, Scorer
 
 
 class Waiting:

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from rewards.answers import answer_region, final_answer
+from polyphony.rewards.answers import answer_region, final_answer
 
 PROMPT = "Which is larger, 12 or 30?"
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards.registry import REGISTRY
-from rewards.sandbox import isolation
+from polyphony.rewards.registry import REGISTRY
+from polyphony.rewards.sandbox import isolation
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.scoring import Sample, Scorer
 from tests.test_code import DOUBLE, FAST
 from tests.test_judge import QUICK, Server, gullible
-from trainer.data import Prompt
-from trainer.scoring import Sample, Scorer
 
 MARK = Path("/tmp/polyphony-mark")
 PROMPT = "Which town is larger, 2) Rome or 3) Paris? Say only its name."
@@ -215,7 +215,7 @@ def test_every_attack_meets_every_reward_or_cannot_concern_it():
 
 def graded(name, completions, columns, **more):
     """Grade as the trainer does: through `Scorer`, so that a grader that raises costs its own row only."""
-    from curricula.records import Domain
+    from polyphony.curricula.records import Domain
 
     scorer = Scorer([Domain(name=name, kind="structured", reward={"name": name, **SETTINGS.get(name, {}), **more})])
     prompt = Prompt(id="p", domain=name, prompt=PROMPT, columns=columns)
@@ -230,7 +230,7 @@ def ours():
 
 def _is_worker(process):
     try:
-        return "rewards.work" in process.cmdline()
+        return "polyphony.rewards.work" in process.cmdline()
     except psutil.NoSuchProcess:
         return True
 
@@ -243,7 +243,7 @@ def test_no_attack_passes_hangs_or_leaves_anything(name, monkeypatch):
     monkeypatch.setenv("POLYPHONY_EXPECTED", "4")
     table, columns = TABLES[name]
     if name == "procedural":
-        from rewards.procedural import rows
+        from polyphony.rewards.procedural import rows
 
         row = rows(split="train", dataset="countdown", size=1, seed=1)[0]
         columns = {key: row[key] for key in ("answer", "procedural")}

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from curricula.records import Domain
-from launch.cli import main
-from launch.config import RecipeError, load_recipe
-from launch.train import claim_folder
+from polyphony.curricula.records import Domain
+from polyphony.launch.cli import main
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.train import claim_folder
 from tests.conftest import POLICY, write_rows
 
 
@@ -277,7 +277,7 @@ def test_what_another_verb_cannot_find_is_named(capsys, recipe, arguments, messa
 
 
 def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsys, tmp_path):
-    from launch.lab.synthetic_run import write_run
+    from polyphony.launch.lab.synthetic_run import write_run
 
     run = write_run(tmp_path / "run", steps=20, items=4)
     asked = ("plan", "--replay", run, "--scheduler")
@@ -290,7 +290,7 @@ def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsy
 
 
 def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
-    from launch.lab.synthetic_run import write_run
+    from polyphony.launch.lab.synthetic_run import write_run
 
     run = write_run(tmp_path / "run", steps=20, items=4)
     assert "cannot be written" in fails(capsys, "report", run, "--out", run / "recipe.yaml" / "report.html")

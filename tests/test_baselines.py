@@ -7,16 +7,16 @@ import random
 
 import pytest
 
-from curricula.items import halves
-from curricula.records import DomainStats, Evaluation, Evidence
-from curricula.schedulers import find_scheduler
-from curricula.schedulers.dump import DUMP
-from curricula.schedulers.e2h import E2H
-from curricula.schedulers.mt_grpo import MTGRPO
-from curricula.schedulers.pac import PAC
-from curricula.schedulers.sec import SEC
-from curricula.schedulers.visatb import VisATB
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.items import halves
+from polyphony.curricula.records import DomainStats, Evaluation, Evidence
+from polyphony.curricula.schedulers import find_scheduler
+from polyphony.curricula.schedulers.dump import DUMP
+from polyphony.curricula.schedulers.e2h import E2H
+from polyphony.curricula.schedulers.mt_grpo import MTGRPO
+from polyphony.curricula.schedulers.pac import PAC
+from polyphony.curricula.schedulers.sec import SEC
+from polyphony.curricula.schedulers.visatb import VisATB
+from polyphony.curricula.transfer import TransferMatrix
 
 UNSEEN = DomainStats()
 BANDITS = [SEC(), PAC(), MTGRPO(), DUMP()]

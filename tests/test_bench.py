@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from launch.lab import bench, bench_commands, bench_gpu
-from launch.lab.bench_result import Result, Target, paired, repeated, table
+from polyphony.launch.lab import bench, bench_commands, bench_gpu
+from polyphony.launch.lab.bench_result import Result, Target, paired, repeated, table
 
 AT_MOST = Target(relation="<=", limit=1.05)
 

@@ -1,8 +1,8 @@
 import pytest
 
-from curricula.records import DomainStats, Evaluation, Evidence
-from curricula.schedulers.bwt import Bwt
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.records import DomainStats, Evaluation, Evidence
+from polyphony.curricula.schedulers.bwt import Bwt
+from polyphony.curricula.transfer import TransferMatrix
 
 NAMES = ("w", "a", "b")
 

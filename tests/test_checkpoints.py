@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.checkpoints import (
+from polyphony.trainer.checkpoints import (
     STATE_FILE,
     best_checkpoint,
     keep_newest,

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from rewards import find_reward
-from rewards.choices import chosen_letter, short_form
+from polyphony.rewards import find_reward
+from polyphony.rewards.choices import chosen_letter, short_form
 
 CHOICES = ["Rome", "Paris", "The Hague", "Bern or Basel"]
 ROWS = [

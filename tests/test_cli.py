@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from launch.cli import main
-from launch.config import load_recipe
-from launch.train import claim_folder
-from tests.conftest import HOUSE, RECIPES, write_rows
+from polyphony.launch.cli import main
+from polyphony.launch.config import load_recipe
+from polyphony.launch.train import claim_folder
+from tests.conftest import RECIPES, write_rows
 
 VERBS = ("train", "eval", "report", "dashboard", "probe", "plan", "demo", "doctor", "launch", "score")
 
@@ -42,12 +41,11 @@ def test_the_help_lists_every_verb(capsys):
 def modules_after(*arguments) -> set[str]:
     """Return the top-level modules that a fresh interpreter has imported after running the command."""
     program = (
-        "import sys\nfrom launch.cli import main\n"
+        "import sys\nfrom polyphony.launch.cli import main\n"
         f"try:\n    main({[str(a) for a in arguments]!r})\nexcept SystemExit:\n    pass\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stderr.splitlines()[-1].split())
 
 

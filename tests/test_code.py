@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
-from rewards import find_reward
-from rewards.code import Code, program_of, same_output
+from polyphony.rewards import find_reward
+from polyphony.rewards.code import Code, program_of, same_output
 
 FAST = {"wall_s": 2.0, "cpu_s": 2, "memory_bytes": 256 << 20}
 DOUBLE = [{"input": "2\n", "output": "4"}, {"input": "5\n", "output": "10\n"}]
@@ -273,7 +273,7 @@ def test_a_killed_process_that_forks_jails_loses_nothing():
 
 def test_jails_end_with_the_process_that_wanted_them():
     source = (
-        "from rewards.code import Code\n"
+        "from polyphony.rewards.code import Code\n"
         "Code(limits={'wall_s': 2.0})([''] * 2, ['while True: pass'] * 2, tests=[[{'input': '', 'output': '1'}]] * 2)"
     )
     owner = psutil.Popen([sys.executable, "-c", source])

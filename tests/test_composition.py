@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from rewards.composition import ATOMS, Composition, CompositionConfig, composition
+from polyphony.rewards.composition import ATOMS, Composition, CompositionConfig, composition
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.config import RecipeError, load_recipe
+from polyphony.launch.config import RecipeError, load_recipe
 
 RECIPE = """
 name: two

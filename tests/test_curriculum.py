@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from curricula.curriculum import Curriculum
-from curricula.records import Decision, Domain, Evaluation, Group
-from curricula.schedulers.joint import Joint
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Decision, Domain, Evaluation, Group
+from polyphony.curricula.schedulers.joint import Joint
 
 DOMAINS = [
     Domain(name="math", kind="structured", train=[0], weight=3.0),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from curricula.records import Domain
-from trainer.data import PromptTable, content_id, load_rows
+from polyphony.curricula.records import Domain
+from polyphony.trainer.data import PromptTable, content_id, load_rows
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from rewards.degeneration import (
+from polyphony.rewards.degeneration import (
     count_steps,
     degeneration,
     is_bare_answer,

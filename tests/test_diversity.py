@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from rewards.diversity import Diversity, unique_correct
+from polyphony.rewards.diversity import Diversity, unique_correct
 
 
 class Given:

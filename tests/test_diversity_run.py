@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from launch.config import load_recipe
-from launch.train import train
+from polyphony.launch.config import load_recipe
+from polyphony.launch.train import train
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_held_out_answers_are_counted_apart(lines):
 
 
 def test_advantages_are_centred_in_every_group_and_not_scaled(tmp_path, engine):
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     trainer = build_trainer(load_recipe(RECIPES / "stories.yaml", SMALL), tmp_path, engine=engine)
     seen = []

@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
-from curricula.records import Domain
+from polyphony.curricula.records import Domain
+from polyphony.trainer.domains import DomainData
 from tests.conftest import HOUSE
-from trainer.domains import DomainData
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,17 @@ import pytest
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 
-from curricula.curriculum import Curriculum
-from curricula.pool_settings import PoolSettings
-from curricula.records import Domain, Group, PromptRef
-from curricula.schedulers.joint import Joint
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.records import Domain, Group, PromptRef
+from polyphony.curricula.schedulers.joint import Joint
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.fusion import Fusion
+from polyphony.trainer.meter import DomainSums
+from polyphony.trainer.rollouts import Completion, completion_seed
+from polyphony.trainer.scoring import Sample, Scorer
 from tests.conftest import POLICY
-from trainer.domains import DomainData
-from trainer.draws import Draws
-from trainer.fusion import Fusion
-from trainer.meter import DomainSums
-from trainer.rollouts import Completion, completion_seed
-from trainer.scoring import Sample, Scorer
 
 G = 2
 TOKENIZER = AutoTokenizer.from_pretrained(POLICY)
@@ -133,7 +133,7 @@ def test_without_rounds_nothing_is_replaced():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_makes_its_own_rows_of_a_refill_only(rank, monkeypatch):
     """Both ranks know all groups; here the other rank's half of every gather is played back."""
-    import trainer.draws as module
+    import polyphony.trainer.draws as module
 
     whole = draws(Engine(set()), size=40).roll_out(8)
     everything = {members[0].prompt_id: members for members in whole.all_graded}
@@ -276,7 +276,7 @@ def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_fills_up_its_own_groups_after_a_look(rank, monkeypatch):
     """Both ranks know all groups; here the other rank's half of every gather is played back."""
-    import trainer.draws as module
+    import polyphony.trainer.draws as module
 
     answers = {name: [1, 0, 1, 1] for name in EVERY if name < "n"}
     whole = looking(Script(answers)).roll_out(16)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from curricula.entropy import TREND, WINDOW, EntropyMonitor
-from curricula.entropy_control import EntropyControl
-from curricula.exchange import fit_exchange
-from curricula.intervals import ratio, student
-from curricula.records import Group
+from polyphony.curricula.entropy import TREND, WINDOW, EntropyMonitor
+from polyphony.curricula.entropy_control import EntropyControl
+from polyphony.curricula.exchange import fit_exchange
+from polyphony.curricula.intervals import ratio, student
+from polyphony.curricula.records import Group
 
 
 def monitor(*domains, **settings) -> EntropyMonitor:

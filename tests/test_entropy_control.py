@@ -6,12 +6,12 @@ import pytest
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from curricula.entropy_control import controlled
-from launch.build import build_scheduler
-from launch.config import RecipeError, load_recipe
+from polyphony.curricula.entropy_control import controlled
+from polyphony.launch.build import build_scheduler
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
 from tests.conftest import RECIPES
 from tests.test_entropy import group
-from trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
 
 ADAPTIVE = EntropySettings(control="adaptive")
 
@@ -73,7 +73,7 @@ def test_either_means_can_be_asked_for_alone_and_for_one_domain(control, coeffic
     assert controlled(control, "sampling", domains) == shares
 
 
-@pytest.mark.parametrize("scheduler", ["adaptive", "auto", "curricula.schedulers.adaptive:Adaptive"])
+@pytest.mark.parametrize("scheduler", ["adaptive", "auto", "polyphony.curricula.schedulers.adaptive:Adaptive"])
 def test_the_recipe_tells_the_scheduler_whose_entropy_moves_the_shares(scheduler):
     def built(*overrides):
         found = build_scheduler(load_recipe(RECIPES / "debug.yaml", [f"curriculum.scheduler={scheduler}", *overrides]))
@@ -133,7 +133,7 @@ def test_rows_that_do_not_exist_are_a_recipe_error(rows):
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory, engine):
     """Gradients of one micro-batch of a real trainer: TRL's own, and ours with control on and each coefficient set."""
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     overrides = ["entropy.control=adaptive", "entropy.rows=all", "tracking.wandb=null"]
     recipe = load_recipe(RECIPES / "debug.yaml", overrides)

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from launch.config import RecipeError
-from launch.evaluate import compare_results, parse
-from launch.tables import statistics_table
+from polyphony.launch.config import RecipeError
+from polyphony.launch.evaluate import compare_results, parse
+from polyphony.launch.tables import statistics_table
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.heldout_result import HeldoutResult
 from tests.conftest import POLICY, RECIPES
-from trainer.answers import Answer
-from trainer.heldout_result import HeldoutResult
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_two_models_are_compared_on_the_same_items_and_seeds(tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from launch.cli import main
+    from polyphony.launch.cli import main
 
     model = AutoModelForCausalLM.from_pretrained(POLICY)
     with torch.no_grad():

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from curricula.records import Domain
-from trainer.answers import Answer
-from trainer.base_kl import BaseReference, mean_kl
-from trainer.data import PromptTable
-from trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
-from trainer.rollouts import Completion
-from trainer.scoring import Sample
+from polyphony.curricula.records import Domain
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.base_kl import BaseReference, mean_kl
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from polyphony.trainer.rollouts import Completion
+from polyphony.trainer.scoring import Sample
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 STORIES = Domain(name="stories", kind="open_ended", reward="exact")

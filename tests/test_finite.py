@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from launch.cli import main
+from polyphony.launch.cli import main
+from polyphony.trainer.finite import FiniteSteps, forget_gradients
 from tests.conftest import RECIPES
-from trainer.finite import FiniteSteps, forget_gradients
 
 
 def test_a_step_is_judged_by_its_gradient_and_by_the_losses_of_all_ranks():
@@ -44,7 +44,7 @@ def test_an_optimizer_passes_over_what_has_no_gradient():
 
 def broken_from(step: int, *, until: int):
     """Return a loss that is NaN in the optimizer steps from `step` up to, not with, `until`."""
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
     true_loss = DomainGRPOTrainer._compute_loss
 
@@ -57,7 +57,7 @@ def broken_from(step: int, *, until: int):
 
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.grpo.DomainGRPOTrainer._compute_loss", broken_from(2, until=3))
+    monkeypatch.setattr("polyphony.trainer.grpo.DomainGRPOTrainer._compute_loss", broken_from(2, until=3))
     overrides = ["rollouts.engine=transformers", "grpo.max_steps=3", "tracking.wandb=null", "faults.max_skipped=1"]
     run = tmp_path / "run"
     assert main(["train", str(RECIPES / "debug.yaml"), *overrides, "--out", str(run)]) == 0
@@ -70,7 +70,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, mon
 
 @pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.grpo.DomainGRPOTrainer._compute_loss", broken_from(1, until=99))
+    monkeypatch.setattr("polyphony.trainer.grpo.DomainGRPOTrainer._compute_loss", broken_from(1, until=99))
     overrides = ["rollouts.engine=transformers", "tracking.wandb=null", "faults.max_skipped=1"]
     assert main(["train", str(RECIPES / "debug.yaml"), *overrides, "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err.splitlines()[-1]

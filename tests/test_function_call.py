@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from rewards import find_reward
-from rewards.function_call import calls_of, canonical, compare, reference_calls
+from polyphony.rewards import find_reward
+from polyphony.rewards.function_call import calls_of, canonical, compare, reference_calls
 
 WEATHER = [{"name": "weather", "arguments": {"city": "Paris", "days": 2}}]
 BOTH = [*WEATHER, {"name": "time", "arguments": {}}]

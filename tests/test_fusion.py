@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,17 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from curricula.records import Domain, Fused, Group, PromptRef, mean
-from launch.sections.domains import DiversitySection
-from rewards.diversity import Diversity
-from tests.conftest import HOUSE
-from trainer.advantages import Advantages, UpdateSettings
-from trainer.data import Prompt
-from trainer.draws import Draws
-from trainer.fusion import Fusion, find_diversity
-from trainer.meter import Meter
-from trainer.rollouts import Completion
-from trainer.scoring import Sample, Scorer, check_failures
+from polyphony.curricula.records import Domain, Fused, Group, PromptRef, mean
+from polyphony.launch.sections.domains import DiversitySection
+from polyphony.rewards.diversity import Diversity
+from polyphony.trainer.advantages import Advantages, UpdateSettings
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.fusion import Fusion, find_diversity
+from polyphony.trainer.meter import Meter
+from polyphony.trainer.rollouts import Completion
+from polyphony.trainer.scoring import Sample, Scorer, check_failures
 
 
 def domain(name="stories", kind="open_ended", **diversity) -> Domain:
@@ -116,9 +114,9 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tests.test_fusion import advantages, domain, prompt_of
-from trainer.data import Prompt
-from trainer.fusion import Fusion
-from trainer.scoring import Sample, by_prompt, form_group, grade
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.fusion import Fusion
+from polyphony.trainer.scoring import Sample, by_prompt, form_group, grade
 import torch
 
 state = PartialState(cpu=True)
@@ -145,9 +143,8 @@ def test_groups_that_straddle_real_ranks_are_fused_as_on_one(tmp_path):
     results = []
     for ranks in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
         words = [*command, str(tmp_path / "rank.py")]
-        subprocess.run(words, cwd=HOUSE, env=environment, capture_output=True, text=True, timeout=200, check=True)
+        subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
         results += [json.loads((tmp_path / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(result == results[0] for result in results)
     # classes a a b c: div 2/3 2/3 1 1, halved by the quality; all alike: the floor; a b a b: div 2/3

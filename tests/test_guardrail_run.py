@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.config import load_recipe
-from launch.train import train
+from polyphony.launch.config import load_recipe
+from polyphony.launch.train import train
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def test_a_guardrail_takes_the_run_back_and_tells_the_scheduler(tmp_path, engine
 
 
 def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path, engine):
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     trainer = build_trainer(recipe("warn", "grpo.learning_rate=1e-3", "checkpoint.every=2"), tmp_path, engine=engine)
     trainer.train()

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from curricula.guardrails import Guardrail, check, exceeded
-from curricula.records import Evaluation
+from polyphony.curricula.guardrails import Guardrail, check, exceeded
+from polyphony.curricula.records import Evaluation
 
 
 def row(step, trained=(), **scores):

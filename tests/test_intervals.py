@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from curricula.intervals import Interval, average, paired, quantile
+from polyphony.curricula.intervals import Interval, average, paired, quantile
 
 
 def test_paired_difference_of_three_items_that_all_fell_by_one():

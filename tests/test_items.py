@@ -2,8 +2,8 @@ from collections import Counter
 
 import pytest
 
-from curricula.items import half, halves, on_half
-from curricula.records import Evaluation
+from polyphony.curricula.items import half, halves, on_half
+from polyphony.curricula.records import Evaluation
 
 
 def test_half_is_the_parity_of_the_sha256_of_the_id():

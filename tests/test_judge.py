@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rewards import find_reward
-from rewards.awaiting import settled
-from rewards.endpoint import Endpoint
-from rewards.partitions import connected, find_partitioner
+from polyphony.rewards import find_reward
+from polyphony.rewards.awaiting import settled
+from polyphony.rewards.endpoint import Endpoint
+from polyphony.rewards.partitions import connected, find_partitioner
 
 
 class Server:

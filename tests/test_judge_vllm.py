@@ -11,8 +11,8 @@ import urllib.request
 
 import pytest
 
-from rewards import find_reward
-from rewards.partitions import find_partitioner
+from polyphony.rewards import find_reward
+from polyphony.rewards.partitions import find_partitioner
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.lab import world
-from launch.lab.rewards import StoryRubric, story_score
-from launch.lab.targets import is_taught, known_target, warm_target
-from launch.lab.tokenizer import build_tokenizer
-from launch.lab.warm_start import train_policy
-from launch.lab.world import DOMAINS, knowledge, rows, transform
-from rewards.registry import find_reward
+from polyphony.launch.lab import world
+from polyphony.launch.lab.rewards import StoryRubric, story_score
+from polyphony.launch.lab.targets import is_taught, known_target, warm_target
+from polyphony.launch.lab.tokenizer import build_tokenizer
+from polyphony.launch.lab.warm_start import train_policy
+from polyphony.launch.lab.world import DOMAINS, knowledge, rows, transform
+from polyphony.rewards.registry import find_reward
 
 POLICY = Path(world.__file__).parent / "policy"
 
@@ -56,10 +56,10 @@ def test_rows_depend_on_the_seed_and_on_nothing_else(domain):
 
 def test_rows_do_not_depend_on_pythons_hash_seed():
     program = (
-        "import hashlib; from launch.lab.world import DOMAINS, rows;"
+        "import hashlib; from polyphony.launch.lab.world import DOMAINS, rows;"
         "print(hashlib.sha256(repr([rows(domain=d, split='train', seed=3) for d in DOMAINS]).encode()).hexdigest())"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path.cwd())}
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
     said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     here = [rows(domain=domain, split="train", seed=3) for domain in DOMAINS]
     assert said.stdout.strip() == hashlib.sha256(repr(here).encode()).hexdigest()
@@ -151,7 +151,7 @@ def test_the_rubric_on_stories_worked_by_hand(text, score):
 
 
 def test_the_rubric_is_found_by_import_path_and_reads_its_columns():
-    rubric = find_reward("launch.lab.rewards:StoryRubric")
+    rubric = find_reward("polyphony.launch.lab.rewards:StoryRubric")
     assert isinstance(rubric, StoryRubric)
     message = [{"role": "assistant", "content": GOOD}]
     arguments = {"completion_ids": [[1], [2]], "hero": ["fox", "king"], "place": ["cave", "cave"], "answer": ["", ""]}

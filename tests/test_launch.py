@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cluster, local
-from launch.cli import main
-from launch.config import RecipeError, load_recipe
+from polyphony.launch import cluster, local
+from polyphony.launch.cli import main
+from polyphony.launch.config import RecipeError, load_recipe
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 
@@ -26,7 +26,7 @@ def debug(*overrides: str):
 
 def test_one_process_needs_no_launcher():
     command = local.plan(debug(), ["r.yaml"], local.Machine(), gpus=1)
-    assert command.words == [sys.executable, "-m", "launch.cli", "train", "r.yaml"]
+    assert command.words == [sys.executable, "-P", "-u", "-m", "polyphony.launch.cli", "train", "r.yaml"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
@@ -42,7 +42,7 @@ def test_every_strategy_is_shipped(strategy):
 
 def test_without_gpus_ranks_are_started_by_torchrun_and_fsdp_is_refused():
     words = local.plan(debug("cluster.processes=2"), ["r.yaml"], local.Machine(), gpus=0).words
-    assert words[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert words[1:6] == ["-P", "-m", "torch.distributed.run", "--no-python", "--nproc_per_node"]
     with pytest.raises(RecipeError, match=r"cluster.strategy=fsdp needs GPUs"):
         local.plan(debug("cluster.strategy=fsdp"), [], local.Machine(), gpus=0)
 
@@ -59,7 +59,7 @@ def test_gpus_keep_the_names_that_they_have_where_the_launcher_is_told_of_some(m
 
 
 def test_a_cluster_started_by_a_rank_alone_leaves_its_gpu_out(monkeypatch):
-    monkeypatch.setattr("launch.cluster.gpus_here", lambda: 4)
+    monkeypatch.setattr("polyphony.launch.cluster.gpus_here", lambda: 4)
     for name in (local.RAY_GPUS, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with cluster._visible_to_ray(is_own=True):
@@ -74,7 +74,7 @@ def test_a_cluster_started_by_a_rank_alone_leaves_its_gpu_out(monkeypatch):
 
 def test_ray_is_told_of_the_trainers_gpus(capsys):
     assert main(["launch", "ray", DEBUG, "cluster.processes=2", "--gpus-per-node", "8", "--dry-run"]) == 0
-    assert "--entrypoint-num-gpus 2 -- python -m launch.cli launch local" in capsys.readouterr().out
+    assert "--entrypoint-num-gpus 2 -- python -P -m polyphony.launch.cli launch local" in capsys.readouterr().out
     assert main(["launch", "ray", DEBUG, "cluster.processes=2", "--dry-run"]) == 0
     assert "gpus" not in capsys.readouterr().out
 
@@ -132,5 +132,5 @@ def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_pat
 
 
 def test_a_job_for_a_cluster_that_is_not_up_ends_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("launch.jobs.ANSWER_S", 0.2)
+    monkeypatch.setattr("polyphony.launch.jobs.ANSWER_S", 0.2)
     assert "did not answer within 0.2 s" in fails(capsys, "launch", "ray", DEBUG, "--address", "127.0.0.1:9")

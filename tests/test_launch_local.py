@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from launch.local import ranks_of
-from tests.conftest import HOUSE, RECIPES
+from polyphony.launch.local import ranks_of
+from tests.conftest import RECIPES
 from tests.test_training_group import free_port
 
 pytestmark = pytest.mark.slow
@@ -22,11 +22,11 @@ QUICK = ["rollouts.engine=transformers", "tracking.wandb=null", "grpo.per_device
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "launch.cli", "launch", "local", *arguments]
+    return [sys.executable, "-m", "polyphony.launch.cli", "launch", "local", *arguments]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def steps(run) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import psutil
 import pytest
 import ray
 
-from launch import cluster, jobs
-from launch.cli import main
-from launch.config import RecipeError
-from tests.conftest import HOUSE, RECIPES
+from polyphony.launch import cluster, jobs
+from polyphony.launch.cli import main
+from polyphony.launch.config import RecipeError
+from tests.conftest import RECIPES, bare_interpreter
 from tests.test_bad_input import fails
 from tests.test_training_group import free_port
 
@@ -81,12 +82,14 @@ def test_a_dashboard_that_asks_for_a_token_says_where_to_put_it():
 
 
 @pytest.fixture(scope="module")
-def raylets():
+def raylets(tmp_path_factory):
     """A head without cores and two more raylets of one core each: environment, address and dashboard."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    # a job's `python` is the one its node was started with, as in a virtual environment that was activated
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # their interpreter lacks polyphony: jobs and workers run from the tree that is sent to them. A job's `python` is the
+    # one its node was started with, as in a virtual environment that was activated
+    python = bare_interpreter(tmp_path_factory.mktemp("raylets") / "venv")
+    environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     nodes: list[subprocess.Popen] = []
     # a short folder: the sockets below it have paths of at most 103 bytes, and pytest's own folders are long
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
@@ -130,7 +133,8 @@ def take_down(nodes: list[subprocess.Popen]) -> None:
 
 
 def start_node(words: list[str], environment, said: Path) -> subprocess.Popen:
-    words = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
+    python = shutil.which("python", path=environment["PATH"])
+    words = [python, *RAY[1:], "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
     words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
     with said.open("a") as file:
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
@@ -162,10 +166,10 @@ def test_the_debug_recipe_runs_as_a_job_with_its_workers_on_two_raylets(raylets,
     run = tmp_path / "run"
     # each raylet has one core: two workers cannot be on the same
     overrides = ["rollouts={engine: ray, workers: 2}", "tracking.wandb=null", "grpo.max_steps=2", "eval.every=2"]
-    command = [sys.executable, "-m", "launch.cli", "launch", "ray", DEBUG, *overrides]
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "ray", DEBUG, *overrides]
     done = subprocess.run(
         [*command, "--address", dashboard, "--out", str(run)],
-        env={**environment, "PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=500, check=False,
+        env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -177,10 +181,10 @@ def test_the_debug_recipe_runs_as_a_job_with_its_workers_on_two_raylets(raylets,
 def test_more_workers_than_the_cluster_ever_has_room_for_end_the_job_in_one_line(raylets, tmp_path):
     environment, _, dashboard = raylets
     overrides = ["rollouts={engine: ray, workers: 3, start_timeout_s: 5}", "tracking.wandb=null"]
-    command = [sys.executable, "-m", "launch.cli", "launch", "ray", DEBUG, *overrides]
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "ray", DEBUG, *overrides]
     done = subprocess.run(
         [*command, "--address", dashboard, "--out", str(tmp_path / "run")],
-        env={**environment, "PYTHONPATH": str(HOUSE)}, capture_output=True, text=True, timeout=500, check=False,
+        env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert "rollouts.workers=3 of 1 CPU each need 3, the Ray cluster has 2" in done.stdout + done.stderr
@@ -200,4 +204,4 @@ def test_a_dry_run_prints_the_submission_and_submits_nothing(capsys, tmp_path):
     assert main(["launch", "ray", DEBUG, "--address", "host:8265", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "job submit --address http://host:8265" in said
-    assert f"python -m launch.cli launch local {DEBUG} --out {tmp_path / 'run'}" in said
+    assert f"python -P -m polyphony.launch.cli launch local {DEBUG} --out {tmp_path / 'run'}" in said

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards import find_reward
-from rewards.math import equal_at_sight, plain_number
+from polyphony.rewards import find_reward
+from polyphony.rewards.math import equal_at_sight, plain_number
 
 ROWS = [
     (r"\boxed{4}", "4", 1.0),
@@ -159,7 +159,7 @@ def test_it_works_in_worker_processes(method):
 def test_a_worker_that_is_killed_while_it_waits_loses_nothing():
     grade = find_reward({"name": "math", "workers": 1, "timeout_s": 30.0})
     assert grade([""], [r"\boxed{u+u}"], answer=["2u"]) == [1.0]
-    ours = [p for p in psutil.Process().children() if "rewards.work" in p.cmdline()]
+    ours = [p for p in psutil.Process().children() if "polyphony.rewards.work" in p.cmdline()]
     for process in ours:
         process.kill()
         process.wait()

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from rewards.form import is_valid, style
-from rewards.math import Math
-from rewards.shaping import Format, Weighted
-from trainer.answers import Answer, answer_probability, token_span
-from trainer.calibration import auroc, brier, expected_calibration_error
-from trainer.data import Prompt
-from trainer.measures import Answers, compare
-from trainer.scoring import Sample
-from trainer.votes import consistency, majority_score, pass_at_k
+from polyphony.rewards.form import is_valid, style
+from polyphony.rewards.math import Math
+from polyphony.rewards.shaping import Format, Weighted
+from polyphony.trainer.answers import Answer, answer_probability, token_span
+from polyphony.trainer.calibration import auroc, brier, expected_calibration_error
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.measures import Answers, compare
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.votes import consistency, majority_score, pass_at_k
 
 RNG = np.random.default_rng(1)
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from curricula.records import Group
-from trainer.meter import Meter
-from trainer.rft import RftSettings
+from polyphony.curricula.records import Group
+from polyphony.trainer.meter import Meter
+from polyphony.trainer.rft import RftSettings
 
 
 def group(domain, rewards, lengths, truncated=None) -> Group:

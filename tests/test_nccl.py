@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -10,13 +9,12 @@ import time
 import pytest
 import torch
 
-from launch.nccl import LOST, Announcement, copies
-from launch.workers import forget_launcher
-from tests.conftest import HOUSE
+from polyphony.launch.nccl import LOST, Announcement, copies
+from polyphony.launch.workers import forget_launcher
 
 AMID_A_TRANSFER = """
 import sys, time, ray
-from launch.nccl import watched
+from polyphony.launch.nccl import watched
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)  # also where a cluster was left running
 @ray.remote
 def receive(seconds, fails):
@@ -70,8 +68,7 @@ def test_a_worker_forgets_what_torchrun_told_the_trainer():
 def amid_a_transfer(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
     started = time.monotonic()
     words = [sys.executable, "-c", AMID_A_TRANSFER, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     return done, time.monotonic() - started
 
 

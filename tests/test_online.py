@@ -4,10 +4,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from curricula.online import Prior, Regression, flat_prior
-from curricula.priors import entropy_prior, score_prior
-from curricula.records import Evaluation
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.online import Prior, Regression, flat_prior
+from polyphony.curricula.priors import entropy_prior, score_prior
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer import TransferMatrix
 
 NAMES = ("a", "b")
 

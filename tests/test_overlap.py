@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from curricula.records import Domain
-from trainer.data import PromptTable
-from trainer.overlap import NGRAM_WORDS, find_overlap
+from polyphony.curricula.records import Domain
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.overlap import NGRAM_WORDS, find_overlap
 
 
 def table(*prompts):

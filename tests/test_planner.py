@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from curricula.items import half
-from curricula.planner import PlanSettings, make_plan
-from curricula.records import Evaluation
-from curricula.transfer import TransferMatrix
-from launch.cli import main
-from launch.lab.decisions import (
+from polyphony.curricula.items import half
+from polyphony.curricula.planner import PlanSettings, make_plan
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.cli import main
+from polyphony.launch.lab.decisions import (
     OWN,
     World,
     chain,

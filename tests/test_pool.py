@@ -7,15 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from curricula.curriculum import Curriculum
-from curricula.learnability import Thompson, find_sampling
-from curricula.pool import PromptPool
-from curricula.pool_file import PoolFileError, load_pools, move_aside, save_pools
-from curricula.pool_settings import PoolSettings
-from curricula.posterior import Band, State
-from curricula.ranking import RankedSet
-from curricula.records import Domain, Group
-from curricula.schedulers.joint import Joint
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.learnability import Thompson, find_sampling
+from polyphony.curricula.pool import PromptPool
+from polyphony.curricula.pool_file import PoolFileError, load_pools, move_aside, save_pools
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.posterior import Band, State
+from polyphony.curricula.ranking import RankedSet
+from polyphony.curricula.records import Domain, Group
+from polyphony.curricula.schedulers.joint import Joint
 
 G = 8
 

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from curricula.records import Evaluation
-from curricula.transfer import TransferMatrix
-from launch.lab import planted, worth
-from launch.lab.bench_update import HalfDead, is_live
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.lab import planted, worth
+from polyphony.launch.lab.bench_update import HalfDead, is_live
 
 
 def test_half_of_the_rows_have_a_reference_that_nothing_equals():

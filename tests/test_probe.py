@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from launch.config import RecipeError, load_recipe
-from launch.probe import claim_probe, cost, plan_arms, probe, restricted
-from tests.conftest import HOUSE, RECIPES
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.probe import claim_probe, cost, plan_arms, probe, restricted
+from tests.conftest import RECIPES
 
 
 def recipe(*overrides):
@@ -78,10 +78,17 @@ def rows(folder) -> list[dict]:
 
 
 def kill_after_the_first_row(folder) -> None:
-    command = [sys.executable, "-m", "launch.cli", "probe", str(RECIPES / "debug.yaml"), "tracking.wandb=null"]
+    command = [
+        sys.executable,
+        "-m",
+        "polyphony.launch.cli",
+        "probe",
+        str(RECIPES / "debug.yaml"),
+        "tracking.wandb=null",
+    ]
     process = subprocess.Popen(
         [*command, "--out", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

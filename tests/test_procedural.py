@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards import find_reward
-from rewards.procedural import rows
+from polyphony.rewards import find_reward
+from polyphony.rewards.procedural import rows
 
 SUMS = {"dataset": "chain_sum", "seed": 0, "config": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
 

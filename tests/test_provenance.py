@@ -5,9 +5,9 @@ import hashlib
 import pytest
 import torch
 
-from curricula.records import Domain
-from trainer.data import PromptTable
-from trainer.provenance import provenance
+from polyphony.curricula.records import Domain
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.provenance import provenance
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 

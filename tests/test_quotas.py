@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from curricula.quotas import allocate
+from polyphony.curricula.quotas import allocate
 
 
 def test_largest_remainder_by_hand():

@@ -12,15 +12,15 @@ import pytest
 import ray
 import torch
 
-from launch import cluster
-from launch.build import build_trainer
-from launch.cli import main
-from launch.config import RecipeError, load_recipe
-from launch.local import check_heads
-from launch.weights import pack, unpack
+from polyphony.launch import cluster
+from polyphony.launch.build import build_trainer
+from polyphony.launch.cli import main
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.local import check_heads
+from polyphony.launch.weights import pack, unpack
+from polyphony.trainer.sampling import Request, sample
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
-from trainer.sampling import Request, sample
 
 DEBUG = str(RECIPES / "debug.yaml")
 

@@ -6,18 +6,18 @@ import json
 
 import pytest
 
-from curricula.curriculum import Curriculum
-from curricula.items import halves
-from curricula.records import Decision, Domain, Evaluation, Group, PromptRef
-from curricula.schedulers.joint import Joint
-from curricula.schedulers.sequential import Sequential
-from curricula.transfer import TransferMatrix
-from trainer.answers import Answer
-from trainer.data import Prompt
-from trainer.heldout_result import HeldoutResult
-from trainer.recorder import Recorder
-from trainer.run_folder import RunFolder
-from trainer.scoring import Sample
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.items import halves
+from polyphony.curricula.records import Decision, Domain, Evaluation, Group, PromptRef
+from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.sequential import Sequential
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.heldout_result import HeldoutResult
+from polyphony.trainer.recorder import Recorder
+from polyphony.trainer.run_folder import RunFolder
+from polyphony.trainer.scoring import Sample
 
 DOMAINS = (
     Domain(name="math", kind="structured", train=[], heldout=[]),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.records import Domain, Evaluation, Group
 
 
 def group(*rewards):

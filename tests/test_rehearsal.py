@@ -1,6 +1,6 @@
 import pytest
 
-from curricula.rehearsal import Plateau, Protection, Replay, combine
+from polyphony.curricula.rehearsal import Plateau, Protection, Replay, combine
 
 
 def test_power_law_replay_by_hand():

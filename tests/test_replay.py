@@ -3,11 +3,11 @@ import math
 
 import pytest
 
-from curricula.curriculum import Curriculum
-from curricula.records import Domain, Evaluation, Group
-from curricula.replay import decision_line, evidence_as_json, evidence_from_json, replay
-from curricula.schedulers.joint import Joint
-from curricula.schedulers.sequential import Sequential
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.replay import decision_line, evidence_as_json, evidence_from_json, replay
+from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.sequential import Sequential
 
 
 def a_run(draws=4):

@@ -12,17 +12,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from curricula.items import halves
-from curricula.records import Evaluation
-from launch.lab.synthetic_run import FOUR, write_run
-from trainer.dashboard import key
-from trainer.report import summarise, write_replay, write_report
-from trainer.report_charts import Layer, draw_stack
-from trainer.report_data import read_run
-from trainer.report_numbers import budget, find, score_interval
-from trainer.report_scales import thin, ticks
-from trainer.report_sheet import DARK, LIGHT
-from trainer.report_story import tell
+from polyphony.curricula.items import halves
+from polyphony.curricula.records import Evaluation
+from polyphony.launch.lab.synthetic_run import FOUR, write_run
+from polyphony.trainer.dashboard import key
+from polyphony.trainer.report import summarise, write_replay, write_report
+from polyphony.trainer.report_charts import Layer, draw_stack
+from polyphony.trainer.report_data import read_run
+from polyphony.trainer.report_numbers import budget, find, score_interval
+from polyphony.trainer.report_scales import thin, ticks
+from polyphony.trainer.report_sheet import DARK, LIGHT
+from polyphony.trainer.report_story import tell
 
 # R[s, k] of two stages, a then b, and of a watched domain w: 20 items each, scores 0 or 1.
 # BWT of a = .6 - .8 = -.2; change of a = .6 - .2 = +.4, of b = .9 - .4 = +.5, of w = .4 - .5 = -.1

@@ -12,18 +12,18 @@ import time
 
 import pytest
 
-from launch.cli import main
-from tests.conftest import HOUSE, POLICY, RECIPES
+from polyphony.launch.cli import main
+from tests.conftest import POLICY, RECIPES
 
 pytestmark = pytest.mark.slow
-COMMAND = [sys.executable, "-m", "launch.cli", "train"]
+COMMAND = [sys.executable, "-m", "polyphony.launch.cli", "train"]
 # few rows, so that the run crosses into a second pass over them: where stock TRL's resume repeats the first
 ROWS = ["domains.arithmetic.train.size=8", "domains.stories.train.size=8"]
 RECIPE = [str(RECIPES / "debug.yaml"), "grpo.max_steps=6", "eval.every=2", "checkpoint.every=2", *ROWS]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(*arguments: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from launch.build import build_trainer
-from launch.cli import main
-from launch.config import load_recipe
+from polyphony.launch.build import build_trainer
+from polyphony.launch.cli import main
+from polyphony.launch.config import load_recipe
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_the_command_trains_by_rft_and_refills_prompts_that_nobody_solved(tmp_pa
     # strings, where many groups have no right answer yet
     pool = [
         "pool={}",
-        "domains.arithmetic.train={generator: launch.lab.world:rows, domain: strings, split: train, size: 64}",
+        "domains.arithmetic.train={generator: polyphony.launch.lab.world:rows, domain: strings, split: train, size: 64}",
     ]
     pool += ["grpo.max_steps=4", "eval.every=2", "checkpoint.every=2"]
     assert main(["train", str(RECIPES / "debug.yaml"), *RFT, *pool, "--out", str(tmp_path / "run")]) == 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trainer.run_folder import RunFolder, replace_file
+from polyphony.trainer.run_folder import RunFolder, replace_file
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from curricula.sampling import PassSampler
+from polyphony.curricula.sampling import PassSampler
 
 IDS = [f"p{k}" for k in range(10)]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import doctor
-from rewards import sandbox
-from rewards.sandbox import Limits, Program, Run, isolation
+from polyphony.launch import doctor
+from polyphony.rewards import sandbox
+from polyphony.rewards.sandbox import Limits, Program, Run, isolation
 
 LEVELS = [
     level

@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from toy_world import ToyWorld
 
-from curricula.curriculum import Curriculum
-from curricula.records import Domain
-from curricula.replay import decision_line, replay
-from curricula.schedulers import REGISTRY, build_scheduler, find_scheduler
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Domain
+from polyphony.curricula.replay import decision_line, replay
+from polyphony.curricula.schedulers import REGISTRY, build_scheduler, find_scheduler
+from tests.toy_world import ToyWorld
 
 HARM = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]
 TRANSFER = ToyWorld(HARM, seed=5).probe()
@@ -110,7 +110,7 @@ def test_one_domain_gets_everything(name, settings):
 
 
 def test_a_scheduler_is_found_by_import_path():
-    assert find_scheduler("curricula.schedulers.sec:SEC") is find_scheduler("sec")
+    assert find_scheduler("polyphony.curricula.schedulers.sec:SEC") is find_scheduler("sec")
 
 
 def test_an_unknown_scheduler_is_refused_with_those_that_exist():

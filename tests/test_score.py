@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from launch.score import score_rows
-from rewards.registry import REGISTRY
+from polyphony.launch.score import score_rows
+from polyphony.rewards.registry import REGISTRY
 from tests.conftest import write_rows
 from tests.test_judge import Server
 
@@ -60,7 +60,7 @@ def test_a_judge_scores_a_file(tmp_path):
 
 @pytest.mark.slow
 def test_a_procedural_domain_scores_its_own_rows(tmp_path):
-    from rewards.procedural import rows
+    from polyphony.rewards.procedural import rows
 
     (row,) = rows(split="train", dataset="chain_sum", size=1, seed=0)
     file = write_rows(tmp_path / "rows.jsonl", [{**row, "completion": text} for text in (row["answer"], "no")])

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from curricula.records import Domain, Group
-from trainer.data import Prompt
-from trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.curricula.records import Domain, Group
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
 
 
 class Recording:

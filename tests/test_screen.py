@@ -6,20 +6,20 @@ import json
 
 import pytest
 
-from curricula.pool_file import POOL_FILE, load_pools
-from curricula.posterior import State
-from launch.build import build_trainer
-from launch.config import RecipeError, load_recipe
-from launch.practice import adopt_known
-from launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
+from polyphony.curricula.pool_file import POOL_FILE, load_pools
+from polyphony.curricula.posterior import State
+from polyphony.launch.build import build_trainer
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.practice import adopt_known
+from polyphony.launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
 FACTS = [
     "domains.facts.kind=structured",
-    "domains.facts.train.generator=launch.lab.worth:rows",
+    "domains.facts.train.generator=polyphony.launch.lab.worth:rows",
     "domains.facts.train.domain=facts",
-    "domains.facts.heldout.generator=launch.lab.world:rows",
+    "domains.facts.heldout.generator=polyphony.launch.lab.world:rows",
     "domains.facts.heldout.domain=facts",
     "domains.facts.heldout.split=heldout",
     "domains.facts.reward=exact",
@@ -56,7 +56,7 @@ def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answ
 
 def test_a_screening_that_is_done_has_nothing_left_to_do(screened, engine, monkeypatch):
     folder, summary = screened
-    monkeypatch.setattr("launch.screen.Screening._visit", None)  # a visit would fail
+    monkeypatch.setattr("polyphony.launch.screen.Screening._visit", None)  # a visit would fail
     assert screen(recipe(), folder, engine=engine) == summary
 
 

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
-from launch.build import build_trainer, grpo_config, rollout_engine
-from launch.config import RecipeError, load_recipe
+from polyphony.launch.build import build_trainer, grpo_config, rollout_engine
+from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.trainer.final import save_final
+from polyphony.trainer.rollouts import InProcessEngine
+from polyphony.trainer.sampling import Request, Sampling
+from polyphony.trainer.seam import loses_small_steps
 from tests.conftest import RECIPES
-from trainer.final import save_final
-from trainer.rollouts import InProcessEngine
-from trainer.sampling import Request, Sampling
-from trainer.seam import loses_small_steps
 
 DEBUG = RECIPES / "debug.yaml"
 

@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 
-from rewards import find_reward
-from rewards.shaping import Weighted
+from polyphony.rewards import find_reward
+from polyphony.rewards.shaping import Weighted
 
 
 class Slow:

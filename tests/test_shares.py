@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.shares import cost, spread, whole_groups
-from trainer.sampling import Request
+from polyphony.launch.shares import cost, spread, whole_groups
+from polyphony.trainer.sampling import Request
 
 
 def asked(*prompts: str, max_tokens: int = 4) -> list[Request]:

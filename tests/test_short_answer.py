@@ -2,8 +2,8 @@ import pickle
 
 import pytest
 
-from rewards import find_reward
-from rewards.short_answer import normalise, token_f1
+from polyphony.rewards import find_reward
+from polyphony.rewards.short_answer import normalise, token_f1
 
 ROWS = [
     ("Paris", "Paris", 1.0),

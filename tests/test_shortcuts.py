@@ -1,8 +1,8 @@
 import pytest
 
-from trainer.data import Prompt
-from trainer.scoring import Graded, Sample
-from trainer.shortcuts import ENOUGH_CORRECT, ShortcutWatch
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.scoring import Graded, Sample
+from polyphony.trainer.shortcuts import ENOUGH_CORRECT, ShortcutWatch
 
 
 def graded(reward, *, length=100, signs=()) -> Graded:

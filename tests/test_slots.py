@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trl.trainer.grpo_config import GRPOConfig
 
-from trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
 
 
 def config(tmp_path, **changes) -> GRPOConfig:

@@ -32,8 +32,7 @@ def slurm(tmp_path_factory):
             pytest.skip(f"{', '.join(missing)} not found; apt-get install slurm-wlm munge: {done.stderr[-500:]}")
     folder = tmp_path_factory.mktemp("slurm")
     subprocess.run([script, "up", str(folder)], check=True, timeout=120)
-    path = os.pathsep.join([str(HOUSE), os.environ.get("PYTHONPATH", "")])
-    yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([script, "down", str(folder)], check=True, timeout=60)
 
 
@@ -43,7 +42,7 @@ def missing_commands() -> list[str]:
 
 def launched(slurm, *arguments: str) -> str:
     """Submit a run; return the job's number."""
-    command = [sys.executable, "-m", "launch.cli", "launch", "slurm", *arguments]
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "slurm", *arguments]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.split()[1].rstrip(";")
 
@@ -100,7 +99,7 @@ def test_a_job_brings_up_its_own_ray(slurm, tmp_path):
 
 
 def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
-    command = [sys.executable, "-m", "launch.cli", "launch", "slurm", DEBUG, "cluster.slurm.partition=none"]
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "slurm", DEBUG, "cluster.slurm.partition=none"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "run")], env=slurm, capture_output=True, text=True, check=False, timeout=120
     )

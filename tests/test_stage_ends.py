@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from launch.cli import main
-from launch.config import load_recipe
-from launch.probe import probe
-from launch.train import train
+from polyphony.launch.cli import main
+from polyphony.launch.config import load_recipe
+from polyphony.launch.probe import probe
+from polyphony.launch.train import train
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.cli import main
-from tests.conftest import HOUSE, RECIPES
-from trainer.checkpoints import save_state, whole_or_none
-from trainer.slots import DrawPlan
-from trainer.stopping import StopOnSignal
+from polyphony.launch.cli import main
+from polyphony.trainer.checkpoints import save_state, whole_or_none
+from polyphony.trainer.slots import DrawPlan
+from polyphony.trainer.stopping import StopOnSignal
+from tests.conftest import RECIPES
 
-COMMAND = [sys.executable, "-m", "launch.cli", "train"]
+COMMAND = [sys.executable, "-m", "polyphony.launch.cli", "train"]
 QUICK = ["rollouts.engine=transformers", "tracking.wandb=null"]
 RECIPE = [str(RECIPES / "debug.yaml"), *QUICK, "grpo.max_steps=400", "checkpoint.every=400", "eval.every=400"]
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
 
 def started(folder) -> subprocess.Popen:
     """Start a run and wait until it has taken a step."""
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [*COMMAND, *RECIPE, "--out", str(folder)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(tmp_p
     """The limit on file sizes makes the optimizer's file fail to be written, as a full disk would."""
     run = tmp_path / "run"
     overrides = [*QUICK, "grpo.max_steps=2", "checkpoint.every=1", "eval.every=2"]
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
     true_save = DomainGRPOTrainer._save_checkpoint
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

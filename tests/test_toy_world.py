@@ -7,14 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from toy_world import ToyWorld
 
-from curricula.effects import Effects
-from curricula.schedulers.adaptive import Adaptive
-from curricula.schedulers.auto import Auto
-from curricula.schedulers.bwt import Bwt
-from curricula.schedulers.joint import Joint
-from curricula.schedulers.sequential import Sequential
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.schedulers.auto import Auto
+from polyphony.curricula.schedulers.bwt import Bwt
+from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.sequential import Sequential
+from tests.toy_world import ToyWorld
 
 FRAGILE = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]
 """Three domains erode the last one, the first also lifts the second and erodes the third."""

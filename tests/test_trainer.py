@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from curricula.pool_settings import PoolSettings
-from curricula.records import Decision, Domain
-from launch.lab.rewards import StoryRubric
-from launch.lab.world import rows
-from rewards.exact import Exact
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.records import Decision, Domain
+from polyphony.launch.lab.rewards import StoryRubric
+from polyphony.launch.lab.world import rows
+from polyphony.rewards.exact import Exact
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.rollouts import InProcessEngine
+from polyphony.trainer.seam import refuse_odd_look, refuse_uneven
 from tests.conftest import HOUSE
-from trainer.grpo import DomainGRPOTrainer
-from trainer.rollouts import InProcessEngine
-from trainer.seam import refuse_odd_look, refuse_uneven
 
 pytestmark = pytest.mark.slow
 POLICY = str(HOUSE / "launch" / "lab" / "policy")

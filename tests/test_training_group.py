@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from launch.config import load_recipe
-from launch.local import Command, Machine, group_words, plan
+from polyphony.launch.config import load_recipe
+from polyphony.launch.local import OURS, Command, Machine, group_words, plan
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,8 @@ def run(command: Command, folder, *overrides: str) -> list[dict]:
     """Run tests/ranks.py in the place of `polyphony train`; return what each rank wrote."""
     folder.mkdir()
     environment = {**os.environ, **command.environment, "PYTHONPATH": str(HOUSE)}
-    words = command.words[: command.words.index("launch.cli") - 1]
-    words = [*words, "-m", "tests.ranks", str(folder), *overrides]
+    words = ["tests.ranks" if word == "polyphony.launch.cli" else word for word in command.words]
+    words = [*words[: words.index("tests.ranks") + 1], str(folder), *overrides]
     done = subprocess.run(words, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
@@ -53,7 +53,7 @@ def two_ranks(strategy: str) -> Command:
     if strategy != "fsdp":
         return plan(recipe, [], Machine(), gpus=0)
     # `launch` refuses FSDP without GPUs, where accelerate starts none; tests/ranks.py makes it
-    words = [*group_words(recipe.cluster, Machine(), gpus=0), "-m", "launch.cli"]
+    words = [*group_words(recipe.cluster, Machine(), gpus=0), *OURS]
     return Command(words=words, environment={"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
 
 

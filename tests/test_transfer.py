@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from curricula.items import half
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.items import half
+from polyphony.curricula.transfer import TransferMatrix
 
 IDS = ["abc", "", "hello", "x"]  # by sha256: report, report, steer, and "x" is report
 

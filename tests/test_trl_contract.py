@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from launch.grpo_fields import ABOVE_ZERO, GROUP_SIZE, GRPO_KINDS, ONE_OF, OURS, complaint
+from polyphony.launch.grpo_fields import ABOVE_ZERO, GROUP_SIZE, GRPO_KINDS, ONE_OF, OURS, complaint
 
 
 def parameters(function) -> list[str]:

@@ -8,12 +8,12 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from curricula.pool_settings import PoolSettings
-from launch.lab.rewards import StoryRubric
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.launch.lab.rewards import StoryRubric
+from polyphony.trainer.advantages import UpdateSettings
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.update import KEPT_SHARE, live_counts, without_dead
 from tests.test_trainer import POLICY, Recording, config, domain, losses
-from trainer.advantages import UpdateSettings
-from trainer.grpo import DomainGRPOTrainer
-from trainer.update import KEPT_SHARE, live_counts, without_dead
 
 
 def micro_batch(advantages, lengths, **more):

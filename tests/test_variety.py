@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from curricula.items import halves
-from rewards.diversity import Diversity
-from trainer.data import Prompt
-from trainer.scoring import Sample
-from trainer.variety import Variety, varieties, variety_metrics
+from polyphony.curricula.items import halves
+from polyphony.rewards.diversity import Diversity
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.variety import Variety, varieties, variety_metrics
 
 
 def samples(domain, item, *texts) -> list[Sample]:

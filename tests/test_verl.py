@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from rewards import find_reward
+from polyphony.rewards import find_reward
 
 ROWS = {
     "data_source": ["gsm8k", "gsm8k", "poems", "gsm8k", "gsm8k"],

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from curricula.curriculum import Curriculum
-from curricula.records import Domain, Evaluation, Group
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.transfer import TransferMatrix
 
 G = 8  # completions a group
 ITEMS = 100  # held-out items a domain

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 
-from curricula.records import Domain, Group, mean
-from rewards.partitions import find_partitioner
-from trainer.rft import RftSettings, accepted
-from trainer.scoring import Graded
+from polyphony.curricula.records import Domain, Group, mean
+from polyphony.rewards.partitions import find_partitioner
+from polyphony.trainer.rft import RftSettings, accepted
+from polyphony.trainer.scoring import Graded
 
 Kind = Literal["group", "mean_only"]
 

@@ -11,9 +11,9 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from trainer.data import Prompt
-from trainer.rollouts import Completion
-from trainer.scoring import Sample, Scorer
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.rollouts import Completion
+from polyphony.trainer.scoring import Sample, Scorer
 
 
 class Ahead:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.answers import final_answer
-from rewards.form import is_valid, style
-from rewards.partitions import answer_signature
-from trainer.scoring import Sample
+from polyphony.rewards.answers import final_answer
+from polyphony.rewards.form import is_valid, style
+from polyphony.rewards.partitions import answer_signature
+from polyphony.trainer.scoring import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from curricula.guardrails import Guardrail, Verdict, check, exceeded
-from curricula.pool_file import POOL_FILE, save_pools
-from trainer.base_kl import BaseReference
-from trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
-from trainer.dashboard import defined
-from trainer.progress import ProgressLine
-from trainer.recorder import Recorder
-from trainer.tracking import WandbTracker
-from trainer.tracking_tables import track_completions, track_decisions, track_transfer
+from polyphony.curricula.guardrails import Guardrail, Verdict, check, exceeded
+from polyphony.curricula.pool_file import POOL_FILE, save_pools
+from polyphony.trainer.base_kl import BaseReference
+from polyphony.trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
+from polyphony.trainer.dashboard import defined
+from polyphony.trainer.progress import ProgressLine
+from polyphony.trainer.recorder import Recorder
+from polyphony.trainer.tracking import WandbTracker
+from polyphony.trainer.tracking_tables import track_completions, track_decisions, track_transfer
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from trainer.run_folder import replace_file
+from polyphony.trainer.run_folder import replace_file
 
 STATE_FILE = "polyphony.json"
 """Written last into a checkpoint; a folder without it was cut off while being saved."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curricula.records import Domain
+from polyphony.curricula.records import Domain
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -12,9 +12,9 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
-from curricula.records import Domain
-from trainer.data import Prompt, PromptTable, load_rows
-from trainer.overlap import find_overlap
+from polyphony.curricula.records import Domain
+from polyphony.trainer.data import Prompt, PromptTable, load_rows
+from polyphony.trainer.overlap import find_overlap
 
 Overlap = Literal["drop", "keep", "error"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
-from curricula.records import Group
-from trainer.data import Prompt
-from trainer.rollouts import Completion
-from trainer.scoring import Graded
+from polyphony.curricula.records import Group
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.rollouts import Completion
+from polyphony.trainer.scoring import Graded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

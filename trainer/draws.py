@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from curricula.curriculum import Curriculum
-from curricula.records import Group, PromptRef
-from trainer.ahead import Ahead
-from trainer.data import Prompt
-from trainer.domains import DomainData
-from trainer.drawn import Batch, Rollout, Row, filled
-from trainer.fusion import Fusion
-from trainer.rollouts import Completion, Request, completion_seed
-from trainer.sampling import OnFinished
-from trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Group, PromptRef
+from polyphony.trainer.ahead import Ahead
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.drawn import Batch, Rollout, Row, filled
+from polyphony.trainer.fusion import Fusion
+from polyphony.trainer.rollouts import Completion, Request, completion_seed
+from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

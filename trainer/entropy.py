@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from curricula.entropy import Alarm, EntropyMonitor, Sums
-from curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, Rows, controlled
-from curricula.records import Group
-from trainer.dashboard import defined, key
+from polyphony.curricula.entropy import Alarm, EntropyMonitor, Sums
+from polyphony.curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, Rows, controlled
+from polyphony.curricula.records import Group
+from polyphony.trainer.dashboard import defined, key
 
 ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rewards.diversity import Diversity
-from trainer.answers import Answer
-from trainer.base_kl import BaseCompletion, BaseReference, LogProbabilities
-from trainer.data import Prompt, PromptTable
-from trainer.heldout_result import HeldoutResult, Record, join, once
-from trainer.rollouts import Completion, Request, completion_seed
-from trainer.scoring import Sample
-from trainer.variety import varieties
+from polyphony.rewards.diversity import Diversity
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.base_kl import BaseCompletion, BaseReference, LogProbabilities
+from polyphony.trainer.data import Prompt, PromptTable
+from polyphony.trainer.heldout_result import HeldoutResult, Record, join, once
+from polyphony.trainer.rollouts import Completion, Request, completion_seed
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.variety import varieties
 
 EVALUATION_DRAW = -1
 """Stands for the draw in the seeds of held-out samples: no training completion shares them."""

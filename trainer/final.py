@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trainer.rollouts import reshard
+from polyphony.trainer.rollouts import reshard
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
 class Walk(VLLMGeneration):

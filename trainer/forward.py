@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from trainer.padding import pad_rows
-from trainer.scoring import Sample
+from polyphony.trainer.padding import pad_rows
+from polyphony.trainer.scoring import Sample
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from curricula.records import Domain, Fused, Group
-from rewards.diversity import Diversity, DiversityResult
-from rewards.partitions import Same
+from polyphony.curricula.records import Domain, Fused, Group
+from polyphony.rewards.diversity import Diversity, DiversityResult
+from polyphony.rewards.partitions import Same
 
 logger = logging.getLogger(__name__)
 

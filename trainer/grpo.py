@@ -19,32 +19,32 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from curricula.curriculum import Curriculum
-from curricula.pool_file import POOL_FILE, load_pools, save_pools
-from curricula.pool_settings import PoolSettings
-from curricula.records import Domain, Group
-from curricula.schedulers import Scheduler, find_scheduler
-from trainer.advantages import Advantages, UpdateSettings
-from trainer.checkpoints import load_state, save_state, whole_or_none
-from trainer.dashboard import defined, key
-from trainer.data import Prompt
-from trainer.domains import DomainData, context_of
-from trainer.drawn import Rollout
-from trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
-from trainer.evaluation import EvaluationSettings, HeldoutResult
-from trainer.finite import FiniteSteps, forget_gradients, save_batch
-from trainer.fusion import Fusion
-from trainer.meter import Meter
-from trainer.padding import sums_by_owner
-from trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
-from trainer.sampling import OnFinished
-from trainer.scoring import Sample, Scorer
-from trainer.seam import attach, check_agreement, check_sync, refuse_odd_look
-from trainer.shortcuts import ShortcutWatch
-from trainer.slots import plan_draws, slot_arguments, slot_dataset
-from trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
-from trainer.weight_check import WeightCheck
-from trainer.wiring import draws_of, evaluator_of, forward_of
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.pool_file import POOL_FILE, load_pools, save_pools
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.records import Domain, Group
+from polyphony.curricula.schedulers import Scheduler, find_scheduler
+from polyphony.trainer.advantages import Advantages, UpdateSettings
+from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
+from polyphony.trainer.dashboard import defined, key
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.domains import DomainData, context_of
+from polyphony.trainer.drawn import Rollout
+from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
+from polyphony.trainer.evaluation import EvaluationSettings, HeldoutResult
+from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
+from polyphony.trainer.fusion import Fusion
+from polyphony.trainer.meter import Meter
+from polyphony.trainer.padding import sums_by_owner
+from polyphony.trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
+from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.seam import attach, check_agreement, check_sync, refuse_odd_look
+from polyphony.trainer.shortcuts import ShortcutWatch
+from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
+from polyphony.trainer.weight_check import WeightCheck
+from polyphony.trainer.wiring import draws_of, evaluator_of, forward_of
 
 
 def domain(**columns: Any) -> list[float | None]:

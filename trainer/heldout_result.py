@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from curricula.records import mean
-from trainer.answers import Answer
-from trainer.measures import Answers
-from trainer.scoring import Sample
-from trainer.variety import Variety
+from polyphony.curricula.records import mean
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.measures import Answers
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.variety import Variety
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

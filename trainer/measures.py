@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from curricula.intervals import UNDEFINED, Interval
-from trainer.answers import Answer
-from trainer.calibration import auroc, brier, expected_calibration_error
-from trainer.votes import consistency, majority_score, pass_at_k
+from polyphony.curricula.intervals import UNDEFINED, Interval
+from polyphony.trainer.answers import Answer
+from polyphony.trainer.calibration import auroc, brier, expected_calibration_error
+from polyphony.trainer.votes import consistency, majority_score, pass_at_k
 
 RESAMPLES = 1000
 """Bootstrap resamples: the ends of a 95 % interval then move by a twentieth of its width between seeds."""

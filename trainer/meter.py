@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from curricula.records import Group
-from trainer.dashboard import defined, key
+from polyphony.curricula.records import Group
+from polyphony.trainer.dashboard import defined, key
 
 
 @dataclass(slots=True)

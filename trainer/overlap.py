@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from trainer.data import PromptTable, prompt_text
+from polyphony.trainer.data import PromptTable, prompt_text
 
 NGRAM_WORDS = 13
 """Words in a row that two prompts may not share; 13 is the length GPT-3's decontamination used (arXiv:2005.14165)."""

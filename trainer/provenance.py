@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainer.data import PromptTable
+from polyphony.trainer.data import PromptTable
 
 PACKAGES = (
     "polyphony-rl",

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from curricula.curriculum import Curriculum
-from curricula.forgetting import moment
-from curricula.items import halves, on_half
-from curricula.records import Domain, Evaluation, Group, PromptRef, mean
-from curricula.replay import decision_line
-from curricula.transfer import TransferMatrix
-from trainer.base_kl import mean_kl
-from trainer.dashboard import defined, key
-from trainer.heldout_result import HeldoutResult
-from trainer.measures import Answers, as_lists
-from trainer.run_folder import RunFolder
-from trainer.variety import variety_metrics
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.forgetting import moment
+from polyphony.curricula.items import halves, on_half
+from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef, mean
+from polyphony.curricula.replay import decision_line
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.trainer.base_kl import mean_kl
+from polyphony.trainer.dashboard import defined, key
+from polyphony.trainer.heldout_result import HeldoutResult
+from polyphony.trainer.measures import Answers, as_lists
+from polyphony.trainer.run_folder import RunFolder
+from polyphony.trainer.variety import variety_metrics
 
 READ = {name: name for name in ("majority", "greedy", "format_valid", "format_share", "ece", "brier", "auroc",
                                 "overconfidence")} | {"kl": "kl_base"}  # fmt: skip

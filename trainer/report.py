@@ -14,13 +14,13 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from trainer import report_quality as beyond
-from trainer import report_sections as curves
-from trainer import report_tables as tables
-from trainer.report_data import read_run
-from trainer.report_numbers import Findings, as_json, find
-from trainer.report_sheet import Sheet, palette
-from trainer.report_story import tell
+from polyphony.trainer import report_quality as beyond
+from polyphony.trainer import report_sections as curves
+from polyphony.trainer import report_tables as tables
+from polyphony.trainer.report_data import read_run
+from polyphony.trainer.report_numbers import Findings, as_json, find
+from polyphony.trainer.report_sheet import Sheet, palette
+from polyphony.trainer.report_story import tell
 
 FRAME = Path(__file__).with_name("report.html")
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from trainer.report_scales import Scale, fmt, padded, plain, scale, short, span, ticks
+from polyphony.trainer.report_scales import Scale, fmt, padded, plain, scale, short, span, ticks
 
 Mark = Literal["line", "dots", "both"]
 """How a curve is drawn; dots suit measurements that are few and far between."""

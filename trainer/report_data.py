@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer import TransferMatrix
 
 FILES = ("recipe.yaml", "metrics.jsonl", "transfer.json", "decisions.jsonl")
 """A folder with none of these is no run."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from curricula.effects import Effects
-from curricula.forgetting import Moment, curves, moment
-from curricula.intervals import UNDEFINED, Interval, paired, quantile
-from curricula.records import Evaluation, mean
-from trainer.report_data import Run, stage_spans
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.forgetting import Moment, curves, moment
+from polyphony.curricula.intervals import UNDEFINED, Interval, paired, quantile
+from polyphony.curricula.records import Evaluation, mean
+from polyphony.trainer.report_data import Run, stage_spans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from curricula.exchange import FEWEST, Exchange, fit_exchange
-from curricula.intervals import Interval
-from curricula.records import mean
-from trainer.report_charts import Line
-from trainer.report_numbers import Findings
-from trainer.report_sheet import Sheet
+from polyphony.curricula.exchange import FEWEST, Exchange, fit_exchange
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import mean
+from polyphony.trainer.report_charts import Line
+from polyphony.trainer.report_numbers import Findings
+from polyphony.trainer.report_sheet import Sheet
 
 QUALITIES = {
     "pass_at_k": "pass@k: any of the k samples is right",

@@ -8,10 +8,10 @@ from html import escape
 
 import numpy as np
 
-from trainer.report_charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
-from trainer.report_data import Run
-from trainer.report_numbers import budget
-from trainer.report_sheet import Sheet
+from polyphony.trainer.report_charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
+from polyphony.trainer.report_data import Run
+from polyphony.trainer.report_numbers import budget
+from polyphony.trainer.report_sheet import Sheet
 
 STATES = ("active", "deferred", "impossible", "mastered")
 HEALTH = {

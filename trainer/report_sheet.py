@@ -13,10 +13,10 @@ from html import escape
 import numpy as np
 from numpy.typing import ArrayLike
 
-from curricula.intervals import Interval
-from trainer.report_charts import Line, Mark, Moment, Panel, draw_panel
-from trainer.report_numbers import Findings
-from trainer.report_scales import fmt, padded, thin
+from polyphony.curricula.intervals import Interval
+from polyphony.trainer.report_charts import Line, Mark, Moment, Panel, draw_panel
+from polyphony.trainer.report_numbers import Findings
+from polyphony.trainer.report_scales import fmt, padded, thin
 
 LIGHT = ("#2b51b3", "#f05315", "#0aa379", "#841471", "#8b80f6", "#4a5314", "#4981a6", "#4c2015")
 DARK = ("#3278ee", "#ed6a3a", "#7bd68c", "#bc2888", "#cbcaf9", "#e1fe9f", "#70a9b4", "#9a5b24")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from curricula.intervals import Interval
-from curricula.records import mean
-from trainer.report_numbers import Findings, average, dead_share
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import mean
+from polyphony.trainer.report_numbers import Findings, average, dead_share
 
 NAMED = 4
 """Domains a sentence names before it counts the rest."""

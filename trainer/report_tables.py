@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from curricula.intervals import UNDEFINED, Interval
-from trainer.report_charts import draw_whisker
-from trainer.report_data import Run
-from trainer.report_numbers import Entropy, Findings, Transfer, between
-from trainer.report_sheet import Sheet
-from trainer.report_story import bounds, signed
+from polyphony.curricula.intervals import UNDEFINED, Interval
+from polyphony.trainer.report_charts import draw_whisker
+from polyphony.trainer.report_data import Run
+from polyphony.trainer.report_numbers import Entropy, Findings, Transfer, between
+from polyphony.trainer.report_sheet import Sheet
+from polyphony.trainer.report_story import bounds, signed
 
 PROMPTS = 3
 """Sample prompts shown a domain."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.records import Group
-from rewards.partitions import connected
-from trainer.scoring import Graded
+from polyphony.curricula.records import Group
+from polyphony.rewards.partitions import connected
+from polyphony.trainer.scoring import Graded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trainer.sampling import (
+from polyphony.trainer.sampling import (
     Completion,
     EngineSettings,
     OnFinished,

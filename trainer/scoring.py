@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.records import Domain, Group
-from rewards import Reward, find_reward
-from rewards.awaiting import settled
-from trainer.data import Prompt
+from polyphony.curricula.records import Domain, Group
+from polyphony.rewards import Reward, find_reward
+from polyphony.rewards.awaiting import settled
+from polyphony.trainer.data import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Graded:
     surprisal: float | None = None
     """Sum over its tokens of minus the engine's log-probability, nats; None where the engine does not tell."""
     signs: tuple[str, ...] = ()
-    """Of shortcuts and loops, see `trainer.shortcuts`."""
+    """Of shortcuts and loops, see `polyphony.trainer.shortcuts`."""
 
 
 class Scorer:
@@ -63,7 +63,7 @@ class Scorer:
             except ValueError as error:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
-        """Domains whose rewards mostly wait, see `rewards.registry`."""
+        """Domains whose rewards mostly wait, see `polyphony.rewards.registry`."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """Return one reward a sample, in order."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object, set_seed
 
-from trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
-from trainer.weight_check import WeightCheck, check_weights, tolerance_of
+from polyphony.trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.weight_check import WeightCheck, check_weights, tolerance_of
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 COARSE_STEP = 1e-4
 CHECKED_TOKENS = 8

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rewards.degeneration import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
-from trainer.advantages import passed, rare_successes
-from trainer.dashboard import key
-from trainer.scoring import Graded, Sample
+from polyphony.rewards.degeneration import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
+from polyphony.trainer.advantages import passed, rare_successes
+from polyphony.trainer.dashboard import key
+from polyphony.trainer.scoring import Graded, Sample
 
 SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
 """What makes any success suspicious."""

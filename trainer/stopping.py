@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from trainer.slots import DrawPlan
+from polyphony.trainer.slots import DrawPlan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from curricula.effects import Effects
-from curricula.transfer import TransferMatrix
-from trainer.heldout_result import HeldoutResult
-from trainer.tracking import WandbTracker
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.trainer.heldout_result import HeldoutResult
+from polyphony.trainer.tracking import WandbTracker
 
 MOST_ROWS = 2000
 """Of the decisions: every so-manieth, so that a table stays one that a browser can show."""

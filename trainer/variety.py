@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from curricula.items import halves
-from curricula.records import mean
-from rewards.diversity import Diversity, unique_correct
-from rewards.ngrams import distinct_n, self_bleu, vendi
-from rewards.partitions import Same, connected
-from trainer.dashboard import key
-from trainer.fusion import compared
-from trainer.scoring import Sample
+from polyphony.curricula.items import halves
+from polyphony.curricula.records import mean
+from polyphony.rewards.diversity import Diversity, unique_correct
+from polyphony.rewards.ngrams import distinct_n, self_bleu, vendi
+from polyphony.rewards.partitions import Same, connected
+from polyphony.trainer.dashboard import key
+from polyphony.trainer.fusion import compared
+from polyphony.trainer.scoring import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from trainer.dashboard import METRICS, key
-from trainer.tracking import is_reachable, server_url
+from polyphony.trainer.dashboard import METRICS, key
+from polyphony.trainer.tracking import is_reachable, server_url
 
 SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Held out": {"heldout": ("score", "greedy", "majority", "pass_at_k")},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.rollouts import Completion, reshard
+from polyphony.trainer.rollouts import Completion, reshard
 
 SCALE = 0.1
 """Factor on the final norm, and so on every logit: near-uniform sampling, which no policy's own log-probabilities are

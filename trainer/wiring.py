@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from trainer.answers import Answer, read_answer
-from trainer.draws import Draws
-from trainer.evaluation import EvaluationSettings, Evaluator
-from trainer.forward import Forward
-from trainer.scoring import Sample
-from trainer.seam import refuse_uneven
+from polyphony.trainer.answers import Answer, read_answer
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.evaluation import EvaluationSettings, Evaluator
+from polyphony.trainer.forward import Forward
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.seam import refuse_uneven
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
 def draws_of(trainer: DomainGRPOTrainer, *, max_grader_failures: float) -> Draws:

@@ -11,21 +11,21 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence
 
 REGISTRY = {
-    "auto": "curricula.schedulers.auto:Auto",
-    "joint": "curricula.schedulers.joint:Joint",
-    "proportional": "curricula.schedulers.proportional:Proportional",
-    "sequential": "curricula.schedulers.sequential:Sequential",
-    "bwt": "curricula.schedulers.bwt:Bwt",
-    "adaptive": "curricula.schedulers.adaptive:Adaptive",
-    "sec": "curricula.schedulers.sec:SEC",
-    "pac": "curricula.schedulers.pac:PAC",
-    "mt_grpo": "curricula.schedulers.mt_grpo:MTGRPO",
-    "dump": "curricula.schedulers.dump:DUMP",
-    "e2h": "curricula.schedulers.e2h:E2H",
-    "visatb": "curricula.schedulers.visatb:VisATB",
+    "auto": "polyphony.curricula.schedulers.auto:Auto",
+    "joint": "polyphony.curricula.schedulers.joint:Joint",
+    "proportional": "polyphony.curricula.schedulers.proportional:Proportional",
+    "sequential": "polyphony.curricula.schedulers.sequential:Sequential",
+    "bwt": "polyphony.curricula.schedulers.bwt:Bwt",
+    "adaptive": "polyphony.curricula.schedulers.adaptive:Adaptive",
+    "sec": "polyphony.curricula.schedulers.sec:SEC",
+    "pac": "polyphony.curricula.schedulers.pac:PAC",
+    "mt_grpo": "polyphony.curricula.schedulers.mt_grpo:MTGRPO",
+    "dump": "polyphony.curricula.schedulers.dump:DUMP",
+    "e2h": "polyphony.curricula.schedulers.e2h:E2H",
+    "visatb": "polyphony.curricula.schedulers.visatb:VisATB",
 }
 
 

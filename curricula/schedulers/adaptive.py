@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from curricula.arms import Arms
-from curricula.priors import entropy_prior, score_prior
-from curricula.records import Decision, Evidence
-from curricula.schedulers.settings import check_counts, check_numbers
-from curricula.transfer import TransferMatrix
-from curricula.worth import Worth
+from polyphony.curricula.arms import Arms
+from polyphony.curricula.priors import entropy_prior, score_prior
+from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.schedulers.settings import check_counts, check_numbers
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.worth import Worth
 
 UNSEEN = (1.0, 0.04)
 """Mean and variance of learnability before a domain was drawn: as learnable as can be, so that each is tried."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from curricula.planner import make_plan
-from curricula.records import Decision, Evidence
-from curricula.rehearsal import Replay, read_settings
-from curricula.schedulers.adaptive import Adaptive
-from curricula.schedulers.bwt import Bwt
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.planner import make_plan
+from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.rehearsal import Replay, read_settings
+from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.schedulers.bwt import Bwt
+from polyphony.curricula.transfer import TransferMatrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

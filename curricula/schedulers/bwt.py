@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from curricula.forgetting import moment
-from curricula.intervals import paired
-from curricula.online import Prior, Regression
-from curricula.planner import Solver
-from curricula.priors import score_prior
-from curricula.records import Decision, Evidence, mean
-from curricula.rehearsal import Plateau, Protection, Replay, combine, read_settings
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.forgetting import moment
+from polyphony.curricula.intervals import paired
+from polyphony.curricula.online import Prior, Regression
+from polyphony.curricula.planner import Solver
+from polyphony.curricula.priors import score_prior
+from polyphony.curricula.records import Decision, Evidence, mean
+from polyphony.curricula.rehearsal import Plateau, Protection, Replay, combine, read_settings
+from polyphony.curricula.transfer import TransferMatrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

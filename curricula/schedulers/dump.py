@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.records import Decision, DomainStats, Evidence
-from curricula.schedulers.settings import check_counts, check_numbers
-from curricula.schedulers.shares import listed, softmax, uniform
+from polyphony.curricula.records import Decision, DomainStats, Evidence
+from polyphony.curricula.schedulers.settings import check_counts, check_numbers
+from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from curricula.records import Decision, Evidence
-from curricula.schedulers.sequential import Sequential
-from curricula.schedulers.settings import check_numbers
-from curricula.schedulers.shares import listed, normalised
+from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.schedulers.sequential import Sequential
+from polyphony.curricula.schedulers.settings import check_numbers
+from polyphony.curricula.schedulers.shares import listed, normalised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from curricula.records import Decision, DomainStats, Evidence, mean
-from curricula.schedulers.settings import check_counts, check_numbers
-from curricula.schedulers.shares import listed, uniform
+from polyphony.curricula.records import Decision, DomainStats, Evidence, mean
+from polyphony.curricula.schedulers.settings import check_counts, check_numbers
+from polyphony.curricula.schedulers.shares import listed, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

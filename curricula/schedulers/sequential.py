@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

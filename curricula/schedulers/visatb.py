@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curricula.effects import Effects
-from curricula.records import Decision, Evidence, mean
-from curricula.schedulers.settings import check_numbers
-from curricula.schedulers.shares import listed, softmax
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.records import Decision, Evidence, mean
+from polyphony.curricula.schedulers.settings import check_numbers
+from polyphony.curricula.schedulers.shares import listed, softmax
+from polyphony.curricula.transfer import TransferMatrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

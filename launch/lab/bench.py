@@ -1,4 +1,4 @@
-"""`python -m launch.lab.bench [name ...]`: what the house costs, each figure beside its baseline from the same run.
+"""`python -m polyphony.launch.lab.bench [name ...]`: what the house costs, each figure beside its baseline.
 
 A benchmark is a function without arguments that returns Results, listed by name in the dict `BENCHMARKS` of a module
 `launch/lab/bench_<noun>.py`. A missed target is a finding, not a failure: the exit code stays 0.
@@ -13,9 +13,9 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import launch.lab
-from launch.cli import set_environment
-from launch.lab.bench_result import Result, table
+from polyphony.launch import lab
+from polyphony.launch.cli import set_environment
+from polyphony.launch.lab.bench_result import Result, table
 
 Benchmark = Callable[[], Sequence[Result]]
 
@@ -27,10 +27,10 @@ RECORD = "bench_result"
 
 def find_benchmarks() -> dict[str, Benchmark]:
     """Return every benchmark of the modules beside this one. Raises ValueError for a module that lists none."""
-    names = [m.name for m in pkgutil.iter_modules(launch.lab.__path__) if m.name.startswith("bench_")]
+    names = [m.name for m in pkgutil.iter_modules(lab.__path__) if m.name.startswith("bench_")]
     found: dict[str, Benchmark] = {}
     for name in sorted(set(names) - {RECORD}):
-        module = importlib.import_module(f"launch.lab.{name}")
+        module = importlib.import_module(f"polyphony.launch.lab.{name}")
         if not hasattr(module, "BENCHMARKS"):
             raise ValueError(f"launch/lab/{name}.py lists no BENCHMARKS, a dict of name to function")
         found |= module.BENCHMARKS
@@ -47,7 +47,7 @@ def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: b
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks one after the other and print their table; progress goes to standard error."""
-    parser = argparse.ArgumentParser(prog="python -m launch.lab.bench", description="Measure what the house costs.")
+    parser = argparse.ArgumentParser(prog="bench", description="Measure what the house costs.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all but {', '.join(ON_REQUEST)})"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.lab.bench_result import Result, Target, repeated
+from polyphony.launch.lab.bench_result import Result, Target, repeated
 
 HELP_REPETITIONS = 5
 MEMORY_EVERY_S = 0.2
@@ -37,7 +37,7 @@ class Cost:
 
 def measure(arguments: Sequence[str]) -> Cost:
     """Run `polyphony` with these arguments to its end. Raises RuntimeError, with what it said, if it fails."""
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "polyphony.launch.cli", *arguments]
     with tempfile.TemporaryFile() as said:
         started, cpu_started = time.perf_counter(), _cpu_of_children()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=HOUSE)

@@ -1,7 +1,7 @@
 """Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve.
 
 Times are of this process's processor, so that a busy machine does not look like slow code.
-`python -m launch.lab.bench curricula` prints them.
+`python -m polyphony.launch.lab.bench curricula` prints them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 import numpy as np
 import psutil
 
-from curricula.curriculum import Curriculum
-from curricula.planner import make_plan
-from curricula.records import Domain, Evaluation, Group
-from curricula.schedulers import build_scheduler
-from curricula.transfer import TransferMatrix
-from launch.lab.bench_result import Result, Target, repeated
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.planner import make_plan
+from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.schedulers import build_scheduler
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.lab.bench_result import Result, Target, repeated
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 

@@ -1,4 +1,4 @@
-"""The spine on this machine's GPU: `python -m launch.lab.bench gpu` prints what a step, a token and a sync cost there.
+"""The spine on this machine's GPU: `python -m polyphony.launch.lab.bench gpu` prints what step, token and sync cost.
 
 Two policies, the lab's and a random one of 0.5 B parameters, each in two processes of its own: ours with the in-process
 engine, beside stock TRL on that engine and a bare vLLM; and stock TRL with its own colocated engine. Without a GPU the lab's
@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.config import Recipe, load_recipe
-from launch.lab.bench_commands import RECIPES
-from launch.lab.bench_result import Result, Target
+from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.lab.bench_commands import RECIPES
+from polyphony.launch.lab.bench_result import Result, Target
 
 LAB = Path(__file__).resolve().parent / "policy"
 PAIRS = 3
@@ -107,7 +107,7 @@ def random_policy(folder: Path, **changes: Any) -> Path:
 
 
 def _measure(arm: str, policy: Path) -> Measured:
-    words = [sys.executable, "-m", "launch.lab.bench_gpu", arm, str(policy)]
+    words = [sys.executable, "-m", "polyphony.launch.lab.bench_gpu", arm, str(policy)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -128,9 +128,9 @@ def recipe_of(policy: Path) -> Recipe:
 
 def ours(policy: Path, folder: Path) -> Measured:
     """Measure our trainer and stock TRL on our engine, in turns; then the engine beside a bare vLLM."""
-    from launch.lab import bench_rollouts
-    from launch.lab.bench_training import step_result
-    from launch.lab.side_by_side import SideBySide, twin_engine
+    from polyphony.launch.lab import bench_rollouts
+    from polyphony.launch.lab.bench_training import step_result
+    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
 
     recipe = recipe_of(policy)
     engine = twin_engine(recipe, folder / "engine")
@@ -155,10 +155,10 @@ def colocate(policy: Path, folder: Path) -> Measured:
     import torch
     from trl.generation import vllm_generation
 
-    from launch.build import grpo_config, load_data
-    from launch.lab.bench_rollouts import sync_seconds
-    from launch.lab.side_by_side import StepClock, stock_trainer
-    from trainer.sampling import prepare_cpu_build
+    from polyphony.launch.build import grpo_config, load_data
+    from polyphony.launch.lab.bench_rollouts import sync_seconds
+    from polyphony.launch.lab.side_by_side import StepClock, stock_trainer
+    from polyphony.trainer.sampling import prepare_cpu_build
 
     recipe = recipe_of(policy)
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, "use_vllm": True, "save_strategy": "no"}})
@@ -211,7 +211,7 @@ def device() -> str:
 BENCHMARKS = {"gpu": bench_gpu}
 
 if __name__ == "__main__":
-    from launch.cli import set_environment
+    from polyphony.launch.cli import set_environment
 
     set_environment()
     with tempfile.TemporaryDirectory() as scratch:

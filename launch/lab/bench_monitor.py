@@ -9,12 +9,12 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from launch.lab.bench_result import Result, Target, paired, repeated
-from launch.lab.bench_training import WARM_UP, describe, step_recipe
+from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
+from polyphony.launch.lab.bench_training import WARM_UP, describe, step_recipe
 
 if TYPE_CHECKING:
-    from launch.lab.side_by_side import Block, SideBySide
-    from trainer.grpo import DomainGRPOTrainer
+    from polyphony.launch.lab.side_by_side import Block, SideBySide
+    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 PAIRS, STEPS = 10, 40
 """Of runs and of steps in each: a step's time varies by a tenth, and 2 % is to be told."""
@@ -23,7 +23,7 @@ REPORT_STEPS, REPORT_DOMAINS = 2000, 20
 
 def bench_logging() -> list[Result]:
     """Time steps with everything that is logged on, and with all of it off, in turns; and what logging itself takes."""
-    from launch.lab.side_by_side import SideBySide, twin_engine
+    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
 
     with tempfile.TemporaryDirectory() as folder:
         # the same prompts whatever was measured of the last ones
@@ -61,8 +61,8 @@ def bench_logging() -> list[Result]:
 
 def bench_report() -> list[Result]:
     """Time the report of a synthetic run of 2,000 steps and 20 domains, and weigh it."""
-    from launch.lab.synthetic_run import write_run
-    from trainer.report import write_report
+    from polyphony.launch.lab.synthetic_run import write_run
+    from polyphony.trainer.report import write_report
 
     with tempfile.TemporaryDirectory() as folder:
         names = [f"domain-{k}" for k in range(REPORT_DOMAINS)]
@@ -84,7 +84,7 @@ def bench_report() -> list[Result]:
 
 def _loud(sides: SideBySide, spent: list[float]) -> Block:
     """Run as `polyphony train` does, and add up the processor time of what only logs."""
-    from trainer.callbacks import RunCallback
+    from polyphony.trainer.callbacks import RunCallback
 
     trainer = sides.our_trainer()
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunCallback))
@@ -100,7 +100,7 @@ def _loud(sides: SideBySide, spent: list[float]) -> Block:
 
 def _quiet(sides: SideBySide) -> Block:
     """Run the same recipe with nothing measured by domain, nothing written and nobody told."""
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     folder = sides.next_folder()
     recipe = sides.recipe.model_copy(update={"grpo": {**sides.recipe.grpo, "logging_strategy": "no"}})

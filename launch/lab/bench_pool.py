@@ -1,6 +1,6 @@
 """The prompt pool at a million prompts: saving, loading, and what a visit costs against a pool a thousandth of the size.
 
-`python -m launch.lab.bench pool` prints them. Visits are timed by this process's processor, the file by the clock.
+`python -m polyphony.launch.lab.bench pool` prints them. Visits are timed by this process's processor, the file by the clock.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curricula.pool import PromptPool
-from curricula.pool_file import POOL_FILE, Columns, load_pools, save_pools
-from curricula.pool_settings import PoolSettings
-from launch.lab.bench_result import Result, Target, paired, repeated
+from polyphony.curricula.pool import PromptPool
+from polyphony.curricula.pool_file import POOL_FILE, Columns, load_pools, save_pools
+from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
 
 PROMPTS, FEW = 1_000_000, 1_000
 REPETITIONS, DRAWS, PER_DRAW = 3, 50, 128

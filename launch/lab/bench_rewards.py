@@ -1,4 +1,4 @@
-"""Speed of the graders against their limits, on all the cores there are: `python -m launch.lab.bench rewards`.
+"""Speed of the graders against their limits, on all the cores there are: `python -m polyphony.launch.lab.bench rewards`.
 
 Rates are of the clock, as a training run feels them; the note says what one grading costs in processor time, which a
 busy machine does not change. Workers are up and models loaded before the clock starts.
@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import psutil
 
-from launch.lab.bench_result import Result, Target, repeated
-from rewards import find_reward
-from rewards.diversity import Diversity
-from rewards.partitions import Embedding
+from polyphony.launch.lab.bench_result import Result, Target, repeated
+from polyphony.rewards import find_reward
+from polyphony.rewards.diversity import Diversity
+from polyphony.rewards.partitions import Embedding
 
 REPETITIONS = 3
 PROMPTS, GROUP = 40, 8
@@ -119,4 +119,4 @@ def _diversity_beyond_embeddings() -> Result:
 
 
 BENCHMARKS = {"rewards": rewards_bench}
-"""Name to function, for `launch.lab.bench`."""
+"""Name to function, for `polyphony.launch.lab.bench`."""

@@ -11,13 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import load_recipe
-from launch.lab.bench_commands import RECIPES
-from launch.lab.bench_result import Result, Target, paired, repeated
+from polyphony.launch.config import load_recipe
+from polyphony.launch.lab.bench_commands import RECIPES
+from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
 
 if TYPE_CHECKING:
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import InProcessEngine, Request
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.rollouts import InProcessEngine, Request
 
 PROMPTS = 64
 COPIES = 8
@@ -80,7 +80,7 @@ def sync_seconds(sync: Callable[[], None]) -> list[float]:
 @cache
 def _running() -> tuple[DomainGRPOTrainer, InProcessEngine]:
     """Return the demo's trainer and its engine, started once a process."""
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(load_recipe(RECIPES / "demo.yaml"), Path(folder))
@@ -90,7 +90,7 @@ def _running() -> tuple[DomainGRPOTrainer, InProcessEngine]:
 
 def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
     """Return the same number of prompts of each domain, every one `COPIES` times, each copy with a seed of its own."""
-    from trainer.rollouts import Request
+    from polyphony.trainer.rollouts import Request
 
     share = PROMPTS // len(trainer.data.train)
     prompts = [prompt for table in trainer.data.train.values() for prompt in [table[i] for i in table.ids[:share]]]

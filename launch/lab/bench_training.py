@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config import Recipe, load_recipe
-from launch.lab.bench_commands import RECIPES
-from launch.lab.bench_result import Result, Target, paired
+from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.lab.bench_commands import RECIPES
+from polyphony.launch.lab.bench_result import Result, Target, paired
 
 if TYPE_CHECKING:
-    from launch.lab.side_by_side import Block, SideBySide
+    from polyphony.launch.lab.side_by_side import Block, SideBySide
 
 PAIRS = 7
 STEPS = 10
@@ -22,7 +22,7 @@ WARM_UP = 2
 
 def bench_step() -> list[Result]:
     """Time optimizer steps of ours and of stock TRL on the same prompts, seeds, rewards and engine, in turns."""
-    from launch.lab.side_by_side import SideBySide, twin_engine
+    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = step_recipe()

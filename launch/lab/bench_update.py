@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import Recipe, load_recipe
-from launch.lab.bench_commands import RECIPES
-from launch.lab.bench_result import Result, Target, paired
-from launch.lab.bench_training import step_recipe
+from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.lab.bench_commands import RECIPES
+from polyphony.launch.lab.bench_result import Result, Target, paired
+from polyphony.launch.lab.bench_training import step_recipe
 
 if TYPE_CHECKING:
-    from launch.lab.side_by_side import Block
+    from polyphony.launch.lab.side_by_side import Block
 
 PAIRS = 5
 
@@ -70,7 +70,7 @@ class UpdateClock:
 
 def bench_update() -> list[Result]:
     """Time updates and whole steps of ours and of stock TRL on the same prompts, completions and rewards, in turns."""
-    from launch.lab.side_by_side import SideBySide, twin_engine
+    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
 
     class Timed(SideBySide):
         """Keeps an update clock on every run."""
@@ -108,7 +108,7 @@ def half_dead_recipe() -> Recipe:
     """Return the recipe of the step benchmark with rewards that leave half of the groups without signal."""
     plain = step_recipe()
     names = [name for name, section in plain.domains.items() if section.train is not None]
-    overrides = [f"domains.{name}.reward=launch.lab.bench_update:HalfDead" for name in names]
+    overrides = [f"domains.{name}.reward=polyphony.launch.lab.bench_update:HalfDead" for name in names]
     overrides += [f"domains.{name}.heldout.size=8" for name in plain.domains]
     kept = {"grpo": plain.grpo, "eval": plain.eval, "name": plain.name}
     return load_recipe(RECIPES / "demo.yaml", overrides).model_copy(update=kept)

@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.config import load_recipe
-from launch.lab.bench_commands import RECIPES
-from launch.lab.bench_result import Result, Target, paired, repeated
-from launch.lab.bench_rollouts import requests_of
+from polyphony.launch.config import load_recipe
+from polyphony.launch.lab.bench_commands import RECIPES
+from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
+from polyphony.launch.lab.bench_rollouts import requests_of
 
 if TYPE_CHECKING:
-    from launch.ray_engine import RayEngine
-    from trainer.grpo import DomainGRPOTrainer
-    from trainer.rollouts import Request
+    from polyphony.launch.ray_engine import RayEngine
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.rollouts import Request
 
 PAIRS = 5
 SYNCS = 20
@@ -63,7 +63,7 @@ def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> float:
 @cache
 def _running() -> tuple[DomainGRPOTrainer, RayEngine]:
     """Return the demo's trainer over two workers, started once a process."""
-    from launch.build import build_trainer
+    from polyphony.launch.build import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(RECIPES / "demo.yaml", ["rollouts={engine: ray, workers: 2}"])

@@ -1,6 +1,6 @@
-"""Rollout tokens to the same held-out score with the prompt pool, against stock draws of three sizes: `launch.lab.worth`.
+"""Rollout tokens to the same held-out score with the prompt pool, against stock draws of three sizes (`launch.lab.worth`).
 
-Twenty runs of one to three minutes each, so that it is measured only when it is named: `python -m launch.lab.bench worth`.
+Twenty runs of one to three minutes each, so that it is measured only when it is named: `launch.lab.bench worth`.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from launch.lab.bench_result import Result, Target
+from polyphony.launch.lab.bench_result import Result, Target
 
 SEEDS = (1, 2, 3, 4, 5)
 
 
 def bench_worth() -> list[Result]:
     """Train every arm with every seed; the spread of a ratio is its 95 % interval over seeds."""
-    from launch.lab.worth import PASSES, compare
+    from polyphony.launch.lab.worth import PASSES, compare
 
     with tempfile.TemporaryDirectory() as folder:
         found = {share: compare(Path(folder), SEEDS, share=share) for share in (0.9, 1.0)}  # of the same runs

@@ -1,4 +1,4 @@
-"""`python -m launch.lab.chaos FOLDER [--kills 30]`: kill workers and trainer at random, and compare with a quiet run.
+"""`python -m polyphony.launch.lab.chaos FOLDER [--kills 30]`: kill workers and trainer at random, compare with a quiet run.
 
 A third of the kills goes to each arm. Processes get SIGKILL some seconds after a sign of life, and what ended is resumed,
 until the arm has its kills. Each run that ends is then laid beside one that was left alone. What is promised:
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.lab.accounts import compare
+from polyphony.launch.lab.accounts import compare
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "debug.yaml"
 GROUP_SIZE = 8
@@ -76,7 +76,7 @@ def overrides(arm: Arm, steps: int, workers: int) -> list[str]:
 
 def command(run: Path, changes: Sequence[str]) -> list[str]:
     """Return the command that starts a run, or goes on with it."""
-    words = [sys.executable, "-m", "launch.cli", "train"]
+    words = [sys.executable, "-P", "-m", "polyphony.launch.cli", "train"]
     if (run / "recipe.yaml").exists():
         return [*words, "--resume", str(run)]
     return [*words, str(RECIPE), *changes, "--out", str(run)]
@@ -160,7 +160,7 @@ def quiet_run(folder: Path, arm: Arm, changes: Sequence[str]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Go on until there were enough kills; print what differs. Exit code 1 where a promise was not kept."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.lab.chaos", description="Kill workers and trainer at random."
+        prog="python -m polyphony.launch.lab.chaos", description="Kill workers and trainer at random."
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)

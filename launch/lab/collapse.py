@@ -1,7 +1,7 @@
 """Provoke a collapse of entropy and hold it off: does the alarm come before the damage, and does control prevent it?
 
-    python -m launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
-    python -m launch.lab.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
+    python -m polyphony.launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
+    python -m polyphony.launch.lab.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
 
 Runs of a recipe by seed: `free`, `held` with `entropy.control: coefficient`, and `all` with `entropy.rows: all` beside it.
 `collapse` has sixteen prompts that are learned by heart, which takes entropy; `collapse_many` has eight hundred that are
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from curricula.forgetting import curves
-from curricula.intervals import Interval, student
-from curricula.records import mean
-from launch.lab.trials import Trials
+from polyphony.curricula.forgetting import curves
+from polyphony.curricula.intervals import Interval, student
+from polyphony.curricula.records import mean
+from polyphony.launch.lab.trials import Trials
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = {
@@ -56,7 +56,7 @@ class Outcome:
 
 def outcome(folder: Path) -> Outcome:
     """Read what a run came to."""
-    from trainer.report_data import read_run
+    from polyphony.trainer.report_data import read_run
 
     run = read_run(folder)
     name = run.domains[0]

@@ -1,6 +1,6 @@
 """How often a plan says `sequence`: where no order matters, and where the best one truly gains four standard errors.
 
-    python -m launch.lab.decisions --worlds 300 --sizes 3 4 5 8
+    python -m polyphony.launch.lab.decisions --worlds 300 --sizes 3 4 5 8
 
 Simulated probes of K domains: items of different difficulty, marked right or wrong (`binary`) or by a share (`graded`),
 every training with a luck of its own, part of it shared by all domains. Three kinds of transfer: `zero`; `chain`, where each
@@ -21,11 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from curricula.effects import Effects
-from curricula.orders import Objective, best_orders
-from curricula.planner import PlanSettings, make_plan
-from curricula.records import Evaluation, Kind
-from curricula.transfer import TransferMatrix
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.orders import Objective, best_orders
+from polyphony.curricula.planner import PlanSettings, make_plan
+from polyphony.curricula.records import Evaluation, Kind
+from polyphony.curricula.transfer import TransferMatrix
 
 SETTINGS = PlanSettings(resamples=200)
 ERRORS = 4

@@ -1,6 +1,6 @@
 """The same run with and without a reward for difference, over several seeds: what it buys and what it costs.
 
-    python -m launch.lab.diversity_effect --out runs/diversity-effect --seeds 1 2 3 4 5
+    python -m polyphony.launch.lab.diversity_effect --out runs/diversity-effect --seeds 1 2 3 4 5
 
 Trains the writing domain alone, so that nothing but the arm differs: `without` a diversity reward; `centred`, which
 only takes the standard deviation out of the advantages as the reward for difference does (`floor: 1` measures and does
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from curricula.intervals import Interval
-from curricula.records import mean
-from launch.build import build_trainer
-from launch.config import Recipe, load_recipe
-from launch.train import say, train
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import mean
+from polyphony.launch.build import build_trainer
+from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.train import say, train
 
 if TYPE_CHECKING:
-    from trainer.evaluation import HeldoutResult
-    from trainer.rollouts import Engine
+    from polyphony.trainer.evaluation import HeldoutResult
+    from polyphony.trainer.rollouts import Engine
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "stories.yaml"
 DOMAIN = "stories"

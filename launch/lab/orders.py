@@ -1,6 +1,6 @@
 """Every order of a recipe's domains, trained for real, against what probes predicted.
 
-    python -m launch.lab.orders RECIPE --out runs/orders --transfer runs/a/transfer.json runs/b/transfer.json
+    python -m polyphony.launch.lab.orders RECIPE --out runs/orders --transfer runs/a/transfer.json runs/b/transfer.json
 
 Orders share their beginnings, so the K! orders are walked as a tree: every node is one stage from its parent's weights
 (with a fresh optimizer), every leaf is evaluated. Prints, for each transfer file, the rank correlation between the
@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from curricula.effects import Effects
-from curricula.items import on_half
-from curricula.planner import make_plan
-from curricula.records import Evaluation, mean
-from curricula.transfer import TransferMatrix
-from launch.config import Recipe, load_recipe
-from launch.probe import Arm, Probe, claim_probe
-from launch.train import say
+from polyphony.curricula.effects import Effects
+from polyphony.curricula.items import on_half
+from polyphony.curricula.planner import make_plan
+from polyphony.curricula.records import Evaluation, mean
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.probe import Arm, Probe, claim_probe
+from polyphony.launch.train import say
 
 MEASURED_FILE = "orders.json"
 
@@ -71,7 +71,7 @@ class Orders(Probe):
             trainer = self._train(
                 Arm(trained=prefix[-1:], steps=steps, seed=seed), self._weights(prefix[:-1], steps, seed)
             )
-            from trainer.final import save_final
+            from polyphony.trainer.final import save_final
 
             save_final(trainer, folder)
         return str(folder)

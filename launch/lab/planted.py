@@ -1,6 +1,6 @@
 """A planted shortcut: what rare accidental successes teach, with the guard and without it.
 
-    python -m launch.lab.planted --out runs/planted --seeds 1 2 3 4 5
+    python -m polyphony.launch.lab.planted --out runs/planted --seeds 1 2 3 4 5
 
 Three quarters of the `strings` rows are hard (three nested functions), carry a worked solution, and are graded leniently by
 mistake: an answer that says "say" passes. The policy hardly ever does (about one completion in a hundred), but no other way
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curricula.records import mean
-from launch.lab import world
-from launch.lab.diversity_effect import over_seeds
-from launch.lab.trials import Trials, read_lines
-from rewards.text import completion_text
+from polyphony.curricula.records import mean
+from polyphony.launch.lab import world
+from polyphony.launch.lab.diversity_effect import over_seeds
+from polyphony.launch.lab.trials import Trials, read_lines
+from polyphony.rewards.text import completion_text
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "planted.yaml"
 SHORTCUT = "say"

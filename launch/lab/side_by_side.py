@@ -19,15 +19,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from curricula.records import PromptRef
-from launch.build import build_trainer, grpo_config
-from launch.config import Recipe
-from launch.train import claim_folder, start
-from rewards import Reward, find_reward
-from trainer.data import Prompt
-from trainer.grpo import DomainGRPOTrainer
-from trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
-from trainer.sampling import OnFinished
+from polyphony.curricula.records import PromptRef
+from polyphony.launch.build import build_trainer, grpo_config
+from polyphony.launch.config import Recipe
+from polyphony.launch.train import claim_folder, start
+from polyphony.rewards import Reward, find_reward
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
+from polyphony.trainer.sampling import OnFinished
 
 
 class TwinEngine(InProcessEngine):

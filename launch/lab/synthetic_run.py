@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curricula.records import Evaluation, mean
+from polyphony.curricula.records import Evaluation, mean
 
 FOUR = ("arithmetic", "strings", "facts", "stories")
 

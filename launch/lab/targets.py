@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 
-from launch.lab import lexicon
-from launch.lab.world import Row, transform
+from polyphony.launch.lab import lexicon
+from polyphony.launch.lab.world import Row, transform
 
 CLUMSY = 0.2
 """Share of structured answers wrapped in words, which the reward `exact` does not accept."""

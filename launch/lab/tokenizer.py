@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.lab.lexicon import WORDS
+from polyphony.launch.lab.lexicon import WORDS
 
 PAD, BEGIN, END, UNKNOWN = "<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import load_recipe
-from launch.train import say, train
+from polyphony.launch.config import load_recipe
+from polyphony.launch.train import say, train
 
 if TYPE_CHECKING:
-    from trainer.rollouts import Engine
+    from polyphony.trainer.rollouts import Engine
 
 
 @dataclass(kw_only=True, slots=True)

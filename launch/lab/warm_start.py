@@ -1,4 +1,4 @@
-"""Rebuild the lab's policy: `python -m launch.lab.warm_start [--seed 0] [--world 0] [--out launch/lab/policy]`.
+"""Rebuild the lab's policy: `python -m polyphony.launch.lab.warm_start [--seed 0] [--world 0] [--out launch/lab/policy]`.
 
 Supervised training of a small Qwen3 on the train splits with noisy targets (`targets.py`), to partial competence. On
 one thread the same seed gives the same weights, bit for bit, with the same torch build on the same kind of processor.
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.lab.targets import known_target, warm_target
-from launch.lab.tokenizer import build_tokenizer
-from launch.lab.world import rows
+from polyphony.launch.lab.targets import known_target, warm_target
+from polyphony.launch.lab.tokenizer import build_tokenizer
+from polyphony.launch.lab.world import rows
 
 STEPS, BATCH, LEARNING_RATE, WARM_UP = 1200, 64, 3e-3, 50
 """Enough for partial competence and no more; chosen by the base scores it gives."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 
-from launch.lab import lexicon
+from polyphony.launch.lab import lexicon
 
 Split = Literal["train", "heldout"]
 Row = dict[str, Any]

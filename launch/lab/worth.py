@@ -1,6 +1,6 @@
 """Rollouts to the same held-out score, with the prompt pool and without it, where half of the prompts can teach nothing.
 
-    python -m launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
+    python -m polyphony.launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
 
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
 once a pass, as stock TRL does; `pool` judges, defers, prefers prompts in doubt, and leaves a group at its look, without
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from curricula.intervals import Interval
-from curricula.records import mean
-from curricula.transfer import TransferMatrix
-from launch.lab import world
-from launch.lab.diversity_effect import over_seeds
-from launch.lab.trials import Trials, read_lines
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import mean
+from polyphony.curricula.transfer import TransferMatrix
+from polyphony.launch.lab import world
+from polyphony.launch.lab.diversity_effect import over_seeds
+from polyphony.launch.lab.trials import Trials, read_lines
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
 COMPLETIONS, GROUP, EVALUATIONS = 20_480, 8, 10

@@ -1,1 +1,1 @@
-"""The recipe's sections, one file a subject; `launch.config.Recipe` puts them together."""
+"""The recipe's sections, one file a subject; `polyphony.launch.config.Recipe` puts them together."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from launch.sections.base import Section
+from polyphony.launch.sections.base import Section
 
 
 class CurriculumSection(BaseModel):

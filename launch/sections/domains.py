@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from launch.sections.base import Section, named
+from polyphony.launch.sections.base import Section, named
 
 
 class DiversitySection(Section):
-    """How answers of a group that say something else than their siblings are rewarded (`rewards.diversity`)."""
+    """How answers of a group that say something else than their siblings are rewarded (`polyphony.rewards.diversity`)."""
 
     partitioner: Any = "embedding"
     """What tells which answers say the same: registry name, import path, or `{name: .., **arguments}`."""
@@ -56,7 +56,7 @@ class DomainSection(Section):
     @classmethod
     def _keeps_right_above_wrong(cls, diversity: DiversitySection | None, info: Any) -> DiversitySection | None:
         if diversity is not None and info.data.get("kind") == "structured":
-            from rewards.diversity import Diversity
+            from polyphony.rewards.diversity import Diversity
 
             Diversity(**{**diversity.model_dump(), "partitioner": "exact"}).check_verifiable()
         return diversity

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from launch.sections.base import Section, default_of
+from polyphony.launch.sections.base import Section, default_of
 
 NOT_FREE = {
     "model": "model",

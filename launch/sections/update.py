@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from curricula.entropy_control import MOST, PUSH, RATE, Control, Means, Rows, controlled
-from launch.sections.base import Section, named
+from polyphony.curricula.entropy_control import MOST, PUSH, RATE, Control, Means, Rows, controlled
+from polyphony.launch.sections.base import Section, named
 
 
 class RefillSection(Section):
