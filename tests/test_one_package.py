@@ -129,7 +129,8 @@ def test_a_recipe_with_old_names_is_read_as_with_new_ones(tmp_path):
 
 def test_a_users_package_of_an_old_name_is_the_users(tmp_path, monkeypatch):
     (tmp_path / "rewards").mkdir()
-    (tmp_path / "rewards" / "math.py").write_text("class Math: ...\n")
+    for name in ("__init__.py", "math.py"):
+        (tmp_path / "rewards" / name).write_text("class Math: ...\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
