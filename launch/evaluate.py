@@ -115,9 +115,7 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
         return {}
     add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     model.to(trainer.accelerator.device).eval()
-    return trainer.evaluator.distance_to(
-        lambda prompts, ids: trainer.forward.log_probabilities(prompts, ids, model=model)
-    )
+    return trainer.evaluator.distance_to(lambda prompts, ids: trainer.policy.logps(prompts, ids, model=model))
 
 
 def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:

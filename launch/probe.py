@@ -140,7 +140,7 @@ class Probe:
             from polyphony.trainer.final import save_final
 
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
-                save_final(trainer, Path(scratch) / "weights")
+                save_final(trainer.policy, Path(scratch) / "weights")
                 (Path(scratch) / "weights").rename(folder)
         return str(folder)
 

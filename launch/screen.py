@@ -160,7 +160,7 @@ class Screening:
             )
             for i, ids in enumerate(trainer.data.tokenize(prompts))
         ]
-        samples = trainer.to_samples(prompts, trainer.complete(requests, size))
+        samples = trainer.to_samples(prompts, trainer.policy.complete(requests, size))
         rewards = trainer.scorer(samples)
         with (self.out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
             for k, (visits, prompt) in enumerate(chosen):

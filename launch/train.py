@@ -67,7 +67,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
         raise Interrupted(*started.stopper.stopped)
     from polyphony.trainer.final import save_final
 
-    save_final(trainer, out / "final")
+    save_final(trainer.policy, out / "final")
     if trainer.accelerator.is_main_process:
         from polyphony.trainer.report import write_report
 
@@ -179,14 +179,12 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
     """Return what works, but not as well as it could."""
     import torch
 
-    from polyphony.trainer.seam import loses_small_steps
-
     found = []
     if not trainer.use_vllm:
         found.append(
             "rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own"
         )
-    if loses_small_steps(trainer):
+    if trainer.policy.loses_small_steps:
         found.append(
             f"the policy's weights are {trainer.model.dtype}, too coarse for steps of {trainer.args.learning_rate:g}: "
             "set grpo.model_init_kwargs={dtype: float32}, or cluster.strategy zero2 or fsdp, or train an adapter"

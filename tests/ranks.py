@@ -53,7 +53,7 @@ def trained(trainer: Any) -> dict[str, Any]:
     trainer._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
     trainer.train()
     check = trainer.check_weight_sync()
-    trainer.sync_engine()
+    trainer.policy.sync()
     wrapped = trainer.model_wrapped
     return {
         "rank": trainer.accelerator.process_index,
@@ -83,7 +83,7 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
 
     from polyphony.trainer.final import save_final
 
-    save_final(trainer, final)
+    save_final(trainer.policy, final)
     trainer.accelerator.wait_for_everyone()
     saved, ours = load_file(final / "model.safetensors"), parameters(trainer)
     return [name for name in ours if name not in saved or not torch.equal(saved[name], ours[name])]

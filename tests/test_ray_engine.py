@@ -18,7 +18,7 @@ from polyphony.launch.cli import main
 from polyphony.launch.config import RecipeError, load_recipe
 from polyphony.launch.local import check_heads
 from polyphony.launch.weights import pack, unpack
-from polyphony.trainer.sampling import Request, sample
+from polyphony.trainer.policy.sampling import Request, sample
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 
@@ -57,7 +57,7 @@ def pooled(tmp_path_factory):
     """A trainer of the debug recipe over two workers."""
     overrides = ["tracking.wandb=null", "rollouts={engine: ray, workers: 2, timeout_s: 120}"]
     trainer = build_trainer(load_recipe(DEBUG, overrides), tmp_path_factory.mktemp("pool"))
-    trainer.sync_engine()
+    trainer.policy.sync()
     yield trainer
     trainer.engine.close()
 
@@ -79,7 +79,7 @@ def process_of(engine, place: int) -> int:
 def test_completions_are_those_of_the_in_process_engine(pooled, engine, tmp_path):
     recipe = load_recipe(DEBUG, ["tracking.wandb=null"])
     alone = build_trainer(recipe, tmp_path, engine=engine)
-    alone.sync_engine()
+    alone.policy.sync()
     asked = requests(pooled)
     ours, theirs = pooled.engine.complete(asked), alone.engine.complete(asked)
     assert [c.ids for c in ours] == [c.ids for c in theirs]
@@ -98,7 +98,7 @@ def test_every_parameter_of_every_worker_is_the_policys(pooled):
     with torch.no_grad():
         for parameter in pooled.model.parameters():
             parameter.mul_(1.01)
-    pooled.sync_engine()
+    pooled.policy.sync()
     ours = {name: p.detach() for name, p in pooled.model.named_parameters()}
     for worker in pooled.engine.pool.workers:
         theirs = {name: torch.from_numpy(a.copy()) for name, a in ray.get(worker.handle.parameters.remote()).items()}
@@ -170,7 +170,7 @@ def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(poo
         completions = pooled.engine.complete(asked)
     finally:
         pooled.engine.max_staleness = 0
-        pooled.sync_engine()
+        pooled.policy.sync()
     faults = pooled.engine.flush_faults()
     assert faults.stale == sum(c.version == behind for c in completions) > 0
     assert faults.workers_restarted == 0
@@ -236,7 +236,7 @@ def test_more_workers_than_the_cluster_has_room_for_end_in_one_line(capsys, tmp_
 @pytest.mark.slow
 def test_an_engine_out_of_memory_tries_half_and_then_says_so(engine, debug_recipe, tmp_path):
     trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
-    trainer.sync_engine()
+    trainer.policy.sync()
     asked = requests(trainer, 4)  # 16 completions
     expected = [c.ids for c in sample(engine.llm, asked, engine.sampling)]
     for room, fits in ((len(asked) * 3 // 4, True), (1, False)):

@@ -18,8 +18,8 @@ from polyphony.launch.lab.rewards import StoryRubric
 from polyphony.launch.lab.world import rows
 from polyphony.rewards.exact import Exact
 from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.policy import refuse_odd_look, refuse_uneven
 from polyphony.trainer.rollouts import InProcessEngine
-from polyphony.trainer.seam import refuse_odd_look, refuse_uneven
 from tests.conftest import HOUSE
 
 pytestmark = pytest.mark.slow
@@ -130,10 +130,9 @@ def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, messag
         args=arguments,
         num_generations=8,
         accelerator=SimpleNamespace(num_processes=ranks),
-        curriculum=SimpleNamespace(pool=PoolSettings(look=look)),
     )
     with pytest.raises(ValueError, match=message):
-        refuse_odd_look(ranked)  # type: ignore[arg-type]
+        refuse_odd_look(SimpleNamespace(trainer=ranked), look)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -150,13 +149,13 @@ def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, messag
 )
 def test_ranks_that_generate_together_are_asked_for_like_numbers(changes, message):
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    settings = {"engine": None, "use_vllm": False, "vllm_mode": "colocate", "is_fsdp_enabled": False}
+    settings = {"use_vllm": False, "vllm_mode": "colocate", "is_fsdp_enabled": False}
     settings |= {"is_deepspeed_enabled": False, "accelerator": SimpleNamespace(num_processes=2, state=state)}
     settings |= {"args": SimpleNamespace(vllm_tensor_parallel_size=1)}
-    trainer = SimpleNamespace(**{**settings, **changes})
+    policy = SimpleNamespace(engine=None, trainer=SimpleNamespace(**{**settings, **changes}))
     with pytest.raises(ValueError, match=message) if message else nullcontext():
-        refuse_uneven(trainer, 2, None)  # type: ignore[arg-type]
-    refuse_uneven(trainer, 0, None)  # type: ignore[arg-type]
+        refuse_uneven(policy, 2, None)  # type: ignore[arg-type]
+    refuse_uneven(policy, 0, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("look", [None, 4])
@@ -165,8 +164,8 @@ def test_weights_are_synced_once_a_draw_however_often_it_is_looked_at_and_refill
     pool = PoolSettings(refill_rounds=2, look=look)
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[hopeless], engine=engine, pool=pool)
     synced: list[int] = []
-    keep = trainer.sync_engine
-    trainer.sync_engine = lambda: (synced.append(trainer.state.global_step), keep())  # type: ignore[method-assign]
+    keep = trainer.policy.sync
+    trainer.policy.sync = lambda: (synced.append(trainer.state.global_step), keep())  # type: ignore[method-assign]
     trainer.train()
     assert synced == [0, 1, 2]
     assert [entry["rollout/refill_rounds"] for entry in trainer.state.log_history if "loss" in entry] == [2, 2, 2]
@@ -187,7 +186,7 @@ def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):
 def test_entropy_is_that_of_the_policys_softmax(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=both(), engine=engine)
     ids, completion = [5, 6, 7], [8, 9]
-    _, entropy, mask = trainer.forward([ids], [completion])
+    _, entropy, mask = trainer.policy.forward([ids], [completion])
     with torch.no_grad():
         logits = trainer.model(torch.tensor([ids + completion])).logits[0, 2:4]
     expected = torch.distributions.Categorical(logits=logits).entropy()
@@ -284,7 +283,7 @@ def test_an_engine_that_keeps_old_weights_fails_the_check_and_a_true_one_passes(
 
 def test_a_run_whose_engine_falls_behind_stops(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.05), domains=both(), engine=engine)
-    trainer.sync_engine()
+    trainer.policy.sync()
     kept = engine.__class__
     engine.__class__ = StaleEngine
     try:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from trl.generation.vllm_generation import VLLMGeneration
 
+from polyphony.trainer.policy import Policy
 from polyphony.trainer.rollouts import reshard
-
-if TYPE_CHECKING:
-    from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
 class Walk(VLLMGeneration):
@@ -21,8 +18,9 @@ class Walk(VLLMGeneration):
         """Start nothing."""
 
 
-def save_final(trainer: DomainGRPOTrainer, out: Path) -> None:
+def save_final(policy: Policy, out: Path) -> None:
     """Save policy and tokenizer for `from_pretrained`; collective over ranks."""
+    trainer = policy.trainer
     model, is_main = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.is_main_process
     if isinstance(model, PeftModel):
         reshard(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,25 @@ from polyphony.curricula.pool_settings import PoolSettings
 from polyphony.curricula.records import Domain, Group
 from polyphony.curricula.schedulers import Scheduler, find_scheduler
 from polyphony.trainer.advantages import Advantages, UpdateSettings
+from polyphony.trainer.answers import Answer, read_answer
 from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
 from polyphony.trainer.dashboard import defined, key
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.domains import DomainData, context_of
 from polyphony.trainer.drawn import Rollout
+from polyphony.trainer.draws import Draws
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
-from polyphony.trainer.evaluation import EvaluationSettings, HeldoutResult
+from polyphony.trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.fusion import Fusion
 from polyphony.trainer.meter import Meter
-from polyphony.trainer.padding import sums_by_owner
-from polyphony.trainer.rollouts import Completion, Engine, EngineFactory, Request, Sampling
-from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
+from polyphony.trainer.rollouts import Completion, Engine, EngineFactory
 from polyphony.trainer.scoring import Sample, Scorer
-from polyphony.trainer.seam import attach, check_agreement, check_sync, refuse_odd_look
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
 from polyphony.trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.weight_check import WeightCheck
-from polyphony.trainer.wiring import draws_of, evaluator_of, forward_of
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -130,86 +130,83 @@ class DomainGRPOTrainer(GRPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        self.forward = forward_of(self, passes=super()._get_per_token_logps_and_entropies)
+        self.policy = Policy(
+            self, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
+        )
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
-        refuse_odd_look(self)
-        self.engine = attach(self, engine) if not self.use_vllm else None
-        self.draws = draws_of(self, max_grader_failures=max_grader_failures)
+        refuse_odd_look(self.policy, pool.look if pool else None)
+        if not self.use_vllm:
+            self.policy.attach(engine, longest=self.data.longest)
+        self.draws = self._draws(pool, max_grader_failures)
         self.drops_dead = may_drop_dead(
             self.advantages.settings.drop_dead,
             args,
             has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
             has_aux_loss=self.aux_loss_enabled,
         )
-        self.evaluator = evaluator_of(self, evaluation or EvaluationSettings())
+        self.evaluator = self._evaluator(evaluation or EvaluationSettings())
 
-    # --- the engine -----------------------------------------------------------------------------------------------
+    def _draws(self, pool: PoolSettings | None, max_grader_failures: float) -> Draws:
+        """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
+        refill_rounds, look = (pool.refill_rounds, pool.look) if pool else (0, None)
+        refuse_uneven(self.policy, refill_rounds, look)
+        return Draws(
+            data=self.data,
+            curriculum=self.curriculum,
+            scorer=self.scorer,
+            fusion=self.fusion.on(self.accelerator),
+            seed=self.args.seed,
+            group_size=self.num_generations,
+            max_grader_failures=max_grader_failures,
+            complete=self.policy.complete,
+            to_samples=self.to_samples,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            look=look,
+            refill_rounds=refill_rounds,
+            is_useful=self.advantages.is_useful,
+            inspect=self.shortcuts.inspect,
+            with_texts=self.data.names if self.advantages.partitioner else (),
+        )
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+    def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
+        """Return what scores the policy as it is at each call."""
+        return Evaluator(
+            tables=self.data.heldout,
+            settings=settings,
+            seed=self.args.seed,
+            tokenize=self.data.tokenize,
+            complete=lambda requests: self.policy.complete(requests, settings.samples),
+            to_samples=self.to_samples,
+            score=self.scorer,
+            entropy_sums=self.policy.entropy_sums,
+            log_probabilities=self.policy.logps,
+            read=self._read,
+            limit=self.data.limits.__getitem__,
+            gather=gather_object,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            diversity=self.fusion.by_domain,
         )
 
     @property
-    def precision(self) -> torch.dtype:
-        """What the policy computes in: mixed precision if asked for, else the type of its weights."""
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        return self.model.dtype
-
-    def sync_engine(self) -> None:
-        """Load the policy's present weights into the engine, whatever was loaded before."""
-        if self.use_vllm:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-
-    def complete(
-        self, requests: Sequence[Request], copies: int, on_finished: OnFinished | None = None
-    ) -> list[Completion]:
-        """Sample one completion a request with the policy's present weights.
-
-        Without an engine of ours, TRL generates (transformers, or its own colocate and server modes): seeds are then not
-        honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
-        each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
-        """
-        if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
-            if self.state.global_step != self._last_loaded_step or self.engine.is_asleep:
-                self.sync_engine()
-            return self.engine.complete(requests, on_finished)
-        if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
-            return []
-        if any(r.is_greedy for r in requests):
-            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
-        prompt_ids = [list(r.prompt_ids) for r in requests]
-        ids, logps = super()._generate_single_turn(prompt_ids, None, {}, copies)
-        logps = logps or [None] * len(ids)
-        return [
-            Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
-            for r, i, p in zip(requests, ids, logps, strict=True)
-        ]
-
-    def _rest(self) -> None:
-        if self.engine is not None:
-            self.engine.rest()
+    def engine(self) -> Engine | None:
+        """What samples from the policy; None where TRL itself generates."""
+        return self.policy.engine
 
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
-        return check_sync(self) if self.use_vllm else None
+        return self.policy.check(self.data)
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
         self._rollout = rollout = self._roll_out(len(inputs))
-        self._rest()
+        self.policy.rest()
         self._row_entropy = None
         output = super()._generate_and_score_completions(rollout.rows)
-        check_agreement(self, rollout.completions)
+        self.policy.check_agreement(rollout.completions)
         of_rows = self._groups_of_rows(len(inputs))
         owner = [self.data.names.index(group.domain) for group in of_rows]
         entropy = self._domain_entropy(output, owner)
@@ -262,6 +259,16 @@ class DomainGRPOTrainer(GRPOTrainer):
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
             for prompt, c, text in zip(prompts, completions, texts, strict=True)
         ]
+
+    def _read(self, sample: Sample, score: float | None) -> Answer:
+        domain = next(d for d in self.data.domains if d.name == sample.prompt.domain)
+        return read_answer(
+            sample,
+            score,
+            reward=self.scorer.rewards[domain.name],
+            has_one_answer=domain.kind == "structured",
+            decode=partial(self.processing_class.decode, skip_special_tokens=True),  # type: ignore[arg-type]
+        )
 
     # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
 
@@ -353,7 +360,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
         result = self.evaluator.run()
-        self._rest()
+        self.policy.rest()
         return result
 
     # --- steps that must not be taken ---------------------------------------------------------------------------------

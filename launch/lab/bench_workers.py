@@ -26,7 +26,7 @@ def bench_workers() -> list[Result]:
     """Sample 64 prompts x 8 through both workers and through one of them, in turns; one thread each."""
     trainer, engine = _running()
     asked = requests_of(trainer)
-    trainer.sync_engine()
+    trainer.policy.sync()
     one, two = [], []
     for _ in range(PAIRS + 1):
         two.append(_rate(engine, asked, workers=2))
@@ -39,11 +39,11 @@ def bench_workers() -> list[Result]:
 def bench_worker_sync() -> list[Result]:
     """Send the lab policy's weights to two workers."""
     trainer, _ = _running()
-    trainer.sync_engine()  # warms up
+    trainer.policy.sync()  # warms up
     seconds = []
     for _ in range(SYNCS):
         started = time.perf_counter()
-        trainer.sync_engine()
+        trainer.policy.sync()
         seconds.append(time.perf_counter() - started)
     return [repeated("worker sync", "s", seconds, target=Target(relation="<=", limit=0.05), note="to two workers")]
 

@@ -73,7 +73,7 @@ class Orders(Probe):
             )
             from polyphony.trainer.final import save_final
 
-            save_final(trainer, folder)
+            save_final(trainer.policy, folder)
         return str(folder)
 
 

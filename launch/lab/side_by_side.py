@@ -26,8 +26,8 @@ from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
 from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
 
 
 class TwinEngine(InProcessEngine):
@@ -53,10 +53,10 @@ def twin_engine(recipe: Recipe, folder: Path) -> TwinEngine:
         trainer.model,
         trainer.accelerator,
         trainer.processing_class,
-        sampling=trainer.sampling,
+        sampling=trainer.policy.sampling,
         max_model_length=trainer.args.vllm_max_model_length,
         max_num_seqs=trainer.args.generation_batch_size,  # type: ignore[arg-type]
-        dtype=str(trainer.precision).removeprefix("torch."),
+        dtype=str(trainer.policy.precision).removeprefix("torch."),
         gpu_memory_utilization=trainer.args.vllm_gpu_memory_utilization,
     )
 

@@ -48,7 +48,7 @@ def test_half_a_billion_parameters_in_bf16_train(tmp_path, half_billion, more):
 def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
     trainer = build_trainer(load_recipe(DEBUG, QUICK), tmp_path)
     assert trainer.check_weight_sync().is_passed
-    trainer.sync_engine()
+    trainer.policy.sync()
     assert differing(trainer) == []
 
 

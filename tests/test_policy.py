@@ -1,4 +1,4 @@
-"""The seam to an engine: how it is started, when it gives memory back, and what it may be asked."""
+"""The policy and its engine: how it is started, when it gives memory back, and what it may be asked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.launch.build import build_trainer, grpo_config, rollout_engine
 from polyphony.launch.config import RecipeError, load_recipe
 from polyphony.trainer.final import save_final
+from polyphony.trainer.policy.sampling import Request, Sampling
 from polyphony.trainer.rollouts import InProcessEngine
-from polyphony.trainer.sampling import Request, Sampling
-from polyphony.trainer.seam import loses_small_steps
 from tests.conftest import RECIPES
 
 DEBUG = RECIPES / "debug.yaml"
@@ -73,25 +72,25 @@ def test_an_engine_stays_awake_by_default():
 
 def test_the_policy_is_synced_anew_to_an_engine_that_slept(engine, debug_recipe, tmp_path, monkeypatch):
     trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
-    trainer.sync_engine()
+    trainer.policy.sync()
     version = engine.version
     request = Request(prompt_ids=[1, 2], seed=1, max_tokens=2)
-    trainer.complete([request], 1)
+    trainer.policy.complete([request], 1)
     assert engine.version == version
     monkeypatch.setattr(engine, "is_asleep", True)
     monkeypatch.setattr(engine, "sync_weights", lambda: setattr(engine, "is_asleep", False))
-    trainer.complete([request], 1)
+    trainer.policy.complete([request], 1)
     assert not engine.is_asleep
 
 
 def test_an_engine_hears_of_a_rank_that_asks_for_nothing(engine, debug_recipe, tmp_path, monkeypatch):
     trainer = build_trainer(debug_recipe, tmp_path, engine=engine)
-    assert trainer.complete([], 1) == []
+    assert trainer.policy.complete([], 1) == []
     version = engine.version
     trainer._last_loaded_step = -1
     heard = []
     monkeypatch.setattr(engine, "complete", lambda requests, on_finished: heard.append(requests) or [])
-    trainer.complete([], 1)
+    trainer.policy.complete([], 1)
     # the ranks that do ask would wait for this one, in the sync as in an engine of all ranks
     assert engine.version == version + 1
     assert heard == [[]]
@@ -101,7 +100,7 @@ def test_an_engine_hears_of_a_rank_that_asks_for_nothing(engine, debug_recipe, t
 def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
     recipe = load_recipe(DEBUG, ["tracking.wandb=null", "grpo.top_k=3", "grpo.top_p=0.9"])
     trainer = build_trainer(recipe, tmp_path, engine=engine)
-    restricted = engine.sampling = trainer.sampling
+    restricted = engine.sampling = trainer.policy.sampling
     try:
         assert trainer.check_weight_sync().is_passed
         assert engine.sampling is restricted
@@ -159,11 +158,11 @@ def test_steps_that_bfloat16_weights_would_lose_are_noticed(tmp_path):
     assert torch.tensor(0.05, dtype=torch.bfloat16) + step == torch.tensor(0.05, dtype=torch.bfloat16)
     common = ["rollouts.engine=transformers", f"grpo.learning_rate={step}", "grpo.model_init_kwargs={dtype: bfloat16}"]
     full = build_trainer(load_recipe(DEBUG, common), tmp_path / "full")
-    assert loses_small_steps(full)
+    assert full.policy.loses_small_steps
     full.args.learning_rate = 1e-3
-    assert not loses_small_steps(full)
+    assert not full.policy.loses_small_steps
     adapter = "lora={r: 4, alpha: 8, target_modules: [q_proj]}"  # PEFT keeps adapters in float32
-    assert not loses_small_steps(build_trainer(load_recipe(DEBUG, [*common, adapter]), tmp_path / "lora"))
+    assert not build_trainer(load_recipe(DEBUG, [*common, adapter]), tmp_path / "lora").policy.loses_small_steps
 
 
 def test_a_saved_policy_has_its_adapter_merged_and_the_trainer_keeps_it(tmp_path):
@@ -173,7 +172,7 @@ def test_a_saved_policy_has_its_adapter_merged_and_the_trainer_keeps_it(tmp_path
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.02)
-    save_final(trainer, tmp_path / "final")
+    save_final(trainer.policy, tmp_path / "final")
     trainer.model.eval()
     ids = torch.tensor([[1, 5, 7, 9]])
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")(ids).logits

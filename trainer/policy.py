@@ -1,0 +1,315 @@
+"""The policy as the rest of the house uses it: sampled, synced to its engine and shown to be followed by it, read by
+forward passes.
+
+TRL's trainer holds the weights and asks `vllm_generation` for completions once `use_vllm` is set, which also switches its
+importance correction on. Forward passes are TRL's own, so that temperature, precision and the fused head are those of the
+update; collective where the policy is split over ranks. B rows, P prompt tokens, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import pad
+
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.scoring import Sample
+from polyphony.trainer.weight_check import WeightCheck, check_weights, tolerance_of
+
+Rows = Sequence[Sequence[int]]
+"""Token ids, ragged."""
+
+COARSE_STEP = 1e-4
+CHECKED_TOKENS = 8
+"""Of each prompt in the check of weights."""
+
+
+class Policy:
+    """The weights that TRL's trainer trains, and the engine that samples from them.
+
+    Example: `trainer.policy.complete([Request(prompt_ids=[5, 9], seed=1, max_tokens=8)], 1)[0].ids`
+    """
+
+    engine: Engine | None = None
+    """What samples; None where TRL itself generates. Set by `attach`."""
+
+    def __init__(
+        self, trainer: GRPOTrainer, *, passes: Callable[..., tuple], turn: Callable[..., tuple[list, list | None]]
+    ) -> None:
+        """`passes` and `turn` are TRL's `_get_per_token_logps_and_entropies` and `_generate_single_turn`."""
+        self.trainer: Any = trainer  # TRL declares many of its attributes wider than they are once it is constructed
+        self._passes, self._turn = passes, turn
+
+    @property
+    def sampling(self) -> Sampling:
+        """How completions are sampled in this run."""
+        t = self.trainer
+        return Sampling(
+            temperature=t.temperature,
+            top_p=t.top_p,
+            top_k=t.top_k,
+            min_p=t.min_p,
+            repetition_penalty=t.repetition_penalty,
+        )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the policy computes in: mixed precision if asked for, else the type of its weights."""
+        args = self.trainer.args
+        if args.bf16 or args.fp16:
+            return torch.bfloat16 if args.bf16 else torch.float16
+        return self.trainer.model.dtype
+
+    # --- the engine -----------------------------------------------------------------------------------------------
+
+    def attach(self, engine: str | Engine | EngineFactory, *, longest: int) -> None:
+        """Take an engine; none for `transformers`, with which TRL itself generates.
+
+        `longest` is the number of tokens of the longest prompt and its completion. Raises ValueError for a name that does
+        not exist.
+        """
+        if engine == "transformers":
+            return
+        if isinstance(engine, str) and engine != "vllm":
+            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
+        trainer, args = self.trainer, self.trainer.args
+        if isinstance(engine, Engine):
+            engine.attach(trainer.model, trainer.accelerator)
+        else:
+            make = InProcessEngine if isinstance(engine, str) else engine
+            engine = make(
+                trainer.model,
+                trainer.accelerator,
+                trainer.processing_class,
+                sampling=self.sampling,
+                max_model_length=args.vllm_max_model_length,
+                max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+                dtype=str(self.precision).removeprefix("torch."),
+                longest=longest,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                enable_sleep_mode=args.vllm_enable_sleep_mode,
+                model_impl=args.vllm_model_impl,
+                trust_remote_code=args.trust_remote_code,
+            )
+        engine.max_completion_length = trainer.max_completion_length
+        self.engine = trainer.vllm_generation = engine
+        trainer.use_vllm, trainer._last_loaded_step = True, -1
+        set_seed(args.seed, device_specific=True)  # starting vLLM reseeds the process's generators
+
+    def sync(self) -> None:
+        """Load the policy's present weights into the engine, whatever was loaded before."""
+        if self.trainer.use_vllm:
+            self.trainer.vllm_generation.sync_weights()
+            self.trainer._last_loaded_step = self.trainer.state.global_step
+
+    def rest(self) -> None:
+        """Let the engine give back what it only needs to sample."""
+        if self.engine is not None:
+            self.engine.rest()
+
+    def complete(
+        self, requests: Sequence[Request], copies: int, on_finished: OnFinished | None = None
+    ) -> list[Completion]:
+        """Sample one completion a request with the policy's present weights.
+
+        Without an engine of ours, TRL generates (transformers, or its own colocate and server modes): seeds are then not
+        honoured, and lengths by cutting, which leaves the distribution of what is kept as it is. `copies` is how often
+        each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
+        """
+        if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
+            if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
+                self.sync()
+            return self.engine.complete(requests, on_finished)
+        if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
+            return []
+        if any(r.is_greedy for r in requests):
+            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
+        ids, logps = self._turn([list(r.prompt_ids) for r in requests], None, {}, copies)
+        return [
+            Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
+            for r, i, p in zip(requests, ids, logps or [None] * len(ids), strict=True)
+        ]
+
+    # --- does the engine follow the policy? ---------------------------------------------------------------------------
+
+    def check(self, data: DomainData) -> WeightCheck | None:
+        """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.
+
+        None without an engine that keeps weights of its own.
+        """
+        if not self.trainer.use_vllm:
+            return None
+        prompts = [prompt for table in data.heldout.values() for prompt in list(table)[:2]]
+        ids = data.tokenize(prompts)
+        requests = [
+            Request(prompt_ids=i, seed=n, max_tokens=min(CHECKED_TOKENS, data.limits[prompt.domain]))
+            for n, (prompt, i) in enumerate(zip(prompts, ids, strict=True))
+        ]
+        with self._whole_distribution():
+            check = check_weights(
+                model=self.trainer.model,
+                sync=self.sync,
+                sample=lambda: self.complete(requests, 1),
+                score=lambda completions: self.token_logps(ids, [c.ids for c in completions]),
+                tolerance=self._tolerance,
+            )
+        self.trainer._last_loaded_step = -1
+        return check
+
+    @contextmanager
+    def _whole_distribution(self) -> Iterator[None]:
+        """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know."""
+        whole = Sampling(temperature=self.trainer.temperature)
+        generation = self.trainer.vllm_generation
+        changed = asdict(whole) if self.engine is None else {"sampling": whole}  # TRL's own modes name each by itself
+        kept = {name: getattr(generation, name) for name in changed}
+        for name, value in changed.items():
+            setattr(generation, name, value)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(generation, name, value)
+
+    @property
+    def _tolerance(self) -> float:
+        return tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
+
+    def check_agreement(self, completions: Sequence[Completion]) -> None:
+        """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
+
+        Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
+        So do those that were sampled with top-k and its like.
+        """
+        if self.sampling != Sampling(temperature=self.trainer.temperature) or self._is_stale(completions):
+            return
+        allowed = self._tolerance
+        differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
+        if differences and differences[-1] > allowed:
+            raise RuntimeError(
+                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
+                f"(allowed {allowed:g}): the engine does not hold the policy's weights"
+            )
+
+    def _is_stale(self, completions: Sequence[Completion]) -> bool:
+        """True where a completion of any rank came from an older weight version than the engine's."""
+        if self.engine is None:
+            return False
+        versions = [c.version for c in completions if c.version is not None]
+        return min(gather_object(versions), default=self.engine.version) < self.engine.version
+
+    @property
+    def loses_small_steps(self) -> bool:
+        """Whether the optimizer adds steps to weights of half precision that are as coarse as they.
+
+        DeepSpeed and FSDP keep float32 weights for the optimizer. Adam moves a weight by about the learning rate; bfloat16
+        numbers of size w are w / 128 to w / 256 apart, so that a step below 1e-4 is rounded away in a weight of 0.05.
+        """
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.args.learning_rate >= COARSE_STEP:
+            return False
+        return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
+
+    # --- forward passes over completions that are not trained on, no gradient -------------------------------------------
+
+    def forward(self, prompt_ids: Rows, completion_ids: Rows, *, model: Any = None) -> tuple[torch.Tensor, ...]:
+        """Return log-probabilities, entropies (nats) and mask of completions, each [B, T], under the policy or `model`."""
+        trainer = self.trainer
+        padding, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+        ids, attention, mask = pad_rows(prompt_ids, completion_ids, padding=padding, device=device)
+        size = trainer.args.per_device_eval_batch_size
+        model = trainer.model if model is None else model
+        with torch.no_grad():
+            logps, entropy, _ = self._passes(model, ids, attention, mask.size(1), size, compute_entropy=True)
+        return logps, entropy, mask
+
+    def entropy_sums(self, prompt_ids: Rows, samples: Sequence[Sample]) -> list[tuple[float, int]]:
+        """Return summed token entropy (nats) and token count of each sample."""
+        _, entropy, mask = self.forward(prompt_ids, [s.ids for s in samples])
+        return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
+
+    def token_logps(self, prompt_ids: Rows, completion_ids: Rows) -> list[list[float]]:
+        """Return, for each completion, the log-probability of each of its tokens."""
+        logps, _, mask = self.forward(prompt_ids, completion_ids)
+        return [row[m].tolist() for row, m in zip(logps, mask.bool(), strict=True)]
+
+    def logps(self, prompt_ids: Rows, completion_ids: Rows, *, model: Any = None) -> list[float]:
+        """Return the summed log-probability of each completion, at the run's temperature."""
+        logps, _, mask = self.forward(prompt_ids, completion_ids, model=model)
+        return (logps * mask).sum(1).tolist()
+
+
+def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
+    """Raise ValueError where ranks that generate together would ask for unlike numbers: refills and looks do.
+
+    TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where Transformers
+    generates and the policy's weights are split over the ranks, every token is made by all of them.
+    """
+    trainer = policy.trainer
+    if policy.engine is not None or not (refill_rounds or look) or trainer.accelerator.num_processes == 1:
+        return
+    if trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1):
+        joint = "several ranks on one engine of TRL's (grpo.use_vllm)"
+    elif not trainer.use_vllm and _splits_weights(trainer):
+        joint = (
+            "rollouts.engine transformers over ranks that split the policy's weights (cluster.strategy zero3 or fsdp)"
+        )
+    else:
+        return
+    name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
+    raise ValueError(f"pool.{name}={value} with {joint}: use rollouts.engine vllm or ray, or set it to {none}")
+
+
+def _splits_weights(trainer: Any) -> bool:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3)
+
+
+def refuse_odd_look(policy: Policy, look: int | None) -> None:
+    """Raise ValueError for a `pool.look` that is no part of a group, or where ranks share groups.
+
+    What a rank puts in the place of what was not sampled is its own.
+    """
+    trainer = policy.trainer
+    args, size = trainer.args, trainer.num_generations
+    if look is None:
+        return
+    if look >= size:
+        raise ValueError(f"pool.look: must be below grpo.num_generations={size}, got {look}")
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if trainer.accelerator.num_processes > 1 and rows % size:
+        raise ValueError(
+            f"pool.look={look}: a rank's {rows} rows of a draw (grpo.per_device_train_batch_size x "
+            f"grpo.steps_per_generation) must be whole groups of grpo.num_generations={size}"
+        )
+
+
+def pad_rows(
+    prompt_ids: Rows, completion_ids: Rows, *, padding: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids [B, P + T], attention mask [B, P + T] and completion mask [B, T]; prompts padded left, the rest right."""
+    left, left_mask = _padded(prompt_ids, "left", padding)
+    right, mask = _padded(completion_ids, "right", padding)
+    ids = torch.cat([left, right], dim=1).to(device)
+    return ids, torch.cat([left_mask, mask], dim=1).to(device), mask.to(device)
+
+
+def _padded(rows: Rows, side: str, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad(tensors, padding_value=padding, padding_side=side)
+    return ids, pad([torch.ones_like(t) for t in tensors], padding_side=side)
+
+
+def sums_by_owner(values: torch.Tensor, mask: torch.Tensor, owner: Sequence[int], *, n: int) -> torch.Tensor:
+    """Return, for each of `n` owners, the sum of masked `values` [B, T] over its rows and their number, [n, 2]."""
+    sums = torch.zeros(n, 2, dtype=torch.float64, device=values.device)
+    rows = torch.stack([(values * mask).sum(1), mask.sum(1)], dim=1).double()
+    return sums.index_add_(0, torch.tensor(owner, device=values.device), rows)
