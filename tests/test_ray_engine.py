@@ -18,7 +18,7 @@ from polyphony.launch.cli import main
 from polyphony.launch.config import RecipeError, load_recipe
 from polyphony.launch.local import check_heads
 from polyphony.launch.weights import pack, unpack
-from polyphony.trainer.policy.sampling import Request, sample
+from polyphony.trainer.sampling import Request, sample
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 
