@@ -23,7 +23,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="polyphony", description="RL post-training of one language model over many domains."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_train, _eval, _report, _dashboard, _probe, _screen, _plan, _demo, _doctor, _launch, _score):
+    for add in (
+        _add_train,
+        _add_eval,
+        _add_report,
+        _add_dashboard,
+        _add_probe,
+        _add_screen,
+        _add_plan,
+        _add_demo,
+        _add_doctor,
+        _add_launch,
+        _add_score,
+    ):
         add(verbs)
     return parser
 
@@ -47,13 +59,13 @@ def _json(verb: argparse.ArgumentParser, text: str = "print one JSON object") ->
     verb.add_argument("--json", action="store_true", help=text)
 
 
-def _train(verbs: argparse._SubParsersAction) -> None:
+def _add_train(verbs: argparse._SubParsersAction) -> None:
     train = _verb(verbs, "train", "train a recipe", "train recipe.yaml grpo.max_steps=200")
     _recipe(train, nargs="?")
     _run_folder(train, "check and print the resolved recipe, then stop")
 
 
-def _eval(verbs: argparse._SubParsersAction) -> None:
+def _add_eval(verbs: argparse._SubParsersAction) -> None:
     text = "score a model on a recipe's held-out sets, or compare two on the same items"
     evaluate = _verb(verbs, "eval", text, "eval runs/a runs/b r.yaml")
     evaluate.add_argument(
@@ -66,25 +78,25 @@ def _eval(verbs: argparse._SubParsersAction) -> None:
     _json(evaluate)
 
 
-def _report(verbs: argparse._SubParsersAction) -> None:
+def _add_report(verbs: argparse._SubParsersAction) -> None:
     report = _verb(verbs, "report", "write the HTML report of one or more runs", "report runs/demo")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
     _json(report, "print the summary numbers instead")
 
 
-def _dashboard(verbs: argparse._SubParsersAction) -> None:
+def _add_dashboard(verbs: argparse._SubParsersAction) -> None:
     dashboard = _verb(verbs, "dashboard", "create or update a run's W&B dashboard", "dashboard runs/demo")
     dashboard.add_argument("folder", type=Path, metavar="RUN")
 
 
-def _probe(verbs: argparse._SubParsersAction) -> None:
+def _add_probe(verbs: argparse._SubParsersAction) -> None:
     probe = _verb(verbs, "probe", "measure what training on each domain does to the others", "probe recipe.yaml")
     _recipe(probe, "the recipe, YAML; its section `probe` says how long and from where")
     probe.add_argument("--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished one goes on")
 
 
-def _screen(verbs: argparse._SubParsersAction) -> None:
+def _add_screen(verbs: argparse._SubParsersAction) -> None:
     screen = _verb(verbs, "screen", "say which training prompts the model can learn from", "screen recipe.yaml")
     _recipe(screen, "the recipe, YAML; its section `pool` says what is too hard")
     screen.add_argument("--out", type=Path, help="folder (default: runs/<name>-screen); an unfinished one goes on")
@@ -92,7 +104,7 @@ def _screen(verbs: argparse._SubParsersAction) -> None:
     _json(screen)
 
 
-def _plan(verbs: argparse._SubParsersAction) -> None:
+def _add_plan(verbs: argparse._SubParsersAction) -> None:
     plan = _verb(verbs, "plan", "say in which order to train, or to mix", "plan runs/x-probe/transfer.json")
     plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
     plan.add_argument(
@@ -108,16 +120,16 @@ def _plan(verbs: argparse._SubParsersAction) -> None:
     _json(plan)
 
 
-def _demo(verbs: argparse._SubParsersAction) -> None:
+def _add_demo(verbs: argparse._SubParsersAction) -> None:
     demo = _verb(verbs, "demo", "probe four small domains, train on them, open the books", "demo")
     demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
 
 
-def _doctor(verbs: argparse._SubParsersAction) -> None:
+def _add_doctor(verbs: argparse._SubParsersAction) -> None:
     _json(_verb(verbs, "doctor", "say whether this machine can train, and what will be slow", "doctor"))
 
 
-def _launch(verbs: argparse._SubParsersAction) -> None:
+def _add_launch(verbs: argparse._SubParsersAction) -> None:
     launch = _verb(verbs, "launch", "train on this machine's GPUs, on Slurm or on Ray", "launch slurm r.yaml")
     launch.add_argument("where", choices=["local", "slurm", "ray"], help="the recipe's section `cluster` says how")
     _recipe(launch, nargs="?")
@@ -129,7 +141,7 @@ def _launch(verbs: argparse._SubParsersAction) -> None:
     launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")
 
 
-def _score(verbs: argparse._SubParsersAction) -> None:
+def _add_score(verbs: argparse._SubParsersAction) -> None:
     score = _verb(verbs, "score", "run a reward over a file of completions", "score rows.jsonl --reward exact")
     score.add_argument("rows", type=Path, help="JSONL with prompt, completion, answer and what else the reward reads")
     score.add_argument("--reward", required=True, help="registry name, import path, or JSON {name: .., ..}")
