@@ -94,13 +94,13 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     if rollouts.engine != "ray":
         return rollouts.engine
     from polyphony.launch.ray_engine import RayEngine
-    from polyphony.launch.workers import PoolSettings
+    from polyphony.launch.workers import WorkerSettings
 
     fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
     given = {name: getattr(rollouts, name) for name in fields}
     if (share := recipe.grpo.get("vllm_gpu_memory_utilization")) is not None:
         given["gpu_memory_utilization"] = share
-    pool = PoolSettings(**given)
+    pool = WorkerSettings(**given)
     return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness, engine_args=rollouts.engine_args)
 
 

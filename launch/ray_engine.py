@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from polyphony.launch.nccl import Announcement, NcclSender, copies
 from polyphony.launch.shares import cost, spread, whole_groups
 from polyphony.launch.weights import pack
-from polyphony.launch.workers import PoolSettings, Share, Worker, WorkerPool, last_line
+from polyphony.launch.workers import WorkerSettings, Share, Worker, WorkerPool, last_line
 from polyphony.trainer.rollouts import Completion, Engine, Request
 from polyphony.trainer.sampling import OnFinished
 
@@ -34,7 +34,7 @@ def _from_anywhere(model: str) -> str:
 class RayEngine(Engine):
     """An engine of several workers; before a draw, the policy's weights are sent to all of them."""
 
-    def __init__(self, *arguments: Any, pool: PoolSettings, max_staleness: int = 0, **named: Any) -> None:
+    def __init__(self, *arguments: Any, pool: WorkerSettings, max_staleness: int = 0, **named: Any) -> None:
         self.pool_settings = pool
         self.max_staleness = max_staleness
         self.pool: WorkerPool | None = None

@@ -32,7 +32,7 @@ NO_WEIGHTS = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PoolSettings:
+class WorkerSettings:
     """How many workers there are, and how long they may take."""
 
     workers: int = 1
@@ -129,11 +129,11 @@ class Worker:
 class WorkerPool:
     """All workers of a run. A lost one is replaced in its place and gets the weights of the last sync.
 
-    Example: `WorkerPool.start(engine_settings, PoolSettings(workers=2)).alive()`
+    Example: `WorkerPool.start(engine_settings, WorkerSettings(workers=2)).alive()`
     """
 
     engine: EngineSettings
-    settings: PoolSettings
+    settings: WorkerSettings
     group: Any
     is_own_cluster: bool
     workers: list[Worker] = field(default_factory=list)
@@ -143,7 +143,7 @@ class WorkerPool:
     """Since the last completion came back."""
 
     @classmethod
-    def start(cls, engine: EngineSettings, settings: PoolSettings) -> WorkerPool:
+    def start(cls, engine: EngineSettings, settings: WorkerSettings) -> WorkerPool:
         """Join the cluster, start all workers, and wait for their engines. Raises RecipeError; leaves nothing behind."""
         is_own = cluster.join(settings.address, timeout_s=settings.start_timeout_s)
         group = None
