@@ -15,7 +15,7 @@ SAMPLINGS = {
 """Registry name to `module:Class`."""
 
 
-class Sampling(Protocol):
+class PromptSampling(Protocol):
     """Chooses among candidates that were drawn uniformly from the open prompts of a domain."""
 
     def candidates(self, n: int) -> int:

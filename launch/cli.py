@@ -203,7 +203,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     recipe = _recipe_to_train(arguments)
     out = (arguments.resume or arguments.out or Path("runs") / recipe.name).resolve()
     words = ["--resume", str(out)] if arguments.resume else [arguments.recipe, *arguments.overrides]
-    run = launch.Run(
+    run = launch.Job(
         recipe=recipe, words=words, out=out, is_dry=arguments.dry_run, resumes=arguments.resume is not None
     )
     if arguments.where == "slurm":

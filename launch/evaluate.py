@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class Asked:
     """What one call of the verb asks for."""
 
     models: tuple[str, ...]
@@ -29,7 +29,7 @@ class Question:
     recipe: Recipe
 
 
-def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Question:
+def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
     """Tell models, recipe and overrides apart: `MODEL [MODEL] [RECIPE.yaml] [key.path=value ..]`.
 
     A run folder stands for its `final/`, and a model inside a run folder brings that run's recipe. Raises RecipeError.
@@ -42,10 +42,10 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Question:
     recipe = files[0] if files else next(filter(None, map(_recipe_of, models)), None)
     if recipe is None:
         raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
-    return Question(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
+    return Asked(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
 
 
-def evaluate(question: Question, *, as_json: bool) -> None:
+def evaluate(question: Asked, *, as_json: bool) -> None:
     """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
     paired differences and whether they exclude zero."""
     from polyphony.trainer.measures import as_lists

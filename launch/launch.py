@@ -12,7 +12,7 @@ from polyphony.launch.config import Recipe, RecipeError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Job:
     """What is to be trained, and into which folder."""
 
     recipe: Recipe
@@ -31,7 +31,7 @@ class Run:
         return [str(Path(recipe).resolve()), *overrides, "--out", str(self.out)]
 
 
-def local(run: Run, machine: here.Machine) -> int:
+def local(run: Job, machine: here.Machine) -> int:
     """Train on this machine, or as one of several that were each started so."""
     command = here.plan(run.recipe, run.train_words, machine, gpus=here.gpus_here())
     if run.is_dry:
@@ -44,7 +44,7 @@ def local(run: Run, machine: here.Machine) -> int:
     return here.run(command, run_folder=run.out)
 
 
-def slurm(run: Run, *, gpus_per_node: int | None) -> int:
+def slurm(run: Job, *, gpus_per_node: int | None) -> int:
     """Submit one Slurm job; print its number and where it logs."""
     _check_slurm(run)
     gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
@@ -59,7 +59,7 @@ def slurm(run: Run, *, gpus_per_node: int | None) -> int:
     return 0
 
 
-def _check_slurm(run: Run) -> None:
+def _check_slurm(run: Job) -> None:
     if run.recipe.rollouts.address is not None:
         raise RecipeError("rollouts.address: a Slurm job brings up its own Ray cluster; leave it away")
     if run.recipe.cluster.rollout_nodes and run.recipe.rollouts.engine != "ray":
@@ -70,7 +70,7 @@ def _check_slurm(run: Run) -> None:
     here.check_heads(run.recipe)
 
 
-def ray(run: Run, *, address: str, gpus_per_node: int | None) -> int:
+def ray(run: Job, *, address: str, gpus_per_node: int | None) -> int:
     """Run on the cluster whose dashboard is at `address`, and follow the job."""
     gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
     address = address if "://" in address else f"http://{address}"

@@ -61,7 +61,7 @@ class Isolation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Execution:
     """How one run ended: `exit` with status 0, `error` with another, killed for its `timeout` or for its `output`."""
 
     ended: Literal["exit", "error", "timeout", "output"]
@@ -69,7 +69,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class TestResult:
     """How many of the tests' checks hold. `total` 0: the tests are no Python, check nothing, or can not be run here."""
 
     passed: int
@@ -105,15 +105,15 @@ class Program:
         if self._own_jailer:
             self._own_jailer.close()
 
-    def run(self, stdin: str) -> Run:
+    def run(self, stdin: str) -> Execution:
         """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
         self._send("run", stdin.encode(errors="replace"))
         ended, stdout = self._receive()
         if ended not in ("exit", "error", "timeout", "output"):
             raise SandboxError(f"the host refused the {self._level} jail")
-        return Run(ended=ended, stdout=stdout)
+        return Execution(ended=ended, stdout=stdout)
 
-    def test(self, tests: str) -> Verdict:
+    def test(self, tests: str) -> TestResult:
         """Import the program and run tests against it from another process; once, after which it has ended.
 
         A program that crashes, hangs, or ends the process fails the tests. Raises SandboxError as `run` does.
@@ -126,7 +126,7 @@ class Program:
         if ended == "broken" and not count:
             raise SandboxError(f"the host refused the {self._level} jail")
         passed, total = (0, 1) if ended == "timeout" else map(int, count.split())
-        return Verdict(passed=passed, total=total)
+        return TestResult(passed=passed, total=total)
 
     def _send(self, word: str, content: bytes) -> None:
         unsent = memoryview(b"%s %d\n%s" % (word.encode(), len(content), content))
@@ -160,7 +160,7 @@ def isolation() -> Isolation:
             continue
         try:
             with Program("print(6 * 7)", level=level) as program:
-                works = program.run("") == Run(ended="exit", stdout=b"42\n")
+                works = program.run("") == Execution(ended="exit", stdout=b"42\n")
         except (SandboxError, OSError):
             works = False
         if works:

@@ -101,6 +101,6 @@ def test_a_launch_under_deepspeed_begins_with_it(strategy, clears, lock, tmp_pat
     old(lock)
     monkeypatch.setattr(local, "run", lambda command, run_folder: 0)
     recipe = load_recipe(RECIPES / "debug.yaml", [f"cluster.strategy={strategy}"])
-    run = launch.Run(recipe=recipe, words=["debug.yaml"], out=tmp_path / "run", is_dry=False, resumes=False)
+    run = launch.Job(recipe=recipe, words=["debug.yaml"], out=tmp_path / "run", is_dry=False, resumes=False)
     assert launch.local(run, local.Machine()) == 0
     assert lock.exists() is not clears

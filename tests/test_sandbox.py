@@ -7,7 +7,7 @@ import pytest
 
 from polyphony.launch import doctor
 from polyphony.rewards import sandbox
-from polyphony.rewards.sandbox import Limits, Program, Run, isolation
+from polyphony.rewards.sandbox import Execution, Limits, Program, isolation
 
 LEVELS = [
     level
@@ -41,26 +41,29 @@ def test_the_host_has_a_jail_that_says_what_it_keeps():
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_program_reads_prints_and_runs_again(level):
     with Program("print(input()[::-1])", level=level, limits=SHORT) as program:
-        assert program.run("abc") == Run(ended="exit", stdout=b"cba\n")
-        assert program.run("né") == Run(ended="exit", stdout="én\n".encode())
+        assert program.run("abc") == Execution(ended="exit", stdout=b"cba\n")
+        assert program.run("né") == Execution(ended="exit", stdout="én\n".encode())
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import threading; threading.Thread(target=lambda: print('t')).start()", Run(ended="exit", stdout=b"t\n")),
-        ("import atexit; atexit.register(print, 'bye')", Run(ended="exit", stdout=b"bye\n")),
-        ("import sys; print(1); sys.exit()", Run(ended="exit", stdout=b"1\n")),
-        ("print(1); raise SystemExit(3)", Run(ended="error", stdout=b"1\n")),
-        ("print(1); raise SystemExit('no')", Run(ended="error", stdout=b"1\n")),
-        ("print(1, flush=True); 1 / 0", Run(ended="error", stdout=b"1\n")),
-        ("print(1, flush=True); import os; os.abort()", Run(ended="error", stdout=b"1\n")),
-        ("this is no program", Run(ended="error", stdout=b"")),
-        ("\0", Run(ended="error", stdout=b"")),
-        ("if __name__ == '__main__': print(2)", Run(ended="exit", stdout=b"2\n")),
-        ("print(open(0).read())", Run(ended="exit", stdout=b"\n")),
-        ("import math, json, collections; print(math.comb(4, 2))", Run(ended="exit", stdout=b"6\n")),
+        (
+            "import threading; threading.Thread(target=lambda: print('t')).start()",
+            Execution(ended="exit", stdout=b"t\n"),
+        ),
+        ("import atexit; atexit.register(print, 'bye')", Execution(ended="exit", stdout=b"bye\n")),
+        ("import sys; print(1); sys.exit()", Execution(ended="exit", stdout=b"1\n")),
+        ("print(1); raise SystemExit(3)", Execution(ended="error", stdout=b"1\n")),
+        ("print(1); raise SystemExit('no')", Execution(ended="error", stdout=b"1\n")),
+        ("print(1, flush=True); 1 / 0", Execution(ended="error", stdout=b"1\n")),
+        ("print(1, flush=True); import os; os.abort()", Execution(ended="error", stdout=b"1\n")),
+        ("this is no program", Execution(ended="error", stdout=b"")),
+        ("\0", Execution(ended="error", stdout=b"")),
+        ("if __name__ == '__main__': print(2)", Execution(ended="exit", stdout=b"2\n")),
+        ("print(open(0).read())", Execution(ended="exit", stdout=b"\n")),
+        ("import math, json, collections; print(math.comb(4, 2))", Execution(ended="exit", stdout=b"6\n")),
     ],
 )
 def test_a_program_ends_as_it_would_in_the_interpreter(source, expected, level):
@@ -145,7 +148,7 @@ def test_a_private_folder_is_empty_writable_and_gone_afterwards(level):
         "shutil.rmtree(os.getcwd(), ignore_errors=True)\nprint(os.path.exists('mark'))"
     )
     with Program(source, level=level, limits=SHORT) as program:
-        assert program.run("") == program.run("") == Run(ended="exit", stdout=b"[]\nFalse\n")
+        assert program.run("") == program.run("") == Execution(ended="exit", stdout=b"[]\nFalse\n")
     assert not Path("/tmp/mark").exists()
 
 

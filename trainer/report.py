@@ -25,7 +25,7 @@ from polyphony.trainer.report_story import tell
 FRAME = Path(__file__).with_name("report.html")
 
 
-class Section(NamedTuple):
+class Chapter(NamedTuple):
     """One part of the page."""
 
     id: str
@@ -39,56 +39,56 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("domains", "Domain by domain", tables.summary,
+    Chapter("domains", "Domain by domain", tables.summary,
             "Held-out scores on the report half of the items, before and after. Intervals are 95 %, over items, each "
             "by itself (the sentences above use wider ones that hold together); a change is coloured only where its "
             "interval leaves out zero.", "domains"),
-    Section("score", "Held-out score", curves.held_out,
+    Chapter("score", "Held-out score", curves.held_out,
             "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
             "held-out evaluations"),
-    Section("forgetting", "Forgetting", curves.forgetting,
+    Chapter("forgetting", "Forgetting", curves.forgetting,
             "Below zero, something was lost. Intervals are 95 %, paired item by item; one that crosses zero proves "
             "neither loss nor its absence.", "a second evaluation, so no forgetting curves"),
-    Section("transfer", "What training on one domain did to the others", tables.transfer,
+    Chapter("transfer", "What training on one domain did to the others", tables.transfer,
             "Change of held-out score in the column's domain after training on the row's alone, and its 95 % interval. "
             "Bold where the interval leaves out zero; the outlined diagonal is a domain's effect on itself.",
             "single-domain probes or stages, so no transfer heatmap"),
-    Section("plan", "Plan against outcome", tables.predicted,
+    Chapter("plan", "Plan against outcome", tables.predicted,
             "What the plan predicted for the end of each stage, and what was measured there.", ""),
-    Section("reward", "Training reward", curves.reward,
+    Chapter("reward", "Training reward", curves.reward,
             "Mean reward of what was drawn; long runs are averaged in short stretches, the pale band is each stretch's "
             "range.", "training rewards"),
-    Section("entropy", "Entropy", curves.entropy,
+    Chapter("entropy", "Entropy", curves.entropy,
             "Nats per token at the run's temperature. Line: rollouts in training; dots: held-out prompts. The grey "
             "zone is the allowed band around the base model's level; each panel has its own scale.",
             "entropy per domain"),
-    Section("mixture", "What was practised, and why", curves.mixture,
+    Chapter("mixture", "What was practised, and why", curves.mixture,
             "Share of prompts drawn from each domain; point at the chart for the scheduler's reason.",
             "scheduler decisions"),
-    Section("prompts", "Prompt states", curves.pool,
+    Chapter("prompts", "Prompt states", curves.pool,
             "Training prompts of each domain by state, from the bottom: active in full colour, deferred pale, "
             "impossible grey, mastered in half colour.", "prompt states"),
-    Section("rollouts", "Rollout budget", curves.rollouts,
+    Chapter("rollouts", "Rollout budget", curves.rollouts,
             "Completions of each domain; the pale part was in groups with equal rewards, which teach nothing.",
             "rollout numbers"),
-    Section("quality", "Beyond the score", beyond.quality,
+    Chapter("quality", "Beyond the score", beyond.quality,
             "What held-out evaluation says about reach, calibration and form, with 95 % intervals over prompts. Watch "
             "overconfidence where a domain is not trained: there it grows unseen.",
             "pass@k, calibration and format share"),
-    Section("exchange", "What entropy was traded for", beyond.exchange,
+    Chapter("exchange", "What entropy was traded for", beyond.exchange,
             "R = b − a·e^H fitted to each domain's evaluations (score R, entropy H): what a domain that follows the law "
             "could still gain before its entropy is used up. Intervals are of the fit.", ""),
-    Section("diversity", "Diversity", curves.diversity,
+    Chapter("diversity", "Diversity", curves.diversity,
             "How many semantically different answers a group of completions holds.", "diversity"),
-    Section("degeneration", "Degeneration monitors", curves.degeneration,
+    Chapter("degeneration", "Degeneration monitors", curves.degeneration,
             "Shares of completions with a sign of decay; signs that no completion showed are left out.",
             "degeneration monitors"),
-    Section("alarms", "Alarms", tables.alarms, "What went off, when and where.", ""),
-    Section("health", "Health of the run", curves.health, "The trainer's own numbers over all domains.",
+    Chapter("alarms", "Alarms", tables.alarms, "What went off, when and where.", ""),
+    Chapter("health", "Health of the run", curves.health, "The trainer's own numbers over all domains.",
             "the trainer's own metrics"),
-    Section("samples", "In its own words", tables.samples,
+    Chapter("samples", "In its own words", tables.samples,
             "The same held-out prompts, answered at the start, in the middle and at the end.", "sample completions"),
-    Section("provenance", "Provenance", tables.provenance, "What is needed to make this run again.", ""),
+    Chapter("provenance", "Provenance", tables.provenance, "What is needed to make this run again.", ""),
 )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def summarise(run: str | Path) -> dict[str, Any]:
     return as_json(findings) | {"story": tell(findings)}
 
 
-def _page(sheet: Sheet, *, sections: Sequence[Section] = SECTIONS, header: str | None = None) -> str:
+def _page(sheet: Sheet, *, sections: Sequence[Chapter] = SECTIONS, header: str | None = None) -> str:
     drawn = {section.id: section.draw(sheet) for section in sections}
     present = [section for section in sections if drawn[section.id]]
     body = "".join(

@@ -44,7 +44,7 @@ class Line:
         return [float(values.min()), float(values.max())] if len(values) else []
 
 
-class Moment(NamedTuple):
+class Occasion(NamedTuple):
     """Something that a panel shows as a vertical line."""
 
     x: float
@@ -70,7 +70,7 @@ class Panel:
     allowed: tuple[float, float] | None = None
     """Where the curves should stay: drawn as a pale band with edges."""
     has_zero: bool = False
-    marks: Sequence[Moment] = ()
+    marks: Sequence[Occasion] = ()
     ribbon: Sequence[tuple[float, float, str]] = ()
     """Strips along the bottom: (from x, to x, colour)."""
 
@@ -216,7 +216,7 @@ def _end_words(lines: Sequence[Line], to_y: Scale) -> list[str]:
     return words
 
 
-def _mark_words(marks: Sequence[Moment], to_x: Scale) -> list[str]:
+def _mark_words(marks: Sequence[Occasion], to_x: Scale) -> list[str]:
     """Say above each vertical line whose it is; lines that stand too close for a letter each share a place."""
     places: list[tuple[float, list[str]]] = []
     for x, whose in sorted((float(to_x(x)), whose) for x, _, whose in marks if whose):

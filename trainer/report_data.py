@@ -1,6 +1,6 @@
 """A run folder, read as it is: whole, cut off in the middle, still being written or with files missing.
 
-What cannot be read is left out and named in `Run.missing`; only a folder without any file of a run is an error.
+What cannot be read is left out and named in `LoadedRun.missing`; only a folder without any file of a run is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Series(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class LoadedRun:
     """What one run folder holds.
 
     Example: `read_run("runs/four-domains").metrics["reward"].values[-1]`
@@ -106,7 +106,7 @@ class Run:
         return value
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path) -> LoadedRun:
     """Read a run folder. Raises ValueError naming it where it holds no file of a run."""
     path = Path(path)
     if not path.is_dir():
@@ -117,7 +117,7 @@ def read_run(path: str | Path) -> Run:
     recipe_text, recipe = _read_recipe(path / "recipe.yaml", missing)
     transfer = _read_transfer(path / "transfer.json", missing)
     metrics = _columns(_read_lines(path / "metrics.jsonl", missing, gives="training curves"))
-    return Run(
+    return LoadedRun(
         name=path.resolve().name,
         path=path,
         recipe=recipe,
@@ -136,7 +136,7 @@ def read_run(path: str | Path) -> Run:
     )
 
 
-def stage_spans(run: Run) -> list[tuple[float, float, str]]:
+def stage_spans(run: LoadedRun) -> list[tuple[float, float, str]]:
     """Return (first step, step after the last, domain) of the stages that the scheduler's decisions name."""
     named = [(float(row["step"]), row.get("stage")) for row in run.decisions if "step" in row]
     spans = []

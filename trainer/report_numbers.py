@@ -17,7 +17,7 @@ from polyphony.curricula.effects import Effects
 from polyphony.curricula.forgetting import Moment, curves, moment
 from polyphony.curricula.intervals import UNDEFINED, Interval, paired, quantile
 from polyphony.curricula.records import Evaluation, mean
-from polyphony.trainer.report_data import Run, stage_spans
+from polyphony.trainer.report_data import LoadedRun, stage_spans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class Transfer:
 class Findings:
     """All that one run says in numbers. Mappings by domain name."""
 
-    run: Run
+    run: LoadedRun
     stages: Sequence[tuple[float, float, str]]
     """(First step, step after the last, domain) of the scheduler's stages."""
     evaluations: tuple[Evaluation, ...]
@@ -86,7 +86,7 @@ class Findings:
         return {name: i for name, i in getattr(last, of).items() if math.isfinite(i.mid)}
 
 
-def find(run: Run) -> Findings:
+def find(run: LoadedRun) -> Findings:
     """Derive a run's numbers."""
     rows = run.moments
     names = tuple(rows[0].scores) if rows else ()
@@ -127,12 +127,12 @@ def between(first: Findings, second: Findings, name: str) -> Interval:
     return paired(theirs, ours)
 
 
-def average(run: Run, key: str) -> float:
+def average(run: LoadedRun, key: str) -> float:
     """Return the mean of a metric over the whole run; NaN if it was never logged."""
     return float(run.metrics[key].values.mean()) if key in run.metrics else math.nan
 
 
-def budget(run: Run) -> dict[str, tuple[float, float]]:
+def budget(run: LoadedRun) -> dict[str, tuple[float, float]]:
     """Return per domain (completions, completions in dead groups) over the run; only domains that logged both."""
     spent = {}
     for name in run.domains:
@@ -146,7 +146,7 @@ def budget(run: Run) -> dict[str, tuple[float, float]]:
     return spent
 
 
-def dead_share(run: Run) -> float:
+def dead_share(run: LoadedRun) -> float:
     """Return the share of completions in groups without signal; NaN if never logged."""
     spent = budget(run).values()
     total = sum(count for count, _ in spent)
@@ -212,7 +212,7 @@ def _change(rows: Sequence[Evaluation], name: str, level: float) -> Interval:
     return paired(rows[-1].scores[name], rows[0].scores[name], level=level) if len(rows) > 1 else UNDEFINED
 
 
-def _transfer(run: Run) -> Transfer | None:
+def _transfer(run: LoadedRun) -> Transfer | None:
     if run.transfer is None:
         return None
     effects = Effects(run.transfer)
@@ -231,7 +231,7 @@ def _transfer(run: Run) -> Transfer | None:
     )
 
 
-def _entropy(run: Run, rows: Sequence[Evaluation], name: str) -> Entropy:
+def _entropy(run: LoadedRun, rows: Sequence[Evaluation], name: str) -> Entropy:
     held_out = [row.entropy[name] for row in rows if name in row.entropy]
     band = run.setting("entropy", "band")
     factors = band if held_out and isinstance(band, Sequence) and len(band) == 2 else (math.nan, math.nan)

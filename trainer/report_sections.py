@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from polyphony.trainer.report_charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
-from polyphony.trainer.report_data import Run
+from polyphony.trainer.report_data import LoadedRun
 from polyphony.trainer.report_numbers import budget
 from polyphony.trainer.report_sheet import Sheet
 
@@ -161,7 +161,7 @@ def _bar(sheet: Sheet, name: str, count: float, dead: float, most: float) -> str
     )
 
 
-def _mixture(sheet: Sheet, run: Run) -> str:
+def _mixture(sheet: Sheet, run: LoadedRun) -> str:
     rows = [row for row in run.decisions if isinstance(row.get("mixture"), dict)]
     if not rows:
         return ""
@@ -176,7 +176,7 @@ def _mixture(sheet: Sheet, run: Run) -> str:
     return chart + _reason_table(reasons)
 
 
-def _pool(sheet: Sheet, run: Run) -> str:
+def _pool(sheet: Sheet, run: LoadedRun) -> str:
     charts = []
     for name in run.domains:
         found = [run.metrics.get(f"curriculum/{name}/{state}") for state in STATES]
@@ -219,7 +219,7 @@ def _key_panels(sheet: Sheet, titles: Mapping[str, str]) -> str:
     return f'<div class="panels">{drawn}</div>' if drawn else ""
 
 
-def _keys(run: Run, prefix: str) -> list[str]:
+def _keys(run: LoadedRun, prefix: str) -> list[str]:
     return [key for key in run.metrics if key.startswith(prefix)]
 
 

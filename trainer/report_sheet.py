@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from polyphony.curricula.intervals import Interval
-from polyphony.trainer.report_charts import Line, Mark, Moment, Panel, draw_panel
+from polyphony.trainer.report_charts import Line, Mark, Occasion, Panel, draw_panel
 from polyphony.trainer.report_numbers import Findings
 from polyphony.trainer.report_scales import fmt, padded, thin
 
@@ -142,10 +142,10 @@ class Sheet:
             f'<div class="group" style="--n:{len(drawn)}"><h3>{escape(heading)}</h3>{grid}</div>' if heading else grid
         )
 
-    def marks(self, domain: str) -> list[Moment]:
+    def marks(self, domain: str) -> list[Occasion]:
         """Return a domain's first alarms; the table has them all."""
         found = [
-            Moment(
+            Occasion(
                 x=float(alarm["step"]),
                 what=f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip(),
                 whose=self.letter(n),

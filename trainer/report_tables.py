@@ -12,7 +12,7 @@ import numpy as np
 
 from polyphony.curricula.intervals import UNDEFINED, Interval
 from polyphony.trainer.report_charts import draw_whisker
-from polyphony.trainer.report_data import Run
+from polyphony.trainer.report_data import LoadedRun
 from polyphony.trainer.report_numbers import Entropy, Findings, Transfer, between
 from polyphony.trainer.report_sheet import Sheet
 from polyphony.trainer.report_story import bounds, signed
@@ -68,7 +68,7 @@ def _summary_table(sheet: Sheet, f: Findings, span: tuple[float, float]) -> str:
     return f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>' if rows else ""
 
 
-def _predicted(sheet: Sheet, run: Run) -> str:
+def _predicted(sheet: Sheet, run: LoadedRun) -> str:
     rows = [
         (escape(str(stage.get("stage", k + 1))), _chip(sheet, name), _number(guess), _number(_measured(stage, name)))
         for k, stage in enumerate(run.predicted)
@@ -77,7 +77,7 @@ def _predicted(sheet: Sheet, run: Run) -> str:
     return _table(("after stage", "domain", "predicted", "measured"), rows)
 
 
-def _alarms(sheet: Sheet, run: Run) -> str:
+def _alarms(sheet: Sheet, run: LoadedRun) -> str:
     rows = []
     for alarm in run.alarms:
         step, kind, message = (escape(str(alarm.get(key, ""))) for key in ("step", "kind", "message"))
@@ -85,7 +85,7 @@ def _alarms(sheet: Sheet, run: Run) -> str:
     return _table(("step", "domain", "alarm", "what was seen"), rows)
 
 
-def _provenance(run: Run) -> str:
+def _provenance(run: LoadedRun) -> str:
     facts = {"folder": run.path.name} | dict(run.provenance)
     rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in _flat(facts))
     recipe = ""
@@ -167,7 +167,7 @@ def _tight(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−").replace("0.", ".", 1)
 
 
-def _domain_samples(sheet: Sheet, run: Run, name: str) -> str:
+def _domain_samples(sheet: Sheet, run: LoadedRun, name: str) -> str:
     rows = [row for row in run.samples if row.get("domain") == name and isinstance(row.get("step"), (int, float))]
     steps = sorted({row["step"] for row in rows})
     if not steps:
