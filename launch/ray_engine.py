@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from polyphony.launch.nccl import Announcement, NcclSender, copies
 from polyphony.launch.shares import cost, spread, whole_groups
 from polyphony.launch.weights import pack
-from polyphony.launch.workers import WorkerSettings, Share, Worker, WorkerPool, last_line
+from polyphony.launch.workers import Share, Worker, WorkerPool, WorkerSettings, last_line
 from polyphony.trainer.rollouts import Completion, Engine, Request
 from polyphony.trainer.sampling import OnFinished
 

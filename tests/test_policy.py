@@ -12,8 +12,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.launch.build import build_trainer, grpo_config, rollout_engine
 from polyphony.launch.config import RecipeError, load_recipe
 from polyphony.trainer.final import save_final
-from polyphony.trainer.sampling import Request, Sampling
 from polyphony.trainer.rollouts import InProcessEngine
+from polyphony.trainer.sampling import Request, Sampling
 from tests.conftest import RECIPES
 
 DEBUG = RECIPES / "debug.yaml"

@@ -26,8 +26,8 @@ from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from polyphony.trainer.sampling import OnFinished
 from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
+from polyphony.trainer.sampling import OnFinished
 
 
 class TwinEngine(InProcessEngine):
