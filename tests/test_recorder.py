@@ -245,11 +245,12 @@ def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):
             prompt_id="p", domain=domain, draw=0, rewards=rewards, lengths=(1,) * size, truncated=(False,) * size
         )
 
-    dead = [group("math", 1.0, 1.0), group("math", 0.0, 0.0), group("math", None, None), group("stories", 0.5, 0.5)]
+    math = [group("math", *rewards) for rewards in ((1.0, 1.0), (0.0, 0.0), (None, None))]
+    dead = [*math, group("stories", 0.5, 0.5)]
     recorder(tmp_path).record_refill(3, 1, dead, [PromptRef(domain="math", id="m1")])
     (line,) = RunFolder(tmp_path).read("refills")
     assert line["dead"] == {
-        "math": {"all_correct": 1, "all_wrong": 1, "ungraded": 1},
-        "stories": {"all_correct": 0, "all_wrong": 1, "ungraded": 0},
+        "math": {"all_correct": 1, "all_wrong": 1, "all_equal": 0, "ungraded": 1},
+        "stories": {"all_correct": 0, "all_wrong": 0, "all_equal": 1, "ungraded": 0},
     }
     assert (line["step"], line["round"], line["short"], line["prompts"]) == (3, 1, 3, ["m1"])

@@ -23,6 +23,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "dead_completions": "share of completions that lie in such groups",
         "dead_correct": "share of the groups that went on to the update which are dead because all was correct",
         "dead_wrong": "the same, dead because all was equally wrong",
+        "dead_equal": "the same, dead because all had the same partial reward",
         "mean_length": "tokens a completion",
         "clipped_ratio": "share of completions cut at the length limit",
         "grader_failures": "completions whose reward raised or returned None",

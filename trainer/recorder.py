@@ -71,10 +71,10 @@ class Recorder:
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[PromptRef]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
+        names = ("all_correct", "all_wrong", "all_equal", "ungraded")
         causes: dict[str, dict[str, int]] = {}
         for group in dead:
-            of_domain = causes.setdefault(group.domain, {"all_correct": 0, "all_wrong": 0, "ungraded": 0})
-            of_domain[group.cause] += 1
+            causes.setdefault(group.domain, dict.fromkeys(names, 0))[group.cause] += 1
         line = {"step": step, "round": refill_round, "dead": causes, "short": len(dead) - len(refs)}
         self.folder.append("refills", line | {"prompts": [ref.id for ref in refs]})
 
