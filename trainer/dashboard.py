@@ -51,6 +51,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "score": "mean held-out score in [0, 1], `report` half",
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+        "grader_failures": "held-out samples without a reward, all items: left out of scores, not passed in pass_at_k",
         "majority": "score of the answer that most of an item's samples give, ties shared",
         "greedy": "score without chance in decoding, with `eval.greedy`",
         "format_valid": "share of samples that end, say something and have the form their grader asks for",

@@ -89,6 +89,7 @@ class Recorder:
             exposure=dict(self.curriculum.drawn),
             rolled_back=self.curriculum.rolled_back,
         )
+        self._note_unmeasured(row)
         self._add(row, result.items)
         self.curriculum.record(on_half(row, result.items, "steer"))
         for sample, score in result.shown if self.is_main else ():
@@ -97,6 +98,13 @@ class Recorder:
         if self.is_main:
             self.folder.append("evaluations", {"step": step, "domains": _details(result)})
         return self._metrics(row, result)
+
+    def _note_unmeasured(self, row: Evaluation) -> None:
+        """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
+        for name in sorted(set(self._run[0].entropy) - set(row.entropy)) if self._run and self.is_main else ():
+            message = "its held-out entropy was not measured; a scheduler that holds it takes it as inside its band"
+            alarm = {"step": row.step, "domain": name, "kind": "entropy_unmeasured", "message": message}
+            self.folder.append("alarms", alarm)
 
     @property
     def worst_steer_score(self) -> float:
@@ -139,6 +147,7 @@ class Recorder:
         for name in published.scores:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
+            metrics[key("heldout", "grader_failures", name)] = sum(s is None for i in result.samples[name] for s in i)
             if name in row.entropy:
                 metrics[key("heldout", "entropy", name)] = row.entropy[name]
             for metric, value in _report_half(result, name).values().items():
