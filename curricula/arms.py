@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.records import Evidence, mean
+from polyphony.curricula.records import Evidence
 
 INFLATION = 0.02
 """Variance added to every arm at each draw (PAC)."""
@@ -22,13 +22,12 @@ INFLATION = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arms:
-    """Posterior mean and variance of each domain [K], and the last draws' rewards and |A|; state as JSON."""
+    """Posterior mean and variance of each domain [K], and the last draws' rewards; state as JSON."""
 
     mean: list[float]
     variance: list[float]
     rewards: list[list[float | None]]
     """[K, up to window], oldest first; None where the domain was not drawn."""
-    advantages: list[list[float | None]]
 
     @classmethod
     def of(
@@ -37,49 +36,33 @@ class Arms:
         evidence: Evidence,
         *,
         window: int,
-        observe: Callable[[Arms], np.ndarray] | None = None,
         start: tuple[float, float] = (0.0, 1.0),
     ) -> Arms:
         """Return the arms after the last draw; `start` is their mean and variance before any.
 
-        What an arm is seen to be worth is its mean |A| in the last draw, or `observe` of the arms with that draw in
-        their histories, [K].
+        What an arm is seen to be worth is its mean |A| in the last draw.
         """
         size = len(evidence.domains)
         if state is None:
             empty: list[list[float | None]] = [[] for _ in range(size)]
-            return cls(mean=[start[0]] * size, variance=[start[1]] * size, rewards=empty, advantages=empty)
-        arms = cls(**state)
-        arms = replace(
-            arms,
-            rewards=_push(arms.rewards, [s.reward for s in evidence.last], window),
-            advantages=_push(arms.advantages, [s.abs_advantage for s in evidence.last], window),
-        )
-        seen = [s.abs_advantage for s in evidence.last] if observe is None else observe(arms).tolist()
+            return cls(mean=[start[0]] * size, variance=[start[1]] * size, rewards=empty)
+        rewards = _push(state["rewards"], [s.reward for s in evidence.last], window)
         total = sum(stats.groups for stats in evidence.last)
         means, variances = [], []
-        for m, v, worth, stats in zip(arms.mean, arms.variance, seen, evidence.last, strict=True):
-            share = stats.groups / total * size if total and not math.isnan(stats.abs_advantage) else 0.0
+        for m, v, stats in zip(state["mean"], state["variance"], evidence.last, strict=True):
+            worth = stats.abs_advantage
+            share = stats.groups / total * size if total and not math.isnan(worth) else 0.0
             precision = 1 / v + share
             means.append((m / v + share * worth) / precision if share else m)
             variances.append(1 / precision + INFLATION)
-        return replace(arms, mean=means, variance=variances)
+        return cls(mean=means, variance=variances, rewards=rewards)
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "mean": self.mean,
-            "variance": self.variance,
-            "rewards": self.rewards,
-            "advantages": self.advantages,
-        }
+        return {"mean": self.mean, "variance": self.variance, "rewards": self.rewards}
 
     def sample(self, rng: random.Random) -> np.ndarray:
         """Return one sample of every arm's posterior, [K]."""
         return np.array([rng.gauss(m, math.sqrt(v)) for m, v in zip(self.mean, self.variance, strict=True)])
-
-    def advantage(self) -> np.ndarray:
-        """Return the mean |A| over the window, [K]; 0 where the domain was never drawn in it."""
-        return np.array([mean([a for a in each if a is not None] or [0.0]) for each in self.advantages])
 
     def progress(self) -> np.ndarray:
         """Return each domain's slope of the reward over the window, over the sum of their sizes, [K] in [-1, 1]."""

@@ -1,6 +1,6 @@
 """From rows to T[j -> i]: what training on one domain did to each, with bootstrap intervals over items and seeds.
 
-    T[j -> i] = a_i(after training on j alone) - a_i(before),   relative: T[j -> i] / a_i(before)
+    T[j -> i] = a_i(after training on j alone) - a_i(before)
 
 (Omni-Thinker, arXiv:2507.14783.) Evidence of j is its probes; where j was never probed, the stages of a run on j, each
 against the evaluation before it. K domains, J trained ones, R trainings (a domain and a seed each), B resamples.
@@ -60,8 +60,6 @@ class Bounds:
 
     low: np.ndarray
     high: np.ndarray
-    relative_low: np.ndarray
-    relative_high: np.ndarray
 
 
 class Effects:
@@ -119,22 +117,12 @@ class Effects:
         pairs = [(name, self.domains.index(name)) for name in self.trained]
         return np.stack([means.after[:, self.rows_of(name), k].mean(axis=1) for name, k in pairs], axis=1)
 
-    def relative_transfer(self, means: Means | None = None) -> np.ndarray:
-        """Return T[j -> i] / a_i(before), [J, K], or [B, J, K] as `transfer`; NaN where the score before was 0."""
-        drawn = means or self.means()
-        before = np.stack([drawn.before[:, self.rows_of(name)].mean(axis=1) for name in self.trained], axis=1)
-        change = self.transfer(drawn)
-        relative = np.divide(change, before, out=np.full_like(before, np.nan), where=before > 0)
-        return relative[0] if means is None else relative
-
     def intervals(self, *, resamples: int = 1000, seed: int = 0) -> Bounds:
-        """Return the 95 % intervals of T and of relative T: items and, where there are several, seeds drawn anew."""
+        """Return the 95 % intervals of T: items and, where there are several, seeds drawn anew."""
         rng = np.random.default_rng(seed)
         drawn = self.with_seed_noise(self.resample(resamples, rng=rng), rng=rng)
         low, high = np.quantile(self.transfer(drawn), LEVELS, axis=0)
-        # a resample without any score before leaves the ratio undefined, and with it the interval
-        relative_low, relative_high = np.quantile(self.relative_transfer(drawn), LEVELS, axis=0)
-        return Bounds(low=low, high=high, relative_low=relative_low, relative_high=relative_high)
+        return Bounds(low=low, high=high)
 
     def transfer_interval(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the bounds of T's 95 % intervals as they are published, two arrays [J, K].

@@ -32,8 +32,6 @@ class Plan:
     """95 % interval of `predicted`."""
     transfer: Mapping[str, Mapping[str, float]]
     """transfer[j][i] = T[j -> i]."""
-    seeds: int
-    """Seeds of each probe, the fewest of any domain; with 1, the intervals hold evaluation noise only."""
     notes: tuple[str, ...] = ()
     """What the reader should know about the evidence."""
     measured: Measured | None = None

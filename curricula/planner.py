@@ -125,7 +125,6 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
             name: dict(zip(effects.domains, row, strict=True))
             for name, row in zip(names, published.effects.transfer().tolist(), strict=True)
         },
-        seeds=effects.noise.seeds,
         notes=_notes(effects, matrix),
         measured=measure(matrix.on("report")),
     )

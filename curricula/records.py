@@ -128,10 +128,15 @@ class Group:
         return len({r for r in self.learned if r is not None}) > 1
 
     @property
-    def cause(self) -> Literal["all_correct", "all_wrong", "ungraded"]:
-        """Why it taught nothing, if it did not; a grader's failure is not the policy's."""
+    def cause(self) -> Literal["all_correct", "all_wrong", "all_equal", "ungraded"]:
+        """Why it taught nothing, if it did not; a grader's failure is not the policy's.
+
+        `all_equal`: the same partial reward, between 0 and 1, for all.
+        """
         if not self.graded:
             return "ungraded"
+        if len(set(self.graded)) == 1 and 0 < self.graded[0] < 1:
+            return "all_equal"
         return "all_correct" if self.pass_rate == 1.0 else "all_wrong"
 
     @property

@@ -50,7 +50,7 @@ class TransferMatrix:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
-        """Build from the document of DESIGN.md, section 6."""
+        """Build from the document that `transfer_format` describes."""
         document = read_document(document)
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only {VERSION}")

@@ -63,7 +63,7 @@ def _read_object(value: Any, shape: Mapping[str, type], *, what: str, where: str
 
 
 def check_matrix(matrix: TransferMatrix) -> None:
-    """Raise ValueError at the first thing in the matrix that is not as DESIGN.md, section 6, says."""
+    """Raise ValueError at the first thing in the matrix that does not hold together."""
     _check_domains(matrix)
     if not any(not row.trained for row in matrix.rows):
         raise ValueError('no baseline: one row must have "trained": [] (scores before any training)')

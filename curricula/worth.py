@@ -14,6 +14,7 @@ where nobody asked for i to be held.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ import numpy as np
 from polyphony.curricula.forgetting import drawdown
 from polyphony.curricula.online import Prior, Regression, flat_prior
 from polyphony.curricula.records import Evaluation, Evidence, mean
+
+logger = logging.getLogger(__name__)
 
 OWN, OTHERS = 0.1, 0.05
 """Prior without probes, in score per interval between evaluations spent on one domain alone: what it adds to itself,
@@ -64,6 +67,7 @@ class Worth:
         need = self._need(rows, alarms)
         changes, _ = nats.posterior(self._entropy_prior(evidence, rows[0], interval))
         largest = np.abs(changes).max(initial=0.0)
+        self._say_unmeasured(rows, measured)
         pull = self._shortfall(rows, measured) @ changes / largest if largest else np.zeros(len(evidence.domains))
         return {
             "seen": len(rows),
@@ -87,6 +91,17 @@ class Worth:
             need.append(np.exp((lowest - score) / self.focus) * fallen * 2 ** alarms.count(name))
         return np.array(need) / np.mean(need)
 
+    def _say_unmeasured(self, rows: tuple[Evaluation, ...], measured: tuple[str, ...]) -> None:
+        for name in measured:
+            if name not in rows[-1].entropy:
+                taken = "it is taken as in the middle of its band, and " if name in self.held else ""
+                logger.warning(
+                    "domain %r: its entropy was not measured at step %d: %sno entropy of this interval counts",
+                    name,
+                    rows[-1].step,
+                    taken,
+                )
+
     def _shortfall(self, rows: tuple[Evaluation, ...], measured: tuple[str, ...]) -> np.ndarray:
         found = []
         for name in measured:
@@ -109,6 +124,9 @@ class Worth:
         measured = tuple(first.entropy)
         if self.entropies is not None and set(measured) <= set(self.entropies.measured):
             return self.entropies.select(evidence.domains, measured)
+        if self.entropies is not None:
+            strange = sorted(set(measured) - set(self.entropies.measured))
+            logger.warning("the probes measured no entropy of %s: none of theirs counts", ", ".join(strange))
         sd = OTHERS * max(first.entropy.values(), default=1.0) / (interval or 1)
         return flat_prior(evidence.domains, measured, own=0.0, sd=max(sd, 1e-6))
 

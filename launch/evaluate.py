@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,12 +107,15 @@ def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, di
 
 
 def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
-    """Return (nats, tokens) of KL(policy || base) by domain and item; nothing where the two speak other tokens."""
+    """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
+    tokens."""
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
-    if model.config.get_text_config().vocab_size != trainer.model.config.get_text_config().vocab_size:
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
+    if theirs != ours:
+        print(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}", file=sys.stderr)
         return {}
     add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     model.to(trainer.accelerator.device).eval()

@@ -1,12 +1,10 @@
-"""`multiple_choice`: the letter the completion commits to; and choice questions rewritten to ask for a short answer.
+"""`multiple_choice`: the letter the completion commits to.
 
-A choice of four pays a quarter for guessing. `short_form` asks for the text instead, among candidates that other
-questions lend, as Omni-Thinker does with general QA (arXiv:2507.14783).
+A choice of four pays a quarter for guessing.
 """
 
 from __future__ import annotations
 
-import random
 import re
 import string
 from collections.abc import Sequence
@@ -84,35 +82,6 @@ def _explained_letter(answer: str, choices: Sequence[str] | None) -> str | None:
 
 def _plain(answer: str) -> str:
     return "".join(c for c in " ".join(unlatexed(answer).split()) if c.isprintable()).strip("` ")
-
-
-def short_form(
-    rows: Sequence[dict[str, Any]], rng: random.Random, *, distractors: int = 4, instruction: str = "Candidates"
-) -> list[dict[str, Any]]:
-    """Return the choice rows (`prompt`, `choices`, `answer` a letter) as rows for `short_answer`.
-
-    The prompt lists the row's choices and `distractors` more, drawn from the other rows' choices, shuffled and without
-    letters; the answer is the right choice's text. Raises ValueError where the other rows lend too few.
-    """
-    pool = list({normalise(text): text for row in rows for text in row["choices"]}.items())
-    return [_short_row(row, pool, rng, distractors, instruction) for row in rows]
-
-
-def _short_row(
-    row: dict[str, Any], pool: list[tuple[str, str]], rng: random.Random, distractors: int, instruction: str
-) -> dict[str, Any]:
-    texts = list(row["choices"])
-    gold = texts[string.ascii_uppercase.index(_letter(row["answer"], texts))]
-    taken = {normalise(text) for text in texts}
-    # at most len(taken) of the sample are the row's own, so enough strangers remain wherever the pool has them
-    sample = rng.sample(pool, min(len(pool), distractors + len(taken)))
-    lent = [text for key, text in sample if key not in taken][:distractors]
-    if len(lent) < distractors:
-        raise ValueError(f"short_form: {distractors} distractors asked, the other rows lend {len(lent)}")
-    candidates = texts + lent
-    rng.shuffle(candidates)
-    kept = {key: value for key, value in row.items() if key != "choices"}
-    return kept | {"prompt": f"{row['prompt']}\n{instruction}: {'; '.join(candidates)}", "answer": gold}
 
 
 def _letter(answer: Any, choices: Sequence[str] | None) -> str:

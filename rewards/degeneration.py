@@ -1,8 +1,9 @@
 """Signs that a policy has found a shortcut or fallen into a loop: pure functions of a completion's text and length.
 
-The paper behind them (arXiv:2605.28388) names the behaviours; the thresholds are ours and stand in `SYSTEMS.md` A3's
-terms: an answer said three times or more, repeated 8-grams, a response far shorter than correct ones are, an answer
-with nothing before it. Lengths in tokens where a tokenizer counted them, in words here.
+The paper behind them (arXiv:2605.28388) names the behaviours; the thresholds are ours: an answer said three times or
+more, repeated 8-grams, a response far shorter than correct ones are, an answer with nothing before it. Lengths in tokens
+where a tokenizer counted them, in words here. A text that loops shows two signs of `trainer.shortcuts`: its repeated
+8-grams count by themselves and as `answer_repetition`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,6 @@ class Degeneration:
     answer_repetition: bool
     computation_skipping: bool
     bare_answer: bool
-
-    @property
-    def is_shortcut(self) -> bool:
-        """Whether a rare success with these signs should not be learned from."""
-        return self.answer_repetition or self.computation_skipping or self.bare_answer
 
 
 def degeneration(

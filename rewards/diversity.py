@@ -26,19 +26,6 @@ class DiversityResult:
     """`div_i`, after the floor."""
     classes: list[list[int] | None]
     """The class of each text, numbered from 0."""
-    qualities: list[list[float | None]]
-
-    def metrics(self) -> dict[str, float]:
-        """Return `classes` a group, the share of groups `collapsed` into one, and `mean` difference, `quality` and
-        `fused` reward apart; NaN where there is nothing to average."""
-        known = [classes for classes in self.classes if classes is not None]
-        return {
-            "classes": _mean([len(set(classes)) for classes in known]),
-            "collapsed": _mean([len(set(classes)) == 1 for classes in known if len(classes) > 1]),
-            "mean": _mean([value for values in self.diversity if values is not None for value in values]),
-            "quality": _mean([q for group in self.qualities for q in group if q is not None]),
-            "fused": _mean([r for group in self.rewards for r in group if r is not None]),
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +78,7 @@ class Diversity:
         diversity = [None if same is None else self.diversity_of(same) for same in matrices]
         fused = [self._fuse(q, d) for q, d in zip(qualities, diversity, strict=True)]
         classes = [None if same is None else connected(same) for same in matrices]
-        kept = [list(group) for group in qualities]
-        return DiversityResult(rewards=fused, diversity=diversity, classes=classes, qualities=kept)
+        return DiversityResult(rewards=fused, diversity=diversity, classes=classes)
 
     def check_verifiable(self) -> None:
         """Raise ValueError where a wrong answer could earn as much as a right one by being different.
@@ -145,7 +131,3 @@ def unique_correct(texts: Sequence[str], rewards: Sequence[float | None], partit
     correct = [text for text, reward in zip(texts, rewards, strict=True) if reward is not None and reward >= 1.0]
     same = find_partitioner(partitioner).same([correct], [""])[0] if correct else []
     return len(set(connected(same or [])))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -8,6 +8,7 @@ Nothing is written to disk. A program never meets what it is expected to print, 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import sysconfig
@@ -19,6 +20,8 @@ from typing import Literal
 from polyphony.rewards.jail import confine
 from polyphony.rewards.jailer import Jailer, shared_jailer
 from polyphony.rewards.pipes import is_readable_by
+
+logger = logging.getLogger(__name__)
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
@@ -164,6 +167,8 @@ def isolation() -> Isolation:
         except (SandboxError, OSError):
             works = False
         if works:
+            if level == "limits":
+                logger.warning("only the weakest jail works here, `polyphony doctor` says why: %s", _describe(level))
             return _describe(level)
     raise SandboxError("no jail works on this host: it must be Linux on x86-64 or arm64 with seccomp")
 

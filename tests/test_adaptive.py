@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -156,3 +158,21 @@ def test_evaluations_that_came_one_by_one_or_together_leave_the_same_sums():
         state = scheduler.decide(evidence(draw, rows[: draw + 1]), state).state
     together = scheduler.decide(evidence(0, rows), {}).state
     assert state["worth"]["value"] == pytest.approx(together["worth"]["value"])
+
+
+def test_an_entropy_that_is_missing_is_said_and_counts_as_in_its_band(caplog):
+    rows = [row(0, (0.5,) * 3, entropy=(1.0,) * 3), row(5, (0.5,) * 3, exposure=(8,) * 3, entropy=(1.0,) * 2)]
+    Adaptive(entropy_control=("c",)).decide(evidence(1, rows), {})
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "domain 'c': its entropy was not measured at step 5: it is taken as in the middle of its band, and no entropy of "
+        "this interval counts"
+    )
+
+
+def test_probes_that_measured_fewer_entropies_than_the_run_count_for_nothing_and_that_is_said(caplog):
+    matrix = probes(OWN)
+    few = replace(matrix, rows=tuple(replace(r, entropy={"a": 1.0}) for r in matrix.rows))
+    rows = [row(0, (0.5,) * 4, entropy=(1.0,) * 3), row(5, (0.5,) * 4, exposure=(8,) * 3, entropy=(1.0,) * 3)]
+    Adaptive(transfer=few).decide(evidence(1, rows), {})
+    assert "the probes measured no entropy of b, c: none of theirs counts" in caplog.text

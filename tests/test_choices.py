@@ -1,9 +1,7 @@
-import random
-
 import pytest
 
 from polyphony.rewards import find_reward
-from polyphony.rewards.choices import chosen_letter, short_form
+from polyphony.rewards.choices import chosen_letter
 
 CHOICES = ["Rome", "Paris", "The Hague", "Bern or Basel"]
 ROWS = [
@@ -73,38 +71,3 @@ def test_without_choices_only_letters_count():
 def test_an_answer_that_is_no_letter_of_the_choices_is_refused(answer):
     with pytest.raises(ValueError, match="one letter of A to D"):
         find_reward("multiple_choice")(["q"], ["A"], answer=[answer], choices=[CHOICES])
-
-
-QUESTIONS = [
-    {"prompt": "Capital of France?", "choices": ["Rome", "Paris"], "answer": "B", "source": "geo"},
-    {"prompt": "Capital of Italy?", "choices": ["Rome", "Madrid", "paris"], "answer": "A"},
-    {"prompt": "2 + 2?", "choices": ["4", "5", "6"], "answer": "A"},
-]
-
-
-def test_short_form_asks_for_the_text_among_lent_candidates():
-    rows = short_form(QUESTIONS, random.Random(0), distractors=3)
-    question, _, candidates = rows[1]["prompt"].partition("\nCandidates: ")
-    # of the other rows' texts Rome and Paris are the row's own already: 4, 5 and 6 remain
-    assert (question, set(candidates.split("; "))) == (
-        "Capital of Italy?",
-        {"Rome", "Madrid", "paris", "4", "5", "6"},
-    )
-    assert (rows[0]["answer"], rows[0]["source"], "choices" in rows[0]) == ("Paris", "geo", False)
-
-
-def test_short_form_is_the_same_for_the_same_seed():
-    assert short_form(QUESTIONS, random.Random(3), distractors=2) == short_form(
-        QUESTIONS, random.Random(3), distractors=2
-    )
-
-
-def test_a_short_form_row_is_graded_by_its_text():
-    row = short_form(QUESTIONS, random.Random(0), distractors=1)[0]
-    grade = find_reward("short_answer")
-    assert grade([row["prompt"]] * 2, ["paris", "B"], answer=[row["answer"]] * 2) == [1.0, 0.0]
-
-
-def test_too_few_distractors_are_refused():
-    with pytest.raises(ValueError, match="9 distractors asked, the other rows lend 4"):
-        short_form(QUESTIONS, random.Random(0), distractors=9)

@@ -1,4 +1,3 @@
-import math
 import pickle
 
 import pytest
@@ -84,20 +83,6 @@ def test_what_no_grader_could_grade_stays_without_reward():
 def test_a_group_that_the_partitioner_could_not_tell_apart_has_no_reward():
     result = Diversity(partitioner=Given(None, [[True]]))([["a", "b"], ["c"]], [[1.0, 1.0], [1.0]], ["p", "q"])
     assert result.rewards == [[None, None], [1.0]]
-    assert result.metrics()["classes"] == 1.0
-
-
-def test_metrics_keep_quality_and_fused_reward_apart():
-    result = Diversity(partitioner="exact")([["a", "a"], ["a", "b"]], [[1.0, 1.0], [0.5, None]], ["p", "q"])
-    # classes 1 and 2; one of two groups collapsed; div .1, .1, 1, 1; rewards .1, .1, .5
-    assert result.metrics() == {
-        "classes": 1.5,
-        "collapsed": 0.5,
-        "mean": pytest.approx(0.55),
-        "quality": pytest.approx(2.5 / 3),
-        "fused": pytest.approx(0.7 / 3),
-    }
-    assert all(math.isnan(v) for v in Diversity(partitioner="exact")([], [], []).metrics().values())
 
 
 def test_it_travels_between_processes():

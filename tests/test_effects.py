@@ -1,8 +1,8 @@
 """T of three domains by hand. Means before .2, .4, .0; after training on a alone .8, .2, .0, and so on:
 
-         a    b    c        T  =   a   .6  -.2   .0        relative   3.0  -.5  nan
-base    .2   .4   .0               b   .2   .4   .2                   1.0  1.0  nan
-a       .8   .2   .0               c  -.1   .0   .8                   -.5   .0  nan
+         a    b    c        T  =   a   .6  -.2   .0
+base    .2   .4   .0               b   .2   .4   .2
+a       .8   .2   .0               c  -.1   .0   .8
 b       .4   .8   .2
 c       .1   .4   .8
 """
@@ -36,12 +36,6 @@ def probes(**fields):
 
 def test_transfer_is_after_minus_before():
     np.testing.assert_allclose(effects(probes()).transfer(), T, atol=1e-12)
-
-
-def test_relative_transfer_is_undefined_where_the_score_before_was_zero():
-    relative = effects(probes()).relative_transfer()
-    np.testing.assert_allclose(relative[:, :2], [[3, -0.5], [1, 1], [-0.5, 0]], atol=1e-12)
-    assert np.isnan(relative[:, 2]).all()
 
 
 def test_seeds_are_paired_with_their_own_baseline_and_averaged():
@@ -90,10 +84,6 @@ def test_bootstrap_interval_has_the_width_of_the_paired_standard_error():
     bounds = effects(rows, ("a", "b")).intervals(resamples=4000)
     width = 2 * 1.96 * np.std(after - before) / math.sqrt(n)
     assert (bounds.high - bounds.low)[0, 0] == pytest.approx(width, rel=0.05)
-    # the ratio after / before - 1 has about (1.96 / before) sd(after - ratio x before) on each side
-    ratio = after.mean() / before.mean()
-    relative = 2 * 1.96 / before.mean() * np.std(after - ratio * before) / math.sqrt(n)
-    assert (bounds.relative_high - bounds.relative_low)[0, 0] == pytest.approx(relative, rel=0.1)
 
 
 def two_seed_world(rng, *, sd, n=200, names=NAMES):

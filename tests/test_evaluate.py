@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 
 from polyphony.launch.config import RecipeError
-from polyphony.launch.evaluate import compare_results, parse
+from polyphony.launch.evaluate import _distance, compare_results, parse
 from polyphony.launch.tables import statistics_table
 from polyphony.trainer.answers import Answer
 from polyphony.trainer.heldout_result import HeldoutResult
@@ -73,6 +75,12 @@ def test_few_items_that_did_not_move_are_not_taken_for_certainty():
 def test_many_domains_stand_in_several_blocks():
     found = {f"d{n}": compare_results(result(1.0, 0.0), result(1.0, 0.0))["math"] for n in range(6)}
     assert statistics_table(found).count("\n\n") == 1 and max(map(len, statistics_table(found).split("\n"))) <= 125
+
+
+def test_models_of_other_tokens_have_no_distance_and_that_is_said(capsys):
+    model = SimpleNamespace(dtype=None, config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=7)))
+    assert _distance(SimpleNamespace(model=model), str(POLICY)) == {}
+    assert re.search(r"polyphony eval: no KL: \S+ has \d+ tokens, the model 7\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class Noting:
 
     def same(self, groups, prompts):
         if any("?" in text for group in groups for text in group):
-            raise ConnectionError("no judge")
+            raise KeyError("?")
         self.asked += zip(map(tuple, groups), prompts, strict=True)
         return [[[a == b for b in group] for a in group] for group in groups]
 
@@ -159,13 +159,34 @@ def test_a_partitioner_that_fails_on_a_group_costs_that_group_and_is_counted(cap
     assert groups[0].learned == (1.0, 1.0)
     assert groups[1].fused == Fused(rewards=(None, None), diversity=None, classes=None)
     assert groups[1].rewards == (1.0, 0.5)
-    assert "domain 'stories': the partitioner raised ConnectionError: no judge" in caplog.text
+    assert "domain 'stories': the partitioner raised KeyError: '?'" in caplog.text
     meter = Meter(domains=("stories",))
     meter.add(groups, {}, 1.0)
     metrics = meter.flush()
     assert metrics["diversity/stories/failures"] == 1
     assert metrics["domain/stories/grader_failures"] == 0
     assert metrics["domain/stories/reward"] == 3.5 / 4
+
+
+class Silent:
+    """A judge that answers the trial and is gone then."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def same(self, groups, prompts):
+        self.asked += 1
+        if self.asked > 1:
+            raise TimeoutError("no judge")
+        return [[[True] * len(group)] * len(group) for group in groups]
+
+
+def test_a_partitioner_whose_judge_is_silent_is_asked_once(caplog):
+    silent = Silent()
+    groups = Fusion.of([domain(partitioner=silent)])([group((1.0, 1.0))] * 3, list("abcdef"), prompt_of)
+    assert [g.fused for g in groups] == [Fused(rewards=(None, None), diversity=None, classes=None)] * 3
+    assert silent.asked == 2
+    assert caplog.text.count("domain 'stories': the partitioner raised TimeoutError: no judge") == 1
 
 
 def test_a_partitioner_that_fails_too_often_stops_the_run():

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from polyphony.curricula.guardrails import Guardrail, check, exceeded
+from polyphony.curricula.guardrails import Guardrail, Verdict, check, exceeded
+from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import Evaluation
+from polyphony.trainer.callbacks import RunCallback
+from polyphony.trainer.run_folder import RunFolder
 
 
 def row(step, trained=(), **scores):
@@ -95,3 +99,22 @@ def test_a_checkpoint_that_lost_more_than_may_be_lost_is_none_to_go_back_to_sure
         assert exceeded([SAFETY], rows, watch_only=["safety"]) == named
     assert check([SAFETY], [start, row(10, ("math",), safety=ones(84), math=math_)], watch_only=["safety"]) == []
     assert exceeded([SAFETY], [start], watch_only=["safety"]) == []
+
+
+def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, caplog):
+    trainer = SimpleNamespace(
+        draws=SimpleNamespace(refill_listeners=[], listeners=[]),
+        accelerator=SimpleNamespace(is_main_process=True),
+    )
+    folder, control = RunFolder(tmp_path), SimpleNamespace(should_training_stop=False)
+    callback = RunCallback(
+        trainer, SimpleNamespace(folder=folder), evaluate_every=1, keep_checkpoints=1, tracker=None, progress=None
+    )
+    guardrail = Guardrail(domain="safety", max_drop=0.1, action="rollback")
+    lost = Verdict(guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline")
+    callback._act(lost, control, tmp_path / "checkpoints")
+    assert control.should_training_stop
+    (alarm,) = folder.read("alarms")
+    assert alarm["kind"] == "guardrail"
+    assert alarm["message"] == f"{lost}: stopped the run: no checkpoint to go back to"
+    assert alarm["message"] in caplog.text

@@ -71,6 +71,13 @@ def test_dead_groups_are_told_by_cause_and_a_graders_failure_is_neither():
     assert (metrics["domain/math/dead_correct"], metrics["domain/math/dead_wrong"]) == (1 / 5, 1 / 5)
 
 
+def test_equal_partial_rewards_are_dead_for_a_cause_of_their_own():
+    half = group("math", (0.5, 0.5), (1, 1))
+    metrics = meter(([MIXED, half], {}, 1.0)).flush()
+    told = [metrics[f"domain/math/{name}"] for name in ("frac_dead", "dead_correct", "dead_wrong", "dead_equal")]
+    assert told == [1 / 2, 0, 0, 1 / 2] and metrics["rollout/shortfall"] == 1
+
+
 def test_completions_of_dead_groups_are_counted_as_they_were_sampled():
     left = group("math", (0.0, 0.0), (3, 3))  # after its look
     metrics = meter(([MIXED, left], {}, 1.0)).flush()

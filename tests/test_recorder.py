@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,22 @@ def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
         entropy=dict.fromkeys(NAMES, 0.7),
         shown=((shown, 1.0),),
     )
+
+
+def test_an_entropy_that_is_no_longer_measured_is_among_the_alarms(tmp_path):
+    ours = recorder(tmp_path)
+    ours.record_heldout(0, result())
+    ours.record_heldout(5, replace(result(), entropy={"math": 0.7, "safety": 0.7}))
+    (alarm,) = ours.folder.read("alarms")
+    assert (alarm["step"], alarm["domain"], alarm["kind"]) == (5, "stories", "entropy_unmeasured")
+    assert "was not measured" in alarm["message"]
+
+
+def test_held_out_samples_without_a_reward_are_counted(tmp_path):
+    metrics = recorder(tmp_path).record_heldout(
+        0, replace(result(), samples=result().samples | {"math": ((1, None),) * 6})
+    )
+    assert (metrics["heldout/math/grader_failures"], metrics["heldout/stories/grader_failures"]) == (6, 0)
 
 
 def test_both_halves_have_items():
@@ -245,11 +262,12 @@ def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):
             prompt_id="p", domain=domain, draw=0, rewards=rewards, lengths=(1,) * size, truncated=(False,) * size
         )
 
-    dead = [group("math", 1.0, 1.0), group("math", 0.0, 0.0), group("math", None, None), group("stories", 0.5, 0.5)]
+    math = [group("math", *rewards) for rewards in ((1.0, 1.0), (0.0, 0.0), (None, None))]
+    dead = [*math, group("stories", 0.5, 0.5)]
     recorder(tmp_path).record_refill(3, 1, dead, [PromptRef(domain="math", id="m1")])
     (line,) = RunFolder(tmp_path).read("refills")
     assert line["dead"] == {
-        "math": {"all_correct": 1, "all_wrong": 1, "ungraded": 1},
-        "stories": {"all_correct": 0, "all_wrong": 1, "ungraded": 0},
+        "math": {"all_correct": 1, "all_wrong": 1, "all_equal": 0, "ungraded": 1},
+        "stories": {"all_correct": 0, "all_wrong": 0, "all_equal": 1, "ungraded": 0},
     }
     assert (line["step"], line["round"], line["short"], line["prompts"]) == (3, 1, 3, ["m1"])

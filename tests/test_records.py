@@ -22,6 +22,22 @@ def test_a_group_that_nobody_graded_is_undefined():
     assert not g.has_signal
 
 
+@pytest.mark.parametrize(
+    ("rewards", "cause"),
+    [
+        ((1.0, 1.0), "all_correct"),
+        ((0.0, 0.0), "all_wrong"),
+        ((-1.0, -1.0), "all_wrong"),
+        ((0.5, 0.5), "all_equal"),
+        ((0.5, None), "all_equal"),
+        ((0.5, 0.25), "all_wrong"),  # teaches nothing only where nothing but a full reward is accepted
+        ((None, None), "ungraded"),
+    ],
+)
+def test_equal_partial_rewards_are_not_called_wrong(rewards, cause):
+    assert group(*rewards).cause == cause
+
+
 @pytest.mark.parametrize("solved", [1, 2, 3, 4, 7])
 def test_mean_absolute_advantage_of_binary_rewards_is_twice_root_p_times_one_minus_p(solved):
     p = solved / 8

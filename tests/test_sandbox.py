@@ -199,3 +199,11 @@ def test_doctor_goes_on_where_no_jail_works(monkeypatch):
     (finding,) = doctor.sandbox()
     assert (finding.verdict, finding.what) == ("slow", "no jail works on this host")
     assert "`code`" in finding.fix
+
+
+def test_a_run_in_the_weakest_jail_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "LEVELS", ("limits",))
+    isolation.cache_clear()
+    found = isolation()
+    isolation.cache_clear()
+    assert f"only the weakest jail works here, `polyphony doctor` says why: {found}" in caplog.text

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import urllib.error
 
+import httpx
 import pytest
 
 from polyphony.curricula.records import Domain, Group
@@ -100,6 +103,53 @@ def fragile(prompts, completions, **columns):
 def test_a_reward_that_raises_costs_its_own_sample_and_says_so(caplog):
     assert scorer(math=fragile)([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
     assert "domain 'math': the reward raised KeyError: '?'" in caplog.text
+
+
+class Gone:
+    """Raises what it is given, and counts."""
+
+    def __init__(self, error):
+        self.error, self.asked = error, 0
+
+    def __call__(self, prompts, **columns):
+        self.asked += 1
+        raise self.error
+
+
+class LibraryError(Exception):
+    """Stands for an error of a library that need not be there."""
+
+
+def of_library(name):
+    module, _, kind = name.rpartition(".")
+    return type("Sub", (type(kind, (LibraryError,), {"__module__": module}),), {})("gone")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError("gone"),
+        TimeoutError("gone"),
+        socket.gaierror("gone"),
+        urllib.error.URLError("gone"),
+        httpx.ConnectError("gone"),
+        httpx.ReadTimeout("gone"),
+        of_library("openai.APIConnectionError"),
+        of_library("requests.exceptions.ConnectionError"),
+        of_library("aiohttp.client_exceptions.ClientConnectionError"),
+    ],
+)
+def test_a_judge_that_is_down_is_asked_once_for_all_rows(error, caplog):
+    grader = Gone(error)
+    assert scorer(math=grader)([sample()] * 5) == [None] * 5
+    assert grader.asked == 1 and caplog.text.count("domain 'math': the reward raised") == 1
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), BrokenPipeError(), ValueError(), of_library("mine.Timeout")])
+def test_any_other_error_may_be_of_one_row_so_each_is_asked(error):
+    grader = Gone(error)
+    assert scorer(math=grader)([sample()] * 5) == [None] * 5
+    assert grader.asked == 6
 
 
 def test_a_failure_in_one_domain_does_not_touch_another():

@@ -181,14 +181,13 @@ class RunCallback(TrainerCallback):
         """Warn, stop, or go back to the best checkpoint; in every case say so in `alarms.jsonl`."""
         action, domain = verdict.guardrail.action, verdict.guardrail.domain
         best = best_checkpoint(checkpoints) if action == "rollback" else None
-        if action == "rollback" and best is None:
-            action = "stop"  # there is nothing to go back to
+        done = {"warn": "warned", "stop": "stopped the run"}.get(action, "stopped the run: no checkpoint to go back to")
         if best is not None:
             self.trainer.rollback(best, because=str(verdict), domain=domain)
             self._rolled_back_at = verdict.step
-        elif action == "stop":
+            done = f"rolled back to {best.name}"
+        elif action != "warn":
             control.should_training_stop = True
-        done = f"rolled back to {best.name}" if best else {"warn": "warned", "stop": "stopped the run"}[action]
         logger.warning("guardrail: %s: %s", verdict, done)
         if self.trainer.accelerator.is_main_process:
             entry = {"step": verdict.step, "domain": domain, "kind": "guardrail", "message": f"{verdict}: {done}"}

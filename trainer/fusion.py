@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from polyphony.curricula.records import Domain, Fused, Group
 from polyphony.rewards.diversity import Diversity, DiversityResult
 from polyphony.rewards.partitions import Same
+from polyphony.trainer.scoring import is_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -113,16 +114,17 @@ def compared(
 ) -> list[Same | None]:
     """Return which texts of each group say the same; None where the partitioner could not tell, or raised.
 
-    Retried group by group, so that one group costs one group. Raises ValueError for an answer of the wrong size.
+    Retried group by group, so that one group costs one group; not where its judge cannot be reached. Raises ValueError
+    for an answer of the wrong size.
     """
     if not texts:
         return []
     try:
         told = diversity.found.same(texts, prompts)
     except Exception as error:  # a user's partitioner may raise anything
-        if len(texts) == 1:
+        if len(texts) == 1 or is_unreachable(error):
             logger.warning("domain %r: the partitioner raised %s: %s", name, type(error).__name__, error)
-            return [None]
+            return [None] * len(texts)
         return [compared(name, diversity, [t], [p])[0] for t, p in zip(texts, prompts, strict=True)]
     sizes = [len(text) for text in texts]
     if len(told) != len(texts) or sizes != [

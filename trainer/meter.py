@@ -20,6 +20,7 @@ class DomainSums:
     updated: int = 0
     dead_correct: int = 0
     dead_wrong: int = 0
+    dead_equal: int = 0
     completions: int = 0
     failures: int = 0
     graded: int = 0
@@ -54,6 +55,7 @@ class DomainSums:
         if not is_useful:
             self.dead_correct += group.cause == "all_correct"
             self.dead_wrong += group.cause == "all_wrong"
+            self.dead_equal += group.cause == "all_equal"
 
     def metrics(self) -> dict[str, float]:
         """Return the `domain/<d>` metrics; NaN where nothing was counted."""
@@ -68,6 +70,7 @@ class DomainSums:
             "dead_completions": _ratio(self.dead_completions, self.completions),
             "dead_correct": _ratio(self.dead_correct, self.updated),
             "dead_wrong": _ratio(self.dead_wrong, self.updated),
+            "dead_equal": _ratio(self.dead_equal, self.updated),
             "mean_length": _ratio(self.tokens, self.completions),
             "clipped_ratio": _ratio(self.truncated, self.completions),
             "grader_failures": self.failures,
@@ -174,7 +177,8 @@ class Meter:
         metrics[key("rollout", "tokens_per_s")] = _ratio(tokens, seconds)
         metrics[key("rollout", "useful_token_frac")] = _ratio(sum(s.useful_tokens for s in sums.values()), tokens)
         metrics[key("rollout", "refill_rounds")] = _ratio(rounds, draws)
-        metrics[key("rollout", "shortfall")] = _ratio(sum(s.dead_correct + s.dead_wrong for s in sums.values()), draws)
+        dead = sum(s.dead_correct + s.dead_wrong + s.dead_equal for s in sums.values())
+        metrics[key("rollout", "shortfall")] = _ratio(dead, draws)
         return defined(metrics)
 
 

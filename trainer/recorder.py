@@ -71,10 +71,10 @@ class Recorder:
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[PromptRef]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
+        names = ("all_correct", "all_wrong", "all_equal", "ungraded")
         causes: dict[str, dict[str, int]] = {}
         for group in dead:
-            of_domain = causes.setdefault(group.domain, {"all_correct": 0, "all_wrong": 0, "ungraded": 0})
-            of_domain[group.cause] += 1
+            causes.setdefault(group.domain, dict.fromkeys(names, 0))[group.cause] += 1
         line = {"step": step, "round": refill_round, "dead": causes, "short": len(dead) - len(refs)}
         self.folder.append("refills", line | {"prompts": [ref.id for ref in refs]})
 
@@ -89,6 +89,7 @@ class Recorder:
             exposure=dict(self.curriculum.drawn),
             rolled_back=self.curriculum.rolled_back,
         )
+        self._note_unmeasured(row)
         self._add(row, result.items)
         self.curriculum.record(on_half(row, result.items, "steer"))
         for sample, score in result.shown if self.is_main else ():
@@ -97,6 +98,13 @@ class Recorder:
         if self.is_main:
             self.folder.append("evaluations", {"step": step, "domains": _details(result)})
         return self._metrics(row, result)
+
+    def _note_unmeasured(self, row: Evaluation) -> None:
+        """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
+        for name in sorted(set(self._run[0].entropy) - set(row.entropy)) if self._run and self.is_main else ():
+            message = "its held-out entropy was not measured; a scheduler that holds it takes it as inside its band"
+            alarm = {"step": row.step, "domain": name, "kind": "entropy_unmeasured", "message": message}
+            self.folder.append("alarms", alarm)
 
     @property
     def worst_steer_score(self) -> float:
@@ -139,6 +147,7 @@ class Recorder:
         for name in published.scores:
             metrics[key("heldout", "score", name)] = mean(published.scores[name])
             metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
+            metrics[key("heldout", "grader_failures", name)] = sum(s is None for i in result.samples[name] for s in i)
             if name in row.entropy:
                 metrics[key("heldout", "entropy", name)] = row.entropy[name]
             for metric, value in _report_half(result, name).values().items():

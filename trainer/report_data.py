@@ -174,8 +174,7 @@ def _read_predicted(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
     if not path.exists():
         return []
     found = _read_json(path, missing)
-    stages = found.get("stages") if isinstance(found, Mapping) else found
-    return [stage for stage in stages or () if isinstance(stage, Mapping)]
+    return [stage for stage in found if isinstance(stage, Mapping)] if isinstance(found, list) else []
 
 
 def _read_json(path: Path, missing: list[str]) -> Any:

@@ -116,6 +116,7 @@ def rollouts(sheet: Sheet) -> str:
     dead = _by_metric(sheet, "domain/", {"frac_dead": "Dead groups: share of groups drawn with equal rewards",
                                          "dead_correct": "Of what reached the update: dead because all was correct",
                                          "dead_wrong": "Of what reached the update: dead because all was equally wrong",
+                                         "dead_equal": "Of what reached the update: dead with equal partial rewards",
                                          })  # fmt: skip
     return _budget(sheet) + overall + dead
 

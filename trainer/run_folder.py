@@ -24,10 +24,6 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def final(self) -> Path:
-        return self.path / "final"
-
-    @property
     def transfer(self) -> Path:
         return self.path / "transfer.json"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
+import urllib.error
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,15 @@ from polyphony.rewards.awaiting import settled
 from polyphony.trainer.data import Prompt
 
 logger = logging.getLogger(__name__)
+
+_UNREACHABLE = (
+    "aiohttp.ClientConnectionError",
+    "httpx.TransportError",
+    "openai.APIConnectionError",
+    "requests.ConnectionError",
+    "requests.Timeout",
+)
+"""What else graders raise where their judge is down or silent; by name, as a run need have none of these packages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +60,9 @@ class Graded:
 class Scorer:
     """Route samples to their domains' rewards.
 
-    A reward that raises, or returns None, gives None: that sample is left out of everything and counted. One that
-    returns NaN or the wrong number of values is broken, and stops the run with its domain's name.
+    A reward that raises, or returns None, gives None: that sample is left out of everything and counted. One that cannot
+    reach its judge gives None for all it was asked about. One that returns NaN or the wrong number of values is broken,
+    and stops the run with its domain's name.
 
     Example: `Scorer(domains)(samples) -> [1.0, None, 0.0]`
     """
@@ -80,12 +92,10 @@ class Scorer:
         reward = self.rewards[name]
         try:
             values = _call(reward, samples)
-        except (
-            Exception
-        ) as error:  # a user's grader may raise anything; retried one by one, so that one row costs one row
-            if len(samples) == 1:
+        except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
+            if len(samples) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
-                return [None]
+                return [None] * len(samples)
             return [self._score(name, [sample])[0] for sample in samples]
         if not hasattr(values, "__len__"):
             raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(samples)} completions")
@@ -94,6 +104,15 @@ class Scorer:
                 f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
             )
         return [_checked(name, value) for value in values]
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Say whether a connection failed or timed out: that is no row's fault, and to ask row by row would ask in vain."""
+    if isinstance(error, BrokenPipeError | urllib.error.HTTPError):
+        return False  # a row that killed its local process; a judge that answers
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    known = isinstance(error, ConnectionError | TimeoutError | socket.gaierror | urllib.error.URLError)
+    return known or not names.isdisjoint(_UNREACHABLE)
 
 
 def grade(

@@ -21,7 +21,7 @@ from polyphony.trainer.dashboard import key
 from polyphony.trainer.scoring import Graded, Sample
 
 SIGNS = ("answer_repetition", "repeated_ngrams", "computation_skipping", "bare_answer", "language_mixing")
-"""What makes any success suspicious."""
+"""What makes any success suspicious. A text that loops shows the first two: its repeated 8-grams count under both."""
 
 COUNTED = (*SIGNS, "truncation")
 """What makes a rare success suspicious: one that was cut off had not come to its end. Where many are right and cut off,
