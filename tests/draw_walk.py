@@ -5,8 +5,9 @@ the batch that TRL returns: the length of `DomainGRPOTrainer._generate_and_score
 
 A file is ours by its real path, under one of the four packages. It counts as *entered* if one of its functions is called
 during the draw, bodies of modules that are imported then left out; it is entered once more (a *switch*) with each call of a
-function of ours whose nearest caller of ours lies in another file, or that has none. What is not ours may stand between the
-two, and the way back is not counted. Left out on purpose: other threads and other processes.
+function of ours whose nearest caller of ours lies in another file, or that has none; a generator that is resumed is called
+again. What is not ours may stand between the two, and the way back is not counted. Left out on purpose: other threads and
+other processes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+"""How a draw walks through the house: what is counted, and that it grows no longer."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from polyphony.curricula.intervals import paired
+from tests.conftest import RECIPES
+from tests.draw_walk import Walk, walk_of
+
+MOST_FILES, MOST_SWITCHES = 36, 490
+"""Of a draw of the debug recipe; 36 and 478 to 484 when first counted (switches move with what is sampled). Lower these
+when a draw passes through fewer files; a change that needs more belongs into files that a draw enters already."""
+
+
+def test_a_call_is_a_switch_if_it_comes_from_another_file():
+    walk = Walk()
+    sys.setprofile(walk)
+    paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+    sorted([2, 1], key=lambda n: -n)  # of no file of ours
+    sys.setprofile(None)
+    assert set(walk.calls) == {"curricula/intervals.py"}
+    assert walk.switches.total() == 1  # what it calls in its own file is none
+    assert walk.calls.total() > 1
+    assert walk.table().endswith(f"| **1 files** | {walk.calls.total()} | 1 |")
+
+
+@pytest.mark.slow
+def test_a_draw_walks_through_no_more_files_than_it_did(engine, tmp_path):
+    walk = walk_of(RECIPES / "debug.yaml", out=tmp_path / "run", engine=engine)
+    assert {name.partition("/")[0] for name in walk.calls} == {"trainer", "rewards", "curricula", "launch"}
+    assert {"trainer/grpo.py", "trainer/scoring.py", "curricula/curriculum.py", "rewards/exact.py"} <= set(walk.calls)
+    assert len(walk.calls) <= MOST_FILES, walk.table()
+    assert walk.switches.total() <= MOST_SWITCHES, walk.table()
