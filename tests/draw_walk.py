@@ -1,10 +1,11 @@
 """Count how one draw walks through our files: `python -m tests.draw_walk [RECIPE] [key.path=value ..]`.
 
-Watched is the last draw of two steps with a run folder (`polyphony.launch.train.start`), from the choice of its prompts to
-the batch that TRL returns: the length of `DomainGRPOTrainer._generate_and_score_completions`. The first draw also imports.
+Watched is the second of three steps with a run folder (`polyphony.launch.train.start`), without evaluation and checkpoint;
+the first one also imports. The *draw* goes from the choice of its prompts to the batch that TRL returns, the length of
+`DomainGRPOTrainer._generate_and_score_completions`; the *step* goes on to the next draw: the update, what is written down.
 
 A file is ours by its real path, under one of the four packages. It counts as *entered* if one of its functions is called
-during the draw, bodies of modules that are imported then left out; it is entered once more (a *switch*) with each call of a
+meanwhile, bodies of modules that are imported then left out; it is entered once more (a *switch*) with each call of a
 function of ours whose nearest caller of ours lies in another file, or that has none; a generator that is resumed is called
 again. What is not ours may stand between the two, and the way back is not counted. Left out on purpose: other threads and
 other processes.
@@ -39,7 +40,7 @@ DRAW = "_generate_and_score_completions"
 
 @dataclass(kw_only=True, slots=True)
 class Walk:
-    """What a draw called: the function that `sys.setprofile` takes, and its counts by file.
+    """What was called: the function that `sys.setprofile` takes, and its counts by file.
 
     Example: `walk = Walk(); sys.setprofile(walk)`
     """
@@ -91,46 +92,55 @@ def ours(filename: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """Walks of a run, each list in the order of its draws."""
+
+    draws: list[Walk] = field(default_factory=list)
+    steps: list[Walk] = field(default_factory=list)
+    """Each with its draw; the last one goes to the end of training."""
+
+
 @contextmanager
-def watched(trainer: Any) -> Iterator[list[Walk]]:
-    """Watch every draw of a trainer; the list holds one walk for each that has ended."""
+def watched(trainer: Any) -> Iterator[Watched]:
+    """Watch every draw of a trainer, and all until the next."""
     draw: Callable[..., Any] = getattr(trainer, DRAW)
-    walks: list[Walk] = []
+    walks = Watched()
 
     def draw_and_count(*args: Any, **kwargs: Any) -> Any:
-        walk, before = Walk(), sys.getprofile()
-        sys.setprofile(walk)
-        try:
-            return draw(*args, **kwargs)
-        finally:
-            sys.setprofile(before)
-            walks.append(walk)
+        step = Walk()
+        walks.steps.append(step)
+        sys.setprofile(step)
+        batch = draw(*args, **kwargs)
+        walks.draws.append(Walk(calls=step.calls.copy(), switches=step.switches.copy()))
+        return batch
 
     setattr(trainer, DRAW, draw_and_count)
     try:
         yield walks
     finally:
+        sys.setprofile(None)
         delattr(trainer, DRAW)
 
 
-def walk_of(recipe: Path, overrides: Sequence[str] = (), *, out: Path, engine: Any = None) -> Walk:
-    """Train two steps of a recipe into the folder `out`; return the walk of the last draw."""
+def walks_of(recipe: Path, overrides: Sequence[str] = (), *, out: Path, engine: Any = None) -> tuple[Walk, Walk]:
+    """Train three steps of a recipe into the folder `out`; return the walks of the second draw and of its step."""
     from polyphony.launch.config import load_recipe
     from polyphony.launch.train import start
 
-    short = ["tracking.wandb=null", "grpo.max_steps=2", "eval.every=100"]
+    short = ["tracking.wandb=null", "grpo.max_steps=3", "eval.every=100", "checkpoint.every=100"]
     started = start(load_recipe(recipe, [*short, *overrides]), out, engine=engine)
     with watched(started.trainer) as walks:
         started.trainer.train()
-    return walks[-1]
+    return walks.draws[1], walks.steps[1]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the table of a recipe, by default of the debug recipe."""
+    """Print both tables of a recipe, by default of the debug recipe."""
     recipes = [argument for argument in argv if "=" not in argument] or [str(RECIPES / "debug.yaml")]
     with tempfile.TemporaryDirectory() as folder:
-        walk = walk_of(Path(recipes[0]), [argument for argument in argv if "=" in argument], out=Path(folder))
-    print(walk.table())
+        draw, step = walks_of(Path(recipes[0]), [argument for argument in argv if "=" in argument], out=Path(folder))
+    print(f"One draw:\n\n{draw.table()}\n\nThe step it serves, draw included:\n\n{step.table()}")
 
 
 if __name__ == "__main__":
