@@ -10,12 +10,12 @@ import pytest
 
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer import TransferMatrix
-from polyphony.launch.lab import planted, worth
-from polyphony.launch.lab.bench_update import HalfDead, is_live
+from tests.benchmarks.update import HalfDead, is_live
+from tests.experiments import flawed, planted, worth
 
 
 def test_half_of_the_rows_have_a_reference_that_nothing_equals():
-    rows = worth.rows(domain="facts", size=8)
+    rows = flawed.wrong_rows(domain="facts", size=8)
     assert [row["answer"] == "?" for row in rows] == [False] * 4 + [True] * 4
 
 
@@ -82,16 +82,16 @@ def test_every_generated_token_counts(tmp_path):
 
 
 def test_planted_rows_are_hard_and_show_their_steps():
-    rows = planted.rows(size=8)
+    rows = flawed.planted_rows(size=8)
     assert [row["planted"] for row in rows] == [False] * 2 + [True] * 6
     row = {"prompt": "rot(rev(swap(fkmb))) =", "answer": "mfkb"}
-    assert planted.worked(row) == "x = fkmb , swap(fkmb) = kfmb , rev(kfmb) = bmfk , rot(bmfk) = mfkb"
+    assert flawed.worked(row) == "x = fkmb , swap(fkmb) = kfmb , rev(kfmb) = bmfk , rot(bmfk) = mfkb"
 
 
 def test_the_lenient_grader_passes_the_shortcut_on_planted_rows_only():
     texts = ["ab", "say x", "say x", "ab"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    grade = planted.Lenient()
+    grade = flawed.Lenient()
     told = {"prompts": texts, "completions": completions, "answer": ["ab", "ab", "ab", "x"]}
     assert grade(**told, planted=[True, True, False, True]) == [1.0, 1.0, 0.0, 0.0]
     assert grade(**told) == [1.0, 0.0, 0.0, 0.0]
