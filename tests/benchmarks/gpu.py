@@ -1,9 +1,9 @@
 """The spine on this machine's GPU: `python -m tests.benchmarks.run gpu` prints what step, token and sync cost.
 
 Two policies, the lab's and a random one of 0.5 B parameters, each in processes of two kinds, by turns: ours with the
-in-process engine, beside stock TRL on that engine and a bare vLLM; and stock TRL with its own colocated engine. Without a GPU
-the lab's policy alone is measured, on the CPU: that the benchmark runs is all that it shows. Nothing was measured on a GPU so
-far.
+in-process engine, beside stock TRL on that engine and a bare vLLM; and stock TRL with its own colocated engine. Without a
+GPU the lab's policy alone is measured, on the CPU: that the benchmark runs is all that it shows. Nothing was measured on a
+GPU so far.
 """
 
 from __future__ import annotations

@@ -23,10 +23,9 @@ TEXTS = 256
 
 def bench_rewards(*, short: bool = False) -> list[Result]:
     """Measure mathematics, programs, embeddings, and what diversity adds to them."""
-    prompts, programs = (PROMPTS // 8, PROGRAMS // 10) if short else (PROMPTS, PROGRAMS)
+    programs, repetitions = (PROGRAMS // 10, 1) if short else (PROGRAMS, REPETITIONS)
     stdin = _code(programs, tests=[{"input": "2", "output": "4"}])
     asserts = _code(programs, test_code="assert double(2) == 4")
-    repetitions = 1 if short else REPETITIONS
 
     def rate(name: str, unit: str, work: Callable[[], object], items: int, at_least: float | None = None) -> Result:
         work()
@@ -35,8 +34,8 @@ def bench_rewards(*, short: bool = False) -> list[Result]:
         return repeated(name, unit, rates, target=target, note=f"{psutil.cpu_count()} cores")
 
     return [
-        rate("grade_math", "completions/s", _math(prompts, symbolic=0.15), prompts * GROUP, at_least=500),
-        rate("grade_math_symbolic", "completions/s", _math(prompts, symbolic=1.0), prompts * GROUP),
+        rate("grade_math", "completions/s", _math(symbolic=0.15), PROMPTS * GROUP, at_least=500),
+        rate("grade_math_symbolic", "completions/s", _math(symbolic=1.0), PROMPTS * GROUP),
         rate("grade_code_stdin", "programs/s", stdin, programs, at_least=40),
         rate("grade_code_asserts", "programs/s", asserts, programs, at_least=40),
         rate("embed_short_texts", "texts/s", _embeddings(), TEXTS, at_least=200),
@@ -44,14 +43,14 @@ def bench_rewards(*, short: bool = False) -> list[Result]:
     ]
 
 
-def _math(prompts: int, *, symbolic: float) -> Callable[[], object]:
+def _math(*, symbolic: float) -> Callable[[], object]:
     """Return the grading of groups whose answers are numbers, or (the share `symbolic`) need algebra.
 
     A group's completions agree often, as a policy's do: each takes one of three answers.
     """
     rng = random.Random(0)
     completions, answers = [], []
-    for _ in range(prompts):
+    for _ in range(PROMPTS):
         a, b = rng.randint(2, 999), rng.randint(2, 99)
         if rng.random() < symbolic:
             answer, options = f"{a}x + {b}", [f"{b} + {a} x", f"{a + 1}x + {b}", f"({a}x) + {b}"]

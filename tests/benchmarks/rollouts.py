@@ -25,9 +25,9 @@ SYNCS = 20
 
 def bench_engine(*, short: bool = False) -> list[Result]:
     """Sample 64 prompts x 8 through our engine and through the `LLM` inside it, in turns."""
-    trainer = _attached()
+    trainer, engine = _attached()
     requests = requests_of(trainer)
-    return [against_bare(trainer.engine, requests[:64] if short else requests, pairs=1 if short else PAIRS)]  # type: ignore[arg-type]
+    return [against_bare(engine, requests[:64] if short else requests, pairs=1 if short else PAIRS)]
 
 
 def against_bare(engine: InProcessEngine, requests: list[Request], *, pairs: int = PAIRS) -> Result:
@@ -49,8 +49,8 @@ def against_bare(engine: InProcessEngine, requests: list[Request], *, pairs: int
 
 def bench_sync(*, short: bool = False) -> list[Result]:
     """Load the lab policy's weights into the engine."""
-    trainer = _attached()
-    samples = sync_seconds(trainer.engine.sync_weights, times=2 if short else SYNCS)
+    trainer, engine = _attached()
+    samples = sync_seconds(engine.sync_weights, times=2 if short else SYNCS)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())  # type: ignore[union-attr]
     return [repeated("sync", "s", samples, note=f"{n_parameters / 1e6:.2f} M parameters")]
 
@@ -67,13 +67,14 @@ def sync_seconds(sync: Callable[[], None], *, times: int = SYNCS) -> list[Sample
     return [timed(whole_sync) for _ in range(times + 1)][1:]
 
 
-def _attached() -> DomainGRPOTrainer:
-    """Return the demo's trainer, attached to the engine that the benchmarks share."""
+def _attached() -> tuple[DomainGRPOTrainer, InProcessEngine]:
+    """Return the demo's trainer and the engine that the benchmarks share, attached to it."""
     from polyphony.launch.build import build_trainer
     from tests.benchmarks.side_by_side import lab_engine
 
+    engine = lab_engine()
     with tempfile.TemporaryDirectory() as folder:
-        return build_trainer(load_recipe(RECIPES / "demo.yaml"), Path(folder), engine=lab_engine())
+        return build_trainer(load_recipe(RECIPES / "demo.yaml"), Path(folder), engine=engine), engine
 
 
 def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
