@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +13,25 @@ import pytest
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer import TransferMatrix
 from tests.benchmarks.update import HalfDead, is_live
+from tests.conftest import EXPERIMENTS
 from tests.experiments import flawed, planted, worth
 
 
 def test_half_of_the_rows_have_a_reference_that_nothing_equals():
     rows = flawed.wrong_rows(domain="facts", size=8)
     assert [row["answer"] == "?" for row in rows] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(("recipe", "names"), [("planted", "planted_rows Lenient"), ("worth", "wrong_rows")])
+def test_what_a_recipe_names_is_found_wherever_the_command_is_started(recipe, names, tmp_path):
+    program = (
+        "import pkgutil, sys; from polyphony.launch.config import load_recipe; recipe = load_recipe(sys.argv[1]);"
+        "[pkgutil.resolve_name(f'flawed:{name}') for name in sys.argv[2:]];"
+        "print(all(f'flawed:{name}' in recipe.as_yaml() for name in sys.argv[2:]))"
+    )
+    words = [sys.executable, "-P", "-c", program, str(EXPERIMENTS / f"{recipe}.yaml"), *names.split()]
+    said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "True"
 
 
 def test_tokens_to_a_target_lie_between_evaluations():
