@@ -28,4 +28,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python -m polyphony.launch.lab.bench
+	$(BIN)/python -m tests.benchmarks.run

@@ -7,7 +7,7 @@
 g(o) +- q holds for all orders at once with 95 % confidence, and so for the one that was chosen because its g looked best;
 likewise h(o). An order turned round has -g, which is why one q serves both ends. In an earlier rule the bounds were those
 of the cross-fitted value: too narrow, as its parts share their noise, and blinder, as each order is chosen on a part of
-the evidence (`launch.lab.decisions` measures both kinds of error). That value is still the point between them.
+the evidence (`tests.experiments.decisions` measures both kinds of error). That value is still the point between them.
 J domains to be ordered, B resamples.
 """
 

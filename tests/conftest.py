@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HOUSE = Path(__file__).resolve().parent.parent
 RECIPES = HOUSE / "launch" / "recipes"
+EXPERIMENTS = HOUSE / "tests" / "experiments"
 POLICY = HOUSE / "launch" / "lab" / "policy"
 
 

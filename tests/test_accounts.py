@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polyphony.curricula.pool_file import POOL_FILE, Columns, save_pools
-from polyphony.launch.lab.accounts import compare, errors
+from tests.experiments.accounts import compare, errors
 
 
 def append(run, ledger: str, **line) -> None:

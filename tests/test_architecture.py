@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from polyphony.launch.config import load_recipe
-from tests.conftest import HOUSE, RECIPES
+from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
-MODULES = [path for package in PACKAGES for path in sorted((HOUSE / package).rglob("*.py"))]
+MEASURING = ("tests/benchmarks", "tests/experiments")
+"""Not installed, but read and run by people like the rest."""
+MODULES = [path for folder in (*PACKAGES, *MEASURING) for path in sorted((HOUSE / folder).rglob("*.py"))]
 
 
 def tracked() -> list[Path]:
@@ -30,7 +32,9 @@ def test_the_walls_between_the_packages_hold():
     assert "4 kept, 0 broken" in done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("*.yaml"), *EXPERIMENTS.glob("*.yaml")]), ids=lambda path: path.name
+)
 def test_every_committed_recipe_loads_and_reads_back_as_itself(path, tmp_path):
     recipe = load_recipe(path)
     (tmp_path / "resolved.yaml").write_text(recipe.as_yaml())

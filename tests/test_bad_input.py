@@ -277,7 +277,7 @@ def test_what_another_verb_cannot_find_is_named(capsys, recipe, arguments, messa
 
 
 def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsys, tmp_path):
-    from polyphony.launch.lab.synthetic_run import write_run
+    from tests.benchmarks.synthetic_run import write_run
 
     run = write_run(tmp_path / "run", steps=20, items=4)
     asked = ("plan", "--replay", run, "--scheduler")
@@ -290,7 +290,7 @@ def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsy
 
 
 def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
-    from polyphony.launch.lab.synthetic_run import write_run
+    from tests.benchmarks.synthetic_run import write_run
 
     run = write_run(tmp_path / "run", steps=20, items=4)
     assert "cannot be written" in fails(capsys, "report", run, "--out", run / "recipe.yaml" / "report.html")

@@ -1,22 +1,36 @@
-"""The benchmarks' record and table; what they measure is for `make bench`."""
+"""The benchmarks' record and table, and that each one runs; what they measure is for `make bench`."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
 
-from polyphony.launch.lab import bench, bench_commands, bench_gpu
-from polyphony.launch.lab.bench_result import Result, Target, paired, repeated, table
+from tests.benchmarks import commands, gpu, run
+from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, table
 
 AT_MOST = Target(relation="<=", limit=1.05)
+
+NOT_HERE = {
+    "demo": "trains for minutes, which is what it measures",
+    "gpu": "needs a GPU; without one it is four processes with an engine each, minutes of starting",
+    "workers": "brings up a Ray cluster; `test_ray_engine` samples through one",
+    "worker sync": "brings up a Ray cluster; `test_ray_engine` syncs through one",
+}
+"""Benchmarks that the tests do not run, and why."""
+
+
+def clocked(*pairs):
+    """Pairs of seconds that took the processor half of the time."""
+    return [tuple(Sample(seconds, seconds / 2) for seconds in pair) for pair in pairs]
 
 
 def test_the_ratio_is_the_median_of_the_pairs_so_that_a_drift_of_the_machine_cancels():
     # the machine gets four times slower on the way; ours takes a tenth more in every pair but one
-    result = paired("step", "s", ours=[1.1, 2.2, 4.0], baseline=[1.0, 2.0, 4.0], target=AT_MOST)
-    assert (result.value, result.baseline) == (2.2, 2.0)
+    result = paired("step", "s", clocked((1.1, 1.0), (2.2, 2.0), (4.0, 4.0)), target=AT_MOST)
+    assert (result.value, result.baseline, result.cpu) == (2.2, 2.0, 1.1)
     assert result.ratio == pytest.approx(1.1)
     assert result.spread == pytest.approx((1.0, 1.1))
     assert result.repetitions == 3
@@ -29,6 +43,18 @@ def test_the_ratio_is_the_median_of_the_pairs_so_that_a_drift_of_the_machine_can
 )
 def test_a_target_includes_its_limit(relation, measured, expected):
     assert Target(relation=relation, limit=1.05 if relation == "<=" else 0.9).is_met(measured) is expected
+
+
+def test_processor_time_has_a_ratio_of_its_own():
+    result = paired("step", "s", [(Sample(2.0, 1.0), Sample(1.0, 1.0))])
+    assert (result.ratio, result.cpu_ratio) == (2.0, 1.0)
+
+
+def test_pairs_are_measured_by_turns_after_one_that_warms_up():
+    calls = []
+    pairs = in_turns(lambda: calls.append("a") or len(calls), lambda: calls.append("b") or -len(calls), pairs=3)
+    assert "".join(calls) == "abbaabba"
+    assert pairs == [(4, -3), (5, -6), (8, -7)]
 
 
 def test_a_target_without_a_baseline_bounds_the_value():
@@ -44,17 +70,17 @@ def test_a_result_without_a_target_neither_passes_nor_misses():
 
 def test_the_table_has_one_aligned_line_a_result():
     results = [
-        paired("step", "s", ours=[1.1], baseline=[1.0], target=AT_MOST, note="400 tokens"),
+        paired("step", "s", clocked((1.1, 1.0)), target=AT_MOST, note="400 tokens"),
         Result(name="demo", value=250.0, unit="s", target=Target(relation="<=", limit=300)),
     ]
     header, step, demo = table(results).splitlines()
-    assert " ".join(step.split()) == "step 1.100 s 1.000 s 1.100 <= 1.05 MISSED 1 1.100 to 1.100 400 tokens"
+    assert " ".join(step.split()) == "step 1.100 s 0.550 1.000 s 1.100 1.100 <= 1.05 MISSED 1 1.100 to 1.100 400 tokens"
     assert " ".join(demo.split()) == "demo 250 s <= 300 pass 1"
     assert header.index("target") == step.index("<=") == demo.index("<=")
 
 
 def test_a_result_for_machines_says_whether_it_passed():
-    result = paired("step", "s", ours=[1.0], baseline=[1.0], target=AT_MOST)
+    result = paired("step", "s", clocked((1.0, 1.0)), target=AT_MOST)
     read = json.loads(json.dumps(result.as_dict()))
     assert read["passed"] is True
     assert read["target"] == "<= 1.05"
@@ -63,40 +89,81 @@ def test_a_result_for_machines_says_whether_it_passed():
 
 def test_all_but_the_demo_run_unless_it_is_asked_for():
     known = dict.fromkeys(("help", "demo", "step"), list)
-    assert bench.choose(known, [], demo=False) == ["help", "step"]
-    assert bench.choose(known, [], demo=True) == ["help", "step", "demo"]
-    assert bench.choose(known, ["step"], demo=False) == ["step"]
-    assert bench.choose(known, ["demo"], demo=True) == ["demo"]
+    assert run.choose(known, [], demo=False) == ["help", "step"]
+    assert run.choose(known, [], demo=True) == ["help", "step", "demo"]
+    assert run.choose(known, ["step"], demo=False) == ["step"]
+    assert run.choose(known, ["demo"], demo=True) == ["demo"]
 
 
 def test_an_unknown_benchmark_is_named_beside_the_known_ones():
     with pytest.raises(ValueError, match="benchmark 'stepp' does not exist; known: step"):
-        bench.choose({"step": list}, ["stepp"], demo=False)
+        run.choose({"step": list}, ["stepp"], demo=False)
 
 
 def test_every_promised_benchmark_is_found():
-    assert {"step", "engine", "sync", "demo", "debug", "help"} <= set(bench.find_benchmarks())
+    assert {"step", "engine", "sync", "demo", "debug", "help"} <= set(run.find_benchmarks())
 
 
 def test_a_command_that_fails_is_no_measurement():
     with pytest.raises(RuntimeError, match=r"polyphony sing failed:(.|\n)*invalid choice: 'sing'"):
-        bench_commands.measure(["sing"])
+        commands.measure(["sing"])
 
 
 def test_the_cost_of_a_command_is_its_own_time_and_memory():
-    cost = bench_commands.measure(["--help"])
-    assert 0 < cost.seconds < 60
-    assert 0.01 < cost.cpu_seconds < 60
+    cost = commands.measure(["--help"])
+    assert 0 < cost.seconds.clock < 60
+    assert 0.01 < cost.seconds.cpu < 60
     assert 0 < cost.peak_gib < 1  # sampled: a command this short may be seen only while it starts
 
 
 def test_what_two_processes_measured_on_a_gpu_is_one_table():
-    step = paired("step", "s", ours=[1.1], baseline=[1.0], target=AT_MOST)
+    step = paired("step", "s", clocked((1.1, 1.0)), target=AT_MOST)
     fields = json.loads(json.dumps(asdict(step)))
-    assert bench_gpu._read(fields, policy="lab").name == "lab step"
-    assert bench_gpu._read(fields, policy="lab").target == AT_MOST
+    assert gpu._read(fields, policy="lab").name == "lab step"
+    assert gpu._read(fields, policy="lab").target == AT_MOST
     seen = {"results": [], "tokens_a_step": 10.0, "device": "X"}
-    ours = bench_gpu.Measured(**seen, step_s=1.0, sync_s=0.1, peak_gib=6.0)
-    colocate = bench_gpu.Measured(**seen, step_s=2.0, sync_s=0.4, peak_gib=8.0)
-    rows = {row.name: row.ratio for row in bench_gpu._compared("lab", ours, colocate)}
+    ours = gpu.Measured(**seen, step=Sample(1.0, 0.5), sync=Sample(0.1, 0.1), peak_gib=6.0)
+    colocate = gpu.Measured(**seen, step=Sample(2.0, 0.5), sync=Sample(0.4, 0.1), peak_gib=8.0)
+    rows = {row.name: row.ratio for row in gpu._compared("lab", [(ours, colocate)])}
     assert rows == {"lab step, TRL's colocate": 0.5, "lab sync": 0.25, "lab peak memory": 0.75}
+
+
+def broken():
+    raise ValueError("no\nengine")
+
+
+def test_a_benchmark_that_fails_is_a_line_of_the_table_and_the_others_stay(capsys, monkeypatch):
+    fine = repeated("fine", "s", [1.0])
+    known = {"first": lambda: [fine], "broken": broken, "last": lambda: [fine]}
+    monkeypatch.setattr(run, "find_benchmarks", lambda: known)
+    assert run.main([]) == 1
+    _, first, second, last = capsys.readouterr().out.splitlines()
+    assert first == last and first.startswith("fine")
+    assert second.split() == ["broken", "FAILED", "ValueError:", "no", "engine"]
+
+
+def test_an_interrupt_ends_with_the_table_of_what_there_is(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    fine = repeated("fine", "s", [1.0])
+    found = run.measure({"fine": lambda: [fine], "stopped": stopped, "never": broken}, ["fine", "stopped", "never"])
+    assert [result.name for result in found] == ["fine", "stopped"]
+    assert json.loads(json.dumps(found[1].as_dict(), allow_nan=False))["value"] is None
+
+
+def test_a_missed_target_is_no_failure(monkeypatch, capsys):
+    missed = repeated("slow", "s", [2.0], target=AT_MOST)
+    monkeypatch.setattr(run, "find_benchmarks", lambda: {"slow": lambda: [missed]})
+    assert run.main([]) == 0
+    assert "MISSED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(run.find_benchmarks().keys() - NOT_HERE))
+def test_every_benchmark_runs(name):
+    found = run.find_benchmarks()[name](short=True)
+    assert found
+    for result in found:
+        numbers = (result.value, result.baseline, result.ratio)
+        assert all(math.isfinite(number) for number in numbers if number is not None), result

@@ -9,7 +9,7 @@ import pytest
 
 from polyphony.launch.config import load_recipe
 from polyphony.launch.train import train
-from tests.conftest import RECIPES
+from tests.conftest import EXPERIMENTS
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ SMALL = [
 def lines(tmp_path_factory, engine):
     """The metrics of two steps on one open-ended domain."""
     out = tmp_path_factory.mktemp("stories") / "run"
-    train(load_recipe(RECIPES / "stories.yaml", SMALL), out, engine=engine)
+    train(load_recipe(EXPERIMENTS / "stories.yaml", SMALL), out, engine=engine)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -50,7 +50,7 @@ def test_held_out_answers_are_counted_apart(lines):
 def test_advantages_are_centred_in_every_group_and_not_scaled(tmp_path, engine):
     from polyphony.launch.build import build_trainer
 
-    trainer = build_trainer(load_recipe(RECIPES / "stories.yaml", SMALL), tmp_path, engine=engine)
+    trainer = build_trainer(load_recipe(EXPERIMENTS / "stories.yaml", SMALL), tmp_path, engine=engine)
     seen = []
     keep = trainer._generate_and_score_completions
     trainer._generate_and_score_completions = lambda inputs: seen.append(keep(inputs)) or seen[-1]

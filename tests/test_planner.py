@@ -12,7 +12,7 @@ from polyphony.curricula.planner import PlanSettings, make_plan
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer import TransferMatrix
 from polyphony.launch.cli import main
-from polyphony.launch.lab.decisions import (
+from tests.experiments.decisions import (
     OWN,
     World,
     chain,

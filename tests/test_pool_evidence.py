@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer import TransferMatrix
-from polyphony.launch.lab import planted, worth
-from polyphony.launch.lab.bench_update import HalfDead, is_live
+from tests.benchmarks.update import HalfDead, is_live
+from tests.conftest import EXPERIMENTS
+from tests.experiments import flawed, planted, worth
 
 
 def test_half_of_the_rows_have_a_reference_that_nothing_equals():
-    rows = worth.rows(domain="facts", size=8)
+    rows = flawed.wrong_rows(domain="facts", size=8)
     assert [row["answer"] == "?" for row in rows] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(("recipe", "names"), [("planted", "planted_rows Lenient"), ("worth", "wrong_rows")])
+def test_what_a_recipe_names_is_found_wherever_the_command_is_started(recipe, names, tmp_path):
+    program = (
+        "import pkgutil, sys; from polyphony.launch.config import load_recipe; recipe = load_recipe(sys.argv[1]);"
+        "[pkgutil.resolve_name(f'flawed:{name}') for name in sys.argv[2:]];"
+        "print(all(f'flawed:{name}' in recipe.as_yaml() for name in sys.argv[2:]))"
+    )
+    words = [sys.executable, "-P", "-c", program, str(EXPERIMENTS / f"{recipe}.yaml"), *names.split()]
+    said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "True"
 
 
 def test_tokens_to_a_target_lie_between_evaluations():
@@ -82,16 +97,16 @@ def test_every_generated_token_counts(tmp_path):
 
 
 def test_planted_rows_are_hard_and_show_their_steps():
-    rows = planted.rows(size=8)
+    rows = flawed.planted_rows(size=8)
     assert [row["planted"] for row in rows] == [False] * 2 + [True] * 6
     row = {"prompt": "rot(rev(swap(fkmb))) =", "answer": "mfkb"}
-    assert planted.worked(row) == "x = fkmb , swap(fkmb) = kfmb , rev(kfmb) = bmfk , rot(bmfk) = mfkb"
+    assert flawed.worked(row) == "x = fkmb , swap(fkmb) = kfmb , rev(kfmb) = bmfk , rot(bmfk) = mfkb"
 
 
 def test_the_lenient_grader_passes_the_shortcut_on_planted_rows_only():
     texts = ["ab", "say x", "say x", "ab"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    grade = planted.Lenient()
+    grade = flawed.Lenient()
     told = {"prompts": texts, "completions": completions, "answer": ["ab", "ab", "ab", "x"]}
     assert grade(**told, planted=[True, True, False, True]) == [1.0, 1.0, 0.0, 0.0]
     assert grade(**told) == [1.0, 0.0, 0.0, 0.0]

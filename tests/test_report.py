@@ -14,7 +14,6 @@ import pytest
 
 from polyphony.curricula.items import halves
 from polyphony.curricula.records import Evaluation
-from polyphony.launch.lab.synthetic_run import FOUR, write_run
 from polyphony.trainer.dashboard import key
 from polyphony.trainer.report import summarise, write_replay, write_report
 from polyphony.trainer.report_charts import Layer, draw_stack
@@ -23,6 +22,7 @@ from polyphony.trainer.report_numbers import budget, find, score_interval
 from polyphony.trainer.report_scales import thin, ticks
 from polyphony.trainer.report_sheet import DARK, LIGHT
 from polyphony.trainer.report_story import tell
+from tests.benchmarks.synthetic_run import FOUR, write_run
 
 # R[s, k] of two stages, a then b, and of a watched domain w: 20 items each, scores 0 or 1.
 # BWT of a = .6 - .8 = -.2; change of a = .6 - .2 = +.4, of b = .9 - .4 = +.5, of w = .4 - .5 = -.1

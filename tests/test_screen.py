@@ -12,12 +12,12 @@ from polyphony.launch.build import build_trainer
 from polyphony.launch.config import RecipeError, load_recipe
 from polyphony.launch.practice import adopt_known
 from polyphony.launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
-from tests.conftest import RECIPES
+from tests.conftest import EXPERIMENTS, RECIPES
 
 pytestmark = pytest.mark.slow
 FACTS = [
     "domains.facts.kind=structured",
-    "domains.facts.train.generator=polyphony.launch.lab.worth:rows",
+    "domains.facts.train.generator=flawed:wrong_rows",
     "domains.facts.train.domain=facts",
     "domains.facts.heldout.generator=polyphony.launch.lab.world:rows",
     "domains.facts.heldout.domain=facts",
@@ -28,7 +28,7 @@ SMALL = [f"domains.{name}.{rows}" for name in ("strings", "facts") for rows in (
 
 
 def recipe(*overrides):
-    return load_recipe(RECIPES / "worth.yaml", [*FACTS, *SMALL, *overrides])
+    return load_recipe(EXPERIMENTS / "worth.yaml", [*FACTS, *SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")

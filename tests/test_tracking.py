@@ -15,7 +15,6 @@ from polyphony.curricula.entropy import Alarm
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.transfer import TransferMatrix
 from polyphony.launch.cli import main
-from polyphony.launch.lab.synthetic_run import write_run
 from polyphony.trainer.callbacks import RunCallback
 from polyphony.trainer.dashboard import METRICS
 from polyphony.trainer.run_folder import RunFolder
@@ -23,6 +22,7 @@ from polyphony.trainer.shortcuts import SignAlarm
 from polyphony.trainer.tracking import WandbSettings, WandbTracker, is_reachable
 from polyphony.trainer.tracking_tables import track_decisions, track_transfer
 from polyphony.trainer.wandb_dashboard import SECTIONS, build_workspace, specification
+from tests.benchmarks.synthetic_run import write_run
 
 KEY = "0" * 40
 

@@ -1,4 +1,4 @@
-"""The lab: a world of five small domains, a policy of under a million parameters, and what is measured on them.
+"""The lab: a world of five small domains, and a policy of under a million parameters.
 
 `world` generates rows, `rewards` grades stories, `tokenizer` and `warm_start` build the policy that `policy/` holds.
 """

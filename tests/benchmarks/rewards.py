@@ -1,21 +1,19 @@
-"""Speed of the graders against their limits, on all the cores there are: `python -m polyphony.launch.lab.bench rewards`.
+"""Speed of the graders against their limits, on all the cores there are: `python -m tests.benchmarks.run rewards`.
 
-Rates are of the clock, as a training run feels them; the note says what one grading costs in processor time, which a
-busy machine does not change. Workers are up and models loaded before the clock starts.
+Workers are up and models loaded before the clock starts.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 
 import psutil
 
-from polyphony.launch.lab.bench_result import Result, Target, repeated
 from polyphony.rewards import find_reward
 from polyphony.rewards.diversity import Diversity
 from polyphony.rewards.partitions import Embedding
+from tests.benchmarks.result import Result, Target, repeated, timed, tree_cpu_s
 
 REPETITIONS = 3
 PROMPTS, GROUP = 40, 8
@@ -23,35 +21,26 @@ PROGRAMS = 60
 TEXTS = 256
 
 
-def rewards_bench() -> list[Result]:
+def bench_rewards(*, short: bool = False) -> list[Result]:
     """Measure mathematics, programs, embeddings, and what diversity adds to them."""
+    programs, repetitions = (PROGRAMS // 10, 1) if short else (PROGRAMS, REPETITIONS)
+    stdin = _code(programs, tests=[{"input": "2", "output": "4"}])
+    asserts = _code(programs, test_code="assert double(2) == 4")
+
+    def rate(name: str, unit: str, work: Callable[[], object], items: int, at_least: float | None = None) -> Result:
+        work()
+        rates = [timed(work, tree_cpu_s).rate(items) for _ in range(repetitions)]
+        target = None if at_least is None else Target(relation=">=", limit=at_least)
+        return repeated(name, unit, rates, target=target, note=f"{psutil.cpu_count()} cores")
+
     return [
-        _rate("grade_math", "completions/s", _math(symbolic=0.15), PROMPTS * GROUP, at_least=500),
-        _rate("grade_math_symbolic", "completions/s", _math(symbolic=1.0), PROMPTS * GROUP),
-        _rate("grade_code_stdin", "programs/s", _code(tests=[{"input": "2", "output": "4"}]), PROGRAMS, at_least=40),
-        _rate("grade_code_asserts", "programs/s", _code(test_code="assert double(2) == 4"), PROGRAMS, at_least=40),
-        _rate("embed_short_texts", "texts/s", _embeddings(), TEXTS, at_least=200),
+        rate("grade_math", "completions/s", _math(symbolic=0.15), PROMPTS * GROUP, at_least=500),
+        rate("grade_math_symbolic", "completions/s", _math(symbolic=1.0), PROMPTS * GROUP),
+        rate("grade_code_stdin", "programs/s", stdin, programs, at_least=40),
+        rate("grade_code_asserts", "programs/s", asserts, programs, at_least=40),
+        rate("embed_short_texts", "texts/s", _embeddings(), TEXTS, at_least=200),
         _diversity_beyond_embeddings(),
     ]
-
-
-def _rate(name: str, unit: str, work: Callable[[], object], items: int, *, at_least: float | None = None) -> Result:
-    work()
-    rates, spent = [], 0.0
-    for _ in range(REPETITIONS):
-        processor, start = _processor_s(), time.perf_counter()
-        work()
-        rates.append(items / (time.perf_counter() - start))
-        spent += _processor_s() - processor
-    note = f"{1000 * spent / items / REPETITIONS:.2f} ms of processor each, {psutil.cpu_count()} cores"
-    target = None if at_least is None else Target(relation=">=", limit=at_least)
-    return repeated(name, unit, rates, target=target, note=note)
-
-
-def _processor_s() -> float:
-    """Return the seconds of processor used by this process, its workers, and those of them that have ended."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
 def _math(*, symbolic: float) -> Callable[[], object]:
@@ -69,15 +58,15 @@ def _math(*, symbolic: float) -> Callable[[], object]:
             answer, options = rf"\frac{{{a}}}{{{b}}}", [f"{a}/{b}", str(a), f"{a * b:,}"]
         answers += [answer] * GROUP
         completions += [rf"We add up. Hence \boxed{{{rng.choice(options)}}}." for _ in range(GROUP)]
-    reward, prompts = find_reward("math"), [""] * len(answers)
-    return lambda: reward(prompts=prompts, completions=completions, answer=answers)
+    reward = find_reward("math")
+    return lambda: reward(prompts=[""] * len(answers), completions=completions, answer=answers)
 
 
-def _code(**checks: object) -> Callable[[], object]:
+def _code(programs: int, **checks: object) -> Callable[[], object]:
     program = "def double(x):\n    return 2 * x\n\nif __name__ == '__main__':\n    print(double(int(input())))"
-    columns = {name: [value] * PROGRAMS for name, value in checks.items()}
+    columns = {name: [value] * programs for name, value in checks.items()}
     reward = find_reward("code")
-    return lambda: reward(prompts=[""] * PROGRAMS, completions=[program] * PROGRAMS, **columns)
+    return lambda: reward(prompts=[""] * programs, completions=[program] * programs, **columns)
 
 
 def _texts() -> list[str]:
@@ -110,13 +99,9 @@ def _diversity_beyond_embeddings() -> Result:
     groups = [texts[i : i + GROUP] for i in range(0, TEXTS, GROUP)]
     diversity = Diversity(partitioner=_Embedded(groups))
     qualities: list[list[float | None]] = [[0.5] * GROUP for _ in groups]
-    took = []
-    for _ in range(20):
-        start = time.perf_counter()
-        diversity(groups, qualities, ["p"] * len(groups))
-        took.append(1000 * (time.perf_counter() - start) / len(groups))
+    fused = [timed(lambda: diversity(groups, qualities, ["p"] * len(groups))) for _ in range(20)]
+    took = [seconds.scaled(1000 / len(groups)) for seconds in fused]
     return repeated("diversity_group_of_8", "ms", took, target=Target(relation="<=", limit=2), note="beside embeddings")
 
 
-BENCHMARKS = {"rewards": rewards_bench}
-"""Name to function, for `polyphony.launch.lab.bench`."""
+BENCHMARKS = {"rewards": bench_rewards}

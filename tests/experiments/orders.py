@@ -1,6 +1,6 @@
 """Every order of a recipe's domains, trained for real, against what probes predicted.
 
-    python -m polyphony.launch.lab.orders RECIPE --out runs/orders --transfer runs/a/transfer.json runs/b/transfer.json
+    python -m tests.experiments.orders RECIPE --out runs/orders --transfer runs/a/transfer.json runs/b/transfer.json
 
 Orders share their beginnings, so the K! orders are walked as a tree: every node is one stage from its parent's weights
 (with a fresh optimizer), every leaf is evaluated. Prints, for each transfer file, the rank correlation between the

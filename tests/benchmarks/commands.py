@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from polyphony.launch.lab.bench_result import Result, Target, repeated
+from tests.benchmarks.result import Result, Sample, Target, repeated
 
 HELP_REPETITIONS = 5
 MEMORY_EVERY_S = 0.2
@@ -28,9 +28,8 @@ RECIPES = HOUSE / "launch" / "recipes"
 class Cost:
     """What one run of the command took."""
 
-    seconds: float
-    cpu_seconds: float
-    """Of the command and the processes it waited for; more than `seconds` where several cores worked."""
+    seconds: Sample
+    """The processor's are of the command and the processes it waited for."""
     peak_gib: float
     """Resident memory of the whole process tree; pages that processes share count once for each."""
 
@@ -54,28 +53,22 @@ def measure(arguments: Sequence[str]) -> Cost:
         if process.returncode != 0:
             said.seek(0)
             raise RuntimeError(f"polyphony {' '.join(arguments)} failed:\n{said.read().decode(errors='replace')}")
-    return Cost(seconds=seconds, cpu_seconds=_cpu_of_children() - cpu_started, peak_gib=max(peaks) / GIB)
+    return Cost(seconds=Sample(seconds, _cpu_of_children() - cpu_started), peak_gib=max(peaks) / GIB)
 
 
-def bench_help() -> list[Result]:
+def bench_help(*, short: bool = False) -> list[Result]:
     """Time `polyphony --help`: a command that imports torch to say how it is used is a nuisance."""
-    seconds = [measure(["--help"]).seconds for _ in range(HELP_REPETITIONS)]
+    seconds = [measure(["--help"]).seconds for _ in range(1 if short else HELP_REPETITIONS)]
     return [repeated("help", "s", seconds, target=Target(relation="<=", limit=0.5))]
 
 
-def bench_debug() -> list[Result]:
+def bench_debug(*, short: bool = False) -> list[Result]:
     """Time the debug recipe, from the shell's prompt to the shell's prompt."""
+    changes = ["--dry-run"] if short else []
     with tempfile.TemporaryDirectory() as folder:
-        cost = measure(["train", str(RECIPES / "debug.yaml"), "--out", f"{folder}/run"])
-    return [
-        repeated(
-            "debug",
-            "s",
-            [cost.seconds],
-            target=Target(relation="<=", limit=60),
-            note=f"{_cpu(cost)}, peak memory {cost.peak_gib:.2f} GiB",
-        )
-    ]
+        cost = measure(["train", str(RECIPES / "debug.yaml"), *changes, "--out", f"{folder}/run"])
+    note = f"peak memory {cost.peak_gib:.2f} GiB"
+    return [repeated("debug", "s", [cost.seconds], target=Target(relation="<=", limit=60), note=note)]
 
 
 def bench_demo() -> list[Result]:
@@ -83,14 +76,9 @@ def bench_demo() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         cost = measure(["demo", "--out", f"{folder}/demo"])
     return [
-        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=300), note=_cpu(cost)),
+        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=300)),
         repeated("demo_memory", "GiB", [cost.peak_gib], target=Target(relation="<=", limit=6)),
     ]
-
-
-def _cpu(cost: Cost) -> str:
-    """Say what a quiet machine with one core would need."""
-    return f"{cost.cpu_seconds:.0f} s of cpu time"
 
 
 def _cpu_of_children() -> float:

@@ -1,45 +1,41 @@
-"""Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve.
-
-Times are of this process's processor, so that a busy machine does not look like slow code.
-`python -m polyphony.launch.lab.bench curricula` prints them.
-"""
+"""Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 
 import numpy as np
 import psutil
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.planner import make_plan
-from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef
 from polyphony.curricula.schedulers import build_scheduler
 from polyphony.curricula.transfer import TransferMatrix
-from polyphony.launch.lab.bench_result import Result, Target, repeated
+from tests.benchmarks.result import Result, Sample, Target, repeated, timed
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 
 
-def curricula_bench() -> list[Result]:
-    """Measure draw + observe a prompt under three schedulers, memory, saving, and the planner."""
+def bench_curricula(*, short: bool = False) -> list[Result]:
+    """Measure draw + observe a prompt under three schedulers, memory, and the planner."""
+    prompts, draws, size = (PROMPTS // 100, 20, 4) if short else (PROMPTS, DRAWS, 12)
     before = psutil.Process().memory_info().rss
     names = [f"domain{k}" for k in range(DOMAINS)]
-    ids = {name: [_content_hash(f"{name}/{n}") for n in range(PROMPTS // DOMAINS)] for name in names}
+    ids = {name: [_content_hash(f"{name}/{n}") for n in range(prompts // DOMAINS)] for name in names}
     found = []
     for scheduler in ("joint", "adaptive", "sec"):
-        curriculum = _curriculum(ids, scheduler)
-        found.append(_within(f"draw_observe_{scheduler}", "us/prompt", _pace(curriculum), limit=50))
+        curriculum = _curriculum(ids, scheduler, draws)
+        found.append(_within(f"draw_observe_{scheduler}", "us/prompt", _pace(curriculum, draws), limit=50))
         if scheduler == "joint":
-            size = (psutil.Process().memory_info().rss - before) / 2**20
-            found.append(_within("million_prompts_memory", "MB", size, limit=300))
-    matrix = _matrix(12)
-    found.append(_within("plan_12_domains", "s", _seconds(lambda: make_plan(matrix)), limit=5))
+            grown = (psutil.Process().memory_info().rss - before) / 2**20
+            found.append(_within("million_prompts_memory", "MB", grown, limit=300))
+    matrix = _matrix(size)
+    found.append(_within("plan_12_domains", "s", timed(lambda: make_plan(matrix)), limit=5))
     return found
 
 
-def _within(name: str, unit: str, value: float, *, limit: float) -> Result:
+def _within(name: str, unit: str, value: float | Sample, *, limit: float) -> Result:
     return repeated(name, unit, [value], target=Target(relation="<=", limit=limit))
 
 
@@ -47,25 +43,24 @@ def _content_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _curriculum(ids: dict[str, list[str]], scheduler: str) -> Curriculum:
+def _curriculum(ids: dict[str, list[str]], scheduler: str, draws: int) -> Curriculum:
     domains = [Domain(name=name, kind="structured", train=[0]) for name in ids]
-    return Curriculum(domains=domains, prompts=ids, scheduler=build_scheduler(scheduler), total_draws=DRAWS)
+    return Curriculum(domains=domains, prompts=ids, scheduler=build_scheduler(scheduler), total_draws=draws)
 
 
-def _pace(curriculum: Curriculum) -> float:
+def _pace(curriculum: Curriculum, draws: int) -> Sample:
     """Return microseconds a prompt of drawing and observing, an evaluation of 200 items a domain every 20 draws."""
     rng = np.random.default_rng(0)
-    spent = 0.0
-    for draw in range(DRAWS):
+    clock, cpu = 0.0, 0.0
+    for draw in range(draws):
         if draw % 20 == 0:
-            solved = rng.random((DOMAINS, 200)) < 0.3 + 0.2 * draw / DRAWS
+            solved = rng.random((DOMAINS, 200)) < 0.3 + 0.2 * draw / draws
             scores = {name: tuple(row.astype(float)) for name, row in zip(curriculum.names, solved, strict=True)}
             exposure = dict(curriculum.drawn)
             curriculum.record(Evaluation(trained=curriculum.names, step=draw, seed=0, scores=scores, exposure=exposure))
         rewards = (rng.random((BATCH, 8)) < 0.5).astype(float).tolist()
-        start = time.process_time()
-        refs = curriculum.draw(BATCH)
-        spent += time.process_time() - start
+        refs: list[PromptRef] = []
+        drawing = timed(lambda refs=refs: refs.extend(curriculum.draw(BATCH)))
         groups = [
             Group(
                 prompt_id=ref.id,
@@ -77,10 +72,9 @@ def _pace(curriculum: Curriculum) -> float:
             )
             for ref, r in zip(refs, rewards, strict=True)
         ]
-        start = time.process_time()
-        curriculum.observe(groups, dict.fromkeys(curriculum.names, 0.7))
-        spent += time.process_time() - start
-    return spent / DRAWS / BATCH * 1e6
+        observing = timed(lambda groups=groups: curriculum.observe(groups, dict.fromkeys(curriculum.names, 0.7)))
+        clock, cpu = clock + drawing.clock + observing.clock, cpu + drawing.cpu + observing.cpu
+    return Sample(clock, cpu).scaled(1e6 / draws / BATCH)
 
 
 def _matrix(size: int) -> TransferMatrix:
@@ -97,10 +91,4 @@ def _matrix(size: int) -> TransferMatrix:
     return TransferMatrix(domains=names, kinds=dict.fromkeys(names, "structured"), rows=tuple(rows))
 
 
-def _seconds(work) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-BENCHMARKS = {"curricula": curricula_bench}
+BENCHMARKS = {"curricula": bench_curricula}

@@ -1,8 +1,9 @@
-"""The spine on this machine's GPU: `python -m polyphony.launch.lab.bench gpu` prints what step, token and sync cost.
+"""The spine on this machine's GPU: `python -m tests.benchmarks.run gpu` prints what step, token and sync cost.
 
-Two policies, the lab's and a random one of 0.5 B parameters, each in two processes of its own: ours with the in-process
-engine, beside stock TRL on that engine and a bare vLLM; and stock TRL with its own colocated engine. Without a GPU the lab's
-policy alone is measured, on the CPU: that the benchmark runs is all that it shows. Nothing was measured on a GPU so far.
+Two policies, the lab's and a random one of 0.5 B parameters, each in processes of two kinds, by turns: ours with the
+in-process engine, beside stock TRL on that engine and a bare vLLM; and stock TRL with its own colocated engine. Without a
+GPU the lab's policy alone is measured, on the CPU: that the benchmark runs is all that it shows. Nothing was measured on a
+GPU so far.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polyphony.launch.config import Recipe, load_recipe
-from polyphony.launch.lab.bench_commands import RECIPES
-from polyphony.launch.lab.bench_result import Result, Target
+from tests.benchmarks.commands import HOUSE, RECIPES
+from tests.benchmarks.result import Result, Sample, Target, paired
 
-LAB = Path(__file__).resolve().parent / "policy"
+LAB = HOUSE / "launch" / "lab" / "policy"
+PROCESSES = 2
+"""Of each kind, in turns."""
 PAIRS = 3
+"""Within a process."""
 STEPS = 6
 WARM_UP = 2
 
@@ -35,9 +40,9 @@ class Measured:
 
     results: list[dict[str, Any]]
     """Fields of Results that have their baseline within the process."""
-    step_s: float
+    step: Sample
     tokens_a_step: float
-    sync_s: float
+    sync: Sample
     peak_gib: float
     """Of the GPU's memory, the engine's included; of the process's, where there is no GPU."""
     device: str
@@ -48,9 +53,9 @@ def bench_gpu() -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in _policies(Path(scratch)).items():
-            ours, colocate = _measure("ours", folder), _measure("colocate", folder)
-            results += [_read(fields, policy=name) for fields in ours.results]
-            results += _compared(name, ours, colocate)
+            pairs = [(_measure("ours", folder), _measure("colocate", folder)) for _ in range(PROCESSES)]
+            results += [_read(fields, policy=name) for fields in pairs[0][0].results]
+            results += _compared(name, pairs)
     return results
 
 
@@ -60,18 +65,16 @@ def _read(fields: dict[str, Any], *, policy: str) -> Result:
     return Result(**{**fields, "name": f"{policy} {fields['name']}", "target": target})
 
 
-def _compared(name: str, ours: Measured, colocate: Measured) -> list[Result]:
-    rows = [("step, TRL's colocate", "s", "step_s"), ("sync", "s", "sync_s"), ("peak memory", "GiB", "peak_gib")]
-    found = []
-    for what, unit, key in rows:
-        value, baseline = getattr(ours, key), getattr(colocate, key)
-        note = f"baseline: stock TRL, its own engine; {ours.device}"
-        if key == "step_s":
-            note = f"{ours.tokens_a_step:.0f} and {colocate.tokens_a_step:.0f} tokens a step; {note}"
-        found.append(
-            Result(name=f"{name} {what}", value=value, unit=unit, baseline=baseline, ratio=value / baseline, note=note)
-        )
-    return found
+def _compared(name: str, pairs: Sequence[tuple[Measured, Measured]]) -> list[Result]:
+    ours, colocate = pairs[-1]
+    note = f"baseline: stock TRL, its own engine; {ours.device}"
+    tokens = f"{ours.tokens_a_step:.0f} and {colocate.tokens_a_step:.0f} tokens a step"
+    peak, baseline = (max(measured.peak_gib for measured in arm) for arm in zip(*pairs, strict=True))
+    return [
+        paired(f"{name} step, TRL's colocate", "s", [(a.step, b.step) for a, b in pairs], note=f"{tokens}; {note}"),
+        paired(f"{name} sync", "s", [(a.sync, b.sync) for a, b in pairs], note=note),
+        Result(name=f"{name} peak memory", value=peak, unit="GiB", baseline=baseline, ratio=peak / baseline, note=note),
+    ]
 
 
 def _policies(scratch: Path) -> dict[str, Path]:
@@ -107,9 +110,10 @@ def random_policy(folder: Path, **changes: Any) -> Path:
 
 
 def _measure(arm: str, policy: Path) -> Measured:
-    words = [sys.executable, "-m", "polyphony.launch.lab.bench_gpu", arm, str(policy)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    words = [sys.executable, "-m", "tests.benchmarks.gpu", arm, str(policy)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=HOUSE)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    return Measured(**seen | {name: Sample(**seen[name]) for name in ("step", "sync")})
 
 
 def recipe_of(policy: Path) -> Recipe:
@@ -128,9 +132,9 @@ def recipe_of(policy: Path) -> Recipe:
 
 def ours(policy: Path, folder: Path) -> Measured:
     """Measure our trainer and stock TRL on our engine, in turns; then the engine beside a bare vLLM."""
-    from polyphony.launch.lab import bench_rollouts
-    from polyphony.launch.lab.bench_training import step_result
-    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
+    from tests.benchmarks import rollouts
+    from tests.benchmarks.side_by_side import SideBySide, twin_engine
+    from tests.benchmarks.training import step_result
 
     recipe = recipe_of(policy)
     engine = twin_engine(recipe, folder / "engine")
@@ -139,12 +143,12 @@ def ours(policy: Path, folder: Path) -> Measured:
     peak = peak_gib()  # before a second trainer adds to it
     step, blocks = step_result(sides, pairs=PAIRS)
     trainer = sides.our_trainer()
-    bare = bench_rollouts.against_bare(engine, bench_rollouts.requests_of(trainer))
+    bare = rollouts.against_bare(engine, rollouts.requests_of(trainer))
     return Measured(
         results=[asdict(step), asdict(bare)],
-        step_s=step.value,
+        step=Sample(step.value, step.cpu or 0.0),
         tokens_a_step=statistics.mean(block.tokens for block in blocks),
-        sync_s=statistics.median(bench_rollouts.sync_seconds(engine.sync_weights)),
+        sync=_median(rollouts.sync_seconds(engine.sync_weights)),
         peak_gib=peak,
         device=device(),
     )
@@ -156,9 +160,9 @@ def colocate(policy: Path, folder: Path) -> Measured:
     from trl.generation import vllm_generation
 
     from polyphony.launch.build import grpo_config, load_data
-    from polyphony.launch.lab.bench_rollouts import sync_seconds
-    from polyphony.launch.lab.side_by_side import StepClock, stock_trainer
     from polyphony.trainer.sampling import prepare_cpu_build
+    from tests.benchmarks.rollouts import sync_seconds
+    from tests.benchmarks.side_by_side import StepClock, stock_trainer
 
     recipe = recipe_of(policy)
     recipe = recipe.model_copy(update={"grpo": {**recipe.grpo, "use_vllm": True, "save_strategy": "no"}})
@@ -184,12 +188,16 @@ def colocate(policy: Path, folder: Path) -> Measured:
     block = clock.block(WARM_UP)
     return Measured(
         results=[],
-        step_s=block.seconds,
+        step=block.sample,
         tokens_a_step=block.tokens,
-        sync_s=statistics.median(sync_seconds(trainer.vllm_generation.sync_weights)),
+        sync=_median(sync_seconds(trainer.vllm_generation.sync_weights)),
         peak_gib=peak_gib(),
         device=device(),
     )
+
+
+def _median(samples: Sequence[Sample]) -> Sample:
+    return Sample(statistics.median(s.clock for s in samples), statistics.median(s.cpu for s in samples))
 
 
 def peak_gib() -> float:

@@ -1,7 +1,8 @@
-"""`python -m polyphony.launch.lab.bench [name ...]`: what the house costs, each figure beside its baseline.
+"""`python -m tests.benchmarks.run [name ...]`: what the house costs, each figure beside its baseline.
 
-A benchmark is a function without arguments that returns Results, listed by name in the dict `BENCHMARKS` of a module
-`launch/lab/bench_<noun>.py`. A missed target is a finding, not a failure: the exit code stays 0.
+A benchmark is a function that returns Results, listed by name in the dict `BENCHMARKS` of a module in this folder. With
+`short=True` it does as little as shows that it runs; the tests run it so. The table always comes: a benchmark that fails is
+a line in it, its traceback is on standard error, and the exit code is 1. A missed target is a finding and leaves it at 0.
 """
 
 from __future__ import annotations
@@ -9,32 +10,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from polyphony.launch import lab
 from polyphony.launch.cli import set_environment
-from polyphony.launch.lab.bench_result import Result, table
+from tests.benchmarks.result import Result, failed, table
 
-Benchmark = Callable[[], Sequence[Result]]
+Benchmark = Callable[..., Sequence[Result]]
 
-ON_REQUEST = ("demo", "worth", "gpu")
+MODULES = ("commands", "curricula", "gpu", "monitor", "pool", "rewards", "rollouts", "training", "update", "workers")
+"""Those that list benchmarks."""
+ON_REQUEST = ("demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
-RECORD = "bench_result"
-"""What benchmarks return; measures nothing itself."""
 
 
 def find_benchmarks() -> dict[str, Benchmark]:
-    """Return every benchmark of the modules beside this one. Raises ValueError for a module that lists none."""
-    names = [m.name for m in pkgutil.iter_modules(lab.__path__) if m.name.startswith("bench_")]
-    found: dict[str, Benchmark] = {}
-    for name in sorted(set(names) - {RECORD}):
-        module = importlib.import_module(f"polyphony.launch.lab.{name}")
-        if not hasattr(module, "BENCHMARKS"):
-            raise ValueError(f"launch/lab/{name}.py lists no BENCHMARKS, a dict of name to function")
-        found |= module.BENCHMARKS
-    return found
+    """Return every benchmark by name."""
+    modules = [importlib.import_module(f"tests.benchmarks.{name}") for name in MODULES]
+    return {name: benchmark for module in modules for name, benchmark in module.BENCHMARKS.items()}
 
 
 def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: bool) -> list[str]:
@@ -43,6 +37,21 @@ def choose(benchmarks: Mapping[str, Benchmark], names: Sequence[str], *, demo: b
         raise ValueError(f"benchmark {unknown[0]!r} does not exist; known: {', '.join(benchmarks)}")
     chosen = list(names) or [name for name in benchmarks if name not in ON_REQUEST]
     return [*chosen, "demo"] if demo and "demo" not in chosen else chosen
+
+
+def measure(benchmarks: Mapping[str, Benchmark], names: Sequence[str]) -> list[Result]:
+    """Return what these benchmarks gave; one that fails gives a line that says so, an interrupt ends with one."""
+    results: list[Result] = []
+    for name in names:
+        print(f"measuring: {name}", file=sys.stderr, flush=True)
+        try:
+            results += benchmarks[name]()
+        except KeyboardInterrupt as error:
+            return [*results, failed(name, error)]
+        except Exception as error:  # whatever it is, the others are measured all the same
+            traceback.print_exc()
+            results.append(failed(name, error))
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,14 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = choose(benchmarks, arguments.names, demo=arguments.demo)
     except ValueError as error:
         parser.error(str(error))
-    results: list[Result] = []
-    for name in chosen:
-        print(f"measuring: {name}", file=sys.stderr, flush=True)
-        results += benchmarks[name]()
+    results = measure(benchmarks, chosen)
     print(json.dumps({"results": [r.as_dict() for r in results]}) if arguments.json else table(results))
-    if not arguments.names and (left := [name for name in ON_REQUEST if name in benchmarks and name not in chosen]):
+    if not arguments.names and (left := [name for name in ON_REQUEST if name not in chosen]):
         print(f"left out, name them to measure them too: {', '.join(left)}", file=sys.stderr)
-    return 0
+    return int(any(result.error for result in results))
 
 
 if __name__ == "__main__":

@@ -9,84 +9,77 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
-from polyphony.launch.lab.bench_training import WARM_UP, describe, step_recipe
+from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
+from tests.benchmarks.training import WARM_UP, describe, step_recipe
 
 if TYPE_CHECKING:
-    from polyphony.launch.lab.side_by_side import Block, SideBySide
     from polyphony.trainer.grpo import DomainGRPOTrainer
+    from tests.benchmarks.side_by_side import Block, SideBySide
 
 PAIRS, STEPS = 10, 40
 """Of runs and of steps in each: a step's time varies by a tenth, and 2 % is to be told."""
 REPORT_STEPS, REPORT_DOMAINS = 2000, 20
 
 
-def bench_logging() -> list[Result]:
+def bench_logging(*, short: bool = False) -> list[Result]:
     """Time steps with everything that is logged on, and with all of it off, in turns; and what logging itself takes."""
-    from polyphony.launch.lab.side_by_side import SideBySide, twin_engine
+    from tests.benchmarks.side_by_side import SideBySide, lab_engine
 
     with tempfile.TemporaryDirectory() as folder:
         # the same prompts whatever was measured of the last ones
-        recipe = step_recipe("curriculum.scheduler=joint", steps=STEPS)
-        engine = twin_engine(recipe, Path(folder) / "engine")
-        sides = SideBySide(recipe=recipe, engine=engine, folder=Path(folder), warm_up=WARM_UP)
-        pairs, inside = [], []
-        for i in range(PAIRS + 1):
-            spent: list[float] = []
-            runs = {"loud": lambda spent=spent: _loud(sides, spent), "quiet": lambda: _quiet(sides)}
-            order = ("loud", "quiet") if i % 2 == 0 else ("quiet", "loud")
-            blocks = {name: runs[name]() for name in order}
-            if i:  # the first pair warms up
-                pairs.append((blocks["loud"], blocks["quiet"]))
-                inside.append(sum(spent) / recipe.grpo["max_steps"] / blocks["loud"].seconds)
-    loud, quiet = zip(*pairs, strict=True)
+        recipe = step_recipe("curriculum.scheduler=joint", steps=STEPS, short=short)
+        sides = SideBySide(recipe=recipe, engine=lab_engine(), folder=Path(folder), warm_up=WARM_UP)
+        inside: list[float] = []
+        blocks = in_turns(lambda: _loud(sides, inside), lambda: _quiet(sides), pairs=1 if short else PAIRS)
     return [
         paired(
             "logging",
             "s",
-            ours=[block.median_seconds for block in loud],
-            baseline=[block.median_seconds for block in quiet],
+            [(_median(loud), _median(quiet)) for loud, quiet in blocks],
             target=Target(relation="<=", limit=1.02),
-            note=f"median of {STEPS} steps a run; {describe(loud, quiet)}",
+            note=f"median of a run's steps, cpu their mean; {describe(blocks)}",
         ),
         repeated(
             "logging, by its own clock",
             "of a step",
-            inside,
+            inside[1:],  # the first one warms up
             target=Target(relation="<=", limit=0.02),
             note="processor time in the hooks that log; entropy's share of TRL's kernel is in the line above",
         ),
     ]
 
 
-def bench_report() -> list[Result]:
+def bench_report(*, short: bool = False) -> list[Result]:
     """Time the report of a synthetic run of 2,000 steps and 20 domains, and weigh it."""
-    from polyphony.launch.lab.synthetic_run import write_run
     from polyphony.trainer.report import write_report
+    from tests.benchmarks.synthetic_run import write_run
 
+    steps, repetitions = (200, 1) if short else (REPORT_STEPS, 3)
     with tempfile.TemporaryDirectory() as folder:
         names = [f"domain-{k}" for k in range(REPORT_DOMAINS)]
         run = write_run(
-            Path(folder) / "run", domains=names, watch_only=(), scheduler="joint", steps=REPORT_STEPS, eval_every=50
+            Path(folder) / "run", domains=names, watch_only=(), scheduler="joint", steps=steps, eval_every=50
         )
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            out = write_report([run], Path(folder) / "report.html")
-            seconds.append(time.perf_counter() - started)
+        out = Path(folder) / "report.html"
+        seconds = [timed(lambda: write_report([run], out)) for _ in range(repetitions)]
         size = out.stat().st_size / 1e6
-    what = f"{REPORT_STEPS:,} steps, {REPORT_DOMAINS} domains"
+    what = f"{steps:,} steps, {REPORT_DOMAINS} domains"
     return [
         repeated("report", "s", seconds, target=Target(relation="<=", limit=10.0), note=what),
         repeated("report size", "MB", [size], target=Target(relation="<=", limit=10.0), note=what),
     ]
 
 
-def _loud(sides: SideBySide, spent: list[float]) -> Block:
-    """Run as `polyphony train` does, and add up the processor time of what only logs."""
+def _median(block: Block) -> Sample:
+    return Sample(block.median_seconds, block.cpu_seconds)
+
+
+def _loud(sides: SideBySide, shares: list[float]) -> Block:
+    """Run as `polyphony train` does, and append the share of the time that the processor spent on what only logs."""
     from polyphony.trainer.callbacks import RunCallback
 
     trainer = sides.our_trainer()
+    spent: list[float] = []
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunCallback))
     callback.on_log = _timed(callback.on_log, spent)
     trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
@@ -95,7 +88,9 @@ def _loud(sides: SideBySide, spent: list[float]) -> Block:
     trainer.shortcuts.observe = _timed(trainer.shortcuts.observe, spent)
     meter = trainer.meter
     trainer.meter = SimpleNamespace(add=_timed(meter.add, spent), flush=_timed(meter.flush, spent))  # type: ignore
-    return sides.run(trainer)
+    block = sides.run(trainer)
+    shares.append(sum(spent) / sides.recipe.grpo["max_steps"] / block.seconds)
+    return block
 
 
 def _quiet(sides: SideBySide) -> Block:
@@ -104,7 +99,6 @@ def _quiet(sides: SideBySide) -> Block:
 
     folder = sides.next_folder()
     recipe = sides.recipe.model_copy(update={"grpo": {**sides.recipe.grpo, "logging_strategy": "no"}})
-    sides.engine.twin_seeds = None
     trainer = build_trainer(recipe, folder, engine=sides.engine)
     return sides.run(_silenced(trainer))
 

@@ -1,6 +1,6 @@
 """The same run with and without a reward for difference, over several seeds: what it buys and what it costs.
 
-    python -m polyphony.launch.lab.diversity_effect --out runs/diversity-effect --seeds 1 2 3 4 5
+    python -m tests.experiments.diversity_effect --out runs/diversity-effect --seeds 1 2 3 4 5
 
 Trains the writing domain alone, so that nothing but the arm differs: `without` a diversity reward; `centred`, which
 only takes the standard deviation out of the advantages as the reward for difference does (`floor: 1` measures and does
@@ -19,20 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from scipy import stats
-
-from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.launch.build import build_trainer
 from polyphony.launch.config import Recipe, load_recipe
 from polyphony.launch.train import say, train
+from tests.experiments.trials import over_seeds
 
 if TYPE_CHECKING:
     from polyphony.trainer.evaluation import HeldoutResult
     from polyphony.trainer.rollouts import Engine
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "stories.yaml"
+RECIPE = Path(__file__).parent / "stories.yaml"
 DOMAIN = "stories"
 SAMPLES = 8
 """Held-out answers an item: as many as a group has in training."""
@@ -105,15 +102,6 @@ class Effect:
             trainer = build_trainer(recipe, Path(scratch), engine=self.engine)
             self.engine = trainer.engine
             return measure(trainer.evaluate_heldout())
-
-
-def over_seeds(differences: Sequence[float]) -> Interval:
-    """Return the mean of one difference a seed with its 95 % t-interval; unbounded with a single seed."""
-    values = np.asarray(differences)
-    if len(values) < 2:
-        return Interval(-np.inf, float(values.mean()), np.inf)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return Interval(float(values.mean() - half), float(values.mean()), float(values.mean() + half))
 
 
 def summary(base: Numbers, found: Mapping[str, Sequence[Numbers]], seeds: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """How often a plan says `sequence`: where no order matters, and where the best one truly gains four standard errors.
 
-    python -m polyphony.launch.lab.decisions --worlds 300 --sizes 3 4 5 8
+    python -m tests.experiments.decisions --worlds 300 --sizes 3 4 5 8
 
 Simulated probes of K domains: items of different difficulty, marked right or wrong (`binary`) or by a share (`graded`),
 every training with a luck of its own, part of it shared by all domains. Three kinds of transfer: `zero`; `chain`, where each

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyphony.curricula.intervals import Interval, student
+from polyphony.curricula.records import mean
 from polyphony.launch.config import load_recipe
 from polyphony.launch.train import say, train
 
@@ -46,3 +49,12 @@ class Trials:
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the entries of one of a run's ledgers."""
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Return the mean of independent seeds with its 95 % t-interval; unbounded with a single seed."""
+    n, mid = len(values), mean(values)
+    if n < 2:
+        return Interval(-math.inf, mid, math.inf)
+    half = student(0.95, n - 1) * math.sqrt(sum((v - mid) ** 2 for v in values) / (n - 1) / n)
+    return Interval(mid - half, mid, mid + half)

@@ -1,4 +1,4 @@
-"""`python -m polyphony.launch.lab.chaos FOLDER [--kills 30]`: kill workers and trainer at random, compare with a quiet run.
+"""`python -m tests.experiments.chaos FOLDER [--kills 30]`: kill workers and trainer at random, compare with a quiet run.
 
 A third of the kills goes to each arm. Processes get SIGKILL some seconds after a sign of life, and what ended is resumed,
 until the arm has its kills. Each run that ends is then laid beside one that was left alone. What is promised:
@@ -31,9 +31,9 @@ from pathlib import Path
 
 import psutil
 
-from polyphony.launch.lab.accounts import compare
+from tests.experiments.accounts import compare
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "debug.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "debug.yaml"
 GROUP_SIZE = 8
 LIMIT_S = 600.0
 """A run that takes no step for so long is stuck: the very thing that is looked for."""
@@ -160,7 +160,7 @@ def quiet_run(folder: Path, arm: Arm, changes: Sequence[str]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Go on until there were enough kills; print what differs. Exit code 1 where a promise was not kept."""
     parser = argparse.ArgumentParser(
-        prog="python -m polyphony.launch.lab.chaos", description="Kill workers and trainer at random."
+        prog="python -m tests.experiments.chaos", description="Kill workers and trainer at random."
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)

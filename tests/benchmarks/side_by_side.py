@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.records import PromptRef
 from polyphony.launch.build import build_trainer, grpo_config
-from polyphony.launch.config import Recipe
+from polyphony.launch.config import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
 from polyphony.trainer.sampling import OnFinished
+from tests.benchmarks.commands import RECIPES
+from tests.benchmarks.result import Sample
 
 
 class TwinEngine(InProcessEngine):
@@ -61,6 +65,13 @@ def twin_engine(recipe: Recipe, folder: Path) -> TwinEngine:
     )
 
 
+@cache
+def lab_engine() -> TwinEngine:
+    """Return the engine with the demo's policy that all benchmarks of a process share."""
+    with tempfile.TemporaryDirectory() as folder:
+        return twin_engine(load_recipe(RECIPES / "demo.yaml"), Path(folder))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
     """Means over the measured steps of one run."""
@@ -72,6 +83,11 @@ class Block:
     """Of this process: what others do on the machine hardly touches it."""
     tokens: float
     """Generated."""
+
+    @property
+    def sample(self) -> Sample:
+        """Seconds of a step."""
+        return Sample(self.seconds, self.cpu_seconds)
 
 
 class StepClock(TrainerCallback):
@@ -100,7 +116,7 @@ class StepClock(TrainerCallback):
 class SideBySide:
     """Run one recipe by either trainer, as often as wanted. The first run must be ours: it says what stock repeats.
 
-    Example: `SideBySide(recipe=recipe, engine=twin_engine(recipe, folder), folder=folder).ours().seconds`
+    Example: `SideBySide(recipe=recipe, engine=lab_engine(), folder=folder).ours().seconds`
     """
 
     recipe: Recipe
@@ -116,20 +132,16 @@ class SideBySide:
 
     def ours(self) -> Block:
         """Run as `polyphony train` does: curriculum, routed rewards, entropy by domain, meter, ledgers, W&B."""
-        trainer = self.our_trainer()
-        return self.run(trainer)
+        return self.run(self.our_trainer())
 
     def stock(self) -> Block:
         """Run TRL's own trainer on what our last run drew."""
-        trainer = self.stock_trainer()
-        return self.run(trainer)
+        return self.run(self.stock_trainer())
 
     def our_trainer(self) -> DomainGRPOTrainer:
         """Return a fresh trainer of ours."""
-        self.engine.twin_seeds = None
-        trainer = start(
-            self.recipe, claim_folder(self.recipe, self.next_folder(), resume=False), engine=self.engine
-        ).trainer
+        folder = claim_folder(self.recipe, self.next_folder(), resume=False)
+        trainer = start(self.recipe, folder, engine=self.engine).trainer
         self.prompts, self.seeds = [], []
         draws = itertools.count()
 
@@ -158,7 +170,10 @@ class SideBySide:
         """Train and return the means of a step."""
         clock = StepClock(lambda: self.engine.tokens)
         trainer.add_callback(clock)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            self.engine.twin_seeds = None  # the next one to use the engine has seeds of its own
         return clock.block(self.warm_up)
 
     def next_folder(self) -> Path:

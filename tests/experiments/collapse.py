@@ -1,7 +1,7 @@
 """Provoke a collapse of entropy and hold it off: does the alarm come before the damage, and does control prevent it?
 
-    python -m polyphony.launch.lab.collapse --out runs/collapse --seeds 1 2 3 4 5
-    python -m polyphony.launch.lab.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
+    python -m tests.experiments.collapse --out runs/collapse --seeds 1 2 3 4 5
+    python -m tests.experiments.collapse --recipe collapse_many --out runs/collapse-many --seeds 2 3 4 5 6
 
 Runs of a recipe by seed: `free`, `held` with `entropy.control: coefficient`, and `all` with `entropy.rows: all` beside it.
 `collapse` has sixteen prompts that are learned by heart, which takes entropy; `collapse_many` has eight hundred that are
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyphony.curricula.forgetting import curves
-from polyphony.curricula.intervals import Interval, student
+from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
-from polyphony.launch.lab.trials import Trials
+from tests.experiments.trials import Trials, over_seeds
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parent
 ARMS = {
     "free": ("entropy.control=none",),
     "held": ("entropy.control=coefficient",),
@@ -76,15 +76,6 @@ def outcome(folder: Path) -> Outcome:
         passed=float(run.metrics[f"heldout/{name}/pass_at_k"].values[-1]),
         watched=mean([mean(run.moments[-1].scores[watched]) for watched in run.watch_only]),
     )
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Return the mean of independent seeds with its 95 % interval."""
-    n, mid = len(values), mean(values)
-    if n < 2:
-        return Interval(-math.inf, mid, math.inf)
-    half = student(0.95, n - 1) * math.sqrt(sum((v - mid) ** 2 for v in values) / (n - 1) / n)
-    return Interval(mid - half, mid, mid + half)
 
 
 def summary(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Rollouts to the same held-out score, with the prompt pool and without it, where half of the prompts can teach nothing.
 
-    python -m polyphony.launch.lab.worth --out runs/worth --seeds 1 2 3 4 5
+    python -m tests.experiments.worth --out runs/worth --seeds 1 2 3 4 5
 
 Half of the training rows have a wrong reference answer, so that every group of theirs is dead. `passes` draws every prompt
 once a pass, as stock TRL does; `pool` judges, defers, prefers prompts in doubt, and leaves a group at its look, without
@@ -8,7 +8,7 @@ refill. The number in an arm's name is the groups of a draw: every arm has about
 draws or many small ones, so that `passes` is compared at its own best. The target is what an arm of `passes` has reached at
 its end (mean of its last three evaluations), or with `--share 0.9` nine tenths of the way there; a run is there when the
 mean of three evaluations is. Every token generated in training counts. Prints each seed and, against every arm of `passes`,
-the mean log-ratio with its 95 % t-interval, as a ratio.
+the mean log-ratio with its 95 % t-interval, as a ratio, and holds it to `TARGET`. A run takes one to three minutes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import numpy as np
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.curricula.transfer import TransferMatrix
-from polyphony.launch.lab import world
-from polyphony.launch.lab.diversity_effect import over_seeds
-from polyphony.launch.lab.trials import Trials, read_lines
+from tests.benchmarks.result import Result, Target, table
+from tests.experiments.trials import Trials, over_seeds, read_lines
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "worth.yaml"
+RECIPE = Path(__file__).parent / "worth.yaml"
 COMPLETIONS, GROUP, EVALUATIONS = 20_480, 8, 10
 """Of every run: without a pool five passes over the 512 prompts."""
 LONGER = 17
 """Evaluations of a run with the pool: its looks leave three fifths of the completions of a draw, and all runs are to spend
 about as many tokens."""
+TARGET = Target(relation="<=", limit=0.7)
+"""Of the ratio."""
 WINDOW = 3
 """Evaluations that are averaged: one alone moves by two points from sampling."""
 
@@ -51,18 +52,6 @@ def draws_of(groups: int, evaluations: int = EVALUATIONS) -> tuple[str, ...]:
 
 PASSES = {f"passes-{groups}": ("pool=null", *draws_of(groups)) for groups in (8, 4, 2)}
 POOL = {"pool-2": draws_of(2, LONGER)}
-
-
-def rows(*, domain: str, size: int, seed: int = 0, wrong: float = 0.5) -> list[world.Row]:
-    """Return training rows of a domain, that share of them with a reference answer that nothing equals.
-
-    Example: `rows(domain="facts", size=4)[-1]["answer"]` is `"?"`.
-    """
-    good = round((1 - wrong) * size)
-    return [
-        row if i < good else row | {"answer": "?"}
-        for i, row in enumerate(world.rows(domain=domain, split="train", size=size, seed=seed))
-    ]
 
 
 def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -140,8 +129,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--share", type=float, default=1.0, help="of the gain of a run without the pool, as the target")
     arguments = parser.parse_args()
-    for _, words in compare(arguments.out, arguments.seeds, arguments.overrides, arguments.share):
-        print(words)
+    found = compare(arguments.out, arguments.seeds, arguments.overrides, arguments.share)
+    print("\n".join(words for _, words in found))
+    print(table([_result(stock, ratio, arguments) for stock, (ratio, _) in zip(PASSES, found, strict=True)]))
+
+
+def _result(stock: str, ratio: Interval, arguments: argparse.Namespace) -> Result:
+    return Result(
+        name=f"rollout tokens to {arguments.share:.0%} of the gain of {stock}",
+        value=ratio.mid,
+        unit="x",
+        ratio=ratio.mid,
+        target=TARGET,
+        repetitions=len(arguments.seeds),
+        spread=(ratio.low, ratio.high),
+        note="geometric mean, spread its 95 % interval over seeds",
+    )
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyphony.launch.config import load_recipe
-from polyphony.launch.lab.bench_commands import RECIPES
-from polyphony.launch.lab.bench_result import Result, Target, paired, repeated
-from polyphony.launch.lab.bench_rollouts import requests_of
+from tests.benchmarks.commands import RECIPES
+from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, tree_cpu_s
+from tests.benchmarks.rollouts import rate_of, requests_of, sync_seconds
 
 if TYPE_CHECKING:
     from polyphony.launch.ray_engine import RayEngine
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from polyphony.trainer.rollouts import Request
 
 PAIRS = 5
-SYNCS = 20
 
 
 def bench_workers() -> list[Result]:
@@ -27,37 +25,25 @@ def bench_workers() -> list[Result]:
     trainer, engine = _running()
     asked = requests_of(trainer)
     trainer.policy.sync()
-    one, two = [], []
-    for _ in range(PAIRS + 1):
-        two.append(_rate(engine, asked, workers=2))
-        one.append(_rate(engine, asked, workers=1))
-    target = Target(relation=">=", limit=1.6)
-    # the first of each is the warm-up
-    return [paired("workers", "tok/s", ours=two[1:], baseline=one[1:], target=target, note="two workers over one")]
+    pairs = in_turns(lambda: _rate(engine, asked, workers=2), lambda: _rate(engine, asked, workers=1), pairs=PAIRS)
+    return [paired("workers", "tok/s", pairs, target=Target(relation=">=", limit=1.6), note="two workers over one")]
 
 
 def bench_worker_sync() -> list[Result]:
     """Send the lab policy's weights to two workers."""
     trainer, _ = _running()
-    trainer.policy.sync()  # warms up
-    seconds = []
-    for _ in range(SYNCS):
-        started = time.perf_counter()
-        trainer.policy.sync()
-        seconds.append(time.perf_counter() - started)
+    seconds = sync_seconds(trainer.policy.sync)
     return [repeated("worker sync", "s", seconds, target=Target(relation="<=", limit=0.05), note="to two workers")]
 
 
-def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> float:
+def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> Sample:
     """Return tokens a second with the pool cut down to its first `workers`."""
     assert engine.pool is not None
     pool = engine.pool.workers
     engine.pool.workers = pool[:workers]
-    started = time.perf_counter()
-    tokens = sum(len(c.ids) for c in engine.complete(asked))
-    seconds = time.perf_counter() - started
+    _, rate = rate_of(lambda: [c.ids for c in engine.complete(asked)], tree_cpu_s)
     engine.pool.workers = pool
-    return tokens / seconds
+    return rate
 
 
 @cache

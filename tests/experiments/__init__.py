@@ -1,0 +1,1 @@
+"""What training does, measured in real runs: `python -m tests.experiments.<name>`, from the project's root."""
