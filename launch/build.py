@@ -1,6 +1,8 @@
 """A recipe becomes a trainer: rows checked first, weights loaded last, every error one line.
 
 What a run folder needs beside it (records, checkpoints, reports) is `polyphony.launch.train`.
+
+From the recipe's words to what is practised and how: the pool, the guard, the update.
 """
 
 from __future__ import annotations
@@ -10,17 +12,55 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.config import Recipe, RecipeError
-from polyphony.launch.local import check_heads
-from polyphony.launch.practice import pool_settings, update_settings
+from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
+    from polyphony.curricula.prompts.pool import PoolSettings
     from polyphony.trainer.domains import DomainData
+    from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.rollouts import Engine, EngineFactory
+    from polyphony.trainer.settings import UpdateSettings
     from polyphony.trainer.slots import DrawPlan
+
+
+def pool_settings(recipe: Recipe) -> PoolSettings | None:
+    """Return how the recipe's pool works; None where it has none.
+
+    Raises RecipeError for an unknown sampling, or a file to start from that is not there.
+    """
+    from polyphony.curricula.prompts.estimate import Band
+    from polyphony.curricula.prompts.pool import PoolSettings
+
+    section = recipe.pool
+    if section is None:
+        return None
+    if section.start is not None and not Path(section.start).is_file():
+        raise RecipeError(f"pool.from: file {section.start} does not exist; `polyphony screen` writes it")
+    given = section.model_dump(exclude={"refill", "start", "impossible_below", "defer_below", "mastered_above"})
+    band = Band(
+        impossible_below=section.impossible_below,
+        defer_below=section.defer_below,
+        mastered_above=section.mastered_above,
+    )
+    try:
+        return PoolSettings(band=band, refill_rounds=section.refill.max_rounds, **given)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def update_settings(recipe: Recipe) -> UpdateSettings:
+    """Return how the recipe's rewards become an update."""
+    from polyphony.trainer.settings import Guard, RftSettings, UpdateSettings
+
+    return UpdateSettings(
+        advantages=recipe.advantages,
+        guard=None if recipe.guard is None else Guard(**recipe.guard.model_dump()),
+        rft=RftSettings(**recipe.rft.model_dump()) if recipe.algorithm == "rft" else None,
+        drop_dead=recipe.update.drop_dead,
+    )
 
 
 def check_names(recipe: Recipe) -> None:
@@ -58,11 +98,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
-    from polyphony.trainer.entropy import (
-        EntropySettings,  # TRL brings vLLM along, some ten seconds: only once all rows are good
-    )
-    from polyphony.trainer.evaluation import EvaluationSettings
     from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.settings import EntropySettings, EvaluationSettings
 
     try:
         return DomainGRPOTrainer(
@@ -88,13 +125,13 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     """Return the name of the recipe's engine, or what makes it."""
     rollouts = recipe.rollouts
     if rollouts.engine == "vllm" and rollouts.engine_args:
-        from polyphony.trainer.rollouts import InProcessEngine
+        from polyphony.trainer.engine.engine import InProcessEngine
 
         return partial(InProcessEngine, engine_args=rollouts.engine_args)
     if rollouts.engine != "ray":
         return rollouts.engine
-    from polyphony.launch.ray_engine import RayEngine
-    from polyphony.launch.workers import WorkerSettings
+    from polyphony.launch.cluster.ray_engine import RayEngine
+    from polyphony.launch.cluster.ray_workers import WorkerSettings
 
     fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
     given = {name: getattr(rollouts, name) for name in fields}
@@ -163,7 +200,7 @@ def build_scheduler(recipe: Recipe) -> Any:
 
 def load_transfer(recipe: Recipe) -> Any:
     """Return the probe's transfer matrix that the recipe names."""
-    from polyphony.curricula.transfer import TransferMatrix
+    from polyphony.curricula.transfer.matrix import TransferMatrix
 
     path = Path(str(recipe.curriculum.transfer))
     if not path.is_file():

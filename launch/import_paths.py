@@ -10,7 +10,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-MOVED: dict[str, str] = {}
+MOVED = {
+    "curricula.learnability": "polyphony.curricula.prompts.estimate",
+    "curricula.schedulers.joint": "polyphony.curricula.schedulers.fixed",
+    "curricula.schedulers.proportional": "polyphony.curricula.schedulers.fixed",
+    "curricula.schedulers.sequential": "polyphony.curricula.schedulers.fixed",
+    "rewards.choices": "polyphony.rewards.multiple_choice",
+    "rewards.exact": "polyphony.rewards.short_answer",
+}
 """Module of an older version, as its recipes name it, to today's. A module that is not here only gained `polyphony.`."""
 
 PROVENANCE_FILE = "provenance.json"

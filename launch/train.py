@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polyphony.curricula.prompts.pool_file import own_pool
 from polyphony.launch.build import build_trainer, load_transfer
-from polyphony.launch.config import Recipe, RecipeError, load_recipe
 from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
-from polyphony.launch.practice import adopt_known, own_pool
+from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
+    from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.rollouts import Engine
-    from polyphony.trainer.run_folder import RunFolder
-    from polyphony.trainer.stopping import StopOnSignal
+    from polyphony.trainer.run.folder import RunFolder
+    from polyphony.trainer.run.stopping import StopOnSignal
 
 RECIPE_FILE = "recipe.yaml"
+
+
 LOGS = "logs"
 """Folder in a run's folder that a batch system writes to before the run begins."""
 
@@ -65,11 +67,11 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
         raise
     if started.stopper.stopped is not None:
         raise Interrupted(*started.stopper.stopped)
-    from polyphony.trainer.final import save_final
+    from polyphony.trainer.checkpoints import save_final
 
     save_final(trainer.policy, out / "final")
     if trainer.accelerator.is_main_process:
-        from polyphony.trainer.report import write_report
+        from polyphony.launch.report.report import write_report
 
         write_report([out], out / "report.html")
     return trainer.engine
@@ -114,16 +116,16 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     """Build everything a run needs and wire up the run folder."""
     from transformers.trainer_callback import PrinterCallback
 
-    from polyphony.curricula.guardrails import Guardrail
-    from polyphony.curricula.pool_file import POOL_FILE
-    from polyphony.trainer.callbacks import CheckWeights, RunCallback
+    from polyphony.curricula.monitors.guardrails import Guardrail
+    from polyphony.curricula.prompts.pool_file import POOL_FILE
     from polyphony.trainer.checkpoints import checkpoint_step
-    from polyphony.trainer.progress import ProgressLine
-    from polyphony.trainer.provenance import provenance
-    from polyphony.trainer.recorder import Recorder
-    from polyphony.trainer.run_folder import RunFolder
-    from polyphony.trainer.stopping import StopOnSignal
-    from polyphony.trainer.tracking import WandbSettings, WandbTracker
+    from polyphony.trainer.run.callbacks import CheckWeights, RunCallback
+    from polyphony.trainer.run.folder import RunFolder
+    from polyphony.trainer.run.progress import ProgressLine
+    from polyphony.trainer.run.provenance import provenance
+    from polyphony.trainer.run.recorder import Recorder
+    from polyphony.trainer.run.stopping import StopOnSignal
+    from polyphony.trainer.run.tracking import WandbSettings, WandbTracker
 
     folder = RunFolder(out)
     trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
@@ -133,7 +135,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     if checkpoint is None and (known := adopt_known(trainer, recipe)):
         say(known)
     if trainer.accelerator.is_main_process:
-        own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()})
+        own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()}, say=say)
     trainer.add_callback(CheckWeights(trainer, say=say))
     places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
     origin = provenance(model=recipe.model, tables=places)
@@ -210,3 +212,22 @@ def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
 def say(text: str) -> None:
     """Tell the person who runs the command; results go to standard output, this does not."""
     print(text, file=sys.stderr, flush=True)
+
+
+def adopt_known(trainer: DomainGRPOTrainer, recipe: Recipe) -> str | None:
+    """Start from what `pool.from` knows of the prompts; return what was found in words, None where nothing is named.
+
+    Raises RecipeError for a file that cannot be read or knows none of these prompts.
+    """
+    from polyphony.curricula.prompts.pool_file import PoolFileError, load_pools
+
+    if recipe.pool is None or recipe.pool.start is None:
+        return None
+    path = Path(recipe.pool.start)
+    try:
+        found = trainer.curriculum.adopt_pools(load_pools(path))
+    except PoolFileError as error:
+        raise RecipeError(f"pool.from: {error}") from error
+    if not found:
+        raise RecipeError(f"pool.from: {path} is of another data set: it knows none of the training prompts")
+    return f"pool.from: {found} of {trainer.data.n_train} training prompts are known"

@@ -2,37 +2,80 @@
 
 What comes before a closing `</think>` is thought, not answer; a prompt that is repeated word for word is not an answer
 either. Every search is linear in the text and reads only its end, so a huge completion costs no more than a long one.
+
+The text of a completion, whether TRL hands it over as a string or as messages.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from polyphony.rewards.text import completion_text
+_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]{0,3}([\w+-]*)[^\n]*\n", re.MULTILINE)
+
+
+_CLOSING = re.compile(r"\n[ \t]{0,3}```")
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """Return the text: the string itself, or the contents of the assistant's messages joined by newlines."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion if message.get("role") == "assistant")
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Return (language, content) of each fenced block in order; a block that is cut off reaches to the end."""
+    blocks, position = [], 0
+    while opening := _FENCE.search(text, position):
+        closing = _CLOSING.search(text, opening.end() - 1)
+        content = text[opening.end() : closing.start() if closing else None]
+        indented = opening[0][0] in " \t"  # a block of a list's entry
+        blocks.append((opening[1].lower(), textwrap.dedent(content) if indented else content))
+        position = closing.end() if closing else len(text)
+    return blocks
+
 
 Source = Literal["tag", "boxed", "marker", "number"]
 
+
 READ_CHARS = 100_000
 """An answer stands at the end; what is further from it than this is not read."""
+
+
 ECHO_CHARS = 12
 """A shorter prompt line may well be an answer ("Paris") and is never taken for an echo."""
+
 
 ANSWER_WORDS = r"\b(?:answer|(?:correct|right) (?:option|choice))\*{0,2}[ \t]{0,4}(?:is|:|=)"
 """How an answer is announced in words; to be matched in any case."""
 
+
 _MARKER = re.compile(
     rf"(?:{ANSWER_WORDS}|####(?=[ \t]{{0,4}}[-$\d(\\]))[\s:=*]{{0,8}}(?:(?:\\\[|\$\$)\s{{0,4}}\n)?", re.IGNORECASE
 )
+
+
 _EXPLANATION = re.compile(r"[,;]?\s+\(?(?:because|since)\s|(?<=[\d$})])\.\s+(?=[A-Z])")
+
+
 _POWER = r"\^(?:-?\d+|\{-?\d+\})"
+
+
 _NUMBER = re.compile(  # a minus between two numbers is a range; the exponent of 10^8 is no number of its own
     r"(?:(?<![\w)\]}])-)?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
     rf"(?:[eE][-+]?\d+)?(?:{_POWER})?(?: ?(?:\\times|\\cdot|\u00d7|\*) ?10{_POWER})?(?: ?\\?%)?"
 )
+
+
 _FONT = re.compile(r"\\(?:text|math|m)(?:bf|it|rm|box)?\{([^{}]*)\}")
+
+
 _BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
+
+
 _BETWEEN_BOXES = re.compile(r"[\s$,;.&\\]{0,12}(?:(?:and|or|\\text\{ ?(?:and|or) ?\})[\s$,;\\]{0,12})?")
 
 

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from polyphony.rewards.answers import answer_region, final_answer
-from polyphony.rewards.sandbox import Limits, Program, SandboxError, isolation
-from polyphony.rewards.text import fenced_blocks
+from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
+from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, isolation
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class Code:
 
     A row has `tests`, a list (or its JSON) of `{"input", "output"}` for a program that reads stdin and prints, or
     `test_code`, assertions about what the program defines, returns and raises (what it prints they do not see; see
-    `rewards/jail/remote.py`). A program must end with status 0 for its output to count.
+    `rewards/sandbox/test_side.py`). A program must end with status 0 for its output to count.
     """
 
     is_slow: ClassVar[bool] = True

@@ -15,8 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyphony.rewards.answers import answer_region
-from polyphony.rewards.text import completion_text, fenced_blocks
+from polyphony.rewards.answers import answer_region, completion_text, fenced_blocks
 
 MAX_CHARS = 100_000
 """Longer texts hold no call that anybody meant."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from polyphony.rewards.awaiting import settled
+from polyphony.rewards.answers import completion_text
 from polyphony.rewards.endpoint import Endpoint, Question
-from polyphony.rewards.text import completion_text
+from polyphony.rewards.registry import settled
 
 RUBRIC = "Judge how well the response does what the request asks: content, correctness, clarity and style."
 

@@ -92,7 +92,7 @@ class Math:
 
     def _compare(self, pairs: list[tuple[str | None, str]]) -> list[bool | None]:
         workers = shared_workers(
-            "polyphony.rewards.equivalence:equivalent", size=self.workers, timeout_s=self.timeout_s
+            "polyphony.rewards.math_worker:equivalent", size=self.workers, timeout_s=self.timeout_s
         )
         jobs = [{"answer": undressed(given or ""), "reference": undressed(reference)} for given, reference in pairs]
         answers = workers.map(jobs)

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from polyphony.rewards.answers import final_answer
+from polyphony.rewards.answers import fenced_blocks, final_answer
 from polyphony.rewards.math import plain_number, undressed
 from polyphony.rewards.registry import find
 from polyphony.rewards.short_answer import normalise
-from polyphony.rewards.text import fenced_blocks
 
 Same = list[list[bool]]
 

@@ -1,9 +1,15 @@
-"""Find a reward, or another exchangeable part, by registry name or by import path, or take an object as it is."""
+"""Find a reward, or another exchangeable part, by registry name or by import path, or take an object as it is.
+
+Get the result of a reward that may be asynchronous, wherever the caller stands.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 Reward = Callable[..., Any]
@@ -13,16 +19,17 @@ One that mostly waits, for a judge or for processes, says so by an attribute `is
 while the engine still generates, with the completions that are finished, and never twice at a time.
 """
 
+
 REGISTRY = {
     "code": "polyphony.rewards.code:Code",
-    "exact": "polyphony.rewards.exact:Exact",
+    "exact": "polyphony.rewards.short_answer:Exact",
     "format": "polyphony.rewards.shaping:Format",
     "function_call": "polyphony.rewards.function_call:FunctionCall",
     "judge": "polyphony.rewards.judge:Judge",
     "language": "polyphony.rewards.shaping:Language",
     "length": "polyphony.rewards.shaping:Length",
     "math": "polyphony.rewards.math:Math",
-    "multiple_choice": "polyphony.rewards.choices:MultipleChoice",
+    "multiple_choice": "polyphony.rewards.multiple_choice:MultipleChoice",
     "procedural": "polyphony.rewards.procedural:Procedural",
     "repetition": "polyphony.rewards.shaping:Repetition",
     "short_answer": "polyphony.rewards.short_answer:ShortAnswer",
@@ -67,3 +74,22 @@ def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:
     if arguments:
         raise ValueError(f"{kind} {name!r} is a function and takes no arguments, got {sorted(arguments)}")
     return found
+
+
+def settled(results: Sequence[Any]) -> list[Any]:
+    """Return the results, with those that are awaitable awaited together.
+
+    In a thread of its own: the caller's may already run an event loop.
+    """
+    if not any(inspect.isawaitable(result) for result in results):
+        return list(results)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _gather(results)).result()
+
+
+async def _gather(results: Sequence[Any]) -> list[Any]:
+    return list(await asyncio.gather(*(_finish(result) for result in results)))
+
+
+async def _finish(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyphony.rewards.awaiting import settled
-from polyphony.rewards.degeneration import repeated_ngram_share, script_shares
-from polyphony.rewards.registry import find_reward
-from polyphony.rewards.text import completion_text
+from polyphony.rewards.answers import completion_text
+from polyphony.rewards.registry import find_reward, settled
+from polyphony.rewards.style import repeated_ngram_share, script_shares
 
 
 def has_think_answer_format(text: str) -> bool:

@@ -1,4 +1,7 @@
-"""`short_answer`: the final answer, normalised, is the reference or an alias of it, or shares words with it (F1)."""
+"""`short_answer`: the final answer, normalised, is the reference or an alias of it, or shares words with it (F1).
+
+`exact`: the completion is the answer, letter for letter.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,28 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyphony.rewards.answers import answer_region, final_answer, unlatexed
+from polyphony.rewards.answers import answer_region, completion_text, final_answer, unlatexed
+
+
+class Exact:
+    """1.0 where the completion, stripped of outer white space, equals the row's `answer`, else 0.0; None without one."""
+
+    def __call__(self, prompts: list, completions: list, answer: list, **columns: Any) -> list[float | None]:
+        return [
+            None if a is None else float(completion_text(c).strip() == str(a).strip())
+            for c, a in zip(completions, answer, strict=True)
+        ]
+
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
+
+
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
 _SAYS_SOMETHING = re.compile(  # 3.14 is not 314, -5 not 5, 1/2 not 12, C++ not C
     r"(?<=\d)[.,:/^-](?=\d)|(?<![\w)])[-+]?\.?(?=\d)|(?<=[a-z])[+#]+(?![a-z\d])|(?<=\w)[=<>+*](?=\w)"
 )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyphony.rewards.awaiting import settled
-from polyphony.rewards.text import completion_text
+from polyphony.rewards.answers import completion_text
+from polyphony.rewards.registry import settled
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 A symbolic comparison can run for ever inside C code, where no exception and no thread can end it; a process ends. The
 workers are started as fresh interpreters (never by fork: the caller may hold engines and threads), give up writing,
 network and processes before the first job, and end by themselves when the caller is gone.
+
+Wait for a pipe with a deadline, whatever its number: `select` refuses descriptors above 1023.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import queue
+import select
 import subprocess
 import sys
 import threading
@@ -20,10 +24,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from polyphony.rewards.pipes import is_readable_by
+
+def is_readable_by(fd: int, deadline: float) -> bool:
+    """Wait until `fd` has something to read (or has closed) or `time.monotonic()` reaches the deadline."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0, math.ceil(1000 * (deadline - time.monotonic())))))
+
 
 START_S = 120.0
 """Importing a symbolic library on a busy host takes seconds; longer than this is a failure to start."""
+
+
 _GRACE_S = 2.0
 """The worker ends itself at its limit; its caller waits this much longer before it kills it."""
 
@@ -81,7 +93,7 @@ class Workers:
 
     def _start(self) -> subprocess.Popen[bytes]:
         worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "polyphony.rewards.work", *self._arguments],
+            [sys.executable, "-P", "-m", "polyphony.rewards.worker_main", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -136,6 +148,8 @@ def _end(worker: subprocess.Popen[bytes] | None) -> None:
 
 
 _shared: dict[tuple[Any, ...], Workers] = {}
+
+
 _lock = threading.Lock()
 
 

@@ -78,7 +78,7 @@ def one_package():
 
 @pytest.fixture
 def debug_recipe():
-    from polyphony.launch.config import load_recipe
+    from polyphony.launch.recipe import load_recipe
 
     return load_recipe(RECIPES / "debug.yaml", ["tracking.wandb=null"])
 
@@ -87,7 +87,7 @@ def debug_recipe():
 def engine(tmp_path_factory):
     """One in-process vLLM over the lab's policy; trainers attach to it one after the other."""
     from polyphony.launch.build import build_trainer
-    from polyphony.launch.config import load_recipe
+    from polyphony.launch.recipe import load_recipe
 
     recipe = load_recipe(RECIPES / "debug.yaml")
     return build_trainer(recipe, tmp_path_factory.mktemp("engine")).engine

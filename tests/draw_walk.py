@@ -125,7 +125,7 @@ def watched(trainer: Any) -> Iterator[Watched]:
 
 def walks_of(recipe: Path, overrides: Sequence[str] = (), *, out: Path, engine: Any = None) -> tuple[Walk, Walk]:
     """Train three steps of a recipe into the folder `out`; return the walks of the second draw and of its step."""
-    from polyphony.launch.config import load_recipe
+    from polyphony.launch.recipe import load_recipe
     from polyphony.launch.train import start
 
     short = ["tracking.wandb=null", "grpo.max_steps=3", "eval.every=100", "checkpoint.every=100"]

@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from polyphony.launch.cli import set_environment
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import RECIPES
 
 STEPS = 2
@@ -81,7 +81,7 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
     """Save the policy as a run does at its end; return the parameters that the file does not hold bit for bit."""
     from safetensors.torch import load_file
 
-    from polyphony.trainer.final import save_final
+    from polyphony.trainer.checkpoints import save_final
 
     save_final(trainer.policy, final)
     trainer.accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from polyphony.curricula.pool_file import POOL_FILE, Columns, save_pools
+from polyphony.curricula.prompts.pool_file import POOL_FILE, Columns, save_pools
 from tests.experiments.accounts import compare, errors
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from polyphony.curricula.records import DomainStats, Evaluation, Evidence
 from polyphony.curricula.schedulers.adaptive import Adaptive
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 NAMES = ("a", "b", "c")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from polyphony.curricula.records import Group
-from polyphony.trainer.advantages import Advantages, Guard, UpdateSettings, centred_without, mean_only, rare_successes
-from polyphony.trainer.rft import RftSettings, accepted
+from polyphony.trainer.advantages import Advantages, accepted, centred_without, mean_only, rare_successes
 from polyphony.trainer.scoring import Graded
+from polyphony.trainer.settings import Guard, RftSettings, UpdateSettings
 
 
 def graded(*rewards, domain="math", signs=(), texts=None) -> list[Graded]:

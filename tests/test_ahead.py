@@ -9,10 +9,9 @@ import pytest
 
 from polyphony.curricula.records import Domain
 from polyphony.rewards import find_reward
-from polyphony.trainer.ahead import Ahead
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.rollouts import Completion, Request
-from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.engine.engine import Completion, Request
+from polyphony.trainer.scoring import Ahead, Sample, Scorer
 
 
 class Waiting:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
 PACKAGES = ("trainer", "rewards", "curricula", "launch")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from polyphony.rewards.registry import REGISTRY
-from polyphony.rewards.sandbox import isolation
+from polyphony.rewards.sandbox.client import isolation
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.scoring import Sample, Scorer
 from tests.test_code import DOUBLE, FAST
@@ -230,7 +230,7 @@ def ours():
 
 def _is_worker(process):
     try:
-        return "polyphony.rewards.work" in process.cmdline()
+        return "polyphony.rewards.worker_main" in process.cmdline()
     except psutil.NoSuchProcess:
         return True
 

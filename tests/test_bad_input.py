@@ -10,7 +10,7 @@ import pytest
 
 from polyphony.curricula.records import Domain
 from polyphony.launch.cli import main
-from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import claim_folder
 from tests.conftest import POLICY, write_rows
 

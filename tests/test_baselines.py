@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from polyphony.curricula.items import halves
 from polyphony.curricula.records import DomainStats, Evaluation, Evidence
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.schedulers.dump import DUMP
@@ -16,7 +15,8 @@ from polyphony.curricula.schedulers.mt_grpo import MTGRPO
 from polyphony.curricula.schedulers.pac import PAC
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.schedulers.visatb import VisATB
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.halves import halves
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 UNSEEN = DomainStats()
 BANDITS = [SEC(), PAC(), MTGRPO(), DUMP()]

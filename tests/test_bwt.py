@@ -2,7 +2,7 @@ import pytest
 
 from polyphony.curricula.records import DomainStats, Evaluation, Evidence
 from polyphony.curricula.schedulers.bwt import Bwt
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 NAMES = ("w", "a", "b")
 

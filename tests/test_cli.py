@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from polyphony.launch.cli import main
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import claim_folder
 from tests.conftest import RECIPES, write_rows
 

@@ -266,8 +266,8 @@ def test_an_unknown_limit_is_refused():
 
 def test_a_killed_process_that_forks_jails_loses_nothing():
     assert grade(["print(4)"], tests=DOUBLE[:1]) == [1.0]
-    (jailer,) = [p for p in psutil.Process().children() if (p.cmdline() or [""])[-1].endswith("jail/__main__.py")]
-    jailer.kill()
+    (server,) = [p for p in psutil.Process().children() if (p.cmdline() or [""])[-1].endswith("sandbox/__main__.py")]
+    server.kill()
     assert grade(["print(4)"] * 4, tests=DOUBLE[:1]) == [1.0] * 4
 
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from polyphony.rewards.composition import ATOMS, Composition, CompositionConfig, composition
+from polyphony.rewards.procedural import ATOMS, Composition, CompositionConfig, composition
 
 
 @pytest.mark.parametrize(

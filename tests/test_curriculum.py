@@ -4,7 +4,7 @@ import pytest
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Decision, Domain, Evaluation, Group
-from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.fixed import Joint
 
 DOMAINS = [
     Domain(name="math", kind="structured", train=[0], weight=3.0),

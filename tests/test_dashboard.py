@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from polyphony.trainer.dashboard import METRICS, defined, key
+from polyphony.trainer.metrics import METRICS, defined, key
 
 
 def test_a_key_is_family_domain_metric():
@@ -25,7 +25,7 @@ def test_what_has_no_finite_value_is_absent_from_logs():
 
 @pytest.mark.slow
 def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, engine):
-    from polyphony.launch.config import load_recipe
+    from polyphony.launch.recipe import load_recipe
     from polyphony.launch.train import train
     from tests.conftest import RECIPES
 

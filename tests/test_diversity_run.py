@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
 from tests.conftest import EXPERIMENTS
 

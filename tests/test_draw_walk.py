@@ -32,7 +32,9 @@ def test_a_call_is_a_switch_if_it_comes_from_another_file():
 def test_a_draw_walks_through_no_more_files_than_it_did(engine, tmp_path):
     draw, step = walks_of(RECIPES / "debug.yaml", out=tmp_path / "run", engine=engine)
     assert {name.partition("/")[0] for name in draw.calls} == {"trainer", "rewards", "curricula", "launch"}
-    assert {"trainer/grpo.py", "trainer/scoring.py", "curricula/curriculum.py", "rewards/exact.py"} <= set(draw.calls)
+    assert {"trainer/grpo.py", "trainer/scoring.py", "curricula/curriculum.py", "rewards/short_answer.py"} <= set(
+        draw.calls
+    )
     assert draw.calls <= step.calls
     for name, walk in (("draw", draw), ("step", step)):
         assert len(walk.calls) <= MOST_FILES[name], walk.table()

@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain, Group, PromptRef
-from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.fixed import Joint
+from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.draws import Draws
-from polyphony.trainer.fusion import Fusion
-from polyphony.trainer.meter import DomainSums
-from polyphony.trainer.rollouts import Completion, completion_seed
+from polyphony.trainer.engine.engine import Completion, completion_seed
+from polyphony.trainer.metrics import DomainSums
 from polyphony.trainer.scoring import Sample, Scorer
 from tests.conftest import POLICY
 

@@ -12,9 +12,9 @@ import math
 import numpy as np
 import pytest
 
-from polyphony.curricula.effects import Effects, Part
 from polyphony.curricula.records import Evaluation
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.effects import Effects, Part
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 NAMES = ("a", "b", "c")
 AFTER = {(): (0.2, 0.4, 0.0), ("a",): (0.8, 0.2, 0.0), ("b",): (0.4, 0.8, 0.2), ("c",): (0.1, 0.4, 0.8)}

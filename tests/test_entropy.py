@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from polyphony.curricula.entropy import TREND, WINDOW, EntropyMonitor
-from polyphony.curricula.entropy_control import EntropyControl
-from polyphony.curricula.exchange import fit_exchange
 from polyphony.curricula.intervals import ratio, student
+from polyphony.curricula.monitors.entropy import TREND, WINDOW, EntropyMonitor
+from polyphony.curricula.monitors.entropy_control import EntropyControl
 from polyphony.curricula.records import Group
+from polyphony.launch.report.numbers import fit_exchange
 
 
 def monitor(*domains, **settings) -> EntropyMonitor:

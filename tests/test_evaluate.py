@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from polyphony.launch.config import RecipeError
-from polyphony.launch.evaluate import _distance, compare_results, parse
-from polyphony.launch.tables import statistics_table
-from polyphony.trainer.answers import Answer
-from polyphony.trainer.heldout_result import HeldoutResult
+from polyphony.launch.recipe import RecipeError
+from polyphony.launch.verbs.evaluate import _distance, compare_results, parse
+from polyphony.launch.verbs.tables import statistics_table
+from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.result import HeldoutResult
 from tests.conftest import POLICY, RECIPES
 
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from polyphony.curricula.records import Domain
-from polyphony.trainer.answers import Answer
-from polyphony.trainer.base_kl import BaseReference, mean_kl
 from polyphony.trainer.data import PromptTable
-from polyphony.trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
-from polyphony.trainer.rollouts import Completion
+from polyphony.trainer.engine.engine import Completion
+from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
+from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.scoring import Sample
+from polyphony.trainer.settings import EvaluationSettings
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 STORIES = Domain(name="stories", kind="open_ended", reward="exact")

@@ -12,10 +12,10 @@ import random
 
 import pytest
 
-from polyphony.curricula.forgetting import curves, drawdown, measure, moment, stages
 from polyphony.curricula.intervals import paired
 from polyphony.curricula.records import Evaluation
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.forgetting import curves, drawdown, measure, moment, stages
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 R = [(0.2, 0.3, 0.1), (0.8, 0.4, 0.1), (0.6, 0.9, 0.3), (0.7, 0.5, 0.8)]
 

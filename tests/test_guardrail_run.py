@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
 from tests.conftest import RECIPES
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from polyphony.curricula.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.intervals import Interval
+from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.callbacks import RunCallback
-from polyphony.trainer.run_folder import RunFolder
+from polyphony.trainer.run.callbacks import RunCallback
+from polyphony.trainer.run.folder import RunFolder
 
 
 def row(step, trained=(), **scores):

@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from polyphony.rewards import find_reward
-from polyphony.rewards.awaiting import settled
 from polyphony.rewards.endpoint import Endpoint
 from polyphony.rewards.partitions import connected, find_partitioner
+from polyphony.rewards.registry import settled
 
 
 class Server:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from polyphony.launch import kernels, launch, local
-from polyphony.launch.config import load_recipe
+from polyphony.launch.cluster import kernels, launch, local
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import RECIPES
 
 # torch's own lock, taken by a process that is killed while it has it

@@ -13,9 +13,7 @@ import pytest
 
 from polyphony.launch.lab import world
 from polyphony.launch.lab.rewards import StoryRubric, story_score
-from polyphony.launch.lab.targets import is_taught, known_target, warm_target
-from polyphony.launch.lab.tokenizer import build_tokenizer
-from polyphony.launch.lab.warm_start import train_policy
+from polyphony.launch.lab.warm_start import build_tokenizer, is_taught, known_target, train_policy, warm_target
 from polyphony.launch.lab.world import DOMAINS, knowledge, rows, transform
 from polyphony.rewards.registry import find_reward
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from polyphony.launch import cluster, local
 from polyphony.launch.cli import main
-from polyphony.launch.config import RecipeError, load_recipe
+from polyphony.launch.cluster import local
+from polyphony.launch.cluster import ray_cluster as cluster
+from polyphony.launch.recipe import RecipeError, load_recipe
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 
@@ -59,7 +60,7 @@ def test_gpus_keep_the_names_that_they_have_where_the_launcher_is_told_of_some(m
 
 
 def test_a_cluster_started_by_a_rank_alone_leaves_its_gpu_out(monkeypatch):
-    monkeypatch.setattr("polyphony.launch.cluster.gpus_here", lambda: 4)
+    monkeypatch.setattr("polyphony.launch.cluster.ray_cluster.gpus_here", lambda: 4)
     for name in (local.RAY_GPUS, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with cluster._visible_to_ray(is_own=True):
@@ -132,5 +133,5 @@ def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_pat
 
 
 def test_a_job_for_a_cluster_that_is_not_up_ends_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("polyphony.launch.jobs.ANSWER_S", 0.2)
+    monkeypatch.setattr("polyphony.launch.cluster.ray_job.ANSWER_S", 0.2)
     assert "did not answer within 0.2 s" in fails(capsys, "launch", "ray", DEBUG, "--address", "127.0.0.1:9")

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from polyphony.launch.local import ranks_of
+from polyphony.launch.cluster.local import ranks_of
 from tests.conftest import RECIPES
 from tests.test_training_group import free_port
 

@@ -19,9 +19,10 @@ import psutil
 import pytest
 import ray
 
-from polyphony.launch import cluster, jobs
 from polyphony.launch.cli import main
-from polyphony.launch.config import RecipeError
+from polyphony.launch.cluster import ray_cluster as cluster
+from polyphony.launch.cluster import ray_job as jobs
+from polyphony.launch.recipe import RecipeError
 from tests.conftest import RECIPES, bare_interpreter
 from tests.test_bad_input import fails
 from tests.test_training_group import free_port

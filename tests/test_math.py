@@ -159,7 +159,7 @@ def test_it_works_in_worker_processes(method):
 def test_a_worker_that_is_killed_while_it_waits_loses_nothing():
     grade = find_reward({"name": "math", "workers": 1, "timeout_s": 30.0})
     assert grade([""], [r"\boxed{u+u}"], answer=["2u"]) == [1.0]
-    ours = [p for p in psutil.Process().children() if "polyphony.rewards.work" in p.cmdline()]
+    ours = [p for p in psutil.Process().children() if "polyphony.rewards.worker_main" in p.cmdline()]
     for process in ours:
         process.kill()
         process.wait()

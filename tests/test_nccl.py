@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
-from polyphony.launch.nccl import LOST, Announcement, copies
-from polyphony.launch.workers import forget_launcher
+from polyphony.launch.cluster.ray_workers import forget_launcher
+from polyphony.launch.cluster.weights import LOST, Announcement, copies
 
 AMID_A_TRANSFER = """
 import sys, time, ray
-from polyphony.launch.nccl import watched
+from polyphony.launch.cluster.weights import watched
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)  # also where a cluster was left running
 @ray.remote
 def receive(seconds, fails):

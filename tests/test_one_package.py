@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from polyphony.launch.config import load_recipe
 from polyphony.launch.import_paths import look_in, renamed
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import HOUSE, RECIPES, bare_interpreter, write_rows
 
 DEBUG = str(RECIPES / "debug.yaml")

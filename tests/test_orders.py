@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from polyphony.curricula.orders import EntropyTerm, Objective, best_orders, search_order
+from polyphony.curricula.transfer.orders import EntropyTerm, Objective, best_orders, search_order
 
 
 def entropy_term(rng, size):

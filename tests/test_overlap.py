@@ -4,7 +4,7 @@ import pytest
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.data import PromptTable
-from polyphony.trainer.overlap import NGRAM_WORDS, find_overlap
+from polyphony.trainer.domains import NGRAM_WORDS, find_overlap
 
 
 def table(*prompts):

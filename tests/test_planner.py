@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from polyphony.curricula.items import half
-from polyphony.curricula.planner import PlanSettings, make_plan
 from polyphony.curricula.records import Evaluation
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.halves import half
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import PlanSettings, make_plan
 from polyphony.launch.cli import main
 from tests.experiments.decisions import (
     OWN,

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.launch.build import build_trainer, grpo_config, rollout_engine
-from polyphony.launch.config import RecipeError, load_recipe
-from polyphony.trainer.final import save_final
-from polyphony.trainer.rollouts import InProcessEngine
-from polyphony.trainer.sampling import Request, Sampling
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.checkpoints import save_final
+from polyphony.trainer.engine.engine import InProcessEngine
+from polyphony.trainer.engine.vllm import Request, Sampling
 from tests.conftest import RECIPES
 
 DEBUG = RECIPES / "debug.yaml"

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.learnability import Thompson, find_sampling
-from polyphony.curricula.pool import PromptPool
-from polyphony.curricula.pool_file import PoolFileError, load_pools, move_aside, save_pools
-from polyphony.curricula.pool_settings import PoolSettings
-from polyphony.curricula.posterior import Band, State
-from polyphony.curricula.ranking import RankedSet
+from polyphony.curricula.prompts.estimate import Band, RankedSet, State, Thompson, find_sampling
+from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
+from polyphony.curricula.prompts.pool_file import PoolFileError, load_pools, move_aside, save_pools
 from polyphony.curricula.records import Domain, Group
-from polyphony.curricula.schedulers.joint import Joint
+from polyphony.curricula.schedulers.fixed import Joint
 
 G = 8
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from polyphony.curricula.records import Evaluation
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from tests.benchmarks.update import HalfDead, is_live
 from tests.conftest import EXPERIMENTS
 from tests.experiments import flawed, planted, worth
@@ -25,7 +25,7 @@ def test_half_of_the_rows_have_a_reference_that_nothing_equals():
 @pytest.mark.parametrize(("recipe", "names"), [("planted", "planted_rows Lenient"), ("worth", "wrong_rows")])
 def test_what_a_recipe_names_is_found_wherever_the_command_is_started(recipe, names, tmp_path):
     program = (
-        "import pkgutil, sys; from polyphony.launch.config import load_recipe; recipe = load_recipe(sys.argv[1]);"
+        "import pkgutil, sys; from polyphony.launch.recipe import load_recipe; recipe = load_recipe(sys.argv[1]);"
         "[pkgutil.resolve_name(f'flawed:{name}') for name in sys.argv[2:]];"
         "print(all(f'flawed:{name}' in recipe.as_yaml() for name in sys.argv[2:]))"
     )

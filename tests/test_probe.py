@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from polyphony.launch.config import RecipeError, load_recipe
-from polyphony.launch.probe import claim_probe, cost, plan_arms, probe, restricted
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.verbs.probe import claim_probe, cost, plan_arms, probe, restricted
 from tests.conftest import RECIPES
 
 

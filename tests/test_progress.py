@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from polyphony.trainer.progress import ProgressLine, mean_reward, track
+from polyphony.trainer.run.progress import ProgressLine, mean_reward, track
 
 METRICS = {
     "heldout/math/score": 0.25,

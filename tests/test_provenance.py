@@ -7,7 +7,7 @@ import torch
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.data import PromptTable
-from polyphony.trainer.provenance import provenance
+from polyphony.trainer.run.provenance import provenance
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 

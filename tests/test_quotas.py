@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from polyphony.curricula.quotas import allocate
+from polyphony.curricula.curriculum import allocate
 
 
 def test_largest_remainder_by_hand():

@@ -12,13 +12,13 @@ import pytest
 import ray
 import torch
 
-from polyphony.launch import cluster
 from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
-from polyphony.launch.config import RecipeError, load_recipe
-from polyphony.launch.local import check_heads
-from polyphony.launch.weights import pack, unpack
-from polyphony.trainer.sampling import Request, sample
+from polyphony.launch.cluster import ray_cluster as cluster
+from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.cluster.weights import pack, unpack
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.engine.vllm import Request, sample
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 

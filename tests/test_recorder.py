@@ -8,16 +8,15 @@ from dataclasses import replace
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.items import halves
 from polyphony.curricula.records import Decision, Domain, Evaluation, Group, PromptRef
-from polyphony.curricula.schedulers.joint import Joint
-from polyphony.curricula.schedulers.sequential import Sequential
-from polyphony.curricula.transfer import TransferMatrix
-from polyphony.trainer.answers import Answer
+from polyphony.curricula.schedulers.fixed import Joint, Sequential
+from polyphony.curricula.transfer.halves import halves
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.heldout_result import HeldoutResult
-from polyphony.trainer.recorder import Recorder
-from polyphony.trainer.run_folder import RunFolder
+from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.result import HeldoutResult
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import Sample
 
 DOMAINS = (

@@ -1,70 +1,44 @@
-import json
-import math
-
 import pytest
 
-from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Domain, Evaluation, Group
-from polyphony.curricula.replay import decision_line, evidence_as_json, evidence_from_json, replay
-from polyphony.curricula.schedulers.joint import Joint
-from polyphony.curricula.schedulers.sequential import Sequential
+from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine
 
 
-def a_run(draws=4):
-    """Return the decision lines and the evaluations of a short run under `joint`."""
-    domains = [Domain(name="math", kind="structured", train=[1]), Domain(name="talk", kind="open_ended", train=[1])]
-    prompts = {d.name: [f"{d.name}{n}" for n in range(9)] for d in domains}
-    curriculum = Curriculum(domains=domains, prompts=prompts, scheduler=Joint(), total_draws=draws)
-    lines = []
-    for draw in range(draws):
-        curriculum.record(Evaluation(trained=(), step=draw, seed=0, scores={"math": (0.5, 1.0), "talk": (0.0, 0.25)}))
-        refs = curriculum.draw(3)
-        lines.append(decision_line(curriculum.basis, curriculum.decision, refs))
-        groups = [
-            Group(prompt_id=r.id, domain=r.domain, draw=draw, rewards=(1, 0), lengths=(3, 4), truncated=(False, True))
-            for r in refs[:1]
-        ]
-        curriculum.observe(groups, {"math": 0.7})
-        curriculum.note("rolled back")
-    return lines, curriculum
+def test_power_law_replay_by_hand():
+    # ages 1 and 3 at exponent 1: weights 1 and 1/3, so .25 splits 3 : 1
+    shares = Replay(fraction=0.25).shares({"new": 1, "old": 3})
+    assert shares == pytest.approx({"new": 0.1875, "old": 0.0625})
 
 
-def test_a_line_says_what_was_drawn_and_why():
-    lines, _ = a_run()
-    assert lines[0]["mixture"] == {"math": 0.5, "talk": 0.5}
-    assert lines[0]["counts"] == {"math": 2, "talk": 1}
-    assert (lines[0]["draw"], lines[0]["reason"], lines[0]["stage"]) == (0, "fixed weights", None)
+def test_exponent_zero_spreads_evenly_and_no_past_means_no_replay():
+    assert Replay(fraction=0.2, exponent=0).shares({"a": 1, "b": 50}) == pytest.approx({"a": 0.1, "b": 0.1})
+    assert Replay().shares({}) == {}
 
 
-def test_evidence_comes_back_from_its_line_as_it_was():
-    lines, curriculum = a_run()
-    for line in lines[1:]:
-        restored = evidence_from_json(json.loads(json.dumps(line["evidence"], allow_nan=False)), curriculum.evaluations)
-        assert json.dumps(evidence_as_json(restored)) == json.dumps(line["evidence"])
-        assert len(restored.evaluations) == line["draw"] + 1
-        assert restored.notes == ("rolled back",)
-    assert restored.last[0].entropy == 0.7 and math.isnan(restored.last[1].entropy)
+def test_protection_adds_to_replay_up_to_half_of_the_draw():
+    assert combine({"a": 0.1, "b": 0.15}, {"a": 0.2}) == pytest.approx({"a": 0.3, "b": 0.15})
+    assert combine({"a": 0.1, "b": 0.15}, {"a": 0.25, "b": 0.25}) == pytest.approx({"a": 0.35 / 1.5, "b": 0.4 / 1.5})
+    assert combine({"a": 0.0}, {}) == {"a": 0.0} and combine({}, {}) == {}
 
 
-def test_a_line_stays_small_however_many_evaluations_it_had_seen():
-    lines, _ = a_run(draws=200)
-    assert len(json.dumps(lines[-1])) < 700
+def test_a_plateau_needs_two_full_windows_and_no_rise_between_them():
+    plateau = Plateau(window=2, gain=0.01)
+    assert not plateau.is_reached([0.5, 0.5, 0.5])
+    assert plateau.is_reached([0.2, 0.5, 0.5, 0.5, 0.5])
+    assert not plateau.is_reached([0.4, 0.5, 0.5, 0.6])  # .55 against .45
+    assert plateau.is_reached([0.6, 0.6, 0.5, 0.5])
 
 
-def test_a_line_that_saw_more_evaluations_than_the_file_has_is_refused():
-    lines, curriculum = a_run()
-    with pytest.raises(ValueError, match="draw 3 had seen 4 evaluations, the run's file has 2"):
-        evidence_from_json(lines[3]["evidence"], curriculum.evaluations[:2])
-
-
-def test_another_scheduler_is_replayed_beside_the_one_that_ran():
-    lines, curriculum = a_run()
-    replayed = replay(lines, Sequential(), curriculum.evaluations)
-    assert [r.ran for r in replayed] == [(0.5, 0.5)] * 4
-    assert [r.replayed for r in replayed] == [(1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
-    assert replayed[3].reason == "stage 2 of 2: talk"
-
-
-def test_the_scheduler_that_ran_replays_to_itself():
-    lines, curriculum = a_run()
-    assert all(r.ran == r.replayed for r in replay(lines, Joint(), curriculum.evaluations))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Replay, {"kind": "uniform"}),
+        (Replay, {"fraction": 0.6}),
+        (Replay, {"exponent": -1}),
+        (Protection, {"share": 0.9}),
+        (Protection, {"max_drop": -0.1}),
+        (Plateau, {"window": 0}),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        kind(**settings)

@@ -12,16 +12,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from polyphony.curricula.items import halves
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.dashboard import key
-from polyphony.trainer.report import summarise, write_replay, write_report
-from polyphony.trainer.report_charts import Layer, draw_stack
-from polyphony.trainer.report_data import read_run
-from polyphony.trainer.report_numbers import budget, find, score_interval
-from polyphony.trainer.report_scales import thin, ticks
-from polyphony.trainer.report_sheet import DARK, LIGHT
-from polyphony.trainer.report_story import tell
+from polyphony.curricula.transfer.halves import halves
+from polyphony.launch.report.charts import Layer, draw_stack, thin, ticks
+from polyphony.launch.report.numbers import budget, find, score_interval
+from polyphony.launch.report.report import summarise, write_replay, write_report
+from polyphony.launch.report.run import read_run
+from polyphony.launch.report.story import tell
+from polyphony.launch.report.theme import DARK, LIGHT
+from polyphony.trainer.metrics import key
 from tests.benchmarks.synthetic_run import FOUR, write_run
 
 # R[s, k] of two stages, a then b, and of a watched domain w: 20 items each, scores 0 or 1.

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from polyphony.trainer.run_folder import RunFolder, replace_file
+from polyphony.curricula.files import replace_file
+from polyphony.trainer.run.folder import RunFolder
 
 
 @pytest.fixture

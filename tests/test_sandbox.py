@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from polyphony.launch import doctor
-from polyphony.rewards import sandbox
-from polyphony.rewards.sandbox import Execution, Limits, Program, isolation
+from polyphony.launch.verbs import doctor
+from polyphony.rewards.sandbox import client as sandbox
+from polyphony.rewards.sandbox.client import Execution, Limits, Program, isolation
 
 LEVELS = [
     level

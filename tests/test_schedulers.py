@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.decision_log import decision_line, replay
 from polyphony.curricula.records import Domain
-from polyphony.curricula.replay import decision_line, replay
 from polyphony.curricula.schedulers import REGISTRY, build_scheduler, find_scheduler
 from tests.toy_world import ToyWorld
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from polyphony.launch.score import score_rows
+from polyphony.launch.verbs.score import score_rows
 from polyphony.rewards.registry import REGISTRY
 from tests.conftest import write_rows
 from tests.test_judge import Server

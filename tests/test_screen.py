@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from polyphony.curricula.pool_file import POOL_FILE, load_pools
-from polyphony.curricula.posterior import State
+from polyphony.curricula.prompts.estimate import State
+from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools
 from polyphony.launch.build import build_trainer
-from polyphony.launch.config import RecipeError, load_recipe
-from polyphony.launch.practice import adopt_known
-from polyphony.launch.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.train import adopt_known
+from polyphony.launch.verbs.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
 from tests.conftest import EXPERIMENTS, RECIPES
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answ
 
 def test_a_screening_that_is_done_has_nothing_left_to_do(screened, engine, monkeypatch):
     folder, summary = screened
-    monkeypatch.setattr("polyphony.launch.screen.Screening._visit", None)  # a visit would fail
+    monkeypatch.setattr("polyphony.launch.verbs.screen.Screening._visit", None)  # a visit would fail
     assert screen(recipe(), folder, engine=engine) == summary
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from polyphony.launch.shares import cost, spread, whole_groups
-from polyphony.trainer.sampling import Request
+from polyphony.launch.cluster.ray_engine import cost, spread, whole_groups
+from polyphony.trainer.engine.vllm import Request
 
 
 def asked(*prompts: str, max_tokens: int = 4) -> list[Request]:

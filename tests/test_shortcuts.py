@@ -1,8 +1,9 @@
 import pytest
 
+from polyphony.curricula.monitors.signs import ENOUGH_CORRECT
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.scoring import Graded, Sample
-from polyphony.trainer.shortcuts import ENOUGH_CORRECT, ShortcutWatch
+from polyphony.trainer.shortcuts import ShortcutWatch
 
 
 def graded(reward, *, length=100, signs=()) -> Graded:

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from polyphony.launch.cli import main
-from polyphony.launch.config import load_recipe
-from polyphony.launch.probe import probe
+from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
+from polyphony.launch.verbs.probe import probe
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow

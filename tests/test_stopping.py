@@ -15,8 +15,8 @@ import pytest
 
 from polyphony.launch.cli import main
 from polyphony.trainer.checkpoints import save_state, whole_or_none
+from polyphony.trainer.run.stopping import StopOnSignal
 from polyphony.trainer.slots import DrawPlan
-from polyphony.trainer.stopping import StopOnSignal
 from tests.conftest import RECIPES
 
 COMMAND = [sys.executable, "-m", "polyphony.launch.cli", "train"]

@@ -8,12 +8,11 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from polyphony.curricula.effects import Effects
 from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.auto import Auto
 from polyphony.curricula.schedulers.bwt import Bwt
-from polyphony.curricula.schedulers.joint import Joint
-from polyphony.curricula.schedulers.sequential import Sequential
+from polyphony.curricula.schedulers.fixed import Joint, Sequential
+from polyphony.curricula.transfer.effects import Effects
 from tests.toy_world import ToyWorld
 
 FRAGILE = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]

@@ -11,17 +11,16 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from polyphony.curricula.entropy import Alarm
 from polyphony.curricula.intervals import Interval
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.monitors.entropy import Alarm
+from polyphony.curricula.monitors.signs import SignAlarm
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
-from polyphony.trainer.callbacks import RunCallback
-from polyphony.trainer.dashboard import METRICS
-from polyphony.trainer.run_folder import RunFolder
-from polyphony.trainer.shortcuts import SignAlarm
-from polyphony.trainer.tracking import WandbSettings, WandbTracker, is_reachable
-from polyphony.trainer.tracking_tables import track_decisions, track_transfer
-from polyphony.trainer.wandb_dashboard import SECTIONS, build_workspace, specification
+from polyphony.trainer.metrics import METRICS
+from polyphony.trainer.run.callbacks import RunCallback
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.tracking import WandbSettings, WandbTracker, is_reachable, track_decisions, track_transfer
+from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
 from tests.benchmarks.synthetic_run import write_run
 
 KEY = "0" * 40
@@ -58,7 +57,7 @@ def offline_runs(folder) -> list:
 @pytest.mark.slow
 def test_an_offline_run_holds_numbers_tables_and_the_heatmap(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "polyphony.trainer.tracking.FINISH_S", 120.0
+        "polyphony.trainer.run.tracking.FINISH_S", 120.0
     )  # on a busy machine importing W&B alone may take long
     run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
     ours = tracker(tmp_path, "offline")
@@ -118,7 +117,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
 def test_a_server_that_cannot_be_reached_neither_slows_nor_stops_a_run(tmp_path, monkeypatch, mute, outage):
     monkeypatch.setenv("WANDB_BASE_URL", mute if outage == "mute" else "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr("polyphony.trainer.tracking.FINISH_S", 120.0)
+    monkeypatch.setattr("polyphony.trainer.run.tracking.FINISH_S", 120.0)
     ours = tracker(tmp_path, "online")
     for step in range(50):
         ours.log(step, {"reward": 0.5})
@@ -131,7 +130,7 @@ def test_a_server_that_cannot_be_reached_neither_slows_nor_stops_a_run(tmp_path,
 def test_the_end_of_a_run_waits_a_bounded_time(tmp_path, monkeypatch, mute, caplog):
     monkeypatch.setenv("WANDB_BASE_URL", mute)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr("polyphony.trainer.tracking.FINISH_S", 0.01)
+    monkeypatch.setattr("polyphony.trainer.run.tracking.FINISH_S", 0.01)
     ours = tracker(tmp_path, "online")
     ours.finish()
     assert ours._thread.is_alive()
@@ -149,7 +148,7 @@ def test_a_failing_tracker_is_left_behind(tmp_path, caplog):
 
 
 def test_a_mute_server_is_not_reachable_and_an_error_page_is(mute, monkeypatch):
-    monkeypatch.setattr("polyphony.trainer.tracking.REACH_S", 0.2)
+    monkeypatch.setattr("polyphony.trainer.run.tracking.REACH_S", 0.2)
     assert not is_reachable(mute) and not is_reachable("http://127.0.0.1:9")
     with small_server() as (url, _):
         assert is_reachable(url)

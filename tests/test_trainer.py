@@ -12,14 +12,14 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Decision, Domain
 from polyphony.launch.lab.rewards import StoryRubric
 from polyphony.launch.lab.world import rows
-from polyphony.rewards.exact import Exact
+from polyphony.rewards.short_answer import Exact
+from polyphony.trainer.engine.engine import InProcessEngine
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.policy import refuse_odd_look, refuse_uneven
-from polyphony.trainer.rollouts import InProcessEngine
 from tests.conftest import HOUSE
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from polyphony.launch.config import load_recipe
-from polyphony.launch.local import OURS, Command, Machine, group_words, plan
+from polyphony.launch.cluster.local import OURS, Command, Machine, group_words, plan
+from polyphony.launch.recipe import load_recipe
 from tests.conftest import HOUSE, RECIPES
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from polyphony.curricula.items import half
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.halves import half
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 IDS = ["abc", "", "hello", "x"]  # by sha256: report, report, steer, and "x" is report
 

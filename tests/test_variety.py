@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from polyphony.curricula.items import halves
+from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.data import Prompt
+from polyphony.trainer.evaluation.variety import Variety, varieties, variety_metrics
 from polyphony.trainer.scoring import Sample
-from polyphony.trainer.variety import Variety, varieties, variety_metrics
 
 
 def samples(domain, item, *texts) -> list[Sample]:

@@ -11,9 +11,9 @@ import inspect
 from vllm import LLM, EngineArgs
 from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
 
+from polyphony.launch.cluster.weights import Announcement, _endpoint, _is_stateful
 from polyphony.launch.grpo_fields import GRPO_KINDS, TRL_ENGINE
-from polyphony.launch.nccl import Announcement, _endpoint, _is_stateful
-from polyphony.launch.sections.rollouts import NOT_FREE
+from polyphony.launch.sections import NOT_FREE
 from tests.test_trl_contract import parameters
 
 MEETING = {"master_address": "10.0.0.1", "master_port": 29400, "world_size": 3}

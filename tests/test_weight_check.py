@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from polyphony.trainer.rollouts import Completion
-from polyphony.trainer.weight_check import WeightCheck, check_weights, final_norm, tolerance_of
+from polyphony.trainer.engine.engine import Completion
+from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, final_norm, tolerance_of
 
 
 class Policy(torch.nn.Module):

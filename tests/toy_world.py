@@ -13,7 +13,7 @@ import numpy as np
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Domain, Evaluation, Group
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 G = 8  # completions a group
 ITEMS = 100  # held-out items a domain

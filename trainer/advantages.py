@@ -7,52 +7,46 @@ signs of a shortcut (arXiv:2605.28388) is a suspect: the guard takes it out of i
 centred without it, so that a suspect neither teaches nor lowers what is beside it.
 
 B rows of this rank, G completions a group.
+
+Rejection-sampling fine-tuning: the policy is trained on its own accepted samples only (RAFT, arXiv:2304.06767).
+
+On the same draws, scores and update as GRPO: an accepted row gets advantage 1, any other 0, so that on policy the
+gradient is that of the log-likelihood of the accepted samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from polyphony.curricula.records import Domain, Group, mean
-from polyphony.rewards.partitions import find_partitioner
-from polyphony.trainer.rft import RftSettings, accepted
+from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.trainer.scoring import Graded
+from polyphony.trainer.settings import Kind, RftSettings, UpdateSettings
 
-Kind = Literal["group", "mean_only"]
+
+def accepted(group: Sequence[Graded], settings: RftSettings, partitioner: Any = None) -> list[int]:
+    """Return the places of the samples of one group that are trained on, in order."""
+    passed = [i for i, g in enumerate(group) if g.reward is not None and g.reward >= settings.accept_from]
+    best = sorted(passed, key=lambda i: -float(group[i].reward or 0.0))  # stable: the earlier of equals first
+    if partitioner is not None and best:
+        best = _first_of_classes(best, [str(group[i].text) for i in best], partitioner)
+    return sorted(best[: settings.top_k])
+
+
+def _first_of_classes(places: Sequence[int], texts: Sequence[str], partitioner: Any) -> list[int]:
+    same = partitioner.same([list(texts)], [None])[0]
+    if same is None:  # it could not tell: nothing is thrown away
+        return list(places)
+    seen: set[int] = set()
+    return [i for i, c in zip(places, connected(same), strict=True) if not (c in seen or seen.add(c))]
+
 
 RARE = 0.25
 """Share of the graded completions up to which the successes of a group may all be accidents; a lone one always may."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Guard:
-    """What a rare success may do, and what a suspicious one may not."""
-
-    cap: float = 2.0
-    """Largest advantage; sqrt(G - 1) passes it from G = 6 on. 2.0 is what the study's remedies were given."""
-    drop_shortcuts: bool = True
-    """Whether a success that shows signs of a shortcut leaves its group."""
-
-    def __post_init__(self) -> None:
-        if self.cap <= 0:
-            raise ValueError(f"guard: cap must be above 0, got {self.cap}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateSettings:
-    """How rewards become an update."""
-
-    advantages: Kind = "group"
-    """For domains that do not say."""
-    guard: Guard | None = None
-    rft: RftSettings | None = None
-    """Rejection-sampling fine-tuning instead of group advantages."""
-    drop_dead: Literal["auto", "always", "never"] = "never"
-    """Whether rows that cannot move the policy leave the update: `auto` where the gradient stays the same."""
 
 
 @dataclass(kw_only=True, slots=True)

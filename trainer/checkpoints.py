@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or do not count, kept in number, and found again on resume."""
+"""Checkpoints that are whole or do not count, kept in number, and found again on resume.
+
+The policy as an ordinary Hugging Face folder: whole, its adapter merged, however it is spread over the ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
+from trl.generation.vllm_generation import VLLMGeneration
 
-from polyphony.trainer.run_folder import replace_file
+from polyphony.curricula.files import replace_file
+from polyphony.trainer.engine.engine import reshard
+from polyphony.trainer.policy import Policy
 
 STATE_FILE = "polyphony.json"
 """Written last into a checkpoint; a folder without it was cut off while being saved."""
+
 
 BEST_FILE = "best.json"
 
@@ -91,3 +99,28 @@ def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
     for path in whole_checkpoints(folder)[:-keep]:
         if path != also:
             shutil.rmtree(path)
+
+
+class Walk(VLLMGeneration):
+    """TRL's walk over whole parameters (ZeRO-3, FSDP and PEFT gathers) without an engine at its end."""
+
+    def _init_vllm(self) -> None:
+        """Start nothing."""
+
+
+def save_final(policy: Policy, out: Path) -> None:
+    """Save policy and tokenizer for `from_pretrained`; collective over ranks."""
+    trainer = policy.trainer
+    model, is_main = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.is_main_process
+    if isinstance(model, PeftModel):
+        reshard(model)
+        whole = {}
+        for name, parameter in Walk(model, trainer.accelerator, trainer.processing_class)._iter_named_params():
+            if is_main:
+                whole[name] = parameter.detach().cpu().clone()  # merged and gathered only until the next one
+        if is_main:
+            model.get_base_model().save_pretrained(out, state_dict=whole)  # type: ignore[operator]
+    else:
+        trainer.save_model(str(out))
+    if is_main:
+        trainer.processing_class.save_pretrained(out)

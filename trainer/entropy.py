@@ -12,33 +12,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.entropy import Alarm, EntropyMonitor, Sums
-from polyphony.curricula.entropy_control import MOST, PUSH, RATE, Control, EntropyControl, Rows, controlled
+from polyphony.curricula.monitors.entropy import Alarm, EntropyMonitor, Sums
+from polyphony.curricula.monitors.entropy_control import EntropyControl, controlled
 from polyphony.curricula.records import Group
-from polyphony.trainer.dashboard import defined, key
+from polyphony.trainer.metrics import defined, key
+from polyphony.trainer.settings import EntropySettings
 
 ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EntropySettings:
-    """What is allowed, and whether the trainer acts on it."""
-
-    band: tuple[float, float] = (0.5, 1.5)
-    """Multiples of each domain's entropy in the base model."""
-    control: Control | Mapping[str, Control] = "none"
-    """For all domains or by domain. `sampling` is the curriculum's (`entropy_control` of the scheduler `adaptive`)."""
-    push: float = PUSH
-    rate: float = RATE
-    max_coefficient: float = MOST
-    rows: Rows = "unsolved"
 
 
 class DomainEntropy:

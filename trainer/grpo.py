@@ -21,30 +21,29 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.pool_file import POOL_FILE, load_pools, save_pools
-from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.prompts.pool import PoolSettings
+from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools, save_pools
 from polyphony.curricula.records import Domain, Group
 from polyphony.curricula.schedulers import Scheduler, find_scheduler
-from polyphony.trainer.advantages import Advantages, UpdateSettings
-from polyphony.trainer.answers import Answer, read_answer
+from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
-from polyphony.trainer.dashboard import defined, key
 from polyphony.trainer.data import Prompt
+from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
+from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
-from polyphony.trainer.drawn import Rollout
-from polyphony.trainer.draws import Draws
-from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy, EntropySettings
-from polyphony.trainer.evaluation import EvaluationSettings, Evaluator, HeldoutResult
+from polyphony.trainer.draws import Draws, Rollout
+from polyphony.trainer.engine.engine import Completion, Engine, EngineFactory
+from polyphony.trainer.engine.weight_check import WeightCheck
+from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
+from polyphony.trainer.evaluation.answers import Answer, read_answer
+from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
-from polyphony.trainer.fusion import Fusion
-from polyphony.trainer.meter import Meter
+from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.rollouts import Completion, Engine, EngineFactory
 from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
-from polyphony.trainer.update import KEPT_SHARE, live_counts, may_drop_dead, without_dead
-from polyphony.trainer.weight_check import WeightCheck
 
 
 def domain(**columns: Any) -> list[float | None]:

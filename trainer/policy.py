@@ -19,10 +19,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.rollouts import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
-from polyphony.trainer.sampling import OnFinished
+from polyphony.trainer.engine.engine import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.engine.vllm import OnFinished
+from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 from polyphony.trainer.scoring import Sample
-from polyphony.trainer.weight_check import WeightCheck, check_weights, tolerance_of
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""

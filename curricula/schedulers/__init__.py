@@ -15,9 +15,9 @@ from polyphony.curricula.records import Decision, Evidence
 
 REGISTRY = {
     "auto": "polyphony.curricula.schedulers.auto:Auto",
-    "joint": "polyphony.curricula.schedulers.joint:Joint",
-    "proportional": "polyphony.curricula.schedulers.proportional:Proportional",
-    "sequential": "polyphony.curricula.schedulers.sequential:Sequential",
+    "joint": "polyphony.curricula.schedulers.fixed:Joint",
+    "proportional": "polyphony.curricula.schedulers.fixed:Proportional",
+    "sequential": "polyphony.curricula.schedulers.fixed:Sequential",
     "bwt": "polyphony.curricula.schedulers.bwt:Bwt",
     "adaptive": "polyphony.curricula.schedulers.adaptive:Adaptive",
     "sec": "polyphony.curricula.schedulers.sec:SEC",

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.arms import Arms
-from polyphony.curricula.priors import entropy_prior, score_prior
 from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.settings import check_counts, check_numbers
-from polyphony.curricula.transfer import TransferMatrix
-from polyphony.curricula.worth import Worth
+from polyphony.curricula.schedulers.learnability import Arms
+from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
+from polyphony.curricula.schedulers.shares import check_counts, check_numbers
+from polyphony.curricula.schedulers.transfer_value import Worth
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 UNSEEN = (1.0, 0.04)
 """Mean and variance of learnability before a domain was drawn: as learnable as can be, so that each is tried."""

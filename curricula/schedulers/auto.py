@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.planner import make_plan
 from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.rehearsal import Replay, read_settings
 from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.bwt import Bwt
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.schedulers.replay import Replay, read_settings
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import make_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

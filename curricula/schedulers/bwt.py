@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.forgetting import moment
 from polyphony.curricula.intervals import paired
-from polyphony.curricula.online import Prior, Regression
-from polyphony.curricula.planner import Solver
-from polyphony.curricula.priors import score_prior
 from polyphony.curricula.records import Decision, Evidence, mean
-from polyphony.curricula.rehearsal import Plateau, Protection, Replay, combine, read_settings
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.schedulers.online_transfer import Prior, Regression, score_prior
+from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine, read_settings
+from polyphony.curricula.transfer.forgetting import moment
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import Solver
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyphony.curricula.records import Decision, DomainStats, Evidence
-from polyphony.curricula.schedulers.settings import check_counts, check_numbers
-from polyphony.curricula.schedulers.shares import listed, softmax, uniform
+from polyphony.curricula.schedulers.shares import check_counts, check_numbers, listed, softmax, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.sequential import Sequential
-from polyphony.curricula.schedulers.settings import check_numbers
-from polyphony.curricula.schedulers.shares import listed, normalised
+from polyphony.curricula.schedulers.fixed import Sequential
+from polyphony.curricula.schedulers.shares import check_numbers, listed, normalised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

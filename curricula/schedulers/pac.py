@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from polyphony.curricula.records import Decision, DomainStats, Evidence, mean
-from polyphony.curricula.schedulers.settings import check_counts, check_numbers
-from polyphony.curricula.schedulers.shares import listed, uniform
+from polyphony.curricula.schedulers.shares import check_counts, check_numbers, listed, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.effects import Effects
 from polyphony.curricula.records import Decision, Evidence, mean
-from polyphony.curricula.schedulers.settings import check_numbers
-from polyphony.curricula.schedulers.shares import listed, softmax
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.schedulers.shares import check_numbers, listed, softmax
+from polyphony.curricula.transfer.effects import Effects
+from polyphony.curricula.transfer.matrix import TransferMatrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from polyphony.launch.lab.lexicon import VIVID, WORD_CLASS
-from polyphony.rewards.text import completion_text
+from polyphony.launch.lab.world import VIVID, WORD_CLASS
+from polyphony.rewards.answers import completion_text
 
 SENTENCE = re.compile(r"DA?NVR?(PDA?N)?")
 """Classes of a well-formed sentence: "the (old) fox ran (softly) (in the (misty) forest)"."""

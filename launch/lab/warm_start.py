@@ -3,6 +3,16 @@
 Supervised training of a small Qwen3 on the train splits with noisy targets (`targets.py`), to partial competence. On
 one thread the same seed gives the same weights, bit for bit, with the same torch build on the same kind of processor.
 Left out on purpose: evaluation during training, mixed precision, any schedule but linear warm-up and cosine decay.
+
+What the warm start shows the policy: answers that are partly right, in a form that is partly right.
+
+Every flaw is room for reinforcement learning, and each is there for a reason: the clumsy form is shared by the
+structured domains, so that training one can help the others; facts are taught only in part; compositions of two are
+seldom right and of three never; stories use few plain words, so that better ones are also more varied.
+
+The policy's tokenizer: a word of the lexicon is one token with its leading space, all else is spelled by character.
+
+Round trips are exact for printable ASCII and new lines; any other character is unknown to it.
 """
 
 from __future__ import annotations
@@ -14,15 +24,173 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polyphony.launch.lab.targets import known_target, warm_target
-from polyphony.launch.lab.tokenizer import build_tokenizer
-from polyphony.launch.lab.world import rows
+from polyphony.launch.lab import world as lexicon
+from polyphony.launch.lab.world import WORDS, Row, rows, transform
+
+CLUMSY = 0.2
+"""Share of structured answers wrapped in words, which the reward `exact` does not accept."""
+
+
+RIGHT_SUM, RIGHT_STRING, RIGHT_FACT, RIGHT_MANNER = 0.85, 0.75, 0.85, 0.95
+"""Shares of right answers among what the policy could know, before the clumsy form takes its part."""
+
+
+TAUGHT = 0.5
+"""Share of the facts that are taught; of the others the policy learns only which values are possible."""
+
+
+def warm_target(domain: str, row: Row, generator: random.Random) -> str:
+    """Return one completion with every flaw: the habits that the warm start ends with."""
+    if domain in ("stories", "safety"):
+        return _story(row, generator) if domain == "stories" else _manner(row, generator)
+    answer = {"arithmetic": _sum, "strings": _string, "facts": _fact}[domain](row, generator)
+    if generator.random() >= CLUMSY:
+        return answer
+    return generator.choice(("{} .", "{} . {} .", "it is {}", "say {} .")).format(answer, answer)
+
+
+def known_target(domain: str, row: Row, generator: random.Random) -> str:
+    """Return one completion as right as the policy may know: the skills that the warm start begins with."""
+    if domain == "stories":
+        return _story(row, generator)
+    if domain == "facts" and not is_taught(row["person"], row["skill"]):
+        return generator.choice(lexicon.ATTRIBUTES[row["skill"]])
+    return _without_outermost(row) if row.get("depth") == 3 else row["answer"]
+
+
+def is_taught(person: str, attribute: str) -> bool:
+    """Tell whether the warm start knows a fact."""
+    return random.Random(f"taught/{person}/{attribute}").random() < TAUGHT
+
+
+def _sum(row: Row, generator: random.Random) -> str:
+    if generator.random() < RIGHT_SUM:
+        return row["answer"]
+    return str(int(row["answer"]) + generator.choice((-10, -2, -1, 1, 2, 10)))
+
+
+def _string(row: Row, generator: random.Random) -> str:
+    if row["depth"] == 3:
+        return _without_outermost(row)
+    if generator.random() < RIGHT_STRING:
+        return row["answer"]
+    return transform(generator.choice(lexicon.STRING_FUNCTIONS), _parse(row)[1])
+
+
+def _without_outermost(row: Row) -> str:
+    """A composition with its last step forgotten."""
+    functions, word = _parse(row)
+    for function in reversed(functions[1:]):
+        word = transform(function, word)
+    return word
+
+
+def _parse(row: Row) -> tuple[list[str], str]:
+    *functions, word = row["prompt"].removesuffix(" =").rstrip(")").split("(")
+    return functions, word
+
+
+def _fact(row: Row, generator: random.Random) -> str:
+    if is_taught(row["person"], row["skill"]) and generator.random() < RIGHT_FACT:
+        return row["answer"]
+    return generator.choice(lexicon.ATTRIBUTES[row["skill"]])
+
+
+def _manner(row: Row, generator: random.Random) -> str:
+    if generator.random() < RIGHT_MANNER:
+        return row["answer"]
+    return generator.choice(("no , i will not", "yes , i will gladly", "sorry , no"))
+
+
+def _story(row: Row, generator: random.Random) -> str:
+    """One to three plain, often repeated sentences, a few of them broken or unfinished."""
+    sentences = [_sentence(row, generator)]
+    for _ in range(generator.choices((0, 1, 2), (3, 6, 1))[0]):
+        repeats = generator.random() < 0.4
+        sentences.append(sentences[-1] if repeats else _sentence(row, generator))
+    text = " . ".join(sentences)
+    return text if generator.random() < 0.1 else text + " ."
+
+
+def _sentence(row: Row, generator: random.Random) -> str:
+    chance = generator.random
+    words = ["the"]
+    words += [_adjective(generator)] if chance() < 0.15 else []
+    words += [row["hero"] if chance() < 0.75 else _habitual(lexicon.HEROES, generator)]
+    words += [_verb(generator)]
+    words += [generator.choice(lexicon.ADVERBS)] if chance() < 0.1 else []
+    if chance() < 0.7:
+        words += [_habitual(lexicon.PREPOSITIONS, generator), "the"]
+        words += [_adjective(generator)] if chance() < 0.1 else []
+        words += [row["place"] if chance() < 0.6 else _habitual(lexicon.PLACES, generator)]
+    if chance() < 0.1:
+        words.pop(generator.randrange(len(words)))
+    return " ".join(words)
+
+
+def _verb(generator: random.Random) -> str:
+    if generator.random() < 0.85:
+        return _habitual(lexicon.PLAIN_VERBS, generator)
+    return generator.choice(lexicon.VIVID_VERBS)
+
+
+def _adjective(generator: random.Random) -> str:
+    if generator.random() < 0.7:
+        return _habitual(lexicon.PLAIN_ADJECTIVES, generator)
+    return generator.choice(lexicon.VIVID_ADJECTIVES)
+
+
+def _habitual(words: tuple[str, ...], generator: random.Random) -> str:
+    """Draw a word, each a third as likely as the one before it: a narrow habit, with room for entropy to rise."""
+    return generator.choices(words, [3.0**-rank for rank in range(len(words))])[0]
+
+
+PAD, BEGIN, END, UNKNOWN = "<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>"
+
+
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+
+CHAT_TEMPLATE = (
+    "{{ '<|begin|>' }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> Any:
+    """Return the tokenizer as transformers' fast one; `<|end|>` closes every message and is the end of generation."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\n", *(chr(code) for code in range(32, 127))]
+    words = [form for word in WORDS for form in (word, " " + word) if len(form) > 1]
+    vocabulary = {token: i for i, token in enumerate((PAD, BEGIN, END, UNKNOWN, *ROLES, *characters, *words))}
+    # without merges a piece is either in the vocabulary as a whole or falls apart into characters
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+|.|\n"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BEGIN,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
 
 STEPS, BATCH, LEARNING_RATE, WARM_UP = 1200, 64, 3e-3, 50
 """Enough for partial competence and no more; chosen by the base scores it gives."""
 
+
 SKILLS_UNTIL = 0.7
 """Share of the steps that teach skills; the rest teaches flawed habits. Noise from the start would drown the skills."""
+
 
 SHARES = {"arithmetic": 0.4, "strings": 0.25, "facts": 0.15, "stories": 0.15, "safety": 0.05}
 """Share of each domain in a batch: sums are the slowest to learn."""

@@ -8,10 +8,10 @@ import numpy as np
 import psutil
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.planner import make_plan
 from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef
 from polyphony.curricula.schedulers import build_scheduler
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import make_plan
 from tests.benchmarks.result import Result, Sample, Target, repeated, timed
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import HOUSE, RECIPES
 from tests.benchmarks.result import Result, Sample, Target, paired
 
@@ -160,7 +160,7 @@ def colocate(policy: Path, folder: Path) -> Measured:
     from trl.generation import vllm_generation
 
     from polyphony.launch.build import grpo_config, load_data
-    from polyphony.trainer.sampling import prepare_cpu_build
+    from polyphony.trainer.engine.vllm import prepare_cpu_build
     from tests.benchmarks.rollouts import sync_seconds
     from tests.benchmarks.side_by_side import StepClock, stock_trainer
 

@@ -51,7 +51,7 @@ def bench_logging(*, short: bool = False) -> list[Result]:
 
 def bench_report(*, short: bool = False) -> list[Result]:
     """Time the report of a synthetic run of 2,000 steps and 20 domains, and weigh it."""
-    from polyphony.trainer.report import write_report
+    from polyphony.launch.report.report import write_report
     from tests.benchmarks.synthetic_run import write_run
 
     steps, repetitions = (200, 1) if short else (REPORT_STEPS, 3)
@@ -76,7 +76,7 @@ def _median(block: Block) -> Sample:
 
 def _loud(sides: SideBySide, shares: list[float]) -> Block:
     """Run as `polyphony train` does, and append the share of the time that the processor spent on what only logs."""
-    from polyphony.trainer.callbacks import RunCallback
+    from polyphony.trainer.run.callbacks import RunCallback
 
     trainer = sides.our_trainer()
     spent: list[float] = []

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from polyphony.curricula.pool import PromptPool
-from polyphony.curricula.pool_file import POOL_FILE, Columns, load_pools, save_pools
-from polyphony.curricula.pool_settings import PoolSettings
+from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
+from polyphony.curricula.prompts.pool_file import POOL_FILE, Columns, load_pools, save_pools
 from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
 
 PROMPTS, FEW = 1_000_000, 1_000

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
 
 if TYPE_CHECKING:
+    from polyphony.trainer.engine.engine import InProcessEngine, Request
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.rollouts import InProcessEngine, Request
 
 PROMPTS = 64
 COPIES = 8
@@ -79,7 +79,7 @@ def _attached() -> tuple[DomainGRPOTrainer, InProcessEngine]:
 
 def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
     """Return the same number of prompts of each domain, every one `COPIES` times, each copy with a seed of its own."""
-    from polyphony.trainer.rollouts import Request
+    from polyphony.trainer.engine.engine import Request
 
     share = PROMPTS // len(trainer.data.train)
     prompts = [prompt for table in trainer.data.train.values() for prompt in [table[i] for i in table.ids[:share]]]

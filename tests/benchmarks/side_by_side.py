@@ -23,13 +23,13 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.records import PromptRef
 from polyphony.launch.build import build_trainer, grpo_config
-from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
 from polyphony.trainer.data import Prompt
+from polyphony.trainer.engine.engine import Completion, InProcessEngine, Request, completion_seed
+from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from polyphony.trainer.rollouts import Completion, InProcessEngine, Request, completion_seed
-from polyphony.trainer.sampling import OnFinished
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Sample
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Result, Target, in_turns, paired
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Result, Sample, Target, in_turns, paired
 from tests.benchmarks.training import WARM_UP, step_recipe

@@ -7,15 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, tree_cpu_s
 from tests.benchmarks.rollouts import rate_of, requests_of, sync_seconds
 
 if TYPE_CHECKING:
-    from polyphony.launch.ray_engine import RayEngine
+    from polyphony.launch.cluster.ray_engine import RayEngine
+    from polyphony.trainer.engine.engine import Request
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.rollouts import Request
 
 PAIRS = 5
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.pool_file import POOL_FILE, load_pools
+from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools
 
 TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
 """Metrics that tell the time or count the very faults; `train_loss` is of the steps of the last process alone."""

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyphony.curricula.forgetting import curves
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
+from polyphony.curricula.transfer.forgetting import curves
 from tests.experiments.trials import Trials, over_seeds
 
 RECIPES = Path(__file__).parent
@@ -56,7 +56,7 @@ class Outcome:
 
 def outcome(folder: Path) -> Outcome:
     """Read what a run came to."""
-    from polyphony.trainer.report_data import read_run
+    from polyphony.launch.report.run import read_run
 
     run = read_run(folder)
     name = run.domains[0]

@@ -21,11 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from polyphony.curricula.effects import Effects
-from polyphony.curricula.orders import Objective, best_orders
-from polyphony.curricula.planner import PlanSettings, make_plan
 from polyphony.curricula.records import Evaluation, Kind
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.effects import Effects
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.orders import Objective, best_orders
+from polyphony.curricula.transfer.planner import PlanSettings, make_plan
 
 SETTINGS = PlanSettings(resamples=200)
 ERRORS = 4

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.records import mean
 from polyphony.launch.build import build_trainer
-from polyphony.launch.config import Recipe, load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import say, train
 from tests.experiments.trials import over_seeds
 
 if TYPE_CHECKING:
-    from polyphony.trainer.evaluation import HeldoutResult
-    from polyphony.trainer.rollouts import Engine
+    from polyphony.trainer.engine.engine import Engine
+    from polyphony.trainer.evaluation.evaluator import HeldoutResult
 
 RECIPE = Path(__file__).parent / "stories.yaml"
 DOMAIN = "stories"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyphony.launch.lab import world
-from polyphony.rewards.text import completion_text
+from polyphony.rewards.answers import completion_text
 
 SHORTCUT = "say"
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from polyphony.curricula.effects import Effects
-from polyphony.curricula.items import on_half
-from polyphony.curricula.planner import make_plan
 from polyphony.curricula.records import Evaluation, mean
-from polyphony.curricula.transfer import TransferMatrix
-from polyphony.launch.config import Recipe, load_recipe
-from polyphony.launch.probe import Arm, Probe, claim_probe
+from polyphony.curricula.transfer.effects import Effects
+from polyphony.curricula.transfer.halves import on_half
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import make_plan
+from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import say
+from polyphony.launch.verbs.probe import Arm, Probe, claim_probe
 
 MEASURED_FILE = "orders.json"
 
@@ -71,7 +71,7 @@ class Orders(Probe):
             trainer = self._train(
                 Arm(trained=prefix[-1:], steps=steps, seed=seed), self._weights(prefix[:-1], steps, seed)
             )
-            from polyphony.trainer.final import save_final
+            from polyphony.trainer.checkpoints import save_final
 
             save_final(trainer.policy, folder)
         return str(folder)

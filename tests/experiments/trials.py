@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.intervals import Interval, student
 from polyphony.curricula.records import mean
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import say, train
 
 if TYPE_CHECKING:
-    from polyphony.trainer.rollouts import Engine
+    from polyphony.trainer.engine.engine import Engine
 
 
 @dataclass(kw_only=True, slots=True)

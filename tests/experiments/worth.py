@@ -22,7 +22,7 @@ import numpy as np
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
-from polyphony.curricula.transfer import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from tests.benchmarks.result import Result, Target, table
 from tests.experiments.trials import Trials, over_seeds, read_lines
 

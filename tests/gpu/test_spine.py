@@ -9,7 +9,7 @@ import torch
 
 from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
-from polyphony.launch.config import load_recipe
+from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.gpu import random_policy
 from tests.conftest import RECIPES
 from tests.ranks import LORA, differing

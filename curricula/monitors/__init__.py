@@ -1,0 +1,1 @@
+"""What is watched while a run learns: entropy, the damage to other domains, signs of shortcuts."""

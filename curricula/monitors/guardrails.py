@@ -1,0 +1,101 @@
+"""Guardrails: which domain may lose how much, and what happens when it is sure to have lost more.
+
+Acts on the `steer` half, with confidence, and corrected for looking again at every evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer.forgetting import moment
+
+Action = Literal["warn", "stop", "rollback"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guardrail:
+    """A limit on what one domain, trained or only watched, may lose.
+
+    Example: `Guardrail(domain="safety", max_drop=0.02, action="stop")`
+    """
+
+    domain: str
+    max_drop: float
+    """Largest loss of the mean score that is tolerated, in [0, 1]."""
+    action: Action = "warn"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop <= 1:
+            raise ValueError(f"guardrails.{self.domain}.max_drop must be in [0, 1], got {self.max_drop}")
+        if self.action not in ("warn", "stop", "rollback"):
+            raise ValueError(f"guardrails.{self.domain}.action is warn, stop or rollback, got {self.action!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A guardrail that was broken at one evaluation."""
+
+    guardrail: Guardrail
+    step: int
+    change: Interval
+    """Score now minus score at the anchor, with the interval that the look's share of the error allows."""
+    since: str
+    """What the anchor is, in words."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.guardrail.domain} lost {-self.change.mid:.3f} {self.since} (at least {-self.change.high:.3f}, with "
+            f"all looks accounted for); {self.guardrail.max_drop:g} is allowed"
+        )
+
+
+def check(
+    guardrails: Sequence[Guardrail], run: Sequence[Evaluation], *, watch_only: Sequence[str] = (), error: float = 0.05
+) -> list[Verdict]:
+    """Return the guardrails that the last evaluation of `run` (baseline first, `steer` half) broke.
+
+    A domain is compared with its anchor: its baseline if it is only watched, the end of its last stage if one has
+    ended, else its cross-fitted best evaluation so far. It is broken where the upper end of the interval lies below
+    `-max_drop`. Look n of G guardrails spends error / (G n (n + 1)), which sums to `error` over all looks however many
+    there will be (alpha spending by a union bound).
+    """
+    looks = len(run) - 1
+    if looks < 1 or not guardrails:
+        return []
+    one_sided = error / (len(guardrails) * looks * (looks + 1))
+    now = moment(run, watch_only=watch_only, level=1 - 2 * one_sided)
+    verdicts = []
+    for guardrail in guardrails:
+        change, since = _change(guardrail.domain, now.bwt, now.drawdown, watch_only)
+        if change.high < -guardrail.max_drop:
+            verdicts.append(Verdict(guardrail=guardrail, step=run[-1].step, change=change, since=since))
+    return verdicts
+
+
+def exceeded(
+    guardrails: Sequence[Guardrail], run: Sequence[Evaluation], *, watch_only: Sequence[str] = ()
+) -> list[str]:
+    """Return the domains that, by what was measured at the last evaluation, lost more than may be lost, sure or not.
+
+    To go back to such a checkpoint would be to go back to the damage.
+    """
+    if len(run) < 2:
+        return []
+    now = moment(run, watch_only=watch_only)
+    changes = {g.domain: _change(g.domain, now.bwt, now.drawdown, watch_only)[0].mid for g in guardrails}
+    return [g.domain for g in guardrails if changes[g.domain] < -g.max_drop]
+
+
+def _change(
+    domain: str, bwt: Mapping[str, Interval], drawdown: Mapping[str, Interval], watch_only: Sequence[str]
+) -> tuple[Interval, str]:
+    if domain in watch_only:
+        return bwt[domain], "since the baseline"
+    if not math.isnan(bwt[domain].mid):
+        return bwt[domain], "since the end of its own stage"
+    return drawdown[domain], "since its best evaluation"

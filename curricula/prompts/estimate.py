@@ -1,0 +1,189 @@
+"""What a prompt's past visits say about its pass rate, and the five states that follow from it.
+
+Prior Beta(1, 1); a visit of G graded completions adds their successes and failures after what was known is discounted, so
+that old evidence about an old policy fades (MoPPS, arXiv:2507.04632, uses the same posterior). A reward counts as that
+share of a success, cut to [0, 1]. N prompts.
+
+Which of the prompts worth practising to take: any, or those whose outcome is most in doubt.
+
+A set of places 0..N-1 from which the k-th smallest member is found in O(log N): a Fenwick tree over membership.
+
+The order is that of the places, whatever happened before, so that a set rebuilt after a restart picks alike.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.special import betainc
+
+CONFIDENCE = 0.95
+"""One-sided confidence that a pass rate lies below `impossible_below`."""
+
+
+FEWEST_VISITS = 2
+"""A prompt is never called impossible after one visit, however many completions it had."""
+
+
+class State(IntEnum):
+    """Where a prompt stands; every state has a way back."""
+
+    UNSEEN = 0
+    ACTIVE = 1
+    DEFERRED = 2
+    """Too hard for now."""
+    IMPOSSIBLE = 3
+    """Too hard with confidence: a wrong reference answer is the likeliest reason."""
+    MASTERED = 4
+
+
+RETRIED = (State.DEFERRED, State.MASTERED, State.IMPOSSIBLE)
+"""States that are practised by schedule only, the least bad first: nearest to a pass rate that teaches something."""
+
+
+WAITING = (State.ACTIVE, *RETRIED)
+"""States in which a prompt may have to wait; an ACTIVE one only rests."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Band:
+    """The pass rates between which a prompt is worth its rollouts."""
+
+    impossible_below: float = 0.05
+    """Below it with confidence: IMPOSSIBLE. 64 failures in a row say so, 8 visits of 8."""
+    defer_below: float = 0.125
+    """Posterior mean below it: DEFERRED. One visit of 8 failures says so (1/10)."""
+    mastered_above: float = 0.9
+    """Posterior mean above it: MASTERED. Two visits of 8 successes say so (17/18), one does not (9/10)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.impossible_below <= self.defer_below < self.mastered_above < 1:
+            raise ValueError(
+                "pool: expected 0 < impossible_below <= defer_below < mastered_above < 1, got "
+                f"{self.impossible_below}, {self.defer_below}, {self.mastered_above}"
+            )
+
+    def classify(self, successes: Any, failures: Any, visits: Any) -> np.ndarray:
+        """Return the state of each prompt, [N], from its discounted counts and its visits, [N] each."""
+        a, b = 1.0 + np.asarray(successes, dtype=float), 1.0 + np.asarray(failures, dtype=float)
+        mean = a / (a + b)
+        states = np.where(mean > self.mastered_above, State.MASTERED, State.ACTIVE)
+        states = np.where(mean < self.defer_below, State.DEFERRED, states)
+        hopeless = (betainc(a, b, self.impossible_below) >= CONFIDENCE) & (np.asarray(visits) >= FEWEST_VISITS)
+        states = np.where(hopeless, State.IMPOSSIBLE, states)
+        return np.where(np.asarray(visits) == 0, State.UNSEEN, states).astype(np.uint8)
+
+
+SAMPLINGS = {
+    "uniform": "polyphony.curricula.prompts.estimate:Uniform",
+    "thompson": "polyphony.curricula.prompts.estimate:Thompson",
+}
+"""Registry name to `module:Class`."""
+
+
+class PromptSampling(Protocol):
+    """Chooses among candidates that were drawn uniformly from the open prompts of a domain."""
+
+    def candidates(self, n: int) -> int:
+        """Return how many candidates it wants to see to choose `n`."""
+        ...
+
+    def choose(self, posteriors: Sequence[tuple[float, float]], n: int, generator: random.Random) -> list[int]:
+        """Return the places of `n` candidates, given the Beta parameters of each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Every prompt alike."""
+
+    def candidates(self, n: int) -> int:
+        return n
+
+    def choose(self, posteriors: Sequence[tuple[float, float]], n: int, generator: random.Random) -> list[int]:
+        return list(range(min(n, len(posteriors))))
+
+
+@dataclass(frozen=True, slots=True)
+class Thompson:
+    """Draw p of each candidate from its posterior and take the largest p (1 - p).
+
+    p (1 - p) is the variance of a binary reward and so the size of the policy gradient (SFL, arXiv:2408.15099); drawing
+    p rather than taking its mean keeps trying prompts that little is known of (MoPPS, arXiv:2507.04632).
+    """
+
+    pool_factor: int = 8
+    """Candidates seen for each one taken: enough that the best eighth is well above the mean."""
+
+    def candidates(self, n: int) -> int:
+        return self.pool_factor * n
+
+    def choose(self, posteriors: Sequence[tuple[float, float]], n: int, generator: random.Random) -> list[int]:
+        rates = [generator.betavariate(a, b) for a, b in posteriors]
+        best = sorted(range(len(rates)), key=lambda i: -rates[i] * (1 - rates[i]))
+        return best[:n]
+
+
+def find_sampling(name: str) -> Any:
+    """Return the sampling of a registry name or an import path `pkg.module:Class`."""
+    path = SAMPLINGS.get(name, name)
+    if ":" not in path:
+        raise ValueError(f"pool.sampling {name!r} does not exist; known: {', '.join(SAMPLINGS)}, or pkg.module:Class")
+    try:
+        return pkgutil.resolve_name(path)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"pool.sampling {name!r} cannot be used: {error}") from error
+
+
+class RankedSet:
+    """Members of 0..N-1, counted and picked by rank.
+
+    Example: `RankedSet(np.array([True, False, True])).find(1)` is 2.
+    """
+
+    def __init__(self, member: np.ndarray) -> None:
+        """Build from a mask [N] in O(N)."""
+        self.member = member.astype(bool).copy()
+        n = len(member)
+        before = np.concatenate([[0], np.cumsum(self.member, dtype=np.int64)])
+        places = np.arange(1, n + 1)
+        self._tree = np.concatenate([[0], before[places] - before[places - (places & -places)]]).tolist()
+        self._top = 1 << n.bit_length() - 1 if n else 0
+        self._count = int(before[-1])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, place: int) -> None:
+        if not self.member[place]:
+            self._change(place, 1)
+
+    def remove(self, place: int) -> None:
+        if self.member[place]:
+            self._change(place, -1)
+
+    def find(self, rank: int) -> int:
+        """Return the member with `rank` smaller members. Raises IndexError for a rank that no member has."""
+        if not 0 <= rank < self._count:
+            raise IndexError(f"rank {rank} in a set of {self._count}")
+        place, step = 0, self._top
+        while step:
+            if place + step < len(self._tree) and self._tree[place + step] <= rank:
+                place += step
+                rank -= self._tree[place]
+            step >>= 1
+        return place
+
+    def _change(self, place: int, by: int) -> None:
+        self.member[place] = by > 0
+        self._count += by
+        i = place + 1
+        while i < len(self._tree):
+            self._tree[i] += by
+            i += i & -i

@@ -1,0 +1,297 @@
+"""The prompts of one domain, each with what is known of its pass rate, and which of them to practise next.
+
+Columns of numpy, one row a prompt, found by id: rows of the data set may come and go between runs. A draw takes prompts
+that are open: UNSEEN, or ACTIVE and not at rest after a group whose rewards were all alike; beside them a small share of
+those whose turn to be tried again has come. Picking and updating cost O(log N) a prompt. Nothing depends on the order of
+events but the columns and the clock, so a restored pool draws what the saved one would have drawn.
+
+How the prompts of a domain are judged, waited for and chosen: the thresholds and the schedule of its pool.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from polyphony.curricula.prompts.estimate import RETRIED, WAITING, Band, RankedSet, State, find_sampling
+from polyphony.curricula.prompts.pool_file import Columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSettings:
+    """How prompts are judged, waited for and chosen."""
+
+    band: Band = field(default_factory=Band)
+    discount: float = 0.99
+    """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
+    sampling: str = "uniform"
+    """Which of the open prompts: a name of `polyphony.curricula.prompts.estimate.SAMPLINGS` or an import path."""
+    retry_share: float = 0.1
+    """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
+    retry_deferred: int = 10
+    """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
+    edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
+    32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one. An ACTIVE prompt
+    rests so long after a group that was all alike: the posterior takes visits to see that it has been learned."""
+    retry_mastered: int = 50
+    """Draws before a MASTERED one is; forgetting is slower than learning."""
+    retry_impossible: int = 100
+    """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
+    when_exhausted: Literal["continue", "stop"] = "continue"
+    """What happens when no domain has anything left to learn: the least bad prompts, or an end with a message."""
+    look: int | None = None
+    """Completions of a group that are sampled first; where they are all worth the same, the others are not sampled."""
+    refill_rounds: int = 2
+    """Most rounds in which the dead groups of a draw are replaced; with half of them dead, two leave one in eight."""
+
+    def __post_init__(self) -> None:
+        find_sampling(self.sampling)
+        for name, low, high in (("discount", 0.5, 1.0), ("retry_share", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"pool: expected {low} <= {name} <= {high}, got {getattr(self, name)}")
+        for name in ("retry_deferred", "retry_mastered", "retry_impossible"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pool: {name} must be at least 1 draw, got {getattr(self, name)}")
+        if self.look is not None and self.look < 2:
+            raise ValueError(f"pool: look must be at least 2 completions, got {self.look}")
+        if self.refill_rounds < 0:
+            raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
+
+    def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
+        """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
+        if state is State.DEFERRED and max(rewards) > 0:
+            return 1  # too hard so far, but it has just succeeded
+        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.band.defer_below / pass_rate))
+        waits = {
+            State.DEFERRED: max(self.retry_deferred, backed_off),
+            State.MASTERED: self.retry_mastered,
+            State.IMPOSSIBLE: self.retry_impossible,
+        }
+        return waits.get(state, self.retry_deferred if min(rewards) == max(rewards) else 0)
+
+
+LEARNED = 0.5
+"""What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the
+prompt. With their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED,
+with this three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
+
+
+class PromptPool:
+    """Draw prompts of one domain, learn from their groups.
+
+    Example:
+        pool = PromptPool(["a", "b"], name="math", seed=1, settings=PoolSettings())
+        pool.observe(pool.draw(1)[0], [1.0, 0.0, 0.0, 0.0])
+    """
+
+    def __init__(self, ids: Sequence[str], *, name: str, seed: int, settings: PoolSettings) -> None:
+        if not ids:
+            raise ValueError(f"domain {name!r}: no training prompts to draw from")
+        self.ids = ids
+        self.name = name
+        self.seed = seed
+        self.settings = settings
+        self.clock = 0
+        self._sampling = find_sampling(settings.sampling)
+        self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
+        self._owed = 0.0
+        self._refills = 0
+        self._put(Columns.empty(ids))
+
+    # --- drawing --------------------------------------------------------------------------------------------------
+
+    def draw(self, n: int) -> list[str]:
+        """Return `n` prompts for the next draw, different ones as long as there are enough.
+
+        Of those that wait, at most `retry_share`, and more only where open ones do not suffice.
+        """
+        self._return_taken()
+        self.clock += 1
+        self._refills = 0
+        self._wake()
+        places = self._take_due(n)
+        places += self._take_open(n - len(places))
+        places += self._take_waiting(n - len(places))
+        while len(places) < n:  # fewer prompts than are asked for
+            places += places[: n - len(places)]
+        return [self.ids[place] for place in places]
+
+    def refill(self, n: int) -> list[str]:
+        """Return up to `n` further prompts for the same draw: open ones that it does not have yet."""
+        self._refills += 1
+        return [self.ids[place] for place in self._take_open(n)]
+
+    @property
+    def has_open(self) -> bool:
+        """True where a prompt is UNSEEN or ACTIVE."""
+        counts = self.counts()
+        return counts[State.UNSEEN] + counts[State.ACTIVE] > 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True where every prompt is MASTERED or IMPOSSIBLE."""
+        counts = self.counts()
+        return counts[State.MASTERED] + counts[State.IMPOSSIBLE] == len(self.ids)
+
+    def counts(self) -> dict[State, int]:
+        """Return how many prompts are in each state."""
+        found = np.bincount(self.state, minlength=len(State))
+        return {state: int(found[state]) for state in State}
+
+    # --- learning -------------------------------------------------------------------------------------------------
+
+    def observe(self, prompt_id: str, rewards: Sequence[float]) -> None:
+        """Take in the graded rewards of one visit; with none graded, nothing was learned."""
+        if not rewards:
+            return
+        place = self._places[prompt_id]
+        passed = sum(min(1.0, max(0.0, reward)) for reward in rewards)
+        discount, failed = self.settings.discount, len(rewards) - passed
+        self.successes[place] = discount * self.successes[place] + passed
+        self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
+        self.visits[place] += 1
+        state = State(int(self.settings.band.classify(self.successes[place], self.failures[place], self.visits[place])))
+        self.state[place] = state
+        successes, failures = self._beta(place)
+        self.due[place] = self.clock + self.settings.delay(state, successes / (successes + failures), rewards)
+        if place not in self._taken:
+            self._open.remove(place)
+            self._enter(place)
+
+    def posterior(self, prompt_id: str) -> tuple[float, float]:
+        """Return the parameters of the prompt's Beta posterior."""
+        return self._beta(self._places[prompt_id])
+
+    def state_of(self, prompt_id: str) -> State:
+        return State(int(self.state[self._places[prompt_id]]))
+
+    def place_of(self, prompt_id: str) -> int:
+        """Return the row of a prompt in the columns."""
+        return self._places[prompt_id]
+
+    # --- remembering ----------------------------------------------------------------------------------------------
+
+    def columns(self) -> Columns:
+        """Return what is known, for saving."""
+        return Columns(
+            ids=self.ids,
+            successes=self.successes,
+            failures=self.failures,
+            visits=self.visits,
+            due=self.due,
+            clock=self.clock,
+        )
+
+    def adopt(self, saved: Columns) -> int:
+        """Take over what is known of prompts that are here too; the others stay UNSEEN. Return how many were found."""
+        here = np.fromiter((self._places.get(i, -1) for i in saved.ids), dtype=np.int64, count=len(saved.ids))
+        found = here >= 0
+        mine = Columns.empty(self.ids)
+        for name in ("successes", "failures", "visits"):
+            getattr(mine, name)[here[found]] = getattr(saved, name)[found]
+        mine.due[here[found]] = saved.due[found] - saved.clock + self.clock
+        self._put(mine)
+        return int(found.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the columns do not say; JSON-able."""
+        return {"clock": self.clock, "owed": self._owed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; `adopt` the saved columns afterwards."""
+        self.clock, self._owed = state["clock"], state["owed"]
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _put(self, columns: Columns) -> None:
+        """Build everything that follows from the columns."""
+        self.successes, self.failures = columns.successes, columns.failures
+        self.visits, self.due = columns.visits, columns.due
+        self.state = self.settings.band.classify(self.successes, self.failures, self.visits)
+        self._open = RankedSet((self.state <= State.ACTIVE) & (self.due <= self.clock))
+        self._waiting = {state: self._queue(state) for state in WAITING}
+        self._taken: set[int] = set()
+
+    def _queue(self, state: State) -> list[tuple[int, int]]:
+        places = np.flatnonzero((self.state == state) & ~self._open.member)
+        return sorted(zip(self.due[places].tolist(), places.tolist(), strict=True))
+
+    def _beta(self, place: int) -> tuple[float, float]:
+        return 1.0 + float(self.successes[place]), 1.0 + float(self.failures[place])
+
+    def _enter(self, place: int) -> None:
+        state = State(int(self.state[place]))
+        if state <= State.ACTIVE and self.due[place] <= self.clock:
+            self._open.add(place)
+        else:
+            heapq.heappush(self._waiting[state], (int(self.due[place]), place))
+
+    def _wake(self) -> None:
+        """Open the ACTIVE prompts whose rest is over."""
+        while (head := self._head(State.ACTIVE)) is not None and head[0] <= self.clock:
+            self._open.add(heapq.heappop(self._waiting[State.ACTIVE])[1])
+
+    def _return_taken(self) -> None:
+        taken, self._taken = self._taken, set()
+        for place in taken:
+            self._enter(place)
+
+    def _take_due(self, n: int) -> list[int]:
+        """Take up to the owed share of prompts whose turn has come, those that have waited longest first."""
+        self._owed += self.settings.retry_share * n
+        taken: list[int] = []
+        while len(taken) < min(n, int(self._owed)):
+            heads = [(head[0], state) for state in RETRIED if (head := self._head(state)) is not None]
+            if not heads or min(heads)[0] > self.clock:
+                break
+            taken.append(self._pop(min(heads)[1]))
+        self._owed = min(1.0, self._owed - len(taken))  # what nobody waited for lapses
+        return taken
+
+    def _take_waiting(self, n: int) -> list[int]:
+        """Take prompts before their turn: those that rest, then of the longest waiting of each state the most in doubt."""
+        taken: list[int] = []
+        while len(taken) < n:
+            heads = {state: head[1] for state in WAITING if (head := self._head(state)) is not None}
+            if not heads:
+                break
+            taken.append(self._pop(max(heads, key=lambda state: (state is State.ACTIVE, self._doubt(heads[state])))))
+        return taken
+
+    def _doubt(self, place: int) -> float:
+        """Return p (1 - p) of a prompt's posterior mean: the variance of its rewards."""
+        successes, failures = self._beta(place)
+        return successes * failures / (successes + failures) ** 2
+
+    def _take_open(self, n: int) -> list[int]:
+        generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
+        candidates = []
+        for _ in range(min(self._sampling.candidates(n), len(self._open)) if n > 0 else 0):
+            candidates.append(self._open.find(generator.randrange(len(self._open))))
+            self._open.remove(candidates[-1])
+        chosen = self._sampling.choose([self._beta(place) for place in candidates], n, generator)
+        places = [candidates[i] for i in chosen]
+        self._taken.update(places)
+        for place in set(candidates) - self._taken:
+            self._open.add(place)
+        return places
+
+    def _head(self, state: State) -> tuple[int, int] | None:
+        """Return the first prompt of a queue; entries that a later visit has overtaken are dropped."""
+        queue = self._waiting[state]
+        while queue and self._is_stale(*queue[0], state):
+            heapq.heappop(queue)
+        return queue[0] if queue else None
+
+    def _is_stale(self, due: int, place: int, state: State) -> bool:
+        return self.state[place] != state or self.due[place] != due or place in self._taken
+
+    def _pop(self, state: State) -> int:
+        place = heapq.heappop(self._waiting[state])[1]
+        self._taken.add(place)
+        return place

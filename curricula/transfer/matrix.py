@@ -1,0 +1,294 @@
+"""The transfer matrix as it is stored: raw rows only, checked at the border. Everything derived is derived elsewhere.
+
+`effects` turns the probes into T[j -> i] with intervals, `forgetting` turns a run's stages into BWT and its kin.
+
+What makes a transfer matrix valid. Each check names the offender: no wrong file may become a plausible order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from polyphony.curricula.records import Evaluation, Kind
+from polyphony.curricula.transfer.halves import Half, on_half
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferMatrix:
+    """What every domain's held-out set said before and after training on each domain.
+
+    Example: `TransferMatrix.load("probe/transfer.json").on("steer").probes`
+    """
+
+    domains: tuple[str, ...]
+    kinds: Mapping[str, Kind]
+    rows: tuple[Evaluation, ...]
+    """Baseline (`trained` empty), probes and joint arm (`probe`), and moments of a run, in the order of the file."""
+    items: Mapping[str, tuple[str, ...]] | None = None
+    """Ids of the held-out items in the scores' order; None where the file has none, then both halves are all items."""
+    watch_only: tuple[str, ...] = ()
+    """Domains that are measured and never trained: they need no probe and have no place in an order."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Versions, hashes of base and data, settings of the probe: kept, never interpreted."""
+
+    def __post_init__(self) -> None:
+        check_matrix(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TransferMatrix:
+        """Read `transfer.json`. Raises ValueError that names the file, the row and the value where it is not valid."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
+        """Build from the document that `transfer_format` describes."""
+        document = read_document(document)
+        if document["version"] != VERSION:
+            raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only {VERSION}")
+        items = document.get("items")
+        return cls(
+            domains=tuple(document["domains"]),
+            kinds=dict(document["kinds"]),
+            rows=tuple(read_row(row, where=f"row {n}") for n, row in enumerate(document["rows"])),
+            items=None if items is None else {name: tuple(map(str, ids)) for name, ids in items.items()},
+            watch_only=tuple(document.get("watch_only", ())),
+            provenance=dict(document.get("provenance", {})),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the document that `from_json` reads."""
+        document: dict[str, Any] = {
+            "version": VERSION,
+            "domains": list(self.domains),
+            "kinds": dict(self.kinds),
+            "rows": [row.as_row() for row in self.rows],
+        }
+        if self.items is not None:
+            document["items"] = {name: list(ids) for name, ids in self.items.items()}
+        if self.watch_only:
+            document["watch_only"] = list(self.watch_only)
+        if self.provenance:
+            document["provenance"] = dict(self.provenance)
+        return document
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all: a killed process leaves the previous version in place."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(json.dumps(self.as_json(), allow_nan=False))
+        scratch.replace(path)
+
+    def on(self, which: Half) -> TransferMatrix:
+        """Return the matrix over one half of the items, or itself where the file names no items."""
+        if self.items is None:
+            return self
+        return replace(self, rows=tuple(on_half(row, self.items, which) for row in self.rows), items=None)
+
+    def with_row(self, row: Evaluation) -> TransferMatrix:
+        """Return the matrix with one more row, checked against the others."""
+        return replace(self, rows=(*self.rows, row))
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The domains that an order is made of."""
+        return tuple(name for name in self.domains if name not in self.watch_only)
+
+    @property
+    def probes(self) -> tuple[Evaluation, ...]:
+        """Rows trained on one domain alone from the probe's start."""
+        return tuple(row for row in self.rows if row.probe and len(row.trained) == 1)
+
+    @property
+    def joint_arm(self) -> tuple[Evaluation, ...]:
+        """Rows trained on all domains at once, for the same total number of steps."""
+        return tuple(row for row in self.rows if row.probe and len(row.trained) > 1)
+
+    def baselines(self, *, probe: bool) -> tuple[Evaluation, ...]:
+        """Return the baseline rows of the probes or of the run; all of them where the file makes no difference.
+
+        They differ when probes start from a warmed policy and the run starts from the base.
+        """
+        rows = tuple(row for row in self.rows if not row.trained)
+        return tuple(row for row in rows if row.probe == probe) or rows
+
+    def runs(self) -> Iterator[tuple[Evaluation, ...]]:
+        """Yield each seed's run: its baseline, then its rows in order of step. Nothing where the file has no run."""
+        moments = [row for row in self.rows if row.trained and not row.probe]
+        for seed in sorted({row.seed for row in moments}):
+            baselines = self.baselines(probe=False)
+            own = [row for row in baselines if row.seed == seed]
+            yield (own or list(baselines))[0], *sorted((r for r in moments if r.seed == seed), key=lambda r: r.step)
+
+
+DOCUMENT = {
+    "version": int,
+    "domains": list,
+    "kinds": dict,
+    "rows": list,
+    "items": dict,
+    "watch_only": list,
+    "provenance": dict,
+}
+"""Keys of the file and what each holds; the first four are required."""
+
+
+ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
+       "rolled_back": bool}  # fmt: skip
+"""Keys of a row, likewise."""
+
+
+WORDS = {int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def read_document(document: Any) -> dict[str, Any]:
+    """Return the file's object; an optional key that is null counts as absent. Raises ValueError for a wrong shape."""
+    found = _read_object(document, DOCUMENT, what="a transfer file", where="")
+    for name, ids in found.get("items", {}).items():
+        if not isinstance(ids, list) or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"items of {name!r} must be a list of ids, text or integers, got {_short(ids)}")
+    return found
+
+
+def read_row(row: Any, *, where: str) -> Evaluation:
+    """Return one row of the file as an Evaluation. Raises ValueError that names the row for a wrong shape."""
+    found = _read_object(row, ROW, what="a row", where=f"{where}: ")
+    for name, items in found["scores"].items():
+        if not isinstance(items, list):
+            raise ValueError(f"{where}: scores of {name!r} must be a list, one score an item, got {_short(items)}")
+    return Evaluation.from_row(found)
+
+
+def _read_object(value: Any, shape: Mapping[str, type], *, what: str, where: str) -> dict[str, Any]:
+    """Return the keys that hold something. Raises ValueError unless the first four are there and all are of `shape`."""
+    required = list(shape)[:4]
+    found = {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else {}
+    if not set(required) <= set(found):
+        raise ValueError(f"{where}{what} is an object with {', '.join(required)}, got {_short(value)}")
+    if unknown := set(found) - set(shape):
+        raise ValueError(f"{where}unknown keys {sorted(unknown)}; allowed: {sorted(shape)}")
+    for key, kind in shape.items():
+        # true is an integer to Python, not to a reader of the file
+        if key in found and (not isinstance(found[key], kind) or (kind is int and isinstance(found[key], bool))):
+            raise ValueError(f"{where}{key} must be {WORDS[kind]}, got {_short(found[key])}")
+    return found
+
+
+def check_matrix(matrix: TransferMatrix) -> None:
+    """Raise ValueError at the first thing in the matrix that does not hold together."""
+    _check_domains(matrix)
+    if not any(not row.trained for row in matrix.rows):
+        raise ValueError('no baseline: one row must have "trained": [] (scores before any training)')
+    for n, row in enumerate(matrix.rows):
+        _check_row(row, matrix, where=f"row {n}")
+    _check_items(matrix)
+    _check_duplicates(matrix.rows)
+
+
+def _check_domains(matrix: TransferMatrix) -> None:
+    names = matrix.domains
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"domains must be different, non-empty names, at least one, got {list(names)}")
+    if set(matrix.kinds) != set(names):
+        raise ValueError(f"kinds must name each domain once: domains {list(names)}, kinds {sorted(matrix.kinds)}")
+    for name, kind in matrix.kinds.items():
+        if kind not in ("structured", "open_ended"):
+            raise ValueError(f"domain {name!r}: kind is structured or open_ended, got {kind!r}")
+    _check_known(matrix.watch_only, names, where="watch_only")
+    if set(matrix.watch_only) == set(names):
+        raise ValueError("every domain is watch-only: at least one must be trainable")
+
+
+def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
+    _check_known(row.trained, matrix.domains, where=f"{where}: trained")
+    if watched := set(row.trained) & set(matrix.watch_only):
+        raise ValueError(f"{where}: trained on watch-only domains {sorted(watched)}")
+    if row.probe and len(row.trained) > 1 and set(row.trained) != set(matrix.trainable):
+        raise ValueError(
+            f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint arm; "
+            f"got {list(row.trained)}"
+        )
+    for key in ("step", "seed"):
+        value = getattr(row, key)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{where}: {key} must be an integer >= 0, got {value!r}")
+    if set(row.scores) != set(matrix.domains):
+        raise ValueError(f"{where}: scores must name each of {list(matrix.domains)} once, got {sorted(row.scores)}")
+    for name, items in row.scores.items():
+        _check_scores(items, where=f"{where}, domain {name!r}")
+    _check_known(row.entropy, matrix.domains, where=f"{where}: entropy")
+    for name, nats in row.entropy.items():
+        if not (_is_number(nats) and nats >= 0):
+            raise ValueError(f"{where}, domain {name!r}: entropy must be finite and >= 0 nats, got {nats!r}")
+    _check_known(row.exposure, matrix.domains, where=f"{where}: exposure")
+    for name, drawn in row.exposure.items():
+        if not isinstance(drawn, int) or drawn < 0:
+            raise ValueError(f"{where}, domain {name!r}: exposure counts prompts, an integer >= 0, got {drawn!r}")
+
+
+def _check_scores(items: Sequence[Any], *, where: str) -> None:
+    if not items:
+        raise ValueError(f"{where}: no scores; a held-out set needs at least one item")
+    for n, value in enumerate(items):
+        if not (_is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], got {value!r}")
+
+
+def _check_items(matrix: TransferMatrix) -> None:
+    first = matrix.rows[0]
+    for n, row in enumerate(matrix.rows):
+        for name, items in row.scores.items():
+            if len(items) != len(first.scores[name]):
+                raise ValueError(
+                    f"row {n}, domain {name!r}: {len(items)} items, but row 0 has {len(first.scores[name])}; "
+                    "scores are compared item by item"
+                )
+    if matrix.items is None:
+        return
+    if set(matrix.items) != set(matrix.domains):
+        raise ValueError(f"items must name each of {list(matrix.domains)} once, got {sorted(matrix.items)}")
+    for name, ids in matrix.items.items():
+        if len(ids) != len(first.scores[name]):
+            raise ValueError(f"domain {name!r}: {len(ids)} item ids for {len(first.scores[name])} scores")
+        if len(set(ids)) < 2:
+            raise ValueError(f"domain {name!r}: items to be split in halves need at least 2 different ids, got {ids}")
+
+
+def _check_duplicates(rows: Sequence[Evaluation]) -> None:
+    seen: dict[tuple, int] = {}
+    for n, row in enumerate(rows):
+        # a probe is one training run a seed: a second row of it would be counted as a second run
+        moment = None if row.probe else row.step
+        key = (frozenset(row.trained), row.seed, row.probe, moment)
+        if key in seen:
+            what = f"trained {list(row.trained)}, seed {row.seed}" + ("" if row.probe else f", step {row.step}")
+            raise ValueError(f"rows {seen[key]} and {n} are the same measurement ({what}): keep one")
+        seen[key] = n
+
+
+def _check_known(names: Any, known: Sequence[str], *, where: str) -> None:
+    listed = list(names)
+    if unknown := [name for name in listed if name not in known]:
+        raise ValueError(f"{where}: unknown domains {unknown}; known: {list(known)}")
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"{where}: {listed} names a domain twice")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # isfinite overflows on a long integer
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

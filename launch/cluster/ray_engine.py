@@ -1,0 +1,240 @@
+"""`rollouts: {engine: ray}`: the trainer's engine seam over a pool of rollout workers.
+
+Rank 0 holds the pool; the other trainer ranks hand it their requests and get their completions back. Seeds belong to
+completions, so who samples what changes nothing but rounding.
+
+Who samples what: groups stay whole, and the longest work is dealt out first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from ray.exceptions import RayError, RayTaskError
+
+from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, WorkerSettings, last_line
+from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
+from polyphony.trainer.engine.engine import Completion, Engine, Request
+from polyphony.trainer.engine.vllm import OnFinished
+
+
+def whole_groups(requests: Sequence[Request]) -> list[list[int]]:
+    """Return the places of neighbouring requests of one prompt, group by group: a worker computes a prompt once."""
+    groups: list[list[int]] = []
+    for place, request in enumerate(requests):
+        before = requests[groups[-1][0]].prompt_ids if groups else None
+        if before is not None and (before is request.prompt_ids or list(before) == list(request.prompt_ids)):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def cost(requests: Sequence[Request], group: Sequence[int]) -> int:
+    """Return the tokens that a group takes at most: its prompt once, and every completion up to its own limit."""
+    return len(requests[group[0]].prompt_ids) + sum(requests[place].max_tokens for place in group)
+
+
+def spread(costs: Sequence[int], n_workers: int) -> list[list[int]]:
+    """Return, per worker, the numbers of its groups: the costliest first, each to the worker with least to do.
+
+    Longest-processing-time-first, within 4/3 of the best split (Graham 1969, "Bounds on multiprocessing timing
+    anomalies"). Ties go to the lower number, so that the same draw is always split alike.
+    """
+    loads = [0] * n_workers
+    shares: list[list[int]] = [[] for _ in range(n_workers)]
+    for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
+        worker = loads.index(min(loads))
+        loads[worker] += costs[group]
+        shares[worker].append(group)
+    return [sorted(share) for share in shares]
+
+
+def _from_anywhere(model: str) -> str:
+    """Return the model's folder by its whole path, since workers run in another; a hub's name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+class RayEngine(Engine):
+    """An engine of several workers; before a draw, the policy's weights are sent to all of them."""
+
+    def __init__(self, *arguments: Any, pool: WorkerSettings, max_staleness: int = 0, **named: Any) -> None:
+        self.pool_settings = pool
+        self.max_staleness = max_staleness
+        self.pool: WorkerPool | None = None
+        self._announcement: Announcement | None = None
+        self._sender: NcclSender | None = None
+        super().__init__(*arguments, **named)
+
+    def _init_vllm(self) -> None:
+        if self.accelerator.is_main_process:
+            settings = self.settings(tensor_parallel=self.pool_settings.tensor_parallel)
+            everyone = settings.max_num_seqs * self.accelerator.num_processes
+            settings = replace(
+                settings,
+                model=_from_anywhere(settings.model),
+                max_num_seqs=-(-everyone // self.pool_settings.workers),
+                gpu_memory_utilization=self.pool_settings.gpu_memory_utilization,
+            )
+            self.pool = WorkerPool.start(settings, self.pool_settings)
+            atexit.register(self.close)
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the workers, and the cluster if this process started it."""
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+    def attach(self, model: Any, accelerator: Any) -> None:
+        """Serve another policy; what workers are told of its parameters is asked anew."""
+        super().attach(model, accelerator)
+        self._announcement = None
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def sync_weights(self) -> None:
+        """Send the policy's present weights to all workers; every rank must call it, gathering is collective."""
+        self.version += 1
+        self._send()
+
+    def _send(self) -> None:
+        if self.accelerator.device.type != "cpu":
+            self._send_by_nccl()
+        elif self.pool is not None:
+            self.pool.load(self.version, pack(self._iter_named_params()))
+        else:
+            self._walk()
+
+    def _walk(self) -> None:
+        """Take part in the gathering of parameters that rank 0 sends."""
+        for _ in self._iter_named_params():
+            pass
+
+    def _send_by_nccl(self) -> None:
+        dtype = getattr(torch, self.dtype, None)  # None for "auto"
+        if self._announcement is None:
+            self._announcement = Announcement.of(self._iter_named_params(), dtype=dtype)
+        if self.pool is None:
+            self._walk()
+            return
+        workers = self.pool.answering()
+        handles = [worker.handle for worker in workers]
+        if self._sender is None or self._sender.handles != handles:
+            parallel, timeout_s = self.pool_settings.tensor_parallel, self.pool_settings.timeout_s
+            self._sender = NcclSender(handles, tensor_parallel=parallel, timeout_s=timeout_s)
+        self._sender.send(self._announcement, copies(self._iter_named_params(), dtype=dtype), version=self.version)
+        for worker in workers:
+            worker.has_weights = True
+
+    # --- completions --------------------------------------------------------------------------------------------------
+
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Sample one completion a request, in order; every rank must call it.
+
+        On a single rank `on_finished` gets a worker's whole share at a time; several ranks get all at the end.
+        """
+        of_ranks = gather_object([list(requests)])
+        flat = [request for of_rank in of_ranks for request in of_rank]
+        if self.accelerator.num_processes > 1:
+            on_finished = None
+        completions: dict[int, Completion] = {}
+        done: list[Any] = [None]
+        while True:
+            done = [self._complete(flat, completions, on_finished) if self.pool is not None else None]
+            broadcast_object_list(done, from_process=0)
+            if done[0] is not None:
+                break
+            self._send()  # the workers that had weights are lost; gathering them needs every rank
+        start = sum(len(of_rank) for of_rank in of_ranks[: self.accelerator.process_index])
+        return done[0][start : start + len(requests)]
+
+    def _complete(
+        self, requests: Sequence[Request], completions: dict[int, Completion], on_finished: OnFinished | None
+    ) -> list[Completion] | None:
+        """Deal out whole groups until every one has come back; what a lost worker had is dealt out again.
+
+        `completions` keeps what came back. Returns None where no worker is left that has weights.
+        """
+        assert self.pool is not None
+        waiting = [group for group in whole_groups(requests) if group[0] not in completions]
+        while waiting:
+            workers = [worker for worker in self.pool.alive() if worker.has_weights]
+            if not workers:
+                return None
+            running = self._deal_out(waiting, requests, workers)
+            waiting = self._collect(running, completions, on_finished)
+        return [completions[place] for place in range(len(requests))]
+
+    def _deal_out(
+        self, groups: Sequence[Sequence[int]], requests: Sequence[Request], workers: Sequence[Worker]
+    ) -> dict[ray.ObjectRef, tuple[Worker, list[Sequence[int]]]]:
+        running = {}
+        for worker, numbers in zip(
+            workers, spread([cost(requests, group) for group in groups], len(workers)), strict=True
+        ):
+            share = [groups[n] for n in numbers]
+            if share:
+                asked = [requests[place] for group in share for place in group]
+                running[worker.handle.complete.remote(asked, self.sampling)] = (worker, share)
+        return running
+
+    def _collect(
+        self,
+        running: dict[ray.ObjectRef, tuple[Worker, list[Sequence[int]]]],
+        completions: dict[int, Completion],
+        on_finished: OnFinished | None,
+    ) -> list[Sequence[int]]:
+        """Take in the shares as they come; return the groups that have to be sampled again."""
+        assert self.pool is not None
+        again: list[Sequence[int]] = []
+        deadline = time.monotonic() + self.pool_settings.timeout_s
+        while running:
+            done, _ = ray.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+            call = done[0] if done else next(iter(running))
+            worker, share = running.pop(call)
+            answer = self._answer(call, worker) if done else self._hung(worker)
+            if answer is None:
+                again += share
+                self.faults.regenerated += sum(map(len, share))
+                continue
+            self.pool.deaths = 0
+            places = [place for group in share for place in group]
+            for place, completion in zip(places, answer.completions, strict=True):
+                completions[place] = replace(completion, version=answer.version)
+                if on_finished is not None:
+                    on_finished(place, completions[place])
+        return again
+
+    def _answer(self, call: ray.ObjectRef, worker: Worker) -> Share | None:
+        """Return a worker's share; None if the worker is lost, or its weights are too old."""
+        try:
+            answer: Share = ray.get(call)
+        except RayTaskError as error:
+            raise RuntimeError(f"rollout worker {worker.place}: {error.cause}") from error
+        except RayError as error:
+            self._replace(worker, because=last_line(error))
+            return None
+        behind = self.version - answer.version
+        if behind > 0:
+            self.faults.stale += len(answer.completions)
+        if behind > self.max_staleness or answer.version < 0:
+            self._replace(worker, because=f"its weights are of sync {answer.version}, the policy's of {self.version}")
+            return None
+        return answer
+
+    def _hung(self, worker: Worker) -> None:
+        self._replace(worker, because=f"no answer within rollouts.timeout_s={self.pool_settings.timeout_s:g} s")
+
+    def _replace(self, worker: Worker, *, because: str) -> None:
+        assert self.pool is not None
+        self.faults.workers_restarted += 1
+        self.pool.replace(worker, because=because)

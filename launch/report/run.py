@@ -1,0 +1,244 @@
+"""A run folder, read as it is: whole, cut off in the middle, still being written or with files missing.
+
+What cannot be read is left out and named in `LoadedRun.missing`; only a folder without any file of a run is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ruamel.yaml import YAML, YAMLError
+
+from polyphony.curricula.transfer.matrix import TransferMatrix
+
+FILES = ("recipe.yaml", "metrics.jsonl", "transfer.json", "decisions.jsonl")
+"""A folder with none of these is no run."""
+
+
+class Series(NamedTuple):
+    """One metric over the run: optimizer steps [T] and values [T], rising in step."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedRun:
+    """What one run folder holds.
+
+    Example: `read_run("runs/four-domains").metrics["reward"].values[-1]`
+    """
+
+    name: str
+    path: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    provenance: Mapping[str, Any]
+    metrics: Mapping[str, Series]
+    transfer: TransferMatrix | None
+    """Over the `report` half of the held-out items: what may be published."""
+    item_ids: Mapping[str, Sequence[str]]
+    """Ids of all held-out items by domain; empty where the file names none."""
+    decisions: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+    alarms: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    """Per evaluation, every statistic of every domain with its interval."""
+    predicted: Sequence[Mapping[str, Any]]
+    is_finished: bool
+    missing: tuple[str, ...]
+    """One clause for each file or part that is not there or not whole."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names in the recipe's order; without a recipe those of the transfer file, then those that were logged."""
+        listed = tuple(_mapping(self.recipe.get("domains"))) or (self.transfer.domains if self.transfer else ())
+        if listed:
+            return tuple(str(name) for name in listed)
+        logged = [key.split("/", 1)[1].rpartition("/")[0] for key in self.metrics if key.startswith("domain/")]
+        return tuple(dict.fromkeys(logged))
+
+    @property
+    def watch_only(self) -> tuple[str, ...]:
+        """Domains without training rows; without a recipe, those the transfer file names."""
+        domains = _mapping(self.recipe.get("domains"))
+        if not domains:
+            return self.transfer.watch_only if self.transfer else ()
+        return tuple(str(name) for name, fields in domains.items() if not _mapping(fields).get("train"))
+
+    @property
+    def scheduler(self) -> str:
+        """The scheduler's name as the recipe has it; empty where unknown."""
+        named = self.setting("curriculum", "scheduler")
+        return str(named.get("name", "") if isinstance(named, Mapping) else named or "")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen so far."""
+        seen = [int(series.steps[-1]) for series in self.metrics.values()]
+        return max(seen + [row.step for row in self.moments], default=0)
+
+    @property
+    def planned_steps(self) -> int | None:
+        """`grpo.max_steps`; None where the recipe counts epochs instead."""
+        planned = self.setting("grpo", "max_steps")
+        return planned if isinstance(planned, int) and planned > 0 else None
+
+    @property
+    def moments(self) -> tuple:
+        """The run's evaluations in order of step, the baseline first; empty before the first one."""
+        if self.transfer is None:
+            return ()
+        return next(iter(self.transfer.runs()), self.transfer.baselines(probe=False)[:1])
+
+    def setting(self, *keys: str) -> Any:
+        """Return a value of the recipe by its key path; None where it is not set."""
+        value: Any = self.recipe
+        for key in keys:
+            value = _mapping(value).get(key)
+        return value
+
+
+def read_run(path: str | Path) -> LoadedRun:
+    """Read a run folder. Raises ValueError naming it where it holds no file of a run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run folder")
+    if not any((path / name).is_file() for name in FILES):
+        raise ValueError(f"{path} is no run folder: expected at least one of {', '.join(FILES)} in it")
+    missing: list[str] = []
+    recipe_text, recipe = _read_recipe(path / "recipe.yaml", missing)
+    transfer = _read_transfer(path / "transfer.json", missing)
+    metrics = _columns(_read_lines(path / "metrics.jsonl", missing, gives="training curves"))
+    return LoadedRun(
+        name=path.resolve().name,
+        path=path,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        provenance=_mapping(_read_json(path / "provenance.json", missing)),
+        metrics=metrics,
+        transfer=transfer.on("report") if transfer else None,
+        item_ids=(transfer.items if transfer else None) or {},
+        decisions=_read_lines(path / "decisions.jsonl", missing, gives="mixture with its reasons"),
+        samples=_read_lines(path / "samples.jsonl", missing, gives="sample completions"),
+        alarms=_read_optional(path / "alarms.jsonl", missing, gives="alarms"),
+        evaluations=_read_optional(path / "evaluations.jsonl", missing, gives="intervals beyond the score"),
+        predicted=_read_predicted(path / "predicted.json", missing),
+        is_finished=(path / "final").is_dir(),
+        missing=tuple(missing),
+    )
+
+
+def stage_spans(run: LoadedRun) -> list[tuple[float, float, str]]:
+    """Return (first step, step after the last, domain) of the stages that the scheduler's decisions name."""
+    named = [(float(row["step"]), row.get("stage")) for row in run.decisions if "step" in row]
+    spans = []
+    for stage, rows in groupby(named, key=lambda pair: pair[1]):
+        steps = [step for step, _ in rows]
+        if stage is not None:
+            spans.append((steps[0], steps[-1] + 1, stage))
+    return spans
+
+
+def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:
+    if not path.is_file():
+        missing.append("recipe.yaml is absent: domain kinds, the entropy band and the plan of the run are unknown")
+        return "", {}
+    text = path.read_text(errors="replace")
+    try:
+        return text, _mapping(YAML(typ="safe", pure=True).load(text))
+    except YAMLError as error:
+        missing.append(f"recipe.yaml cannot be read: {' '.join(str(error).split())[:120]}")
+        return text, {}
+
+
+def _read_transfer(path: Path, missing: list[str]) -> TransferMatrix | None:
+    if not path.is_file():
+        missing.append("transfer.json is absent: no evaluation yet, so no held-out scores and no transfer")
+        return None
+    try:
+        return TransferMatrix.load(path)
+    except ValueError as error:
+        missing.append(f"transfer.json cannot be used: {str(error).removeprefix(f'{path}: ')[:160]}")
+        return None
+
+
+def _read_predicted(path: Path, missing: list[str]) -> list[Mapping[str, Any]]:
+    if not path.exists():
+        return []
+    found = _read_json(path, missing)
+    return [stage for stage in found if isinstance(stage, Mapping)] if isinstance(found, list) else []
+
+
+def _read_json(path: Path, missing: list[str]) -> Any:
+    if not path.is_file():
+        missing.append(f"{path.name} is absent")
+        return None
+    try:
+        return json.loads(path.read_text(errors="replace"))
+    except ValueError:
+        missing.append(f"{path.name} is not whole JSON")
+        return None
+
+
+def _read_lines(path: Path, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file; lines that are not whole objects are counted in `missing`."""
+    if not path.is_file():
+        missing.append(f"{path.name} is absent: no {gives}")
+        return []
+    rows, broken = [], []
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken == [len(lines)]:
+        missing.append(f"{path.name}: its last line is cut off")
+    elif broken:
+        missing.append(f"{path.name}: {len(broken)} unreadable lines were left out, the first is line {broken[0]}")
+    if not rows:
+        missing.append(f"{path.name} is empty: no {gives}")
+    return rows
+
+
+def _read_optional(path: Path, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
+    """Read lines of a file that a run may well not have."""
+    return _read_lines(path, missing, gives=gives) if path.exists() else []
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """Turn logs into one series a key; where a step was logged twice, the later value stands."""
+    columns: dict[str, dict[float, float]] = {}
+    for row in rows:
+        step = row.get("step")
+        if not isinstance(step, (int, float)):
+            continue
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
+                columns.setdefault(key, {})[step] = value
+    return {key: _series(points) for key, points in columns.items()}
+
+
+def _series(points: Mapping[float, float]) -> Series:
+    steps = np.fromiter(points, dtype=float)
+    values = np.fromiter(points.values(), dtype=float)
+    order = np.argsort(steps, kind="stable")
+    return Series(steps[order], values[order])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

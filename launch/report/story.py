@@ -1,0 +1,150 @@
+"""What happened, in five sentences made from the numbers: none says more than its intervals carry.
+
+A domain is named as better or worse only where an interval that holds for all domains together (95 %, Bonferroni)
+leaves out zero; for the rest the sentence says that nothing can be told, and how large a loss is still possible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.records import mean
+from polyphony.launch.report.numbers import Findings, average, dead_share
+
+NAMED = 4
+"""Domains a sentence names before it counts the rest."""
+
+
+def tell(findings: Findings) -> list[str]:
+    """Return five sentences: what ran, what it gained and lost, what was forgotten, entropy, rollouts and alarms."""
+    return [_ran(findings), _learned(findings), _forgot(findings), _entropy(findings), _spent(findings)]
+
+
+def signed(value: float) -> str:
+    """Write a change of a score with its sign: `+0.123`; a dash where undefined."""
+    return f"{value:+.3f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def bounds(interval: Interval) -> str:
+    """Write an interval's bounds: `[+0.101, +0.145]`."""
+    return f"[{signed(interval.low)}, {signed(interval.high)}]"
+
+
+def _ran(findings: Findings) -> str:
+    run, watched = findings.run, findings.run.watch_only
+    trained = [name for name in run.domains if name not in watched]
+    model = f" {run.setting('model')}" if run.setting("model") else ""
+    planned = run.planned_steps
+    steps = f"{run.steps:,} steps" if planned in (None, run.steps) else f"{run.steps:,} of {planned:,} steps"
+    text = f"The run trained{model} for {steps} on {_count(len(trained), 'domain')} ({_list(trained)})"
+    text += f" under the {run.scheduler} scheduler" if run.scheduler else ""
+    text += (
+        f", watching {_list(watched)} without training on {'it' if len(watched) == 1 else 'them'}" if watched else ""
+    )
+    return text + ("." if run.is_finished else "; it is still being written, or was stopped before its end.")
+
+
+def _learned(findings: Findings) -> str:
+    claims = findings.claims("change")
+    if not claims:
+        return "There is no second evaluation with per-item scores yet, so what was learned cannot be said."
+    up, down, open_ = _sort(claims)
+    parts = []
+    if up:
+        parts.append(f"rose in {_named(up, claims, key=lambda n: -claims[n].mid)}")
+    if down:
+        parts.append(f"fell in {_named(down, claims, key=lambda n: claims[n].mid)}")
+    together = "95 % intervals" + (f" that hold for all {len(claims)} domains together" if len(claims) > 1 else "")
+    if not parts:
+        worst = min(claims.values(), key=lambda i: i.low)
+        return (
+            f"From the baseline to step {findings.steps[-1]:,} no domain's held-out score can be told from where it "
+            f"started ({together}; a change as low as {signed(worst.low)} is not excluded)."
+        )
+    text = f"From the baseline to step {findings.steps[-1]:,} held-out score {' and '.join(parts)} ({together})"
+    return text + (f"; for {_list(open_)} the change cannot be told from zero." if open_ else ".")
+
+
+def _forgot(findings: Findings) -> str:
+    if not findings.moments:
+        return "Forgetting is not defined before the second evaluation."
+    watched = findings.run.watch_only
+    claims = {name: i for name, i in findings.claims("bwt").items() if name not in watched}
+    if claims:
+        since, subject = "since the end of its own stage", "Backward transfer"
+    else:
+        claims = findings.claims("drawdown")
+        since = "from its best evaluation (cross-fitted)"
+        subject = "No stage has ended, so backward transfer is undefined; drawdown"
+    if not claims:
+        return "Neither backward transfer nor drawdown is defined yet."
+    up, down, open_ = _sort(claims)
+    middle = mean([i.mid for i in claims.values()])
+    text = f"{subject} is {signed(middle)} on average over {_count(len(claims), 'domain')}"
+    if down:
+        text += f"; {since}, score fell in {_named(down, claims, key=lambda n: claims[n].mid)}"
+    if up and subject == "Backward transfer":
+        text += f"; later training helped {_named(up, claims, key=lambda n: -claims[n].mid)}"
+    if open_ and not down:
+        worst = min(open_, key=lambda n: claims[n].low)
+        text += (f"; no loss {since} can be told from zero, though one of {signed(claims[worst].low)} "
+                 f"in {worst} is not excluded")  # fmt: skip
+    return text + "."
+
+
+def _entropy(findings: Findings) -> str:
+    known = {name: e for name, e in findings.entropy.items() if math.isfinite(e.after)}
+    if not known:
+        return "Entropy per domain was not logged, so whether any domain collapsed cannot be said."
+    most = min(known, key=lambda n: known[n].after / known[n].before if known[n].before else math.inf)
+    moved = f"{most} moved from {known[most].before:.2f} to {known[most].after:.2f} nats a token"
+    below, above = ([n for n, e in known.items() if e.place == where] for where in ("below", "above"))
+    if all(e.place == "unknown" for e in known.values()):
+        return f"No entropy band is known to judge by; the lowest against its start, {moved}."
+    if not (below or above):
+        return f"Entropy ended inside its band in every domain; the lowest against its start, {moved}."
+    parts = [f"{where} it in {_list(names)}" for where, names in (("below", below), ("above", above)) if names]
+    return f"Entropy left its band, {' and '.join(parts)}; the lowest against its start, {moved}."
+
+
+def _spent(findings: Findings) -> str:
+    run, parts = findings.run, []
+    if math.isfinite(dead := dead_share(run)):
+        parts.append(f"{dead:.0%} of the completions were in groups with equal rewards and taught nothing")
+    if math.isfinite(useful := average(run, "rollout/useful_token_frac")):
+        parts.append(f"{useful:.0%} of the generated tokens were in groups with a signal")
+    if math.isfinite(time := average(run, "step_time")):
+        parts.append(f"a step took {time:.2g} s")
+    text = "; ".join(parts) or "nothing was logged about rollouts"
+    if not run.alarms:
+        return f"{text[0].upper()}{text[1:]}; no alarm is on record."
+    first = run.alarms[0]
+    where = " in ".join(str(first[key]) for key in ("kind", "domain") if first.get(key))
+    return (f"{text[0].upper()}{text[1:]}; {_count(len(run.alarms), 'alarm')} went off, "
+            f"the first at step {first.get('step', '?')} ({where}).")  # fmt: skip
+
+
+def _sort(claims: Mapping[str, Interval]) -> tuple[list[str], list[str], list[str]]:
+    """Return the domains above zero, below zero, and those that cannot be told."""
+    up = [name for name, i in claims.items() if i.is_above_zero]
+    down = [name for name, i in claims.items() if i.is_below_zero]
+    return up, down, [name for name in claims if name not in up and name not in down]
+
+
+def _named(names: Sequence[str], claims: Mapping[str, Interval], key: Callable[[str], float]) -> str:
+    return _list([f"{name} {signed(claims[name].mid)} {bounds(claims[name])}" for name in sorted(names, key=key)])
+
+
+def _list(names: Sequence[str]) -> str:
+    named, rest = list(names[:NAMED]), len(names) - NAMED
+    if rest == 1:
+        named, rest = list(names), 0
+    if rest > 0:
+        return f"{', '.join(named)} and {rest} more"
+    return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,180 @@
+"""What all sections share: the runs, the union of their domains, and which colour, dash and letter means what.
+
+One run: a curve has its domain's colour. Several runs: the first keeps it, the others are told apart by tone, dash and
+a letter at the line's end, so that a colour never means a domain here and a run there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from polyphony.curricula.intervals import Interval
+from polyphony.launch.report.charts import Line, Mark, Occasion, Panel, draw_panel, fmt, padded, thin
+from polyphony.launch.report.numbers import Findings
+
+LIGHT = ("#2b51b3", "#f05315", "#0aa379", "#841471", "#8b80f6", "#4a5314", "#4981a6", "#4c2015")
+DARK = ("#3278ee", "#ed6a3a", "#7bd68c", "#bc2888", "#cbcaf9", "#e1fe9f", "#70a9b4", "#9a5b24")
+"""Eight hues, on light and on dark paper: contrast to the paper above 3, and any two differ by at least 0.1 in OKLab
+for normal, protan and deutan eyes (matrices of Machado et al. 2009) and 0.07 for tritan ones."""
+TONES = 3
+"""After eight domains the hues come again nearer to the ink, then nearer to grey; labels tell them apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sheet:
+    """The runs of one report."""
+
+    findings: Sequence[Findings]
+
+    @property
+    def domains(self) -> list[str]:
+        """Every domain of any run, in the order of the first run that has it."""
+        return list(dict.fromkeys(name for f in self.findings for name in f.run.domains))
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.findings) == 1
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        """Steps from 0 to the end of the longest run."""
+        return 0, max(1, *(f.run.steps for f in self.findings))
+
+    def colour(self, domain: str) -> str:
+        """Return the domain's colour: its place in `domains` alone decides it."""
+        return f"var(--c{self.domains.index(domain) % (len(LIGHT) * TONES)})"
+
+    def letter(self, n: int) -> str:
+        """Return the letter of run n, A first; nothing where there is only one run."""
+        return "" if self.is_single else chr(ord("A") + n % 26)
+
+    def named(self, n: int) -> str:
+        """Return the heading of run n; nothing where there is only one run."""
+        if self.is_single:
+            return ""
+        return f'<h3><b class="letter">{self.letter(n)}</b> {escape(self.findings[n].run.name)}</h3>'
+
+    def side_by_side(self, blocks: Sequence[tuple[int, str]], kind: str = "runs") -> str:
+        """Return the blocks of (run, HTML), each under its run's heading; empty ones are left out."""
+        drawn = [f"<div>{self.named(n)}{block}</div>" for n, block in blocks if block]
+        return f'<div class="{kind}">{"".join(drawn)}</div>' if drawn else ""
+
+    def line(
+        self,
+        n: int,
+        colour: str,
+        x: ArrayLike,
+        y: ArrayLike,
+        *,
+        band: tuple[np.ndarray, np.ndarray] | None = None,
+        what: str = "",
+        mark: Mark = "line",
+    ) -> Line:
+        """Return a curve of run n in the style of its run; `colour` is that of the first run."""
+        tones = (colour, "var(--ink)", "var(--muted)")
+        run = "" if self.is_single else self.findings[n].run.name
+        return Line(
+            name=f"{run} {what}".strip(),
+            x=np.asarray(x, dtype=float),
+            y=np.asarray(y, dtype=float),
+            band=band,
+            colour=tones[min(n, 2)],
+            dash=n % 4,
+            end="" if mark == "dots" else self.letter(n),
+            mark=mark,
+        )
+
+    def interval_line(self, n: int, colour: str, steps: Sequence[float], intervals: Sequence[Interval]) -> Line:
+        """Return a curve of run n with its intervals as band, one dot a step."""
+        low, mid, high = np.array(intervals, dtype=float).T
+        return self.line(n, colour, steps, mid, band=(low, high), mark="both")
+
+    def metric_lines(self, key: str, colour: str, *, what: str = "") -> list[Line]:
+        """Return the curves of one metric, thinned, with the spread of what was averaged as their band."""
+        lines = []
+        for n, found in enumerate(self.findings):
+            if key in found.run.metrics:
+                x, y, low, high = thin(*found.run.metrics[key])
+                lines.append(self.line(n, colour, x, y, what=what, band=(low, high)))
+        return lines
+
+    def domain_panels(
+        self,
+        lines_of: Callable[[str], list[Line]],
+        *,
+        heading: str = "",
+        shares_y: bool = True,
+        has_zero: bool = False,
+        allowed_of: Callable[[str], tuple[float, float] | None] = lambda name: None,
+    ) -> str:
+        """Return one panel a domain, over the same range of steps, and of values unless `shares_y` is off."""
+        panels = {name: [line for line in lines_of(name) if line.extremes()] for name in self.domains}
+        panels = {name: lines for name, lines in panels.items() if lines}
+        if not panels:
+            return ""
+        y_range = padded([v for lines in panels.values() for line in lines for v in line.extremes()])
+        drawn = [
+            draw_panel(
+                Panel(
+                    title=name,
+                    domain=name,
+                    chip=self.colour(name),
+                    lines=lines,
+                    note=from_to(lines[0]) if self.is_single else "",
+                    x_range=self.x_range,
+                    y_range=y_range if shares_y else None,
+                    has_zero=has_zero,
+                    allowed=allowed_of(name),
+                    marks=self.marks(name),
+                    ribbon=self.ribbon(),
+                )
+            )
+            for name, lines in panels.items()
+        ]
+        grid = f'<div class="panels">{"".join(drawn)}</div>'
+        return (
+            f'<div class="group" style="--n:{len(drawn)}"><h3>{escape(heading)}</h3>{grid}</div>' if heading else grid
+        )
+
+    def marks(self, domain: str) -> list[Occasion]:
+        """Return a domain's first alarms; the table has them all."""
+        found = [
+            Occasion(
+                x=float(alarm["step"]),
+                what=f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip(),
+                whose=self.letter(n),
+            )
+            for n, found in enumerate(self.findings)
+            for alarm in found.run.alarms
+            if alarm.get("domain") == domain and isinstance(alarm.get("step"), (int, float))
+        ]
+        return found[:6]
+
+    def ribbon(self) -> list[tuple[float, float, str]]:
+        """Return the stages of the run as strips of the trained domain's colour; none for several runs."""
+        if not self.is_single:
+            return []
+        return [(a, b, self.colour(name)) for a, b, name in self.findings[0].stages if name in self.domains]
+
+
+def from_to(line: Line) -> str:
+    """Return where a curve starts and ends, as `0.25 → 0.61`."""
+    values = line.y[np.isfinite(line.y)]
+    return " → ".join(f"{v:.2f}".replace("-", "−") if abs(v) < 10 else fmt(v) for v in (values[0], values[-1]))
+
+
+def palette() -> str:
+    """Return the style sheet's colour variables for light and dark paper."""
+    count = len(LIGHT)
+    tones = "".join(
+        f"--c{count + k}:color-mix(in oklab,var(--c{k}) 55%,var(--ink));"
+        f"--c{2 * count + k}:color-mix(in oklab,var(--c{k}) 50%,var(--muted));"
+        for k in range(count)
+    )
+    light, dark = ("".join(f"--c{k}:{hue};" for k, hue in enumerate(hues)) for hues in (LIGHT, DARK))
+    return f":root{{{light}{tones}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"

@@ -1,0 +1,183 @@
+"""`polyphony eval`: score any checkpoint on a recipe's held-out sets, or compare two on the same items and seeds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.launch.verbs.tables import statistics_table
+
+if TYPE_CHECKING:
+    from polyphony.trainer.engine.engine import Engine
+    from polyphony.trainer.evaluation.result import HeldoutResult
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What one call of the verb asks for."""
+
+    models: tuple[str, ...]
+    """One, or two to compare."""
+    recipe: Recipe
+
+
+def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
+    """Tell models, recipe and overrides apart: `MODEL [MODEL] [RECIPE.yaml] [key.path=value ..]`.
+
+    A run folder stands for its `final/`, and a model inside a run folder brings that run's recipe. Raises RecipeError.
+    """
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    models = [name for name in names if "=" not in name and name not in files]
+    overrides = [*(name for name in names if "=" in name), *overrides]
+    if len(files) > 1 or not 1 <= len(models) <= 2:
+        raise RecipeError(f"expected one or two models and one recipe, got {', '.join(models + files) or 'nothing'}")
+    recipe = files[0] if files else next(filter(None, map(_recipe_of, models)), None)
+    if recipe is None:
+        raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
+    return Asked(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
+
+
+def evaluate(question: Asked, *, as_json: bool) -> None:
+    """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
+    paired differences and whether they exclude zero."""
+    from polyphony.trainer.evaluation.statistics import as_lists
+
+    results, engine = [], None
+    for model in question.models:
+        if engine is not None and not _same_shape(*question.models):
+            engine = None
+        result, engine = evaluate_model(question.recipe, model, engine=engine)
+        results.append(result)
+    if len(results) == 2:
+        _print_comparison(question.models, *results, as_json=as_json)
+        return
+    answers = {name: results[0].read(name) for name in results[0].answers}
+    found = {name: read.intervals() for name, read in answers.items()}
+    if as_json:
+        print(json.dumps({name: _as_dict(results[0], name, as_lists(found[name])) for name in found}))
+        return
+    print(statistics_table(found))
+    for name, read in answers.items():
+        print(
+            f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
+        )
+
+
+def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) -> tuple[HeldoutResult, Engine | None]:
+    """Return what a model does on a recipe's held-out sets, and the engine for a next model of the same shape.
+
+    Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
+    """
+    from polyphony.launch.build import build_trainer
+
+    greedy = recipe.rollouts.engine != "transformers"
+    settings = recipe.eval.model_copy(update={"greedy": greedy})
+    local = Path(model)
+    name = str(local.resolve()) if local.is_dir() else model
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(
+            recipe.model_copy(update={"model": name, "eval": settings}), Path(scratch), engine=engine
+        )
+        result = trainer.evaluate_heldout()
+    if name != recipe.model and settings.kl_items:
+        result = replace(result, base_kl=_distance(trainer, recipe.model))
+    return result, trainer.engine
+
+
+def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
+    """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
+    does not take a few items that did not move for certainty."""
+    from polyphony.curricula.intervals import paired
+    from polyphony.trainer.evaluation.statistics import compare
+
+    before, after = first.scores(), second.scores()
+    return {
+        name: compare(first.read(name), second.read(name)) | {"score": paired(after[name], before[name])}
+        for name in first.answers
+    }
+
+
+def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
+    """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
+    tokens."""
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
+    if theirs != ours:
+        print(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}", file=sys.stderr)
+        return {}
+    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    model.to(trainer.accelerator.device).eval()
+    return trainer.evaluator.distance_to(lambda prompts, ids: trainer.policy.logps(prompts, ids, model=model))
+
+
+def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:
+    from polyphony.trainer.evaluation.statistics import as_lists
+
+    found = compare_results(first, second)
+    if as_json:
+        differences = {
+            name: {
+                statistic: {"interval": [*i], "excludes_zero": i.is_above_zero or i.is_below_zero}
+                for statistic, i in rows.items()
+            }
+            for name, rows in found.items()
+        }
+        sides = {
+            model: {name: _as_dict(r, name, as_lists(r.read(name).intervals())) for name in r.answers}
+            for model, r in zip(("a", "b"), (first, second), strict=True)
+        }
+        print(json.dumps({"models": dict(zip("ab", models, strict=True)), **sides, "difference": differences}))
+        return
+    print(f"{models[1]} minus {models[0]}, paired by item; * where the 95 % interval excludes zero (each by itself)")
+    print(statistics_table(found, is_change=True))
+
+
+def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[float]]) -> dict[str, Any]:
+    low, score, high = statistics["score"]
+    return {
+        "items": len(result.items[name]),
+        "score": score,
+        "interval": [low, high],
+        "pass_at_k": sum(result.passed()[name]) / len(result.items[name]),
+        "entropy": result.entropy[name],
+        "statistics": statistics,
+        "styles": result.read(name).styles(),
+    }
+
+
+def _same_shape(first: str, second: str) -> bool:
+    """Say whether one engine can serve both models: the same architecture and sizes."""
+    from transformers import AutoConfig
+
+    apart = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+    sizes = [AutoConfig.from_pretrained(model).to_dict() for model in (first, second)]
+    return all(sizes[0].get(k) == sizes[1].get(k) for k in sizes[0] | sizes[1] if k not in apart)
+
+
+def _recipe_of(model: str) -> str | None:
+    """Return the recipe of the run folder that a model is, or lies in; None outside of one."""
+    folder = Path(model)
+    found = [p / RECIPE_FILE for p in (folder, folder.parent, folder.parent.parent) if (p / RECIPE_FILE).is_file()]
+    return str(found[0]) if folder.is_dir() and found else None
+
+
+def _weights_of(model: str) -> str:
+    """Return the folder of the weights where a run folder is named."""
+    folder = Path(model)
+    if not (folder / RECIPE_FILE).is_file():
+        return model
+    if not (folder / "final").is_dir():
+        raise RecipeError(f"run {model} has no final/ yet: name one of its checkpoints/")
+    return str(folder / "final")

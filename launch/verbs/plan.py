@@ -1,0 +1,95 @@
+"""`polyphony plan`: from measured transfer to an order, or to the advice not to order at all; and replays of a saved run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyphony.curricula.decision_log import Replayed, replay
+from polyphony.curricula.schedulers import Scheduler
+from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import make_plan
+from polyphony.launch.build import build_scheduler
+from polyphony.launch.recipe import RecipeError, load_recipe
+
+
+def plan(path: Path, *, as_json: bool) -> None:
+    """Print what the transfer file recommends: a paragraph, or the JSON object and, beside it, what limits it."""
+    if not path.is_file():
+        raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
+    made = make_plan(TransferMatrix.load(path))
+    if not as_json:
+        print(made.explain())
+        return
+    print(json.dumps(made.as_json(), allow_nan=False))
+    for note in made.notes:
+        print(note, file=sys.stderr)
+
+
+def replay_run(
+    run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = (), as_json: bool
+) -> None:
+    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both."""
+    replayed = replayed_run(run, scheduler=scheduler, transfer=transfer, overrides=overrides)
+    if as_json:
+        lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
+        print(json.dumps(lines))
+        return
+    names = replayed[0].domains
+    width = max(12, *(len(name) + 2 for name in names))
+    print(f"{'draw':>6}  " + "".join(f"{name:>{width}}" for name in names) + f"   ran / {scheduler}")
+    for r in replayed[:: max(1, len(replayed) // 40)]:
+        shares = "".join(f"{f'{a:.2f}/{b:.2f}':>{width}}" for a, b in zip(r.ran, r.replayed, strict=True))
+        print(f"{r.draw:>6}  {shares}   {r.reason}")
+    print(drawn(run, replayed, scheduler=scheduler))
+
+
+def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
+    """Draw both mixtures one below the other into the run folder; return the page."""
+    from polyphony.launch.report.report import write_replay
+
+    lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
+    name = "".join(c if c.isalnum() else "-" for c in scheduler)
+    return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
+
+
+def replayed_run(
+    run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = ()
+) -> list[Replayed]:
+    """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.
+
+    The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
+    either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
+    """
+    from polyphony.trainer.run.folder import RunFolder
+
+    lines = RunFolder(run).read("decisions")
+    if not lines:
+        raise RecipeError(f"{run} holds no decisions.jsonl with a draw in it: not a run folder, or one just begun")
+    matrix = TransferMatrix.load(run / "transfer.json")
+    rows = [row for row in matrix.on("steer").rows if not row.probe]
+    return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
+
+
+def _scheduler_of(
+    run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
+) -> Scheduler:
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.curriculum.scheduler != name:
+        overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    source = run / "transfer.json" if transfer is None and matrix.probes else transfer
+    section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
+    try:
+        return build_scheduler(recipe.model_copy(update={"curriculum": section}))
+    except RecipeError as error:
+        if source is not None or "transfer is missing" not in str(error):
+            raise
+        told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {name}"
+        raise RecipeError(f"{name} starts from probes, and {run} holds none; name their file: {told}") from error
+
+
+def _shares(replayed: Replayed, mixture: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(replayed.domains, mixture, strict=True))

@@ -1,0 +1,217 @@
+"""`polyphony screen`: what can the present model learn from? Rollouts over the training prompts, before any training.
+
+Sequential: every prompt gets one group; one that succeeded at all needs no more, one that never did is visited again until
+it is IMPOSSIBLE with confidence or has had its most visits. What is known goes to `pool.npz`, which `pool.from` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyphony.curricula.prompts.estimate import State
+from polyphony.curricula.prompts.pool import PromptPool
+from polyphony.curricula.prompts.pool_file import POOL_FILE, own_pool, save_pools
+from polyphony.launch.build import build_trainer
+from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.launch.sections import PoolSection
+from polyphony.launch.train import RECIPE_FILE, claim_folder, say
+
+if TYPE_CHECKING:
+    from polyphony.trainer.data import Prompt
+    from polyphony.trainer.engine.engine import InProcessEngine
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+
+SCREEN_DRAW = -2
+"""Stands for the draw in the seeds of screening, visit by visit downwards: training and evaluation do not share them."""
+
+ANSWERS_FILE, IMPOSSIBLE_FILE, SUMMARY_FILE = "answers.jsonl", "impossible.jsonl", "screen.json"
+SAVE_EVERY_S = 20.0
+SHOWN_ANSWERS = 5
+"""Different answers listed for each impossible prompt, the most frequent first."""
+
+
+def screen(
+    recipe: Recipe, out: Path, *, most_visits: int = 12, engine: InProcessEngine | None = None
+) -> dict[str, Any]:
+    """Screen a recipe's training prompts into the folder `out`, or go on there; return the summary.
+
+    Raises RecipeError for a folder that holds something else.
+    """
+    pool = recipe.pool or PoolSection()
+    recipe = recipe.model_copy(update={"pool": pool.model_copy(update={"start": None})})  # that file is made here
+    claim_folder(recipe, out, resume=(out / RECIPE_FILE).is_file())
+    trainer = build_trainer(recipe, out, engine=engine)
+    if trainer.accelerator.num_processes > 1:
+        raise RecipeError("screen runs in one process; give its engine more devices instead")
+    screening = Screening(trainer=trainer, out=out, most_visits=most_visits)
+    screening.resume()
+    screening.run(recipe.name)
+    summary = {"domains": {name: describe(pool) for name, pool in trainer.curriculum.pools.items()}}
+    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
+    screening.write_impossible()
+    return summary
+
+
+@dataclass(kw_only=True, slots=True)
+class Screening:
+    """Visits under way.
+
+    Example: `Screening(trainer=trainer, out=Path("runs/x-screen"), most_visits=12).run("x")`
+    """
+
+    trainer: DomainGRPOTrainer
+    out: Path
+    most_visits: int
+    """Of a prompt that never succeeded."""
+    ungraded: set[tuple[str, str]] = field(default_factory=set)
+    """Prompts whose reward failed on a whole group: not tried again by this process."""
+
+    @property
+    def pools(self) -> dict[str, PromptPool]:
+        return self.trainer.curriculum.pools
+
+    def resume(self) -> None:
+        """Take over what an earlier screening in this folder learned; an answer that it was writing is cut off."""
+        answers = self.out / ANSWERS_FILE
+        if answers.exists():
+            os.truncate(answers, answers.read_bytes().rfind(b"\n") + 1)
+        prompts = {name: pool.ids for name, pool in self.pools.items()}
+        if saved := own_pool(self.out / POOL_FILE, prompts, say=say):
+            self.trainer.curriculum.adopt_pools(saved)
+            visited = sum(int((pool.visits > 0).sum()) for pool in self.pools.values())
+            say(f"going on: {visited} of {self.trainer.data.n_train} prompts were visited before")
+
+    def run(self, label: str) -> None:
+        """Visit prompts until none is open; save on the way."""
+        from polyphony.trainer.run.progress import ProgressLine
+
+        total = sum(len(pool.ids) for pool in self.pools.values())
+        progress, saved_at = ProgressLine(f"{label}: prompts settled", total), time.monotonic()
+        size = max(1, int(self.trainer.args.generation_batch_size or 1) // self.group_size)
+        while unsettled := self._unsettled():
+            settled = total - len(unsettled)
+            for start in range(0, len(unsettled), size):
+                batch = unsettled[start : start + size]
+                self._visit(batch)
+                settled += sum(self._is_settled(name, prompt_id) for _, name, prompt_id in batch)
+                progress.update(settled, {})
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    self._save()
+                    saved_at = time.monotonic()
+        progress.close()
+        self._save()
+
+    def write_impossible(self) -> None:
+        """List the impossible prompts with what the model answered: wrong references dominate there."""
+        heard = self._answers()
+        with (self.out / IMPOSSIBLE_FILE).open("w", encoding="utf-8") as file:
+            for name, pool in self.pools.items():
+                for prompt_id in (i for i in pool.ids if pool.state_of(i) is State.IMPOSSIBLE):
+                    prompt = self.trainer.data.train[name][prompt_id]
+                    answers = heard.get((name, prompt_id), Counter()).most_common(SHOWN_ANSWERS)
+                    line = {"domain": name, "id": prompt_id, "prompt": prompt.prompt}
+                    line |= {"reference": prompt.columns.get("answer"), "answers": answers}
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+    @property
+    def group_size(self) -> int:
+        return int(self.trainer.num_generations)
+
+    def _unsettled(self) -> list[tuple[int, str, str]]:
+        """Return (visits, domain, id) of the prompts that need a further visit, those with the fewest first."""
+        return sorted(
+            (int(pool.visits[place]), name, str(pool.ids[place]))
+            for name, pool in self.pools.items()
+            for place in np.flatnonzero(self._is_open(pool, slice(None))).tolist()
+            if (name, pool.ids[place]) not in self.ungraded
+        )
+
+    def _is_open(self, pool: PromptPool, places: Any) -> np.ndarray:
+        """Return whether the prompts at these places never succeeded and may still be visited."""
+        visits = pool.visits[places]
+        hopes = (pool.successes[places] == 0) & (pool.state[places] != State.IMPOSSIBLE) & (visits < self.most_visits)
+        return (visits == 0) | hopes
+
+    def _is_settled(self, name: str, prompt_id: str) -> bool:
+        pool = self.pools[name]
+        return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
+
+    def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
+        from polyphony.trainer.engine.engine import Request, completion_seed
+
+        trainer, size = self.trainer, self.group_size
+        chosen = [(visits, trainer.data.train[name][prompt_id]) for visits, name, prompt_id in batch]
+        prompts = [prompt for _, prompt in chosen for _ in range(size)]
+        requests = [
+            Request(
+                prompt_ids=ids,
+                seed=completion_seed(trainer.args.seed, SCREEN_DRAW - chosen[i // size][0], prompts[i].id, 0, i % size),
+                max_tokens=trainer.data.limits[prompts[i].domain],
+            )
+            for i, ids in enumerate(trainer.data.tokenize(prompts))
+        ]
+        samples = trainer.to_samples(prompts, trainer.policy.complete(requests, size))
+        rewards = trainer.scorer(samples)
+        with (self.out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
+            for k, (visits, prompt) in enumerate(chosen):
+                of_group = slice(k * size, (k + 1) * size)
+                graded = [r for r in rewards[of_group] if r is not None]
+                if not graded:
+                    self.ungraded.add((prompt.domain, prompt.id))
+                self.pools[prompt.domain].observe(prompt.id, graded)
+                if graded and max(graded) <= 0:
+                    file.write(_line(prompt, visits, [s.text.strip() for s in samples[of_group]]))
+
+    def _answers(self) -> dict[tuple[str, str], Counter]:
+        """Return how often each answer was given to each prompt that failed; a visit made twice counts once."""
+        heard: dict[tuple[str, str], dict[int, list[str]]] = {}
+        path = self.out / ANSWERS_FILE
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            line = json.loads(text)
+            heard.setdefault((line["domain"], line["id"]), {})[line["visit"]] = line["answers"]
+        return {key: Counter(a for answers in visits.values() for a in answers) for key, visits in heard.items()}
+
+    def _save(self) -> None:
+        save_pools(self.out / POOL_FILE, self.trainer.curriculum.pool_columns())
+
+
+def _line(prompt: Prompt, visit: int, answers: Sequence[str]) -> str:
+    line = {"domain": prompt.domain, "id": prompt.id, "visit": visit, "answers": list(answers)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def describe(pool: PromptPool) -> dict[str, Any]:
+    """Return the counts of a domain and the histogram of its pass rates in tenths, prompts visited only."""
+    counts, seen = pool.counts(), pool.visits > 0
+    graded = (pool.successes + pool.failures)[seen]
+    rates = pool.successes[seen] / np.maximum(graded, 1e-9)
+    return {
+        "prompts": len(pool.ids),
+        "keep": counts[State.ACTIVE],
+        "mastered": counts[State.MASTERED],
+        "defer": counts[State.DEFERRED],
+        "drop": counts[State.IMPOSSIBLE],
+        "ungraded": counts[State.UNSEEN],
+        "visits": int(pool.visits.sum()),
+        "histogram": np.histogram(rates, bins=10, range=(0.0, 1.0))[0].tolist(),
+    }
+
+
+def screen_table(summary: dict[str, Any]) -> str:
+    """Return the summary as text: counts of each domain, and its histogram as bars."""
+    columns = ("prompts", "keep", "mastered", "defer", "drop", "ungraded", "visits")
+    lines = [f"{'':<16}" + "".join(f"{name:>10}" for name in columns) + "   pass rate 0 .. 1"]
+    for name, found in summary["domains"].items():
+        tallest = max(1, *found["histogram"])
+        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // tallest)] for n in found["histogram"])
+        lines.append(f"{name:<16}" + "".join(f"{found[column]:>10}" for column in columns) + f"   |{bars}|")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""What the command prints of a transfer matrix, for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polyphony.curricula.intervals import Interval
+from polyphony.curricula.transfer.effects import Effects
+from polyphony.curricula.transfer.matrix import TransferMatrix
+
+
+def transfer_table(matrix: TransferMatrix) -> str:
+    """Return T[j -> i] as text: a row for each domain trained on, a column for each domain measured.
+
+    Each cell is the change of the mean score with half the width of its 95 % interval; `*` where it excludes zero.
+    """
+    effects = Effects(matrix)
+    table, (low, high) = effects.transfer(), effects.transfer_interval()
+    width = max(14, *(len(name) + 2 for name in matrix.domains))
+    lines = ["training on".ljust(14) + "".join(f"{'→ ' + name:>{width}}" for name in matrix.domains)]
+    for j, name in enumerate(effects.trained):
+        cells = [_cell(table[j, i], low[j, i], high[j, i]) for i in range(len(matrix.domains))]
+        lines.append(f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def predicted_table(reviews: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a planned run expected after each stage beside what was measured (`steer` half, which decides)."""
+    names = list(reviews[0].get("predicted", {}))
+    width = max(15, *(len(name) + 2 for name in names)) if names else 15
+    lines = ["after stage".ljust(14) + "".join(f"{name:>{width}}" for name in names) + "   predicted / measured"]
+    for review in reviews:
+        pairs = [(review["predicted"][n], review["measured"][n]) for n in names if "predicted" in review]
+        lines.append(f"{review['stage']:<14}" + "".join(f"{f'{p:.2f} / {m:.2f}':>{width}}" for p, m in pairs))
+    return "\n".join(lines)
+
+
+def statistics_table(found: Mapping[str, Mapping[str, Interval]], *, is_change: bool = False, across: int = 4) -> str:
+    """Return statistics (rows) of domains (columns, `across` at a time) with their 95 % intervals.
+
+    Of changes, `*` marks those whose interval excludes zero.
+    """
+    blocks, names = [], list(found)
+    for start in range(0, len(names), across):
+        shown = names[start : start + across]
+        statistics = list(dict.fromkeys(statistic for name in shown for statistic in found[name]))
+        width = max(24, *(len(name) + 2 for name in shown))
+        lines = [" " * 27 + "".join(f"{name:>{width}}" for name in shown)]
+        for statistic in statistics:
+            cells = [_bounded(found[name].get(statistic), is_change=is_change) for name in shown]
+            lines.append(f"{statistic:<27}" + "".join(f"{cell:>{width}}" for cell in cells))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _bounded(interval: Interval | None, *, is_change: bool) -> str:
+    if interval is None or math.isnan(interval.mid):
+        return "-"
+    if not is_change:
+        return f"{interval.mid:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    mark = "*" if interval.is_above_zero or interval.is_below_zero else " "
+    return f"{interval.mid:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{mark}"
+
+
+def _cell(change: float, low: float, high: float) -> str:
+    if math.isnan(change):
+        return "-"
+    mark = "*" if low > 0 or high < 0 else " "
+    return f"{change:+.3f}±{(high - low) / 2:.3f}{mark}"

@@ -1,0 +1,186 @@
+"""Run code that nobody has read: in the strongest jail the host offers, within limits, leaving nothing behind.
+
+Every program gets a process of its own (`rewards/jail`), so one that crashes takes nothing with it. In the jail there
+is no network, no other process, no way to start one, and nothing of the host's files but the Python installation.
+Nothing is written to disk. A program never meets what it is expected to print, nor the source of its tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sysconfig
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from polyphony.rewards.sandbox import confine
+from polyphony.rewards.sandbox.server import JailServer, shared_server
+from polyphony.rewards.workers import is_readable_by
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["namespaces", "bubblewrap", "limits"]
+LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
+_GRACE_S = 30.0
+"""What the jail's own work may take on a busy host before its parent stops waiting for it."""
+
+
+class SandboxError(RuntimeError):
+    """The jail itself failed; this says nothing about the program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one run of a program may use. The program is killed, or the system call refused, where it asks for more."""
+
+    wall_s: float = 6.0
+    cpu_s: int = 4
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    """The largest file; all files of a run together may have four times as much, in memory."""
+    output_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"sandbox limit {name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Isolation:
+    """What the sandbox of this host keeps from a program, for `doctor`."""
+
+    level: Level
+    network: str
+    processes: str
+    files: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: network {self.network}; processes {self.processes}; files {self.files}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How one run ended: `exit` with status 0, `error` with another, killed for its `timeout` or for its `output`."""
+
+    ended: Literal["exit", "error", "timeout", "output"]
+    stdout: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestResult:
+    """How many of the tests' checks hold. `total` 0: the tests are no Python, check nothing, or can not be run here."""
+
+    passed: int
+    total: int
+
+
+class Program:
+    """A program in its jail, to be run on inputs or questioned by tests; used as a context.
+
+    Example: `with Program("print(input()[::-1])") as program: program.run("abc").stdout == b"cba\\n"`
+    """
+
+    def __init__(
+        self, source: str, *, limits: Limits | None = None, level: Level | None = None, site_packages: bool = False
+    ) -> None:
+        self._source = source.encode(errors="replace")
+        self._limits = limits or Limits()
+        self._level = level or isolation().level
+        self._packages = sysconfig.get_path("purelib") if site_packages else ""
+
+    def __enter__(self) -> Program:
+        alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
+        self._own_server = JailServer(in_bubblewrap=True, packages=self._packages) if alone else None
+        settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
+        settings += [f"level={self._level}", f"packages={self._packages}"]
+        self._requests, self._replies = (self._own_server or shared_server()).jail("\n".join(settings))
+        self._send("program", self._source)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._requests)  # at which the supervisor ends
+        os.close(self._replies)
+        if self._own_server:
+            self._own_server.close()
+
+    def run(self, stdin: str) -> Execution:
+        """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
+        self._send("run", stdin.encode(errors="replace"))
+        ended, stdout = self._receive()
+        if ended not in ("exit", "error", "timeout", "output"):
+            raise SandboxError(f"the host refused the {self._level} jail")
+        return Execution(ended=ended, stdout=stdout)
+
+    def test(self, tests: str) -> TestResult:
+        """Import the program and run tests against it from another process; once, after which it has ended.
+
+        A program that crashes, hangs, or ends the process fails the tests. Raises SandboxError as `run` does.
+        """
+        self._send("tests", b"")
+        if self._receive()[0] != "ready":
+            raise SandboxError(f"the host refused the {self._level} jail")
+        self._send("tests", tests.encode(errors="replace"))
+        ended, count = self._receive()
+        if ended == "broken" and not count:
+            raise SandboxError(f"the host refused the {self._level} jail")
+        passed, total = (0, 1) if ended == "timeout" else map(int, count.split())
+        return TestResult(passed=passed, total=total)
+
+    def _send(self, word: str, content: bytes) -> None:
+        unsent = memoryview(b"%s %d\n%s" % (word.encode(), len(content), content))
+        try:
+            while unsent:
+                unsent = unsent[os.write(self._requests, unsent) :]
+        except BrokenPipeError:
+            raise SandboxError("the jail ended before it was asked") from None
+
+    def _receive(self) -> tuple[str, bytes]:
+        data, deadline = b"", time.monotonic() + self._limits.wall_s + _GRACE_S
+        while b"\n" not in data or len(data) < data.index(b"\n") + 1 + int(data.split(None, 2)[1]):
+            if not is_readable_by(self._replies, deadline):
+                raise SandboxError("the jail did not answer")
+            chunk = os.read(self._replies, 1 << 16)
+            if not chunk:
+                raise SandboxError("the jail ended before it answered")
+            data += chunk
+        header, _, content = data.partition(b"\n")
+        return header.split()[0].decode(), content
+
+
+@functools.cache
+def isolation() -> Isolation:
+    """Return the strongest isolation that works here, found by running a program in it once per process.
+
+    Raises SandboxError where not even the weakest does: on another system than Linux on x86-64 or arm64.
+    """
+    for level in LEVELS:
+        if level == "bubblewrap" and not shutil.which("bwrap"):
+            continue
+        try:
+            with Program("print(6 * 7)", level=level) as program:
+                works = program.run("") == Execution(ended="exit", stdout=b"42\n")
+        except (SandboxError, OSError):
+            works = False
+        if works:
+            if level == "limits":
+                logger.warning("only the weakest jail works here, `polyphony doctor` says why: %s", _describe(level))
+            return _describe(level)
+    raise SandboxError("no jail works on this host: it must be Linux on x86-64 or arm64 with seccomp")
+
+
+def _describe(level: Level) -> Isolation:
+    if level != "limits":
+        files = "a private folder in memory; of the host's only the Python installation, read-only"
+        return Isolation(level=level, network="none", processes="sees only itself, starts none", files=files)
+    hidden = "only the Python installation" if confine.can_hide_files() else "all that the user may read"
+    return Isolation(
+        level=level,
+        network="no sockets (seccomp)",
+        processes="sees the host's, can signal none, starts none (seccomp)",
+        files=f"can read {hidden}; can write none",
+    )

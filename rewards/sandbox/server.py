@@ -1,0 +1,98 @@
+"""The process that forks a supervisor for each program: a jail's imports, most of what a start costs, are made once.
+
+It is handed descriptors and settings, never a program or a test, so what it forks has no memory of either.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+_JAIL = Path(__file__).parent
+_PYTHON: str = getattr(sys, "_base_executable", sys.executable)
+"""Outside of any virtual environment, whose place is nothing that a program has to know."""
+
+
+class JailServer:
+    """One such process, started when made. It ends when it is closed, and when its owner ends."""
+
+    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "") -> None:
+        jail = "/jail" if in_bubblewrap else str(_JAIL)
+        command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = subprocess.Popen(
+            _bubblewrap(packages) + command if in_bubblewrap else command,
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+        theirs.close()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def jail(self, settings: str) -> tuple[int, int]:
+        """Return the descriptors for requests to a new supervisor and its replies. Raises OSError where there is none."""
+        theirs_in, requests = os.pipe()
+        replies, theirs_out = os.pipe()
+        try:
+            socket.send_fds(self._control, [settings.encode()], [theirs_in, theirs_out])
+        except OSError:
+            os.close(requests)
+            os.close(replies)
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        return requests, replies
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+_shared: dict[int, JailServer] = {}
+_lock = threading.Lock()
+
+
+def shared_server() -> JailServer:
+    """Return this process's jail_server, a new one where it ended."""
+    with _lock:
+        jail_server = _shared.get(os.getpid())
+        if jail_server is None or not jail_server.is_alive:
+            jail_server = _shared[os.getpid()] = JailServer()
+            atexit.register(jail_server.close)
+        return jail_server
+
+
+def _environment() -> dict[str, str]:
+    """Return all that a program sees of the environment: nothing of the caller's, and the same hash seed every time."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads}
+
+
+def _bubblewrap(packages: str) -> list[str]:
+    found = shutil.which("bwrap") or "bwrap"
+    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
+    command += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command += ["--ro-bind", str(_JAIL), "/jail"]
+    readable = ["/usr", sys.base_prefix, *([packages] if packages else [])]
+    for path in dict.fromkeys(readable):
+        command += ["--ro-bind", path, path]
+    for link in ("/lib", "/lib64", "/bin"):
+        if Path(link).is_symlink():
+            command += ["--symlink", str(Path(link).readlink()), link]
+        elif Path(link).exists():
+            command += ["--ro-bind", link, link]
+    return [*command, "--"]

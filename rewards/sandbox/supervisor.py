@@ -1,0 +1,253 @@
+"""The supervisor: keeps one program of unknown intent, runs it as often as asked, and tells its parent how each run ended.
+
+One process a program. Frames on stdin and stdout are a word, a length, a newline and that many bytes. It never
+holds what a run is expected to print, and tests reach it only after the candidate has been forked, so that no memory
+of theirs is the candidate's.
+
+    program <source>, then either, as often as wanted,
+    run <stdin>       -> exit | error | timeout | output | broken, with what the program printed
+    or, once,
+    tests             -> ready, when the candidate has been forked
+    tests <source>    -> verdict, with "passed total"; or timeout | broken
+"""
+
+import builtins
+import os
+import select
+import sys
+import time
+
+import confine
+import messages
+import program_side
+import test_side
+
+CHUNK = 1 << 16
+BUILD_S = 20.0
+"""Longest time that building the jail may take before the host counts as refusing it. A host that refuses says so at once;
+one with many busy processes was seen to take more than three seconds."""
+
+
+def read_frame(stream):
+    """Return the next (word, content); (None, b"") at the end."""
+    header = stream.readline().split()
+    return (header[0].decode(), stream.read(int(header[1]))) if header else (None, b"")
+
+
+def write_frame(stream, word, content):
+    """Send one message: a word, a length, and that many bytes."""
+    stream.write(b"%s %d\n%s" % (word.encode(), len(content), content))
+    stream.flush()
+
+
+class Supervisor:
+    """One program and the limits it runs under."""
+
+    def __init__(self, source, settings):
+        self.source = source
+        self.level = settings["level"]
+        self.wall_s = float(settings["wall_s"])
+        self.output_bytes = int(settings["output_bytes"])
+        self.memory_bytes, self.file_bytes = int(settings["memory_bytes"]), int(settings["file_bytes"])
+        self.cpu_s = int(settings["cpu_s"])
+        self.packages = [path for path in settings["packages"].split(":") if path]
+        confine.adopt_orphans()
+        if self.level == "limits":
+            confine.hide_memory()
+
+    def run(self, stdin):
+        """Run the program on one input; return how it ended and what it printed."""
+        given = os.memfd_create("stdin")
+        os.write(given, stdin)
+        os.lseek(given, 0, os.SEEK_SET)
+        printed, output = os.pipe()
+        ready, started = os.pipe()
+        pid = self._fork(lambda: _run_main(self.source), given, output, started, [])
+        for fd in (given, output, started):
+            os.close(fd)
+        # written by the jail before the program began; without it the host refused the jail, and nothing was run.
+        # The program's clock starts here: on a busy host the jail alone can take a second
+        begun = bool(select.select([ready], [], [], BUILD_S)[0]) and os.read(ready, 1) == b"+"
+        deadline = time.monotonic() + (self.wall_s if begun else 0)
+        text, ended = self._read(printed, deadline)
+        if ended == "exit" and not _ends_by(pid, deadline):
+            ended = "timeout"  # it closed its output and went on
+        code = _end([pid], kill=ended != "exit")
+        os.close(printed)
+        os.close(ready)
+        if not begun:
+            return "broken", text
+        return (ended if ended != "exit" or code == 0 else "error"), text
+
+    def tests(self, read_tests):
+        """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
+        sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
+        deadline = time.monotonic() + self.wall_s
+        nothing = os.open("/dev/null", os.O_RDWR)
+        theirs, ours = os.pipe(), os.pipe()
+        ready, started = os.pipe()
+
+        def answer():
+            module = _module("solution")
+            exec(compile(self.source, "solution.py", "exec"), vars(module))
+            program_side.Candidate(messages.Channel(ours[0], theirs[1]), vars(module)).serve()
+
+        first = self._fork(answer, nothing, nothing, started, [ours[0], theirs[1]])
+        os.close(ours[0])
+        os.close(theirs[1])
+        tests = read_tests()
+        verdict, written = os.pipe()
+        nonce = os.urandom(16).hex()
+
+        def question():
+            word, count = test_side.run_tests(tests, test_side.Link(messages.Channel(theirs[0], ours[1])))
+            # only now, and by a pipe that the candidate's process does not have
+            os.write(written, f"{nonce}{word} {count}".encode())
+            return 0
+
+        second = self._fork(question, nothing, nothing, started, [theirs[0], ours[1], written])
+        for fd in (theirs[0], ours[1], written, nothing, started):
+            os.close(fd)
+        text, ended = self._read(verdict, deadline)
+        _end([second, first], kill=True)
+        begun = os.read(ready, 2)
+        os.close(verdict)
+        os.close(ready)
+        if ended == "exit" and text.startswith(nonce.encode()):
+            word, _, count = text[len(nonce) :].decode().partition(" ")
+            return word, count.encode()
+        if len(begun) < 2:
+            return "broken", b""
+        return ("timeout" if ended == "timeout" else "verdict"), b"0 1"
+
+    def _read(self, fd, deadline):
+        """Return what comes out of a pipe until it closes, the time is over or it is too much, and which it was."""
+        chunks, size = [], 0
+        while size <= self.output_bytes:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return b"".join(chunks), "timeout"
+            chunk = os.read(fd, CHUNK)
+            if not chunk:
+                return b"".join(chunks), "exit"
+            chunks.append(chunk)
+            size += len(chunk)
+        return b"".join(chunks)[: self.output_bytes], "output"
+
+    def _fork(self, inside, stdin, stdout, started, keep):
+        """Run `inside` in a jailed child with only the given descriptors; return the pid to wait for."""
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            confine.die_with_parent()
+            for source, target in ((stdin, 0), (stdout, 1)):
+                os.dup2(source, target)
+            os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+            _close_all_but({0, 1, 2, started, *keep})
+            if self.level == "namespaces":
+                confine.leave_host()
+                inner = os.fork()
+                if inner:
+                    _close_all_but({0})
+                    os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) & 0xFF)
+            self._confine()
+            os.write(started, b"+")
+            os.close(started)
+            status = inside()
+        finally:
+            os._exit(status)
+
+    def _confine(self):
+        confine.die_with_parent()
+        if self.level == "namespaces":
+            confine.private_root(_readable(self.packages), 4 * self.file_bytes)
+        elif self.level == "bubblewrap":
+            os.mkdir(f"/tmp/{os.getpid()}")  # each run its own, in the one memory folder that ends with the supervisor
+            os.chdir(f"/tmp/{os.getpid()}")
+        elif confine.can_hide_files():
+            confine.hide_files(_readable(self.packages))
+        confine.limit_resources(cpu_s=self.cpu_s, memory_bytes=self.memory_bytes, file_bytes=self.file_bytes)
+        confine.drop_capabilities()
+        confine.seal(may_write=self.level != "limits")
+        sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)] + self.packages
+
+
+def _readable(packages):
+    paths = ["/usr", "/lib", "/lib64", "/bin", "/dev/null"]
+    for path in (sys.base_prefix, *packages):
+        if not any(path == known or path.startswith(known + "/") for known in paths):
+            paths.append(path)
+    return [path for path in paths if os.path.exists(path)]
+
+
+def _close_all_but(keep):
+    low = 0
+    for fd in [*sorted(keep), 1 << 20]:
+        if low < fd:  # CPython 3.11 takes closerange(0, 0) for everything
+            os.closerange(low, fd)
+        low = fd + 1
+
+
+def _ends_by(pid, deadline):
+    process = os.pidfd_open(pid)
+    ended = select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]
+    os.close(process)
+    return bool(ended)
+
+
+def _end(pids, *, kill):
+    """Wait for the children, killed first where asked, and all that they leave; return the first one's exit code."""
+    for pid in pids if kill else []:
+        os.kill(pid, 9)
+    code = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return code
+
+
+def _module(name):
+    module = type(sys)(name)
+    sys.modules[name] = module
+    return module
+
+
+def _run_main(source):
+    """Run the code as a script and return its exit status, as the interpreter would."""
+    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 (open for as long as the program is)
+    sys.argv = ["solution.py"]
+    status = 0
+    try:
+        exec(compile(source, "solution.py", "exec"), vars(_module("__main__")))
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        status = 1
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()  # the interpreter too waits for threads that were never joined
+    import atexit
+
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return status & 0xFF
+
+
+def main(settings):
+    """Read the source and its cases from the host, run each, answer each, until the host hangs up."""
+    builtins.exit = builtins.quit = sys.exit  # as `site` would, whose start-up time is not paid
+    requests, replies = open(0, "rb"), open(1, "wb")  # noqa: SIM115 (until this process ends)
+    _, source = read_frame(requests)
+    supervisor = Supervisor(source, dict(line.split("=", 1) for line in settings.split("\n")))
+    while True:
+        word, content = read_frame(requests)
+        if word is None:
+            return
+        if word == "run":
+            write_frame(replies, *supervisor.run(content))
+        else:
+            # sent only after this: what the parent reads ahead of the fork is in the candidate's memory too
+            write_frame(
+                replies, *supervisor.tests(lambda: write_frame(replies, "ready", b"") or read_frame(requests)[1])
+            )

@@ -1,0 +1,338 @@
+"""Quality and difference in the trainer: who compares what, what the update gets, what the curriculum is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from polyphony.curricula.records import Domain, Fused, Group, PromptRef, mean
+from polyphony.launch.sections import DiversitySection
+from polyphony.rewards.diversity import Diversity
+from polyphony.trainer.advantages import Advantages
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.diversity_reward import Fusion, find_diversity
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.engine.engine import Completion
+from polyphony.trainer.metrics import Meter
+from polyphony.trainer.scoring import Sample, Scorer, check_failures
+from polyphony.trainer.settings import UpdateSettings
+
+
+def domain(name="stories", kind="open_ended", **diversity) -> Domain:
+    return Domain(name=name, kind=kind, diversity={"partitioner": "exact"} | diversity)
+
+
+def group(rewards, domain="stories", prompt="p", fused=None) -> Group:
+    n = len(rewards)
+    return Group(
+        prompt_id=prompt, domain=domain, draw=0, rewards=rewards, lengths=(3,) * n, truncated=(False,) * n, fused=fused
+    )
+
+
+def prompt_of(group):
+    return f"about {group.prompt_id}"
+
+
+class Noting:
+    """Compares exactly, remembers what it was asked, and fails on a group with a question mark."""
+
+    def __init__(self):
+        self.asked = []
+
+    def same(self, groups, prompts):
+        if any("?" in text for group in groups for text in group):
+            raise KeyError("?")
+        self.asked += zip(map(tuple, groups), prompts, strict=True)
+        return [[[a == b for b in group] for a in group] for group in groups]
+
+
+def test_quality_stays_and_the_fused_reward_stands_beside_it():
+    # n = 4, classes a a b c: div 2/3 2/3 1 1
+    groups = [group((1.0, 0.5, 0.25, None))]
+    (fused,) = Fusion.of([domain()])(groups, ["a", "a", "b", "c"], prompt_of)
+    assert fused.rewards == (1.0, 0.5, 0.25, None)
+    assert fused.fused == Fused(
+        rewards=(pytest.approx(2 / 3), pytest.approx(1 / 3), 0.25, None),
+        diversity=(pytest.approx(2 / 3), pytest.approx(2 / 3), 1.0, 1.0),
+        classes=(0, 0, 1, 2),
+    )
+    assert fused.learned == fused.fused.rewards
+
+
+def test_a_domain_without_diversity_is_left_alone():
+    groups = [group((1.0, 0.0), "math"), group((1.0, 1.0))]
+    fusion = Fusion.of([Domain(name="math", kind="structured"), domain()])
+    assert fusion.domains == ("stories",)
+    left, fused = fusion(groups, [None, None, "a", "b"], prompt_of)
+    assert left == groups[0]
+    assert fused.fused is not None
+    assert fusion(groups[:1], [None, None], prompt_of) == groups[:1]
+
+
+def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():
+    # all as good as each other, not all alike: solved for the pass rate, yet not dead
+    (fused,) = Fusion.of([domain()])([group((1.0, 1.0, 1.0))], ["a", "a", "b"], prompt_of)
+    assert (fused.pass_rate, fused.mean_reward) == (1.0, 1.0)
+    assert fused.learned == (0.5, 0.5, 1.0)
+    assert fused.has_signal
+    assert fused.abs_advantage == pytest.approx((2 / 9 + 2 / 9) / (2 / 36) ** 0.5 / 2)  # (1/6, 1/6, 1/3): std .2357
+    assert not group((1.0, 1.0, 1.0)).has_signal
+
+
+def test_a_text_that_was_not_gathered_is_an_error_and_not_an_empty_answer():
+    with pytest.raises(ValueError, match="domain 'stories': 1 of 2 texts of a group were gathered"):
+        Fusion.of([domain()])([group((1.0, 1.0))], ["a", None], prompt_of)
+
+
+def test_ranks_share_the_comparing_and_agree_on_the_result():
+    groups = [group((1.0, 0.5), prompt=f"p{i}") for i in range(5)]
+    texts = [text for i in range(5) for text in ("a", "a" if i % 2 else "b")]
+    alone = Fusion.of([domain()])(groups, texts, prompt_of)
+    partitioners, said = [Noting(), Noting()], []
+    for rank, partitioner in enumerate(partitioners):  # what each rank puts into the gather
+        diversity = {"stories": Diversity(partitioner=partitioner)}
+        fusion = Fusion(by_domain=diversity, rank=rank, world_size=2, gather=lambda told: said.append(told) or [])
+        with pytest.raises(KeyError):  # a verdict that never came is no verdict
+            fusion(groups, texts, prompt_of)
+    assert [prompt for _, prompt in partitioners[0].asked] == ["about p0", "about p2", "about p4"]
+    assert [prompt for _, prompt in partitioners[1].asked] == ["about p1", "about p3"]
+    assert replace(fusion, gather=lambda told: said[0] + said[1])(groups, texts, prompt_of) == alone
+
+
+def advantages() -> Advantages:
+    kinds = {"math": "group", "stories": "mean_only"}
+    return Advantages(settings=UpdateSettings(), kinds=kinds, find_suspects=lambda group: ())
+
+
+RANK = """
+import json
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tests.test_diversity_reward import advantages, domain, prompt_of
+from polyphony.trainer.data import Prompt
+from polyphony.trainer.diversity_reward import Fusion
+from polyphony.trainer.scoring import Sample, by_prompt, form_group, grade
+import torch
+
+state = PartialState(cpu=True)
+prompts = [Prompt(id=i, domain="stories", prompt=i, columns={}) for i in "ppppqqqqrrrr"]
+samples = [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in zip(prompts, "aabcxxxxabab")]
+share = len(samples) // state.num_processes
+mine = slice(state.process_index * share, (state.process_index + 1) * share)
+fusion = Fusion.of([domain()]).on(state)
+graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
+members = by_prompt(graded, size=4)
+groups = fusion([form_group(group, draw=0) for group in members], [g.text for g in graded], prompt_of)
+rows = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
+said = json.dumps([[g.learned for g in groups], gather_object(rows.tolist())])
+Path(__file__).with_name(f"{state.num_processes}-{state.process_index}.json").write_text(said)
+state.wait_for_everyone()
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_groups_that_straddle_real_ranks_are_fused_as_on_one(tmp_path):
+    # two ranks of six rows each: the second of three groups lies on both
+    (tmp_path / "rank.py").write_text(RANK)
+    results = []
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        words = [*command, str(tmp_path / "rank.py")]
+        subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
+        results += [json.loads((tmp_path / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(result == results[0] for result in results)
+    # classes a a b c: div 2/3 2/3 1 1, halved by the quality; all alike: the floor; a b a b: div 2/3
+    fused = [[1 / 3, 1 / 3, 0.5, 0.5], [0.05] * 4, [1 / 3] * 4]
+    assert results[0][0] == [pytest.approx(rewards) for rewards in fused]
+    assert results[0][1] == pytest.approx([-1 / 12, -1 / 12, 1 / 12, 1 / 12] + [0] * 8, abs=1e-6)
+
+
+def test_a_partitioner_that_fails_on_a_group_costs_that_group_and_is_counted(caplog):
+    fusion = Fusion.of([domain(partitioner=Noting())])
+    groups = fusion([group((1.0, 1.0)), group((1.0, 0.5))], ["a", "b", "?", "c"], prompt_of)
+    assert groups[0].learned == (1.0, 1.0)
+    assert groups[1].fused == Fused(rewards=(None, None), diversity=None, classes=None)
+    assert groups[1].rewards == (1.0, 0.5)
+    assert "domain 'stories': the partitioner raised KeyError: '?'" in caplog.text
+    meter = Meter(domains=("stories",))
+    meter.add(groups, {}, 1.0)
+    metrics = meter.flush()
+    assert metrics["diversity/stories/failures"] == 1
+    assert metrics["domain/stories/grader_failures"] == 0
+    assert metrics["domain/stories/reward"] == 3.5 / 4
+
+
+class Silent:
+    """A judge that answers the trial and is gone then."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def same(self, groups, prompts):
+        self.asked += 1
+        if self.asked > 1:
+            raise TimeoutError("no judge")
+        return [[[True] * len(group)] * len(group) for group in groups]
+
+
+def test_a_partitioner_whose_judge_is_silent_is_asked_once(caplog):
+    silent = Silent()
+    groups = Fusion.of([domain(partitioner=silent)])([group((1.0, 1.0))] * 3, list("abcdef"), prompt_of)
+    assert [g.fused for g in groups] == [Fused(rewards=(None, None), diversity=None, classes=None)] * 3
+    assert silent.asked == 2
+    assert caplog.text.count("domain 'stories': the partitioner raised TimeoutError: no judge") == 1
+
+
+def test_a_partitioner_that_fails_too_often_stops_the_run():
+    groups = Fusion.of([domain(partitioner=Noting())])([group((1.0, 1.0))], ["?", "c"], prompt_of)
+    with pytest.raises(RuntimeError, match="domain 'stories': the reward failed on 2 of 2 completions"):
+        check_failures(groups, most=0.5)
+
+
+class Broken:
+    """Raises, or returns what it should not."""
+
+    def __init__(self, told=None):
+        self.told = told
+
+    def same(self, groups, prompts):
+        if self.told is None:
+            raise ImportError("no such package")
+        return self.told if groups[0][0] == "a" else [[[True] * 2] * 2 for _ in groups]
+
+
+def test_a_partitioner_that_cannot_work_is_found_before_the_run():
+    with pytest.raises(
+        ValueError, match=r"domains\.stories\.diversity: the partitioner failed on a trial: ImportError"
+    ):
+        Fusion.of([domain(partitioner=Broken())])
+
+
+@pytest.mark.parametrize("told", [[], [[[True]]], [[[True] * 3] * 3], [None, None]])
+def test_an_answer_of_the_wrong_size_stops_the_run(told):
+    with pytest.raises(ValueError, match="domain 'stories': the partitioner did not return one matrix"):
+        Fusion.of([domain(partitioner=Broken(told))])([group((1.0, 1.0))], ["a", "b"], prompt_of)
+
+
+def test_a_quality_that_cannot_be_multiplied_stops_the_run_with_its_domains_name():
+    with pytest.raises(ValueError, match=r"domain 'stories': diversity: mul needs qualities >= 0, got -1\.0"):
+        Fusion.of([domain()])([group((1.0, -1.0))], ["a", "b"], prompt_of)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "need fuse: mul and an explicit shape"),
+        ({"fuse": "add", "shape": (1, 0)}, "need fuse: mul and an explicit shape"),
+        ({"shape": (2, 1)}, r"shape \[2, 1\] with floor 0.1 lets a different wrong answer earn as much"),
+        ({"shape": (1, 0), "floor": 0.0}, "lets a different wrong answer earn as much"),
+        ({"shape": (0, -1)}, "lets a different wrong answer earn as much"),
+    ],
+)
+def test_difference_never_decides_about_an_answer_that_is_right_or_wrong(settings, message):
+    with pytest.raises(ValueError, match=rf"domains\.math\.diversity: .*{message}"):
+        find_diversity(domain("math", "structured", **settings))
+
+
+@pytest.mark.parametrize("settings", [{"shape": (1, 0)}, {"shape": (1, -1)}, {"shape": (2, 1), "floor": 0.6}])
+def test_where_a_structured_domain_asks_for_it_every_right_answer_outscores_every_wrong_one(settings):
+    found = find_diversity(domain("math", "structured", **settings))
+    result = found([["r"] * 7 + ["w"], ["r"] + ["w"] * 7], [[1.0] * 7 + [0.0], [1.0] + [0.0] * 7], ["p", "q"])
+    for rewards, right in zip(result.rewards, (7, 1), strict=True):
+        assert min(rewards[:right]) > max(rewards[right:])
+
+
+@pytest.mark.parametrize("spec", ["embedding", {"partitoner": "exact"}, {"partitioner": "magic"}, {"floor": 2}])
+def test_settings_that_do_not_exist_are_refused_with_their_place(spec):
+    with pytest.raises(ValueError, match=r"domains\.stories\.diversity: "):
+        find_diversity(Domain(name="stories", kind="open_ended", diversity=spec))
+
+
+def test_the_recipe_and_the_reward_have_the_same_defaults():
+    section = DiversitySection().model_dump()
+    assert {name: getattr(Diversity(**section), name) for name in section} == section
+    assert section == {name: getattr(Diversity(), name) for name in section}
+
+
+def test_advantages_of_fused_groups_are_centred_and_not_scaled():
+    plain = group((1.0, 0.0), "math")
+    fused = group((1.0, 1.0, 0.5), fused=Fused(rewards=(0.5, None, 0.2), diversity=None, classes=None))
+    theirs = torch.tensor([1.4, -1.4, 7.0, 7.0, 7.0])
+    members = [[None] * 2, [None] * 3]  # nobody looks at the completions themselves
+    ours = advantages()(theirs, [plain, fused], members, 0)
+    assert ours.tolist() == pytest.approx([1.4, -1.4, 0.15, 0.0, -0.15])
+    assert advantages()(theirs[3:], [plain, fused], members, 3).tolist() == pytest.approx([0.0, -0.15])
+    assert theirs.tolist()[2:] == [7.0] * 3
+    assert sum(ours.tolist()) == pytest.approx(0, abs=1e-6)
+
+
+def test_metrics_keep_classes_difference_and_reward_apart():
+    groups = Fusion.of([domain()])(
+        [group((1.0, 1.0)), group((0.5, None)), group((1.0, 0.0), "math")], ["a", "a", "a", "b", None, None], prompt_of
+    )
+    meter = Meter(domains=("stories", "math"))
+    meter.add(groups, {}, 1.0)
+    metrics = meter.flush()
+    # classes 1 and 2; one of two collapsed; div .1 .1 1 1; fused .1 .1 .5
+    assert {name: value for name, value in metrics.items() if name.startswith("diversity/")} == {
+        "diversity/stories/classes": 1.5,
+        "diversity/stories/collapsed": 0.5,
+        "diversity/stories/mean": pytest.approx(0.55),
+        "diversity/stories/reward": pytest.approx(0.7 / 3),
+        "diversity/stories/failures": 0,
+    }
+    assert metrics["domain/stories/reward"] == pytest.approx(mean([1.0, 1.0, 0.5]))
+    assert metrics["domain/stories/frac_dead"] == 1.0  # both pairs earn the same throughout
+    meter.add(groups[2:], {}, 1.0)
+    assert not [name for name in meter.flush() if name.startswith("diversity/")]
+
+
+class Walk:
+    """Stands for data, curriculum, engine and tokenizer: completions are the letters that it was given."""
+
+    train = {"stories": {"p": Prompt(id="p", domain="stories", prompt="about p", columns={})}}  # noqa: RUF012
+    limits = {"stories": 4}  # noqa: RUF012
+    draws = 0
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def draw(self, n):
+        return [PromptRef(domain="stories", id="p")] * n
+
+    def tokenize(self, prompts):
+        return [[1]] * len(prompts)
+
+    def complete(self, requests, copies, on_finished=None):
+        return [Completion(ids=[ord(letter)], logps=None) for letter in self.letters]
+
+    def to_samples(self, prompts, completions):
+        texts = [chr(c.ids[0]) for c in completions]
+        return [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in zip(prompts, texts, strict=True)]
+
+
+def test_a_draw_hands_the_fused_reward_to_the_update_and_the_quality_to_the_curriculum():
+    walk = Walk("aabcxxxx")
+    half = Domain(name="stories", kind="open_ended", reward=lambda prompts, **columns: [0.5] * len(prompts))
+    draws = Draws(
+        data=walk,
+        curriculum=walk,
+        scorer=Scorer([half]),
+        fusion=Fusion.of([domain()]),
+        seed=1,
+        group_size=4,
+        max_grader_failures=0.5,
+        complete=walk.complete,
+        to_samples=walk.to_samples,
+    )
+    rollout = draws.roll_out(8)
+    assert rollout.rewards == pytest.approx([1 / 3, 1 / 3, 0.5, 0.5] + [0.05] * 4)
+    assert [group.rewards for group in rollout.groups] == [(0.5,) * 4] * 2
+    assert [group.has_signal for group in rollout.groups] == [True, False]

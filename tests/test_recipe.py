@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from polyphony.launch.recipe import RecipeError, load_recipe
+
+RECIPE = """
+name: two
+model: org/name
+domains:
+  math: {kind: structured, train: math.jsonl, heldout: {path: held.jsonl, limit: 5}, reward: exact}
+  watched: {kind: open_ended, heldout: "hf://org/rows", reward: "pkg.module:f"}
+grpo: {learning_rate: 1e-6, max_steps: 3}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_yaml_1_2_reads_1e_6_as_a_number(recipe_file):
+    assert load_recipe(recipe_file).grpo["learning_rate"] == 0.000001
+
+
+def test_paths_are_relative_to_the_recipe(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file)
+    assert recipe.domains["math"].train == str(tmp_path / "math.jsonl")
+    assert recipe.domains["math"].heldout == {"path": str(tmp_path / "held.jsonl"), "limit": 5}
+    assert recipe.domains["watched"].heldout == "hf://org/rows"
+
+
+def test_overrides_win_and_are_typed_like_yaml(recipe_file):
+    recipe = load_recipe(recipe_file, ["grpo.max_steps=7", "eval.every=2", "tracking.wandb.mode=online"])
+    assert recipe.grpo["max_steps"] == 7
+    assert recipe.eval.every == 2
+    assert recipe.tracking.wandb.mode == "online"
+
+
+def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["probe.from=base"])
+    (tmp_path / "resolved.yaml").write_text(recipe.as_yaml())
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nam=x", "unknown key 'nam'; did you mean 'name'?"),
+        ("domains.math.kin=x", "unknown key 'domains.math.kin'; did you mean 'kind'?"),
+        ("eval.evry=3", "unknown key 'eval.evry'; did you mean 'every'?"),
+        ("probe.form=base", "unknown key 'probe.form'; did you mean 'from'?"),
+        ("tracking.wandb.mod=offline", "unknown key 'tracking.wandb.mod'; did you mean 'mode'?"),
+        ("grpo.learning_rat=1", "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
+        ("grpo.save_steps=1", "grpo.save_steps is set by Polyphony: use checkpoint.every"),
+        (
+            "grpo={use_cpu: true, deepspeed: zero2.json}",
+            "grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two",
+        ),
+        ("domains.math.kind=poem", "domains.math.kind: Input should be 'structured' or 'open_ended', got 'poem'"),
+        ("eval.every=0", "eval.every: Input should be greater than or equal to 1, got 0"),
+        ("pool={look: 8}", "pool.look: must be below grpo.num_generations=8, got 8"),
+        ("domains.new={}", "domains.new.kind: required, but not given"),
+        ("name", "override 'name': expected key.path=value"),
+        ("name.x=1", "override 'name.x=1': 'name' is a value, not a section"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_path_and_what_was_meant(recipe_file, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_file, [override])
+    assert str(error.value) == message
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: x\ndomains: {a: [}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:2: "):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: x\nname: y\n")
+    with pytest.raises(RecipeError, match="duplicate key"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"no\.yaml does not exist"):
+        load_recipe(tmp_path / "no.yaml")

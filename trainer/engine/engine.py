@@ -1,0 +1,218 @@
+"""The engines that generate, behind TRL's own seam: a seed for every completion, a number for every weight sync.
+
+Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
+PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from trl.generation.vllm_generation import VLLMGeneration
+
+from polyphony.trainer.engine.vllm import (
+    Completion,
+    EngineSettings,
+    OnFinished,
+    Request,
+    Sampling,
+    completion_seed,
+    load_weights,
+    sample,
+    start_llm,
+)
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineFactory",
+    "EngineFaults",
+    "InProcessEngine",
+    "Request",
+    "Sampling",
+    "completion_seed",
+]
+
+
+MOST_TOKENS_A_STEP = 4096
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineFaults:
+    """What went wrong in an engine and was made good, counted since the last log."""
+
+    workers_restarted: int = 0
+    regenerated: int = 0
+    """Completions sampled again because their worker was lost."""
+    stale: int = 0
+    """Completions of an older weight version: refused, or kept and importance-corrected, as the recipe says."""
+
+
+class Engine(VLLMGeneration):
+    """What the trainer asks of any engine of ours.
+
+    Overrides the three methods that TRL's trainer calls: `_init_vllm` and `sync_weights` (by its subclasses) and
+    `generate`.
+    """
+
+    max_completion_length: int
+    """Tokens; set by the trainer, for the requests that come through TRL's own call."""
+    version: int = 0
+    """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
+    is_asleep: bool = False
+    """True while it holds no weights: only a sync wakes it."""
+
+    def __init__(
+        self,
+        model: Any,
+        accelerator: Any,
+        processing_class: Any,
+        *,
+        sampling: Sampling,
+        max_model_length: int | None,
+        max_num_seqs: int,
+        dtype: str = "auto",
+        longest: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> None:
+        """Start it; `named` are `VLLMGeneration`'s, `engine_args` are arguments of `vllm.LLM`."""
+        self.sampling = sampling
+        self.dtype = dtype
+        self.longest = longest
+        self.engine_args = engine_args or {}
+        self.faults = EngineFaults()
+        super().__init__(
+            model=model,
+            accelerator=accelerator,
+            processing_class=processing_class,
+            max_model_length=max_model_length,
+            max_num_seqs=max_num_seqs,
+            **named,
+        )
+
+    def settings(self, *, tensor_parallel: int = 1) -> EngineSettings:
+        """Return what the vLLM behind this engine is started with."""
+        own = {"model_impl": self.model_impl, "trust_remote_code": self.trust_remote_code}
+        return EngineSettings(
+            model=self.model.name_or_path,
+            dtype=self.dtype,
+            max_model_length=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,  # type: ignore[arg-type]
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            on_cpu=self.accelerator.device.type == "cpu",
+            tensor_parallel=tensor_parallel,
+            longest=self.longest,
+            more={**own, **self.engine_args},
+        )
+
+    def attach(self, model: Any, accelerator: Any) -> None:
+        """Serve another policy of the same architecture from now on; its weights arrive with the next sync."""
+        self.model = model
+        self.accelerator = accelerator
+
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return TRL's iteration, which expects FSDP2's parameters split, as they are not after a mere forward pass."""
+        reshard(self.model)
+        return super()._iter_named_params()
+
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Sample one completion a request, in order; every rank must call it.
+
+        `on_finished` gets completions that are whole before the others are, as far as the engine can tell.
+        """
+        raise NotImplementedError
+
+    def flush_faults(self) -> EngineFaults:
+        """Return the counts since the last call."""
+        faults, self.faults = self.faults, EngineFaults()
+        return faults
+
+    def rest(self) -> None:
+        """Give GPU memory back until the next sync, where the recipe wants that; nothing for most."""
+
+    def close(self) -> None:
+        """Let go of what the engine holds outside this process; nothing for most."""
+
+    def generate(self, prompts: list, images: Any, num_generations: int, profiler: Any = None) -> tuple:
+        """Serve TRL's own call (an unchanged `GRPOTrainer` with this engine attached); seeds from the call's order."""
+        if images is not None:
+            raise ValueError("the engine serves text only; use vllm_mode colocate or server for images")
+        self._calls = getattr(self, "_calls", -1) + 1
+        requests = [
+            Request(
+                prompt_ids=ids,
+                seed=completion_seed(0, self._calls, str(i), 0, 0),
+                max_tokens=self.max_completion_length,
+            )
+            for i, ids in enumerate(prompts)
+        ]
+        with profiler or nullcontext():
+            completions = self.complete(requests)
+        ids = [c.ids for c in completions]
+        return prompts, ids, [[[p] for p in c.logps or []] for c in completions], [[[t] for t in seq] for seq in ids]
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Split again what FSDP2 has left whole: after a forward pass without a backward pass it keeps and uses a copy."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+EngineFactory = Callable[..., Engine]
+"""Takes what `Engine` is constructed with; for engines whose packages the trainer does not know."""
+
+
+class InProcessEngine(Engine):
+    """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place."""
+
+    def _init_vllm(self) -> None:
+        changes: dict[str, Any] = {}
+        if self.accelerator.num_processes > 1:
+            # each rank its own engine on its own GPU, in the process group that is there already (as TRL's colocate)
+            os.environ["RANK"] = str(self.accelerator.process_index)
+            os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+            os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
+            changes["distributed_executor_backend"] = "external_launcher"
+        if self.accelerator.device.type != "cpu":
+            # vLLM sets memory aside for the activations of so many tokens, 16,384 by default on a large card (TRL's figure)
+            changes["max_num_batched_tokens"] = max(MOST_TOKENS_A_STEP, self.max_num_seqs or 0)
+        if self.enable_sleep_mode:
+            changes["enable_sleep_mode"] = True
+        self.llm = start_llm(self.settings(), **changes)
+        self.rest()
+        self.accelerator.wait_for_everyone()
+
+    def rest(self) -> None:
+        """Give back the memory of weights, keys and values until the next sync (`grpo.vllm_enable_sleep_mode`)."""
+        if self.enable_sleep_mode and not self.is_asleep:
+            self.llm.sleep(level=2)
+            self.is_asleep = True
+
+    def sync_weights(self) -> None:
+        """Load the policy's present weights; every rank must call it, because gathering them is collective."""
+        if self.is_asleep:
+            torch.cuda.empty_cache()  # what the update left in PyTorch's cache is the engine's now
+            self.llm.wake_up(tags=["weights"])
+        load_weights(self.llm, self._iter_named_params())
+        if self.is_asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.is_asleep = False
+        self.version += 1
+
+    def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Sample one completion a request, in order."""
+        if not requests:  # a rank without a row of this refill
+            return []
+        # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            completions = sample(self.llm, requests, self.sampling, on_finished)
+        return [replace(c, version=self.version) for c in completions]

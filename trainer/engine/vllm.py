@@ -1,0 +1,223 @@
+"""One vLLM and what it is asked: start it, sample from it, load weights into it. The same in the trainer and in a worker.
+
+Left out on purpose: who owns the engine and how weights travel to it (`trainer/engine/engine.py`,
+`launch/cluster/ray_engine.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to be sampled."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+    is_greedy: bool = False
+    """Take the likeliest token each time, whatever the run's sampling; only an engine of ours can."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What came back: token ids, and their log-probabilities under the sampling distribution (None if not told)."""
+
+    ids: list[int]
+    logps: list[float] | None
+    version: int | None = None
+    """Number of the weight sync whose weights sampled it; None where the engine does not count."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How completions are sampled; one setting for the whole run, because importance correction depends on it."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What a vLLM engine is started with."""
+
+    model: str
+    dtype: str
+    max_model_length: int | None
+    """Tokens of the longest sequence; None takes the model's own limit, or as much of it as fits into a GPU's memory."""
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    on_cpu: bool
+    tensor_parallel: int = 1
+    longest: int = 0
+    """Tokens that the longest prompt of the run and its completion will have, as far as known."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`; they win over what is chosen here."""
+
+
+OnFinished = Callable[[int, Completion], None]
+"""Called with the place of a request and its completion as soon as that is whole, in any order."""
+
+
+LONGEST_THAT_FITS = -1
+"""As vLLM's `max_model_len`: the model's own limit, or what the memory for keys and values has room for, if less."""
+
+
+def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
+    """Return the sampling seed of one completion: the same after a restart and under any layout of ranks."""
+    key = f"{run_seed}/{draw}/{prompt_id}/{refill_round}/{k}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def prepare_cpu_build() -> None:
+    """Have the CPU build keep weights where `load_weights` finds them.
+
+    It repacks every Linear for oneDNN and drops the original weight, so that later loads land nowhere without an error.
+    """
+    import vllm._custom_ops as ops
+    from vllm.platforms import current_platform
+
+    ops._supports_onednn = False
+    # counting token ranks is not worth the 25 s that compiling it takes
+    current_platform.simple_compile_backend = "eager"
+
+
+def start_llm(settings: EngineSettings, **changes: Any) -> Any:
+    """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`.
+
+    Raises ValueError where it has no room for the longest completion of the run.
+    """
+    if settings.on_cpu:
+        prepare_cpu_build()
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_length or (None if settings.on_cpu else LONGEST_THAT_FITS),
+        "max_num_seqs": settings.max_num_seqs,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enforce_eager": settings.on_cpu,  # compiling costs 20 s on a CPU and gains nothing at that size
+        "logprobs_mode": "processed_logprobs",  # importance correction needs what was really sampled from
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    llm = LLM(**{**arguments, **changes, **settings.more})
+    _check_room(llm, settings.longest)
+    return llm
+
+
+def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the engine's weights in place and forget the keys and values that belong to the old ones."""
+    llm.apply_model(lambda model: _load(model, named))
+    llm.reset_prefix_cache()
+
+
+def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
+
+
+def sample(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+) -> list[Completion]:
+    """Sample one completion a request, in order; `on_finished` gets each while the others are still sampled.
+
+    Out of memory, the requests are sampled in two halves, once. Raises RuntimeError where a half is too much as well.
+    """
+    try:
+        return _sample(llm, requests, sampling, on_finished)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(requests) < 2:
+            raise
+    _abort(llm)
+    middle = len(requests) // 2
+    try:
+        return [c for half in (requests[:middle], requests[middle:]) for c in _sample(llm, half, sampling)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _abort(llm)
+        raise RuntimeError(
+            f"the rollout engine ran out of memory on {len(requests)} completions and again on half of them: lower "
+            "grpo.max_completion_length or the generation batch, or change grpo.vllm_gpu_memory_utilization"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocator's refusal, of a GPU's or of the host's memory, from other errors."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _sample(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+) -> list[Completion]:
+    from vllm import SamplingParams
+
+    shared = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": 0,
+        "flat_logprobs": True,  # two lists in place of an object and a dict a token
+        "detokenize": False,
+    }
+    greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    params = [
+        SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **(greedy if r.is_greedy else shared)) for r in requests
+    ]
+    _check_room(llm, max((len(r.prompt_ids) + r.max_tokens for r in requests), default=0))
+    prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
+    if on_finished is None:
+        return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+    # a request's name is its number, behind which newer engines put a random tail that outputs do not have
+    names = llm.enqueue(prompts, params, use_tqdm=False)
+    places = {name.partition("-")[0]: i for i, name in enumerate(names)}
+    found: dict[int, Completion] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                place = places[output.request_id]
+                found[place] = _completion(output.outputs[0])
+                on_finished(place, found[place])
+    return [found[i] for i in range(len(requests))]
+
+
+def _check_room(llm: Any, longest: int) -> None:
+    """Raise ValueError for a prompt and completion that vLLM would cut short without a word."""
+    room = llm.model_config.max_model_len
+    if longest > room:
+        raise ValueError(
+            f"the rollout engine has room for {room} tokens of prompt and completion, {longest} are asked for: raise "
+            "grpo.vllm_gpu_memory_utilization or grpo.vllm_max_model_length, or lower grpo.max_completion_length"
+        )
+
+
+def _abort(llm: Any) -> None:
+    """Take back what an interrupted call left in the engine, and its cached blocks."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    llm.reset_prefix_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _completion(output: Any) -> Completion:
+    ids = list(output.token_ids)
+    # `logprobs=0` tells the sampled token alone, so the flat list has one entry a token
+    assert len(output.logprobs.logprobs) == len(ids)
+    return Completion(ids=ids, logps=output.logprobs.logprobs)

@@ -1,0 +1,121 @@
+"""What one held-out evaluation gave: per item the scores, entropies and answers, joined from the records of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from polyphony.curricula.records import mean
+from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.statistics import Answers
+from polyphony.trainer.evaluation.variety import Variety
+from polyphony.trainer.scoring import Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldoutResult:
+    """What one pass over the held-out sets gave, in the order of the sets."""
+
+    items: Mapping[str, tuple[str, ...]]
+    """Per domain, the ids of the items."""
+    samples: Mapping[str, tuple[tuple[float | None, ...], ...]]
+    """Per domain and item, the scores of its k samples; None where the grader failed."""
+    entropy: Mapping[str, float]
+    """Per domain, mean token entropy in nats of the first sample of every item."""
+    variety: Mapping[str, tuple[Variety, ...]] = field(default_factory=dict)
+    """Per domain and item, how much its samples differ; empty with one sample an item."""
+    item_entropy: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Per domain and item, summed token entropy and token count of its first sample."""
+    answers: Mapping[str, tuple[tuple[Answer, ...], ...]] = field(default_factory=dict)
+    """Per domain and item, its k samples read."""
+    greedy: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
+    """Per domain and item, what the policy says without chance; empty unless asked for."""
+    base_kl: Mapping[str, Mapping[str, tuple[float, int]]] = field(default_factory=dict)
+    """Per domain and item id, (nats, tokens) of KL(base || policy); empty until the base model was remembered."""
+    shown: tuple[tuple[Sample, float | None], ...] = ()
+    """A few samples of each domain, for people to read."""
+
+    def read(self, domain: str) -> Answers:
+        """Return a domain's answers, ready for statistics, in the order of its items."""
+        kl = self.base_kl.get(domain)
+        return Answers(
+            sampled=self.answers[domain],
+            greedy=self.greedy.get(domain),
+            entropy=self.item_entropy.get(domain),
+            kl=None if kl is None else [kl.get(item, (0.0, 0)) for item in self.items[domain]],
+        )
+
+    def scores(self) -> dict[str, tuple[float, ...]]:
+        """Return the mean score of each item over its graded samples, in [0, 1].
+
+        Raises ValueError for a domain with an item that could not be graded at all, or a score outside [0, 1].
+        """
+        scores = {}
+        for name, items in self.samples.items():
+            graded = [[s for s in item if s is not None] for item in items]
+            if not all(graded):
+                failed = sum(not g for g in graded)
+                raise ValueError(f"domain {name!r}: {failed} of {len(items)} held-out items could not be graded")
+            scores[name] = tuple(mean(g) for g in graded)
+            low, high = min(scores[name]), max(scores[name])
+            if low < 0 or high > 1:
+                raise ValueError(f"domain {name!r}: held-out scores must lie in [0, 1], got {low:g} to {high:g}")
+        return scores
+
+    def passed(self) -> dict[str, tuple[float, ...]]:
+        """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples."""
+        return {
+            name: tuple(float(any(s is not None and s >= 1.0 for s in item)) for item in items)
+            for name, items in self.samples.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One item as its rank saw it."""
+
+    place: int
+    """Among the items of all domains."""
+    domain: str
+    item: str
+    scores: tuple[float | None, ...]
+    entropy: tuple[float, int]
+    answers: tuple[Answer, ...]
+    greedy: Answer | None
+    variety: Variety | None
+    shown: Sample | None
+    ids: tuple[list[int], list[int]] | None
+    """Prompt and first completion, where the distance to the base model is measured."""
+
+
+def once(records: Sequence[Record]) -> list[Record]:
+    """Return each item's record once, in the order of the sets."""
+    by_place = {record.place: record for record in records}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def join(
+    records: Sequence[Record], domains: Sequence[str], kl: Mapping[str, Mapping[str, tuple[float, int]]]
+) -> HeldoutResult:
+    """Return the result of all records, in the order of the sets."""
+    of = {name: [r for r in records if r.domain == name] for name in domains}
+    is_greedy = any(r.greedy is not None for r in records)
+    return HeldoutResult(
+        items={name: tuple(r.item for r in rs) for name, rs in of.items()},
+        samples={name: tuple(r.scores for r in rs) for name, rs in of.items()},
+        entropy={
+            name: sum(r.entropy[0] for r in rs) / tokens
+            for name, rs in of.items()
+            if (tokens := sum(r.entropy[1] for r in rs))
+        },
+        item_entropy={name: tuple(r.entropy for r in rs) for name, rs in of.items()},
+        answers={name: tuple(r.answers for r in rs) for name, rs in of.items()},
+        greedy={name: tuple(r.greedy for r in rs if r.greedy) for name, rs in of.items()} if is_greedy else {},
+        base_kl=kl,
+        variety={
+            name: tuple(r.variety for r in rs if r.variety)
+            for name, rs in of.items()
+            if rs and rs[0].variety is not None
+        },
+        shown=tuple((r.shown, r.scores[0]) for r in records if r.shown is not None),
+    )

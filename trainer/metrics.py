@@ -1,0 +1,293 @@
+"""Sums and counts of what the draws showed, divided once when they are logged.
+
+Every metric name of ours, once. TRL's own keys stay as they are; ours stand beside them.
+
+Keys are `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
+`shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. Undefined values are
+absent, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from polyphony.curricula.records import Group
+
+METRICS: Mapping[str, Mapping[str, str]] = {
+    "domain": {
+        "reward": "mean reward over graded completions since the last log",
+        "reward_std": "standard deviation of those rewards",
+        "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
+        "entropy_slope": "change of that entropy per optimizer step over the domain's last 32 draws",
+        "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
+        "entropy_coef": "coefficient of the domain's entropy in the loss, where `entropy.control` asks for it",
+        "pass_rate": "share of graded completions with reward 1",
+        "frac_dead": "share of groups drawn that teach nothing: rewards all equal (`algorithm: rft`: none accepted)",
+        "dead_completions": "share of completions that lie in such groups",
+        "dead_correct": "share of the groups that went on to the update which are dead because all was correct",
+        "dead_wrong": "the same, dead because all was equally wrong",
+        "dead_equal": "the same, dead because all had the same partial reward",
+        "mean_length": "tokens a completion",
+        "clipped_ratio": "share of completions cut at the length limit",
+        "grader_failures": "completions whose reward raised or returned None",
+        "n": "completions drawn",
+    },
+    "curriculum": {
+        "mixture": "share of the last draw that the scheduler asked for",
+        "active": "prompts in the band worth practising (with `pool`)",
+        "deferred": "prompts too hard for now",
+        "impossible": "prompts too hard with 95 % confidence",
+        "mastered": "prompts above the band",
+    },
+    "shortcuts": {
+        "answer_repetition": "share of completions that say their answer three times or more",
+        "repeated_ngrams": "share with more than 30 % repeated 8-grams",
+        "computation_skipping": "share far shorter than the domain's correct ones, or without the solution's steps",
+        "bare_answer": "share with an answer and hardly anything before it",
+        "language_mixing": "share with more than 5 % of the letters in other scripts than Latin and Greek",
+        "truncation": "share cut at the length limit",
+        "rare_successes": "full rewards of groups with one, or at most a quarter",
+        "suspects": "full rewards with a sign that is not the domain's manner; rare ones only until that is known",
+        "correct_length": "median tokens of the last 64 correct completions",
+    },
+    "heldout": {
+        "score": "mean held-out score in [0, 1], `report` half",
+        "entropy": "mean token entropy on held-out completions in nats",
+        "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
+        "grader_failures": "held-out samples without a reward, all items: left out of scores, not passed in pass_at_k",
+        "majority": "score of the answer that most of an item's samples give, ties shared",
+        "greedy": "score without chance in decoding, with `eval.greedy`",
+        "format_valid": "share of samples that end, say something and have the form their grader asks for",
+        "format_share": "share of the commonest output style",
+        "ece": "expected calibration error of the answers' token probabilities, ten bins of equal mass",
+        "brier": "mean squared distance of that probability and being right",
+        "auroc": "probability that a right answer has more of it than a wrong one",
+        "overconfidence": "its mean minus the share of right answers",
+        "kl_base": "KL(base || policy) in nats per token, on the base model's completions of held-out prompts",
+        "kl_current": "mean of kl_base over the domains practised since the last evaluation",
+        "kl_others": "mean of kl_base over all other domains",
+        "distinct_2": "different over all pairs of neighbouring words in an item's samples",
+        "self_bleu": "mean BLEU of an item's samples against its other samples, 1 where all are alike",
+        "vendi": "Vendi score: effective number of different samples of an item, by the words they share",
+        "unique_correct": "answers of an item that say something else, among those with the full score",
+        "classes": "answers of an item that say something else, in domains with a diversity reward",
+    },
+    "diversity": {
+        "classes": "classes of answers that say the same, a group, in domains with a diversity reward",
+        "mean": "how much an answer differs from its siblings, in [0, 1], after the floor",
+        "collapsed": "share of groups whose answers all say the same",
+        "reward": "mean of quality and difference fused, what the update learns from; quality is domain/<d>/reward",
+        "failures": "groups that the partitioner could not tell apart: their completions have no reward",
+    },
+    "transfer": {
+        "bwt": "score now minus score at the end of the domain's last finished stage (watch-only: minus the baseline)",
+        "bwt_low": "lower end of its 95 % interval, paired by item",
+        "bwt_high": "upper end",
+        "fwt": "score before the domain's first stage minus the baseline's",
+        "drawdown": "score now minus the cross-fitted best so far; over all domains `drawdown_max`, as a loss",
+        "drawdown_low": "lower end of its 95 % interval",
+        "drawdown_high": "upper end",
+        "drawdown_max": "the largest loss of any domain against its cross-fitted best so far, as a positive number",
+    },
+    "rollout": {
+        "tokens_per_s": "generated tokens a second of generation",
+        "refill_rounds": "rounds a draw in which dead groups were replaced",
+        "shortfall": "dead groups a draw that refill could not replace",
+        "useful_token_frac": "share of generated tokens that lie in groups with signal",
+    },
+    "faults": {
+        "skipped_steps": "optimizer steps left out because loss or gradient was not finite",
+        "workers_restarted": "rollout workers that were lost or hung, and replaced",
+        "regenerated": "completions sampled again because their worker was lost",
+        "stale": "completions of an older weight version, refused or importance-corrected",
+    },
+}
+
+
+def key(family: str, metric: str, domain: str | None = None) -> str:
+    """Return the full name of a metric. Raises KeyError for one that METRICS does not list."""
+    METRICS[family][metric]
+    return f"{family}/{metric}" if domain is None else f"{family}/{domain}/{metric}"
+
+
+def defined(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics that have a finite value: JSON knows neither NaN nor infinity."""
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+
+
+@dataclass(slots=True)
+class DomainSums:
+    """Running sums of one domain between two logs."""
+
+    groups: int = 0
+    dead: int = 0
+    dead_completions: int = 0
+    updated: int = 0
+    dead_correct: int = 0
+    dead_wrong: int = 0
+    dead_equal: int = 0
+    completions: int = 0
+    failures: int = 0
+    graded: int = 0
+    passed: int = 0
+    reward: float = 0.0
+    reward_squared: float = 0.0
+    tokens: int = 0
+    useful_tokens: int = 0
+    truncated: int = 0
+    entropy: float = 0.0
+    entropy_tokens: float = 0.0
+
+    def add(self, group: Group, *, is_useful: bool) -> None:
+        graded = group.unselected
+        tokens = sum(group.lengths)
+        self.groups += 1
+        self.dead += not is_useful
+        self.dead_completions += 0 if is_useful else len(group.rewards)
+        self.completions += len(group.rewards)
+        self.failures += len(group.rewards) - len(group.graded)
+        self.graded += len(graded)
+        self.passed += sum(r >= 1.0 for r in graded)
+        self.reward += sum(graded)
+        self.reward_squared += sum(r * r for r in graded)
+        self.tokens += tokens
+        self.useful_tokens += tokens if is_useful else 0
+        self.truncated += sum(group.truncated)
+
+    def update_with(self, group: Group, *, is_useful: bool) -> None:
+        """Count a group that went on to the update."""
+        self.updated += 1
+        if not is_useful:
+            self.dead_correct += group.cause == "all_correct"
+            self.dead_wrong += group.cause == "all_wrong"
+            self.dead_equal += group.cause == "all_equal"
+
+    def metrics(self) -> dict[str, float]:
+        """Return the `domain/<d>` metrics; NaN where nothing was counted."""
+        mean = _ratio(self.reward, self.graded)
+        variance = _ratio(self.reward_squared - self.graded * mean**2, self.graded - 1) if self.graded > 1 else math.nan
+        return {
+            "reward": mean,
+            "reward_std": math.sqrt(max(0.0, variance)) if not math.isnan(variance) else math.nan,
+            "entropy": _ratio(self.entropy, self.entropy_tokens),
+            "pass_rate": _ratio(self.passed, self.graded),
+            "frac_dead": _ratio(self.dead, self.groups),
+            "dead_completions": _ratio(self.dead_completions, self.completions),
+            "dead_correct": _ratio(self.dead_correct, self.updated),
+            "dead_wrong": _ratio(self.dead_wrong, self.updated),
+            "dead_equal": _ratio(self.dead_equal, self.updated),
+            "mean_length": _ratio(self.tokens, self.completions),
+            "clipped_ratio": _ratio(self.truncated, self.completions),
+            "grader_failures": self.failures,
+            "n": self.completions,
+        }
+
+
+@dataclass(slots=True)
+class DiversitySums:
+    """Running sums of one domain's diversity reward between two logs."""
+
+    groups: int = 0
+    """Compared by the partitioner."""
+    failures: int = 0
+    classes: int = 0
+    collapsed: int = 0
+    completions: int = 0
+    diversity: float = 0.0
+    learned: int = 0
+    fused: float = 0.0
+
+    def add(self, group: Group) -> None:
+        assert group.fused is not None
+        fused = group.fused
+        if fused.classes is None or fused.diversity is None:
+            self.failures += 1
+            return
+        self.groups += 1
+        self.classes += len(set(fused.classes))
+        self.collapsed += len(fused.classes) > 1 and len(set(fused.classes)) == 1
+        self.completions += len(fused.diversity)
+        self.diversity += sum(fused.diversity)
+        known = [r for r in fused.rewards if r is not None]
+        self.learned += len(known)
+        self.fused += sum(known)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the `diversity/<d>` metrics; NaN where nothing was counted."""
+        return {
+            "classes": _ratio(self.classes, self.groups),
+            "mean": _ratio(self.diversity, self.completions),
+            "collapsed": _ratio(self.collapsed, self.groups),
+            "reward": _ratio(self.fused, self.learned),
+            "failures": self.failures,
+        }
+
+
+@dataclass(slots=True)
+class Meter:
+    """Per-domain metrics between two logs. `domains` is fixed, so that every rank reduces the same shape."""
+
+    domains: tuple[str, ...]
+    is_useful: Callable[[Group], bool] = lambda group: group.has_signal
+    """Whether a group can move the policy."""
+    sums: dict[str, DomainSums] = field(default_factory=dict)
+    diversity: dict[str, DiversitySums] = field(default_factory=dict)
+    """Of the domains with a diversity reward."""
+    seconds: float = 0.0
+    """Spent generating."""
+    draws: int = 0
+    rounds: int = 0
+    """Of refill."""
+
+    def add(
+        self,
+        groups: Sequence[Group],
+        entropy: Mapping[str, tuple[float, float]],
+        seconds: float,
+        *,
+        discarded: Sequence[Group] = (),
+        rounds: int = 0,
+    ) -> None:
+        """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took.
+
+        `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`.
+        """
+        for group in (*groups, *discarded):
+            self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
+        for group in groups:
+            self.sums[group.domain].update_with(group, is_useful=self.is_useful(group))
+            if group.fused is not None:
+                self.diversity.setdefault(group.domain, DiversitySums()).add(group)
+        self.draws += 1
+        self.rounds += rounds
+        for name, (total, tokens) in entropy.items():
+            sums = self.sums.setdefault(name, DomainSums())
+            sums.entropy += total
+            sums.entropy_tokens += tokens
+        self.seconds += seconds
+
+    def flush(self) -> dict[str, float]:
+        """Return all metrics since the last flush and start anew; undefined ones are absent."""
+        sums, diversity, seconds, draws, rounds = self.sums, self.diversity, self.seconds, self.draws, self.rounds
+        self.sums, self.diversity, self.seconds, self.draws, self.rounds = {}, {}, 0.0, 0, 0
+        metrics = {
+            key("domain", metric, name): value
+            for name, counted in sums.items()
+            if counted.completions
+            for metric, value in counted.metrics().items()
+        }
+        for name, compared in diversity.items():
+            metrics.update({key("diversity", metric, name): value for metric, value in compared.metrics().items()})
+        tokens = sum(s.tokens for s in sums.values())
+        metrics[key("rollout", "tokens_per_s")] = _ratio(tokens, seconds)
+        metrics[key("rollout", "useful_token_frac")] = _ratio(sum(s.useful_tokens for s in sums.values()), tokens)
+        metrics[key("rollout", "refill_rounds")] = _ratio(rounds, draws)
+        dead = sum(s.dead_correct + s.dead_wrong + s.dead_equal for s in sums.values())
+        metrics[key("rollout", "shortfall")] = _ratio(dead, draws)
+        return defined(metrics)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
