@@ -8,12 +8,22 @@ From the recipe's words to what is practised and how: the pool, the guard, the u
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyphony.curricula import schedulers
+from polyphony.curricula.prompts.estimate import Band
+from polyphony.curricula.prompts.pool import PoolSettings
+from polyphony.curricula.records import Domain
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.rewards import find_reward
+from polyphony.rewards.partitions import find_partitioner
+from polyphony.trainer.data import check_source
+from polyphony.trainer.settings import EntropySettings, EvaluationSettings, Guard, RftSettings, UpdateSettings
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -31,9 +41,6 @@ def pool_settings(recipe: Recipe) -> PoolSettings | None:
 
     Raises RecipeError for an unknown sampling, or a file to start from that is not there.
     """
-    from polyphony.curricula.prompts.estimate import Band
-    from polyphony.curricula.prompts.pool import PoolSettings
-
     section = recipe.pool
     if section is None:
         return None
@@ -53,8 +60,6 @@ def pool_settings(recipe: Recipe) -> PoolSettings | None:
 
 def update_settings(recipe: Recipe) -> UpdateSettings:
     """Return how the recipe's rewards become an update."""
-    from polyphony.trainer.settings import Guard, RftSettings, UpdateSettings
-
     return UpdateSettings(
         advantages=recipe.advantages,
         guard=None if recipe.guard is None else Guard(**recipe.guard.model_dump()),
@@ -65,10 +70,6 @@ def update_settings(recipe: Recipe) -> UpdateSettings:
 
 def check_names(recipe: Recipe) -> None:
     """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
-    from polyphony.rewards import find_reward
-    from polyphony.rewards.partitions import find_partitioner
-    from polyphony.trainer.data import check_source
-
     build_scheduler(recipe)
     pool_settings(recipe)
     for name, section in recipe.domains.items():
@@ -87,8 +88,6 @@ def check_names(recipe: Recipe) -> None:
 
 def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
-    import warnings
-
     from polyphony.trainer.slots import plan_draws
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
@@ -99,7 +98,6 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
     check_boundaries(recipe, plan_draws(args, data.n_train))
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.settings import EntropySettings, EvaluationSettings
 
     try:
         return DomainGRPOTrainer(
@@ -175,8 +173,6 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
 
 def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    from polyphony.curricula import schedulers
-
     settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
     held = recipe.entropy.held("sampling", list(recipe.domains))
     entropy = {"entropy_band": recipe.entropy.band, "entropy_control": held}
@@ -200,8 +196,6 @@ def build_scheduler(recipe: Recipe) -> Any:
 
 def load_transfer(recipe: Recipe) -> Any:
     """Return the probe's transfer matrix that the recipe names."""
-    from polyphony.curricula.transfer.matrix import TransferMatrix
-
     path = Path(str(recipe.curriculum.transfer))
     if not path.is_file():
         raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
@@ -222,8 +216,6 @@ def _peft_config(recipe: Recipe) -> Any:
 
 def domains_of(recipe: Recipe) -> list[Any]:
     """Return the recipe's domains as records."""
-    from polyphony.curricula.records import Domain
-
     return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.curricula.prompts.pool_file import own_pool
+from polyphony.curricula.monitors.guardrails import Guardrail
+from polyphony.curricula.prompts.pool_file import POOL_FILE, PoolFileError, load_pools, own_pool
 from polyphony.launch.build import build_trainer, load_transfer
 from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
@@ -116,11 +118,8 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     """Build everything a run needs and wire up the run folder."""
     from transformers.trainer_callback import PrinterCallback
 
-    from polyphony.curricula.monitors.guardrails import Guardrail
-    from polyphony.curricula.prompts.pool_file import POOL_FILE
     from polyphony.trainer.checkpoints import checkpoint_step
     from polyphony.trainer.run.callbacks import CheckWeights, RunCallback
-    from polyphony.trainer.run.folder import RunFolder
     from polyphony.trainer.run.progress import ProgressLine
     from polyphony.trainer.run.provenance import provenance
     from polyphony.trainer.run.recorder import Recorder
@@ -219,8 +218,6 @@ def adopt_known(trainer: DomainGRPOTrainer, recipe: Recipe) -> str | None:
 
     Raises RecipeError for a file that cannot be read or knows none of these prompts.
     """
-    from polyphony.curricula.prompts.pool_file import PoolFileError, load_pools
-
     if recipe.pool is None or recipe.pool.start is None:
         return None
     path = Path(recipe.pool.start)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from tests.benchmarks import commands, gpu, run
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, table
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, table
 
 AT_MOST = Target(relation="<=", limit=1.05)
 
@@ -24,7 +24,7 @@ NOT_HERE = {
 
 def clocked(*pairs):
     """Pairs of seconds that took the processor half of the time."""
-    return [tuple(Sample(seconds, seconds / 2) for seconds in pair) for pair in pairs]
+    return [tuple(Timing(seconds, seconds / 2) for seconds in pair) for pair in pairs]
 
 
 def test_the_ratio_is_the_median_of_the_pairs_so_that_a_drift_of_the_machine_cancels():
@@ -46,7 +46,7 @@ def test_a_target_includes_its_limit(relation, measured, expected):
 
 
 def test_processor_time_has_a_ratio_of_its_own():
-    result = paired("step", "s", [(Sample(2.0, 1.0), Sample(1.0, 1.0))])
+    result = paired("step", "s", [(Timing(2.0, 1.0), Timing(1.0, 1.0))])
     assert (result.ratio, result.cpu_ratio) == (2.0, 1.0)
 
 
@@ -122,8 +122,8 @@ def test_what_two_processes_measured_on_a_gpu_is_one_table():
     assert gpu._read(fields, policy="lab").name == "lab step"
     assert gpu._read(fields, policy="lab").target == AT_MOST
     seen = {"results": [], "tokens_a_step": 10.0, "device": "X"}
-    ours = gpu.Measured(**seen, step=Sample(1.0, 0.5), sync=Sample(0.1, 0.1), peak_gib=6.0)
-    colocate = gpu.Measured(**seen, step=Sample(2.0, 0.5), sync=Sample(0.4, 0.1), peak_gib=8.0)
+    ours = gpu.GpuFigures(**seen, step=Timing(1.0, 0.5), sync=Timing(0.1, 0.1), peak_gib=6.0)
+    colocate = gpu.GpuFigures(**seen, step=Timing(2.0, 0.5), sync=Timing(0.4, 0.1), peak_gib=8.0)
     rows = {row.name: row.ratio for row in gpu._compared("lab", [(ours, colocate)])}
     assert rows == {"lab step, TRL's colocate": 0.5, "lab sync": 0.25, "lab peak memory": 0.75}
 

@@ -62,6 +62,10 @@ def test_help_imports_nothing_heavy():
     }
 
 
+def test_a_grader_is_run_without_torch(completions):
+    assert not modules_after("score", completions, "--reward", "exact") & {"torch", "trl", "transformers", "vllm"}
+
+
 def test_a_dry_run_imports_no_torch():
     assert not modules_after("train", RECIPES / "debug.yaml", "--dry-run") & {"torch", "trl", "transformers", "vllm"}
 

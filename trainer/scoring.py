@@ -17,13 +17,15 @@ import threading
 import urllib.error
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.records import Domain, Group
 from polyphony.rewards import Reward, find_reward
 from polyphony.rewards.registry import settled
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.engine.engine import Completion
+
+if TYPE_CHECKING:  # `polyphony score` runs a grader without torch
+    from polyphony.trainer.engine.vllm import Completion
 
 logger = logging.getLogger(__name__)
 

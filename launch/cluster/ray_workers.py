@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,6 @@ class RolloutWorker:
     """One vLLM engine in a process of its own."""
 
     def __init__(self, settings: EngineSettings, *, by_nccl: bool) -> None:
-        import warnings
-
         from polyphony.trainer.engine.vllm import start_llm
 
         forget_launcher(os.environ)

@@ -177,8 +177,6 @@ def _missing(sheet: Sheet, lacks: Sequence[str]) -> str:
 
 def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
     """Write the report and print where it lies, or print the summary of each run as JSON."""
-    from polyphony.launch.report.report import summarise, write_report
-
     if as_json:
         summaries = {run.name: summarise(run) for run in runs}
         print(json.dumps(summaries[runs[0].name] if len(runs) == 1 else summaries))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from polyphony.launch.recipe import RecipeError
+from polyphony.launch.report.run import read_run
 
 SPECIFICATION, PLACE = "dashboard.json", "dashboard.url"
 
@@ -15,7 +16,6 @@ def dashboard(run: Path) -> None:
 
     The same run's dashboard is updated the next time.
     """
-    from polyphony.launch.report.run import read_run
     from polyphony.trainer.run.wandb_dashboard import (
         build_workspace,
         default_entity,

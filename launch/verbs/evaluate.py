@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyphony.curricula.intervals import paired
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.verbs.tables import statistics_table
 
@@ -96,7 +97,6 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
     """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
     does not take a few items that did not move for certainty."""
-    from polyphony.curricula.intervals import paired
     from polyphony.trainer.evaluation.statistics import compare
 
     before, after = first.scores(), second.scores()

@@ -13,6 +13,8 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.report.report import write_replay
+from polyphony.trainer.run.folder import RunFolder
 
 
 def plan(path: Path, *, as_json: bool) -> None:
@@ -48,8 +50,6 @@ def replay_run(
 
 def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     """Draw both mixtures one below the other into the run folder; return the page."""
-    from polyphony.launch.report.report import write_replay
-
     lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
     name = "".join(c if c.isalnum() else "-" for c in scheduler)
     return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
@@ -63,8 +63,6 @@ def replayed_run(
     The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
-    from polyphony.trainer.run.folder import RunFolder
-
     lines = RunFolder(run).read("decisions")
     if not lines:
         raise RecipeError(f"{run} holds no decisions.jsonl with a draw in it: not a run folder, or one just begun")

@@ -9,6 +9,7 @@ from typing import Any
 
 from polyphony.curricula.records import Domain
 from polyphony.launch.import_paths import renamed
+from polyphony.rewards.answers import completion_text
 from polyphony.trainer.data import PromptTable, load_rows
 from polyphony.trainer.scoring import Sample, Scorer
 
@@ -59,6 +60,4 @@ def _spec(reward: str) -> Any:
 
 
 def _text(completion: Any) -> str:
-    from polyphony.rewards.answers import completion_text
-
     return completion_text(completion)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.benchmarks.result import Result, Sample, Target, repeated
+from tests.benchmarks.result import Result, Target, Timing, repeated
 
 HELP_REPETITIONS = 5
 MEMORY_EVERY_S = 0.2
@@ -28,7 +28,7 @@ RECIPES = HOUSE / "launch" / "recipes"
 class Cost:
     """What one run of the command took."""
 
-    seconds: Sample
+    seconds: Timing
     """The processor's are of the command and the processes it waited for."""
     peak_gib: float
     """Resident memory of the whole process tree; pages that processes share count once for each."""
@@ -53,7 +53,7 @@ def measure(arguments: Sequence[str]) -> Cost:
         if process.returncode != 0:
             said.seek(0)
             raise RuntimeError(f"polyphony {' '.join(arguments)} failed:\n{said.read().decode(errors='replace')}")
-    return Cost(seconds=Sample(seconds, _cpu_of_children() - cpu_started), peak_gib=max(peaks) / GIB)
+    return Cost(seconds=Timing(seconds, _cpu_of_children() - cpu_started), peak_gib=max(peaks) / GIB)
 
 
 def bench_help(*, short: bool = False) -> list[Result]:

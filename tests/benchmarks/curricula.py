@@ -12,7 +12,7 @@ from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef
 from polyphony.curricula.schedulers import build_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import make_plan
-from tests.benchmarks.result import Result, Sample, Target, repeated, timed
+from tests.benchmarks.result import Result, Target, Timing, repeated, timed
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 
@@ -35,7 +35,7 @@ def bench_curricula(*, short: bool = False) -> list[Result]:
     return found
 
 
-def _within(name: str, unit: str, value: float | Sample, *, limit: float) -> Result:
+def _within(name: str, unit: str, value: float | Timing, *, limit: float) -> Result:
     return repeated(name, unit, [value], target=Target(relation="<=", limit=limit))
 
 
@@ -48,7 +48,7 @@ def _curriculum(ids: dict[str, list[str]], scheduler: str, draws: int) -> Curric
     return Curriculum(domains=domains, prompts=ids, scheduler=build_scheduler(scheduler), total_draws=draws)
 
 
-def _pace(curriculum: Curriculum, draws: int) -> Sample:
+def _pace(curriculum: Curriculum, draws: int) -> Timing:
     """Return microseconds a prompt of drawing and observing, an evaluation of 200 items a domain every 20 draws."""
     rng = np.random.default_rng(0)
     clock, cpu = 0.0, 0.0
@@ -74,7 +74,7 @@ def _pace(curriculum: Curriculum, draws: int) -> Sample:
         ]
         observing = timed(lambda groups=groups: curriculum.observe(groups, dict.fromkeys(curriculum.names, 0.7)))
         clock, cpu = clock + drawing.clock + observing.clock, cpu + drawing.cpu + observing.cpu
-    return Sample(clock, cpu).scaled(1e6 / draws / BATCH)
+    return Timing(clock, cpu).scaled(1e6 / draws / BATCH)
 
 
 def _matrix(size: int) -> TransferMatrix:

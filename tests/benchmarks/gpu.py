@@ -23,7 +23,7 @@ from typing import Any
 
 from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import HOUSE, RECIPES
-from tests.benchmarks.result import Result, Sample, Target, paired
+from tests.benchmarks.result import Result, Target, Timing, paired
 
 LAB = HOUSE / "launch" / "lab" / "policy"
 PROCESSES = 2
@@ -35,14 +35,14 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class GpuFigures:
     """What one process saw."""
 
     results: list[dict[str, Any]]
     """Fields of Results that have their baseline within the process."""
-    step: Sample
+    step: Timing
     tokens_a_step: float
-    sync: Sample
+    sync: Timing
     peak_gib: float
     """Of the GPU's memory, the engine's included; of the process's, where there is no GPU."""
     device: str
@@ -65,7 +65,7 @@ def _read(fields: dict[str, Any], *, policy: str) -> Result:
     return Result(**{**fields, "name": f"{policy} {fields['name']}", "target": target})
 
 
-def _compared(name: str, pairs: Sequence[tuple[Measured, Measured]]) -> list[Result]:
+def _compared(name: str, pairs: Sequence[tuple[GpuFigures, GpuFigures]]) -> list[Result]:
     ours, colocate = pairs[-1]
     note = f"baseline: stock TRL, its own engine; {ours.device}"
     tokens = f"{ours.tokens_a_step:.0f} and {colocate.tokens_a_step:.0f} tokens a step"
@@ -109,11 +109,11 @@ def random_policy(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def _measure(arm: str, policy: Path) -> Measured:
+def _measure(arm: str, policy: Path) -> GpuFigures:
     words = [sys.executable, "-m", "tests.benchmarks.gpu", arm, str(policy)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=HOUSE)
     seen = json.loads(done.stdout.splitlines()[-1])
-    return Measured(**seen | {name: Sample(**seen[name]) for name in ("step", "sync")})
+    return GpuFigures(**seen | {name: Timing(**seen[name]) for name in ("step", "sync")})
 
 
 def recipe_of(policy: Path) -> Recipe:
@@ -130,7 +130,7 @@ def recipe_of(policy: Path) -> Recipe:
     return load_recipe(RECIPES / "demo.yaml", overrides)
 
 
-def ours(policy: Path, folder: Path) -> Measured:
+def ours(policy: Path, folder: Path) -> GpuFigures:
     """Measure our trainer and stock TRL on our engine, in turns; then the engine beside a bare vLLM."""
     from tests.benchmarks import rollouts
     from tests.benchmarks.side_by_side import SideBySide, twin_engine
@@ -144,9 +144,9 @@ def ours(policy: Path, folder: Path) -> Measured:
     step, blocks = step_result(sides, pairs=PAIRS)
     trainer = sides.our_trainer()
     bare = rollouts.against_bare(engine, rollouts.requests_of(trainer))
-    return Measured(
+    return GpuFigures(
         results=[asdict(step), asdict(bare)],
-        step=Sample(step.value, step.cpu or 0.0),
+        step=Timing(step.value, step.cpu or 0.0),
         tokens_a_step=statistics.mean(block.tokens for block in blocks),
         sync=_median(rollouts.sync_seconds(engine.sync_weights)),
         peak_gib=peak,
@@ -154,7 +154,7 @@ def ours(policy: Path, folder: Path) -> Measured:
     )
 
 
-def colocate(policy: Path, folder: Path) -> Measured:
+def colocate(policy: Path, folder: Path) -> GpuFigures:
     """Measure stock TRL with its own engine."""
     import torch
     from trl.generation import vllm_generation
@@ -186,7 +186,7 @@ def colocate(policy: Path, folder: Path) -> Measured:
     trainer.add_callback(clock)
     trainer.train()
     block = clock.block(WARM_UP)
-    return Measured(
+    return GpuFigures(
         results=[],
         step=block.sample,
         tokens_a_step=block.tokens,
@@ -196,8 +196,8 @@ def colocate(policy: Path, folder: Path) -> Measured:
     )
 
 
-def _median(samples: Sequence[Sample]) -> Sample:
-    return Sample(statistics.median(s.clock for s in samples), statistics.median(s.cpu for s in samples))
+def _median(samples: Sequence[Timing]) -> Timing:
+    return Timing(statistics.median(s.clock for s in samples), statistics.median(s.cpu for s in samples))
 
 
 def peak_gib() -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
 from tests.benchmarks.training import WARM_UP, describe, step_recipe
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def bench_report(*, short: bool = False) -> list[Result]:
     ]
 
 
-def _median(block: Block) -> Sample:
-    return Sample(block.median_seconds, block.cpu_seconds)
+def _median(block: Block) -> Timing:
+    return Timing(block.median_seconds, block.cpu_seconds)
 
 
 def _loud(sides: SideBySide, shares: list[float]) -> Block:

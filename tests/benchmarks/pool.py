@@ -10,7 +10,7 @@ import numpy as np
 
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import POOL_FILE, Columns, load_pools, save_pools
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
 
 PROMPTS, FEW = 1_000_000, 1_000
 REPETITIONS, DRAWS, PER_DRAW = 3, 50, 128
@@ -52,7 +52,7 @@ def known_pool(size: int) -> PromptPool:
     return pool
 
 
-def visit_micros(pool: PromptPool) -> Sample:
+def visit_micros(pool: PromptPool) -> Timing:
     """Return microseconds a prompt of drawing it and taking in its group."""
     rewards = (np.random.default_rng(1).random((DRAWS, PER_DRAW, 8)) < 0.5).astype(float).tolist()
 

@@ -32,7 +32,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Timing:
     """A quantity measured once, by both clocks.
 
     Example: `timed(work).rate(512)` is 512 items over the seconds that `work` took.
@@ -41,20 +41,20 @@ class Sample:
     clock: float
     cpu: float
 
-    def rate(self, items: float) -> Sample:
+    def rate(self, items: float) -> Timing:
         """Return items a second; infinitely many where processor time is too coarse to show them."""
-        return Sample(items / self.clock, items / self.cpu if self.cpu else float("inf"))
+        return Timing(items / self.clock, items / self.cpu if self.cpu else float("inf"))
 
-    def scaled(self, factor: float) -> Sample:
+    def scaled(self, factor: float) -> Timing:
         """Return the quantity in another unit, or for each of many items."""
-        return Sample(self.clock * factor, self.cpu * factor)
+        return Timing(self.clock * factor, self.cpu * factor)
 
 
-def timed(work: Callable[[], object], cpu_s: Callable[[], float] = time.process_time) -> Sample:
+def timed(work: Callable[[], object], cpu_s: Callable[[], float] = time.process_time) -> Timing:
     """Return the seconds that work takes; `cpu_s` tells the processor's, without more said those of this process."""
     began, cpu_began = time.perf_counter(), cpu_s()
     work()
-    return Sample(time.perf_counter() - began, cpu_s() - cpu_began)
+    return Timing(time.perf_counter() - began, cpu_s() - cpu_began)
 
 
 def tree_cpu_s() -> float:
@@ -114,7 +114,7 @@ class Result:
 
 
 def paired(
-    name: str, unit: str, pairs: Sequence[tuple[Sample, Sample]], *, target: Target | None = None, note: str = ""
+    name: str, unit: str, pairs: Sequence[tuple[Timing, Timing]], *, target: Target | None = None, note: str = ""
 ) -> Result:
     """Return medians over pairs of ours and the baseline, measured by turns.
 
@@ -137,11 +137,11 @@ def paired(
 
 
 def repeated(
-    name: str, unit: str, values: Sequence[float | Sample], *, target: Target | None = None, note: str = ""
+    name: str, unit: str, values: Sequence[float | Timing], *, target: Target | None = None, note: str = ""
 ) -> Result:
     """Return the median of repetitions that have no baseline; plain numbers are no matter of time."""
-    plain = [value.clock if isinstance(value, Sample) else value for value in values]
-    cpu = [value.cpu for value in values if isinstance(value, Sample)]
+    plain = [value.clock if isinstance(value, Timing) else value for value in values]
+    cpu = [value.cpu for value in values if isinstance(value, Timing)]
     return Result(
         name=name,
         value=statistics.median(plain),

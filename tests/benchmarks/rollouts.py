@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, timed
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import InProcessEngine, Request
@@ -24,14 +24,14 @@ SYNCS = 20
 
 
 def bench_engine(*, short: bool = False) -> list[Result]:
-    """Sample 64 prompts x 8 through our engine and through the `LLM` inside it, in turns."""
+    """Timing 64 prompts x 8 through our engine and through the `LLM` inside it, in turns."""
     trainer, engine = _attached()
     requests = requests_of(trainer)
     return [against_bare(engine, requests[:64] if short else requests, pairs=1 if short else PAIRS)]
 
 
 def against_bare(engine: InProcessEngine, requests: list[Request], *, pairs: int = PAIRS) -> Result:
-    """Sample the same through our engine and through the `LLM` inside it, in turns."""
+    """Timing the same through our engine and through the `LLM` inside it, in turns."""
     seen = in_turns(
         lambda: rate_of(lambda: [c.ids for c in engine.complete(requests)]),
         lambda: rate_of(lambda: _bare(engine, requests)),
@@ -55,7 +55,7 @@ def bench_sync(*, short: bool = False) -> list[Result]:
     return [repeated("sync", "s", samples, note=f"{n_parameters / 1e6:.2f} M parameters")]
 
 
-def sync_seconds(sync: Callable[[], None], *, times: int = SYNCS) -> list[Sample]:
+def sync_seconds(sync: Callable[[], None], *, times: int = SYNCS) -> list[Timing]:
     """Return how long each of some syncs took, without the first."""
     import torch
 
@@ -103,7 +103,7 @@ def _bare(engine: InProcessEngine, requests: list[Request]) -> list[Any]:
 
 def rate_of(
     generate: Callable[[], Sequence[Sequence[int]]], cpu_s: Callable[[], float] = time.process_time
-) -> tuple[int, Sample]:
+) -> tuple[int, Timing]:
     """Return how many tokens were generated, and how many a second."""
     answers: list[Sequence[int]] = []
     spent = timed(lambda: answers.extend(generate()), cpu_s)

@@ -31,7 +31,7 @@ from polyphony.trainer.engine.engine import Completion, InProcessEngine, Request
 from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Sample
+from tests.benchmarks.result import Timing
 
 
 class TwinEngine(InProcessEngine):
@@ -85,9 +85,9 @@ class Block:
     """Generated."""
 
     @property
-    def sample(self) -> Sample:
+    def sample(self) -> Timing:
         """Seconds of a step."""
-        return Sample(self.seconds, self.cpu_seconds)
+        return Timing(self.seconds, self.cpu_seconds)
 
 
 class StepClock(TrainerCallback):

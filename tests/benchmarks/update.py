@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired
 from tests.benchmarks.training import WARM_UP, step_recipe
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def bench_update(*, short: bool = False) -> list[Result]:
     ]
 
 
-def _run(sides: SideBySide, trainer: Any) -> tuple[Block, Sample]:
+def _run(sides: SideBySide, trainer: Any) -> tuple[Block, Timing]:
     clock = UpdateClock(warm_up=sides.warm_up)
     clock.attach(trainer)
-    return sides.run(trainer), Sample(clock.clock, clock.cpu)
+    return sides.run(trainer), Timing(clock.clock, clock.cpu)
 
 
 def half_dead_recipe(*, short: bool = False) -> Recipe:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Sample, Target, in_turns, paired, repeated, tree_cpu_s
+from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, tree_cpu_s
 from tests.benchmarks.rollouts import rate_of, requests_of, sync_seconds
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ PAIRS = 5
 
 
 def bench_workers() -> list[Result]:
-    """Sample 64 prompts x 8 through both workers and through one of them, in turns; one thread each."""
+    """Timing 64 prompts x 8 through both workers and through one of them, in turns; one thread each."""
     trainer, engine = _running()
     asked = requests_of(trainer)
     trainer.policy.sync()
@@ -36,7 +36,7 @@ def bench_worker_sync() -> list[Result]:
     return [repeated("worker sync", "s", seconds, target=Target(relation="<=", limit=0.05), note="to two workers")]
 
 
-def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> Sample:
+def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> Timing:
     """Return tokens a second with the pool cut down to its first `workers`."""
     assert engine.pool is not None
     pool = engine.pool.workers

@@ -40,7 +40,7 @@ LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class Variant:
     """A way to disturb a run, and what has to be equal afterwards."""
 
     victims: tuple[str, ...]
@@ -52,9 +52,9 @@ class Arm:
 
 ADAPTIVE = ("curriculum.scheduler=adaptive", "pool={}")
 ARMS = {
-    "trainer": Arm(victims=("trainer",), changes=ADAPTIVE, promised=("accounted", "prompts", "numbers")),
-    "worker": Arm(victims=("worker",), changes=(), promised=("accounted", "prompts")),
-    "both": Arm(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
+    "trainer": Variant(victims=("trainer",), changes=ADAPTIVE, promised=("accounted", "prompts", "numbers")),
+    "worker": Variant(victims=("worker",), changes=(), promised=("accounted", "prompts")),
+    "both": Variant(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
 }
 
 
@@ -67,7 +67,7 @@ class Kill:
     """Last step that the run had logged by then."""
 
 
-def overrides(arm: Arm, steps: int, workers: int) -> list[str]:
+def overrides(arm: Variant, steps: int, workers: int) -> list[str]:
     """Return what a chaos run changes in the debug recipe."""
     pool = f"rollouts={{engine: ray, workers: {workers}, timeout_s: 120}}"
     often = [f"grpo.max_steps={steps}", "eval.every=10", "checkpoint.every=1", "tracking.wandb=null"]
@@ -150,7 +150,7 @@ def _end(trainer: subprocess.Popen) -> None:
     trainer.wait()
 
 
-def quiet_run(folder: Path, arm: Arm, changes: Sequence[str]) -> Path:
+def quiet_run(folder: Path, arm: Variant, changes: Sequence[str]) -> Path:
     """Return an undisturbed run of an arm's recipe, which arms with the same recipe share."""
     run = folder / ("quiet-adaptive" if arm.changes else "quiet-joint")
     disturb(run, changes, (), kills=0, rng=random.Random(0), delay_s=0)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(broken > 0)
 
 
-def _run(run: Path, arm: Arm, changes: Sequence[str], *, kills: int, arguments: argparse.Namespace) -> list[Kill]:
+def _run(run: Path, arm: Variant, changes: Sequence[str], *, kills: int, arguments: argparse.Namespace) -> list[Kill]:
     """Return the kills of a run, made now or on record."""
     record = run.with_suffix(".kills")
     if not record.exists():
@@ -195,7 +195,7 @@ def _run(run: Path, arm: Arm, changes: Sequence[str], *, kills: int, arguments: 
     return [Kill(**kill) for kill in json.loads(record.read_text())]
 
 
-def _report(quiet: Path, run: Path, arm: Arm, kills: Sequence[Kill]) -> bool:
+def _report(quiet: Path, run: Path, arm: Variant, kills: Sequence[Kill]) -> bool:
     """Print how a run compares; return whether it broke a promise."""
     found = asdict(compare(quiet, run, group_size=GROUP_SIZE))
     counts = ", ".join(f"{n} of the {victim}" for victim, n in Counter(kill.victim for kill in kills).items())
