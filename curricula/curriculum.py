@@ -1,6 +1,6 @@
 """The curriculum: asks the scheduler for a mixture, turns it into prompts, remembers what came back.
 
-Whole prompts from fractions: largest remainder with the residual carried over to the next draw.
+A mixture becomes whole prompts by largest remainder, with the residual carried over to the next draw (`allocate`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A recipe becomes a trainer: rows checked first, weights loaded last, every error one line.
 
 What a run folder needs beside it (records, checkpoints, reports) is `polyphony.launch.train`.
-
-From the recipe's words to what is practised and how: the pool, the guard, the update.
+What needs torch, TRL or vLLM is imported inside functions, late: a recipe and its rows are refused within a second.
 """
 
 from __future__ import annotations

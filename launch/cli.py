@@ -1,6 +1,6 @@
-"""The command `polyphony`: one verb a module, imported only when it is called.
+"""The command `polyphony`: its verbs, their arguments, and what each hands on.
 
-Which verbs and arguments the command `polyphony` has; what they do is in `launch.cli`. Imports nothing heavy.
+A verb is a module that is imported only when it is called: `--help` costs nothing, and bad input is told before torch comes.
 """
 
 from __future__ import annotations

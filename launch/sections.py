@@ -1,14 +1,8 @@
-"""The recipe's sections, one file a subject; `polyphony.launch.recipe.Recipe` puts them together.
+"""The recipe's sections, strict and frozen; `launch.recipe.Recipe` puts them together.
 
-What all sections are: strict and frozen.
-
-What is practised when, how it is measured, what is kept and who is told.
-
-What a recipe says of a domain: its rows, its reward, and how answers that differ are paid.
-
-Who generates, who trains where, and what a run puts up with.
-
-Which prompts are worth their rollouts, and what of them reaches the gradient.
+In order: what is practised when, how it is measured, what is kept and who is told; what a recipe says of a domain: its rows,
+its reward, and how answers that differ are paid; who generates, who trains where, and what a run puts up with; which prompts
+are worth their rollouts, and what of them reaches the gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`polyphony train`: a recipe becomes a run folder."""
+"""`polyphony train`: a recipe becomes a run folder.
+
+What needs torch is imported inside functions: the folder is claimed, or refused, before.
+"""
 
 from __future__ import annotations
 

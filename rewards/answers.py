@@ -3,7 +3,7 @@
 What comes before a closing `</think>` is thought, not answer; a prompt that is repeated word for word is not an answer
 either. Every search is linear in the text and reads only its end, so a huge completion costs no more than a long one.
 
-The text of a completion, whether TRL hands it over as a string or as messages.
+A completion is text, whether TRL hands it over as a string or as messages (`completion_text`).
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 `rows` makes a domain of any reasoning-gym dataset (arXiv:2505.24760), or of `composition`; in a recipe:
 `train: {generator: "polyphony.rewards.procedural:rows", dataset: chain_sum, split: train, size: 1000, config: {..}}`.
 
-f(g(x)): string functions with made-up names, composed to a depth.
-
-After "From f(x) and g(x) to f(g(x))" (arXiv:2509.25123); the functions are ours. Skills are taught with their
-definitions in sight (depth 1) and then asked for without them; whether deeper compositions follow from shallower ones
-is the measurement. The truth is computed, so nothing can leak from anywhere.
+`composition` is f(g(x)): string functions with made-up names, composed to a depth. After "From f(x) and g(x) to
+f(g(x))" (arXiv:2509.25123); the functions are ours. Skills are taught with their definitions in sight (depth 1) and
+then asked for without them; whether deeper compositions follow from shallower ones is the measurement. The truth is
+computed, so nothing can leak from anywhere.
 """
 
 from __future__ import annotations

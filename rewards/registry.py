@@ -1,6 +1,6 @@
 """Find a reward, or another exchangeable part, by registry name or by import path, or take an object as it is.
 
-Get the result of a reward that may be asynchronous, wherever the caller stands.
+`settled` gets the result of one that may be asynchronous, wherever the caller stands.
 """
 
 from __future__ import annotations

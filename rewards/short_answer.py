@@ -1,5 +1,4 @@
 """`short_answer`: the final answer, normalised, is the reference or an alias of it, or shares words with it (F1).
-
 `exact`: the completion is the answer, letter for letter.
 """
 

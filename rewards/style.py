@@ -1,11 +1,9 @@
-"""Signs that a policy has found a shortcut or fallen into a loop: pure functions of a completion's text and length.
+"""How a completion is written: signs of a shortcut or a loop, its output style, whether its grader could read it.
 
-The paper behind them (arXiv:2605.28388) names the behaviours; the thresholds are ours: an answer said three times or
-more, repeated 8-grams, a response far shorter than correct ones are, an answer with nothing before it. Lengths in tokens
-where a tokenizer counted them, in words here. A text that loops shows two signs of `trainer.shortcuts`: its repeated
-8-grams count by themselves and as `answer_repetition`.
-
-How a completion is written, whatever it says: its output style, and whether its grader could read it at all.
+Pure functions of a completion's text and length. The paper behind the signs (arXiv:2605.28388) names the behaviours;
+the thresholds are ours: an answer said three times or more, repeated 8-grams, a response far shorter than correct ones
+are, an answer with nothing before it. Lengths in tokens where a tokenizer counted them, in words here. A text that
+loops shows two signs of `trainer.shortcuts`: its repeated 8-grams count by themselves and as `answer_repetition`.
 
 Reinforcement learning tends to settle on one style among those of pretraining (arXiv:2504.07912); the share of the
 commonest one is its sign.

@@ -3,8 +3,6 @@
 A symbolic comparison can run for ever inside C code, where no exception and no thread can end it; a process ends. The
 workers are started as fresh interpreters (never by fork: the caller may hold engines and threads), give up writing,
 network and processes before the first job, and end by themselves when the caller is gone.
-
-Wait for a pipe with a deadline, whatever its number: `select` refuses descriptors above 1023.
 """
 
 from __future__ import annotations

@@ -6,12 +6,11 @@ sqrt(G - 1) from `group`; the guard caps it, likewise every success of a group t
 signs of a shortcut (arXiv:2605.28388) is a suspect: the guard takes it out of its group, whose other completions are
 centred without it, so that a suspect neither teaches nor lowers what is beside it.
 
+In rejection-sampling fine-tuning the policy is trained on its own accepted samples only (RAFT, arXiv:2304.06767), on
+the same draws, scores and update as GRPO: an accepted row gets advantage 1, any other 0, so that on policy the gradient
+is that of the log-likelihood of the accepted samples.
+
 B rows of this rank, G completions a group.
-
-Rejection-sampling fine-tuning: the policy is trained on its own accepted samples only (RAFT, arXiv:2304.06767).
-
-On the same draws, scores and update as GRPO: an accepted row gets advantage 1, any other 0, so that on policy the
-gradient is that of the log-likelihood of the accepted samples.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or do not count, kept in number, and found again on resume.
 
-The policy as an ordinary Hugging Face folder: whole, its adapter merged, however it is spread over the ranks.
+`save_final` makes the policy an ordinary Hugging Face folder: whole, its adapter merged, however it is spread over the
+ranks.
 """
 
 from __future__ import annotations

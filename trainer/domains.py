@@ -1,6 +1,6 @@
 """The domains of a run with their rows read, checked and tokenisable: all that can be known before weights are loaded.
 
-Training rows that give a held-out row away: the same prompt, or a long run of the same words.
+`find_overlap` finds training rows that give a held-out row away: the same prompt, or a long run of the same words.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ they are 0 or 1, a group with both points, in expectation, where its prompt's po
 no direction changes, but prompts at which the policy nearly always fails, or never does, weigh less.
 All is decided from what all ranks have gathered, so that all make the same number of rounds.
 
-What one draw gave: rows on their rank, groups of all ranks, and the whole groups that TRL wants of them.
+What a draw gave is a `Rollout`: rows on their rank, groups of all ranks, and the whole groups that TRL wants of them.
 """
 
 from __future__ import annotations

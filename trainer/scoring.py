@@ -1,8 +1,7 @@
 """Each completion goes to its domain's reward; what comes back is checked, counted and put together into groups.
 
-Grade what is finished while the engine still generates, for rewards that mostly wait: a judge, programs in jails.
-
-A reward says so by `is_slow = True`. Its completions are graded in one thread, all that have come by then at a time, so
+Rewards that mostly wait (a judge, programs in jails) grade what is finished while the engine still generates: `Ahead`. A
+reward says so by `is_slow = True`. Its completions are graded in one thread, all that have come by then at a time, so
 that a judge's own limits on concurrency hold; every other reward is called once at the end, as without this. Rewards are
 the same either way: a reward grades each row by itself.
 """

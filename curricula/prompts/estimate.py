@@ -1,14 +1,12 @@
-"""What a prompt's past visits say about its pass rate, and the five states that follow from it.
+"""What a prompt's past visits say about its pass rate, the five states that follow, and which open prompts to take.
 
 Prior Beta(1, 1); a visit of G graded completions adds their successes and failures after what was known is discounted, so
 that old evidence about an old policy fades (MoPPS, arXiv:2507.04632, uses the same posterior). A reward counts as that
 share of a success, cut to [0, 1]. N prompts.
 
-Which of the prompts worth practising to take: any, or those whose outcome is most in doubt.
-
-A set of places 0..N-1 from which the k-th smallest member is found in O(log N): a Fenwick tree over membership.
-
-The order is that of the places, whatever happened before, so that a set rebuilt after a restart picks alike.
+Among open prompts a sampling takes any, or those whose outcome is most in doubt. `RankedSet` keeps places 0..N-1 so that the
+k-th smallest member is found in O(log N), a Fenwick tree over membership: its order is that of the places, whatever
+happened before, so that a set rebuilt after a restart picks alike.
 """
 
 from __future__ import annotations

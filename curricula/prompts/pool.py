@@ -5,7 +5,7 @@ that are open: UNSEEN, or ACTIVE and not at rest after a group whose rewards wer
 those whose turn to be tried again has come. Picking and updating cost O(log N) a prompt. Nothing depends on the order of
 events but the columns and the clock, so a restored pool draws what the saved one would have drawn.
 
-How the prompts of a domain are judged, waited for and chosen: the thresholds and the schedule of its pool.
+`PoolSettings` has the thresholds and the schedule by which prompts are judged, waited for and chosen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""`sequential`: one domain after the other, each for an equal share of the run.
+"""Mixtures that no evidence moves.
 
-`joint`: every draw shows every domain, in shares that never change.
-
-`proportional`: domains in proportion to how many prompts they have.
+`joint`: every draw shows every domain, in shares that never change. `proportional`: domains in proportion to how many
+prompts they have. `sequential`: one domain after the other, each for an equal share of the run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the x_k of an interval sum to its steps, so a constant could not be told from th
 varied enough, the prior dominates. Older intervals fade, because transfer changes as domains saturate.
 K trainable domains, I domains that are measured (in scores or in entropy).
 
-What a transfer file says about a run before it starts: the probes' effects per step, as the prior of `online`.
+The prior is what a transfer file says about a run before it starts: the probes' effects per step (`Prior`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Shares of a draw: from scores to probabilities, and from numbers to words.
 
-Settings of a scheduler come from a recipe, so each is checked where the scheduler is made.
+And the checks of schedulers' settings: they come from a recipe, so each is checked where the scheduler is made.
 """
 
 from __future__ import annotations

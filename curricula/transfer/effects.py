@@ -5,9 +5,8 @@
 (Omni-Thinker, arXiv:2507.14783.) Evidence of j is its probes; where j was never probed, the stages of a run on j, each
 against the evaluation before it. K domains, J trained ones, R trainings (a domain and a seed each), B resamples.
 
-How much a training's effects differ between seeds, beyond what a finite set of items explains.
-
-Entry by entry of T there are S - 1 degrees of freedom, 1 with two seeds, so entries are pooled: those of all trained
+`SeedNoise` is how much a training's effects differ between seeds, beyond what a finite set of items explains. Entry by entry
+of T there are S - 1 degrees of freedom, 1 with two seeds, so entries are pooled: those of all trained
 domains together, those of a watched domain by itself. A watched domain is never practised and may swing by half its
 score between seeds; pooled with the others it would hide every effect among them. S seeds, K domains, R trainings.
 """

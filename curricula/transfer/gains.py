@@ -10,12 +10,11 @@ of the cross-fitted value: too narrow, as its parts share their noise, and blind
 the evidence (`tests.experiments.decisions` measures both kinds of error). That value is still the point between them.
 J domains to be ordered, B resamples.
 
-What an order gains, without the winner's curse: chosen on one part of the evidence, valued on the other.
-
-The plain gain of the best order over the mean order is positive under pure noise, because the order was chosen for
-it. Here every item is valued under an order that was chosen on other items; with two seeds or more a probe, on other
-seeds too, because a training's luck is the same for all items. An unbiased point, but what varies between the parts is
-shared among them, so no interval is made of it: `gains` has that. R trainings, J domains to be ordered, K in all.
+`crossfitted` has no winner's curse: an order is chosen on one part of the evidence and valued on the other. The plain
+gain of the best order over the mean order is positive under pure noise, because the order was chosen for it. Here every
+item is valued under an order that was chosen on other items; with two seeds or more a probe, on other seeds too,
+because a training's luck is the same for all items. An unbiased point, but what varies between the parts is shared
+among them, so no interval is made of it. R trainings, J domains to be ordered, K in all.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `effects` turns the probes into T[j -> i] with intervals, `forgetting` turns a run's stages into BWT and its kin.
 
-What makes a transfer matrix valid. Each check names the offender: no wrong file may become a plausible order.
+Each check of what makes a matrix valid names the offender: no wrong file may become a plausible order.
 """
 
 from __future__ import annotations

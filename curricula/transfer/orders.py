@@ -7,9 +7,8 @@ backwards, the term of i is known when i is put in front of the set S that follo
 subsets is exact with the entropy part too: K 2^(K-1) steps. Above `EXACT_UP_TO` domains: insertion moves until none
 helps, from several starts. K domains, B problems solved at once.
 
-The order that the evidence asks for, with a prior where it is silent: structured before open-ended.
-
-Structured first is what Omni-Thinker (arXiv:2507.14783) found best; here it only breaks ties. B resamples, J domains.
+`Chooser` gives the order that the evidence asks for, over B resamples and J domains, with a prior where it is silent:
+structured before open-ended, which Omni-Thinker (arXiv:2507.14783) found best; here it only breaks ties.
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """Rebuild the lab's policy: `python -m polyphony.launch.lab.warm_start [--seed 0] [--world 0] [--out launch/lab/policy]`.
 
-Supervised training of a small Qwen3 on the train splits with noisy targets (`targets.py`), to partial competence. On
+Supervised training of a small Qwen3 on the train splits with noisy targets (`warm_target`), to partial competence. On
 one thread the same seed gives the same weights, bit for bit, with the same torch build on the same kind of processor.
 Left out on purpose: evaluation during training, mixed precision, any schedule but linear warm-up and cosine decay.
 
-What the warm start shows the policy: answers that are partly right, in a form that is partly right.
+The warm start shows the policy answers that are partly right, in a form that is partly right. Every flaw is room for
+reinforcement learning, and each is there for a reason: the clumsy form is shared by the structured domains, so that
+training one can help the others; facts are taught only in part; compositions of two are seldom right and of three
+never; stories use few plain words, so that better ones are also more varied.
 
-Every flaw is room for reinforcement learning, and each is there for a reason: the clumsy form is shared by the
-structured domains, so that training one can help the others; facts are taught only in part; compositions of two are
-seldom right and of three never; stories use few plain words, so that better ones are also more varied.
-
-The policy's tokenizer: a word of the lexicon is one token with its leading space, all else is spelled by character.
-
-Round trips are exact for printable ASCII and new lines; any other character is unknown to it.
+In its tokenizer a word of the world's lists is one token with its leading space, all else is spelled by character. Round
+trips are exact for printable ASCII and new lines; any other character is unknown to it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ was taught, so the held-out prompts ask known facts in a wording that was never 
 No generator depends on Python's hash seed. `world` numbers the knowledge base behind `facts`; a policy knows only the
 world it was warm-started in.
 
-The words of the lab's world, by class. A word of this list is one token of the policy; all else is spelled out.
+A word of the lists below, by class, is one token of the policy; all else is spelled out.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Geometry is SVG in a 1000 x 1000 box that stretches to the window, strokes do no
 over it in per cent: so a chart keeps its letters readable at any width. `data-hover` carries the values for the
 page's script; without scripts each chart still has its title, axes, end labels and a sentence for screen readers.
 
-From numbers to places: thinning, ranges, round ticks, and how a number is written.
+Scales come first, from numbers to places: thinning, ranges, round ticks, and how a number is written.
 """
 
 from __future__ import annotations

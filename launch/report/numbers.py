@@ -3,10 +3,9 @@
 Every difference carries an interval over held-out items of the `report` half, paired item by item. One run is one
 seed: the intervals say how sure the evaluation is of this run's weights, not how another seed would have ended.
 
-What entropy was traded for: R = b - a exp(H), score against entropy in nats per token (arXiv:2505.22617).
-
-A policy that follows the law ends at b - a when its entropy is used up; what lies between that and the score now is the
-headroom left without new entropy.
+What entropy was traded for is R = b - a exp(H), score against entropy in nats per token (arXiv:2505.22617). A policy
+that follows the law ends at b - a when its entropy is used up; what lies between that and the score now is the headroom
+left without new entropy.
 """
 
 from __future__ import annotations

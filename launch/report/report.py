@@ -1,9 +1,7 @@
 """`polyphony report`: one run or several as one self-contained HTML page, and the same numbers as a dict.
 
-It reads run folders and nothing else: no model, no tracker, no network. `report_data` reads a folder, `report_numbers`
-derives, `report_story` puts it in sentences, `report_sections` and `report_tables` draw, `report.html` is the frame.
-
-`polyphony report`: the HTML of one or more runs, or their summary numbers.
+It reads run folders and nothing else: no model, no tracker, no network. `run` reads a folder, `numbers` derives,
+`story` puts it in sentences, `sections` and `tables` draw, `report.html` is the frame.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sections of a report that show curves: each takes the sheet and returns HTML, empty where its keys are absent.
 
-The report's sections beyond the score: reach, calibration, form, distance to the base, and what entropy still buys.
+Beyond the score: reach, calibration, form, distance to the base, and what entropy still buys.
 """
 
 from __future__ import annotations

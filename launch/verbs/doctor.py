@@ -1,8 +1,7 @@
 """`polyphony doctor`: can this machine train, what will be slow and why, and what to do about it.
 
-What `polyphony doctor` says about one thing that it looked at.
-
-What `polyphony doctor` looks at beyond one process: cards and drivers, ports, ranks that talk, Ray, shared folders.
+Beyond one process it looks at cards and drivers, ports, ranks that talk, Ray, shared folders. Packages are imported inside
+functions: one that is missing or broken is a finding.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 A prompt's samples stay together in every resample, and the same resamples serve every statistic and every model, so a
 difference between two models on the same items is paired. N items, k samples an item, R resamples.
 
-Several samples of one prompt taken together: pass@k without bias, and what the majority says.
-
-Whether the policy knows what it knows: confidences [N] in [0, 1] against what was correct [N], 0 or 1.
+Of several samples of one prompt: pass@k without bias, and what the majority says. Of calibration, whether the policy knows
+what it knows: confidences [N] in [0, 1] against what was correct [N], 0 or 1.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Everything is handed to a thread of its own, so that the run never waits: not fo
 the end no longer than `FINISH_S`. A server that cannot be reached at the start makes the run an offline one, whose files
 `wandb sync` uploads later.
 
-The tables that a tracker gets beside the numbers: completions by domain, decisions, and what each domain did to each.
+Beside the numbers it gets tables: completions by domain, decisions, and what each domain did to each.
 """
 
 from __future__ import annotations
