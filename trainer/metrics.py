@@ -1,8 +1,8 @@
 """Every metric name of ours, once, and the sums and counts of what draws showed, divided once when they are logged.
 
-TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`, `heldout/<d>/<metric>`, `diversity/<d>/<metric>`,
-`shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. Undefined values are
-absent, never 0.
+TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
+`heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and
+`faults/<metric>`. Undefined values are absent, never 0.
 """
 
 from __future__ import annotations

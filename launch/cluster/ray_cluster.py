@@ -118,7 +118,7 @@ def check_cluster(address: str, *, timeout_s: float) -> None:
 
     Asked by a process of its own, which can be ended: Ray's client tries a silent address again and again.
     """
-    words = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "status", "--address", address]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

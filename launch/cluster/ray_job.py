@@ -25,7 +25,7 @@ def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
     """
     environment = {"py_modules": [str(staged_package())]}  # the `python` there may lack it
     job = ["python", "-P", "-m", "polyphony.launch.cli", "launch", "local", *train_words]
-    words = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
+    words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     words += ["--runtime-env-json", json.dumps(environment), "--entrypoint-num-cpus", "0"]
     words += ["--entrypoint-num-gpus", str(gpus)] if gpus else []
     return Command(words=[*words, "--", *job])

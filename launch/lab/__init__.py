@@ -1,4 +1,4 @@
 """The lab: a world of five small domains, and a policy of under a million parameters.
 
-`world` generates rows, `rewards` grades stories, `tokenizer` and `warm_start` build the policy that `policy/` holds.
+`world` generates rows, `rewards` grades stories, `warm_start` builds the policy that `policy/` holds.
 """
