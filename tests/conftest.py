@@ -21,9 +21,15 @@ EXPERIMENTS = HOUSE / "tests" / "experiments"
 POLICY = HOUSE / "launch" / "lab" / "policy"
 
 
-TOGETHER = dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_slurm"), "ray")
-"""Files that bring up clusters: never two at once."""
-LONGEST = ("ray", "test_training_group", "test_resume", "test_stopping", "test_planner", "test_toy_world")
+TOGETHER = {
+    **dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_slurm"), "ray"),
+    **dict.fromkeys(
+        ("test_training_group", "test_resume", "test_launch_local", "test_stopping", "test_probe", "test_fusion"),
+        "forks",
+    ),
+}
+"""Files that bring up clusters: never two at once. Files that fork from one loaded process (tests/forks.py): one of it."""
+LONGEST = ("ray", "forks", "test_judge_vllm", "test_guardrail_run", "test_planner", "test_lab", "test_evaluate")
 """Begun first, so that no worker is left alone with them at the end."""
 
 

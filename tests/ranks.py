@@ -1,13 +1,11 @@
-"""One trainer rank of tests/test_training_group.py: train with full weights, then with LoRA, and write down what it saw.
-
-Started by accelerate, or alone: `python -m tests.ranks FOLDER key.path=value ...`
-"""
+"""One trainer rank of tests/test_training_group.py: train with full weights, then with LoRA, and write down what it saw."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from polyphony.launch.cli import set_environment
 from polyphony.launch.recipe import load_recipe
 from tests.conftest import RECIPES
 
@@ -28,17 +25,26 @@ COMMON = [
     "grpo.gradient_accumulation_steps=3",
     "eval.every=100",
 ]
-LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
+KINDS = {
+    "full": [],
+    "lora": ["lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}", "grpo.learning_rate=1e-2"],
+    # a rank has whole groups, as a look asks for
+    "look": ["pool.look=4", "grpo.gradient_accumulation_steps=4"],
+}
 
 
-def main(folder: Path, overrides: list[str]) -> None:
-    """Train twice over one engine; write `rank-<n>.json`."""
+def be_a_rank(folder: Path, kinds: Sequence[str], overrides: Sequence[str]) -> None:
+    """Train once for each kind over one engine; write `rank-<n>.json`."""
     from polyphony.launch.build import build_trainer
 
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        let_fsdp_start_on_cpus()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        leave_shared_memory_alone()
     seen: dict[str, Any] = {}
     engine = None
-    for kind, more in (("full", []), ("lora", [LORA, "grpo.learning_rate=1e-2"])):
-        recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *more])
+    for kind in kinds:
+        recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *KINDS[kind]])
         trainer = build_trainer(recipe, folder / kind, engine=engine)
         seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, folder / kind / "final")}
         engine = trainer.engine
@@ -120,8 +126,7 @@ def let_fsdp_start_on_cpus() -> None:
     PartialState.__init__ = init
 
 
-if __name__ == "__main__":
-    set_environment()
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
-        let_fsdp_start_on_cpus()
-    main(Path(sys.argv[1]), sys.argv[2:])
+def leave_shared_memory_alone() -> None:
+    """Let DeepSpeed sum over gloo: its kernel for ranks without GPUs takes a minute to compile, and is not ours."""
+    module = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is PyTorch
+    module.build_shm_op = lambda: None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Domain, Fused, Group, PromptRef, mean
 from polyphony.launch.sections import DiversitySection
@@ -19,8 +20,9 @@ from polyphony.trainer.diversity_reward import Fusion, find_diversity
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Completion
 from polyphony.trainer.metrics import Meter
-from polyphony.trainer.scoring import Sample, Scorer, check_failures
+from polyphony.trainer.scoring import Sample, Scorer, by_prompt, check_failures, form_group, grade
 from polyphony.trainer.settings import UpdateSettings
+from tests.forks import forked_ranks
 
 
 def domain(name="stories", kind="open_ended", **diversity) -> Domain:
@@ -109,49 +111,36 @@ def advantages() -> Advantages:
     return Advantages(settings=UpdateSettings(), kinds=kinds, find_suspects=lambda group: ())
 
 
-RANK = """
-import json
-from pathlib import Path
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from tests.test_diversity_reward import advantages, domain, prompt_of
-from polyphony.trainer.data import Prompt
-from polyphony.trainer.diversity_reward import Fusion
-from polyphony.trainer.scoring import Sample, by_prompt, form_group, grade
-import torch
-
-state = PartialState(cpu=True)
-prompts = [Prompt(id=i, domain="stories", prompt=i, columns={}) for i in "ppppqqqqrrrr"]
-samples = [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in zip(prompts, "aabcxxxxabab")]
-share = len(samples) // state.num_processes
-mine = slice(state.process_index * share, (state.process_index + 1) * share)
-fusion = Fusion.of([domain()]).on(state)
-graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
-members = by_prompt(graded, size=4)
-groups = fusion([form_group(group, draw=0) for group in members], [g.text for g in graded], prompt_of)
-rows = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
-said = json.dumps([[g.learned for g in groups], gather_object(rows.tolist())])
-Path(__file__).with_name(f"{state.num_processes}-{state.process_index}.json").write_text(said)
-state.wait_for_everyone()
-state.destroy_process_group()
-"""
+def be_a_rank(folder: Path) -> None:
+    """Grade, fuse and weigh this rank's half of twelve rows, and write down what comes of all of them."""
+    state = PartialState(cpu=True)
+    prompts = [Prompt(id=i, domain="stories", prompt=i, columns={}) for i in "ppppqqqqrrrr"]
+    rows = zip(prompts, "aabcxxxxabab", strict=True)
+    samples = [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in rows]
+    share = len(samples) // state.num_processes
+    mine = slice(state.process_index * share, (state.process_index + 1) * share)
+    fusion = Fusion.of([domain()]).on(state)
+    graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
+    members = by_prompt(graded, size=4)
+    groups = fusion([form_group(group, draw=0) for group in members], [g.text for g in graded], prompt_of)
+    worth = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
+    said = json.dumps([[g.learned for g in groups], gather_object(worth.tolist())])
+    (folder / f"{state.process_index}-of-{state.num_processes}.json").write_text(said)
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_groups_that_straddle_real_ranks_are_fused_as_on_one(tmp_path):
+def test_groups_that_straddle_real_ranks_are_fused_as_whole_ones(tmp_path):
     # two ranks of six rows each: the second of three groups lies on both
-    (tmp_path / "rank.py").write_text(RANK)
-    results = []
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        words = [*command, str(tmp_path / "rank.py")]
-        subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
-        results += [json.loads((tmp_path / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
-    assert all(result == results[0] for result in results)
+    for process in (ranks := forked_ranks(be_a_rank, tmp_path, log=tmp_path / "log")):
+        assert process.wait() == 0, process.said
+    first, second = (json.loads((tmp_path / f"{rank}-of-{len(ranks)}.json").read_text()) for rank in (0, 1))
+    assert first == second
     # classes a a b c: div 2/3 2/3 1 1, halved by the quality; all alike: the floor; a b a b: div 2/3
     fused = [[1 / 3, 1 / 3, 0.5, 0.5], [0.05] * 4, [1 / 3] * 4]
-    assert results[0][0] == [pytest.approx(rewards) for rewards in fused]
-    assert results[0][1] == pytest.approx([-1 / 12, -1 / 12, 1 / 12, 1 / 12] + [0] * 8, abs=1e-6)
+    assert first[0] == [pytest.approx(rewards) for rewards in fused]
+    assert first[1] == pytest.approx([-1 / 12, -1 / 12, 1 / 12, 1 / 12] + [0] * 8, abs=1e-6)
 
 
 def test_a_partitioner_that_fails_on_a_group_costs_that_group_and_is_counted(caplog):

@@ -30,6 +30,7 @@ def recipe(action: str, *changes: str):
             "grpo.max_steps=4",
             "eval.every=1",
             "domains.safety.heldout.size=128",
+            *(f"domains.{other}.heldout.size=4" for other in ("arithmetic", "stories")),
             *changes,
         ],
     )

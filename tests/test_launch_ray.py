@@ -12,7 +12,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -24,8 +26,8 @@ from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.cluster import ray_job as jobs
 from polyphony.launch.recipe import RecipeError
 from tests.conftest import RECIPES, bare_interpreter
+from tests.forks import free_port
 from tests.test_bad_input import fails
-from tests.test_training_group import free_port
 
 DEBUG = str(RECIPES / "debug.yaml")
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -105,15 +107,21 @@ def bring_up(nodes: list[subprocess.Popen], environment, folder: Path, tries: in
     """Start the cluster's `nodes` one after the other: a small machine is late, and Ray's own 30 s are fixed."""
     said = folder / "said.txt"
     for left in reversed(range(tries)):
-        port, dashboard = free_port(), free_port()
-        address = f"127.0.0.1:{port}"
-        head = ["--head", f"--port={port}", "--num-cpus=0", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+        port, dashboard_port = free_port(), free_port()
+        address, dashboard = f"127.0.0.1:{port}", f"127.0.0.1:{dashboard_port}"
+        head = [
+            "--head",
+            f"--port={port}",
+            "--num-cpus=0",
+            f"--dashboard-port={dashboard_port}",
+            f"--temp-dir={folder}",
+        ]
         member = [f"--address={address}", "--num-cpus=1"]
         try:
             for words in (head, member, member):
                 nodes.append(start_node(words, environment, said))
-                wait_for_nodes(environment, address, nodes)
-            return address, f"127.0.0.1:{dashboard}"
+                wait_for_nodes(environment, dashboard, nodes)
+            return address, dashboard
         except RuntimeError as error:
             take_down(nodes)
             if not left:
@@ -141,17 +149,16 @@ def start_node(words: list[str], environment, said: Path) -> subprocess.Popen:
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
 
-def wait_for_nodes(environment, address: str, nodes: list[subprocess.Popen], timeout_s: float = 180) -> None:
+def wait_for_nodes(environment, dashboard: str, nodes: list[subprocess.Popen], timeout_s: float = 180) -> None:
     """Wait until the cluster knows as many nodes as were started; RuntimeError if one has ended or the time is up."""
+    token = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"http://{dashboard}/nodes?view=summary", headers=token)
     deadline = time.monotonic() + timeout_s
     while True:
-        shown = ""
-        with suppress(RecipeError, subprocess.TimeoutExpired):  # asked before the head listens, `status` never answers
-            cluster.wait_for_port(address, timeout_s=5)
-            words = [*RAY, "status", "--address", address]
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
-            shown = done.stdout
-        if shown.count(" node_") >= len(nodes):
+        shown: list[str] = []
+        with suppress(OSError, HTTPException), urllib.request.urlopen(request, timeout=60) as answer:
+            shown = [node["raylet"].get("state") for node in json.load(answer)["data"]["summary"]]
+        if shown.count("ALIVE") >= len(nodes):
             return
         codes = [node.poll() for node in nodes]
         if codes != [None] * len(nodes):
@@ -167,6 +174,7 @@ def test_the_debug_recipe_runs_as_a_job_with_its_workers_on_two_raylets(raylets,
     run = tmp_path / "run"
     # each raylet has one core: two workers cannot be on the same
     overrides = ["rollouts={engine: ray, workers: 2}", "tracking.wandb=null", "grpo.max_steps=2", "eval.every=2"]
+    overrides += ["eval.samples=1", "grpo.max_completion_length=8"]
     command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "ray", DEBUG, *overrides]
     done = subprocess.run(
         [*command, "--address", dashboard, "--out", str(run)],

@@ -239,7 +239,7 @@ def mirrored(rng, size):
     return table + table.T
 
 
-def share(kind, *, worlds=300, error=0.0, **fields):
+def share(kind, *, worlds=150, error=0.0, **fields):
     world = World(**fields)
     return share_of_sequences(simulate(world, kind, worlds, np.random.default_rng(3), error=error))
 
@@ -249,7 +249,7 @@ def share(kind, *, worlds=300, error=0.0, **fields):
     ("kind", "seeds", "joint"),
     [(no_transfer, 1, None), (no_transfer, 2, None), (no_transfer, 2, 0.1), (mirrored, 2, None)],
 )
-def test_where_no_order_matters_a_sequence_is_called_in_at_most_a_tenth_of_300_matrices(kind, seeds, joint):
+def test_where_no_order_matters_a_sequence_is_called_in_at_most_a_tenth_of_150_matrices(kind, seeds, joint):
     luck = 0.03 if seeds == 2 else 0.0  # with one seed its noise cannot be seen
     assert share(kind, size=4, seeds=seeds, luck=luck, joint=joint) <= 0.1
 
@@ -261,7 +261,7 @@ def test_a_gain_of_four_standard_errors_is_called_a_sequence_in_four_fifths_of_m
     world = World(size=size, marks=marks)
     rng = np.random.default_rng(4)
     error = standard_error(simulate(world, no_transfer, 200, rng))
-    assert share(kind, size=size, marks=marks, worlds=100, error=error) >= 0.8
+    assert share(kind, size=size, marks=marks, worlds=60, error=error) >= 0.8
 
 
 @pytest.mark.slow

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.verbs.probe import claim_probe, cost, plan_arms, probe, restricted
 from tests.conftest import RECIPES
+from tests.forks import Fork
 
 
 def recipe(*overrides):
@@ -78,26 +76,13 @@ def rows(folder) -> list[dict]:
 
 
 def kill_after_the_first_row(folder) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "polyphony.launch.cli",
-        "probe",
-        str(RECIPES / "debug.yaml"),
-        "tracking.wandb=null",
-    ]
-    process = subprocess.Popen(
-        [*command, "--out", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = ["probe", str(RECIPES / "debug.yaml"), "tracking.wandb=null", "--out", str(folder)]
+    process = Fork(main, command, log=folder.parent / "log")
     deadline = time.monotonic() + 300
-    while process.poll() is None and not rows(folder) and time.monotonic() < deadline:
+    while process.is_running and not rows(folder) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.poll() is None, "the probe ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.is_running, f"the probe ended before it could be killed: {process.said[-2000:]}"
+    process.kill()
 
 
 @pytest.mark.slow

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from polyphony.launch.cli import main
 from tests.conftest import POLICY, RECIPES
+from tests.forks import Fork
 
 pytestmark = pytest.mark.slow
-COMMAND = [sys.executable, "-m", "polyphony.launch.cli", "train"]
 # few rows, so that the run crosses into a second pass over them: where stock TRL's resume repeats the first
-ROWS = ["domains.arithmetic.train.size=8", "domains.stories.train.size=8"]
-RECIPE = [str(RECIPES / "debug.yaml"), "grpo.max_steps=6", "eval.every=2", "checkpoint.every=2", *ROWS]
+ROWS = ["domains.arithmetic.train.size=32", "domains.stories.train.size=8"]
+# every arithmetic group is dead, so that every draw is refilled as often as may be
+DEAD = ["domains.arithmetic.reward=tests.test_resume:Hopeless", "guard.cap=2.0"]
+REFILL = ["pool.refill.max_rounds=3", "pool.retry_deferred=2", "pool.look=4"]
+RECIPE = ["grpo.max_steps=6", "eval.every=2", "checkpoint.every=2", "tracking.wandb=null", *ROWS, *DEAD, *REFILL]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+class Hopeless:
+    """Nothing is ever right."""
+
+    def __call__(self, prompts, **columns):
+        return [0.0] * len(prompts)
 
 
-def run(*arguments: str) -> None:
-    subprocess.run([*COMMAND, *arguments], env=environment(), check=True, capture_output=True, timeout=300)
+def started(folder) -> Fork:
+    return Fork(main, ["train", str(RECIPES / "debug.yaml"), *RECIPE, "--out", str(folder)], log=folder.parent / "log")
 
 
-def kill_when(folder, is_time, *arguments: str) -> None:
+def kill_when(folder, is_time) -> None:
     """Start a run and send it SIGKILL as soon as `is_time` says so."""
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = started(folder)
     deadline = time.monotonic() + 300
-    while process.poll() is None and not is_time(folder) and time.monotonic() < deadline:
+    while process.is_running and not is_time(folder) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.is_running, f"the run ended before it could be killed: {process.said[-2000:]}"
+    process.kill()
 
 
 def lines(folder, name) -> list[dict]:
@@ -60,8 +59,15 @@ def numbers(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(*RECIPE, "--out", str(folder))
+    process = started(folder)
+    assert process.wait() == 0, process.said[-3000:]
     return folder
+
+
+def test_the_undisturbed_run_refills_and_draws_prompts_a_second_time(undisturbed):
+    assert {line["round"] for line in lines(undisturbed, "refills")} == {1, 2, 3}
+    prompts = [prompt for *_, drawn_prompts in drawn(undisturbed) for prompt in drawn_prompts]
+    assert len(set(map(str, prompts))) < len(prompts)
 
 
 def draws_written(n: int):
@@ -77,17 +83,25 @@ def checkpoint_begun(folder) -> bool:
     return any(not (c / "polyphony.json").exists() for c in (folder / "checkpoints").glob("checkpoint-4"))
 
 
+def in_a_refill(folder) -> bool:
+    """The second refill of the third draw, between two checkpoints, is about to be generated."""
+    path = folder / "refills.jsonl"
+    return path.exists() and sum(line["step"] == 3 for line in lines(folder, "refills")) >= 2
+
+
 @pytest.mark.parametrize(
     "is_time",
-    [draws_written(1), draws_written(4), checkpoint_begun],
-    ids=["before any checkpoint", "between", "while saving"],
+    [draws_written(1), in_a_refill, checkpoint_begun],
+    ids=["before any checkpoint", "in the middle of a refill", "while saving"],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed, tmp_path, is_time):
     folder = tmp_path / "run"
-    kill_when(folder, is_time, *RECIPE, "--out", str(folder))
+    kill_when(folder, is_time)
     written = len(lines(folder, "decisions"))
-    run("--resume", str(folder))
+    again = Fork(main, ["train", "--resume", str(folder)], log=tmp_path / "log")
+    assert again.wait() == 0, again.said[-3000:]
     assert drawn(folder) == drawn(undisturbed)
+    assert lines(folder, "refills") == lines(undisturbed, "refills")
     assert numbers(folder) == numbers(undisturbed)
     assert (
         json.loads((folder / "transfer.json").read_text())["rows"]
@@ -115,34 +129,3 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, recipe):
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "final" / "model.safetensors").read_bytes() == weights
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-# every group is dead, so that every draw is refilled as often as may be
-REFILL = [*RECIPE[:-2], "domains.arithmetic.train.size=64", "domains.stories.train.size=64", "pool.refill.max_rounds=3"]
-REFILL += ["domains.arithmetic.reward=tests.test_resume:Hopeless", "guard.cap=2.0", "pool.retry_deferred=2"]
-REFILL += ["pool.look=4"]
-
-
-class Hopeless:
-    """Nothing is ever right."""
-
-    def __call__(self, prompts, **columns):
-        return [0.0] * len(prompts)
-
-
-def in_a_refill(folder) -> bool:
-    """The second refill of the third draw is about to be generated."""
-    path = folder / "refills.jsonl"
-    return path.exists() and sum(line["step"] == 3 for line in lines(folder, "refills")) >= 2
-
-
-def test_a_run_killed_in_the_middle_of_a_refill_draws_and_refills_the_same(tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(*REFILL, "--out", str(whole))
-    kill_when(folder, in_a_refill, *REFILL, "--out", str(folder))
-    run("--resume", str(folder))
-    assert drawn(folder) == drawn(whole)
-    assert lines(folder, "refills") == lines(whole, "refills")
-    assert {line["round"] for line in lines(whole, "refills")} == {1, 2, 3}
-    assert numbers(folder) == numbers(whole)
-    assert (folder / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ from tests.conftest import HOUSE, RECIPES
 pytestmark = pytest.mark.slow
 DEBUG = str(RECIPES / "debug.yaml")
 QUICK = ["rollouts.engine=transformers", "tracking.wandb=null", "eval.every=1000", "checkpoint.every=1000"]
+QUICK += ["grpo.max_completion_length=8", "eval.samples=1"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(slurm, tmp_path):
     assert 2 <= taken[-1] < 40
     # Slurm holds a requeued job back for two minutes: one that starts in the second in which it was ended is refused
     # by the node as already killed, since credentials are told apart by whole seconds, and fails without a word
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"], env=slurm, check=True)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], env=slurm, check=True)
     wait_until(lambda: state(slurm, job) == "COMPLETED", timeout_s=300, log=log)
     said = log.read_text()
     assert "preempted: the trainer saves a checkpoint" in said
@@ -90,7 +91,7 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(slurm, tmp_path):
 
 def test_a_job_brings_up_its_own_ray(slurm, tmp_path):
     run = tmp_path / "run"
-    overrides = ["rollouts={engine: ray, workers: 1}", "tracking.wandb=null", "grpo.max_steps=1"]
+    overrides = ["rollouts={engine: ray, workers: 1}", "tracking.wandb=null", "grpo.max_steps=1", "eval.samples=1"]
     job = launched(slurm, DEBUG, *overrides, "--out", str(run))
     log = run / "logs" / f"slurm-{job}.log"
     wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED"), timeout_s=400, log=log)

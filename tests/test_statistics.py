@@ -28,6 +28,8 @@ from polyphony.trainer.evaluation.statistics import (
 from polyphony.trainer.scoring import Sample
 
 RNG = np.random.default_rng(1)
+UNSURE = math.nan
+"""No confidence, so that calibration, the slowest of the statistics, is not resampled where another is looked at."""
 
 
 def answer(score, vote="a", confidence=0.5, valid=True, style="bare") -> Answer:
@@ -192,15 +194,15 @@ def test_open_ended_answers_have_no_calibration():
 def test_bootstrap_by_prompt_keeps_the_samples_of_a_prompt_together():
     # 40 prompts whose 8 samples agree: as wide as 40 independent answers, not as 320
     rng = random.Random(1)
-    rows = [[answer(float(rng.random() < 0.5))] * 8 for _ in range(40)]
+    rows = [[answer(float(rng.random() < 0.5), confidence=UNSURE)] * 8 for _ in range(40)]
     low, mid, high = Answers(sampled=rows).intervals()["score"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(mid * (1 - mid) / 40), rel=0.15)
 
 
 def test_a_paired_difference_is_surer_than_two_models_apart():
     rng = random.Random(2)
-    first = [[answer(float(rng.random() < p)) for _ in range(4)] for p in [0.05, 0.95] * 50]
-    second = [[answer(1.0), *row[1:]] for row in first]  # every item is a little better
+    first = [[answer(float(rng.random() < p), confidence=UNSURE) for _ in range(4)] for p in [0.05, 0.95] * 50]
+    second = [[answer(1.0, confidence=UNSURE), *row[1:]] for row in first]  # every item is a little better
     a, b = Answers(sampled=first), Answers(sampled=second)
     apart = [m.intervals()["score"] for m in (a, b)]
     difference = compare(a, b)["score"]
@@ -212,7 +214,9 @@ def test_a_paired_difference_is_surer_than_two_models_apart():
 def test_the_interval_of_a_difference_covers_it_in_about_19_of_20_comparisons():
     rng, covered = random.Random(3), 0
     for seed in range(60):
-        draws = [[[answer(float(rng.random() < 0.5)) for _ in range(2)] for _ in range(60)] for _ in range(2)]
+        draws = [
+            [[answer(float(rng.random() < 0.5), confidence=UNSURE) for _ in range(2)] for _ in range(60)] for _ in "ab"
+        ]
         low, _, high = compare(Answers(sampled=draws[0]), Answers(sampled=draws[1]), seed=seed, resamples=150)["score"]
         covered += low <= 0 <= high
     assert covered >= 51

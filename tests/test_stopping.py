@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -18,8 +15,8 @@ from polyphony.trainer.checkpoints import save_state, whole_or_none
 from polyphony.trainer.run.stopping import StopOnSignal
 from polyphony.trainer.slots import DrawPlan
 from tests.conftest import RECIPES
+from tests.forks import Fork
 
-COMMAND = [sys.executable, "-m", "polyphony.launch.cli", "train"]
 QUICK = ["rollouts.engine=transformers", "tracking.wandb=null"]
 RECIPE = [str(RECIPES / "debug.yaml"), *QUICK, "grpo.max_steps=400", "checkpoint.every=400", "eval.every=400"]
 
@@ -72,29 +69,25 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def started(folder) -> subprocess.Popen:
+def started(folder) -> Fork:
     """Start a run and wait until it has taken a step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [*COMMAND, *RECIPE, "--out", str(folder)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    process = Fork(main, ["train", *RECIPE, "--out", str(folder)], log=folder.parent / "log")
     deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_running and time.monotonic() < deadline:
         path = folder / "metrics.jsonl"
         if path.exists() and path.read_text().count("\n") >= 2:
             return process
         time.sleep(0.05)
-    raise AssertionError("the run took no step")
+    raise AssertionError(f"the run took no step: {process.said[-2000:]}")
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_that_the_run_goes_on_from(tmp_path, capsys):
+def test_sigterm_saves_a_checkpoint_that_the_run_goes_on_from(tmp_path):
     process = started(tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1].decode().splitlines()[-1]
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"SIGTERM: checkpoint at step {last} saved; go on with --resume" in said
+    assert f"SIGTERM: checkpoint at step {last} saved; go on with --resume" in process.said.splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{last}" / "polyphony.json").exists()
     assert not (tmp_path / "run" / "final").exists()
 
@@ -102,12 +95,11 @@ def test_sigterm_saves_a_checkpoint_that_the_run_goes_on_from(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_interrupts_end_at_once(tmp_path):
     process = started(tmp_path / "run")
-    process.send_signal(signal.SIGINT)
+    process.send(signal.SIGINT)
     time.sleep(0.02)  # far less than a step takes
-    process.send_signal(signal.SIGINT)
+    process.send(signal.SIGINT)
     sent = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(60) == 130
     assert time.monotonic() - sent < 10
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
 
