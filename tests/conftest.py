@@ -24,7 +24,14 @@ POLICY = HOUSE / "launch" / "lab" / "policy"
 TOGETHER = {
     **dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_slurm"), "ray"),
     **dict.fromkeys(
-        ("test_training_group", "test_resume", "test_launch_local", "test_stopping", "test_probe", "test_fusion"),
+        (
+            "test_training_group",
+            "test_resume",
+            "test_launch_local",
+            "test_stopping",
+            "test_probe",
+            "test_diversity_reward",
+        ),
         "forks",
     ),
 }
