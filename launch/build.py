@@ -27,11 +27,9 @@ from polyphony.trainer.settings import EntropySettings, EvaluationSettings, Guar
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    from polyphony.curricula.prompts.pool import PoolSettings
     from polyphony.trainer.domains import DomainData
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.settings import UpdateSettings
     from polyphony.trainer.slots import DrawPlan
 
 

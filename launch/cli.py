@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.import_paths import look_in
+from polyphony.launch.import_paths import look_in_working_directory
 
 if TYPE_CHECKING:
     from polyphony.launch.recipe import Recipe
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     set_environment()
     try:
-        look_in(Path.cwd())  # where a user's graders may be, and an installed command does not look
+        look_in_working_directory()  # where a user's graders may be
         return VERBS[arguments.verb](arguments) or 0
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

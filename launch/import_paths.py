@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pkgutil
 import re
 import sys
 import warnings
@@ -24,23 +25,39 @@ PROVENANCE_FILE = "provenance.json"
 """Of a run folder; its `imports_from` lists the folders where the run found modules of the user's."""
 
 _looked_in: list[str] = []
+_last: list[str] = []
+"""The working directory, once it is looked in."""
 _OLD = re.compile(r"((?:trainer|rewards|curricula|launch)(?:\.\w+)+):(\w+)")
-_HOME = Path(__file__).resolve().parent.parent
 
 
 def look_in(folder: Path) -> None:
     """Let modules of `folder` be imported, after all others: no file of a user's stands in for a module of ours.
 
-    A run's folder holds a copy of a recipe; what is imported still lies where the first one was.
+    Only the working directory comes later (`look_in_working_directory`): a recipe's own modules are the nearer ones. A run's
+    folder holds a copy of a recipe; what is imported still lies where the first one was.
     """
-    places = [str(folder)]
-    if (folder / PROVENANCE_FILE).is_file():
-        places = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8")).get("imports_from", [])
-    for place in places:
+    for place in _origins(folder) or [str(folder)]:
         if place not in sys.path:
-            sys.path.append(place)
+            sys.path.insert(sys.path.index(_last[0]) if _last and _last[0] in sys.path else len(sys.path), place)
         if place not in _looked_in:
             _looked_in.append(place)
+
+
+def look_in_working_directory() -> None:
+    """Let modules of the working directory be imported, last of all: an installed command does not look there."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    _last[:] = [here]
+
+
+def _origins(folder: Path) -> list[str]:
+    """Return where a run imported from, by its folder; empty for any other folder."""
+    path = folder / PROVENANCE_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        found = None
+    return [str(place) for place in found.get("imports_from", [])] if isinstance(found, dict) else []
 
 
 def looked_in() -> list[str]:
@@ -57,14 +74,24 @@ def renamed(value: Any) -> Any:
         return {key: renamed(part) for key, part in value.items()}
     if isinstance(value, list):
         return [renamed(part) for part in value]
-    if not isinstance(value, str) or not (old := _OLD.fullmatch(value)) or _is_a_users(value.partition(".")[0]):
+    if not isinstance(value, str) or not (old := _OLD.fullmatch(value)) or _is_a_users(old[1]):
         return value
     new = f"{MOVED.get(old[1], f'polyphony.{old[1]}')}:{old[2]}"
+    try:
+        pkgutil.resolve_name(new)
+    except (ImportError, AttributeError):
+        return value  # whoever looks for it says what is missing
     warnings.warn(f"{value!r} is now called {new!r}", UserWarning, stacklevel=2)
     return new
 
 
-def _is_a_users(package: str) -> bool:
+def _is_a_users(module: str) -> bool:
+    """Whether a package of the user's has this module; nothing of theirs is imported to find out."""
+    package, _, rest = module.partition(".")
     spec = importlib.util.find_spec(package)
-    places = [spec.origin] if spec and spec.origin else list(spec.submodule_search_locations or ()) if spec else []
-    return any(_HOME not in Path(place).resolve().parents for place in places)
+    for place in map(Path, (spec and spec.submodule_search_locations) or ()):
+        is_a_clone = (place.parent / "curricula" / "records.py").is_file()  # of ours, whatever its version
+        inside = place / rest.replace(".", "/")
+        if not is_a_clone and (inside.is_dir() or inside.with_suffix(".py").is_file()):
+            return True
+    return False

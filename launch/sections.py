@@ -162,7 +162,7 @@ class DomainSection(Section):
     @classmethod
     def _keeps_right_above_wrong(cls, diversity: DiversitySection | None, info: Any) -> DiversitySection | None:
         if diversity is not None and info.data.get("kind") == "structured":
-            from polyphony.rewards.diversity import Diversity
+            from polyphony.rewards.diversity import Diversity  # slow to import
 
             Diversity(**{**diversity.model_dump(), "partitioner": "exact"}).check_verifiable()
         return diversity

@@ -24,7 +24,6 @@ from polyphony.trainer.run.folder import RunFolder
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.run.folder import RunFolder
     from polyphony.trainer.run.stopping import StopOnSignal
 
 RECIPE_FILE = "recipe.yaml"

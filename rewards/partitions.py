@@ -137,7 +137,7 @@ class Embedding:
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
     """Give torch so many CPU threads for a while."""
-    import torch
+    import torch  # slow to import
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -149,7 +149,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 @functools.cache
 def _sentence_model(model: str, device: str | None) -> Any:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # slow to import
 
     place = pkgutil.resolve_name(model)() if ":" in model and "://" not in model else model
     return SentenceTransformer(str(place), device=device)
@@ -182,7 +182,7 @@ class Classifier:
         ]
 
     def _classify(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        import torch
+        import torch  # slow to import
 
         model, tokenizer = _pair_model(self.model, self.device)
         verdicts: list[bool] = []
@@ -205,7 +205,7 @@ class Classifier:
 
 @functools.cache
 def _pair_model(model: str, device: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # slow to import
 
     network: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
     return network.to(device) if device else network, AutoTokenizer.from_pretrained(model)

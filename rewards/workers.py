@@ -24,7 +24,10 @@ from typing import Any
 
 
 def is_readable_by(fd: int, deadline: float) -> bool:
-    """Wait until `fd` has something to read (or has closed) or `time.monotonic()` reaches the deadline."""
+    """Wait until `fd` has something to read (or has closed) or `time.monotonic()` reaches the deadline.
+
+    By `poll`, since `select` refuses descriptors above 1023.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(max(0, math.ceil(1000 * (deadline - time.monotonic())))))

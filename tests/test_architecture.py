@@ -135,3 +135,18 @@ def test_no_import_inside_a_function_is_cheap():
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(light)
     ]
     assert found == []
+
+
+def test_every_import_inside_a_function_has_its_reason():
+    """Said once for a module in its docstring, or by a comment where the imports stand."""
+    silent = []
+    for path in (path for wing in PACKAGES for path in (HOUSE / wing).rglob("*.py")):
+        tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
+        if re.search(r"inside\s+functions|imported\s+only\s+when", ast.get_docstring(tree) or ""):
+            continue
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found = [n.lineno for n in ast.walk(function) if isinstance(n, (ast.Import, ast.ImportFrom))]
+                if found and "#" not in "".join(lines[min(found) - 2 : max(found)]):
+                    silent.append(f"{path.relative_to(HOUSE)}: {function.name}")
+    assert silent == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import pytest
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.recipe import load_recipe
 from tests.conftest import HOUSE, RECIPES, bare_interpreter, write_rows
+from tests.test_architecture import tracked
 
 DEBUG = str(RECIPES / "debug.yaml")
 POLYPHONY = str(Path(sys.executable).parent / "polyphony")
@@ -99,6 +101,13 @@ def test_a_recipes_own_folder_is_looked_in_last(tmp_path):
     assert run([POLYPHONY, "train", str(recipe), "--dry-run"], tmp_path).stdout.count("rewards:Mine") == 2
 
 
+def test_a_recipes_own_folder_is_nearer_than_the_working_directory(tmp_path):
+    recipe = mine(tmp_path / "recipes")
+    (tmp_path / "rewards.py").write_text("class Other: ...\n")
+    for folder in (tmp_path, HOUSE):  # our own source tree has a folder of that name
+        run([POLYPHONY, "train", str(recipe), "--dry-run"], folder)
+
+
 def test_a_run_that_is_resumed_looks_where_its_recipe_was(tmp_path):
     recipe = mine(tmp_path / "recipes")
     (tmp_path / "run").mkdir()
@@ -125,6 +134,13 @@ def test_a_recipe_with_old_names_is_read_as_with_new_ones(tmp_path):
     (tmp_path / "old.yaml").write_text(text.replace("polyphony.", ""))
     with pytest.warns(UserWarning, match=r"'launch.lab.world:rows' is now called 'polyphony.launch.lab.world:rows'"):
         assert load_recipe(tmp_path / "old.yaml") == load_recipe(DEBUG)
+
+
+def test_old_names_are_known_beside_files_of_our_folders_names(clash):
+    (clash / "curricula").mkdir()
+    done = run([POLYPHONY, "score", rows(clash), "--reward", "rewards.exact:Exact"], clash)
+    assert "'rewards.exact:Exact' is now called 'polyphony.rewards.short_answer:Exact'" in done.stderr
+    assert renamed("launch.lab.planted:Missing") == "launch.lab.planted:Missing"
 
 
 def test_a_users_package_of_an_old_name_is_the_users(tmp_path, monkeypatch):
@@ -159,8 +175,11 @@ def test_every_folder_of_ours_is_in_the_distribution():
 def installed(tmp_path_factory):
     """The interpreter of an environment that has the wheel and not the source tree."""
     folder = tmp_path_factory.mktemp("wheel")
+    for file in tracked():  # what lies about in build/ would be packed too
+        (folder / "tree" / file.relative_to(HOUSE)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "tree" / file.relative_to(HOUSE))
     wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    run([*wheel, str(HOUSE)], folder)
+    run([*wheel, str(folder / "tree")], folder)
     python = bare_interpreter(folder / "venv")
     (built,) = folder.glob("*.whl")
     run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(built)], folder)

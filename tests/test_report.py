@@ -453,7 +453,7 @@ def test_a_report_of_no_run_is_refused(tmp_path):
 
 
 def test_it_needs_no_tensor_library_trainer_or_tracker():
-    code = "import sys, trainer.report; print({'torch', 'trl', 'transformers', 'wandb'} & set(sys.modules))"
+    code = "import sys, polyphony.launch.report.report; print({'torch', 'trl', 'transformers', 'wandb'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

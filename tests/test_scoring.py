@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import socket
 import urllib.error
@@ -10,7 +11,16 @@ import pytest
 
 from polyphony.curricula.records import Domain, Group
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.scoring import Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.trainer.scoring import (
+    Graded,
+    Sample,
+    Scorer,
+    by_prompt,
+    check_failures,
+    form_group,
+    grade,
+    is_unreachable,
+)
 
 
 class Recording:
@@ -213,3 +223,25 @@ def test_failures_are_counted_against_the_completions_of_their_own_domain():
     check_failures(half, most=0.5)
     with pytest.raises(RuntimeError, match="domain 'math': the reward failed on 1 of 2 completions in one draw"):
         check_failures(half, most=0.49)
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = RuntimeError("the judge did not answer")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (caused_by(ConnectionResetError()), True),
+        (ExceptionGroup("two tasks", [ValueError(), TimeoutError()]), True),
+        (OSError(errno.EHOSTUNREACH, "no route to host"), True),
+        (caused_by(ValueError()), False),
+        (ExceptionGroup("two tasks", [ValueError(), KeyError()]), False),
+        (OSError(errno.ENOENT, "no such file"), False),
+    ],
+    ids=repr,
+)
+def test_a_judge_that_is_down_is_known_by_what_the_error_came_from(error, expected):
+    assert is_unreachable(error) is expected

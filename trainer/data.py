@@ -184,7 +184,7 @@ def _with_length(rows: Any, *, where: str, of: str) -> Rows:
 
 
 def _load_hub(text: str, *, split: str, where: str) -> Rows:
-    import datasets
+    import datasets  # slow to import
 
     if text == "hf://":
         raise ValueError(f"{where}: expected hf://org/name, got {text!r}")
@@ -195,7 +195,7 @@ def _load_hub(text: str, *, split: str, where: str) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    import datasets
+    import datasets  # slow to import
     import pyarrow.parquet
 
     try:

@@ -8,6 +8,7 @@ the same either way: a reward grades each row by itself.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import queue
@@ -31,10 +32,13 @@ logger = logging.getLogger(__name__)
 
 _UNREACHABLE = (
     "aiohttp.ClientConnectionError",
+    "anthropic.APIConnectionError",
     "httpx.TransportError",
     "openai.APIConnectionError",
     "requests.ConnectionError",
     "requests.Timeout",
+    "urllib3.MaxRetryError",
+    "urllib3.TimeoutError",
 )
 """What else graders raise where their judge is down or silent; by name, as a run need have none of these packages."""
 
@@ -118,13 +122,20 @@ class Scorer:
         return [_checked(name, value) for value in values]
 
 
-def is_unreachable(error: Exception) -> bool:
-    """Say whether a connection failed or timed out: that is no row's fault, and to ask row by row would ask in vain."""
-    if isinstance(error, BrokenPipeError | urllib.error.HTTPError):
-        return False  # a row that killed its local process; a judge that answers
+def is_unreachable(error: BaseException | None) -> bool:
+    """Say whether a connection failed or timed out: that is no row's fault, and to ask row by row would ask in vain.
+
+    So one row that takes too long costs its whole batch. What an error was raised from, and what a group of errors holds,
+    count as well. A process of a row's own that it killed, and a judge that answers with an error, are reachable.
+    """
+    if error is None or isinstance(error, BrokenPipeError | urllib.error.HTTPError):
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_unreachable, error.exceptions))
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     known = isinstance(error, ConnectionError | TimeoutError | socket.gaierror | urllib.error.URLError)
-    return known or not names.isdisjoint(_UNREACHABLE)
+    is_off = isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+    return known or is_off or not names.isdisjoint(_UNREACHABLE) or is_unreachable(error.__cause__)
 
 
 def grade(

@@ -23,14 +23,14 @@ class Bwt:
     """Within stage s on domain d:  p = q on earlier domains,  1 - sum q on d,  0 on later ones.
 
     Order: the planner's (Omni-Thinker's rule, arXiv:2507.14783, with uncertainty and entropy, see `planner`).
-    q: power-law replay plus protection of domains that are being forgotten, see `rehearsal`; Omni-Thinker has neither.
+    q: power-law replay plus protection of domains that are being forgotten, see `replay`; Omni-Thinker has neither.
     Length: a stage gets an equal part of the draws that are left; it ends early when its domain's held-out score has
         stopped rising, or lies below where the stage began with 95 % confidence (single-domain stages can damage
         their own domain). Draws that the last stage leaves over go to all domains alike.
     A guardrail that broke ends the stage that broke it, or protects its domain where that can be replayed.
     After each stage the scores it was predicted to reach are put beside those measured, and the rest is planned again:
         T[j -> i] moves by what the run has shown beyond the probes. The effects of all domains on one are believed to
-        be related (see `online`), so a domain that suffered more than predicted under past stages is expected to
+        be related (see `online_transfer`), so a domain that suffered more than predicted under past stages is expected to
         under those to come, and moves later.
     """
 

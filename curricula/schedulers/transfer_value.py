@@ -2,8 +2,8 @@
 
     V_k = sum_i n_i B[k -> i],       n_i = exp(-a_i / focus) (1 + drawdown_i / alarm) 2^alarms_i,  scaled to mean 1
 
-B is the posterior of `online`. The need n_i is larger for a low score a_i and for ground lost since the domain's best
-(cross-fitted), so what would help or harm the weakest counts most: worst domains are where mixtures fail. It doubles
+B is the posterior of `online_transfer`. The need n_i is larger for a low score a_i and for ground lost since the domain's
+best (cross-fitted), so what would help or harm the weakest counts most: worst domains are where mixtures fail. It doubles
 with each guardrail of i that broke.
 
     E_k = sum_i s_i D[k -> i] / max |D|

@@ -52,7 +52,7 @@ class TransferMatrix:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
-        """Build from the document that `transfer_format` describes."""
+        """Build from the document whose keys `DOCUMENT` and `ROW` list."""
         document = read_document(document)
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only {VERSION}")

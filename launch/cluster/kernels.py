@@ -45,7 +45,7 @@ def locks() -> list[Path]:
     """Return the locks of builds under torch's folder of extensions, `TORCH_EXTENSIONS_DIR` where that is set."""
     if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return sorted(Path(own).glob("*/lock"))
-    from torch.utils.cpp_extension import get_default_build_root
+    from torch.utils.cpp_extension import get_default_build_root  # slow to import
 
     return sorted(Path(get_default_build_root()).glob("*/*/lock"))  # a folder for each Python and CUDA
 

@@ -52,7 +52,7 @@ class Command:
 
 def gpus_here() -> int:
     """Return the number of GPUs that a process started here would see, without starting CUDA in this one."""
-    import torch
+    import torch  # slow to import
 
     return torch.cuda.device_count()
 
@@ -118,7 +118,7 @@ def check_heads(recipe: Recipe) -> None:
     parallel = recipe.rollouts.tensor_parallel
     if parallel == 1:
         return
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # slow to import
 
     try:
         heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import logging
 import os
 import shutil
@@ -52,13 +53,23 @@ def join(address: str | None, *, timeout_s: float) -> bool:
         quiet["include_dashboard"] = False
         os.environ.setdefault(RAY_NICENESS, "0")
     # with a working directory of their own, workers do not look for modules in ours, where a file may bear any name
-    quiet["runtime_env"] = {"working_dir": str(staged_package().parent)}
+    # (a job that was given one keeps it)
+    quiet["runtime_env"] = (
+        {"py_modules": [str(staged_package())]}
+        if "working_dir" in _of_the_job()
+        else {"working_dir": str(staged_package().parent)}
+    )
     try:
         with _visible_to_ray(is_own=address == "local"):
             ray.init(address=address, **quiet)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise RecipeError(f"Ray cluster {address!r}: {reason(str(error))}") from error
     return address == "local"
+
+
+def _of_the_job() -> dict[str, Any]:
+    """Return the runtime environment of the Ray job that this process is in; empty outside of one."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
 
 
 @functools.cache

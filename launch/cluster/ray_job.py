@@ -48,7 +48,7 @@ def check_dashboard(address: str, *, timeout_s: float) -> None:
 
     `ray job submit` waits without end for what listens and is silent.
     """
-    import ray
+    import ray  # slow to import
 
     wait_for_port(address.split("://", 1)[1].rstrip("/"), timeout_s=timeout_s)
     request = urllib.request.Request(f"{address}/api/version", headers=_token())

@@ -59,7 +59,7 @@ class RolloutWorker:
     """One vLLM engine in a process of its own."""
 
     def __init__(self, settings: EngineSettings, *, by_nccl: bool) -> None:
-        from polyphony.trainer.engine.vllm import start_llm
+        from polyphony.trainer.engine.vllm import start_llm  # slow to import
 
         forget_launcher(os.environ)
         # weights are read where Ray keeps them, and Ray keeps them read-only
@@ -75,7 +75,7 @@ class RolloutWorker:
 
     def load(self, version: int, weights: PackedWeights) -> None:
         """Take over the weights of sync `version`; half a load counts as none."""
-        from polyphony.launch.cluster.weights import unpack
+        from polyphony.launch.cluster.weights import unpack  # slow to import
         from polyphony.trainer.engine.vllm import load_weights
 
         self.version = NO_WEIGHTS
@@ -84,7 +84,7 @@ class RolloutWorker:
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Share:
         """Sample one completion a request, in order."""
-        from polyphony.trainer.engine.vllm import sample
+        from polyphony.trainer.engine.vllm import sample  # slow to import
 
         return Share(version=self.version, completions=sample(self.llm, requests, sampling))
 

@@ -108,7 +108,7 @@ class NcclSender:
     """
 
     def __init__(self, handles: Sequence[Any], *, tensor_parallel: int, timeout_s: float) -> None:
-        from vllm.utils.network_utils import get_open_port
+        from vllm.utils.network_utils import get_open_port  # slow to import
 
         self.handles = list(handles)
         self.timeout_s = timeout_s
@@ -128,7 +128,7 @@ class NcclSender:
 
     def send(self, announcement: Announcement, named: Iterator[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Broadcast the weights of sync `version` to all workers."""
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer  # slow to import
 
         update = {**asdict(announcement), **self.in_update}
         calls = [handle.receive.remote(update, version) for handle in self.handles]
@@ -144,10 +144,10 @@ def _is_stateful() -> bool:
 def _endpoint() -> Callable[[dict], Any]:
     """Return what opens the trainer's end; vLLM 0.28 moved it."""
     if _is_stateful():
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init  # slow to import
 
         return trainer_init
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine  # slow to import
 
     return NCCLWeightTransferEngine.trainer_init  # type: ignore[attr-defined]
 

@@ -158,7 +158,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> Any:
     """Return the tokenizer as transformers' fast one; `<|end|>` closes every message and is the end of generation."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # slow to import
     from transformers import PreTrainedTokenizerFast
 
     characters = ["\n", *(chr(code) for code in range(32, 127))]
@@ -196,7 +196,7 @@ SHARES = {"arithmetic": 0.4, "strings": 0.25, "facts": 0.15, "stories": 0.15, "s
 
 def train_policy(*, seed: int, world: int, steps: int = STEPS) -> tuple[Any, Any]:
     """Return (model, tokenizer) after `steps` supervised steps."""
-    import torch
+    import torch  # slow to import
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -226,7 +226,7 @@ def train_policy(*, seed: int, world: int, steps: int = STEPS) -> tuple[Any, Any
 
 def build_model(vocabulary: int, tokenizer: Any) -> Any:
     """Return an untrained policy: a Qwen3 that vLLM serves (head size 32), in float32."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # slow to import
 
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -249,7 +249,7 @@ def build_model(vocabulary: int, tokenizer: Any) -> Any:
 
 def collate(examples: list[tuple[str, str]], tokenizer: Any) -> dict[str, Any]:
     """Return input ids, mask and labels, right-padded; only the completion and its end are learned."""
-    import torch
+    import torch  # slow to import
 
     sequences = []
     for prompt, completion in examples:
@@ -271,7 +271,7 @@ def collate(examples: list[tuple[str, str]], tokenizer: Any) -> dict[str, Any]:
 
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write an ordinary Hugging Face folder, with sampling at temperature 1 as its generation default."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig  # slow to import
 
     model.generation_config = GenerationConfig(
         do_sample=True,

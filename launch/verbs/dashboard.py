@@ -22,7 +22,7 @@ def dashboard(run: Path) -> None:
         obstacle,
         save_workspace,
         specification,
-    )
+    )  # slow to import
 
     found = read_run(run)
     if not found.domains:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from polyphony.curricula.intervals import paired
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.verbs.tables import statistics_table
+from polyphony.trainer.evaluation.statistics import as_lists, compare
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
@@ -50,8 +51,6 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
 def evaluate(question: Asked, *, as_json: bool) -> None:
     """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
     paired differences and whether they exclude zero."""
-    from polyphony.trainer.evaluation.statistics import as_lists
-
     results, engine = [], None
     for model in question.models:
         if engine is not None and not _same_shape(*question.models):
@@ -78,7 +77,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 
     Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
     """
-    from polyphony.launch.build import build_trainer
+    from polyphony.launch.build import build_trainer  # slow to import
 
     greedy = recipe.rollouts.engine != "transformers"
     settings = recipe.eval.model_copy(update={"greedy": greedy})
@@ -97,8 +96,6 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
     """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
     does not take a few items that did not move for certainty."""
-    from polyphony.trainer.evaluation.statistics import compare
-
     before, after = first.scores(), second.scores()
     return {
         name: compare(first.read(name), second.read(name)) | {"score": paired(after[name], before[name])}
@@ -109,7 +106,7 @@ def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, di
 def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
     """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
     tokens."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # slow to import
     from trl.trainer.utils import add_fused_lm_head
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
@@ -123,8 +120,6 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
 
 
 def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:
-    from polyphony.trainer.evaluation.statistics import as_lists
-
     found = compare_results(first, second)
     if as_json:
         differences = {
@@ -159,7 +154,7 @@ def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[flo
 
 def _same_shape(first: str, second: str) -> bool:
     """Say whether one engine can serve both models: the same architecture and sizes."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # slow to import
 
     apart = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
     sizes = [AutoConfig.from_pretrained(model).to_dict() for model in (first, second)]

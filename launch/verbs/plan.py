@@ -12,6 +12,7 @@ from polyphony.curricula.schedulers import Scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import make_plan
 from polyphony.launch.build import build_scheduler
+from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_replay
 from polyphony.trainer.run.folder import RunFolder
@@ -74,6 +75,7 @@ def replayed_run(
 def _scheduler_of(
     run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
 ) -> Scheduler:
+    name = renamed(name)
     recipe = load_recipe(run / "recipe.yaml")
     if recipe.curriculum.scheduler != name:
         overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]

@@ -87,7 +87,7 @@ class Probe:
         return self.engine
 
     def _heldout_items(self) -> int:
-        from polyphony.launch.build import grpo_config, load_data
+        from polyphony.launch.build import grpo_config, load_data  # slow to import
 
         data = load_data(self.recipe, grpo_config(self.recipe, self.out / "scratch"))
         return sum(len(table) for table in data.heldout.values())
@@ -110,7 +110,7 @@ class Probe:
         return row
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
-        from polyphony.launch.build import build_trainer
+        from polyphony.launch.build import build_trainer  # slow to import
 
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
@@ -136,7 +136,7 @@ class Probe:
             trainer = self._train(
                 Arm(trained=names, steps=int(start.removeprefix("joint:")), seed=seed), self.recipe.model
             )
-            from polyphony.trainer.checkpoints import save_final
+            from polyphony.trainer.checkpoints import save_final  # slow to import
 
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 save_final(trainer.policy, Path(scratch) / "weights")

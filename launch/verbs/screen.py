@@ -92,7 +92,7 @@ class Screening:
 
     def run(self, label: str) -> None:
         """Visit prompts until none is open; save on the way."""
-        from polyphony.trainer.run.progress import ProgressLine
+        from polyphony.trainer.run.progress import ProgressLine  # slow to import
 
         total = sum(len(pool.ids) for pool in self.pools.values())
         progress, saved_at = ProgressLine(f"{label}: prompts settled", total), time.monotonic()
@@ -146,7 +146,7 @@ class Screening:
         return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
 
     def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
-        from polyphony.trainer.engine.engine import Request, completion_seed
+        from polyphony.trainer.engine.engine import Request, completion_seed  # slow to import
 
         trainer, size = self.trainer, self.group_size
         chosen = [(visits, trainer.data.train[name][prompt_id]) for visits, name, prompt_id in batch]

@@ -1,6 +1,6 @@
 """Run code that nobody has read: in the strongest jail the host offers, within limits, leaving nothing behind.
 
-Every program gets a process of its own (`rewards/jail`), so one that crashes takes nothing with it. In the jail there
+Every program gets a process of its own (`supervisor`), so one that crashes takes nothing with it. In the jail there
 is no network, no other process, no way to start one, and nothing of the host's files but the Python installation.
 Nothing is written to disk. A program never meets what it is expected to print, nor the source of its tests.
 """

@@ -48,7 +48,7 @@ def measure(benchmarks: Mapping[str, Benchmark], names: Sequence[str]) -> list[R
             results += benchmarks[name]()
         except KeyboardInterrupt as error:
             return [*results, failed(name, error)]
-        except Exception as error:  # whatever it is, the others are measured all the same
+        except (Exception, SystemExit) as error:  # whatever it is, the others are measured all the same
             traceback.print_exc()
             results.append(failed(name, error))
     return results

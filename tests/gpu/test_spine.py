@@ -12,7 +12,9 @@ from polyphony.launch.cli import main
 from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.gpu import random_policy
 from tests.conftest import RECIPES
-from tests.ranks import LORA, differing
+from tests.ranks import differing
+
+LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 DEBUG = str(RECIPES / "debug.yaml")
 QUICK = ["grpo.max_steps=2", "eval.every=2", "tracking.wandb=null", "grpo.vllm_gpu_memory_utilization=0.2"]

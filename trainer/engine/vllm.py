@@ -83,7 +83,7 @@ def prepare_cpu_build() -> None:
 
     It repacks every Linear for oneDNN and drops the original weight, so that later loads land nowhere without an error.
     """
-    import vllm._custom_ops as ops
+    import vllm._custom_ops as ops  # slow to import
     from vllm.platforms import current_platform
 
     ops._supports_onednn = False
@@ -98,7 +98,7 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
     """
     if settings.on_cpu:
         prepare_cpu_build()
-    from vllm import LLM
+    from vllm import LLM  # slow to import
 
     arguments: dict[str, Any] = {
         "model": settings.model,
@@ -164,7 +164,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _sample(
     llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
 ) -> list[Completion]:
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # slow to import
 
     shared = {
         "temperature": sampling.temperature,

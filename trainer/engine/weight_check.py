@@ -122,7 +122,7 @@ def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager:
     """Gather a parameter that DeepSpeed ZeRO-3 has split over the ranks; what is changed inside, stays changed."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed import zero
+    from deepspeed import zero  # slow to import
 
     return zero.GatheredParameters([parameter], modifier_rank=0)
 

@@ -191,6 +191,8 @@ class RunCallback(TrainerCallback):
         if self.trainer.accelerator.is_main_process:
             entry = {"step": verdict.step, "domain": domain, "kind": "guardrail", "message": f"{verdict}: {done}"}
             self.recorder.folder.append("alarms", entry)
+            if self.tracker is not None:
+                self.tracker.alert(f"guardrail of {domain}", entry["message"])
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.trainer.accelerator.is_main_process:
