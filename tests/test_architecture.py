@@ -146,7 +146,11 @@ def test_every_import_inside_a_function_has_its_reason():
             continue
         for function in ast.walk(tree):
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                found = [n.lineno for n in ast.walk(function) if isinstance(n, (ast.Import, ast.ImportFrom))]
-                if found and "#" not in "".join(lines[min(found) - 2 : max(found)]):
+                found = [n for n in ast.walk(function) if isinstance(n, (ast.Import, ast.ImportFrom))]
+                first, last = (
+                    min((n.lineno for n in found), default=2),
+                    max((n.end_lineno or 0 for n in found), default=0),
+                )
+                if found and "#" not in "".join(lines[first - 2 : last]):
                     silent.append(f"{path.relative_to(HOUSE)}: {function.name}")
     assert silent == []
