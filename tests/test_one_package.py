@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphony.launch.import_paths import look_in, renamed
+from polyphony.launch.import_paths import look_in, look_in_working_directory, renamed
 from polyphony.launch.recipe import load_recipe
 from tests.conftest import HOUSE, RECIPES, bare_interpreter, write_rows
 from tests.test_architecture import tracked
@@ -154,11 +154,15 @@ def test_a_users_package_of_an_old_name_is_the_users(tmp_path, monkeypatch):
 
 
 def test_folders_are_looked_in_after_all_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", ["first"])
+    monkeypatch.setattr("polyphony.launch.import_paths._last", [])
     look_in(tmp_path)
     look_in(tmp_path)
-    assert sys.path[-1] == str(tmp_path)
-    assert sys.path.count(str(tmp_path)) == 1
+    assert sys.path == ["first", str(tmp_path)]
+    monkeypatch.chdir("/")
+    look_in_working_directory()
+    look_in(tmp_path / "recipes")  # a recipe's own folder is nearer
+    assert sys.path == ["first", str(tmp_path), str(tmp_path / "recipes"), "/"]
 
 
 # --- the distribution -------------------------------------------------------------------------------------------------

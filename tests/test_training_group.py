@@ -122,8 +122,8 @@ def test_the_saved_policy_is_whole_and_has_its_adapter_merged(group, kind):
 
 def test_zero1_differs_from_zero2_in_nothing_but_its_stage():
     """ZeRO-2 splits what ZeRO-1 splits, the optimizer's states, and the gradients too: it is the one that is run."""
-    one, two = (json.loads((local.HERE / "deepspeed" / f"zero{stage}.json").read_text()) for stage in (1, 2))
+    one, two = (json.loads((local.DATA / "deepspeed" / f"zero{stage}.json").read_text()) for stage in (1, 2))
     assert (one.pop("zero_optimization"), two.pop("zero_optimization")) == ({"stage": 1}, {"stage": 2})
     assert one == two
-    first, second = ((local.HERE / "accelerate" / f"zero{stage}.yaml").read_text() for stage in (1, 2))
+    first, second = ((local.DATA / "accelerate" / f"zero{stage}.yaml").read_text() for stage in (1, 2))
     assert first.splitlines()[1:] == second.splitlines()[1:]
