@@ -1,4 +1,8 @@
-"""How sure: 95 % intervals of means, ratios and paired differences, where both scores come from the same items."""
+"""How sure: 95 % intervals of means, ratios and paired differences, where both scores come from the same items.
+
+Decisions (schedulers, planner, alarms) rest on `paired` and `ratio`; what is published of an evaluation, of two models and
+in the report on `bounded_mean`, `changed` and `changed_ratio`, whose coverage `tests/experiments/coverage.py` measures.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,47 @@ def paired(now: Sequence[float], before: Sequence[float], *, level: float = 0.95
     return Interval(centre - z * spread, total / n, centre + z * spread)
 
 
+def bounded_mean(scores: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Return the mean of independent items' scores in [0, 1] with its interval; UNDEFINED without items.
+
+    Agresti and Coull's (The American Statistician 52, 1998): t^2 / 2 pseudo-items at 0 and as many at 1 join the n real
+    ones, so that ten items that agree are not taken for certainty. Two things are ours: the items' own variance in place
+    of p (1 - p), to which it is equal for scores of 0 and 1, and Student's t with n degrees of freedom, without which
+    coverage falls below .93 for few items. `mid` is the plain mean.
+    """
+    if not len(scores):
+        return UNDEFINED
+    t = student(level, len(scores))
+    found = _shrunk(scores, t, pseudo=t * t, mean=0.5, square=0.5)
+    return Interval(max(0.0, found.low), found.mid, min(1.0, found.high))
+
+
+def changed(now: Sequence[float], before: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Return the mean difference `now - before` over the same items, with its interval; UNDEFINED without items.
+
+    As `bounded_mean`, with t^2 / 4 pseudo-items on each side of 0, as far from it as the geometric mean of the largest
+    difference seen and the largest possible, 1; at 1 where no item moved. Wider than `paired`, whose coverage is .87
+    where of twenty items one in ten truly moved.
+    """
+    if len(now) != len(before):
+        raise ValueError(f"paired scores must come from the same items, got {len(now)} and {len(before)}")
+    if not len(now):
+        return UNDEFINED
+    differences = [a - b for a, b in zip(now, before, strict=True)]
+    t = student(level, len(now))
+    found = _shrunk(differences, t, pseudo=t * t / 2, mean=0.0, square=max(map(abs, differences)) or 1.0)
+    return Interval(max(-1.0, found.low), found.mid, min(1.0, found.high))
+
+
+def _shrunk(values: Sequence[float], t: float, *, pseudo: float, mean: float, square: float) -> Interval:
+    """Return the plain mean with t standard errors around that of values and pseudo-items, of this mean and square."""
+    n, total = len(values), sum(values)
+    centre = (total + pseudo * mean) / (n + pseudo)
+    variance = (sum(v * v for v in values) + pseudo * square) / (n + pseudo) - centre**2
+    half = t * math.sqrt(max(0.0, variance) / (n + pseudo))
+    return Interval(centre - half, total / n, centre + half)
+
+
 def average(first: Interval, second: Interval) -> Interval:
     """Return the mean of two independent estimates; their half-widths add in quadrature."""
     low = math.hypot(first.mid - first.low, second.mid - second.low) / 2
@@ -78,6 +123,30 @@ def ratio(totals: Sequence[float], counts: Sequence[float], *, level: float = 0.
         return Interval(-math.inf, mid, math.inf)
     squares = sum((total - mid * count) ** 2 for total, count in zip(totals, counts, strict=True))
     spread = student(level, n - 1) * math.sqrt(n / (n - 1) * squares) / size
+    return Interval(mid - spread, mid, mid + spread)
+
+
+def changed_ratio(
+    now: Sequence[tuple[float, float]], before: Sequence[tuple[float, float]], *, level: float = 0.95
+) -> Interval:
+    """Return the ratio of `now` minus that of `before`, (total, count) pairs of the same clusters, with its interval.
+
+    As `ratio`, from the differences of the two linearised residuals, so what both share cancels.
+    """
+    places = [i for i in range(len(now)) if now[i][1] or before[i][1]]
+    sides = [[rows[i] for i in places] for rows in (now, before)]
+    sizes = [sum(count for _, count in side) for side in sides]
+    if not all(sizes):
+        return UNDEFINED
+    mids = [sum(total for total, _ in side) / size for side, size in zip(sides, sizes, strict=True)]
+    mid, n = mids[0] - mids[1], len(places)
+    if n < 2:
+        return Interval(-math.inf, mid, math.inf)
+    ours, theirs = (
+        [(total - r * count) / size for total, count in side] for side, size, r in zip(sides, sizes, mids, strict=True)
+    )
+    squares = sum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True))
+    spread = student(level, n - 1) * math.sqrt(n / (n - 1) * squares)
     return Interval(mid - spread, mid, mid + spread)
 
 

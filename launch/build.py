@@ -154,6 +154,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             args=args,
             context=context,
             overlap=recipe.data.overlap,
+            max_unreadable=recipe.data.max_unreadable,
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error

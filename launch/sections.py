@@ -99,6 +99,8 @@ class DataSection(Section):
 
     overlap: Literal["drop", "keep", "error"] = "drop"
     """What happens to training rows that repeat held-out rows."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of a domain's rows whose reference its reward cannot read; they are left out, past it the recipe is."""
 
 
 class WandbSection(Section):

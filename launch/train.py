@@ -19,6 +19,7 @@ from polyphony.curricula.prompts.pool_file import POOL_FILE, PoolFileError, load
 from polyphony.launch.build import build_trainer, load_transfer
 from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.rewards.registry import other_versions
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -139,9 +140,11 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
         own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()}, say=say)
     trainer.add_callback(CheckWeights(trainer, say=say))
     places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
-    origin = provenance(model=recipe.model, tables=places)
+    origin = provenance(model=recipe.model, tables=places, rewards=trainer.scorer.rewards)
     is_main = trainer.accelerator.is_main_process
     if is_main:
+        for line in _other_versions(out / PROVENANCE_FILE):
+            say(f"--resume {out}: {line}; its scores before and from now on are not comparable")
         folder.write(PROVENANCE_FILE, json.dumps({**origin, "imports_from": looked_in()}, indent=1))
     recorder = Recorder(
         folder=folder,
@@ -176,6 +179,11 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     for what in _slow_or_lossy(trainer) if is_main else ():
         say(what)
     return Started(trainer=trainer, checkpoint=checkpoint, stopper=stopper)
+
+
+def _other_versions(saved: Path) -> list[str]:
+    """Return which graders of the run so far were of another version than today's."""
+    return other_versions(json.loads(saved.read_text()).get("graders", {})) if saved.is_file() else []
 
 
 def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:

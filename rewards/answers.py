@@ -4,19 +4,26 @@ What comes before a closing `</think>` is thought, not answer; a prompt that is 
 either. Every search is linear in the text and reads only its end, so a huge completion costs no more than a long one.
 
 A completion is text, whether TRL hands it over as a string or as messages (`completion_text`).
+
+`accepted_answers` has the shapes in which a row's reference answer comes: a text; a number (a float that is whole, as
+Parquet makes of integers with gaps, is that integer); a list of accepted answers; an object as Search-R1 (`target`),
+TriviaQA (`value`, `aliases`), SQuAD (`text`) or verl (`ground_truth`) write it; JSON or Python text of a list of texts
+or of such an object. Anything else is unreadable, never its `str()`.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
+import math
+import numbers
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]{0,3}([\w+-]*)[^\n]*\n", re.MULTILINE)
-
-
-_CLOSING = re.compile(r"\n[ \t]{0,3}```")
+_FENCE = re.compile(r"^([ \t]{0,16})(`{3,}|~{3,})([ \t]{0,3}[\w+-]*)[^\n]*\n?", re.MULTILINE)
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -27,15 +34,44 @@ def completion_text(completion: str | list[dict]) -> str:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """Return (language, content) of each fenced block in order; a block that is cut off reaches to the end."""
-    blocks, position = [], 0
-    while opening := _FENCE.search(text, position):
-        closing = _CLOSING.search(text, opening.end() - 1)
-        content = text[opening.end() : closing.start() if closing else None]
-        indented = opening[0][0] in " \t"  # a block of a list's entry
-        blocks.append((opening[1].lower(), textwrap.dedent(content) if indented else content))
-        position = closing.end() if closing else len(text)
+    """Return (language, content) of each fenced block in order; a block that is cut off reaches to the end.
+
+    A block of Markdown that holds blocks is those. A fence that names a language begins a block wherever it stands.
+    """
+    blocks, fences, position = [], list(_FENCE.finditer(text)), 0
+    while position < len(fences):
+        opening = fences[position]
+        after = _fence_after(fences, position)
+        end = len(fences) if after is None else after
+        is_closed = after is not None and not _begins(fences[after])
+        content = textwrap.dedent(text[opening.end() : None if after is None else fences[after].start()])
+        language = opening[3].strip().lower()
+        nested = fenced_blocks(content) if language in ("", "md", "markdown") else []
+        blocks += nested or [(language, content if after is None else content.removesuffix("\n"))]
+        position = end + is_closed
     return blocks
+
+
+def _fence_after(fences: list[re.Match], position: int) -> int | None:
+    """Return which fence ends the block that begins at `position`: that closes it, or begins the next one.
+
+    A fence deeper than CommonMark lets it stand is the program's, as in a docstring, unless no other closes the block.
+    """
+    opening, deeper = fences[position], None
+    for number in range(position + 1, len(fences)):
+        fence = fences[number]
+        if not fence[2].startswith(opening[2]):
+            continue
+        if len(fence[1]) <= len(opening[1]) + 3:
+            return deeper if _begins(fence) and deeper is not None else number
+        if not _begins(fence):
+            deeper = number
+    return deeper
+
+
+def _begins(fence: re.Match) -> bool:
+    """Say whether a fence names a language, so that it can close nothing; a word behind a space may be a remark."""
+    return fence[3].strip() != "" and fence[3][0] not in " \t"
 
 
 Source = Literal["tag", "boxed", "marker", "number"]
@@ -76,7 +112,19 @@ _FONT = re.compile(r"\\(?:text|math|m)(?:bf|it|rm|box)?\{([^{}]*)\}")
 _BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
 
 
-_BETWEEN_BOXES = re.compile(r"[\s$,;.&\\]{0,12}(?:(?:and|or|\\text\{ ?(?:and|or) ?\})[\s$,;\\]{0,12})?")
+_SET = r"\\(?:text\w*|math\w+|mbox)"
+
+
+_SPACE_BETWEEN = rf"(?:[\s$~&]|\\\\|\\[()\[\],;:! ]|\\q?quad(?![a-z])|{_SET}\{{\s*\}})"
+
+
+_AND = rf"(?:[,;]|(?:and|or)(?![a-z])|\\(?:l?or|l?and|vee|wedge)(?![a-z])|{_SET}\{{[\s,]*(?:and|or)[\s,]*\}})"
+
+
+_BETWEEN_BOXES = re.compile(  # `x =` may stand before a further box that is announced by a word or a comma
+    rf"{_SPACE_BETWEEN}{{0,12}}(?:\.?{_SPACE_BETWEEN}{{0,12}}|(?:{_AND}{_SPACE_BETWEEN}{{0,12}}){{1,2}}"
+    rf"(?:[A-Za-z](?:_\{{?\w{{1,3}}\}}?)?\s{{0,2}}=\s{{0,2}})?)"
+)
 
 
 def answer_region(completion: Any, prompt: Any = None) -> str:
@@ -105,8 +153,14 @@ def final_answer(
         found = _FINDERS[source](text, prompt)
         if found is not None:
             inner = _boxed(found, None) if source in ("tag", "marker") else None
-            return _bare(found if inner is None else inner)
+            return bare(found if inner is None else inner)
     return None
+
+
+def bare(answer: str) -> str:
+    """Drop what surrounds an answer without being part of it: white space, Markdown's marks, a closing full stop."""
+    answer = answer.strip().strip("*`").strip()
+    return answer[:-1].rstrip("*` ") if answer.endswith(".") else answer
 
 
 def unlatexed(text: str) -> str:
@@ -119,12 +173,6 @@ def _prompt_texts(prompt: Any) -> list[str]:
         return []
     messages = [prompt] if isinstance(prompt, str) else [str(message.get("content") or "") for message in prompt]
     return [message.strip() for message in messages]
-
-
-def _bare(answer: str) -> str:
-    """Drop what surrounds an answer without being part of it: white space, Markdown's marks, a closing full stop."""
-    answer = answer.strip().strip("*`").strip()
-    return answer[:-1].rstrip("*` ") if answer.endswith(".") else answer
 
 
 def _tag(text: str, _prompt: Any) -> str | None:
@@ -178,3 +226,53 @@ def _number(text: str, prompt: Any) -> str | None:
 
 
 _FINDERS = {"tag": _tag, "boxed": _boxed, "marker": _marker, "number": _number}
+
+
+_NAMES = ("target", "value", "aliases", "normalized_aliases", "text", "ground_truth", "answer", "answers")
+"""Under which names an object holds accepted answers; all that it has are read."""
+
+
+def accepted_answers(reference: Any) -> list[str]:
+    """Return the answers that a row accepts, without repetitions; empty where the reference can not be read.
+
+    Example: `accepted_answers({"target": ["Oslo", 4.0]}) -> ["Oslo", "4"]`
+    """
+    found = _texts(_unpacked(reference) if isinstance(reference, str) else reference)
+    return list(dict.fromkeys(text.strip() for text in found or [] if text.strip()))
+
+
+def _texts(reference: Any) -> list[str] | None:
+    """Return all texts of a reference; None where a part of it can not be read. Parquet's nulls in lists are nothing."""
+    if hasattr(reference, "tolist"):  # NumPy's arrays and numbers
+        reference = reference.tolist()
+    if isinstance(reference, str):
+        return [reference]
+    if isinstance(reference, numbers.Real) and not isinstance(reference, bool):
+        return [_is_number(reference)] if math.isfinite(reference) else None
+    if isinstance(reference, Mapping):
+        reference = [reference[name] for name in _NAMES if reference.get(name) is not None] or None
+    if not isinstance(reference, list | tuple):
+        return None
+    parts = [_texts(part) for part in reference if part is not None]
+    return None if None in parts else [text for part in parts if part for text in part]
+
+
+def _is_number(number: numbers.Real) -> str:
+    if isinstance(number, float):  # 15 digits hold in a double; further ones are noise of arithmetic
+        return str(int(number)) if number.is_integer() else f"{number:.15g}"
+    return str(number)
+
+
+def _unpacked(text: str) -> Any:
+    """Return the list or object that a text writes down, or the text.
+
+    A list of numbers stays text: it is an interval, a vector or an answer of several parts.
+    """
+    for read in (json.loads, ast.literal_eval) if text.strip()[:1] in ("[", "{") and len(text) < 10_000 else ():
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = read(text.strip())
+            if isinstance(found, dict) or (
+                isinstance(found, list) and found and all(isinstance(part, str) for part in found)
+            ):
+                return found
+    return text

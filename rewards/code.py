@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import logging
 import os
-from collections.abc import Sequence
+import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
+from polyphony.rewards.code_cases import MAX_OUTPUT_BYTES, Altered, Case, altered, read_checks
+from polyphony.rewards.sandbox.calls import TOLERANCE
 from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, isolation
 
 logger = logging.getLogger(__name__)
@@ -31,22 +34,40 @@ def program_of(completion: Any) -> str:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Compare line by line, but for white space at the ends of lines and empty lines at the end."""
-    return [line.rstrip() for line in printed.rstrip().split("\n")] == [
-        line.rstrip() for line in expected.rstrip().split("\n")
-    ]
+    """Compare line by line and word by word; numbers with decimals by `TOLERANCE`, but whole ones exactly."""
+    if printed == expected:
+        return True
+    lines, wanted = ([line.split() for line in text.rstrip().split("\n")] for text in (printed, expected))
+    return list(map(len, lines)) == list(map(len, wanted)) and all(
+        _same_word(*words) for pair in zip(lines, wanted, strict=True) for words in zip(*pair, strict=True)
+    )
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d+(\.\d*)?|(\.\d+))([eE][-+]?\d{1,4})?", re.ASCII)
+
+
+def _same_word(word: str, wanted: str) -> bool:
+    if word == wanted:
+        return True
+    numbers = _NUMBER.fullmatch(word), _NUMBER.fullmatch(wanted)
+    decimals = [any(number.groups()) for number in numbers if number]
+    if len(decimals) < 2 or not any(decimals):  # 007 is no 7 where digits are all there is
+        return False
+    value, target = Decimal(word), Decimal(wanted)
+    return value == target or (decimals[1] and abs(value - target) <= Decimal(TOLERANCE) * max(1, abs(target)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
     """1.0 where the program passes everything, else 0.0; None where the sandbox failed or the tests test nothing.
 
-    A row has `tests`, a list (or its JSON) of `{"input", "output"}` for a program that reads stdin and prints, or
-    `test_code`, assertions about what the program defines, returns and raises (what it prints they do not see; see
-    `rewards/sandbox/test_side.py`). A program must end with status 0 for its output to count.
+    A row has `tests`, `{"input", "output"}` for a program that reads stdin and prints, or `test_code`, assertions about
+    what the program defines, returns and raises (see `rewards/sandbox/test_side.py`); `code_cases` says in which shapes.
+    A program must end with status 0 for its output to count. A row whose tests are in no such shape has None.
     """
 
     is_slow: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     partial_credit: bool = False
     """Give the share of cases or checks that hold instead. Off: a share also pays for guessing the easy cases."""
     limits: Limits | dict = field(default_factory=Limits)
@@ -75,49 +96,107 @@ class Code:
         test_code: list | None = None,
         **columns: Any,
     ) -> list[float | None]:
+        if tests is None and test_code is None:
+            raise ValueError("code: rows need a column tests or test_code")
         none = [None] * len(completions)
-        rows = zip(completions, tests or none, test_code or none, strict=True)
+        rows = zip(completions, none if tests is None else tests, none if test_code is None else test_code, strict=True)
         jobs = [(program_of(completion), _checks(cases, source)) for completion, cases, source in rows]
         isolation()  # found once, before the threads ask for it
         with ThreadPoolExecutor(self.workers or min(os.cpu_count() or 1, 16)) as pool:
-            return list(pool.map(lambda job: self._score(*job), jobs))
+            scores = list(pool.map(lambda job: self._score(*job), jobs))
+        # what the clock ended early has a second run, now that no other program takes its time: then it is 0
+        return [
+            self._score(*job, is_last=True) if score is _STALLED else score
+            for job, score in zip(jobs, scores, strict=True)
+        ]
 
-    def _score(self, program: str, checks: str | list[dict[str, str]]) -> float | None:
+    def unreadable(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
+        """Return why a row's reference can not be read; None where it can."""
+        try:
+            read_checks(tests, test_code)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str | None:
+        """Return the program of a completion, whatever its layout."""
+        program = program_of(completion)
+        try:
+            return ast.dump(ast.parse(program)) if program.strip() else None
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return program
+
+    def _score(self, program: str, checks: str | list[Case] | None, *, is_last: bool = False) -> Any:
+        if checks is None:
+            return None
         for attempt in ("first", "second"):
             try:
-                passed, total = self._count(program, checks)
+                passed, total, is_stalled = self._count(program, checks)
             except (SandboxError, OSError) as error:
                 logger.warning("code: %s attempt in the sandbox failed: %s", attempt, error)
                 continue
+            if is_stalled and not is_last:
+                return _STALLED
             if total == 0:
                 logger.warning("code: these tests are no Python, check nothing or can not be run: %.200r", checks)
                 return None
             return passed / total if self.partial_credit else float(passed == total)
         return None
 
-    def _count(self, program: str, checks: str | list[dict[str, str]]) -> tuple[int, int]:
+    def _count(self, program: str, checks: str | list[Case]) -> tuple[int, int, bool]:
+        """Return how many checks hold, of how many, and whether the clock ended a run before its processor time."""
         assert isinstance(self.limits, Limits)
-        passed = 0
-        with Program(program, limits=self.limits, site_packages=self.site_packages) as running:
+        passed, is_stalled = 0, False
+        limits: Limits = self.limits
+        if not isinstance(checks, str):
+            longest = max(len(case.expected.encode(errors="replace")) for case in checks)
+            limits = replace(limits, output_bytes=max(limits.output_bytes, min(2 * longest, MAX_OUTPUT_BYTES)))
+        with Program(program, limits=limits, site_packages=self.site_packages) as running:
             if isinstance(checks, str):
                 verdict = running.test(checks)
-                return verdict.passed, verdict.total
+                other = altered(checks) if verdict.needs_inside else None
+                if other is not None:
+                    return self._count_inside(program, checks, other)
+                return verdict.passed, verdict.total, verdict.is_stalled
             for case in checks:
-                run = running.run(case["input"])
-                holds = run.ended == "exit" and same_output(run.stdout.decode(errors="replace"), case["output"])
+                run = running.run(case.given)
+                holds = run.ended == "exit" and same_output(run.stdout.decode(errors="replace"), case.expected)
                 passed += holds
+                is_stalled |= run.ended == "stalled"
                 if not holds and not self.partial_credit:
                     break
-        return passed, len(checks)
+        return passed, len(checks), is_stalled
+
+    def _count_inside(self, program: str, tests: str, other: Altered) -> tuple[int, int, bool]:
+        """Ask the program's own process. It may answer for itself, so nothing counts but passing these tests and not
+        the altered ones; twice, as a toss of a coin would pass one time in four."""
+        assert isinstance(self.limits, Limits)
+        total = 1
+        for source in (tests, other.source) * 2:
+            with Program(program, limits=self.limits, site_packages=self.site_packages) as running:
+                verdict = running.test_inside(source)
+            if source is tests and (verdict.passed < verdict.total or not verdict.total):
+                return 0, max(verdict.total, 1), verdict.is_stalled
+            if source is not tests and verdict.passed > total - other.failures:
+                logger.warning("code: a program passes its tests whatever they expect, which counts as 0")
+                return 0, total, False
+            total = verdict.total
+        return total, total, False
 
 
-def _checks(tests: Any, test_code: Any) -> str | list[dict[str, str]]:
-    """Return a row's test source or cases. Raises ValueError where it has neither or both."""
-    if bool(tests) == bool(test_code):
-        raise ValueError(f"code: a row needs either tests or test_code, got {tests!r:.100} and {test_code!r:.100}")
-    if test_code:
-        return str(test_code)
-    cases = json.loads(tests) if isinstance(tests, str) else tests
-    if not isinstance(cases, Sequence) or not all(isinstance(c, dict) and {"input", "output"} <= set(c) for c in cases):
-        raise ValueError(f'code: tests must be a list of {{"input", "output"}}, got {tests!r:.200}')
-    return [{"input": str(case["input"]), "output": str(case["output"])} for case in cases]
+_STALLED = object()
+"""The score of a program that is to be run once more."""
+
+_told: set[str] = set()
+"""Reasons for which rows had no verdict that the log has."""
+
+
+def _checks(tests: Any, test_code: Any) -> str | list[Case] | None:
+    """Return a row's test source or cases; None where it has none that can be read, told once per reason."""
+    try:
+        return read_checks(tests, test_code)
+    except ValueError as error:
+        if str(error) not in _told:
+            _told.add(str(error))
+            logger.warning("code: %s: %.200r", error, tests if tests is not None else test_code)
+        return None

@@ -17,7 +17,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import answer_region, final_answer
 from polyphony.rewards.workers import JobError, shared_workers
@@ -182,10 +182,13 @@ def _is_heldout(key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Procedural:
-    """Score the final answer to a row that `rows` made; None where the scorer met its limit or broke.
+    """Score the final answer to a row that `rows` made.
 
-    The final answer is the last tag, box or "answer:" line; without any of them the whole completion.
+    An answer that makes the scorer meet its limit or break is wrong; None where the row's own answer does too. The final
+    answer is the last tag, box or "answer:" line; without any of them the whole completion.
     """
+
+    version: ClassVar[int] = 2
 
     partial_credit: bool = False
     """Give reasoning-gym's own score, which pays a little for form and for being near. Off: 1.0 for right, else 0.0."""
@@ -208,35 +211,68 @@ class Procedural:
         procedural: list,
         **columns: Any,
     ) -> list[float | None]:
-        given = [_final(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
-        places = [json.loads(place) for place in procedural]
-        known = [self._at_sight(*row) for row in zip(given, answer, places, strict=True)]
-        jobs = [
-            place | {"answer": text}
-            for text, place, at_sight in zip(given, places, known, strict=True)
-            if at_sight is None
-        ]
-        scored = iter(
-            shared_workers("polyphony.rewards.reasoning_gym:work", size=self.workers, timeout_s=self.timeout_s).map(
-                jobs
-            )
-        )
-        return [self._reward(next(scored)) if at_sight is None else at_sight for at_sight in known]
+        places = [_place(place, reference) for place, reference in zip(procedural, answer, strict=True)]
+        given = [_final(*row) for row in zip(completions, prompts, answer, strict=True)]
+        scores = [self._at_sight(*row) for row in zip(given, answer, places, strict=True)]
+        asked = {row: place for row, place in enumerate(places) if place and scores[row] is None}
+        results = self._scored([(place, given[row], answer[row]) for row, place in asked.items()])
+        for row, score in zip(asked, results, strict=True):
+            scores[row] = score
+        return scores
 
-    def _at_sight(self, given: str, answer: str, place: dict[str, Any]) -> float | None:
+    def unreadable(self, procedural: Any = None, answer: Any = None, **columns: Any) -> str | None:
+        """Return why a row's reference can not be read; None where it can."""
+        return None if _place(procedural, answer) else "it is no row of `rows`"
+
+    def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str | None:
+        """Return the final answer of a completion."""
+        return _final(completion, prompt, columns.get("answer")).strip("\"'") or None
+
+    def _scored(self, asked: list[tuple[dict[str, Any], str, str]]) -> list[float | None]:
+        """Return the scorer's word on each (place, given, reference); 0 where only what was given breaks it."""
+        workers = shared_workers("polyphony.rewards.reasoning_gym:work", size=self.workers, timeout_s=self.timeout_s)
+        results = workers.map([place | {"answer": given} for place, given, _ in asked])
+        broken = [row for row, result in enumerate(results) if isinstance(result, JobError)]
+        probes = workers.map([asked[row][0] | {"answer": asked[row][2]} for row in broken])
+        innocent = {row for row, probe in zip(broken, probes, strict=True) if not isinstance(probe, JobError)}
+        for row in broken:
+            verdict = "0" if row in innocent else "no score"
+            logger.warning("procedural: %s for %.80r: %s", verdict, asked[row][1], results[row])
+        return [
+            (0.0 if row in innocent else None) if isinstance(result, JobError) else self._reward(result)
+            for row, result in enumerate(results)
+        ]
+
+    def _at_sight(self, given: str, answer: str, place: dict[str, Any] | None) -> float | None:
+        if place is None:
+            return None
         if not given or len(given) > self.max_answer_chars:
             return 0.0
         if place["dataset"] == "composition":
             return float(given.strip("\"'") == answer)
         return None
 
-    def _reward(self, score: float | JobError) -> float | None:
-        if isinstance(score, JobError):
-            logger.warning("procedural: no score: %s", score)
-            return None
+    def _reward(self, score: float) -> float:
         return score if self.partial_credit else float(score >= 1.0)
 
 
-def _final(completion: Any, prompt: Any) -> str:
-    found = final_answer(completion, prompt)
-    return (answer_region(completion, prompt) if found is None else found).strip()
+def _place(procedural: Any, answer: Any) -> dict[str, Any] | None:
+    """Return where `rows` found a question; None where a row is not one of its."""
+    try:
+        place = json.loads(procedural)
+    except (TypeError, ValueError):
+        place = None
+    if not isinstance(place, dict) or "dataset" not in place or not isinstance(answer, str):
+        logger.warning("procedural: no score: no row of `rows`: procedural %.80r, answer %.80r", procedural, answer)
+        return None
+    return place
+
+
+def _final(completion: Any, prompt: Any, answer: Any) -> str:
+    """Return the final answer; with the full stop that was said where the reference ends with one."""
+    region, found = answer_region(completion, prompt), final_answer(completion, prompt)
+    if found is None:
+        return region
+    said = region.rfind(found)
+    stopped = said >= 0 and str(answer).endswith(".") and region.startswith(".", said + len(found))
+    return found.strip() + "." * stopped

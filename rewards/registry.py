@@ -16,7 +16,13 @@ Reward = Callable[..., Any]
 """TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async.
 
 One that mostly waits, for a judge or for processes, says so by an attribute `is_slow = True`: the trainer then calls it
-while the engine still generates, with the completions that are finished, and never twice at a time.
+while the engine still generates, with the completions that are finished, and never twice at a time. One that says by a
+method `unreadable(**columns)` why it cannot read a row's reference (None: it can) is asked when rows are loaded. One whose
+rules change counts its attribute `version` up: scores before and after are not comparable.
+
+One that grades an answer it finds in the text may have a method `reads(completion, prompt, /, **columns)` that returns it,
+hashable and equal where the reward would not tell two answers apart, None where it finds none: held-out votes are about
+that. Without it they are about `answer_signature`.
 """
 
 
@@ -48,6 +54,28 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward
+
+
+def version_of(reward: Reward) -> dict[str, Any]:
+    """Return which reward this is, and by which version of its rules it grades (its attribute `version`; 1 without)."""
+    kind = reward if inspect.isfunction(reward) else type(reward)
+    return {"reward": f"{kind.__module__}:{kind.__qualname__}", "version": getattr(reward, "version", 1)}
+
+
+def other_versions(graders: Mapping[str, Any]) -> list[str]:
+    """Return a line for each domain whose scores were given by another version of its reward than today's.
+
+    `graders` is by domain what `version_of` said then. A reward that cannot be found now is left out.
+    """
+    found = []
+    for domain, grader in graders.items():
+        try:
+            now = getattr(pkgutil.resolve_name(grader["reward"]), "version", 1)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        if now != grader["version"]:
+            found.append(f"{domain}: graded by version {grader['version']} of {grader['reward']}, now it is {now}")
+    return found
 
 
 def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:

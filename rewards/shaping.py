@@ -6,12 +6,14 @@ as a number of its own (`components`), so "well formed" and "correct" are never 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from polyphony.rewards.answers import completion_text
+from polyphony.rewards.partitions import answer_signature
 from polyphony.rewards.registry import find_reward, settled
 from polyphony.rewards.style import repeated_ngram_share, script_shares
 
@@ -112,6 +114,10 @@ class Language:
     scripts: Sequence[str] = ("LATIN", "GREEK")
     """Unicode's names: LATIN, GREEK, CYRILLIC, CJK, HIRAGANA, KATAKANA, HANGUL, ARABIC, HEBREW, DEVANAGARI, .."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.scripts, str) or not self.scripts or not all(map(str.isupper, self.scripts)):
+            raise ValueError(f"language: scripts is a list of names in capitals like LATIN, got {self.scripts!r}")
+
     def __call__(
         self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
@@ -139,6 +145,8 @@ class Weighted:
             raise ValueError("weighted: needs at least one part")
         self.rewards = {name: find_reward(part["reward"]) for name, part in parts.items()}
         self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
+        if not all(map(math.isfinite, self.weights.values())) or not any(self.weights.values()):
+            raise ValueError(f"weighted: weights must be finite and one of them not 0, got {self.weights}")
 
     @property
     def is_slow(self) -> bool:
@@ -155,6 +163,19 @@ class Weighted:
     def is_valid(self, text: str) -> bool:
         """Say whether a text has the form that each part asks for."""
         return all(part.is_valid(text) for part in self.rewards.values() if hasattr(part, "is_valid"))
+
+    def unreadable(self, **columns: Any) -> str | None:
+        """Return why a part can not read a row's reference; None where all can."""
+        parts = [part for part in self.rewards.values() if hasattr(part, "unreadable")]
+        return next((why for part in parts if (why := part.unreadable(**columns)) is not None), None)
+
+    def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> Hashable:
+        """Return what the parts with weight read; what the text comes to where none of them says what it reads."""
+        readers = [part for name, part in self.rewards.items() if self.weights[name] and hasattr(part, "reads")]
+        readings = [part.reads(completion, prompt, **columns) for part in readers]
+        if not readers:
+            return answer_signature(completion_text(completion))
+        return tuple(readings) if any(reading is not None for reading in readings) else None
 
     def combine(self, components: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """Return the weighted sum of what the parts said."""

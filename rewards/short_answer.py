@@ -9,22 +9,43 @@ import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from polyphony.rewards.answers import answer_region, completion_text, final_answer, unlatexed
+from polyphony.rewards.answers import accepted_answers, answer_region, bare, completion_text, final_answer, unlatexed
 
 
 class Exact:
-    """1.0 where the completion, stripped of outer white space, equals the row's `answer`, else 0.0; None without one."""
+    """1.0 where the completion, stripped of outer white space, equals one of the row's accepted answers, else 0.0.
+
+    None where the reference can not be read (`polyphony.rewards.answers`).
+    """
+
+    version: ClassVar[int] = 2
 
     def __call__(self, prompts: list, completions: list, answer: list, **columns: Any) -> list[float | None]:
         return [
-            None if a is None else float(completion_text(c).strip() == str(a).strip())
+            float(self.reads(c) in accepted) if (accepted := _letter_for_letter(a)) else None
             for c, a in zip(completions, answer, strict=True)
         ]
 
+    def unreadable(self, answer: Any = None, **columns: Any) -> str | None:
+        """Return why a row's reference has no shape that is read; None where it has."""
+        return None if _letter_for_letter(answer) else f"{answer!r:.60} is no text and no list of such"
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+    def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str:
+        """Return what a completion is taken to answer."""
+        return completion_text(completion).strip()
+
+
+def _letter_for_letter(answer: Any) -> list[str]:
+    """Return the accepted answers; a text is one, even where it is JSON."""
+    return [answer.strip()] if isinstance(answer, str) and answer.strip() else accepted_answers(answer)
+
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")  # what ends in one is a name: Vitamin A
+
+
+_WHOLE_ARTICLES = re.compile(r"(?<!\S)(?:a|an|the)(?=\s+\S)")
 
 
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
@@ -45,12 +66,27 @@ def normalise(text: str) -> str:
     letters that only look alike stay different. What would vanish altogether ("A", "+") keeps what the last harmless
     step left of it.
     """
+    folded = _folded(text)
+    plain = _without_punctuation(folded, "")
+    return " ".join(_ARTICLES.sub(" ", plain).split()) or plain or folded
+
+
+def spaced(text: str) -> str:
+    """Return the text normalised as TriviaQA does (arXiv:1705.03551): what punctuation joins are words of their own."""
+    folded = _folded(text)
+    return _without_punctuation(_WHOLE_ARTICLES.sub(" ", folded), " ") or folded
+
+
+def _folded(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
     folded = " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
-    folded = _GROUPED.sub("", folded)
+    return _GROUPED.sub("", folded)
+
+
+def _without_punctuation(folded: str, replacement: str) -> str:
     kept = {place for found in _SAYS_SOMETHING.finditer(folded) for place in range(*found.span())}
-    plain = " ".join("".join(c for i, c in enumerate(folded) if i in kept or not _is_punctuation(c)).split())
-    return " ".join(_ARTICLES.sub(" ", plain).split()) or plain or folded
+    letters = (c if i in kept or not _is_punctuation(c) else replacement for i, c in enumerate(folded))
+    return " ".join("".join(letters).split())
 
 
 def _is_punctuation(character: str) -> bool:
@@ -66,11 +102,13 @@ def token_f1(answer: str, reference: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShortAnswer:
-    """Score a short answer against the row's `answer`: a string, or a list of aliases of which the best counts.
+    """Score a short answer against the row's `answer`: a text, or aliases of which the best counts.
 
     The final answer is the last `<answer>` tag, the last box or the last "answer:" line; without any of them the whole
-    completion after its thoughts.
+    completion after its thoughts. None where the reference can not be read (`polyphony.rewards.answers`).
     """
+
+    version: ClassVar[int] = 2
 
     match: Literal["exact", "f1"] = "exact"
     """`exact` gives 1 or 0; `f1` gives partial credit for shared words, which also pays for guessing several."""
@@ -82,21 +120,26 @@ class ShortAnswer:
     def __call__(
         self, prompts: list, completions: list, completion_ids: Any = None, *, answer: list, **columns: Any
     ) -> list[float | None]:
-        return [self._score(p, c, aliases(a)) for p, c, a in zip(prompts, completions, answer, strict=True)]
+        return [self._score(p, c, accepted_answers(a)) for p, c, a in zip(prompts, completions, answer, strict=True)]
 
-    def _score(self, prompt: Any, completion: Any, references: list[str]) -> float:
+    def unreadable(self, answer: Any = None, **columns: Any) -> str | None:
+        """Return why a row's reference has no shape that is read; None where it has."""
+        return None if accepted_answers(answer) else f"{answer!r:.60} is no text and no list of such"
+
+    def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str | None:
+        """Return the normalised answer; None where nothing is left of it."""
+        return normalise(self._given(completion, prompt)) or None
+
+    def _given(self, completion: Any, prompt: Any) -> str:
         found = final_answer(completion, prompt)
-        given = normalise(unlatexed(answer_region(completion, prompt) if found is None else found))
-        if not given:
-            return 0.0
+        return unlatexed(answer_region(completion, prompt) if found is None else found)
+
+    def _score(self, prompt: Any, completion: Any, references: list[str]) -> float | None:
+        if not references:
+            return None
+        given = self._given(completion, prompt)
+        ours = {normalise(given), spaced(given)} - {""}
+        theirs = {read(unlatexed(bare(reference))) for reference in references for read in (normalise, spaced)}
         if self.match == "exact":
-            return float(any(given == normalise(reference) for reference in references))
-        return max(token_f1(given, normalise(reference)) for reference in references)
-
-
-def aliases(answer: Any) -> list[str]:
-    """Return the accepted answers of a row. Raises ValueError where there is none."""
-    accepted = [str(a) for a in (answer if isinstance(answer, list | tuple) else [answer]) if a is not None]
-    if not any(reference.strip() for reference in accepted):
-        raise ValueError(f"short_answer: a row's answer must be a text or a list of aliases, got {answer!r}")
-    return [reference for reference in accepted if reference.strip()]
+            return float(not ours.isdisjoint(theirs))
+        return max((token_f1(a, b) for a in ours for b in theirs), default=0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from polyphony.rewards.answers import completion_text
 from polyphony.rewards.registry import settled
@@ -21,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verl:
-    """Call verl's function as it is, once a completion; its `score` where it returns a dict.
+    """Call verl's function as it is, once a completion: it returns a number, a dict with `score`, or `(score, ..)`.
 
-    The ground truth is the row's `ground_truth`, `reward_model["ground_truth"]` or `answer`. None where the function
-    raises or returns no number: the grader failed.
+    The ground truth is the row's `ground_truth`, `reward_model["ground_truth"]` or `answer`, whichever is not null.
+    None where a row has none, where the function raises or returns no finite number: the grader does not know.
     """
+
+    version: ClassVar[int] = 2
 
     function: str
     """`pkg.module:compute_score` or `path/to/file.py:compute_score`."""
@@ -43,6 +46,9 @@ class Verl:
         return [_number(result) for result in results]
 
     async def _call(self, data_source: Any, solution: str, truth: Any, extra_info: Any) -> Any:
+        if truth is None:
+            logger.warning("verl: no ground truth for %.80r", solution)
+            return None
         try:
             result = _load(self.function)(
                 data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info
@@ -69,19 +75,36 @@ def _load(function: str) -> Callable[..., Any]:
 
 
 def _ground_truths(columns: dict[str, Any], rows: int) -> list[Any]:
-    if "ground_truth" in columns:
-        return columns["ground_truth"]
-    if "reward_model" in columns:
-        return [model["ground_truth"] for model in columns["reward_model"]]
-    if "answer" in columns:
-        return columns["answer"]
-    raise ValueError(f"verl: rows need ground_truth, reward_model or answer; they have {', '.join(sorted(columns))}")
+    known = {name: columns[name] for name in ("ground_truth", "reward_model", "answer") if name in columns}
+    if not known:
+        raise ValueError(
+            f"verl: rows need ground_truth, reward_model or answer; they have {', '.join(sorted(columns))}"
+        )
+    if "reward_model" in known:
+        known["reward_model"] = [_truth_of_model(model) for model in known["reward_model"]]
+    return [next((v[row] for v in known.values() if not _is_null(v[row])), None) for row in range(rows)]
+
+
+def _truth_of_model(model: Any) -> Any:
+    """Return the truth of verl's `{"style": "rule", "ground_truth": ..}`, or of its JSON; None where it holds none."""
+    try:
+        model = json.loads(model) if isinstance(model, str) else model
+    except json.JSONDecodeError:
+        return None
+    return model.get("ground_truth") if isinstance(model, dict) else None
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _number(result: Any) -> float | None:
+    """Return the score as verl reads it: of a dict its `score`, of a sequence the first element."""
+    if isinstance(result, tuple | list):
+        result = result[0] if result else None
     score: Any = result.get("score") if isinstance(result, dict) else result
     try:
         number = float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(number) else number
+    return number if math.isfinite(number) else None

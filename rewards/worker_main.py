@@ -1,6 +1,7 @@
 """A worker's own side (`-m polyphony.rewards.worker_main module:function timeout_s memory_bytes`): read, answer, repeat.
 
-The alarm is left to its default action, which ends the process: the kernel delivers that even inside C code.
+The limit is one of processor time. Its signal is left to its default action, which ends the process: the kernel delivers
+that even inside C code.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def main() -> None:
     confine.seal(may_write=False)
     _reply(replies, {"value": "ready"})
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)
         try:
             answer = {"value": function(json.loads(line))}
         except Exception as error:  # whatever the library raises: the job has no answer, the next one may have
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _reply(replies, answer)
 
 

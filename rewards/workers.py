@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -37,8 +38,13 @@ START_S = 120.0
 """Importing a symbolic library on a busy host takes seconds; longer than this is a failure to start."""
 
 
-_GRACE_S = 2.0
-"""The worker ends itself at its limit; its caller waits this much longer before it kills it."""
+_WALL_FACTOR, _GRACE_S = 4, 2.0
+"""A worker ends itself at its limit of processor time; its caller waits this many times as long, and a little more, before
+it kills it: on a busy host a job gets only a part of a processor."""
+
+
+_LARGE_BYTES = 1 << 30
+"""A worker that held more than this when it was killed may have caused that itself."""
 
 
 _SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
@@ -46,11 +52,23 @@ _SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 class JobError(Exception):
-    """A job got no answer: it took too long, took too much memory, or took its worker down."""
+    """A job got no answer, by its own doing: it ran out of time or memory, raised, or took its worker down."""
+
+
+class KilledError(JobError):
+    """A job's worker was ended from outside, twice: that says nothing about the job."""
+
+
+class _NotItsFaultError(JobError):
+    """So it seems the first time: the wall clock ran out, or the worker was killed."""
 
 
 class Workers:
-    """`size` processes that answer `target` ("module:function" on a JSON-able job), each job within `timeout_s`."""
+    """`size` processes that answer `target` ("module:function" on a JSON-able job).
+
+    Each job has `timeout_s` of processor time. One that met a limit of the wall clock, or whose worker was killed, is
+    tried again alone.
+    """
 
     def __init__(self, target: str, *, size: int, timeout_s: float, memory_bytes: int = 4 << 30) -> None:
         self._arguments = [target, str(timeout_s), str(memory_bytes)]
@@ -68,7 +86,11 @@ class Workers:
         if not jobs:
             return []
         with ThreadPoolExecutor(min(self._size, len(jobs))) as threads:
-            return list(threads.map(self._answer, jobs))
+            answers = list(threads.map(self._answer, jobs))
+        return [
+            _settled(self._answer(job)) if isinstance(answer, _NotItsFaultError) else answer
+            for job, answer in zip(jobs, answers, strict=True)
+        ]
 
     def close(self) -> None:
         """End the processes that are idle; those at work end with their job."""
@@ -82,7 +104,7 @@ class Workers:
             worker = None
         try:
             worker = worker or self._start()
-            answer = _ask(worker, job, self._timeout_s + _GRACE_S)
+            answer = _ask(worker, job, _WALL_FACTOR * self._timeout_s + _GRACE_S)
             kept = worker
         except JobError as error:
             return error
@@ -120,7 +142,7 @@ def _ask(worker: subprocess.Popen[bytes], job: Any, timeout_s: float) -> Any:
         worker.stdin.write(json.dumps(job).encode() + b"\n")
         worker.stdin.flush()
     except BrokenPipeError:
-        raise JobError("the worker had ended") from None
+        raise _ended(worker) from None
     return _read_line(worker, timeout_s)
 
 
@@ -129,12 +151,28 @@ def _read_line(worker: subprocess.Popen[bytes], timeout_s: float) -> Any:
     fd, data, deadline = worker.stdout.fileno(), b"", time.monotonic() + timeout_s
     while not data.endswith(b"\n"):
         if not is_readable_by(fd, deadline):
-            raise JobError(f"no answer within {timeout_s} s")
+            raise _NotItsFaultError(JobError(f"no answer within {timeout_s} s"))
         chunk = os.read(fd, 1 << 16)
         if not chunk:
-            raise JobError("the worker ended: it met its limit of time or memory")
+            raise _ended(worker)
         data += chunk
     return json.loads(data)
+
+
+def _ended(worker: subprocess.Popen[bytes]) -> JobError:
+    """Return what a worker's end says about its job, from the signal and the memory it held."""
+    _, status, usage = os.wait4(worker.pid, 0)
+    worker.returncode = os.waitstatus_to_exitcode(status)
+    if -worker.returncode not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return JobError("the worker ended: it met its limit of time or memory")
+    held = 1024 * usage.ru_maxrss
+    why = f"the worker was killed; it held {held >> 20} MiB"
+    return _NotItsFaultError(JobError(why) if held > _LARGE_BYTES else KilledError(why))
+
+
+def _settled(answer: Any) -> Any:
+    """Return the answer of a second try, whose error is final."""
+    return answer.args[0] if isinstance(answer, _NotItsFaultError) else answer
 
 
 def _end(worker: subprocess.Popen[bytes] | None) -> None:

@@ -2,12 +2,14 @@ import pickle
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from polyphony.rewards import find_reward
 from polyphony.rewards.code import Code, program_of, same_output
+from tests.test_sandbox import WAITS, inner_process
 
 FAST = {"wall_s": 2.0, "cpu_s": 2, "memory_bytes": 256 << 20}
 DOUBLE = [{"input": "2\n", "output": "4"}, {"input": "5\n", "output": "10\n"}]
@@ -190,7 +192,20 @@ def test_partial_credit_is_the_share_that_holds():
     assert code([""], [FAKES["half"]], test_code=[ASSERTS]) == [pytest.approx(1 / 3)]
 
 
-@pytest.mark.parametrize("tests", ["assert", "x = 1", "def helper(): assert False", "'only words'"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert",
+        "x = 1",
+        "def helper(): assert False",
+        "'only words'",
+        "['assert double(2) == 4'][0]",
+        "double",
+        "import not_installed\nassert double(2) == 4",
+        "from not_installed import approx\nassert double(2) == approx(4)",
+        "def test_it(some_fixture): assert double(some_fixture) == 4",
+    ],
+)
 def test_tests_that_test_nothing_are_the_graders_failure(tests):
     assert grade([GOOD], test_code=tests) == [None]
 
@@ -220,11 +235,11 @@ def test_a_program_named_like_a_builtin_is_what_is_tested():
     assert grade([shadows, GOOD + "\ndef all(x): return False"], test_code=starred) == [0.0, 1.0]
 
 
-def test_tests_that_can_not_be_asked_across_processes_are_the_graders_failure():
+def test_tests_that_hand_over_their_own_objects_are_asked_inside():
     passes = "class P: pass\nassert f(P()) is None"
     expects = "try:\n    f(object())\n    assert False\nexcept TypeError: pass"
-    assert grade(["def f(x): return None"], test_code=passes) == [None]
-    assert grade(["def f(x): return None"], test_code=expects) == [None]
+    assert grade(["def f(x): return None"], test_code=passes) == [1.0]
+    assert grade(["def f(x): return None"], test_code=expects) == [None]  # there is nothing to alter
     # what the code under test does with a function of the tests is its own affair
     assert grade(["def f(g): return g(list)"], test_code="assert f(lambda kind: object()) == 1") == [0.0]
 
@@ -245,18 +260,13 @@ def test_it_runs_outside_the_main_thread_and_after_a_pickle():
     assert found == [[1.0, 1.0]]
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({}, "either tests or test_code"),
-        ({"tests": [DOUBLE], "test_code": ["assert 1"]}, "either tests or test_code"),
-        ({"tests": ['[{"input": "1"}]']}, "tests must be a list of"),
-        ({"tests": [{"input": "1", "output": "2"}]}, "tests must be a list of"),
-    ],
-)
-def test_a_row_that_says_not_how_to_test_is_refused(columns, message):
-    with pytest.raises(ValueError, match=message):
-        find_reward("code")([""], [GOOD], **columns)
+def test_rows_without_a_column_of_tests_are_refused():
+    with pytest.raises(ValueError, match="rows need a column tests or test_code"):
+        find_reward("code")([""], [GOOD])
+
+
+def test_a_row_with_both_kinds_of_tests_has_no_verdict():
+    assert grade([GOOD], tests=DOUBLE, test_code="assert 1") == [None]
 
 
 def test_an_unknown_limit_is_refused():
@@ -286,3 +296,120 @@ def test_jails_end_with_the_process_that_wanted_them():
 
 def test_cases_may_be_json():
     assert grade(["print(4)"], tests='[{"input": "", "output": "4"}]') == [1.0]
+
+
+STOPS = {
+    "raised": "raise StopIteration",
+    "with a value": "raise StopIteration(4)",
+    "a class of its own": "raise type('Done', (StopIteration,), {})",
+    "of another iteration": "return next(iter(()))",
+    "asynchronous": "raise StopAsyncIteration",
+    "of a generator": "raise GeneratorExit",
+}
+ITERATIONS = [
+    "assert all(map(double, [1, 2])) and list(map(double, [1, 2])) != [1, 2, 3]",
+    "assert all(x == y for x, y in zip(map(double, [1, 2]), [2, 4]))",
+    "for got, wanted in zip(map(double, [1, 2]), [2, 4]):\n    assert got == wanted",
+    "assert not [x for x in map(double, [1]) if x != 2]",
+    "assert not any(x != 2 for x in map(lambda n: double(n), [1]))",
+    "assert sum(1 for _ in filter(double, [0, 1])) < 2",
+    "for _ in map(double, [1, 2]):\n    assert False",
+    "assert list(iter(lambda: double(1), 2)) == []",
+    "assert set(map(double, [1, 2])) <= {2, 4}",
+    "wrong = [*filter(lambda n: double(n) != 2 * n, range(3))]\nassert not wrong",
+    "class Run:\n    def __iter__(self): return self\n    def __next__(self): return double(1)\n"
+    "for got in Run():\n    if got == 2: break\n    assert got == 2",
+]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_no_exception_of_the_program_ends_an_iteration_of_the_tests(stop):
+    program = f"def double(x):\n    {STOPS[stop]}"
+    code = find_reward({"name": "code", "limits": FAST})
+    rewards = code([""] * len(ITERATIONS), [program] * len(ITERATIONS), test_code=ITERATIONS)
+    assert [test for test, reward in zip(ITERATIONS, rewards, strict=True) if reward != 0.0] == []
+
+
+def test_nor_does_an_iterator_that_is_asked_by_hand():
+    program = "def items(): return iter(())"
+    assert grade([program], test_code="assert all(map(lambda _: next(items()) == 1, [1, 2]))") == [0.0]
+    assert grade([program], test_code="assert all(map(lambda _: items().__next__() == 1, [1, 2]))") == [0.0]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert list(items()) == [1, 2]\nassert [x for x in items()] == [1, 2]",
+        "it = items()\nassert next(it) == 1 and next(it) == 2 and next(it, None) is None",
+        "it = items()\nnext(it), next(it)\ntry:\n    next(it)\n    assert False\nexcept StopIteration: pass",
+        "it = items()\nnext(it), next(it)\ntry:\n    next(it)\nexcept StopIteration as end:\n    assert end.value == 3",
+        "import contextlib\nwith contextlib.suppress(StopIteration):\n    raised = stop()\n    assert False",
+        "try:\n    stop()\n    assert False\nexcept (KeyError, StopIteration) as e:\n    assert e.value == 7",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_end(self):\n"
+        "        self.assertRaises(StopIteration, stop)\n        with self.assertRaises(StopIteration): next(items.empty())",
+    ],
+)
+def test_tests_that_expect_the_end_of_an_iteration_meet_it(tests):
+    program = (
+        "def items():\n    yield 1\n    yield 2\n    return 3\ndef stop(): raise StopIteration(7)\n"
+        "items.empty = lambda: iter(())"
+    )
+    assert grade([program, "def items(): return []\ndef stop(): return None"], test_code=tests) == [1.0, 0.0]
+
+
+HANDED_BACK = [
+    ("class Bad(ValueError): pass\ndef f(e): return issubclass(e, Bad)", "assert f(Bad) is True"),
+    ("class Bad(Exception): pass\ndef f(e): raise e", "try:\n    f(Bad)\nexcept Bad:\n    ok = 1\nassert ok == 1"),
+    ("def f(e): return e is ValueError", "assert f(ValueError) is True"),
+    ("import math\ndef f(m): return m is math", "assert f(math) is True"),
+    ("import json\ndef f(m): return m.dumps([1])", "import json\nassert f(json) == '[1]'"),
+    ("def f(kind): return isinstance(1, kind)", "assert f(int) and not f(str)"),
+    ("def f(g, x): return g(x)", "import math\nassert f(math.sqrt, 4) == 2 and f(len, 'abc') == 3"),
+    (
+        "def f(g):\n    try: g()\n    except KeyError: return 'none'",
+        "def g(): raise KeyError('k')\nassert f(g) == 'none'",
+    ),
+    ("def f(x): return type(x)", "assert f(1) is int and f('') == str"),
+    (
+        "def f(): raise KeyError('k', 2)",
+        "try:\n    f()\nexcept KeyError as e:\n    assert e.args == ('k', 2)\nelse:\n    assert False",
+    ),
+    (
+        "class Bad(Exception):\n    def __init__(s, code): super().__init__(f'code {code}')\ndef f(): raise Bad(3)",
+        "try:\n    f()\nexcept Bad as e:\n    assert str(e) == 'code 3'\nelse:\n    assert False",
+    ),
+    ("import solution\nclass Bad(Exception): pass\ndef f(x): return x is Bad", "assert f(Bad) is True"),
+]
+
+
+@pytest.mark.parametrize(("program", "tests"), HANDED_BACK)
+def test_classes_and_modules_can_be_handed_back(program, tests):
+    wrong = "class Bad(Exception): pass\nimport math, json\ndef f(*a): return Bad"
+    assert grade([program, wrong], test_code=tests) == [1.0, 0.0]
+
+
+def test_a_program_that_the_host_held_up_is_run_again_alone():
+    with ThreadPoolExecutor(1) as pool:
+        rewards = pool.submit(grade, [WAITS, "print(1)"], tests=[{"input": "", "output": "1"}])
+        inner_process(threads=5).suspend()
+        assert rewards.result() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import time; time.sleep(60)", "import threading\nlock = threading.Lock()\nwith lock:\n    lock.acquire()"],
+)
+def test_a_program_that_waits_for_ever_is_wrong(program):
+    code = Code(limits={**FAST, "wall_s": 0.5})
+    assert code([""] * 2, [program] * 2, tests=[DOUBLE, None], test_code=[None, "assert f() == 4"]) == [0.0, 0.0]
+
+
+def test_a_helper_named_like_a_test_is_what_the_tests_call():
+    tests = "def test_with(n, wanted):\n    assert double(n) == wanted\ntest_with(2, 4)"
+    assert grade([GOOD, "def double(x): return x"], test_code=tests) == [1.0, 0.0]
+
+
+def test_tests_that_await_are_run_to_their_end():
+    tests = "async def test_it():\n    assert await f() == 4"
+    programs = ["async def f(): return 4", "async def f(): return 5", "def f(): return 4"]
+    assert grade(programs, test_code=tests) == [1.0, 0.0, 0.0]

@@ -72,7 +72,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(load, tokenizer, templ
         name="math",
         kind="structured",
         reward="exact",
-        train=[{"prompt": parts, "id": "odd"}],
+        train=[{"prompt": parts, "id": "odd", "answer": "6"}],
         heldout=HELDOUT,
     )
     with pytest.raises(ValueError, match=f"domain 'math': the chat template refuses prompt 'odd': .*{why}"):
@@ -170,3 +170,41 @@ def test_a_held_out_prompt_must_fit_the_context_too(load):
     long = rows("1+1 =", "11+11 =")
     with pytest.raises(ValueError, match=r"domains\.math\.heldout: prompt '11\+11 =' has 11 tokens"):
         load(domain(heldout=long), context=17)
+
+
+class NoSevens:
+    """A reward that cannot read a seven."""
+
+    def __call__(self, prompts, completions, answer, **columns):
+        return [0.0] * len(prompts)
+
+    def unreadable(self, answer, **columns):
+        return "a seven" if "7" in answer else None
+
+
+def numbered(n: int) -> list[dict]:
+    return [{"prompt": f"{i} =", "answer": str(i), "id": f"i{i}"} for i in range(n)]
+
+
+def test_rows_whose_reference_cannot_be_read_are_left_out_up_to_a_share(load):
+    sums = Domain(name="sums", kind="structured", train=numbered(20), heldout=numbered(6), reward=NoSevens())
+    message = r"domains.sums.train: 2 of 20 rows .* \(row 8: a seven; row 18: a seven\)"
+    with pytest.warns(UserWarning, match=message):
+        data = load(sums, overlap="keep", max_unreadable=0.1)
+    assert (data.n_train, len(data.heldout["sums"])) == (18, 6)
+    with pytest.raises(ValueError, match=message + "; data.max_unreadable allows a share of 0.01"):
+        load(sums, overlap="keep")
+
+
+def test_a_thought_that_the_template_begins_is_known(load, tokenizer):
+    opens = copy.deepcopy(tokenizer)
+    assert load(domain(), tokenizer=opens).openings == {}
+    opens.chat_template += "{%- if add_generation_prompt %}<think>{%- endif %}"
+    assert load(domain(), tokenizer=opens).openings == {"math": "<think>"}
+    opens.chat_template += "{%- if add_generation_prompt %}</think>{%- endif %}"
+    assert load(domain(), tokenizer=opens).openings == {}
+
+
+def test_what_frames_a_turn_is_told_from_other_special_tokens(load, tokenizer):
+    names = set(tokenizer.convert_ids_to_tokens(sorted(load(domain()).framing)))
+    assert names == {"<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"}  # not <|unknown|>, not <|system|>

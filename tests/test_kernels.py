@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from polyphony.launch.cluster import kernels, launch, local
+from polyphony.launch.cluster import launch, local
+from polyphony.launch.cluster import local as kernels
 from polyphony.launch.recipe import load_recipe
 from tests.conftest import RECIPES
 

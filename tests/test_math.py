@@ -112,13 +112,12 @@ ENDLESS = [
 
 
 @pytest.mark.slow
-def test_what_never_simplifies_ends_at_its_limit_without_a_verdict():
+def test_what_never_simplifies_ends_at_its_limit_and_is_wrong():
     grade = find_reward({"name": "math", "timeout_s": 1.0, "workers": 2})
     grade([""], [r"\boxed{x+x}"], answer=["2x"])  # the workers are up
     start = time.monotonic()
     rewards = grade([""] * len(ENDLESS), ENDLESS, answer=["4"] * len(ENDLESS))
-    assert set(rewards) <= {None, 0.0}
-    assert None in rewards
+    assert set(rewards) == {0.0}
     assert time.monotonic() - start < 60  # four limits, and new workers on a busy host
     assert grade([""], [r"\boxed{x+x}"], answer=["2x"]) == [1.0]
 
@@ -171,6 +170,7 @@ def test_numbers_and_words_are_compared_at_sight():
     assert equal_at_sight("12 apples", "13") is False
     assert equal_at_sight(r"\frac{2}{4}", "1/2") is True
     assert equal_at_sight(r"-\dfrac{1}{2}", "0.5") is None
+    assert equal_at_sight("0.1234567", "0.1234568") is False
     assert equal_at_sight("0.333", "1/3") is None
     assert equal_at_sight("(1, 2)", "(1,3)") is False
     assert equal_at_sight("(1, 2)", "[1,2]") is False
@@ -182,9 +182,8 @@ def test_numbers_and_words_are_compared_at_sight():
 
 
 @pytest.mark.parametrize("answer", [None, "", "  "])
-def test_a_row_without_a_reference_is_refused(answer):
-    with pytest.raises(ValueError, match="a row's answer must be an expression"):
-        find_reward("math")([""], ["4"], answer=[answer])
+def test_a_row_without_a_reference_has_no_verdict(answer):
+    assert find_reward("math")([""], ["4"], answer=[answer]) == [None]
 
 
 def test_an_unknown_source_is_refused():

@@ -46,6 +46,14 @@ def test_draws_are_added_up_before_they_are_divided():
     assert metrics["domain/math/frac_dead"] == pytest.approx(2 / 3)
 
 
+def test_completions_that_entropy_leaves_out_are_counted_and_none_are_not_named():
+    ours = meter(([MIXED], {"math": (6.0, 10)}, 1.0))
+    ours.add([MIXED], {"math": (6.0, 10)}, 1.0, discarded=[SOLVED], rounds=1, unmeasured={"math": 4})
+    metrics = ours.flush()
+    assert metrics["domain/math/entropy_unmeasured"] == 4 and metrics["domain/math/entropy"] == 12 / 20
+    assert "domain/math/entropy_unmeasured" not in meter(([MIXED], {}, 1.0)).flush()
+
+
 def test_domains_of_different_size_do_not_mix():
     metrics = meter(([MIXED, SOLVED, STORY], {"math": (8.0, 16), "stories": (60.0, 40)}, 1.0)).flush()
     assert metrics["domain/math/entropy"] == 0.5

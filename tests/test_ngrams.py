@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from polyphony.rewards.ngrams import distinct_n, self_bleu, vendi
+from polyphony.rewards.diversity import distinct_n, self_bleu, vendi
 
 
 def test_distinct_n_by_hand():

@@ -85,6 +85,43 @@ def test_scorers_that_evaluate_see_no_code(dataset):
     assert grade(row, [row["answer"]]) == [1.0]
 
 
+def test_an_answer_keeps_the_full_stop_that_its_scorer_wants():
+    made = rows(split="train", dataset="sentence_reordering", size=20, seed=11)
+    row, other = [row for row in made if row["answer"][-1] == "." and row["answer"][0].isalpha()][:2]
+    answer, other = row["answer"], other["answer"]
+    right = [
+        "{}",
+        "<answer>{}</answer>",
+        "<answer>\n  {}\n</answer>",
+        "<answer>**{}**</answer>",
+        "I put it in order.\n<answer>{}</answer>",
+        "<think>A verb comes second.</think><answer>{}</answer>",
+        r"\boxed{{{}}}",
+        r"It reads $\boxed{{{}}}$",
+        "Answer: {}",
+        "**Answer:** {}",
+        "The answer is: {}",
+    ]
+    assert grade(row, [form.format(answer) for form in right]) == [1.0] * len(right)
+    wrong = [f"<answer>{text}</answer>" for text in (answer[:-1], answer[:-1] + "!", other, answer + ".", answer * 2)]
+    assert grade(row, [*wrong, f"<answer>{answer[:-1]}</answer>."]) == [0.0] * 6
+
+
+def test_no_full_stop_is_added_where_the_scorer_wants_none():
+    row = rows(split="train", size=1, **SUMS)[0]
+    assert grade(row, [f"<answer>{row['answer']}.</answer>", f"The answer is {row['answer']}."]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("place", [None, "", "chain_sum", 4, "{}", "[1]", "null", float("nan"), {}, '{"index": 1}'])
+def test_a_row_that_says_no_place_has_no_verdict(place):
+    assert grade({"prompt": "2 + 2?", "answer": "4", "procedural": place}, ["4", "5"]) == [None, None]
+
+
+def test_a_row_whose_answer_is_no_text_has_no_verdict():
+    row = rows(split="train", dataset="composition", size=1, seed=3)[0]
+    assert grade(row | {"answer": None}, [row["answer"], "None"]) == [None, None]
+
+
 def test_two_formulas_are_no_answer():
     row = rows(split="train", dataset="simple_integration", size=1, seed=3)[0]
     assert grade(row, [row["answer"], f"{row['answer']} or x", f"x or {row['answer']}"]) == [1.0, 0.0, 0.0]
@@ -102,7 +139,7 @@ def test_an_answer_that_never_computes_ends_at_its_limit():
     row = rows(split="train", dataset="countdown", size=1, seed=1)[0]
     assert grade(row, ["1"], timeout_s=1.0, workers=1) == [0.0]
     start = time.monotonic()
-    assert grade(row, ["9**9**9**9", "1"], timeout_s=1.0, workers=1) == [None, 0.0]
+    assert grade(row, ["9**9**9**9", "1"], timeout_s=1.0, workers=1) == [0.0, 0.0]
     assert time.monotonic() - start < 60
 
 

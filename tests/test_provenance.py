@@ -6,8 +6,21 @@ import pytest
 import torch
 
 from polyphony.curricula.records import Domain
+from polyphony.rewards.registry import find_reward, other_versions, version_of
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.run.provenance import provenance
+
+
+def ungraded(prompts, **columns):
+    return [None] * len(prompts)
+
+
+class NoSevens:
+    """A reward that cannot read a seven."""
+
+    def unreadable(self, answer, **columns):
+        return "a seven" if answer == "7" else None
+
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 
@@ -26,31 +39,54 @@ def weights(tmp_path):
 
 
 def test_versions_are_those_that_run():
-    found = provenance(model="org/name", tables={})
+    found = provenance(model="org/name", tables={}, rewards={})
     assert found["packages"]["torch"] == torch.__version__
     assert "trl" in found["packages"] and "deepspeed-of-the-future" not in found["packages"]
 
 
 def test_data_is_known_by_its_ids_in_their_order():
     tables = {"domains.math.train": table("a", "b"), "other": table("b", "a"), "same": table("a", "b")}
-    data = provenance(model="org/name", tables=tables)["data"]
+    data = provenance(model="org/name", tables=tables, rewards={})["data"]
     assert data["domains.math.train"] == {"rows": 2, "sha256": hashlib.sha256(b"a\nb").hexdigest()}
     assert data["same"] == data["domains.math.train"] != data["other"]
 
 
 def test_weights_are_known_by_the_hash_of_their_files(weights):
     hashes = hashlib.sha256(b"first").digest() + hashlib.sha256(b"second").digest()
-    found = provenance(model=str(weights), tables={})["model"]
+    found = provenance(model=str(weights), tables={}, rewards={})["model"]
     assert found == {"name": str(weights), "sha256": hashlib.sha256(hashes).hexdigest()}
     (weights / "model-2.safetensors").write_bytes(b"sec0nd")
-    assert provenance(model=str(weights), tables={})["model"]["sha256"] != found["sha256"]
+    assert provenance(model=str(weights), tables={}, rewards={})["model"]["sha256"] != found["sha256"]
 
 
 def test_a_hub_model_has_no_hash_of_ours(tmp_path):
-    assert provenance(model="org/name", tables={})["model"] == {"name": "org/name", "sha256": None}
-    assert provenance(model=str(tmp_path), tables={})["model"]["sha256"] is None
+    assert provenance(model="org/name", tables={}, rewards={})["model"] == {"name": "org/name", "sha256": None}
+    assert provenance(model=str(tmp_path), tables={}, rewards={})["model"]["sha256"] is None
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance(model="org/name", tables={})["commit"] is None
+    assert provenance(model="org/name", tables={}, rewards={})["commit"] is None
+
+
+def test_a_grader_is_named_with_the_version_of_its_rules():
+    found = provenance(model="org/name", tables={}, rewards={"math": find_reward("exact"), "mine": ungraded})
+    exact = {"reward": "polyphony.rewards.short_answer:Exact", "version": getattr(find_reward("exact"), "version", 1)}
+    assert found["graders"] == {"math": exact, "mine": {"reward": "tests.test_provenance:ungraded", "version": 1}}
+
+
+def test_scores_by_another_version_of_a_grader_are_told_from_todays():
+    now = version_of(find_reward("exact"))
+    assert other_versions({"math": now, "lost": {"reward": "gone.away:Grader", "version": 9}}) == []
+    (line,) = other_versions({"math": now | {"version": 0}})
+    assert line == f"math: graded by version 0 of polyphony.rewards.short_answer:Exact, now it is {now['version']}"
+
+
+def test_held_out_rows_left_out_stand_in_the_provenance():
+    domain = Domain(name="math", kind="structured", heldout=[], reward="exact")
+    rows = [{"prompt": f"{n} =", "answer": str(n), "id": f"i{n}"} for n in range(200)]
+    table = PromptTable(rows, domain=domain, where="domains.math.heldout", is_chat=False)
+    with pytest.warns(UserWarning, match=r"1 of 200 rows .* cannot read \(row 8: a seven\); left out"):
+        table.leave_out_unreadable(NoSevens(), most=0.01)
+    assert provenance(model="org/name", tables={"heldout": table}, rewards={})["data"]["heldout"]["left_out"] == ["i7"]
+    assert len(table) == 199

@@ -251,7 +251,8 @@ def test_every_evaluation_leaves_its_intervals_and_styles(tmp_path):
     ours.record_heldout(0, result(math=(0.0, 1.0)))
     line = ours.folder.read("evaluations")[0]
     assert line["step"] == 0 and line["domains"]["math"]["styles"] == {"bare": 1.0}
-    assert line["domains"]["math"]["score"] == [1.0, 1.0, 1.0]
+    # three published items: t(3)^2 = 10.128; centre 8.064 / 13.128 = .61426, half-width 3.18245 sqrt(.23694 / 13.128)
+    assert line["domains"]["math"]["score"] == pytest.approx([0.18671, 1.0, 1.0], abs=1e-4)
 
 
 def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):

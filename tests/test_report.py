@@ -15,7 +15,7 @@ import pytest
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.halves import halves
 from polyphony.launch.report.charts import Layer, draw_stack, thin, ticks
-from polyphony.launch.report.numbers import budget, find, score_interval
+from polyphony.launch.report.numbers import budget, find
 from polyphony.launch.report.report import summarise, write_replay, write_report
 from polyphony.launch.report.run import read_run
 from polyphony.launch.report.story import tell
@@ -118,13 +118,6 @@ def test_summary_has_the_numbers_worked_by_hand(tmp_path):
     assert found["domains"]["a"]["entropy"]["after"] == 0.4
     assert found["evaluations"] == 3 and found["steps"] == 20 and found["finished"] is False
     json.dumps(found, allow_nan=False)
-
-
-def test_score_interval_is_agresti_coulls_for_scores_of_zero_and_one():
-    # n = 4, 2 right, z^2 = 3.8415: centre .5, half-width 1.95996 sqrt(.25 / 7.84146) = .34996
-    assert score_interval((0.0, 0.0, 1.0, 1.0)) == pytest.approx((0.15004, 0.5, 0.84996), abs=1e-5)
-    low, mid, high = score_interval((1.0,) * 10)
-    assert mid == high == 1.0 and 0.6 < low < 0.8
 
 
 def test_held_out_curves_show_the_mean_scores_at_their_steps(tmp_path):

@@ -225,6 +225,14 @@ def test_failures_are_counted_against_the_completions_of_their_own_domain():
         check_failures(half, most=0.49)
 
 
+def test_a_thought_that_the_template_began_and_the_policy_never_ended_earns_nothing():
+    domain = Domain(name="math", kind="structured", reward="short_answer")
+    cut = sample(text=r"6 times 7 is \boxed{42}, but wait", answer="42")
+    whole = sample(text=r"six sevens</think>\boxed{42}", answer="42")
+    assert Scorer([domain])([cut, whole]) == [1.0, 1.0]
+    assert Scorer([domain], openings={"math": "<think>"})([cut, whole]) == [0.0, 1.0]
+
+
 def caused_by(cause: Exception) -> Exception:
     error = RuntimeError("the judge did not answer")
     error.__cause__ = cause

@@ -112,6 +112,12 @@ def test_weighted_travels_between_processes():
         ({"name": "format", "pattern": "("}, "no regular expression"),
         ({"name": "length", "max_tokens": 4, "soft_tokens": 5}, "0 < soft_tokens <= max_tokens"),
         ({"name": "repetition", "n": 0}, "n must be at least 1"),
+        ({"name": "language", "scripts": "LATIN"}, "scripts is a list of names in capitals"),
+        ({"name": "language", "scripts": ["Latin"]}, "scripts is a list of names in capitals"),
+        ({"name": "language", "scripts": []}, "scripts is a list of names in capitals"),
+        ({"name": "weighted", "parts": {"a": {"reward": "exact", "weight": 0}}}, "one of them not 0"),
+        ({"name": "weighted", "parts": {"a": {"reward": "exact", "weight": float("nan")}}}, "must be finite"),
+        ({"name": "weighted", "parts": {"a": {"reward": "exact", "weight": "inf"}}}, "must be finite"),
     ],
 )
 def test_wrong_settings_are_refused(spec, message):

@@ -72,10 +72,70 @@ def test_normalising_never_empties_a_reference():
     assert normalise("The  U.S. State") == "us state"
 
 
-@pytest.mark.parametrize("answer", [None, "", " ", [], [None]])
-def test_a_row_without_an_answer_is_refused(answer):
-    with pytest.raises(ValueError, match="short_answer: a row's answer"):
-        find_reward("short_answer")(["q"], ["Paris"], answer=[answer])
+@pytest.mark.parametrize("answer", [None, "", " ", [], [None], float("nan"), {"city": "Paris"}, [{"Paris": 1}]])
+def test_a_row_without_a_readable_answer_has_no_verdict(answer):
+    assert find_reward("short_answer")(["q"], ["Paris"], answer=[answer]) == [None]
+    assert find_reward("exact")(["q"], [str(answer)], answer=[answer]) == [None]
+
+
+SHAPES = [
+    ("Lima", {"target": ["Lima", "Ciudad de los Reyes"]}, 1.0),
+    ("Ciudad de los Reyes", {"value": "Lima", "aliases": ["Ciudad de los Reyes"]}, 1.0),
+    ("Lima", {"text": ["Lima"], "answer_start": [0]}, 1.0),
+    ("Lima", '["Lima", "Callao"]', 1.0),
+    ("Callao", "['Lima', 'Callao']", 1.0),
+    ("Lima", ["Lima"], 1.0),
+    ("7", 7.0, 1.0),
+    ("It is long ago. The answer is Lima.", "Lima.", 1.0),
+    ("target", {"target": ["Lima"]}, 0.0),
+    ("Lima Callao", '["Lima", "Callao"]', 0.0),
+    ("70", 7.0, 0.0),
+    ("1", "[1, 2]", 0.0),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer", "reward"), SHAPES)
+def test_a_reference_is_read_by_its_shape(completion, answer, reward):
+    assert find_reward("short_answer")(["q"], [completion], answer=[answer]) == [reward]
+
+
+JOINED = [
+    ("Anne-Marie", "Anne Marie", 1.0),
+    ("Anne Marie", "Anne\u2010Marie", 1.0),
+    ("Annemarie", "Anne-Marie", 1.0),
+    ("N/A", "N A", 1.0),
+    ("C. S. Lewis", "C.S. Lewis", 1.0),
+    ("CS Lewis", "C.S. Lewis", 1.0),
+    ("Apollo-13", "Apollo 13", 1.0),
+    ("snake_case", "snake case", 1.0),
+    ("The Spitfire (plane)", "Spitfire plane", 1.0),
+    ("Saint-Jean-de-Luz", "Saint Jean de Luz", 1.0),
+    ("rock'n'roll", "rock n roll", 1.0),
+    ("10-15", "10 15", 0.0),
+    ("-13", "13", 0.0),
+    ("1/3", "1 3", 0.0),
+    ("A-side", "side", 0.0),
+    ("Vitamin A", "Vitamin", 0.0),
+    ("Anne-Marie", "Anne", 0.0),
+    ("C++", "C", 0.0),
+    ("3.5", "3 5", 0.0),
+    ("12:30", "12 30", 0.0),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer", "reward"), JOINED)
+def test_what_a_sign_joins_may_be_written_apart(completion, answer, reward):
+    assert find_reward("short_answer")(["q"], [completion], answer=[answer]) == [reward]
+
+
+def test_exact_reads_a_text_letter_for_letter_and_a_list_as_alternatives():
+    grade = find_reward("exact")
+    assert grade(["q"] * 4, ["a", '["a"]', "b", "7"], answer=['["a"]', '["a"]', ["a", "b"], 7.0]) == [
+        0.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_a_wrong_option_names_what_is_allowed():

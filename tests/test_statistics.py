@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from polyphony.rewards.math import Math
+from polyphony.rewards.math import Math, equal_at_sight, reading
+from polyphony.rewards.registry import find_reward
 from polyphony.rewards.shaping import Format, Weighted
 from polyphony.rewards.style import is_valid, style
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.evaluation.answers import Answer, answer_probability, token_span
+from polyphony.trainer.evaluation.answers import Answer, answer_probability, read_answer, token_span, vote
 from polyphony.trainer.evaluation.statistics import (
     Answers,
+    as_lists,
     auroc,
     brier,
     compare,
@@ -65,6 +67,130 @@ def test_the_majority_is_scored_by_its_graded_samples_and_ties_are_shared():
     assert consistency(["a", "a", "b", "c"]) == 0.5
 
 
+def test_who_reads_nothing_does_not_vote():
+    assert majority_score([None, None, "a", None], [0.0, 0.0, 1.0, 0.0]) == 1.0
+    assert consistency([None, None, "a", None]) == 0.25
+    assert majority_score([None, None], [0.0, None]) == 0.0 and consistency([None, None]) == 0.0
+
+
+def completion(text, **columns) -> Sample:
+    prompt = Prompt(id="1", domain="d", prompt="How many are there in all?", columns=columns)
+    return Sample(prompt=prompt, ids=[1], text=text, truncated=False)
+
+
+CHOICES = {"choices": ["Paris", "Rome", "Bonn"]}
+CALL = '<tool_call>{"name": "f", "arguments": {"x": 1, "y": "a"}}</tool_call>'
+BOTH = Weighted(parts={"right": {"reward": "math"}, "form": {"reward": "format", "weight": 0.1}})
+FORM = Weighted(parts={"form": {"reward": "format"}, "right": {"reward": "math", "weight": 0}})
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns", "first", "second", "is_same"),
+    [
+        ("math", {}, "3 + 15 = 18 eggs.\nA: 18", "Nine and nine.\nA: 18", True),  # no mark: the grader takes the number
+        ("math", {}, "A: 18", "A: 19", False),
+        ("math", {}, "\\boxed{1,000}", "so 1000 it is", True),
+        ("math", {}, "\\boxed{x = 0.5}", "The answer is \\frac{1}{2}", True),
+        ("math", {}, "\\boxed{-\\sqrt{2}}", "\\boxed{\\sqrt{2}}", False),
+        ("math", {}, "\\boxed{(0, 1)}", "\\boxed{[0, 1]}", False),
+        ("math", {}, "\\boxed{(0,1)}", "\\boxed{\\left(0, 1.0\\right)}", True),
+        ("math", {}, "\\boxed{4 million}", "\\boxed{4}", False),
+        ("math", {}, "\\boxed{x \\ge 4}", "\\boxed{x >= 4}", False),
+        ("math", {}, "\\boxed{\\text{Even}}", "The answer is even.", True),
+        ("multiple_choice", CHOICES, "B", "The answer is (b).", True),
+        ("multiple_choice", CHOICES, "I think of ships.\nB) Rome", "The answer is Rome", True),
+        ("multiple_choice", CHOICES, "The answer is A", "The answer is B", False),
+        ("short_answer", {}, "<think>Lyon?</think>The Seine", "<think>So.</think>\nseine.", True),
+        ("short_answer", {}, "Seine", "Loire", False),
+        ("exact", {}, " a.", "a.\n", True),
+        ("exact", {}, "a", "a.", False),
+        ("function_call", {}, CALL, 'Here.\n<tool_call>{"name":"f","arguments":{"y":"a","x":1.0}}</tool_call>', True),
+        ("function_call", {}, CALL, CALL.replace("1", "2"), False),
+        ("code", {}, "Answer: a loop.\n```python\nx = 1  # one\n```", "```py\nx=1\n```", True),
+        ("code", {}, "```python\nx = 1\n```\nThe answer is x", "```python\nx = 2\n```\nThe answer is x", False),
+        ("procedural", {}, "<answer>blen</answer>", "The answer is blen.", True),
+        (BOTH, {}, "A: 18", "So 18.", True),
+        (FORM, {}, "A: 18", "So 18.", False),  # nothing that counts reads an answer
+        (object(), {}, "\\boxed{4}", "The answer is 4.0", True),
+        (object(), {}, "A: 18", "So 18.", False),
+    ],
+)
+def test_votes_are_about_what_the_grader_reads(reward, columns, first, second, is_same):
+    grader = find_reward(reward) if isinstance(reward, str) else reward
+    votes = [vote(completion(text, **columns), grader) for text in (first, second)]
+    assert None not in votes and (votes[0] == votes[1]) == is_same
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns", "text"),
+    [
+        ("math", {}, "none at all"),
+        ("math", {}, "\\boxed{3 = 4}"),
+        ("math", {}, "<think>18"),
+        ("multiple_choice", CHOICES, "The answer is A or B"),
+        ("short_answer", {}, "<think>Paris"),
+        ("function_call", {}, '<tool_call>{"name": </tool_call>'),
+        ("function_call", {}, " "),
+        ("code", {}, "<think>x = 1"),
+        ("procedural", {}, "<answer></answer>"),
+        (BOTH, {}, "none at all"),
+    ],
+)
+def test_what_the_grader_cannot_read_is_no_vote(reward, columns, text):
+    assert vote(completion(text, **columns), find_reward(reward) if isinstance(reward, str) else reward) is None
+
+
+def test_equal_readings_are_never_told_apart_at_sight():
+    spellings = [
+        *(
+            "18",
+            "18.0",
+            "$18$",
+            "18 eggs",
+            "1,000",
+            "1000",
+            "1/2",
+            "0.5",
+            "\\frac{1}{2}",
+            "-1/2",
+            "4 million",
+            "4",
+            "1010_2",
+        ),
+        *(
+            "(1,2)",
+            "(1, 2.0)",
+            "[1,2]",
+            "Paris",
+            "\\text{paris}",
+            "x^2",
+            "x_2",
+            "x-1",
+            "x+1",
+            "50\\%",
+            "10^3",
+            "1010_3",
+        ),
+    ]
+    pairs = [(a, b) for a in spellings for b in spellings if reading(a) == reading(b)]
+    assert len(pairs) > len(spellings) and all(equal_at_sight(a, b) is not False for a, b in pairs)
+
+
+def test_the_majority_of_solutions_that_mark_no_answer_is_that_of_their_numbers():
+    # two of four end in the reference, 18; as whole texts all four would differ, and the majority be their mean
+    texts = ["9 + 9\nA: 18", "3 * 6\nA: 18", "9 + 8\nA: 17", "9 + 7\nA: 16"]
+    math = find_reward("math")
+    scores = math(prompts=["?"] * 4, completions=texts, answer=["18"] * 4)
+    rows = [
+        [
+            read_answer(completion(text), score, reward=math, has_one_answer=False, decode=str)
+            for text, score in zip(texts, scores, strict=True)
+        ]
+    ]
+    assert Answers(sampled=rows).values()["majority"] == 1.0
+    assert consistency([a.vote for a in rows[0]]) == 0.5
+
+
 # --- calibration --------------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +199,25 @@ def test_calibration_error_worked_by_hand():
     assert expected_calibration_error(
         np.array([0.9, 0.1, 0.7, 0.3]), np.array([1.0, 0.0, 0.0, 0.0]), bins=2
     ) == pytest.approx(1.0 / 4)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.5] * 100, [1] * 50 + [0] * 50, 0.0),
+        ([0.5] * 100, [1, 0] * 50, 0.0),
+        # middle ranks 2 of .2 and 5 of .8 of six: with two bins .2 three times, .8 three times
+        ([0.2, 0.8, 0.2, 0.8, 0.2, 0.8], [1, 1, 0, 0, 0, 1], (abs(1 - 0.6) + abs(2 - 2.4)) / 6),
+        # four of five tie and straddle the middle: they share a bin, |2 - 2| of it; the other has |0 - .1|
+        ([0.1, 0.5, 0.5, 0.5, 0.5], [0, 1, 1, 0, 0], 0.1 / 5),
+    ],
+)
+def test_calibration_error_knows_no_order_of_ties(confidence, correct, expected):
+    rows = list(zip(confidence, correct, strict=True))
+    for _ in range(5):
+        random.Random(1).shuffle(rows)
+        given = np.array(rows, dtype=float)
+        assert expected_calibration_error(given[:, 0], given[:, 1], bins=2) == pytest.approx(expected)
 
 
 def test_calibration_error_of_equal_mass_bins_is_that_of_pandas_like_quantile_bins():
@@ -191,7 +336,7 @@ def test_open_ended_answers_have_no_calibration():
     assert found.keys() == {"score", "pass@1", "format_valid", "format_share"}
 
 
-def test_bootstrap_by_prompt_keeps_the_samples_of_a_prompt_together():
+def test_the_interval_keeps_the_samples_of_a_prompt_together():
     # 40 prompts whose 8 samples agree: as wide as 40 independent answers, not as 320
     rng = random.Random(1)
     rows = [[answer(float(rng.random() < 0.5), confidence=UNSURE)] * 8 for _ in range(40)]
@@ -208,7 +353,31 @@ def test_a_paired_difference_is_surer_than_two_models_apart():
     difference = compare(a, b)["score"]
     assert difference.mid == pytest.approx(apart[1].mid - apart[0].mid)
     assert difference.low > 0 and apart[0].high > apart[1].low
-    assert compare(a, a)["score"] == (0.0, 0.0, 0.0)
+    same = compare(a, a)
+    assert same["score"].low < 0 == same["score"].mid < same["score"].high
+
+
+def test_items_that_all_agree_leave_doubt_in_every_statistic_but_the_ratios():
+    sure = Answers(sampled=[[answer(1.0, confidence=0.9)] * 4] * 10, greedy=[answer(1.0)] * 10)
+    found = sure.intervals(resamples=200)
+    assert {"score", "pass@4", "majority", "greedy", "ece", "brier", "overconfidence"} <= found.keys()
+    assert all(interval.high - interval.low > 0.05 for interval in found.values())
+    risen = compare(Answers(sampled=[[answer(0.0, confidence=0.9)] * 4] * 10), sure, resamples=200)
+    assert risen["score"].mid == 1.0 and risen["score"].low > 0.4 and risen["brier"].is_below_zero
+
+
+def test_entropy_has_the_interval_of_a_ratio_and_one_item_has_none():
+    rows = [[answer(1.0)], [answer(0.0)]]
+    low, mid, high = Answers(sampled=rows, entropy=[(1.0, 2), (2.0, 2)]).intervals()["entropy"]
+    assert mid == 0.75 and high - mid == mid - low == pytest.approx(12.7062 * 0.25, abs=1e-3)  # residuals -.5 and .5
+    alone = Answers(sampled=rows[:1], entropy=[(1.0, 2)]).intervals()
+    assert alone["entropy"].high == math.inf and "entropy" not in as_lists(alone)
+
+
+def test_a_mean_is_compared_over_the_items_that_both_graded():
+    first = Answers(sampled=[[answer(0.0)], [answer(None)], [answer(1.0)]])
+    second = Answers(sampled=[[answer(1.0)], [answer(0.0)], [answer(1.0)]])
+    assert compare(first, second, resamples=10)["score"].mid == 0.5
 
 
 def test_the_interval_of_a_difference_covers_it_in_about_19_of_20_comparisons():

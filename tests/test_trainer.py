@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +169,28 @@ def test_weights_are_synced_once_a_draw_however_often_it_is_looked_at_and_refill
     trainer.train()
     assert synced == [0, 1, 2]
     assert [entry["rollout/refill_rounds"] for entry in trainer.state.log_history if "loss" in entry] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_replaced_groups_enter_entropy_only_as_the_policys_own(top_p, tmp_path, engine):
+    """Every group is dead, so all but the last round's are replaced; their surprisal is pushed to what it never is."""
+    hopeless = domain("arithmetic", reward=lambda prompts, **columns: [0.0] * len(prompts))
+    settings = config(tmp_path, max_steps=1, learning_rate=0.0, top_p=top_p)
+    pool = PoolSettings(refill_rounds=1)
+    trainer = DomainGRPOTrainer(POLICY, settings, domains=[hopeless], engine=engine, pool=pool)
+    roll_out = trainer._roll_out
+
+    def surprised(n_rows: int):
+        rollout = roll_out(n_rows)
+        for batch in rollout.discarded:
+            batch.graded.update({k: [replace(g, surprisal=1e4) for g in gs] for k, gs in batch.graded.items()})
+        return rollout
+
+    trainer._roll_out = surprised  # type: ignore[method-assign]
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["domain/arithmetic/entropy"] > 100) == (top_p == 1.0)
+    assert log.get("domain/arithmetic/entropy_unmeasured", 0) == (0 if top_p == 1.0 else 8 * 4)
 
 
 def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):

@@ -9,7 +9,7 @@ import pytest
 from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.data import Prompt
-from polyphony.trainer.evaluation.variety import Variety, varieties, variety_metrics
+from polyphony.trainer.evaluation.answers import Variety, varieties, variety_metrics
 from polyphony.trainer.scoring import Sample
 
 

@@ -47,6 +47,77 @@ def test_the_ground_truth_has_three_homes():
         grade(["q"], ["4"], **extra)
 
 
+RESULTS = [
+    ("1.0", 1.0),
+    ("True", 1.0),
+    ("0", 0.0),
+    ("'0.5'", 0.5),
+    ("(0.75, {'acc': True})", 0.75),
+    ("(False, 'no box')", 0.0),
+    ("[1, 'matched']", 1.0),
+    ("({'score': 0.5}, 'why')", 0.5),
+    ("{'score': -1.0, 'acc': 0, 'pred': '4'}", -1.0),
+    ("{'score': True}", 1.0),
+    ("{'acc': 1.0}", None),
+    ("{'score': None}", None),
+    ("{'score': [1.0]}", None),
+    ("()", None),
+    ("(None, 1.0)", None),
+    ("('good', 1.0)", None),
+    ("((1.0, 2.0), 3.0)", None),
+    ("'good'", None),
+    ("float('nan')", None),
+    ("(float('nan'), 1.0)", None),
+    ("float('inf')", None),
+    ("{'score': float('-inf')}", None),
+    ("10**400", None),
+    ("object()", None),
+]
+
+
+def returns_it(data_source, solution_str, ground_truth, extra_info=None):
+    """Return what the solution spells."""
+    return eval(solution_str)
+
+
+@pytest.mark.parametrize(("spelled", "reward"), RESULTS)
+def test_results_are_read_as_verl_reads_them(spelled, reward):
+    grade = find_reward({"name": "verl", "function": f"{__file__}:returns_it"})
+    assert grade(["q"], [spelled], answer=["4"]) == [reward]
+
+
+def truth_as_text(data_source, solution_str, ground_truth, extra_info=None):
+    """Stands for a reward that takes whatever comes for text."""
+    return solution_str == str(ground_truth)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reward"),
+    [
+        ({"reward_model": {"ground_truth": "4"}}, 1.0),
+        ({"reward_model": '{"style": "rule", "ground_truth": "4"}'}, 1.0),
+        ({"reward_model": {"ground_truth": 4}, "answer": "5"}, 1.0),
+        ({"reward_model": None, "answer": "4"}, 1.0),
+        ({"ground_truth": None, "reward_model": {"ground_truth": "4"}}, 1.0),
+        ({"ground_truth": float("nan"), "answer": 4}, 1.0),
+        ({"ground_truth": "5", "answer": "4"}, 0.0),
+        ({"ground_truth": ""}, 0.0),
+        ({"ground_truth": None}, None),
+        ({"answer": float("nan")}, None),
+        ({"reward_model": None}, None),
+        ({"reward_model": {"style": "model"}}, None),
+        ({"reward_model": {"ground_truth": None}}, None),
+        ({"reward_model": "rule"}, None),
+        ({"reward_model": ["4"]}, None),
+    ],
+)
+def test_a_row_without_a_truth_has_no_verdict(columns, reward):
+    grade = find_reward({"name": "verl", "function": f"{__file__}:truth_as_text"})
+    rows = {name: [value] * 2 for name, value in columns.items()}
+    other = None if reward is None else 0.0
+    assert grade(["q"] * 2, ["4", "None"], **rows) == [reward, other]
+
+
 @pytest.mark.parametrize("function", ["nowhere.py:compute_score", "no.module:f", f"{__file__}:missing", "words"])
 def test_a_function_that_is_not_there_is_refused(function):
     with pytest.raises(ValueError, match="is no function to be found"):

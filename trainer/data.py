@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ class PromptTable:
         self.is_chat = is_chat
         self.repeated = 0
         """Rows left out because an identical one without an `id` of its own came before."""
+        self.left_out: list[str] = []
+        """Ids of rows whose reference the domain's reward cannot read."""
         self._position: dict[str, int] = {}
         for i, row in enumerate(rows):
             self._add(i, row)
@@ -68,6 +72,27 @@ class PromptTable:
             prompt=_as_prompt(row["prompt"], self.domain, is_chat=self.is_chat),
             columns=_columns(row),
         )
+
+    def leave_out_unreadable(self, reward: Any, *, most: float) -> None:
+        """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None).
+
+        Warns with their number and the first three. Raises ValueError, naming these, where they are more than the share
+        `most` of the rows.
+        """
+        if not hasattr(reward, "unreadable"):
+            return
+        reasons = {prompt.id: why for prompt in self if (why := reward.unreadable(**prompt.columns)) is not None}
+        if not reasons:
+            return
+        shown = "; ".join(f"row {self._position[i] + 1}: {why}" for i, why in islice(reasons.items(), 3))
+        message = (
+            f"{self.where}: {len(reasons)} of {len(self)} rows have a reference that the reward cannot read ({shown})"
+        )
+        if len(reasons) > most * len(self):
+            raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
+        warnings.warn(f"{message}; left out", stacklevel=2)
+        self.left_out = sorted(reasons)
+        self.drop(set(reasons))
 
     def drop(self, ids: set[str]) -> None:
         """Leave these prompts out from now on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
+from polyphony.rewards import find_reward
 from polyphony.trainer.data import Prompt, PromptTable, load_rows, prompt_text
 
 NGRAM_WORDS = 13
@@ -82,9 +84,13 @@ class DomainData:
         args: GRPOConfig,
         context: int | None = None,
         overlap: Overlap = "drop",
+        max_unreadable: float = 0.01,
         folder: Path | None = None,
     ) -> DomainData:
-        """Read and check every domain. Raises ValueError naming the domain and the row."""
+        """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
+
+        Raises ValueError naming the domain and the row.
+        """
         _check_names(domains)
         is_chat = tokenizer.chat_template is not None
 
@@ -95,7 +101,8 @@ class DomainData:
                 if source is not None:
                     where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
-                    found[domain.name] = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
+                    found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
+                    table.leave_out_unreadable(_reward_of(domain), most=max_unreadable)
             return found
 
         heldout, train = tables("heldout"), tables("train")
@@ -119,6 +126,39 @@ class DomainData:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(d.name for d in self.domains)
+
+    @property
+    def openings(self) -> dict[str, str]:
+        """By domain, a thought that the chat template has begun for the policy (`<think>`), where it has."""
+        found = {}
+        for domain in self.domains if self.tokenizer.chat_template is not None else ():
+            prompt = next(iter(self.heldout[domain.name])).prompt
+            asked, begun = (
+                str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=adds, **kwargs))  # type: ignore[arg-type]
+                for kwargs in [dict(domain.chat_template_kwargs)]
+                for adds in (False, True)
+            )
+            _, tag, rest = begun.removeprefix(asked).rpartition("<think>")
+            if tag and "</think>" not in rest:
+                found[domain.name] = tag + rest
+        return found
+
+    @property
+    def framing(self) -> frozenset[int]:
+        """Token ids that frame what is said and are no part of it: ends, padding, what a template puts around a turn.
+
+        Other tokens marked special, a tool call's for example, are said by the policy.
+        """
+        tokenizer: Any = self.tokenizer
+        special = set(tokenizer.all_special_ids)
+        framing = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        if tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            with suppress(TemplateError):  # one that refuses such a conversation has its ends by the other names
+                framing |= special & set(
+                    tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+                )
+        return frozenset(framing - {None})
 
     @property
     def n_train(self) -> int:
@@ -169,6 +209,13 @@ def context_of(model: Any) -> int | None:
     """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
     config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _reward_of(domain: Domain) -> Any:
+    try:
+        return find_reward(domain.reward)
+    except ValueError as error:
+        raise ValueError(f"domains.{domain.name}.reward: {error}") from error
 
 
 def _check_names(domains: Sequence[Domain]) -> None:

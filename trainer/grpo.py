@@ -8,9 +8,9 @@ and a weight loader of our own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.scoring import Graded, Sample, Scorer
 from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
@@ -98,7 +98,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             if isinstance(domains, DomainData)
             else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
-        self.scorer = Scorer(self.data.domains)
+        self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self._framing = self.data.framing
         self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
@@ -219,6 +220,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             rollout.batch.seconds,
             discarded=rollout.discarded_groups,
             rounds=rollout.rounds,
+            unmeasured=Counter(g.domain for g in rollout.discarded_completions if not self._tells_entropy(g)),
         )
         self.entropy.after_draw(self.state.global_step + 1, entropy, rollout.groups, rollout.discarded_groups)
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
@@ -248,11 +250,14 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._without_dead = self._buffered_inputs = batches
         return batches[self._step % self.args.steps_per_generation]  # type: ignore[operator]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return what was said: tokens marked special too, but for those that only frame it."""
+        silent = self._framing.union(self.eos_token_ids)
+        return self.processing_class.decode([i for i in ids if i not in silent])  # type: ignore[return-value]
+
     def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
         """Decode completions; one without an end-of-sequence token was cut off."""
-        if not completions:  # a rank without a row of this refill; batch_decode would make one empty text of nothing
-            return []
-        texts = self.processing_class.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        texts = [self.decode(c.ids) for c in completions]
         ends = {*self.eos_token_ids, self._padding}
         return [
             Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
@@ -266,7 +271,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             score,
             reward=self.scorer.rewards[domain.name],
             has_one_answer=domain.kind == "structured",
-            decode=partial(self.processing_class.decode, skip_special_tokens=True),  # type: ignore[arg-type]
+            decode=self.decode,
         )
 
     # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
@@ -328,7 +333,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _domain_entropy(self, output: Mapping[str, Any], owner: Sequence[int]) -> dict[str, tuple[float, float]]:
         """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
 
-        One reduction of a fixed shape: domains are listed alike on every rank, drawn or not.
+        Always the policy's own entropy at the run's temperature, whatever sampling cuts off. One reduction of a fixed
+        shape: domains are listed alike on every rank, drawn or not.
         """
         mask = output["completion_mask"]
         if self._row_entropy is None:  # without importance correction TRL needs no such pass
@@ -345,10 +351,15 @@ class DomainGRPOTrainer(GRPOTrainer):
         # groups that a refill replaced get no forward pass: minus the log-probability of what was sampled is as large
         # in the mean, and leaving them out would hide the very groups where collapse shows first
         for g in self._finished.discarded_completions:
-            if g.surprisal is not None:
+            if self._tells_entropy(g):
                 total, tokens = found[g.domain]
-                found[g.domain] = (total + g.surprisal, tokens + g.length)
+                found[g.domain] = (total + (g.surprisal or 0.0), tokens + g.length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}
+
+    def _tells_entropy(self, graded: Graded) -> bool:
+        """Say whether a completion's own log-probabilities estimate entropy: with `top_p` and its like they are of the
+        truncated distribution, which has less of it."""
+        return graded.surprisal is not None and self.policy.sampling.is_the_policys
 
     @property
     def _padding(self) -> int:

@@ -17,7 +17,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     "domain": {
         "reward": "mean reward over graded completions since the last log",
         "reward_std": "standard deviation of those rewards",
-        "entropy": "mean token entropy of the policy in nats, over all rows drawn, dead groups included",
+        "entropy": "mean token entropy of the policy in nats at the run's temperature, over all rows drawn, dead ones too",
+        "entropy_unmeasured": "completions of groups replaced by refills whose entropy `grpo.top_p` and its like hide",
         "entropy_slope": "change of that entropy per optimizer step over the domain's last 32 draws",
         "entropy_place": "where the last 8 draws lie in the band: 0 at its low edge, 1 at its high one",
         "entropy_coef": "coefficient of the domain's entropy in the loss, where `entropy.control` asks for it",
@@ -137,6 +138,7 @@ class DomainSums:
     truncated: int = 0
     entropy: float = 0.0
     entropy_tokens: float = 0.0
+    entropy_unmeasured: int = 0
 
     def add(self, group: Group, *, is_useful: bool) -> None:
         graded = group.unselected
@@ -170,6 +172,7 @@ class DomainSums:
             "reward": mean,
             "reward_std": math.sqrt(max(0.0, variance)) if not math.isnan(variance) else math.nan,
             "entropy": _ratio(self.entropy, self.entropy_tokens),
+            "entropy_unmeasured": self.entropy_unmeasured or math.nan,
             "pass_rate": _ratio(self.passed, self.graded),
             "frac_dead": _ratio(self.dead, self.groups),
             "dead_completions": _ratio(self.dead_completions, self.completions),
@@ -247,10 +250,12 @@ class Meter:
         *,
         discarded: Sequence[Group] = (),
         rounds: int = 0,
+        unmeasured: Mapping[str, int] | None = None,
     ) -> None:
         """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took.
 
-        `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`.
+        `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`; `unmeasured` counts
+        their completions, by domain, that the entropies leave out.
         """
         for group in (*groups, *discarded):
             self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
@@ -264,6 +269,8 @@ class Meter:
             sums = self.sums.setdefault(name, DomainSums())
             sums.entropy += total
             sums.entropy_tokens += tokens
+        for name, count in (unmeasured or {}).items():
+            self.sums[name].entropy_unmeasured += count
         self.seconds += seconds
 
     def flush(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import queue
 import socket
 import threading
 import urllib.error
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,8 @@ class Graded:
     text: str | None = None
     """Where texts of a group are compared with each other, else None."""
     surprisal: float | None = None
-    """Sum over its tokens of minus the engine's log-probability, nats; None where the engine does not tell."""
+    """Sum over its tokens of minus the engine's log-probability under its sampling distribution, nats; None where the
+    engine does not tell."""
     signs: tuple[str, ...] = ()
     """Of shortcuts and loops, see `polyphony.trainer.shortcuts`."""
 
@@ -83,7 +84,9 @@ class Scorer:
     Example: `Scorer(domains)(samples) -> [1.0, None, 0.0]`
     """
 
-    def __init__(self, domains: Sequence[Domain]) -> None:
+    def __init__(self, domains: Sequence[Domain], *, openings: Mapping[str, str] | None = None) -> None:
+        """`openings` are thoughts that the chat template begins (`DomainData.openings`): a completion goes on with it."""
+        self.openings = openings or {}
         self.rewards: dict[str, Reward] = {}
         for domain in domains:
             try:
@@ -107,7 +110,7 @@ class Scorer:
     def _score(self, name: str, samples: list[Sample]) -> list[float | None]:
         reward = self.rewards[name]
         try:
-            values = _call(reward, samples)
+            values = _call(reward, samples, opening=self.openings.get(name, ""))
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(samples) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
@@ -196,13 +199,14 @@ def check_failures(groups: Sequence[Group], *, most: float) -> None:
             )
 
 
-def _call(reward: Reward, samples: list[Sample]) -> list[Any]:
+def _call(reward: Reward, samples: list[Sample], *, opening: str) -> list[Any]:
     is_chat = not isinstance(samples[0].prompt.prompt, str)
+    texts = [opening + sample.text for sample in samples]
     names = {name for sample in samples for name in sample.prompt.columns}
     columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in samples] for n in sorted(names)}
     values = reward(
         prompts=[s.prompt.prompt for s in samples],
-        completions=[[{"role": "assistant", "content": s.text}] if is_chat else s.text for s in samples],
+        completions=[[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
         completion_ids=[s.ids for s in samples],
         **columns,
     )

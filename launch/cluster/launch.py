@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyphony.launch.cluster import kernels
 from polyphony.launch.cluster import local as here
+from polyphony.launch.cluster import local as kernels
 from polyphony.launch.cluster import ray_job as jobs
 from polyphony.launch.cluster import slurm as queue
 from polyphony.launch.recipe import Recipe, RecipeError

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.intervals import UNDEFINED, Interval, paired, quantile, student
+from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, student
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.forgetting import Moment, curves, moment
@@ -98,26 +98,12 @@ def find(run: LoadedRun) -> Findings:
         run=run,
         stages=stage_spans(run),
         evaluations=rows,
-        scores={name: tuple(score_interval(row.scores[name]) for row in rows) for name in names},
+        scores={name: tuple(bounded_mean(row.scores[name]) for row in rows) for name in names},
         change={name: _change(rows, name, 0.95) for name in names},
         moments=tuple(curves(rows, watch_only=run.watch_only)) if len(rows) > 1 else (),
         transfer=_transfer(run),
         entropy={name: _entropy(run, rows, name) for name in run.domains},
     )
-
-
-def score_interval(scores: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Return the mean of one evaluation's per-item scores in [0, 1] with its interval.
-
-    Agresti and Coull's (The American Statistician 52, 1998) with z^2/2 pseudo-items at 0 and as many at 1, and the
-    items' own variance in place of p (1 - p), to which it is equal for scores of 0 and 1. `mid` is the plain mean.
-    """
-    z = quantile(level)
-    n, total = len(scores), sum(scores)
-    weight = n + z * z
-    centre = (total + z * z / 2) / weight
-    spread = math.sqrt(max(0.0, (sum(s * s for s in scores) + z * z / 2) / weight - centre**2) / weight)
-    return Interval(max(0.0, centre - z * spread), total / n, min(1.0, centre + z * spread))
 
 
 def between(first: Findings, second: Findings, name: str) -> Interval:
@@ -128,7 +114,7 @@ def between(first: Findings, second: Findings, name: str) -> Interval:
     ids = [f.run.item_ids.get(name) for f in (first, second)]
     if not ours or len(ours) != len(theirs) or ids[0] != ids[1]:
         return UNDEFINED
-    return paired(theirs, ours)
+    return changed(theirs, ours)
 
 
 def average(run: LoadedRun, key: str) -> float:
@@ -213,7 +199,7 @@ def _transfer_json(table: Transfer) -> dict[str, dict[str, list[float]]]:
 
 
 def _change(rows: Sequence[Evaluation], name: str, level: float) -> Interval:
-    return paired(rows[-1].scores[name], rows[0].scores[name], level=level) if len(rows) > 1 else UNDEFINED
+    return changed(rows[-1].scores[name], rows[0].scores[name], level=level) if len(rows) > 1 else UNDEFINED
 
 
 def _transfer(run: LoadedRun) -> Transfer | None:

@@ -163,6 +163,18 @@ def _soften(sentence: str) -> str:
     return re.sub(r"\[[^\]]*\]", lambda found: f"<small>{found[0]}</small>", escape(sentence))
 
 
+def _unlike_graders(sheet: Sheet) -> list[str]:
+    """Return a line for each domain that the runs shown were graded on by unlike rewards, or versions of one."""
+    found = []
+    for domain in sheet.domains:
+        graders = [f.run.provenance.get("graders", {}).get(domain) for f in sheet.findings]
+        known = [grader for grader in graders if grader is not None]
+        if any(grader != known[0] for grader in known[1:]):
+            said = ", ".join(f"{grader['reward']} version {grader['version']}" for grader in known)
+            found.append(f"scores of {domain} are not comparable: graded by {said}")
+    return found
+
+
 def _missing(sheet: Sheet, lacks: Sequence[str]) -> str:
     """Name, in one line, what the folders do not hold."""
     parts = [f"not logged: {', '.join(lacks)}"] if lacks else []
@@ -170,6 +182,7 @@ def _missing(sheet: Sheet, lacks: Sequence[str]) -> str:
         parts += [f"{sheet.letter(n)} {note}".strip() for note in found.run.missing]
         absent = [name for name in sheet.domains if name not in found.run.domains]
         parts += [f"{sheet.letter(n)} has no domain {', '.join(absent)}"] if absent else []
+    parts += _unlike_graders(sheet)
     return escape("; ".join(parts)) or "nothing"
 
 

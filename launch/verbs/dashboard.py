@@ -16,13 +16,13 @@ def dashboard(run: Path) -> None:
 
     The same run's dashboard is updated the next time.
     """
-    from polyphony.trainer.run.wandb_dashboard import (
+    from polyphony.trainer.run.wandb_dashboard import (  # slow to import
         build_workspace,
         default_entity,
         obstacle,
         save_workspace,
         specification,
-    )  # slow to import
+    )
 
     found = read_run(run)
     if not found.domains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula.intervals import paired
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.verbs.tables import statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
 
 if TYPE_CHECKING:
+    from polyphony.curricula.intervals import Interval
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.evaluation.result import HeldoutResult
     from polyphony.trainer.grpo import DomainGRPOTrainer
@@ -93,14 +94,9 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
     return result, trainer.engine
 
 
-def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Any]]:
-    """Return, per domain and statistic, second minus first with its paired interval; scores with `paired`'s own, which
-    does not take a few items that did not move for certainty."""
-    before, after = first.scores(), second.scores()
-    return {
-        name: compare(first.read(name), second.read(name)) | {"score": paired(after[name], before[name])}
-        for name in first.answers
-    }
+def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Interval]]:
+    """Return, per domain and statistic, second minus first with its paired interval."""
+    return {name: compare(first.read(name), second.read(name)) for name in first.answers}
 
 
 def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
@@ -126,6 +122,7 @@ def _print_comparison(models: Sequence[str], first: HeldoutResult, second: Heldo
             name: {
                 statistic: {"interval": [*i], "excludes_zero": i.is_above_zero or i.is_below_zero}
                 for statistic, i in rows.items()
+                if math.isfinite(i.low)
             }
             for name, rows in found.items()
         }

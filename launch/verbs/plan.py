@@ -15,6 +15,7 @@ from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_replay
+from polyphony.rewards.registry import other_versions
 from polyphony.trainer.run.folder import RunFolder
 
 
@@ -22,7 +23,10 @@ def plan(path: Path, *, as_json: bool) -> None:
     """Print what the transfer file recommends: a paragraph, or the JSON object and, beside it, what limits it."""
     if not path.is_file():
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
-    made = make_plan(TransferMatrix.load(path))
+    matrix = TransferMatrix.load(path)
+    for line in other_versions(matrix.provenance.get("graders", {})):
+        print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
+    made = make_plan(matrix)
     if not as_json:
         print(made.explain())
         return

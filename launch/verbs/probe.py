@@ -21,6 +21,7 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.sections import CurriculumSection, EntropySection
 from polyphony.launch.train import say
+from polyphony.rewards.registry import find_reward, version_of
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run.callbacks import CheckWeights
@@ -151,7 +152,11 @@ class Probe:
             rows=(row,),
             items=dict(items),
             watch_only=tuple(name for name, section in domains.items() if section.train is None),
-            provenance={"probe": self.recipe.probe.model_dump(by_alias=True), "model": self.recipe.model},
+            provenance={
+                "probe": self.recipe.probe.model_dump(by_alias=True),
+                "model": self.recipe.model,
+                "graders": {name: version_of(find_reward(section.reward)) for name, section in domains.items()},
+            },
         )
 
 

@@ -65,9 +65,12 @@ class Isolation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How one run ended: `exit` with status 0, `error` with another, killed for its `timeout` or for its `output`."""
+    """How one run ended: `exit` with status 0, `error` with another, killed for its `timeout` or for its `output`.
 
-    ended: Literal["exit", "error", "timeout", "output"]
+    `stalled` is a timeout before it had its processor time: it slept or waited, or the host was busy.
+    """
+
+    ended: Literal["exit", "error", "timeout", "stalled", "output"]
     stdout: bytes
 
 
@@ -77,6 +80,10 @@ class TestResult:
 
     passed: int
     total: int
+    needs_inside: bool = False
+    """Whether the tests ask for what only a run inside the program's process can say; the count is that of no such run."""
+    is_stalled: bool = False
+    """Whether the clock ended it before it had its processor time."""
 
 
 class Program:
@@ -98,13 +105,24 @@ class Program:
         self._own_server = JailServer(in_bubblewrap=True, packages=self._packages) if alone else None
         settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
         settings += [f"level={self._level}", f"packages={self._packages}"]
-        self._requests, self._replies = (self._own_server or shared_server()).jail("\n".join(settings))
-        self._send("program", self._source)
+        self._server = self._own_server or shared_server()
+        try:
+            self._requests, self._replies = self._server.jail("\n".join(settings))
+        except OSError:
+            self._server.is_ending()  # so that the next program finds another
+            raise
+        try:
+            self._send("program", self._source)
+        except SandboxError as error:
+            self.__exit__(SandboxError, error, None)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self._requests)  # at which the supervisor ends
         os.close(self._replies)
+        if isinstance(error, SandboxError):
+            self._server.is_ending()  # as above
         if self._own_server:
             self._own_server.close()
 
@@ -112,8 +130,8 @@ class Program:
         """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
         self._send("run", stdin.encode(errors="replace"))
         ended, stdout = self._receive()
-        if ended not in ("exit", "error", "timeout", "output"):
-            raise SandboxError(f"the host refused the {self._level} jail")
+        self._refuse(ended)
+        assert ended in ("exit", "error", "timeout", "stalled", "output")
         return Execution(ended=ended, stdout=stdout)
 
     def test(self, tests: str) -> TestResult:
@@ -126,10 +144,25 @@ class Program:
             raise SandboxError(f"the host refused the {self._level} jail")
         self._send("tests", tests.encode(errors="replace"))
         ended, count = self._receive()
-        if ended == "broken" and not count:
+        return self._result(ended, count)
+
+    def test_inside(self, tests: str) -> TestResult:
+        """Import the program and run tests in its own process, where it may answer for itself; once."""
+        self._send("inside", tests.encode(errors="replace"))
+        return self._result(*self._receive())
+
+    def _result(self, ended: str, count: bytes) -> TestResult:
+        if not count:
+            self._refuse(ended)
+        passed, total = map(int, count.split())
+        needs_inside, is_stalled = ended == "inside", ended == "stalled"
+        return TestResult(passed=passed, total=total, needs_inside=needs_inside, is_stalled=is_stalled)
+
+    def _refuse(self, ended: str) -> None:
+        if ended == "killed":
+            raise SandboxError("something outside killed the program")
+        if ended == "broken":
             raise SandboxError(f"the host refused the {self._level} jail")
-        passed, total = (0, 1) if ended == "timeout" else map(int, count.split())
-        return TestResult(passed=passed, total=total)
 
     def _send(self, word: str, content: bytes) -> None:
         unsent = memoryview(b"%s %d\n%s" % (word.encode(), len(content), content))

@@ -57,18 +57,28 @@ def private_root(readable: list[str], size_bytes: int) -> None:
     _checked(_libc.unshare(_NEW_MOUNTS), "unshare")
     _checked(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None), "mount")
     options = f"size={size_bytes},nr_inodes=4096,mode=755".encode()
-    _checked(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, options), "mount")
+    root = _place_for_a_root(readable)
+    _checked(_libc.mount(b"tmpfs", root.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options), "mount")
     for path in readable:
-        _show(path, "/tmp" + path)
-    os.makedirs("/tmp/tmp", exist_ok=True)  # it exists already where Python is installed below /tmp
-    os.chdir("/tmp")
+        _show(path, root)
+    os.makedirs(root + "/tmp", exist_ok=True)  # it exists already where Python is installed below /tmp
+    os.chdir(root)
     _checked(_libc.pivot_root(b".", b"."), "pivot_root")
     _checked(_libc.umount2(b".", _DETACH), "umount")
     os.chdir("/tmp")
 
 
-def _show(path: str, place: str) -> None:
-    """Make `path` of the old root visible, read-only, at `place` of the new one."""
+def _place_for_a_root(readable: list[str]) -> str:
+    """Return a folder to mount on that hides nothing of what is to be read, as /tmp does with an environment in it."""
+    for place in ("/tmp", "/mnt", "/srv", "/media", "/opt", "/var"):
+        if os.path.isdir(place) and not any((path + "/").startswith(place + "/") for path in readable):
+            return place
+    raise OSError(_EPERM, f"no folder to mount on beside {', '.join(readable)}")
+
+
+def _show(path: str, root: str) -> None:
+    """Make `path` of the old root visible, read-only, below the new one."""
+    place = root + path
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if os.path.islink(path):
         os.symlink(os.readlink(path), place)

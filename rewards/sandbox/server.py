@@ -6,6 +6,7 @@ It is handed descriptors and settings, never a program or a test, so what it for
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import socket
@@ -40,6 +41,12 @@ class JailServer:
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    def is_ending(self) -> bool:
+        """Say whether it ends within a moment: what it had in hand is lost before it counts as ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)
+        return not self.is_alive
 
     def jail(self, settings: str) -> tuple[int, int]:
         """Return the descriptors for requests to a new supervisor and its replies. Raises OSError where there is none."""

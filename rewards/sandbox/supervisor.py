@@ -5,27 +5,74 @@ holds what a run is expected to print, and tests reach it only after the candida
 of theirs is the candidate's.
 
     program <source>, then either, as often as wanted,
-    run <stdin>       -> exit | error | timeout | output | broken, with what the program printed
+    run <stdin>       -> exit | error | timeout | stalled | output | killed | broken, with what the program printed
     or, once,
     tests             -> ready, when the candidate has been forked
-    tests <source>    -> verdict, with "passed total"; or timeout | broken
+    tests <source>    -> verdict or inside, with "passed total"; or timeout | stalled | killed | broken
+    or, once,
+    inside <source>   -> verdict, with "passed total"; or timeout | stalled | killed | broken
+
+A run that the clock ended is `stalled` where it had not had its processor time: it slept, or the host was busy. One is
+`killed` by somebody else where it can not have done that itself.
 """
 
 import builtins
+import importlib
 import os
 import select
+import signal
 import sys
 import time
 
 import confine
 import messages
 import program_side
+import running
 import test_side
+
+# names that a class in the style of LeetCode expects to find: that site imports them for every program
+_FROM = {
+    "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Generic Iterable Iterator List Literal Mapping"
+    " NamedTuple Optional Sequence Set Tuple Type TypeVar Union",
+    "collections": "ChainMap Counter OrderedDict defaultdict deque namedtuple",
+    "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+    "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+    "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice pairwise"
+    " permutations product repeat starmap takewhile zip_longest",
+    "functools": "cache cmp_to_key lru_cache partial reduce total_ordering",
+    "math": "ceil comb factorial floor gcd inf isqrt lcm log log2 perm pi sqrt",
+    "copy": "deepcopy",
+    "dataclasses": "dataclass field",
+    "string": "ascii_lowercase ascii_uppercase digits",
+}
+_MODULES = "bisect collections copy datetime functools heapq itertools json math operator random re string sys typing"
+_PLACES = {name: (module, name) for module, names in _FROM.items() for name in names.split()}
+_PLACES = {**{name: (name, None) for name in _MODULES.split()}, **_PLACES}
+
+
+def provide(code):
+    """Make those of the names that the code uses known as if they were built in: its own definitions come first."""
+    for name in names_of(code) & set(_PLACES):
+        module, member = _PLACES[name]
+        value = importlib.import_module(module)
+        setattr(builtins, name, getattr(value, member) if member else value)
+
+
+def names_of(code):
+    """Return the names that code uses, of attributes too, its functions' included."""
+    inner = [names_of(part) for part in code.co_consts if isinstance(part, type(code))]
+    return set(code.co_names).union(*inner)
+
 
 CHUNK = 1 << 16
 BUILD_S = 20.0
 """Longest time that building the jail may take before the host counts as refusing it. A host that refuses says so at once;
 one with many busy processes was seen to take more than three seconds."""
+
+CPU_SHARE = 0.9
+"""A run that had this share of its processor time had its chance. Below this many seconds no limit of its own ends it."""
+LEAVE_S = 0.05
+"""What the code under test takes, at most, to notice that the tests have ended."""
 
 
 def read_frame(stream):
@@ -51,6 +98,7 @@ class Supervisor:
         self.memory_bytes, self.file_bytes = int(settings["memory_bytes"]), int(settings["file_bytes"])
         self.cpu_s = int(settings["cpu_s"])
         self.packages = [path for path in settings["packages"].split(":") if path]
+        sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
         confine.adopt_orphans()
         if self.level == "limits":
             confine.hide_memory()
@@ -72,24 +120,34 @@ class Supervisor:
         text, ended = self._read(printed, deadline)
         if ended == "exit" and not _ends_by(pid, deadline):
             ended = "timeout"  # it closed its output and went on
-        code = _end([pid], kill=ended != "exit")
+        codes, cpu_s = _end([pid], kill=ended != "exit")
         os.close(printed)
         os.close(ready)
         if not begun:
             return "broken", text
-        return (ended if ended != "exit" or code == 0 else "error"), text
+        if ended == "timeout":
+            return self._late(cpu_s), text
+        if ended == "exit" and self._is_killed(codes, cpu_s):
+            return "killed", text
+        return (ended if ended != "exit" or codes == [0] else "error"), text
+
+    def _late(self, cpu_s):
+        return "stalled" if cpu_s < CPU_SHARE * min(self.cpu_s, self.wall_s) else "timeout"
+
+    def _is_killed(self, codes, cpu_s):
+        """Say whether a process was killed from outside. As the first of its namespace it can not send itself that
+        signal; what it can is lower its limit of processor time, to a second at least."""
+        return self.level == "namespaces" and -signal.SIGKILL in codes and cpu_s < CPU_SHARE
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
-        sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         theirs, ours = os.pipe(), os.pipe()
         ready, started = os.pipe()
 
         def answer():
-            module = _module("solution")
-            exec(compile(self.source, "solution.py", "exec"), vars(module))
+            module = self._defined()
             program_side.Candidate(messages.Channel(ours[0], theirs[1]), vars(module)).serve()
 
         first = self._fork(answer, nothing, nothing, started, [ours[0], theirs[1]])
@@ -100,7 +158,7 @@ class Supervisor:
         nonce = os.urandom(16).hex()
 
         def question():
-            word, count = test_side.run_tests(tests, test_side.Link(messages.Channel(theirs[0], ours[1])))
+            word, count = running.run_tests(tests, test_side.Link(messages.Channel(theirs[0], ours[1])))
             # only now, and by a pipe that the candidate's process does not have
             os.write(written, f"{nonce}{word} {count}".encode())
             return 0
@@ -109,16 +167,57 @@ class Supervisor:
         for fd in (theirs[0], ours[1], written, nothing, started):
             os.close(fd)
         text, ended = self._read(verdict, deadline)
-        _end([second, first], kill=True)
+        if ended == "exit":
+            _ends_by(first, time.monotonic() + LEAVE_S)  # at the tests' end, if nobody killed it before
+        codes, cpu_s = _end([second, first], kill=True)
         begun = os.read(ready, 2)
         os.close(verdict)
         os.close(ready)
+        if ended == "exit" and self._is_killed(codes, cpu_s):
+            return "killed", b""
         if ended == "exit" and text.startswith(nonce.encode()):
             word, _, count = text[len(nonce) :].decode().partition(" ")
             return word, count.encode()
         if len(begun) < 2:
             return "broken", b""
-        return ("timeout" if ended == "timeout" else "verdict"), b"0 1"
+        return (self._late(cpu_s) if ended == "timeout" else "verdict"), b"0 1"
+
+    def inside(self, tests):
+        """Run tests in the process of the code that they question, which may answer for itself; return as `tests` does."""
+        deadline = time.monotonic() + self.wall_s
+        nothing = os.open("/dev/null", os.O_RDWR)
+        ready, started = os.pipe()
+        verdict, written = os.pipe()
+
+        def answer():
+            os.write(written, running.run_inside(tests, self._defined()).encode())
+            return 0
+
+        pid = self._fork(answer, nothing, nothing, started, [written])
+        for fd in (nothing, started, written):
+            os.close(fd)
+        text, ended = self._read(verdict, deadline)
+        codes, cpu_s = _end([pid], kill=ended != "exit")
+        begun = os.read(ready, 1)
+        os.close(verdict)
+        os.close(ready)
+        count = text.split()
+        if not begun:
+            return "broken", b""
+        if ended == "timeout":
+            return self._late(cpu_s), b"0 1"
+        if self._is_killed(codes, cpu_s):
+            return "killed", b""
+        is_count = ended == "exit" and len(count) == 2 and all(part.isdigit() and len(part) < 9 for part in count)
+        return "verdict", text if is_count else b"0 1"
+
+    def _defined(self):
+        """Return a module with what the code defines."""
+        module = _module("solution")
+        code = compile(self.source, "solution.py", "exec")
+        provide(code)
+        exec(code, vars(module))
+        return module
 
     def _read(self, fd, deadline):
         """Return what comes out of a pipe until it closes, the time is over or it is too much, and which it was."""
@@ -150,7 +249,10 @@ class Supervisor:
                 inner = os.fork()
                 if inner:
                     _close_all_but({0})
-                    os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) & 0xFF)
+                    code = os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1])
+                    if code == -signal.SIGKILL:
+                        os.kill(os.getpid(), signal.SIGKILL)  # which no exit status is taken for
+                    os._exit(code & 0xFF)
             self._confine()
             os.write(started, b"+")
             os.close(started)
@@ -197,15 +299,24 @@ def _ends_by(pid, deadline):
 
 
 def _end(pids, *, kill):
-    """Wait for the children, killed first where asked, and all that they leave; return the first one's exit code."""
-    for pid in pids if kill else []:
-        os.kill(pid, 9)
-    code = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
+    """Wait for the children, killed first where asked, and all that they leave.
+
+    Return the exit codes of those that had ended by themselves, and the seconds of processor time of all.
+    """
+    codes, cpu_s = [], 0.0
+    for pid in pids:
+        ended, status, used = os.wait4(pid, os.WNOHANG if kill else 0)
+        if ended:
+            codes.append(os.waitstatus_to_exitcode(status))
+            cpu_s += used.ru_utime + used.ru_stime
+        else:
+            os.kill(pid, signal.SIGKILL)
     while True:
         try:
-            os.waitpid(-1, 0)
+            _, _, used = os.wait4(-1, 0)
         except ChildProcessError:
-            return code
+            return codes, cpu_s
+        cpu_s += used.ru_utime + used.ru_stime
 
 
 def _module(name):
@@ -246,6 +357,8 @@ def main(settings):
             return
         if word == "run":
             write_frame(replies, *supervisor.run(content))
+        elif word == "inside":
+            write_frame(replies, *supervisor.inside(content))
         else:
             # sent only after this: what the parent reads ahead of the fork is in the candidate's memory too
             write_frame(

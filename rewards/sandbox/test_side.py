@@ -6,26 +6,36 @@ not patch the tests, read what they expect, or end them; and what it returns is 
 
 An object that equals everything equals nothing here: a Remote is never compared with plain data, and what arithmetic
 with plain data makes of it stays Remote, or an object that has been told the expected value could turn into it.
-Not supported: passing the candidate an instance of a class that the tests define, subclassing the candidate's classes,
-awaiting its coroutines, capturing what it prints. What can be recognised of it makes the tests `broken`.
+What can not be said between two processes is left to a run inside the candidate's (`running`).
 """
 
 from __future__ import annotations
 
-import _ast
 import builtins
 import importlib
 import sys
 
-from messages import ACCESSES, ARITHMETIC, COMPARISONS, CONVERSIONS, BridgeError, pack, unpack
+from messages import ACCESSES, ARITHMETIC, COMPARISONS, CONVERSIONS, BridgeError, mutable, named, pack, unpack
 
 TYPE_CHECKING = False  # typing is not worth its import here
 if TYPE_CHECKING:
     from typing import Any
 
 
+MAX_PARTS = 1000
+"""Attributes whose copies are looked at again when the tests are over."""
+
+
 class UnsupportedError(TypeError):
     """The tests ask for what can not be said between two processes."""
+
+
+class StoppedError(RuntimeError):
+    """Stands for a StopIteration that the code under test raised where no item was asked for (as PEP 479 has it)."""
+
+    @property
+    def value(self):
+        return self.args[0] if self.args else None
 
 
 class Link:
@@ -35,8 +45,11 @@ class Link:
         self.channel = channel
         self.broken = False
         self.unsupported = False
+        self.is_doubtful = False
+        self.parts = []
         self.callbacks = []
         self.exceptions = {}
+        self.theirs = {}
         self.remotes = {}
 
     def names(self):
@@ -46,8 +59,11 @@ class Link:
     def refer(self, value):
         if isinstance(value, Remote):
             return {"ref": value._ref}
-        if isinstance(value, type) and value in self.exceptions.values():
-            raise UnsupportedError("the code under test's own exceptions can not be passed to it")
+        if isinstance(value, (type, type(sys))) and value in self.theirs:
+            return {"ref": self.theirs[value]}
+        place = named(value)
+        if place:
+            return {"named": place}
         if callable(value):
             self.callbacks.append(value)
             return {"callback": len(self.callbacks) - 1}
@@ -55,11 +71,16 @@ class Link:
 
     def resolve(self, data):
         if "exception" in data:
-            return self._exception(data["exception"])
-        if "module" in data:
-            known = data["module"] in sys.stdlib_module_names
-            return importlib.import_module(data["module"]) if known else None
-        return self.remotes.setdefault(data["ref"], Remote(self, data["ref"], False))
+            number, names = data["exception"]
+            found = self._exception(names)
+        elif "module" in data:
+            number, name = data["module"]
+            known = name.partition(".")[0] in sys.stdlib_module_names
+            found = importlib.import_module(name) if known else Remote(self, number, False)
+        else:
+            return self.remotes.setdefault(data["ref"], Remote(self, data["ref"], False))
+        self.theirs[found] = number
+        return found
 
     def _exception(self, names) -> Any:
         """Return the built-in exception of that name, or a class of ours for one that the code under test defines."""
@@ -69,6 +90,17 @@ class Link:
             return builtin
         parent = self._exception(names[1:]) if len(names) > 1 else builtin
         return self.exceptions.setdefault(names[0], type(names[0], (parent,), {}))
+
+    def _raised(self, do, reply):
+        """Return what the code under test raised. Only asked for the next item may it say that there is none: anywhere
+        else that would end an iteration of the tests', which holds for what was never looked at."""
+        kind = self._exception(reply["raise"])
+        if issubclass(kind, (StopIteration, StopAsyncIteration)) and do != "next":
+            kind = StoppedError
+        error = kind(*unpack({"tuple": reply["args"]}, self.resolve))
+        if str(error) != reply["text"]:  # its class says it in its own way
+            error = kind(reply["text"])
+        return error
 
     def ask(self, do, args, kwargs):
         try:
@@ -82,11 +114,20 @@ class Link:
             self._call_back(reply)
             reply = self._receive()
         if "raise" in reply:
-            raise self._exception(reply["raise"])(reply["text"])
-        mutable = [arg for arg in args if type(arg) in (list, dict, set, bytearray)]
-        for ours, theirs in zip(mutable, reply["changed"], strict=True):
-            _become(ours, unpack(theirs, self.resolve))
-        return unpack(reply["value"], self.resolve)
+            raise self._raised(do, reply)
+        ours = mutable([*args, *kwargs.values()])
+        for value, changed in zip(ours, reply["changed"], strict=True):
+            _become(value, unpack(changed, self.resolve))
+        if "same" in reply:
+            return ours[reply["same"]]
+        value = unpack(reply["value"], self.resolve)
+        if do == "getattr" and mutable([value]) and len(self.parts) < MAX_PARTS:
+            self.parts.append((value, reply["value"]))
+        return value
+
+    def changed_parts(self):
+        """Say whether the tests changed a copy of what an object holds, which that object never learns."""
+        return any(pack(value, self.refer) != packed for value, packed in self.parts)
 
     def _receive(self) -> Any:
         try:
@@ -138,8 +179,24 @@ class Remote:
     def __instancecheck__(self, value):
         return isinstance(value, Remote) and self._link.ask("instance", [value, self], {}) is True
 
-    def __hash__(self):
-        return hash(self._ref)
+    def __contains__(self, value):
+        try:
+            items = iter(self)  # type: ignore[call-overload]
+        except TypeError:
+            self._link.is_doubtful = True  # it may be told what it is asked for: see `running`
+            raise
+        return any(item is value or item == value for item in items)
+
+    def __reduce_ex__(self, protocol):
+        self._link.is_doubtful = True
+        raise TypeError("an object of the code under test is copied only there")
+
+    def __enter__(self):
+        return self._link.ask("enter", [self], {})
+
+    def __exit__(self, kind, error, trace):
+        answer = self._link.ask("exit", [self, kind], {})
+        return answer is True and not issubclass(kind, AssertionError)
 
 
 def _conversion(name):
@@ -185,81 +242,3 @@ for _name in CONVERSIONS:
     setattr(Remote, f"__{_name}__", _conversion(_name))
 for _name in ACCESSES:
     setattr(Remote, f"__{_name}__", _access(_name))
-
-
-def run_tests(source, link):
-    """Run the tests' source against the names that `link` offers; return a word and "passed total".
-
-    Each top-level `assert`, expression, and loop, branch or `try` with one in it counts as one, so does each function
-    `test*` and each unittest method. `broken` where the source is no Python or tests nothing. Any other statement that
-    raises counts as a check that fails, and so does all that follows: it stands on it.
-    """
-    try:
-        tree = compile(source, "tests.py", "exec", _ast.PyCF_ONLY_AST)
-    except (SyntaxError, ValueError):
-        return "broken", "0 0"
-    solution = type(sys)("solution")
-    vars(solution).update(link.names())
-    visible = _visible(vars(solution), _names_of(compile(source, "tests.py", "exec")))
-    vars(solution)["__all__"] = list(visible)
-    sys.modules["solution"] = solution
-    namespace = dict(visible)
-    namespace["__name__"] = "tests"
-    passed, total, whole = _statements(tree, namespace)
-    functions = [v for k, v in namespace.items() if k.startswith("test") and type(v) is type(run_tests)]
-    cases = [v for v in namespace.values() if isinstance(v, type) and hasattr(v, "countTestCases")]
-    for case in cases:
-        functions += [test.debug for test in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(case)]
-    total += len(functions)
-    passed += sum(_holds(function) for function in functions) if whole else 0
-    total += bool(total) and not whole
-    if link.unsupported or not total:
-        return "broken", "0 0"
-    return "verdict", f"{0 if link.broken else passed} {total}"
-
-
-def _visible(defined, used):
-    """Return what the tests see of what the code defines: not what would shadow the tests' own Python, as `all`.
-
-    Where they use no other name of it, such a name is the very thing that they test.
-    """
-    public = {name: value for name, value in defined.items() if not name.startswith("__")}
-    own = {
-        name: value
-        for name, value in public.items()
-        if not hasattr(builtins, name) and (name not in sys.stdlib_module_names or isinstance(value, type(sys)))
-    }
-    return own if used & (set(own) | {"solution"}) else public
-
-
-def _names_of(code):
-    inner = [_names_of(part) for part in code.co_consts if isinstance(part, type(code))]
-    return set(code.co_names).union(*inner)
-
-
-def _statements(tree, namespace):
-    """Return how many of the top-level checks hold, how many there are, and whether the source ran to its end."""
-    passed, whole = 0, True
-    for statement in tree.body:
-        code = compile(_ast.Module(body=[statement], type_ignores=[]), "tests.py", "exec")
-        holds = whole and _holds(lambda code=code: exec(code, namespace))
-        passed += holds and _is_check(statement)
-        whole = whole and (holds or _is_check(statement))
-    return passed, sum(map(_is_check, tree.body)), whole
-
-
-def _is_check(statement):
-    if isinstance(statement, _ast.Expr):
-        return not isinstance(statement.value, _ast.Constant)
-    parts = [statement, *getattr(statement, "handlers", [])]
-    inside = [s for part in parts for name in ("body", "orelse", "finalbody") for s in getattr(part, name, [])]
-    is_block = isinstance(statement, (_ast.For, _ast.While, _ast.If, _ast.With, _ast.Try))
-    return isinstance(statement, _ast.Assert) or (is_block and any(map(_is_check, inside)))
-
-
-def _holds(check):
-    try:
-        check()
-    except Exception:  # a test may fail in any way the code under test makes it fail
-        return False
-    return True

@@ -45,6 +45,11 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
 
+    @property
+    def is_the_policys(self) -> bool:
+        """Whether tokens come from the policy's own distribution at this temperature, nothing cut off or pushed."""
+        return self.top_p >= 1 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:

@@ -1,17 +1,26 @@
-"""What held-out evaluation keeps of one completion: score, what it comes to, how sure the policy was, and its form."""
+"""What held-out evaluation keeps of one completion: score, what it comes to, how sure the policy was, and its form.
+
+And how much the samples of one item differ: what a policy can still say, beside how well it says it. That needs two samples
+an item at least, and enters no score, no decision and no update.
+"""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+from polyphony.curricula.records import mean
+from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.answers import final_answer
-from polyphony.rewards.partitions import answer_signature
+from polyphony.rewards.diversity import Diversity, distinct_n, self_bleu, unique_correct, vendi
+from polyphony.rewards.partitions import Same, answer_signature, connected
 from polyphony.rewards.style import is_valid, style
+from polyphony.trainer.diversity_reward import compared
+from polyphony.trainer.metrics import key
 from polyphony.trainer.scoring import Sample
 
 
@@ -21,11 +30,12 @@ class Answer:
 
     score: float | None
     """None where the grader failed."""
-    vote: str
-    """A digest of what it comes to: completions that give the same answer have the same vote."""
+    vote: str | None
+    """A digest of what its reward reads in it: completions with the same answer have the same vote; None where the reward
+    reads none."""
     confidence: float
-    """Probability, at the run's temperature, that the policy gave to the tokens of the answer it gave, given what
-    stands before them; NaN where the engine tells no log-probabilities, and in open-ended domains."""
+    """Probability, as it was sampled from, that the policy gave to the tokens of the answer it gave, given what stands
+    before them; NaN where the engine tells no log-probabilities, and in open-ended domains."""
     is_valid: bool
     style: str
 
@@ -36,11 +46,21 @@ def read_answer(
     """Read one completion; `decode` turns token ids into text as the sample's text was made."""
     return Answer(
         score=score,
-        vote=hashlib.sha256(repr(answer_signature(sample.text)).encode()).hexdigest()[:12],
+        vote=vote(sample, reward),
         confidence=answer_probability(sample, decode) if has_one_answer else math.nan,
         is_valid=is_valid(sample.text, reward, truncated=sample.truncated),
         style=style(sample.text),
     )
+
+
+def vote(sample: Sample, reward: Any) -> str | None:
+    """Return a digest of the answer that a reward reads in a completion (`reads`, see `polyphony.rewards.registry`)."""
+    reads = getattr(reward, "reads", None)
+    if reads is None:
+        read = answer_signature(sample.text)
+    else:
+        read = reads(sample.text, sample.prompt.prompt, **sample.prompt.columns)
+    return None if read is None else hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
 
 def answer_probability(sample: Sample, decode: Callable[[Sequence[int]], str]) -> float:
@@ -68,3 +88,62 @@ def token_span(ids: Sequence[int], start: int, end: int, decode: Callable[[Seque
     first = bisect.bisect_right(counts, start, key=written) - 1
     last = bisect.bisect_left(counts, end, key=written)
     return first, min(max(last, first + 1), len(ids))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variety:
+    """Of the k samples of one item; NaN where it could not be told. The fields are metrics of `heldout/<d>`."""
+
+    distinct_2: float
+    """Different over all pairs of neighbouring words."""
+    self_bleu: float
+    """Mean BLEU of each sample against the others, 1 where all are alike."""
+    vendi: float
+    """Effective number of different samples by the words they share, from 1 to k."""
+    unique_correct: float
+    """Answers that say something else, among those with the full score."""
+    classes: float
+    """Answers that say something else, by the domain's partitioner; NaN in a domain without a diversity reward."""
+
+
+def varieties(
+    samples: Sequence[Sample], scores: Sequence[float | None], *, k: int, by_domain: Mapping[str, Diversity]
+) -> list[Variety]:
+    """Return the variety of each item; its k samples stand together. Empty where k is 1.
+
+    Answers are told apart by the domain's own partitioner where it has one, else by what they come to
+    (`answer_signature`).
+    """
+    if k < 2:
+        return []
+    items = [(samples[i : i + k], scores[i : i + k]) for i in range(0, len(samples), k)]
+    told: dict[int, Same | None] = {}
+    for name, diversity in by_domain.items():
+        places = [i for i, (item, _) in enumerate(items) if item[0].prompt.domain == name]
+        texts = [[s.text for s in items[i][0]] for i in places]
+        prompts = [items[i][0][0].prompt.prompt for i in places]
+        told.update(zip(places, compared(name, diversity, texts, prompts), strict=True))
+    return [_variety([s.text for s in item], item_scores, told, i) for i, (item, item_scores) in enumerate(items)]
+
+
+def variety_metrics(variety: Mapping[str, Sequence[Variety]], items: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return the means over the `report` half; `items` names each domain's ids in order. NaN where nothing was told."""
+    metrics = {}
+    for name, of_items in variety.items():
+        published = [v for v, side in zip(of_items, halves(items[name]), strict=True) if side == "report"]
+        for metric in (f.name for f in fields(Variety)):
+            known = [value for v in published if not math.isnan(value := getattr(v, metric))]
+            metrics[key("heldout", metric, name)] = mean(known)
+    return metrics
+
+
+def _variety(texts: list[str], scores: Sequence[float | None], told: Mapping[int, Same | None], i: int) -> Variety:
+    right, classes = math.nan, math.nan
+    if i not in told:
+        right = unique_correct(texts, scores)
+    elif (same := told[i]) is not None:
+        places = [j for j, score in enumerate(scores) if score is not None and score >= 1.0]
+        right = len(set(connected([[same[a][b] for b in places] for a in places])))
+        classes = len(set(connected(same)))
+    words = {"distinct_2": distinct_n(texts, 2), "self_bleu": self_bleu(texts), "vendi": vendi(texts)}
+    return Variety(unique_correct=right, classes=classes, **words)

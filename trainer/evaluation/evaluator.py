@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.data import Prompt, PromptTable
 from polyphony.trainer.engine.engine import Completion, Request, completion_seed
-from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.answers import Answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
-from polyphony.trainer.evaluation.variety import varieties
 from polyphony.trainer.scoring import Sample
 from polyphony.trainer.settings import EvaluationSettings
 

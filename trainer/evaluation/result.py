@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from polyphony.curricula.records import mean
-from polyphony.trainer.evaluation.answers import Answer
+from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
-from polyphony.trainer.evaluation.variety import Variety
 from polyphony.trainer.scoring import Sample
 
 

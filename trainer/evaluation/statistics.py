@@ -1,7 +1,8 @@
-"""What held-out answers say of a domain, each number with an interval: bootstrap over prompts, paired across models.
+"""What held-out answers say of a domain, each number with an interval over prompts, paired across models.
 
-A prompt's samples stay together in every resample, and the same resamples serve every statistic and every model, so a
-difference between two models on the same items is paired. N items, k samples an item, R resamples.
+A prompt's samples stay together: its mean, or its sum, is one observation. Means and ratios have the intervals of
+`curricula/intervals.py`; calibration, which has no formula, the percentiles of a bootstrap. N items, k samples an item, R
+resamples.
 
 Of several samples of one prompt: pass@k without bias, and what the majority says. Of calibration, whether the policy knows
 what it knows: confidences [N] in [0, 1] against what was correct [N], 0 or 1.
@@ -15,9 +16,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.special import ndtr
 from scipy.stats import rankdata
 
-from polyphony.curricula.intervals import UNDEFINED, Interval
+from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, changed_ratio, ratio, student
 from polyphony.trainer.evaluation.answers import Answer
 
 
@@ -38,9 +40,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority_score(votes: Sequence[Hashable], scores: Sequence[float | None]) -> float:
     """Return the score of the commonest answer: the mean over its graded samples, and over answers that tie for it.
 
-    NaN where no sample of a commonest answer was graded.
+    None is no vote; where nobody votes, the mean over all graded samples stands. NaN where no sample of a commonest
+    answer was graded.
     """
-    counts = Counter(votes)
+    counts = Counter(vote for vote in votes if vote is not None) or Counter(votes)
     most = max(counts.values())
     means = []
     for vote in (vote for vote, count in counts.items() if count == most):
@@ -51,27 +54,27 @@ def majority_score(votes: Sequence[Hashable], scores: Sequence[float | None]) ->
 
 
 def consistency(votes: Sequence[Hashable]) -> float:
-    """Return the share of the samples that give the commonest answer: confidence by self-consistency."""
-    return max(Counter(votes).values()) / len(votes)
+    """Return the share of all samples that give the commonest answer: confidence by self-consistency. None is no vote."""
+    return max(Counter(vote for vote in votes if vote is not None).values(), default=0) / len(votes)
 
 
 BINS = 10
-"""Of equal mass, so that no bin is empty; ten as in Guo et al. (arXiv:1706.04599), whose bins have equal width."""
+"""Of equal mass, so that none is nearly empty; ten as in Guo et al. (arXiv:1706.04599), whose bins have equal width."""
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int = BINS) -> float:
     """Return the mean of |accuracy - mean confidence| over bins of equal mass, weighted by size; NaN for no answers.
 
+    An answer's bin follows from its rank among the confidences, and equal ones share their middle rank: ties are never
+    split, and no order of the answers matters. Where many tie, bins are fewer and of unequal mass.
+
     Biased upwards in small samples: N perfectly calibrated answers give about sqrt(bins / N) / 2.
     """
     if not len(confidence):
         return math.nan
-    order = np.argsort(confidence, kind="stable")
-    gaps = [
-        abs(float(correct[part].sum() - confidence[part].sum()))
-        for part in np.array_split(order, min(bins, len(order)))
-    ]
-    return sum(gaps) / len(confidence)
+    n = len(confidence)
+    places = ((rankdata(confidence) - 0.5) * min(bins, n) / n).astype(int)
+    return float(np.abs(np.bincount(places, weights=correct - confidence)).sum()) / n
 
 
 def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -96,8 +99,14 @@ RESAMPLES = 1000
 """Bootstrap resamples: the ends of a 95 % interval then move by a twentieth of its width between seeds."""
 
 
-Statistic = Callable[[np.ndarray], float]
-"""A number of the items at these places [N], which may repeat."""
+Statistic = Callable[[np.ndarray, np.ndarray], float]
+"""A number of the items at these places [N], which may repeat; where the second array [N] is true, right is wrong."""
+
+
+PSEUDO = 4
+"""Items' worth of doubt that a bootstrap adds, half of it against what was seen: without it, answers that are all right
+leave no doubt at all. Agresti and Coull's four (The American Statistician 52, 1998), two for a difference, of which each
+side gets half."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,10 +124,14 @@ class Answers:
     """[N] (nats, tokens)."""
     kl: Sequence[tuple[float, float]] | None = None
     """[N] (nats, tokens) of log-probability ratios to the base model."""
-    statistics: dict[str, Statistic] = field(init=False, repr=False)
+    means: dict[str, np.ndarray] = field(init=False, repr=False)
+    """Of each statistic that is a mean, its items' values [N] in [0, 1]; NaN where one is undefined."""
+    ratios: dict[str, np.ndarray] = field(init=False, repr=False)
+    """Of each that is a sum over a sum, its items' parts [N, 2]."""
+    calibration: dict[str, Statistic] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.statistics = self._means() | self._ratios() | self._calibration()
+        self.means, self.ratios, self.calibration = self._means(), self._ratios(), self._calibration()
 
     def take(self, places: Sequence[int]) -> Answers:
         """Return the answers of some items."""
@@ -135,13 +148,19 @@ class Answers:
 
     def values(self) -> dict[str, float]:
         """Return every statistic of all items; NaN where it is undefined."""
-        every = np.arange(len(self.sampled))
-        return {name: statistic(every) for name, statistic in self.statistics.items()}
+        n = len(self.sampled)
+        found = {name: _mean(column) for name, column in self.means.items()}
+        found |= {name: _ratio(pairs) for name, pairs in self.ratios.items()}
+        return found | {name: of(np.arange(n), np.zeros(n, dtype=bool)) for name, of in self.calibration.items()}
 
     def intervals(self, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Interval]:
         """Return every defined statistic with its 95 % interval."""
-        drawn = _resampled(self, seed, resamples)
-        return {name: _bounded(value, drawn[name]) for name, value in self.values().items() if not math.isnan(value)}
+        values = self.values()
+        (drawn,) = _resampled(self, seed=seed, resamples=resamples)
+        found = {name: bounded_mean(column[~np.isnan(column)].tolist()) for name, column in self.means.items()}
+        found |= {name: ratio(*pairs[pairs[:, 1] > 0].T.tolist()) for name, pairs in self.ratios.items()}
+        found |= {name: _bounded(values[name], rows, len(self.sampled)) for name, rows in drawn.items()}
+        return {name: found[name]._replace(mid=value) for name, value in values.items() if not math.isnan(value)}
 
     def styles(self) -> dict[str, float]:
         """Return the share of each output style, the commonest first."""
@@ -149,7 +168,7 @@ class Answers:
         total = sum(counts.values())
         return {name: count / total for name, count in counts.most_common()}
 
-    def _means(self) -> dict[str, Statistic]:
+    def _means(self) -> dict[str, np.ndarray]:
         """Statistics that are means over items."""
         k = min(len(row) for row in self.sampled)
         common = next(iter(self.styles()))
@@ -168,17 +187,17 @@ class Answers:
             del columns["majority"]
         if self.greedy is not None:
             columns["greedy"] = [math.nan if a.score is None else a.score for a in self.greedy]
-        return {name: _mean_of(np.array(values, dtype=float)) for name, values in columns.items()}
+        return {name: np.array(values, dtype=float) for name, values in columns.items()}
 
-    def _ratios(self) -> dict[str, Statistic]:
+    def _ratios(self) -> dict[str, np.ndarray]:
         """Statistics that are sums over sums."""
         pairs = {"entropy": self.entropy, "kl": self.kl}
-        return {name: _ratio_of(np.array(rows, dtype=float)) for name, rows in pairs.items() if rows is not None}
+        return {name: np.array(rows, dtype=float) for name, rows in pairs.items() if rows is not None}
 
     def _calibration(self) -> dict[str, Statistic]:
         """Statistics of confidence against outcome; none where no answer has a confidence."""
         confidence = np.array([[a.confidence for a in row] for row in self.sampled], dtype=float)
-        right = np.array([[np.nan if a.score is None else a.score >= 1.0 for a in row] for row in self.sampled])
+        right = np.array([_passes(row) for row in self.sampled], dtype=float)
         found: dict[str, Statistic] = {}
         if not np.isnan(confidence).all():
             found |= _calibrated("", confidence, right)
@@ -192,56 +211,68 @@ class Answers:
 def compare(first: Answers, second: Answers, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Interval]:
     """Return, for each statistic that both define, second minus first with its paired 95 % interval.
 
-    Raises ValueError where the two are not about the same number of items.
+    A mean's difference is over the items for which both have it. Raises ValueError where the two are not about the same
+    number of items.
     """
     if len(first.sampled) != len(second.sampled):
         raise ValueError(f"only the same items can be compared, got {len(first.sampled)} and {len(second.sampled)}")
-    before, after = _resampled(first, seed, resamples), _resampled(second, seed, resamples)
     ours, theirs = first.values(), second.values()
-    shared = [name for name in ours if not math.isnan(ours[name]) and not math.isnan(theirs.get(name, math.nan))]
-    return {name: _bounded(theirs[name] - ours[name], after[name] - before[name]) for name in shared}
+    before, after = _resampled(first, second, seed=seed, resamples=resamples)
+    found: dict[str, Interval] = {}
+    for name in ours:
+        if math.isnan(ours[name]) or math.isnan(theirs.get(name, math.nan)):
+            continue
+        if name in first.means:
+            both = ~np.isnan(first.means[name]) & ~np.isnan(second.means[name])
+            found[name] = changed(second.means[name][both].tolist(), first.means[name][both].tolist())
+        elif name in first.ratios:
+            found[name] = changed_ratio(second.ratios[name].tolist(), first.ratios[name].tolist())
+        else:
+            found[name] = _bounded(theirs[name] - ours[name], after[name] - before[name], len(first.sampled))
+    return found
 
 
-def _resampled(answers: Answers, seed: int, resamples: int) -> dict[str, np.ndarray]:
-    """Return each statistic over the resamples, [R]; the places depend on seed and number of items alone."""
-    n = len(answers.sampled)
-    places = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    return {name: np.array([statistic(row) for row in places]) for name, statistic in answers.statistics.items()}
+def _resampled(*sides: Answers, seed: int, resamples: int) -> list[dict[str, np.ndarray]]:
+    """Return each side's calibration over the same resamples, [R]; these depend on seed and number of items alone."""
+    n, rng = len(sides[0].sampled), np.random.default_rng(seed)
+    places = rng.integers(n, size=(resamples, n))
+    doubt = PSEUDO / len(sides)
+    found = []
+    for side in sides:
+        turned = rng.random((resamples, n)) < 0.5 * PSEUDO / len(sides) / (n + doubt)
+        rows = list(zip(places, turned, strict=True))
+        found.append({name: np.array([of(p, t) for p, t in rows]) for name, of in side.calibration.items()})
+    return found
 
 
-def _bounded(value: float, drawn: np.ndarray) -> Interval:
+def _bounded(value: float, drawn: np.ndarray, n: int) -> Interval:
+    """Return a value of n items between the percentiles of its resamples, as far out as Student's t lies beyond the
+    normal: plain ones are too narrow for few items (Hesterberg, The American Statistician 69, 2015)."""
     defined = drawn[~np.isnan(drawn)]
     if not len(defined):
         return UNDEFINED
-    low, high = np.quantile(defined, [0.025, 0.975])
+    freedom = max(n - 1, 1)
+    tail = float(ndtr(-math.sqrt((freedom + 1) / freedom) * student(0.95, freedom)))
+    low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(min(float(low), value), value, max(float(high), value))
 
 
-def _mean_of(column: np.ndarray) -> Statistic:
+def _mean(column: np.ndarray) -> float:
     known = ~np.isnan(column)
-    filled = np.where(known, column, 0.0)
-
-    def statistic(places: np.ndarray) -> float:
-        count = known[places].sum()
-        return float(filled[places].sum() / count) if count else math.nan
-
-    return statistic
+    return float(np.where(known, column, 0.0).sum() / known.sum()) if known.any() else math.nan
 
 
-def _ratio_of(pairs: np.ndarray) -> Statistic:
-    def statistic(places: np.ndarray) -> float:
-        total, count = pairs[places].sum(axis=0)
-        return float(total / count) if count else math.nan
-
-    return statistic
+def _ratio(pairs: np.ndarray) -> float:
+    total, count = pairs.sum(axis=0)
+    return float(total / count) if count else math.nan
 
 
 def _calibrated(prefix: str, confidence: np.ndarray, right: np.ndarray) -> dict[str, Statistic]:
     """Return the four calibration statistics of answers [N, k] that have both a confidence and a grade."""
 
     def over(measure: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
-        def statistic(places: np.ndarray) -> float:
-            sure, correct = confidence[places].ravel(), right[places].ravel()
+        def statistic(places: np.ndarray, turned: np.ndarray) -> float:
+            sure, correct = confidence[places].ravel(), np.abs(right[places] - turned[:, None]).ravel()
             known = ~(np.isnan(sure) | np.isnan(correct))
             return measure(sure[known], correct[known])
 
@@ -264,5 +295,5 @@ def _passes(row: Sequence[Answer]) -> list[float | None]:
 
 
 def as_lists(intervals: Mapping[str, Interval]) -> dict[str, list[float]]:
-    """Return the intervals as plain lists [low, value, high], for JSON."""
-    return {name: [*interval] for name, interval in intervals.items() if math.isfinite(interval.mid)}
+    """Return the intervals as plain lists [low, value, high], for JSON; an unbounded one, of a single item, is left out."""
+    return {name: [*interval] for name, interval in intervals.items() if all(map(math.isfinite, interval))}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from polyphony.rewards.registry import Reward, version_of
 from polyphony.trainer.data import PromptTable
 
 PACKAGES = (
@@ -29,15 +30,16 @@ PACKAGES = (
 )
 
 
-def provenance(*, model: str, tables: Mapping[str, PromptTable]) -> dict[str, Any]:
-    """Return what is needed to say later what a run was; `tables` by the name of their place in the recipe."""
+def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mapping[str, Reward]) -> dict[str, Any]:
+    """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain."""
     return {
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
         "model": {"name": model, "sha256": _weights_hash(Path(model))},
-        "data": {place: {"rows": len(t), "sha256": _digest("\n".join(t.ids).encode())} for place, t in tables.items()},
+        "graders": {name: version_of(reward) for name, reward in rewards.items()},
+        "data": {place: _data(table) for place, table in tables.items()},
     }
 
 
@@ -70,6 +72,12 @@ def _weights_hash(folder: Path) -> str | None:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _data(table: PromptTable) -> dict[str, Any]:
+    """Rows, their hash, and the ids of those that were left out because their reward could not read them."""
+    found: dict[str, Any] = {"rows": len(table), "sha256": _digest("\n".join(table.ids).encode())}
+    return found | ({"left_out": table.left_out} if table.left_out else {})
 
 
 def _digest(content: bytes) -> str:

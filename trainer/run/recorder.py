@@ -13,10 +13,10 @@ from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef, me
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import halves, on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.trainer.evaluation.answers import variety_metrics
 from polyphony.trainer.evaluation.base_kl import mean_kl
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.evaluation.statistics import Answers, as_lists
-from polyphony.trainer.evaluation.variety import variety_metrics
 from polyphony.trainer.metrics import defined, key
 from polyphony.trainer.run.folder import RunFolder
 
