@@ -124,7 +124,8 @@ class Workers:
             start_new_session=True,
         )
         try:
-            _read_line(worker, START_S)
+            # a process counts what the one that started it held as its own peak, so a peak says nothing by itself
+            worker.peak_at_start = _read_line(worker, START_S)["value"]  # type: ignore[attr-defined]
         except JobError as error:
             _end(worker)
             raise RuntimeError(f"a worker for {self._arguments[0]} could not start: {error}") from None
@@ -166,8 +167,9 @@ def _ended(worker: subprocess.Popen[bytes]) -> JobError:
     if -worker.returncode not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return JobError("the worker ended: it met its limit of time or memory")
     held = 1024 * usage.ru_maxrss
+    has_grown = usage.ru_maxrss > getattr(worker, "peak_at_start", 0)
     why = f"the worker was killed; it held {held >> 20} MiB"
-    return _NotItsFaultError(JobError(why) if held > _LARGE_BYTES else KilledError(why))
+    return _NotItsFaultError(JobError(why) if has_grown and held > _LARGE_BYTES else KilledError(why))
 
 
 def _settled(answer: Any) -> Any:

@@ -61,3 +61,11 @@ def test_one_that_is_killed_once_is_tried_again():
     thread.join()
     workers.close()
     assert found == [None]
+
+
+def test_what_the_owner_holds_is_not_taken_for_a_workers_memory():
+    # a new process has the peak of the one that started it
+    held = bytearray(5 << 28)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    (found,) = ask("signal:raise_signal", signal.SIGKILL)
+    assert isinstance(found, KilledError)

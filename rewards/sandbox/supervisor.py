@@ -69,6 +69,9 @@ BUILD_S = 20.0
 """Longest time that building the jail may take before the host counts as refusing it. A host that refuses says so at once;
 one with many busy processes was seen to take more than three seconds."""
 
+INNOCENT_CPU_S = 0.3
+"""Less than this of processor time, and a killed program did not do it by its own limit. The kernel counts a second of that
+by ticks, which on a busy host are more than the time that the program had."""
 CPU_SHARE = 0.9
 """A run that had this share of its processor time had its chance. Below this many seconds no limit of its own ends it."""
 LEAVE_S = 0.05
@@ -137,7 +140,7 @@ class Supervisor:
     def _is_killed(self, codes, cpu_s):
         """Say whether a process was killed from outside. As the first of its namespace it can not send itself that
         signal; what it can is lower its limit of processor time, to a second at least."""
-        return self.level == "namespaces" and -signal.SIGKILL in codes and cpu_s < CPU_SHARE
+        return self.level == "namespaces" and -signal.SIGKILL in codes and cpu_s < INNOCENT_CPU_S
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
