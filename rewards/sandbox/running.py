@@ -232,7 +232,7 @@ def _import_first(statement):
             importlib.import_module(name or "")
         except ModuleNotFoundError:
             raise UnreadableTestsError(f"the tests import {name}, which is not installed") from None
-        except Exception:
+        except Exception:  # a module that fails while it is imported is no missing one
             return  # the tests' own statement meets it again
 
 
