@@ -15,7 +15,7 @@ from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.passes import PassSampler
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import Columns
-from polyphony.curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, PromptRef, mean
+from polyphony.curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, Prompt, mean
 from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Curriculum:
         # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
         scheduler.decide(self.evidence(), self._state)
 
-    def draw(self, n: int) -> list[PromptRef]:
+    def draw(self, n: int) -> list[Prompt]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
         self.basis = self.evidence()
         self.decision = self.scheduler.decide(self.basis, self._state)
@@ -103,17 +103,17 @@ class Curriculum:
         self._state, self._notes, self._alarms = self.decision.state, [], []
         self._stages = sorted({*self._stages, self.decision.stage or ""})
         self.draws += 1
-        refs: list[PromptRef] = []
+        refs: list[Prompt] = []
         for name, count in zip(self.names, counts, strict=True):
             self.drawn[name] += count
-            refs.extend(PromptRef(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count))
+            refs.extend(Prompt(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count))
         self._check_exhausted()
         return refs
 
-    def refill(self, counts: Mapping[str, int]) -> list[PromptRef]:
+    def refill(self, counts: Mapping[str, int]) -> list[Prompt]:
         """Return up to that many further prompts of each domain for the same draw, in the recipe's order of domains."""
         return [
-            PromptRef(domain=name, id=prompt_id)
+            Prompt(domain=name, id=prompt_id)
             for name, pool in self.pools.items()
             for prompt_id in pool.refill(counts.get(name, 0))
         ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, PromptRef
+from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt
 from polyphony.curricula.schedulers import Scheduler
 
 
@@ -28,7 +28,7 @@ class Replayed:
     """The other scheduler's."""
 
 
-def decision_line(evidence: Evidence, decision: Decision, refs: Sequence[PromptRef]) -> dict[str, Any]:
+def decision_line(evidence: Evidence, decision: Decision, refs: Sequence[Prompt]) -> dict[str, Any]:
     """Return one draw's line of `decisions.jsonl`; `refs` are the prompts that were drawn. JSON-able, NaN as null."""
     counts = Counter(ref.domain for ref in refs)
     return {

@@ -1,4 +1,5 @@
-"""The nouns that the house is built from: domains, prompts, groups, evaluations, evidence and decisions.
+"""The nouns that the house is built from: a prompt, its completions, their group, the rollout that a draw is; evaluations,
+evidence and decisions.
 
 Frozen records only. K domains, G completions a group. Undefined is NaN, never 0; a grader's failure is None.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Any, Literal
 
 Kind = Literal["structured", "open_ended"]
@@ -55,11 +57,55 @@ class Domain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptRef:
-    """Names one training prompt: its domain and its id (a content hash, stable across machines)."""
+class Prompt:
+    """What is asked: one row of a domain. Its name is `domain` and `id`; the rest is filled in where it is drawn.
+
+    Two prompts of one name are equal.
+
+    Example: `Prompt(domain="math", id="9f..", prompt="2 + 2 =", columns={"answer": "4"})`
+    """
 
     domain: str
     id: str
+    """A content hash, or the row's own `id`: stable across machines."""
+    prompt: str | list[dict[str, Any]] = field(default="", compare=False)
+    """Messages where the tokenizer has a chat template, else plain text."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Every other column of the row (`answer` among them): what the reward gets to see."""
+    ids: Sequence[int] = field(default=(), compare=False)
+    """Token ids, through the chat template with the domain's arguments."""
+
+
+UNNAMED = Prompt(domain="", id="")
+"""Of a completion that has just come out of an engine, which knows token ids only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What came back to one prompt; filled in as it walks, by `replace`, and never sent to another rank.
+
+    The engine gives token ids, log-probabilities and the version of the weights; the policy the prompt, the text and
+    whether it was cut off; the reward a number. What the ranks tell each other of it is a place in a `Group`. A completion
+    of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote.
+    """
+
+    ids: Sequence[int]
+    """Token ids, the end-of-sequence token included."""
+    logps: Sequence[float] | None = None
+    """Of each token under the sampling distribution; None where the engine does not tell."""
+    version: int | None = None
+    """Number of the weight sync whose weights sampled it; None where the engine does not count."""
+    prompt: Prompt = UNNAMED
+    text: str = ""
+    truncated: bool = False
+    """Whether it ran into the length limit."""
+    reward: float | None = None
+    """None until it was graded, and where the grader failed."""
+
+    @property
+    def surprisal(self) -> float | None:
+        """Sum over its tokens of minus the log-probability under the sampling distribution, nats; None if not told."""
+        return None if self.logps is None else -sum(self.logps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +122,7 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The G graded completions of one prompt in one draw.
+    """The G graded completions of one prompt in one draw: what ranks tell each other, and what the curriculum learns from.
 
     Example: `Group(prompt_id="9f..", domain="math", draw=3, rewards=(1.0, 0.0, None, 0.0), lengths=(5, 9, 12, 7),
     truncated=(False,) * 4)`
@@ -91,10 +137,57 @@ class Group:
     """[G], tokens."""
     truncated: tuple[bool, ...]
     """[G]; True where the completion ran into the length limit."""
+    surprisals: tuple[float | None, ...] = ()
+    """[G]; `Completion.surprisal`."""
+    signs: tuple[tuple[str, ...], ...] = ()
+    """[G]; of shortcuts and loops, see `polyphony.trainer.shortcuts`."""
+    texts: tuple[str, ...] = ()
+    """[G] where texts of a group are compared with each other, else empty."""
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
     look: int | None = None
     """How many were sampled whatever they were, the others only because these differed; None: all were."""
+
+    @classmethod
+    def of(
+        cls,
+        completions: Sequence[Completion],
+        *,
+        draw: int,
+        signs: Sequence[tuple[str, ...]] = (),
+        with_texts: bool = False,
+    ) -> Group:
+        """Return completions of one prompt as a group, or as a rank's part of one; `signs` [G] that they show.
+
+        Raises ValueError where they are of more than one prompt.
+        """
+        prompts = {c.prompt for c in completions}
+        if len(prompts) != 1:
+            raise ValueError(f"a group is of one prompt, got {sorted(p.id for p in prompts)}")
+        (prompt,) = prompts
+        return cls(
+            prompt_id=prompt.id,
+            domain=prompt.domain,
+            draw=draw,
+            rewards=tuple(c.reward for c in completions),
+            lengths=tuple(len(c.ids) for c in completions),
+            truncated=tuple(c.truncated for c in completions),
+            surprisals=tuple(c.surprisal for c in completions),
+            signs=tuple(signs),
+            texts=tuple(c.text for c in completions) if with_texts else (),
+        )
+
+    def joined(self, other: Group) -> Group:
+        """Return this with the other's completions behind its own. Raises ValueError where its prompt is another."""
+        if (self.domain, self.prompt_id) != (other.domain, other.prompt_id):
+            raise ValueError(f"a group is of one prompt, got {[self.prompt_id, other.prompt_id]}")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in COLUMNS})
+
+    def filled(self, size: int) -> Group:
+        """Return the group as its rows of the update are: its completions repeated until there are `size`."""
+        if len(self.rewards) == size:
+            return self
+        return replace(self, **{name: tuple(islice(cycle(getattr(self, name)), size)) for name in COLUMNS})
 
     @property
     def learned(self) -> tuple[float | None, ...]:
@@ -153,6 +246,53 @@ class Group:
         centre = mean(learned)
         distances = [abs(r - centre) for r in learned]
         return mean(distances) / math.sqrt(mean([d * d for d in distances]))
+
+
+COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts")
+"""The fields of a group that have an entry a completion."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One draw, generated and scored: this rank's rows, and the groups of all ranks, by their place in the draw."""
+
+    rows: Mapping[int, Completion]
+    """This rank's, whole groups as TRL wants them, by the row's place in the draw."""
+    groups: Mapping[int, Group]
+    """With what was sampled of each, which is less where a group was left after its look."""
+    size: int
+    """Rows a group."""
+    seconds: float
+    """Spent generating."""
+    discarded: tuple[Group, ...] = ()
+    """Groups that taught nothing and were replaced, or came in vain as replacements."""
+    rounds: int = 0
+    """Refill rounds made."""
+
+    @property
+    def groups_of_rows(self) -> list[Group]:
+        """Of all ranks, in rank order, each with a member a row."""
+        return [group.filled(self.size) for group in self.groups.values()]
+
+    @property
+    def sampled(self) -> list[Group]:
+        """All groups, those that were replaced too."""
+        return [*self.groups.values(), *self.discarded]
+
+    def refilled(self, fresh: Rollout, better: Sequence[int]) -> Rollout:
+        """Return the draw after a round of refill: the fresh groups at the places `better` in the stead of its own."""
+        rows = {i: row for i, row in fresh.rows.items() if i // self.size in better}
+        groups = {k: fresh.groups[k] for k in better}
+        replaced = [self.groups[k] for k in better]
+        in_vain = [group for k, group in fresh.groups.items() if k not in groups]
+        return Rollout(
+            rows=dict(sorted((dict(self.rows) | rows).items())),
+            groups=dict(sorted((dict(self.groups) | groups).items())),
+            size=self.size,
+            seconds=self.seconds + fresh.seconds,
+            discarded=(*self.discarded, *replaced, *in_vain),
+            rounds=self.rounds + 1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 Pure functions of a completion's text and length. The paper behind the signs (arXiv:2605.28388) names the behaviours;
 the thresholds are ours: an answer said three times or more, repeated 8-grams, a response far shorter than correct ones
 are, an answer with nothing before it. Lengths in tokens where a tokenizer counted them, in words here. A text that
-loops shows two signs of `trainer.shortcuts`: its repeated 8-grams count by themselves and as `answer_repetition`.
+loops shows two signs: its repeated 8-grams count by themselves and as `answer_repetition`.
 
 Reinforcement learning tends to settle on one style among those of pretraining (arXiv:2504.07912); the share of the
 commonest one is its sign.
@@ -51,8 +51,10 @@ class Degeneration:
     """Which signs one completion shows."""
 
     answer_repetition: bool
+    repeated_ngrams: bool
     computation_skipping: bool
     bare_answer: bool
+    language_mixing: bool
 
 
 def degeneration(
@@ -64,20 +66,21 @@ def degeneration(
     completions in the same unit (NaN: not known yet), `reference` a worked solution where the row has one.
     """
     length = len(text.split()) if tokens is None else tokens
+    loops = repeated_ngram_share(text, 8) > REPEATED_NGRAM_SHARE
     return Degeneration(
-        answer_repetition=repeats_answer(text),
+        answer_repetition=loops or repeats_answer(text),
+        repeated_ngrams=loops,
         computation_skipping=skips_computation(text, length, median_correct_tokens, reference),
         bare_answer=is_bare_answer(text, length),
+        language_mixing=mixes_languages(text),
     )
 
 
 def repeats_answer(text: str) -> bool:
-    """Say whether the final answer occurs three times or more after it was first marked, or the text loops.
+    """Say whether the final answer occurs three times or more after it was first marked.
 
     Counted from the first marker on, as whole words: a number of the problem may well be its answer.
     """
-    if repeated_ngram_share(text, 8) > REPEATED_NGRAM_SHARE:
-        return True
     answer, mark = final_answer(text), _MARK.search(text)
     if not answer or not mark:
         return False

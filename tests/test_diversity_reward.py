@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from polyphony.curricula.records import Domain, Fused, Group, PromptRef, mean
+from polyphony.curricula.records import Domain, Fused, Group, Prompt, mean
 from polyphony.launch.sections import DiversitySection
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.advantages import Advantages
@@ -294,7 +294,7 @@ class Walk:
         self.letters = letters
 
     def draw(self, n):
-        return [PromptRef(domain="stories", id="p")] * n
+        return [Prompt(domain="stories", id="p")] * n
 
     def tokenize(self, prompts):
         return [[1]] * len(prompts)

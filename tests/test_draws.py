@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain, Group, PromptRef
+from polyphony.curricula.records import Domain, Group, Prompt
 from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
@@ -220,7 +220,7 @@ def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_w
 def test_a_prompt_that_stands_in_a_draw_repeatedly_is_sampled_anew_each_time(look):
     engine = Script({name: [1, 0] * 16 for name in EVERY})
     walk = looking(engine, look=look)
-    walk.curriculum.draw = lambda n: [PromptRef(domain="math", id="math0")] * n  # type: ignore[method-assign]
+    walk.curriculum.draw = lambda n: [Prompt(domain="math", id="math0")] * n  # type: ignore[method-assign]
     rollout = walk.roll_out(16)
     asked = [request.seed for requests in engine.rounds for request in requests]
     assert len(set(asked)) == len(asked) == 16

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Decision, Domain, Evaluation, Group, PromptRef
+from polyphony.curricula.records import Decision, Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers.fixed import Joint, Sequential
 from polyphony.curricula.transfer.halves import halves
 from polyphony.curricula.transfer.matrix import TransferMatrix
@@ -264,7 +264,7 @@ def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):
 
     math = [group("math", *rewards) for rewards in ((1.0, 1.0), (0.0, 0.0), (None, None))]
     dead = [*math, group("stories", 0.5, 0.5)]
-    recorder(tmp_path).record_refill(3, 1, dead, [PromptRef(domain="math", id="m1")])
+    recorder(tmp_path).record_refill(3, 1, dead, [Prompt(domain="math", id="m1")])
     (line,) = RunFolder(tmp_path).read("refills")
     assert line["dead"] == {
         "math": {"all_correct": 1, "all_wrong": 1, "all_equal": 0, "ungraded": 1},

@@ -23,16 +23,15 @@ import torch
 
 from polyphony.curricula.records import Domain, Group, mean
 from polyphony.rewards.partitions import connected, find_partitioner
-from polyphony.trainer.scoring import Graded
 from polyphony.trainer.settings import Kind, RftSettings, UpdateSettings
 
 
-def accepted(group: Sequence[Graded], settings: RftSettings, partitioner: Any = None) -> list[int]:
-    """Return the places of the samples of one group that are trained on, in order."""
-    passed = [i for i, g in enumerate(group) if g.reward is not None and g.reward >= settings.accept_from]
-    best = sorted(passed, key=lambda i: -float(group[i].reward or 0.0))  # stable: the earlier of equals first
+def accepted(group: Group, settings: RftSettings, partitioner: Any = None) -> list[int]:
+    """Return the places of the completions of one group that are trained on, in order."""
+    rewards = {i: r for i, r in enumerate(group.rewards) if r is not None and r >= settings.accept_from}
+    best = sorted(rewards, key=lambda i: -rewards[i])  # stable: the earlier of equals first
     if partitioner is not None and best:
-        best = _first_of_classes(best, [str(group[i].text) for i in best], partitioner)
+        best = _first_of_classes(best, [group.texts[i] for i in best], partitioner)
     return sorted(best[: settings.top_k])
 
 
@@ -52,36 +51,35 @@ RARE = 0.25
 class Advantages:
     """Turn the groups of a draw into advantages.
 
-    Example: `Advantages(settings=settings, kinds=kinds, find_suspects=watch.suspects)(stock, groups, members, 0)`
+    Example: `Advantages(settings=settings, kinds=kinds, find_suspects=watch.suspects)(stock, groups, 0)`
     """
 
     settings: UpdateSettings
     kinds: Mapping[str, Kind]
     """Per domain."""
-    find_suspects: Callable[[Sequence[Graded]], Sequence[int]]
+    find_suspects: Callable[[Group], Sequence[int]]
     """The places of a group's suspects (`ShortcutWatch.suspects`)."""
     partitioner: Any = None
     """Tells classes of accepted completions apart, for rft with `dedup`."""
 
-    def __call__(
-        self, stock: torch.Tensor, groups: Sequence[Group], members: Sequence[Sequence[Graded]], first_row: int
-    ) -> torch.Tensor:
+    def __call__(self, stock: torch.Tensor, groups: Sequence[Group], first_row: int) -> torch.Tensor:
         """Return the advantages [B] of this rank's rows, from TRL's own [B] and the groups of all ranks.
 
-        `members` are the completions of each group, `first_row` the place of this rank's first row in the whole draw.
+        Each group has a member a row; `first_row` is the place of this rank's first row in the whole draw.
         """
         if self.settings.rft is not None:
-            return self._accepted(stock, members, first_row)
+            return self._accepted(stock, groups, first_row)
         values = stock.clone()
         row = -first_row
-        for group, completions in zip(groups, members, strict=True):
+        for group in groups:
+            size = len(group.rewards)
             if self.kinds[group.domain] == "mean_only":
                 _put(values, row, dict(enumerate(mean_only(group.learned))))
             if not group.has_signal:
-                _put(values, row, dict.fromkeys(range(len(completions)), 0.0))  # exactly, whatever rounding left
+                _put(values, row, dict.fromkeys(range(size), 0.0))  # exactly, whatever rounding left
             if self.settings.guard is not None:
-                self._guard(values, row, group.learned, completions)
-            row += len(completions)
+                self._guard(values, row, group)
+            row += size
         return values
 
     @classmethod
@@ -89,7 +87,7 @@ class Advantages:
         cls,
         settings: UpdateSettings,
         domains: Sequence[Domain],
-        find_suspects: Callable[[Sequence[Graded]], Sequence[int]],
+        find_suspects: Callable[[Group], Sequence[int]],
     ) -> Advantages:
         """Return the advantages of a run. Raises ValueError for an unknown `rft.dedup`."""
         dedup = settings.rft.dedup if settings.rft else None
@@ -110,17 +108,17 @@ class Advantages:
         asks = self.settings.guard or self.settings.rft or self.settings.drop_dead != "never"
         return not asks and set(self.kinds.values()) == {"group"}
 
-    def _guard(self, values: torch.Tensor, row: int, learned: Sequence[float | None], group: Sequence[Graded]) -> None:
+    def _guard(self, values: torch.Tensor, row: int, group: Group) -> None:
         guard = self.settings.guard
         assert guard is not None
         suspects = self.find_suspects(group) if guard.drop_shortcuts else ()
         if suspects:
-            _put(values, row, centred_without(suspects, learned, _here(values, row, len(group))))
-        rewards = [None if i in suspects else g.reward for i, g in enumerate(group)]
+            _put(values, row, centred_without(suspects, group.learned, _here(values, row, len(group.rewards))))
+        rewards = [None if i in suspects else r for i, r in enumerate(group.rewards)]
         for i in (i for i in rare_successes(rewards) if 0 <= row + i < len(values)):
             values[row + i] = values[row + i].clamp(max=guard.cap)
 
-    def _accepted(self, stock: torch.Tensor, groups: Sequence[Sequence[Graded]], first_row: int) -> torch.Tensor:
+    def _accepted(self, stock: torch.Tensor, groups: Sequence[Group], first_row: int) -> torch.Tensor:
         """Return 1 for accepted rows and 0 for others, scaled so that the mean over all rows of all ranks is 1."""
         rft = self.settings.rft
         assert rft is not None
@@ -132,7 +130,7 @@ class Advantages:
                 suspects = self.find_suspects(group)
                 keeps = [i for i in keeps if i not in suspects]
             chosen += [start + i for i in keeps]
-            start += len(group)
+            start += len(group.rewards)
         values = torch.zeros_like(stock)
         _put(values, -first_row, dict.fromkeys(chosen, start / max(1, len(chosen))))
         return values

@@ -10,28 +10,16 @@ import json
 import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.records import Domain
+from polyphony.curricula.records import Domain, Prompt
 
 Rows = Sequence[Mapping[str, Any]]
 
 CALLED_WITH = ("prompts", "completions", "completion_ids")
 """What a reward is called with beside the columns, as TRL does."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One row, ready for the policy: `prompt` is messages where the tokenizer has a chat template, else plain text."""
-
-    id: str
-    domain: str
-    prompt: str | list[dict[str, Any]]
-    columns: Mapping[str, Any]
-    """Every other column of the row (`answer` among them): what the reward gets to see."""
 
 
 class PromptTable:

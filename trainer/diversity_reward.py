@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -43,7 +42,7 @@ def find_diversity(domain: Domain) -> Diversity | None:
 class Fusion:
     """Fuse the groups of the domains that reward difference; leave all others as they are.
 
-    Example: `Fusion.of([writing])(groups, texts, lambda group: "tell a story")[0].fused.classes`
+    Example: `Fusion.of([writing])(groups, lambda group: "tell a story")[0].fused.classes`
     """
 
     by_domain: Mapping[str, Diversity] = field(default_factory=dict)
@@ -74,10 +73,8 @@ class Fusion:
         """Domains whose texts have to be gathered."""
         return tuple(self.by_domain)
 
-    def __call__(
-        self, groups: Sequence[Group], texts: Sequence[str | None], prompt_of: Callable[[Group], Any]
-    ) -> list[Group]:
-        """Return the groups with `fused` filled in; `texts` of all completions in order, None in other domains.
+    def __call__(self, groups: Sequence[Group], prompt_of: Callable[[Group], Any]) -> list[Group]:
+        """Return the groups with `fused` filled in, where their domain rewards difference; these have their texts.
 
         Collective: all ranks hand over the same groups, each compares every `world_size`-th of those concerned, so that
         no group is judged twice, and all fuse the same verdicts.
@@ -85,11 +82,7 @@ class Fusion:
         places = [i for i, group in enumerate(groups) if group.domain in self.by_domain]
         if not places:
             return list(groups)
-        ends = list(accumulate(len(group.rewards) for group in groups))
-        mine = {
-            i: _known(texts[ends[i] - len(groups[i].rewards) : ends[i]], groups[i])
-            for i in places[self.rank :: self.world_size]
-        }
+        mine = {i: _texts(groups[i]) for i in places[self.rank :: self.world_size]}
         told: list[tuple[int, Same | None]] = []
         for name, diversity in self.by_domain.items():
             own = [i for i in mine if groups[i].domain == name]
@@ -134,13 +127,12 @@ def compared(
     return told
 
 
-def _known(texts: Sequence[str | None], group: Group) -> list[str]:
-    known = [text for text in texts if text is not None]
-    if len(known) != len(group.rewards):
+def _texts(group: Group) -> list[str]:
+    if len(group.texts) != len(group.rewards):
         raise ValueError(
-            f"domain {group.domain!r}: {len(known)} of {len(group.rewards)} texts of a group were gathered"
+            f"domain {group.domain!r}: {len(group.texts)} of {len(group.rewards)} texts of a group were gathered"
         )
-    return known
+    return list(group.texts)
 
 
 def _record(result: DiversityResult) -> Fused:

@@ -17,9 +17,9 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.records import Domain
+from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import Prompt, PromptTable, load_rows, prompt_text
+from polyphony.trainer.data import PromptTable, load_rows, prompt_text
 
 NGRAM_WORDS = 13
 """Words in a row that two prompts may not share; 13 is the length GPT-3's decontamination used (arXiv:2005.14165)."""
@@ -165,18 +165,12 @@ class DomainData:
         """Training prompts of all domains."""
         return sum(len(table) for table in self.train.values())
 
-    def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of each prompt, through the chat template with its domain's arguments."""
+    def tokenized(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Return the prompts with their token ids, through the chat template with their domain's arguments."""
         kwargs = {d.name: dict(d.chat_template_kwargs) for d in self.domains}
-        ids: list[list[int]] = []
-        last: tuple[Prompt, list[int]] | None = None
-        for prompt in prompts:
-            if last is None or prompt is not last[0]:
-                last = (prompt, self._tokenize_one(prompt, kwargs[prompt.domain]))
-            ids.append(last[1])
-        return ids
+        return [replace(prompt, ids=self._ids(prompt, kwargs[prompt.domain])) for prompt in prompts]
 
-    def _tokenize_one(self, prompt: Prompt, chat_template_kwargs: Mapping) -> list[int]:
+    def _ids(self, prompt: Prompt, chat_template_kwargs: Mapping) -> list[int]:
         if isinstance(prompt.prompt, str):
             return self.tokenizer(prompt.prompt)["input_ids"]  # type: ignore[return-value]
         try:
@@ -194,8 +188,8 @@ class DomainData:
         longest = 0
         for tables in (self.train, self.heldout):
             for name, table in tables.items():
-                for prompt in table:
-                    length = len(self.tokenize([prompt])[0])
+                for prompt in self.tokenized(table):
+                    length = len(prompt.ids)
                     longest = max(longest, length + self.limits[name])
                     if self.context is not None and longest > self.context:
                         raise ValueError(

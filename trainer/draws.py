@@ -5,8 +5,6 @@ With a look, a group whose first completions are all worth the same is left at t
 they are 0 or 1, a group with both points, in expectation, where its prompt's policy gradient does, whatever their order. So
 no direction changes, but prompts at which the policy nearly always fails, or never does, weigh less.
 All is decided from what all ranks have gathered, so that all make the same number of rounds.
-
-What a draw gave is a `Rollout`: rows on their rank, groups of all ranks, and the whole groups that TRL wants of them.
 """
 
 from __future__ import annotations
@@ -15,122 +13,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
-from typing import Any
+from itertools import groupby
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Group, PromptRef
-from polyphony.trainer.data import Prompt
+from polyphony.curricula.records import Completion, Group, Prompt, Rollout
+from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Completion, Request, completion_seed
-from polyphony.trainer.engine.vllm import OnFinished
-from polyphony.trainer.scoring import Ahead, Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.trainer.engine.engine import Request, completion_seed
+from polyphony.trainer.policy import Policy
+from polyphony.trainer.scoring import Ahead, Scorer, check_failures
+from polyphony.trainer.shortcuts import ShortcutWatch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One completion on the rank that it belongs to."""
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion: Completion
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Some groups of a draw, by their place in it."""
-
-    rows: dict[int, Row]
-    """Of this rank, by the row's place in the draw."""
-    graded: dict[int, list[Graded]]
-    """Of all ranks, [G] a group, fewer where a group was left after its look."""
-    groups: dict[int, Group]
-    seconds: float
-    """Spent generating."""
-
-    def part(self, places: Sequence[int], size: int) -> Batch:
-        """Return the groups at these places."""
-        return Batch(
-            rows={i: row for i, row in self.rows.items() if i // size in places},
-            graded={k: self.graded[k] for k in places},
-            groups={k: self.groups[k] for k in places},
-            seconds=0.0,
-        )
-
-    def joined(self, other: Batch) -> Batch:
-        """Return both, the other's groups in the stead of one's own; the order of the draw is kept."""
-        return Batch(
-            rows=dict(sorted((self.rows | other.rows).items())),
-            graded=dict(sorted((self.graded | other.graded).items())),
-            groups=dict(sorted((self.groups | other.groups).items())),
-            seconds=self.seconds + other.seconds,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """One draw, generated and scored: what the overridden TRL methods hand over."""
-
-    batch: Batch
-    """What goes on to the update."""
-    size: int
-    """Rows a group."""
-    discarded: list[Batch] = field(default_factory=list)
-    """Groups that taught nothing and were replaced, or came in vain as replacements."""
-    rounds: int = 0
-    """Refill rounds made."""
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """This rank's rows in TRL's form."""
-        return [{"prompt": row.prompt.prompt} for row in self.batch.rows.values()]
-
-    @property
-    def prompt_ids(self) -> list[list[int]]:
-        return [row.prompt_ids for row in self.batch.rows.values()]
-
-    @property
-    def completions(self) -> list[Completion]:
-        return [row.completion for row in self.batch.rows.values()]
-
-    @property
-    def groups(self) -> list[Group]:
-        """Of all ranks, with what was sampled of each."""
-        return list(self.batch.groups.values())
-
-    @property
-    def groups_of_rows(self) -> list[Group]:
-        """Of all ranks, each with a member a row."""
-        return [_filled_group(group, self.size) for group in self.groups]
-
-    @property
-    def members_of_rows(self) -> list[Sequence[Graded]]:
-        """The completions of `groups_of_rows`."""
-        return [_repeated(members, self.size) for members in self.batch.graded.values()]
-
-    @property
-    def rewards(self) -> list[float | None]:
-        """What the update learns from, a reward a row of all ranks, in rank order."""
-        return [reward for group in self.groups_of_rows for reward in group.learned]
-
-    @property
-    def all_graded(self) -> list[list[Graded]]:
-        """Of all ranks, by group, those that were replaced too."""
-        return [members for batch in (self.batch, *self.discarded) for members in batch.graded.values()]
-
-    @property
-    def discarded_groups(self) -> list[Group]:
-        return [group for batch in self.discarded for group in batch.groups.values()]
-
-    @property
-    def discarded_completions(self) -> list[Graded]:
-        return [g for batch in self.discarded for members in batch.graded.values() for g in members]
-
-
-def filled(rows: dict[int, Row], left: Collection[int], look: int, size: int) -> dict[int, Row]:
+def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, size: int) -> dict[int, Completion]:
     """Return the rows in order, where a group was left after its look with its completions once more in the empty places.
 
     TRL wants whole groups. What is repeated has no advantage, and stands for what was not sampled wherever a loss, a
@@ -139,19 +37,7 @@ def filled(rows: dict[int, Row], left: Collection[int], look: int, size: int) ->
     copies = {
         k * size + n: rows[k * size + n % look] for k in left for n in range(look, size) if k * size + n % look in rows
     }
-    return dict(sorted((rows | copies).items()))
-
-
-def _filled_group(group: Group, size: int) -> Group:
-    """Return the group as its rows are: what `filled` repeats, repeated."""
-    if len(group.rewards) == size:
-        return group
-    rewards, lengths, truncated = (_repeated(m, size) for m in (group.rewards, group.lengths, group.truncated))
-    return replace(group, rewards=rewards, lengths=lengths, truncated=truncated)
-
-
-def _repeated(members: Sequence[Any], size: int) -> tuple[Any, ...]:
-    return tuple(islice(cycle(members), size))
+    return dict(sorted((dict(rows) | copies).items()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,155 +60,152 @@ class Round:
 class Draws:
     """Turn empty slots into rollouts, one draw at a time; collective over ranks.
 
-    Example: `Draws(data=data, curriculum=curriculum, ...).roll_out(64).rewards`
+    Example: `Draws(data=data, curriculum=curriculum, policy=policy, ...).roll_out(64).groups_of_rows`
     """
 
     data: DomainData
     curriculum: Curriculum
+    policy: Policy
+    """What samples, with its present weights; it knows the ranks and how many completions a group has."""
     scorer: Scorer
     fusion: Fusion
     """Adds what the domains with a diversity reward pay for difference."""
+    advantages: Advantages
+    """Knows which groups can move the policy, and whether texts are compared for it."""
+    shortcuts: ShortcutWatch
+    """Finds signs of shortcuts in completions."""
     seed: int
-    group_size: int
-    """Completions a prompt; a group may straddle ranks."""
     max_grader_failures: float
-    complete: Callable[[Sequence[Request], int, OnFinished | None], list[Completion]]
-    """Samples this rank's requests, so many of each prompt in a row, with the policy's present weights, and tells of each
-    that is finished."""
-    to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]]
-    rank: int = 0
-    world_size: int = 1
     look: int | None = None
     """Completions of a group that are sampled first; where these can teach nothing, the group is left at that."""
     refill_rounds: int = 0
     """Most rounds in which groups that teach nothing are replaced."""
-    is_useful: Callable[[Group], bool] = lambda group: group.has_signal
-    """Whether a group can move the policy."""
-    inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: ()
-    """Finds signs of shortcuts in a completion."""
-    with_texts: Collection[str] = ()
-    """Domains whose texts all ranks get, beside those that compare them."""
-    listeners: list[Callable[[Sequence[PromptRef]], None]] = field(default_factory=list)
+    listeners: list[Callable[[Sequence[Prompt]], None]] = field(default_factory=list)
     """Called on rank 0 with the prompts of every draw before they are generated."""
-    refill_listeners: list[Callable[[int, Sequence[Group], Sequence[PromptRef]], None]] = field(default_factory=list)
+    refill_listeners: list[Callable[[int, Sequence[Group], Sequence[Prompt]], None]] = field(default_factory=list)
     """Called on rank 0 before a refill is generated: its round, the groups to replace, the prompts found for them."""
 
     def roll_out(self, n_rows: int) -> Rollout:
         """Draw prompts for this rank's `n_rows` slots, generate their groups, score them, replace the useless ones."""
         draw = self.curriculum.draws
-        refs = self._agreed(self.curriculum.draw(n_rows * self.world_size // self.group_size))
-        for listen in self.listeners if self.rank == 0 else ():
-            listen(refs)
-        batch = self._sample(draw, 0, dict(enumerate(refs)), n_rows)
-        check_failures(list(batch.groups.values()), most=self.max_grader_failures)
-        discarded: list[Batch] = []
-        rounds = 0
-        while rounds < self.refill_rounds and (found := self._replacements(rounds + 1, batch.groups)):
-            rounds += 1
-            fresh = self._sample(draw, rounds, found, n_rows)
-            better = [k for k, group in fresh.groups.items() if self.is_useful(group)]
-            in_vain = [k for k in fresh.groups if k not in better]
-            discarded += [batch.part(better, self.group_size), fresh.part(in_vain, self.group_size)]
-            kept = fresh.part(better, self.group_size)
-            batch = batch.joined(Batch(rows=kept.rows, graded=kept.graded, groups=kept.groups, seconds=fresh.seconds))
-        return Rollout(batch=batch, size=self.group_size, discarded=discarded, rounds=rounds)
+        prompts = self._agreed(self.curriculum.draw(n_rows * self.policy.world_size // self.policy.group_size))
+        for listen in self.listeners if self.policy.rank == 0 else ():
+            listen(prompts)
+        rollout = self._sample(draw, 0, dict(enumerate(prompts)), n_rows)
+        check_failures(list(rollout.groups.values()), most=self.max_grader_failures)
+        while rollout.rounds < self.refill_rounds and (found := self._replacements(rollout)):
+            fresh = self._sample(draw, rollout.rounds + 1, found, n_rows)
+            rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
+        return rollout
 
-    def _replacements(self, refill_round: int, groups: Mapping[int, Group]) -> dict[int, PromptRef]:
+    def _replacements(self, rollout: Rollout) -> dict[int, Prompt]:
         """Return a further prompt of the same domain for each useless group, as far as there are any."""
-        useless = {k: group for k, group in groups.items() if not self.is_useful(group)}
-        refs = self._agreed(self.curriculum.refill(Counter(group.domain for group in useless.values())))
-        found: dict[int, PromptRef] = {}
+        useless = {k: group for k, group in rollout.groups.items() if not self.advantages.is_useful(group)}
+        prompts = self._agreed(self.curriculum.refill(Counter(group.domain for group in useless.values())))
+        found: dict[int, Prompt] = {}
         for k, group in useless.items():
-            of_domain = [ref for ref in refs if ref.domain == group.domain and ref not in found.values()]
+            of_domain = [p for p in prompts if p.domain == group.domain and p not in found.values()]
             if of_domain:
                 found[k] = of_domain[0]
-        for listen in self.refill_listeners if self.rank == 0 and useless else ():
-            listen(refill_round, list(useless.values()), list(found.values()))
+        for listen in self.refill_listeners if self.policy.rank == 0 and useless else ():
+            listen(rollout.rounds + 1, list(useless.values()), list(found.values()))
         return found
 
-    def _sample(self, draw: int, refill_round: int, refs: Mapping[int, PromptRef], n_rows: int) -> Batch:
+    def _sample(self, draw: int, refill_round: int, prompts: Mapping[int, Prompt], n_rows: int) -> Rollout:
         """Generate and score the group of each place; this rank makes the rows that are its own.
 
         With a `look`, first that many completions of each, then the others of the groups that go on.
         """
-        size, look = self.group_size, self.look or self.group_size
-        this_round = Round(draw=draw, refill_round=refill_round, n_rows=n_rows, before=_copies_before(refs))
-        rows, graded, seconds = self._generate(this_round, refs, range(look))
-        going_on = {k: ref for k, ref in refs.items() if look < size and self._goes_on(graded[k])}
+        size = self.policy.group_size
+        look = self.look or size
+        this = Round(draw=draw, refill_round=refill_round, n_rows=n_rows, before=_copies_before(prompts))
+        rows, groups, seconds = self._generate(this, prompts, range(look))
+        going_on = {k: prompts[k] for k, group in groups.items() if look < size and self._goes_on(group)}
         if going_on:
-            more_rows, more, more_seconds = self._generate(this_round, going_on, range(look, size))
-            graded = {k: [*members, *more.get(k, ())] for k, members in graded.items()}
+            more_rows, more, more_seconds = self._generate(this, going_on, range(look, size))
+            groups = {k: group.joined(more[k]) if k in more else group for k, group in groups.items()}
             rows, seconds = rows | more_rows, seconds + more_seconds
-        groups = self.fusion(
-            [form_group(members, draw=draw, look=self._selects(members)) for members in graded.values()],
-            [g.text for members in graded.values() for g in members],
-            lambda group: self.data.train[group.domain][group.prompt_id].prompt,
-        )
-        return Batch(
-            rows=filled(rows, [k for k in refs if k not in going_on], look, size),
-            graded=graded,
-            groups=dict(zip(refs, groups, strict=True)),
-            seconds=seconds,
-        )
+        if self.look is not None:  # rewards decided, but where difference is paid for
+            groups = {
+                k: group if group.domain in self.fusion.domains else replace(group, look=look)
+                for k, group in groups.items()
+            }
+        fused = self.fusion(list(groups.values()), lambda g: self.data.train[g.domain][g.prompt_id].prompt)
+        rows = filled(rows, [k for k in prompts if k not in going_on], look, size)
+        return Rollout(rows=rows, groups=dict(zip(groups, fused, strict=True)), size=size, seconds=seconds)
 
-    def _goes_on(self, seen: Sequence[Graded]) -> bool:
+    def _goes_on(self, seen: Group) -> bool:
         """Say whether a group may be useful, from its first completions: it is, or quality is not all that counts."""
-        all_graded = all(g.reward is not None for g in seen)
-        return not all_graded or seen[0].domain in self.fusion.domains or self.is_useful(form_group(seen, draw=0))
-
-    def _selects(self, members: Sequence[Graded]) -> int | None:
-        """Return the look after which rewards decided; None where all is sampled whatever the rewards."""
-        return None if members[0].domain in self.fusion.domains else self.look
+        return None in seen.rewards or seen.domain in self.fusion.domains or self.advantages.is_useful(seen)
 
     def _generate(
-        self, this: Round, refs: Mapping[int, PromptRef], members: range
-    ) -> tuple[dict[int, Row], dict[int, list[Graded]], float]:
-        """Return these members of each group: this rank's rows, the graded ones of all ranks, the seconds it took."""
-        mine = range(self.rank * this.n_rows, (self.rank + 1) * this.n_rows)
-        size = self.group_size
-        places = [i for k in refs for i in range(k * size + members.start, k * size + members.stop) if i in mine]
-        drawn = {ref: self.data.train[ref.domain][ref.id] for ref in {refs[i // size] for i in places}}
-        prompts = [drawn[refs[i // size]] for i in places]  # one object a group, which is tokenised once
-        prompt_ids = self.data.tokenize(prompts)
+        self, this: Round, prompts: Mapping[int, Prompt], members: range
+    ) -> tuple[dict[int, Completion], dict[int, Group], float]:
+        """Return these members of each group: this rank's rows, the groups of all ranks, the seconds it took."""
+        rank, size = self.policy.rank, self.policy.group_size
+        mine = range(rank * this.n_rows, (rank + 1) * this.n_rows)
+        places = [i for k in prompts for i in range(k * size + members.start, k * size + members.stop) if i in mine]
+        names = dict.fromkeys(prompts[i // size] for i in places)
+        drawn = self.data.tokenized([self.data.train[name.domain][name.id] for name in names])
+        filled_in = dict(zip(names, drawn, strict=True))
+        asked = [filled_in[prompts[i // size]] for i in places]
         requests = [
             Request(
-                prompt_ids=ids,
+                prompt_ids=prompt.ids,
                 seed=completion_seed(self.seed, this.draw, prompt.id, this.refill_round, this.member(i, size)),
                 max_tokens=self.data.limits[prompt.domain],
             )
-            for i, prompt, ids in zip(places, prompts, prompt_ids, strict=True)
+            for i, prompt in zip(places, asked, strict=True)
         ]
         started = time.perf_counter()
-        ahead = Ahead(self.scorer, prompts, self.to_samples)
-        completions = self.complete(requests, len(members), ahead.take if self.scorer.slow else None)
+        ahead = Ahead(self.scorer, asked, self.policy.read)
+        completions = self.policy.complete(requests, len(members), ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
-        samples = self.to_samples(prompts, completions)
-        graded = gather_object(
-            grade(
-                samples,
-                ahead.scores(samples),
-                inspect=self.inspect,
-                with_texts={*self.with_texts, *self.fusion.domains},
-            )
-        )
-        made = {
-            i: Row(prompt=prompt, prompt_ids=ids, completion=completion)
-            for i, prompt, ids, completion in zip(places, prompts, prompt_ids, completions, strict=True)
-        }
-        return made, dict(zip(refs, by_prompt(graded, size=len(members)), strict=True)), seconds
+        read = self.policy.read(asked, completions)
+        graded = [replace(c, reward=reward) for c, reward in zip(read, ahead.scores(read), strict=True)]
+        rows = dict(zip(places, graded, strict=True))
+        return rows, self._gathered(this.draw, rows, len(members)), seconds
 
-    def _agreed(self, refs: list[PromptRef]) -> list[PromptRef]:
+    def _gathered(self, draw: int, rows: Mapping[int, Completion], members: int) -> dict[int, Group]:
+        """Return the groups of all ranks, of so many members each; tokens stay where they were made.
+
+        Raises ValueError where one is not whole.
+        """
+        size = self.policy.group_size
+        signs = dict(zip(rows, self.shortcuts.inspect(list(rows.values())), strict=True))
+        compared = self.data.names if self.advantages.partitioner else self.fusion.domains
+        parts = [
+            (
+                k,
+                Group.of(
+                    [rows[i] for i in places],
+                    draw=draw,
+                    signs=[signs[i] for i in places],
+                    with_texts=rows[places[0]].prompt.domain in compared,
+                ),
+            )
+            for k, group in groupby(rows, key=lambda i: i // size)
+            for places in [list(group)]
+        ]
+        groups: dict[int, Group] = {}
+        for k, part in gather_object(parts):
+            groups[k] = groups[k].joined(part) if k in groups else part
+        if odd := {k: len(group.rewards) for k, group in groups.items() if len(group.rewards) != members}:
+            raise ValueError(f"groups of {members} completions were asked for; by their place, got {odd}")
+        return groups
+
+    def _agreed(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return rank 0's prompts on every rank."""
-        shared = [refs]
+        shared = [prompts]
         broadcast_object_list(shared, from_process=0)
         return shared[0]
 
 
-def _copies_before(refs: Mapping[int, PromptRef]) -> dict[int, int]:
+def _copies_before(prompts: Mapping[int, Prompt]) -> dict[int, int]:
     """Return, for each place, how often its prompt stands at an earlier one."""
-    seen: Counter[PromptRef] = Counter()
+    seen: Counter[Prompt] = Counter()
     found = {}
-    for place, ref in refs.items():
-        found[place] = seen[ref]
-        seen[ref] += 1
+    for place, prompt in prompts.items():
+        found[place] = seen[prompt]
+        seen[prompt] += 1
     return found

@@ -23,24 +23,22 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools, save_pools
-from polyphony.curricula.records import Domain, Group
+from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, find_scheduler
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
-from polyphony.trainer.data import Prompt
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
-from polyphony.trainer.draws import Draws, Rollout
-from polyphony.trainer.engine.engine import Completion, Engine, EngineFactory
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.weight_check import WeightCheck
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
-from polyphony.trainer.evaluation.answers import Answer, read_answer
 from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.scoring import Graded, Sample, Scorer
+from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
@@ -99,7 +97,6 @@ class DomainGRPOTrainer(GRPOTrainer):
             else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
-        self._framing = self.data.framing
         self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
         self.curriculum = Curriculum(
@@ -131,12 +128,12 @@ class DomainGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.policy = Policy(
-            self, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
+            self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
         refuse_odd_look(self.policy, pool.look if pool else None)
         if not self.use_vllm:
-            self.policy.attach(engine, longest=self.data.longest)
+            self.policy.attach(engine)
         self.draws = self._draws(pool, max_grader_failures)
         self.drops_dead = may_drop_dead(
             self.advantages.settings.drop_dead,
@@ -153,40 +150,26 @@ class DomainGRPOTrainer(GRPOTrainer):
         return Draws(
             data=self.data,
             curriculum=self.curriculum,
+            policy=self.policy,
             scorer=self.scorer,
             fusion=self.fusion.on(self.accelerator),
+            advantages=self.advantages,
+            shortcuts=self.shortcuts,
             seed=self.args.seed,
-            group_size=self.num_generations,
             max_grader_failures=max_grader_failures,
-            complete=self.policy.complete,
-            to_samples=self.to_samples,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
             look=look,
             refill_rounds=refill_rounds,
-            is_useful=self.advantages.is_useful,
-            inspect=self.shortcuts.inspect,
-            with_texts=self.data.names if self.advantages.partitioner else (),
         )
 
     def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
         """Return what scores the policy as it is at each call."""
         return Evaluator(
-            tables=self.data.heldout,
+            data=self.data,
+            policy=self.policy,
+            scorer=self.scorer,
             settings=settings,
             seed=self.args.seed,
-            tokenize=self.data.tokenize,
-            complete=lambda requests: self.policy.complete(requests, settings.samples),
-            to_samples=self.to_samples,
-            score=self.scorer,
-            entropy_sums=self.policy.entropy_sums,
-            log_probabilities=self.policy.logps,
-            read=self._read,
-            limit=self.data.limits.__getitem__,
-            gather=gather_object,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            diversity=self.fusion.by_domain,
+            fusion=self.fusion,
         )
 
     @property
@@ -196,7 +179,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def check_weight_sync(self) -> WeightCheck | None:
         """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
-        return self.policy.check(self.data)
+        return self.policy.check()
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
@@ -205,30 +188,26 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
-        output = super()._generate_and_score_completions(rollout.rows)
-        self.policy.check_agreement(rollout.completions)
-        of_rows = self._groups_of_rows(len(inputs))
-        owner = [self.data.names.index(group.domain) for group in of_rows]
-        entropy = self._domain_entropy(output, owner)
-        generated = [*rollout.groups, *rollout.discarded_groups]
-        self.curriculum.observe(
-            generated, {name: total / tokens for name, (total, tokens) in entropy.items() if tokens}
-        )
+        output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
+        self.policy.check_agreement(list(rollout.rows.values()))
+        groups, step = list(rollout.groups.values()), self.state.global_step + 1
+        of_rows = [rollout.groups[place // self.num_generations] for place in rollout.rows]
+        entropy, unmeasured = self._domain_entropy(output, [group.domain for group in of_rows])
+        self.curriculum.observe(rollout.sampled, {name: total / tokens for name, (total, tokens) in entropy.items()})
         self.meter.add(
-            rollout.groups,
+            groups,
             entropy,
-            rollout.batch.seconds,
-            discarded=rollout.discarded_groups,
+            rollout.seconds,
+            discarded=rollout.discarded,
             rounds=rollout.rounds,
-            unmeasured=Counter(g.domain for g in rollout.discarded_completions if not self._tells_entropy(g)),
+            unmeasured=unmeasured,
         )
-        self.entropy.after_draw(self.state.global_step + 1, entropy, rollout.groups, rollout.discarded_groups)
+        self.entropy.after_draw(step, entropy, groups, rollout.discarded)
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
         if not self.advantages.is_stock:
-            first_row = self.accelerator.process_index * len(inputs)
-            groups, members = rollout.groups_of_rows, rollout.members_of_rows
-            output["advantages"] = self.advantages(output["advantages"], groups, members, first_row)
-        self.shortcuts.observe(self.state.global_step + 1, rollout.all_graded)
+            first_row = self.policy.rank * len(inputs)
+            output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
+        self.shortcuts.observe(step, rollout.sampled)
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
@@ -250,45 +229,22 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._without_dead = self._buffered_inputs = batches
         return batches[self._step % self.args.steps_per_generation]  # type: ignore[operator]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return what was said: tokens marked special too, but for those that only frame it."""
-        silent = self._framing.union(self.eos_token_ids)
-        return self.processing_class.decode([i for i in ids if i not in silent])  # type: ignore[return-value]
-
-    def to_samples(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
-        """Decode completions; one without an end-of-sequence token was cut off."""
-        texts = [self.decode(c.ids) for c in completions]
-        ends = {*self.eos_token_ids, self._padding}
-        return [
-            Sample(prompt=prompt, ids=c.ids, text=text, truncated=c.ids[-1] not in ends, logps=c.logps)
-            for prompt, c, text in zip(prompts, completions, texts, strict=True)
-        ]
-
-    def _read(self, sample: Sample, score: float | None) -> Answer:
-        domain = next(d for d in self.data.domains if d.name == sample.prompt.domain)
-        return read_answer(
-            sample,
-            score,
-            reward=self.scorer.rewards[domain.name],
-            has_one_answer=domain.kind == "structured",
-            decode=self.decode,
-        )
-
     # --- what TRL asks for while it scores: finished already ----------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         """Hand over the token ids: chat-template arguments differ by domain, TRL's are global."""
-        return self._finished.prompt_ids, None, {}
+        return [c.prompt.ids for c in self._finished.rows.values()], None, {}
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
         """Hand over the completions. Relies on TRL calling it once a draw, since tools are refused."""
-        completions = self._finished.completions
+        completions = list(self._finished.rows.values())
         logps = None if completions[0].logps is None else [c.logps for c in completions]
         return [c.ids for c in completions], logps
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hand over the rewards of all ranks, [B_global, 1]; NaN where a grader failed, which TRL leaves out."""
-        rewards = [[float("nan") if r is None else r] for r in self._finished.rewards]
+        learned = [r for group in self._finished.groups_of_rows for r in group.learned]
+        rewards = [[float("nan") if r is None else r] for r in learned]
         return torch.tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
 
     @property
@@ -325,15 +281,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_COEFFICIENT])
         return loss - bonus / self.current_gradient_accumulation_steps
 
-    def _groups_of_rows(self, n_rows: int) -> list[Group]:
-        """Return the group of each of this rank's rows."""
-        groups, start = self._finished.groups, self.accelerator.process_index * n_rows
-        return [groups[(start + i) // self.num_generations] for i in range(n_rows)]
-
-    def _domain_entropy(self, output: Mapping[str, Any], owner: Sequence[int]) -> dict[str, tuple[float, float]]:
+    def _domain_entropy(
+        self, output: Mapping[str, Any], domains: Sequence[str]
+    ) -> tuple[dict[str, tuple[float, float]], Counter[str]]:
         """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
 
-        Always the policy's own entropy at the run's temperature, whatever sampling cuts off. One reduction of a fixed
+        `domains` [B] are those of this rank's rows. Second, by domain, how many completions of replaced groups it leaves
+        out. Always the policy's own entropy at the run's temperature, whatever sampling cuts off. One reduction of a fixed
         shape: domains are listed alike on every rank, drawn or not.
         """
         mask = output["completion_mask"]
@@ -345,33 +299,29 @@ class DomainGRPOTrainer(GRPOTrainer):
                     self.model, ids, attention, mask.size(1), self.args.per_device_train_batch_size
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
-        sums = sums_by_owner(entropy, mask, owner, n=len(self.data.names))
+        names = self.data.names
+        sums = sums_by_owner(entropy, mask, [names.index(domain) for domain in domains], n=len(names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
-        found = {name: (total, tokens) for name, (total, tokens) in zip(self.data.names, totals, strict=True)}
+        found = {name: (total, tokens) for name, (total, tokens) in zip(names, totals, strict=True)}
+        unmeasured: Counter[str] = Counter()
         # groups that a refill replaced get no forward pass: minus the log-probability of what was sampled is as large
         # in the mean, and leaving them out would hide the very groups where collapse shows first
-        for g in self._finished.discarded_completions:
-            if self._tells_entropy(g):
-                total, tokens = found[g.domain]
-                found[g.domain] = (total + (g.surprisal or 0.0), tokens + g.length)
-        return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}
-
-    def _tells_entropy(self, graded: Graded) -> bool:
-        """Say whether a completion's own log-probabilities estimate entropy: with `top_p` and its like they are of the
-        truncated distribution, which has less of it."""
-        return graded.surprisal is not None and self.policy.sampling.is_the_policys
-
-    @property
-    def _padding(self) -> int:
-        return self._tokenizer.pad_token_id  # type: ignore[return-value]
+        # (with `top_p` and its like it is of the truncated distribution, which has less entropy)
+        is_the_policys = self.policy.sampling.is_the_policys
+        for group in self._finished.discarded:
+            for surprisal, length in zip(group.surprisals, group.lengths, strict=True):
+                total, tokens = found[group.domain]
+                if surprisal is None or not is_the_policys:
+                    unmeasured[group.domain] += 1
+                else:
+                    found[group.domain] = (total + surprisal, tokens + length)
+        return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}, unmeasured
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
     def evaluate_heldout(self) -> HeldoutResult:
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
-        result = self.evaluator.run()
-        self.policy.rest()
-        return result
+        return self.evaluator.run()
 
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from accelerate.utils import gather_object, set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Completion, Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.engine.engine import Engine, EngineFactory, InProcessEngine, Request, Sampling
 from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
-from polyphony.trainer.scoring import Sample
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""
@@ -42,11 +43,23 @@ class Policy:
     """What samples; None where TRL itself generates. Set by `attach`."""
 
     def __init__(
-        self, trainer: GRPOTrainer, *, passes: Callable[..., tuple], turn: Callable[..., tuple[list, list | None]]
+        self,
+        trainer: GRPOTrainer,
+        data: DomainData,
+        *,
+        passes: Callable[..., tuple],
+        turn: Callable[..., tuple[list, list | None]],
     ) -> None:
         """`passes` and `turn` are TRL's `_get_per_token_logps_and_entropies` and `_generate_single_turn`."""
         self.trainer: Any = trainer  # TRL declares many of its attributes wider than they are once it is constructed
+        self.data = data
+        self.rank: int = trainer.accelerator.process_index
+        self.world_size: int = trainer.accelerator.num_processes
+        self.group_size: int = trainer.num_generations
+        """Completions a prompt; a group may straddle ranks."""
         self._passes, self._turn = passes, turn
+        self._silent = data.framing.union(trainer.eos_token_ids)
+        self._ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
 
     @property
     def sampling(self) -> Sampling:
@@ -70,11 +83,10 @@ class Policy:
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
-    def attach(self, engine: str | Engine | EngineFactory, *, longest: int) -> None:
+    def attach(self, engine: str | Engine | EngineFactory) -> None:
         """Take an engine; none for `transformers`, with which TRL itself generates.
 
-        `longest` is the number of tokens of the longest prompt and its completion. Raises ValueError for a name that does
-        not exist.
+        Raises ValueError for a name that does not exist.
         """
         if engine == "transformers":
             return
@@ -93,7 +105,7 @@ class Policy:
                 max_model_length=args.vllm_max_model_length,
                 max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
                 dtype=str(self.precision).removeprefix("torch."),
-                longest=longest,
+                longest=self.data.longest,
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                 enable_sleep_mode=args.vllm_enable_sleep_mode,
                 model_impl=args.vllm_model_impl,
@@ -138,20 +150,38 @@ class Policy:
             for r, i, p in zip(requests, ids, logps or [None] * len(ids), strict=True)
         ]
 
+    def close(self) -> None:
+        """Let go of what the engine holds outside this process."""
+        if self.engine is not None:
+            self.engine.close()
+
+    # --- what token ids say -----------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return what was said: tokens marked special too, but for those that only frame it."""
+        return self.trainer.processing_class.decode([i for i in ids if i not in self._silent])
+
+    def read(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Completion]:
+        """Return the completions with prompt and text; one without an end-of-sequence token was cut off."""
+        return [
+            replace(c, prompt=prompt, text=self.decode(c.ids), truncated=c.ids[-1] not in self._ends)
+            for prompt, c in zip(prompts, completions, strict=True)
+        ]
+
     # --- does the engine follow the policy? ---------------------------------------------------------------------------
 
-    def check(self, data: DomainData) -> WeightCheck | None:
+    def check(self) -> WeightCheck | None:
         """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.
 
         None without an engine that keeps weights of its own.
         """
         if not self.trainer.use_vllm:
             return None
-        prompts = [prompt for table in data.heldout.values() for prompt in list(table)[:2]]
-        ids = data.tokenize(prompts)
+        prompts = self.data.tokenized(prompt for table in self.data.heldout.values() for prompt in islice(table, 2))
+        ids = [prompt.ids for prompt in prompts]
         requests = [
-            Request(prompt_ids=i, seed=n, max_tokens=min(CHECKED_TOKENS, data.limits[prompt.domain]))
-            for n, (prompt, i) in enumerate(zip(prompts, ids, strict=True))
+            Request(prompt_ids=prompt.ids, seed=n, max_tokens=min(CHECKED_TOKENS, self.data.limits[prompt.domain]))
+            for n, prompt in enumerate(prompts)
         ]
         with self._whole_distribution():
             check = check_weights(
@@ -231,9 +261,9 @@ class Policy:
             logps, entropy, _ = self._passes(model, ids, attention, mask.size(1), size, compute_entropy=True)
         return logps, entropy, mask
 
-    def entropy_sums(self, prompt_ids: Rows, samples: Sequence[Sample]) -> list[tuple[float, int]]:
-        """Return summed token entropy (nats) and token count of each sample."""
-        _, entropy, mask = self.forward(prompt_ids, [s.ids for s in samples])
+    def entropy_sums(self, completions: Sequence[Completion]) -> list[tuple[float, int]]:
+        """Return summed token entropy (nats) and token count of each completion."""
+        _, entropy, mask = self.forward([c.prompt.ids for c in completions], [c.ids for c in completions])
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
     def token_logps(self, prompt_ids: Rows, completion_ids: Rows) -> list[list[float]]:

@@ -15,17 +15,12 @@ import queue
 import socket
 import threading
 import urllib.error
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from polyphony.curricula.records import Domain, Group
+from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
 from polyphony.rewards.registry import settled
-from polyphony.trainer.data import Prompt
-
-if TYPE_CHECKING:  # `polyphony score` runs a grader without torch
-    from polyphony.trainer.engine.vllm import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -43,45 +38,14 @@ _UNREACHABLE = (
 """What else graders raise where their judge is down or silent; by name, as a run need have none of these packages."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One completion of one prompt."""
-
-    prompt: Prompt
-    ids: list[int]
-    """Token ids, the end-of-sequence token included."""
-    text: str
-    truncated: bool
-    logps: list[float] | None = None
-    """The engine's log-probability of each token under its sampling distribution; None if it does not tell."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Graded:
-    """What all ranks need to know of one completion."""
-
-    prompt_id: str
-    domain: str
-    length: int
-    truncated: bool
-    reward: float | None
-    text: str | None = None
-    """Where texts of a group are compared with each other, else None."""
-    surprisal: float | None = None
-    """Sum over its tokens of minus the engine's log-probability under its sampling distribution, nats; None where the
-    engine does not tell."""
-    signs: tuple[str, ...] = ()
-    """Of shortcuts and loops, see `polyphony.trainer.shortcuts`."""
-
-
 class Scorer:
-    """Route samples to their domains' rewards.
+    """Route completions to their domains' rewards.
 
-    A reward that raises, or returns None, gives None: that sample is left out of everything and counted. One that cannot
+    A reward that raises, or returns None, gives None: that completion is left out of everything and counted. One that cannot
     reach its judge gives None for all it was asked about. One that returns NaN or the wrong number of values is broken,
     and stops the run with its domain's name.
 
-    Example: `Scorer(domains)(samples) -> [1.0, None, 0.0]`
+    Example: `Scorer(domains)(completions) -> [1.0, None, 0.0]`
     """
 
     def __init__(self, domains: Sequence[Domain], *, openings: Mapping[str, str] | None = None) -> None:
@@ -96,31 +60,31 @@ class Scorer:
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
         """Domains whose rewards mostly wait, see `polyphony.rewards.registry`."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        """Return one reward a sample, in order."""
-        scores: list[float | None] = [None] * len(samples)
+    def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
+        """Return one reward a completion, in order."""
+        scores: list[float | None] = [None] * len(completions)
         by_domain: dict[str, list[int]] = {}
-        for i, sample in enumerate(samples):
-            by_domain.setdefault(sample.prompt.domain, []).append(i)
+        for i, completion in enumerate(completions):
+            by_domain.setdefault(completion.prompt.domain, []).append(i)
         for name, places in by_domain.items():
-            for i, score in zip(places, self._score(name, [samples[i] for i in places]), strict=True):
+            for i, score in zip(places, self._score(name, [completions[i] for i in places]), strict=True):
                 scores[i] = score
         return scores
 
-    def _score(self, name: str, samples: list[Sample]) -> list[float | None]:
+    def _score(self, name: str, completions: list[Completion]) -> list[float | None]:
         reward = self.rewards[name]
         try:
-            values = _call(reward, samples, opening=self.openings.get(name, ""))
+            values = _call(reward, completions, opening=self.openings.get(name, ""))
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
-            if len(samples) == 1 or is_unreachable(error):
+            if len(completions) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
-                return [None] * len(samples)
-            return [self._score(name, [sample])[0] for sample in samples]
+                return [None] * len(completions)
+            return [self._score(name, [completion])[0] for completion in completions]
         if not hasattr(values, "__len__"):
-            raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(samples)} completions")
-        if len(values) != len(samples):
+            raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(completions)} completions")
+        if len(values) != len(completions):
             raise ValueError(
-                f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
+                f"domain {name!r}: the reward returned {len(values)} values for {len(completions)} completions"
             )
         return [_checked(name, value) for value in values]
 
@@ -141,52 +105,6 @@ def is_unreachable(error: BaseException | None) -> bool:
     return known or is_off or not names.isdisjoint(_UNREACHABLE) or is_unreachable(error.__cause__)
 
 
-def grade(
-    samples: Sequence[Sample],
-    scores: Sequence[float | None],
-    *,
-    inspect: Callable[[Sample], tuple[str, ...]] = lambda sample: (),
-    with_texts: Collection[str] = (),
-) -> list[Graded]:
-    """Return the light records that ranks exchange: tokens stay where they were made, and so do the texts of all
-    domains but those of `with_texts`."""
-    return [
-        Graded(
-            prompt_id=s.prompt.id,
-            domain=s.prompt.domain,
-            length=len(s.ids),
-            truncated=s.truncated,
-            reward=score,
-            text=s.text if s.prompt.domain in with_texts else None,
-            surprisal=None if s.logps is None else -sum(s.logps),
-            signs=inspect(s),
-        )
-        for s, score in zip(samples, scores, strict=True)
-    ]
-
-
-def by_prompt(graded: Sequence[Graded], *, size: int) -> list[list[Graded]]:
-    """Return every `size` consecutive completions, over all ranks. Raises ValueError where they do not share a prompt."""
-    groups = [list(graded[start : start + size]) for start in range(0, len(graded), size)]
-    for n, members in enumerate(groups):
-        if len({m.prompt_id for m in members}) != 1 or len(members) != size:
-            raise ValueError(f"completions {n * size} to {(n + 1) * size - 1} are not one whole group of {size}")
-    return groups
-
-
-def form_group(members: Sequence[Graded], *, draw: int, look: int | None = None) -> Group:
-    """Return the completions of one prompt as a group."""
-    return Group(
-        prompt_id=members[0].prompt_id,
-        domain=members[0].domain,
-        draw=draw,
-        rewards=tuple(m.reward for m in members),
-        lengths=tuple(m.length for m in members),
-        truncated=tuple(m.truncated for m in members),
-        look=look,
-    )
-
-
 def check_failures(groups: Sequence[Group], *, most: float) -> None:
     """Raise RuntimeError where more than the share `most` of a domain's completions got no reward."""
     for name in {g.domain for g in groups}:
@@ -199,15 +117,15 @@ def check_failures(groups: Sequence[Group], *, most: float) -> None:
             )
 
 
-def _call(reward: Reward, samples: list[Sample], *, opening: str) -> list[Any]:
-    is_chat = not isinstance(samples[0].prompt.prompt, str)
-    texts = [opening + sample.text for sample in samples]
-    names = {name for sample in samples for name in sample.prompt.columns}
-    columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in samples] for n in sorted(names)}
+def _call(reward: Reward, completions: list[Completion], *, opening: str) -> list[Any]:
+    is_chat = not isinstance(completions[0].prompt.prompt, str)
+    texts = [opening + completion.text for completion in completions]
+    names = {name for completion in completions for name in completion.prompt.columns}
+    columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in completions] for n in sorted(names)}
     values = reward(
-        prompts=[s.prompt.prompt for s in samples],
+        prompts=[s.prompt.prompt for s in completions],
         completions=[[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
-        completion_ids=[s.ids for s in samples],
+        completion_ids=[s.ids for s in completions],
         **columns,
     )
     return settled([values])[0]
@@ -229,19 +147,19 @@ class Ahead:
     """The grading of one batch of completions, begun before the last of them is sampled.
 
     Example:
-        ahead = Ahead(scorer, prompts, to_samples)
+        ahead = Ahead(scorer, prompts, read)
         completions = engine.complete(requests, on_finished=ahead.take)
-        scores = ahead.scores(to_samples(prompts, completions))
+        scores = ahead.scores(read(prompts, completions))
     """
 
     def __init__(
         self,
         scorer: Scorer,
         prompts: Sequence[Prompt],
-        to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]],
+        read: Callable[[Sequence[Prompt], Sequence[Completion]], list[Completion]],
     ) -> None:
-        self._scorer, self._prompts, self._to_samples = scorer, prompts, to_samples
-        self._waiting: queue.SimpleQueue[tuple[int, Sample] | None] = queue.SimpleQueue()
+        self._scorer, self._prompts, self._read = scorer, prompts, read
+        self._waiting: queue.SimpleQueue[tuple[int, Completion] | None] = queue.SimpleQueue()
         self._taken: set[int] = set()
         self._graded: dict[int, float | None] = {}
         self._error: BaseException | None = None
@@ -256,36 +174,36 @@ class Ahead:
             self._thread = threading.Thread(target=self._grade, name="grading", daemon=True)
             self._thread.start()
         self._taken.add(place)
-        self._waiting.put((place, self._to_samples([prompt], [completion])[0]))
+        self._waiting.put((place, self._read([prompt], [completion])[0]))
 
-    def scores(self, samples: Sequence[Sample]) -> list[float | None]:
-        """Return one reward a sample, in order. Raises what grading ahead raised."""
-        rest = [i for i in range(len(samples)) if i not in self._taken]
+    def scores(self, completions: Sequence[Completion]) -> list[float | None]:
+        """Return one reward a completion, in order. Raises what grading ahead raised."""
+        rest = [i for i in range(len(completions)) if i not in self._taken]
         if (
             self._thread is not None
         ):  # what the engine never announced waits in line: one call of a slow reward at a time
-            late = [i for i in rest if samples[i].prompt.domain in self._scorer.slow]
+            late = [i for i in rest if completions[i].prompt.domain in self._scorer.slow]
             for i in late:
-                self._waiting.put((i, samples[i]))
+                self._waiting.put((i, completions[i]))
             rest = [i for i in rest if i not in late]
         self._waiting.put(None)
-        graded = dict(zip(rest, self._scorer([samples[i] for i in rest]), strict=True))
+        graded = dict(zip(rest, self._scorer([completions[i] for i in rest]), strict=True))
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
             raise self._error
         graded |= self._graded
-        return [graded[i] for i in range(len(samples))]
+        return [graded[i] for i in range(len(completions))]
 
     def _grade(self) -> None:
         try:
             while batch := self._arrived():
-                scores = self._scorer([sample for _, sample in batch])
+                scores = self._scorer([completion for _, completion in batch])
                 self._graded.update(zip([place for place, _ in batch], scores, strict=True))
         except BaseException as error:  # handed to the thread that waits for the scores
             self._error = error
 
-    def _arrived(self) -> list[tuple[int, Sample]]:
+    def _arrived(self) -> list[tuple[int, Completion]]:
         """Wait for a completion, and return it with all others that have come; empty after the last one."""
         batch = []
         entry = self._waiting.get()

@@ -25,16 +25,16 @@ from polyphony.curricula.monitors.signs import (
     SignAlarm,
     _add,
 )
-from polyphony.rewards.style import REPEATED_NGRAM_SHARE, degeneration, mixes_languages, repeated_ngram_share
+from polyphony.curricula.records import Completion, Group
+from polyphony.rewards.style import degeneration
 from polyphony.trainer.advantages import passed, rare_successes
 from polyphony.trainer.metrics import key
-from polyphony.trainer.scoring import Graded, Sample
 
 
 class ShortcutWatch:
     """Look at every completion of a run.
 
-    Example: `watch.inspect(sample)` gives signs like `("bare_answer",)`; `watch.observe(step, groups)` learns from them.
+    Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns from them.
     """
 
     def __init__(self, domains: Sequence[str]) -> None:
@@ -42,44 +42,37 @@ class ShortcutWatch:
         self.pending: list[SignAlarm] = []
         self._since: dict[str, dict[str, int]] = {}  # counts since the last log
 
-    def inspect(self, sample: Sample) -> tuple[str, ...]:
-        """Return the signs that one completion shows."""
-        solution = sample.prompt.columns.get("solution")
+    def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:
+        """Return the signs that each completion shows."""
+        medians = {name: self.domains[name].median_length for name in {c.prompt.domain for c in completions}}
+        return [self._signs(c, medians[c.prompt.domain]) for c in completions]
+
+    def _signs(self, completion: Completion, median: float) -> tuple[str, ...]:
+        solution = completion.prompt.columns.get("solution")
         found = degeneration(
-            sample.text,
-            tokens=len(sample.ids),
-            median_correct_tokens=self.domains[sample.prompt.domain].median_length,
+            completion.text,
+            tokens=len(completion.ids),
+            median_correct_tokens=median,
             reference=solution if isinstance(solution, str) else None,
         )
-        signs = {
-            "answer_repetition": found.answer_repetition,
-            "repeated_ngrams": repeated_ngram_share(sample.text, 8) > REPEATED_NGRAM_SHARE,
-            "computation_skipping": found.computation_skipping,
-            "bare_answer": found.bare_answer,
-            "language_mixing": mixes_languages(sample.text),
-            "truncation": sample.truncated,
-        }
-        return tuple(name for name, shows in signs.items() if shows)
+        return tuple(s for s in COUNTED if (completion.truncated if s == "truncation" else getattr(found, s)))
 
-    def suspects(self, group: Sequence[Graded]) -> list[int]:
+    def suspects(self, group: Group) -> list[int]:
         """Return the places of a group's successes that show a sign which is not their domain's manner."""
-        rewards = [g.reward for g in group]
-        known = self.domains[group[0].domain].manner.get("n", 0) >= ENOUGH_MANNER
-        rare = rare_successes(rewards)
-        successes = passed(rewards) if known else rare
-        return [i for i in successes if self._is_foreign(group[i], COUNTED if i in rare else SIGNS)]
-
-    def _is_foreign(self, graded: Graded, signs: Sequence[str]) -> bool:
-        manner = self.domains[graded.domain].manner
+        manner = self.domains[group.domain].manner
         known = manner.get("n", 0) >= ENOUGH_MANNER
-        return any(not (known and manner.get(s, 0) >= MANNER * manner["n"]) for s in graded.signs if s in signs)
+        foreign = {s for s in COUNTED if not (known and manner.get(s, 0) >= MANNER * manner["n"])}
+        rare = rare_successes(group.rewards)
+        successes = passed(group.rewards) if known else rare
+        counted = {True: foreign, False: foreign.intersection(SIGNS)}
+        return [i for i in successes if counted[i in rare].intersection(group.signs[i])]
 
-    def observe(self, step: int, groups: Sequence[Sequence[Graded]]) -> None:
+    def observe(self, step: int, groups: Sequence[Group]) -> None:
         """Take in the groups of one draw, of all ranks."""
-        for name in sorted({group[0].domain for group in groups}):
-            watch, of_domain = self.domains[name], [group for group in groups if group[0].domain == name]
+        for name in sorted({group.domain for group in groups}):
+            watch, of_domain = self.domains[name], [group for group in groups if group.domain == name]
             since = self._since.setdefault(name, {})
-            signs = [g.signs for group in of_domain for g in group]
+            signs = [shown for group in of_domain for shown in group.signs]
             watch.count(signs)
             _add(since, signs, COUNTED)
             for group in of_domain:
@@ -89,18 +82,17 @@ class ShortcutWatch:
                 for kind, message in watch.alarms().items()
             ]
 
-    def _learn(self, watch: DomainSigns, since: dict[str, int], group: Sequence[Graded]) -> None:
-        suspects, rewards = self.suspects(group), [g.reward for g in group]
-        rare = rare_successes(rewards)
+    def _learn(self, watch: DomainSigns, since: dict[str, int], group: Group) -> None:
+        suspects, rare, successes = self.suspects(group), rare_successes(group.rewards), passed(group.rewards)
         since["rare_successes"] = since.get("rare_successes", 0) + len(rare)
         since["suspects"] = since.get("suspects", 0) + len(suspects)
-        all_right = [group[i].length for i in passed(rewards)]
+        all_right = [group.lengths[i] for i in successes]
         watch.first_lengths += all_right[: ENOUGH_CORRECT - len(watch.first_lengths)]
         watch.last_lengths = [*watch.last_lengths, *all_right][-ENOUGH_CORRECT:]
-        right = [group[i] for i in passed(rewards) if i not in rare and i not in suspects]  # the others set no standard
-        watch.lengths = [*watch.lengths, *(g.length for g in right)][-ENOUGH_CORRECT:]
-        if len(right) > len(group) / 2 and watch.manner.get("n", 0) < ENOUGH_CORRECT:
-            _add(watch.manner, [g.signs for g in right], COUNTED)
+        right = [i for i in successes if i not in rare and i not in suspects]  # the others set no standard
+        watch.lengths = [*watch.lengths, *(group.lengths[i] for i in right)][-ENOUGH_CORRECT:]
+        if len(right) > len(group.rewards) / 2 and watch.manner.get("n", 0) < ENOUGH_CORRECT:
+            _add(watch.manner, [group.signs[i] for i in right], COUNTED)
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last flush, by full name."""

@@ -11,7 +11,7 @@ from polyphony.curricula.records import Domain
 from polyphony.launch.import_paths import renamed
 from polyphony.rewards.answers import completion_text
 from polyphony.trainer.data import PromptTable, load_rows
-from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.scoring import Scorer
 
 
 def score(path: Path, *, reward: str, as_json: bool) -> None:
@@ -40,11 +40,11 @@ def score_rows(path: Path, *, reward: str) -> list[float | None]:
     tokens = [row.pop("completion_ids", []) for row in rows]
     domain = Domain(name="rows", kind="structured", reward=_spec(reward))
     table = PromptTable(rows, domain=domain, where=str(path), is_chat=True)
-    samples = [
-        Sample(prompt=prompt, ids=ids, text=_text(row["completion"]), truncated=False)
+    completions = [
+        Completion(prompt=prompt, ids=ids, text=_text(row["completion"]))
         for prompt, row, ids in zip(table, rows, tokens, strict=True)
     ]
-    return Scorer([domain])(samples)
+    return Scorer([domain])(completions)
 
 
 def _spec(reward: str) -> Any:

@@ -149,18 +149,19 @@ class Screening:
         from polyphony.trainer.engine.engine import Request, completion_seed  # slow to import
 
         trainer, size = self.trainer, self.group_size
-        chosen = [(visits, trainer.data.train[name][prompt_id]) for visits, name, prompt_id in batch]
+        asked = trainer.data.tokenized(trainer.data.train[name][prompt_id] for _, name, prompt_id in batch)
+        chosen = [(visits, prompt) for (visits, _, _), prompt in zip(batch, asked, strict=True)]
         prompts = [prompt for _, prompt in chosen for _ in range(size)]
         requests = [
             Request(
-                prompt_ids=ids,
-                seed=completion_seed(trainer.args.seed, SCREEN_DRAW - chosen[i // size][0], prompts[i].id, 0, i % size),
-                max_tokens=trainer.data.limits[prompts[i].domain],
+                prompt_ids=prompt.ids,
+                seed=completion_seed(trainer.args.seed, SCREEN_DRAW - chosen[i // size][0], prompt.id, 0, i % size),
+                max_tokens=trainer.data.limits[prompt.domain],
             )
-            for i, ids in enumerate(trainer.data.tokenize(prompts))
+            for i, prompt in enumerate(prompts)
         ]
-        samples = trainer.to_samples(prompts, trainer.policy.complete(requests, size))
-        rewards = trainer.scorer(samples)
+        completions = trainer.policy.read(prompts, trainer.policy.complete(requests, size))
+        rewards = trainer.scorer(completions)
         with (self.out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
             for k, (visits, prompt) in enumerate(chosen):
                 of_group = slice(k * size, (k + 1) * size)
@@ -169,7 +170,7 @@ class Screening:
                     self.ungraded.add((prompt.domain, prompt.id))
                 self.pools[prompt.domain].observe(prompt.id, graded)
                 if graded and max(graded) <= 0:
-                    file.write(_line(prompt, visits, [s.text.strip() for s in samples[of_group]]))
+                    file.write(_line(prompt, visits, [c.text.strip() for c in completions[of_group]]))
 
     def _answers(self) -> dict[tuple[str, str], Counter]:
         """Return how often each answer was given to each prompt that failed; a visit made twice counts once."""

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef
+from polyphony.curricula.records import Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers import build_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import make_plan
@@ -59,7 +59,7 @@ def _pace(curriculum: Curriculum, draws: int) -> Timing:
             exposure = dict(curriculum.drawn)
             curriculum.record(Evaluation(trained=curriculum.names, step=draw, seed=0, scores=scores, exposure=exposure))
         rewards = (rng.random((BATCH, 8)) < 0.5).astype(float).tolist()
-        refs: list[PromptRef] = []
+        refs: list[Prompt] = []
         drawing = timed(lambda refs=refs: refs.extend(curriculum.draw(BATCH)))
         groups = [
             Group(

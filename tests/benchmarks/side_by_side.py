@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from polyphony.curricula.records import PromptRef
+from polyphony.curricula.records import Prompt
 from polyphony.launch.build import build_trainer, grpo_config
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
@@ -145,7 +145,7 @@ class SideBySide:
         self.prompts, self.seeds = [], []
         draws = itertools.count()
 
-        def keep(refs: Sequence[PromptRef]) -> None:
+        def keep(refs: Sequence[Prompt]) -> None:
             draw = next(draws)
             for ref in refs:
                 self.prompts.append(trainer.data.train[ref.domain][ref.id])

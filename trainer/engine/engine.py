@@ -16,8 +16,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
+from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.vllm import (
-    Completion,
     EngineSettings,
     OnFinished,
     Request,
@@ -29,7 +29,6 @@ from polyphony.trainer.engine.vllm import (
 )
 
 __all__ = [
-    "Completion",
     "Engine",
     "EngineFactory",
     "EngineFaults",

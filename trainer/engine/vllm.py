@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from polyphony.curricula.records import Completion
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -23,16 +25,6 @@ class Request:
     max_tokens: int
     is_greedy: bool = False
     """Take the likeliest token each time, whatever the run's sampling; only an engine of ours can."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """What came back: token ids, and their log-probabilities under the sampling distribution (None if not told)."""
-
-    ids: list[int]
-    logps: list[float] | None
-    version: int | None = None
-    """Number of the weight sync whose weights sampled it; None where the engine does not count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import Completion, mean
 from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.answers import final_answer
 from polyphony.rewards.diversity import Diversity, distinct_n, self_bleu, unique_correct, vendi
@@ -21,7 +21,6 @@ from polyphony.rewards.partitions import Same, answer_signature, connected
 from polyphony.rewards.style import is_valid, style
 from polyphony.trainer.diversity_reward import compared
 from polyphony.trainer.metrics import key
-from polyphony.trainer.scoring import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,41 +40,42 @@ class Answer:
 
 
 def read_answer(
-    sample: Sample, score: float | None, *, reward: Any, has_one_answer: bool, decode: Callable[[Sequence[int]], str]
+    completion: Completion, *, reward: Any, has_one_answer: bool, decode: Callable[[Sequence[int]], str]
 ) -> Answer:
-    """Read one completion; `decode` turns token ids into text as the sample's text was made."""
+    """Read one completion; `decode` turns token ids into text as the completion's text was made."""
     return Answer(
-        score=score,
-        vote=vote(sample, reward),
-        confidence=answer_probability(sample, decode) if has_one_answer else math.nan,
-        is_valid=is_valid(sample.text, reward, truncated=sample.truncated),
-        style=style(sample.text),
+        score=completion.reward,
+        vote=vote(completion, reward),
+        confidence=answer_probability(completion, decode) if has_one_answer else math.nan,
+        is_valid=is_valid(completion.text, reward, truncated=completion.truncated),
+        style=style(completion.text),
     )
 
 
-def vote(sample: Sample, reward: Any) -> str | None:
+def vote(completion: Completion, reward: Any) -> str | None:
     """Return a digest of the answer that a reward reads in a completion (`reads`, see `polyphony.rewards.registry`)."""
     reads = getattr(reward, "reads", None)
     if reads is None:
-        read = answer_signature(sample.text)
+        read = answer_signature(completion.text)
     else:
-        read = reads(sample.text, sample.prompt.prompt, **sample.prompt.columns)
+        read = reads(completion.text, completion.prompt.prompt, **completion.prompt.columns)
     return None if read is None else hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
 
-def answer_probability(sample: Sample, decode: Callable[[Sequence[int]], str]) -> float:
+def answer_probability(completion: Completion, decode: Callable[[Sequence[int]], str]) -> float:
     """Return exp of the summed log-probabilities of the answer's tokens; NaN without an answer or log-probabilities.
 
     The answer is what the completion marks as such, else its last line.
     """
-    answer = final_answer(sample.text) or sample.text.rstrip().rpartition("\n")[2].strip()
-    start = sample.text.rfind(answer)
-    if sample.logps is None or not answer or start < 0:
+    text, logps = completion.text, completion.logps
+    answer = final_answer(text) or text.rstrip().rpartition("\n")[2].strip()
+    start = text.rfind(answer)
+    if logps is None or not answer or start < 0:
         return math.nan
-    if answer == sample.text.strip():
-        return math.exp(sum(sample.logps))
-    first, last = token_span(sample.ids, start, start + len(answer), decode)
-    return math.exp(sum(sample.logps[first:last]))
+    if answer == text.strip():
+        return math.exp(sum(logps))
+    first, last = token_span(completion.ids, start, start + len(answer), decode)
+    return math.exp(sum(logps[first:last]))
 
 
 def token_span(ids: Sequence[int], start: int, end: int, decode: Callable[[Sequence[int]], str]) -> tuple[int, int]:
@@ -106,9 +106,7 @@ class Variety:
     """Answers that say something else, by the domain's partitioner; NaN in a domain without a diversity reward."""
 
 
-def varieties(
-    samples: Sequence[Sample], scores: Sequence[float | None], *, k: int, by_domain: Mapping[str, Diversity]
-) -> list[Variety]:
+def varieties(completions: Sequence[Completion], *, k: int, by_domain: Mapping[str, Diversity]) -> list[Variety]:
     """Return the variety of each item; its k samples stand together. Empty where k is 1.
 
     Answers are told apart by the domain's own partitioner where it has one, else by what they come to
@@ -116,14 +114,14 @@ def varieties(
     """
     if k < 2:
         return []
-    items = [(samples[i : i + k], scores[i : i + k]) for i in range(0, len(samples), k)]
+    items = [completions[i : i + k] for i in range(0, len(completions), k)]
     told: dict[int, Same | None] = {}
     for name, diversity in by_domain.items():
-        places = [i for i, (item, _) in enumerate(items) if item[0].prompt.domain == name]
-        texts = [[s.text for s in items[i][0]] for i in places]
-        prompts = [items[i][0][0].prompt.prompt for i in places]
+        places = [i for i, item in enumerate(items) if item[0].prompt.domain == name]
+        texts = [[c.text for c in items[i]] for i in places]
+        prompts = [items[i][0].prompt.prompt for i in places]
         told.update(zip(places, compared(name, diversity, texts, prompts), strict=True))
-    return [_variety([s.text for s in item], item_scores, told, i) for i, (item, item_scores) in enumerate(items)]
+    return [_variety([c.text for c in item], [c.reward for c in item], told, i) for i, item in enumerate(items)]
 
 
 def variety_metrics(variety: Mapping[str, Sequence[Variety]], items: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -6,16 +6,20 @@ The same item gets the same sampling seeds at every evaluation, which makes diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from polyphony.rewards.diversity import Diversity
-from polyphony.trainer.data import Prompt, PromptTable
-from polyphony.trainer.engine.engine import Completion, Request, completion_seed
-from polyphony.trainer.evaluation.answers import Answer, varieties
+from accelerate.utils import gather_object
+
+from polyphony.curricula.records import Completion, Prompt
+from polyphony.trainer.diversity_reward import Fusion
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.engine.engine import Request, completion_seed
+from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
-from polyphony.trainer.scoring import Sample
+from polyphony.trainer.policy import Policy
+from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import EvaluationSettings
 
 EVALUATION_DRAW = -1
@@ -24,75 +28,79 @@ EVALUATION_DRAW = -1
 
 @dataclass(kw_only=True, slots=True)
 class Evaluator:
-    """Score the policy on every domain's held-out set.
+    """Score the policy on every domain's held-out set; collective over ranks.
 
-    Example: `Evaluator(tables=heldout, settings=settings, seed=1, ...).run()`
+    Example: `Evaluator(data=data, policy=policy, scorer=scorer, settings=settings, seed=1).run()`
     """
 
-    tables: Mapping[str, PromptTable]
+    data: DomainData
+    policy: Policy
+    scorer: Scorer
     settings: EvaluationSettings
     seed: int
-    tokenize: Callable[[Sequence[Prompt]], list[list[int]]]
-    complete: Callable[[Sequence[Request]], list[Completion]]
-    """Samples this rank's requests from the engine with the policy's present weights."""
-    to_samples: Callable[[Sequence[Prompt], Sequence[Completion]], list[Sample]]
-    score: Callable[[Sequence[Sample]], list[float | None]]
-    entropy_sums: Callable[[Sequence[Sequence[int]], Sequence[Sample]], list[tuple[float, int]]]
-    """Summed token entropy and token count of each sample under the policy."""
-    log_probabilities: LogProbabilities
-    read: Callable[[Sample, float | None], Answer]
-    limit: Callable[[str], int]
-    """The domain's completion length in tokens."""
-    gather: Callable[[list], list]
-    """Joins the lists of all ranks in rank order."""
-    rank: int = 0
-    world_size: int = 1
+    fusion: Fusion = field(default_factory=Fusion)
+    """What tells the answers of a domain apart, where it rewards difference."""
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
-    diversity: Mapping[str, Diversity] = field(default_factory=dict)
-    """What tells the answers of a domain apart, where it rewards difference."""
-    _prompt_ids: dict[str, list[int]] = field(default_factory=dict)
+    _mine: list[tuple[int, Prompt]] = field(default_factory=list)
+    """This rank's items with their places among all; held-out prompts never change, so each is tokenised once."""
     _records: list[Record] = field(default_factory=list)
     """Of the last run, of all ranks."""
 
     def run(self) -> HeldoutResult:
         """Evaluate all domains; collective over ranks, and every rank gets the whole result."""
-        local = self._local_items()
+        self._mine = self._mine or self._local_items()
         k = self.settings.samples
-        prompts = [prompt for _, prompt in local for _ in range(k)]
-        ids = self._tokenized(prompts)
+        prompts = [prompt for _, prompt in self._mine for _ in range(k)]
         requests = [
             Request(
-                prompt_ids=prompt_ids,
+                prompt_ids=prompt.ids,
                 seed=completion_seed(self.seed, EVALUATION_DRAW, prompt.id, 0, i % k),
-                max_tokens=self.limit(prompt.domain),
+                max_tokens=self.data.limits[prompt.domain],
             )
-            for i, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True))
+            for i, prompt in enumerate(prompts)
         ]
-        samples = self.to_samples(prompts, self.complete(requests))
-        scores = self.score(samples)
-        entropies = self.entropy_sums(ids[::k], samples[::k])
-        variety = varieties(samples, scores, k=k, by_domain=self.diversity) or [None] * len(local)
-        answers = [self.read(sample, score) for sample, score in zip(samples, scores, strict=True)]
-        greedy = self._greedy([prompt for _, prompt in local], requests[::k])
+        sampled = self._graded(prompts, requests, k)
+        entropies = self.policy.entropy_sums(sampled[::k])
+        variety = varieties(sampled, k=k, by_domain=self.fusion.by_domain) or [None] * len(self._mine)
+        answers = [self._answer(c) for c in sampled]
+        greedy = self._greedy([prompt for _, prompt in self._mine], requests[::k])
         records = [
             Record(
                 place=place,
                 domain=prompt.domain,
                 item=prompt.id,
-                scores=tuple(scores[j * k : (j + 1) * k]),
+                scores=tuple(c.reward for c in sampled[j * k : (j + 1) * k]),
                 entropy=entropies[j],
                 answers=tuple(answers[j * k : (j + 1) * k]),
                 greedy=greedy[j] if greedy else None,
                 variety=variety[j],
-                shown=samples[j * k] if self._is_shown(prompt) else None,
-                ids=(ids[j * k], samples[j * k].ids) if self._is_measured(prompt) else None,
+                shown=_to_be_read(sampled[j * k]) if self._is_among_first(prompt, self.settings.shown) else None,
+                ids=(
+                    (list(prompt.ids), list(sampled[j * k].ids))
+                    if self._is_among_first(prompt, self.settings.kl_items)
+                    else None
+                ),
             )
-            for j, (place, prompt) in enumerate(local)
+            for j, (place, prompt) in enumerate(self._mine)
         ]
-        self._records = once(self.gather(records))
+        self._records = once(gather_object(records))
         kl = self.base.kl(self._shared_log_probabilities) if self.base is not None else {}
-        return join(self._records, list(self.tables), kl)
+        self.policy.rest()
+        return join(self._records, list(self.data.heldout), kl)
+
+    def _graded(self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int) -> list[Completion]:
+        completions = self.policy.read(prompts, self.policy.complete(requests, copies))
+        return [replace(c, reward=reward) for c, reward in zip(completions, self.scorer(completions), strict=True)]
+
+    def _answer(self, completion: Completion) -> Answer:
+        name = completion.prompt.domain
+        return read_answer(
+            completion,
+            reward=self.scorer.rewards[name],
+            has_one_answer=self.data.heldout[name].domain.kind == "structured",
+            decode=self.policy.decode,
+        )
 
     def remember_base(self) -> BaseReference:
         """Take the policy as it is, and what it said at the last run, for the base model; collective over ranks."""
@@ -116,40 +124,37 @@ class Evaluator:
         """Return one greedy answer an item; none unless asked for."""
         if not self.settings.greedy:
             return []
-        samples = self.to_samples(prompts, self.complete([replace(request, is_greedy=True) for request in requests]))
-        return [self.read(s, score) for s, score in zip(samples, self.score(samples), strict=True)]
+        requests = [replace(request, is_greedy=True) for request in requests]
+        return [self._answer(c) for c in self._graded(prompts, requests, 1)]
 
     def _shared_log_probabilities(
         self, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
     ) -> list[float]:
-        return self._shared(self.log_probabilities, prompt_ids, ids)
+        return self._shared(self.policy.logps, prompt_ids, ids)
 
     def _shared(
         self, measure: LogProbabilities, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
     ) -> list[float]:
         """Split the rows over the ranks, evenly because the forward pass may be collective, and put them together."""
-        share = -(-len(ids) // self.world_size)
-        places = [min(p, len(ids) - 1) for p in range(self.rank * share, (self.rank + 1) * share)]
+        share = -(-len(ids) // self.policy.world_size)
+        places = [min(p, len(ids) - 1) for p in range(self.policy.rank * share, (self.policy.rank + 1) * share)]
         sums = measure([prompt_ids[p] for p in places], [ids[p] for p in places]) if ids else []
-        return self.gather(sums)[: len(ids)]
+        return gather_object(sums)[: len(ids)]
 
     def _local_items(self) -> list[tuple[int, Prompt]]:
         """This rank's share of all items; padded by repeating, because generation and forward may be collective."""
-        items = list(enumerate(prompt for table in self.tables.values() for prompt in table))
-        share = -(-len(items) // self.world_size)
-        padded = items + items[:1] * (share * self.world_size - len(items))
-        return padded[self.rank * share : (self.rank + 1) * share]
+        items = list(enumerate(prompt for table in self.data.heldout.values() for prompt in table))
+        share = -(-len(items) // self.policy.world_size)
+        padded = items + items[:1] * (share * self.policy.world_size - len(items))
+        mine = padded[self.policy.rank * share : (self.policy.rank + 1) * share]
+        asked = self.data.tokenized(prompt for _, prompt in mine)
+        return [(place, prompt) for (place, _), prompt in zip(mine, asked, strict=True)]
 
-    def _tokenized(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Held-out prompts never change: tokenise each once."""
-        new = [p for p in prompts if f"{p.domain}/{p.id}" not in self._prompt_ids]
-        if new:
-            for prompt, ids in zip(new, self.tokenize(new), strict=True):
-                self._prompt_ids[f"{prompt.domain}/{prompt.id}"] = ids
-        return [self._prompt_ids[f"{p.domain}/{p.id}"] for p in prompts]
+    def _is_among_first(self, prompt: Prompt, n: int) -> bool:
+        return prompt.id in self.data.heldout[prompt.domain].ids[:n]
 
-    def _is_measured(self, prompt: Prompt) -> bool:
-        return prompt.id in self.tables[prompt.domain].ids[: self.settings.kl_items]
 
-    def _is_shown(self, prompt: Prompt) -> bool:
-        return prompt.id in self.tables[prompt.domain].ids[: self.settings.shown]
+def _to_be_read(completion: Completion) -> Completion:
+    """Return what of a completion is shown to people: no tokens, no columns."""
+    prompt = replace(completion.prompt, columns={}, ids=())
+    return replace(completion, prompt=prompt, ids=(), logps=None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import Completion, mean
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
-from polyphony.trainer.scoring import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +30,8 @@ class HeldoutResult:
     """Per domain and item, what the policy says without chance; empty unless asked for."""
     base_kl: Mapping[str, Mapping[str, tuple[float, int]]] = field(default_factory=dict)
     """Per domain and item id, (nats, tokens) of KL(base || policy); empty until the base model was remembered."""
-    shown: tuple[tuple[Sample, float | None], ...] = ()
-    """A few samples of each domain, for people to read."""
+    shown: tuple[Completion, ...] = ()
+    """A few of each domain, graded, for people to read; without their tokens."""
 
     def read(self, domain: str) -> Answers:
         """Return a domain's answers, ready for statistics, in the order of its items."""
@@ -82,7 +81,7 @@ class Record:
     answers: tuple[Answer, ...]
     greedy: Answer | None
     variety: Variety | None
-    shown: Sample | None
+    shown: Completion | None
     ids: tuple[list[int], list[int]] | None
     """Prompt and first completion, where the distance to the base model is measured."""
 
@@ -116,5 +115,5 @@ def join(
             for name, rs in of.items()
             if rs and rs[0].variety is not None
         },
-        shown=tuple((r.shown, r.scores[0]) for r in records if r.shown is not None),
+        shown=tuple(r.shown for r in records if r.shown is not None),
     )

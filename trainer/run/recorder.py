@@ -9,7 +9,7 @@ from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line
-from polyphony.curricula.records import Domain, Evaluation, Group, PromptRef, mean
+from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import halves, on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix
@@ -54,7 +54,7 @@ class Recorder:
         """Begin with the rows of a probe of the same held-out items, so that prediction and outcome lie side by side."""
         self.matrix = replace(probe, rows=tuple(row for row in probe.rows if row.probe))
 
-    def record_draw(self, step: int, refs: Sequence[PromptRef]) -> None:
+    def record_draw(self, step: int, refs: Sequence[Prompt]) -> None:
         """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
         self._write_reviews(self.curriculum.decision.state.get("reviews", []))
@@ -69,7 +69,7 @@ class Recorder:
         if reviews and self.is_main:
             self.folder.write("predicted.json", json.dumps(list(reviews)))
 
-    def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[PromptRef]) -> None:
+    def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
         names = ("all_correct", "all_wrong", "all_equal", "ungraded")
         causes: dict[str, dict[str, int]] = {}
@@ -92,9 +92,9 @@ class Recorder:
         self._note_unmeasured(row)
         self._add(row, result.items)
         self.curriculum.record(on_half(row, result.items, "steer"))
-        for sample, score in result.shown if self.is_main else ():
-            shown = {"domain": sample.prompt.domain, "prompt": sample.prompt.prompt, "completion": sample.text}
-            self.folder.append("samples", {"step": step, **shown, "score": score})
+        for c in result.shown if self.is_main else ():
+            shown = {"domain": c.prompt.domain, "prompt": c.prompt.prompt, "completion": c.text, "score": c.reward}
+            self.folder.append("samples", {"step": step, **shown})
         if self.is_main:
             self.folder.append("evaluations", {"step": step, "domains": _details(result)})
         return self._metrics(row, result)

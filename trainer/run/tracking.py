@@ -35,7 +35,7 @@ MOST_ROWS = 2000
 
 def track_completions(tracker: WandbTracker, step: int, result: HeldoutResult) -> None:
     """Log the samples that are kept for people, to be filtered by domain."""
-    rows = [[step, s.prompt.domain, _text(s.prompt.prompt), s.text, score, s.truncated] for s, score in result.shown]
+    rows = [[step, c.prompt.domain, _text(c.prompt.prompt), c.text, c.reward, c.truncated] for c in result.shown]
     tracker.log_table(step, "completions", ["step", "domain", "prompt", "completion", "score", "truncated"], rows)
 
 
