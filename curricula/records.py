@@ -275,6 +275,11 @@ class Rollout:
         return [group.filled(self.size) for group in self.groups.values()]
 
     @property
+    def rewards(self) -> list[float | None]:
+        """What the update learns from, a reward a row of all ranks, in rank order."""
+        return [reward for group in self.groups_of_rows for reward in group.learned]
+
+    @property
     def sampled(self) -> list[Group]:
         """All groups, those that were replaced too."""
         return [*self.groups.values(), *self.discarded]

@@ -5,45 +5,32 @@ import torch
 
 from polyphony.curricula.records import Group
 from polyphony.trainer.advantages import Advantages, accepted, centred_without, mean_only, rare_successes
-from polyphony.trainer.scoring import Graded
 from polyphony.trainer.settings import Guard, RftSettings, UpdateSettings
 
 
-def graded(*rewards, domain="math", signs=(), texts=None) -> list[Graded]:
-    return [
-        Graded(
-            prompt_id="p",
-            domain=domain,
-            length=5,
-            truncated=False,
-            reward=r,
-            signs=signs if r == 1.0 else (),
-            text=None if texts is None else texts[i],
-        )
-        for i, r in enumerate(rewards)
-    ]
+def graded(*rewards, domain="math", signs=(), texts=()) -> Group:
+    n = len(rewards)
+    return Group(
+        prompt_id="p",
+        domain=domain,
+        draw=0,
+        rewards=rewards,
+        lengths=(5,) * n,
+        truncated=(False,) * n,
+        signs=tuple(signs if r == 1.0 else () for r in rewards),
+        texts=tuple(texts),
+    )
 
 
-def worth(stock, members, first_row=0, *, kind="group", **settings):
-    groups = [
-        Group(
-            prompt_id="p",
-            domain=m[0].domain,
-            draw=0,
-            rewards=tuple(g.reward for g in m),
-            lengths=(5,) * len(m),
-            truncated=(False,) * len(m),
-        )
-        for m in members
-    ]
-    return advantages(kind, **settings)(stock, groups, members, first_row)
+def worth(stock, groups, first_row=0, *, kind="group", **settings):
+    return advantages(kind, **settings)(stock, groups, first_row)
 
 
 def advantages(kind="group", **settings) -> Advantages:
     return Advantages(
         settings=UpdateSettings(**settings),
         kinds={"math": kind, "talk": "group"},
-        find_suspects=lambda group: [i for i, g in enumerate(group) if g.signs],
+        find_suspects=lambda group: [i for i, signs in enumerate(group.signs) if signs],
     )
 
 
@@ -94,7 +81,7 @@ def test_a_suspect_leaves_its_group_and_the_others_are_centred_without_it():
     assert worth(stock, [alone], 0, guard=guard).tolist() == [0.0, 0.0, 0.0]  # what is left is all alike
     kept = worth(stock, [alone], 0, guard=Guard(cap=3.0, drop_shortcuts=False))
     torch.testing.assert_close(kept, stock)
-    honest = [*graded(1.0, signs=("bare_answer",)), *graded(1.0, 0.0, 0.0)]
+    honest = graded(1.0, signs=("bare_answer",)).joined(graded(1.0, 0.0, 0.0))
     # (r - 1/2) / s before; of the three that stay the mean is 1/3, and s is what it was
     values = worth(torch.tensor([0.87, 0.87, -0.87, -0.87]), [honest], 0, guard=guard)
     torch.testing.assert_close(values, torch.tensor([0.0, 2 / 3, -1 / 3, -1 / 3]) * 0.87 / 0.5)

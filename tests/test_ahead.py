@@ -7,11 +7,10 @@ import time
 
 import pytest
 
-from polyphony.curricula.records import Domain
+from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import Prompt
-from polyphony.trainer.engine.engine import Completion, Request
-from polyphony.trainer.scoring import Ahead, Sample, Scorer
+from polyphony.trainer.engine.engine import Request
+from polyphony.trainer.scoring import Ahead, Scorer
 
 
 class Waiting:
@@ -42,9 +41,9 @@ def prompts(*domains):
     return [Prompt(id=f"p{i}", domain=name, prompt="q", columns={}) for i, name in enumerate(domains)]
 
 
-def to_samples(prompts, completions):
+def read(prompts, completions):
     return [
-        Sample(prompt=p, ids=c.ids, text=str(c.ids[0]), truncated=False)
+        Completion(prompt=p, ids=c.ids, text=str(c.ids[0]), truncated=False)
         for p, c in zip(prompts, completions, strict=True)
     ]
 
@@ -58,7 +57,7 @@ def scorer(**rewards):
 
 
 def ahead(asked, **rewards):
-    return Ahead(scorer(**rewards), asked, to_samples)
+    return Ahead(scorer(**rewards), asked, read)
 
 
 def test_rewards_are_the_same_and_in_order_however_completions_end():
@@ -68,7 +67,7 @@ def test_rewards_are_the_same_and_in_order_however_completions_end():
     for place in (3, 1, 0):  # the engine never announces the last two
         grading.take(place, sampled[place])
     grading.take(3, sampled[3])
-    assert grading.scores(to_samples(asked, sampled)) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert grading.scores(read(asked, sampled)) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert sorted(text for call in slow.calls for text in call) == ["0", "2", "3"]
     assert quick.calls == [["1", "4"]]
 
@@ -82,7 +81,7 @@ def test_slow_grading_begins_while_the_engine_is_at_work_and_one_call_at_a_time(
         time.sleep(0.05)  # the engine's step
         grading.take(place, sampled[place])
     engine_ended = time.monotonic()
-    assert grading.scores(to_samples(asked, sampled)) == [float(i) for i in range(12)]
+    assert grading.scores(read(asked, sampled)) == [float(i) for i in range(12)]
     assert slow.began[0] < engine_ended - 0.2
     assert 1 < len(slow.calls) < 12  # what came meanwhile is graded together
     assert time.monotonic() - started < 12 * 0.05 + 12 * 0.2
@@ -94,14 +93,14 @@ def test_what_grading_raises_is_raised_where_the_scores_are_asked_for():
     grading._scorer.slow = frozenset({"slow"})
     grading.take(0, sampled[0])
     with pytest.raises(ValueError, match="domain 'slow': the reward returned 2 values for 1 completions"):
-        grading.scores(to_samples(asked, sampled))
+        grading.scores(read(asked, sampled))
 
 
 def test_a_grader_that_fails_ahead_costs_its_own_rows():
     asked, sampled = prompts("slow", "quick"), completions(2)
     grading = ahead(asked, slow=Waiting(raises=ConnectionError("gone")), quick=Quick())
     grading.take(0, sampled[0])
-    assert grading.scores(to_samples(asked, sampled)) == [None, 1.0]
+    assert grading.scores(read(asked, sampled)) == [None, 1.0]
 
 
 def test_without_slow_rewards_no_thread_starts():

@@ -16,8 +16,7 @@ import pytest
 
 from polyphony.rewards.registry import REGISTRY
 from polyphony.rewards.sandbox.client import isolation
-from polyphony.trainer.data import Prompt
-from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.scoring import Scorer
 from tests.test_code import DOUBLE, FAST
 from tests.test_judge import QUICK, Server, gullible
 
@@ -215,11 +214,11 @@ def test_every_attack_meets_every_reward_or_cannot_concern_it():
 
 def graded(name, completions, columns, **more):
     """Grade as the trainer does: through `Scorer`, so that a grader that raises costs its own row only."""
-    from polyphony.curricula.records import Domain
+    from polyphony.curricula.records import Completion, Domain, Prompt
 
     scorer = Scorer([Domain(name=name, kind="structured", reward={"name": name, **SETTINGS.get(name, {}), **more})])
     prompt = Prompt(id="p", domain=name, prompt=PROMPT, columns=columns)
-    return scorer([Sample(prompt=prompt, ids=[1], text=text, truncated=False) for text in completions])
+    return scorer([Completion(prompt=prompt, ids=[1], text=text, truncated=False) for text in completions])
 
 
 def ours():

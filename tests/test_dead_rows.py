@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_stock_trl(tmp_path, engine, loss_type, accumula
     ours.train()
 
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    prompts = [rollout.rows[i]["prompt"] for rollout in rollouts for i in range(0, 32, 8)]
+    prompts = [rollout.rows[i].prompt.prompt for rollout in rollouts for i in range(0, 32, 8)]
     stock = GRPOTrainer(
         POLICY,
         lambda prompts, completions, **columns: [rewards.pop(0) for _ in prompts],

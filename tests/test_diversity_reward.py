@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from polyphony.curricula.records import Domain, Fused, Group, Prompt, mean
+from polyphony.curricula.records import Completion, Domain, Fused, Group, Prompt, mean
 from polyphony.launch.sections import DiversitySection
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.data import Prompt
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
 from polyphony.trainer.draws import Draws
-from polyphony.trainer.engine.engine import Completion
 from polyphony.trainer.metrics import Meter
-from polyphony.trainer.scoring import Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.trainer.scoring import Scorer, check_failures
 from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.forks import forked_ranks
 
 
@@ -29,10 +29,17 @@ def domain(name="stories", kind="open_ended", **diversity) -> Domain:
     return Domain(name=name, kind=kind, diversity={"partitioner": "exact"} | diversity)
 
 
-def group(rewards, domain="stories", prompt="p", fused=None) -> Group:
+def group(rewards, domain="stories", prompt="p", texts="", fused=None) -> Group:
     n = len(rewards)
     return Group(
-        prompt_id=prompt, domain=domain, draw=0, rewards=rewards, lengths=(3,) * n, truncated=(False,) * n, fused=fused
+        prompt_id=prompt,
+        domain=domain,
+        draw=0,
+        rewards=rewards,
+        lengths=(3,) * n,
+        truncated=(False,) * n,
+        texts=tuple(texts),
+        fused=fused,
     )
 
 
@@ -55,8 +62,7 @@ class Noting:
 
 def test_quality_stays_and_the_fused_reward_stands_beside_it():
     # n = 4, classes a a b c: div 2/3 2/3 1 1
-    groups = [group((1.0, 0.5, 0.25, None))]
-    (fused,) = Fusion.of([domain()])(groups, ["a", "a", "b", "c"], prompt_of)
+    (fused,) = Fusion.of([domain()])([group((1.0, 0.5, 0.25, None), texts="aabc")], prompt_of)
     assert fused.rewards == (1.0, 0.5, 0.25, None)
     assert fused.fused == Fused(
         rewards=(pytest.approx(2 / 3), pytest.approx(1 / 3), 0.25, None),
@@ -67,18 +73,18 @@ def test_quality_stays_and_the_fused_reward_stands_beside_it():
 
 
 def test_a_domain_without_diversity_is_left_alone():
-    groups = [group((1.0, 0.0), "math"), group((1.0, 1.0))]
+    groups = [group((1.0, 0.0), "math"), group((1.0, 1.0), texts="ab")]
     fusion = Fusion.of([Domain(name="math", kind="structured"), domain()])
     assert fusion.domains == ("stories",)
-    left, fused = fusion(groups, [None, None, "a", "b"], prompt_of)
+    left, fused = fusion(groups, prompt_of)
     assert left == groups[0]
     assert fused.fused is not None
-    assert fusion(groups[:1], [None, None], prompt_of) == groups[:1]
+    assert fusion(groups[:1], prompt_of) == groups[:1]
 
 
 def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():
     # all as good as each other, not all alike: solved for the pass rate, yet not dead
-    (fused,) = Fusion.of([domain()])([group((1.0, 1.0, 1.0))], ["a", "a", "b"], prompt_of)
+    (fused,) = Fusion.of([domain()])([group((1.0, 1.0, 1.0), texts="aab")], prompt_of)
     assert (fused.pass_rate, fused.mean_reward) == (1.0, 1.0)
     assert fused.learned == (0.5, 0.5, 1.0)
     assert fused.has_signal
@@ -88,22 +94,21 @@ def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():
 
 def test_a_text_that_was_not_gathered_is_an_error_and_not_an_empty_answer():
     with pytest.raises(ValueError, match="domain 'stories': 1 of 2 texts of a group were gathered"):
-        Fusion.of([domain()])([group((1.0, 1.0))], ["a", None], prompt_of)
+        Fusion.of([domain()])([group((1.0, 1.0), texts="a")], prompt_of)
 
 
 def test_ranks_share_the_comparing_and_agree_on_the_result():
-    groups = [group((1.0, 0.5), prompt=f"p{i}") for i in range(5)]
-    texts = [text for i in range(5) for text in ("a", "a" if i % 2 else "b")]
-    alone = Fusion.of([domain()])(groups, texts, prompt_of)
+    groups = [group((1.0, 0.5), prompt=f"p{i}", texts="aa" if i % 2 else "ab") for i in range(5)]
+    alone = Fusion.of([domain()])(groups, prompt_of)
     partitioners, said = [Noting(), Noting()], []
     for rank, partitioner in enumerate(partitioners):  # what each rank puts into the gather
         diversity = {"stories": Diversity(partitioner=partitioner)}
         fusion = Fusion(by_domain=diversity, rank=rank, world_size=2, gather=lambda told: said.append(told) or [])
         with pytest.raises(KeyError):  # a verdict that never came is no verdict
-            fusion(groups, texts, prompt_of)
+            fusion(groups, prompt_of)
     assert [prompt for _, prompt in partitioners[0].asked] == ["about p0", "about p2", "about p4"]
     assert [prompt for _, prompt in partitioners[1].asked] == ["about p1", "about p3"]
-    assert replace(fusion, gather=lambda told: said[0] + said[1])(groups, texts, prompt_of) == alone
+    assert replace(fusion, gather=lambda told: said[0] + said[1])(groups, prompt_of) == alone
 
 
 def advantages() -> Advantages:
@@ -114,16 +119,15 @@ def advantages() -> Advantages:
 def be_a_rank(folder: Path) -> None:
     """Grade, fuse and weigh this rank's half of twelve rows, and write down what comes of all of them."""
     state = PartialState(cpu=True)
-    prompts = [Prompt(id=i, domain="stories", prompt=i, columns={}) for i in "ppppqqqqrrrr"]
-    rows = zip(prompts, "aabcxxxxabab", strict=True)
-    samples = [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in rows]
-    share = len(samples) // state.num_processes
-    mine = slice(state.process_index * share, (state.process_index + 1) * share)
+    rows = zip("ppppqqqqrrrr", "aabcxxxxabab", strict=True)
+    sampled = [Completion(prompt=Prompt(domain="stories", id=i), ids=[1], text=t, reward=0.5) for i, t in rows]
+    share = len(sampled) // state.num_processes
+    start = state.process_index * share
+    policy = SimpleNamespace(group_size=4, rank=state.process_index, world_size=state.num_processes)
     fusion = Fusion.of([domain()]).on(state)
-    graded = gather_object(grade(samples[mine], [0.5] * share, with_texts=fusion.domains))
-    members = by_prompt(graded, size=4)
-    groups = fusion([form_group(group, draw=0) for group in members], [g.text for g in graded], prompt_of)
-    worth = advantages()(torch.full((share,), 9.0), groups, members, mine.start)
+    gathered = walk(policy, fusion)._gathered(0, {i: sampled[i] for i in range(start, start + share)}, 4)
+    groups = fusion(list(gathered.values()), prompt_of)
+    worth = advantages()(torch.full((share,), 9.0), groups, start)
     said = json.dumps([[g.learned for g in groups], gather_object(worth.tolist())])
     (folder / f"{state.process_index}-of-{state.num_processes}.json").write_text(said)
     state.wait_for_everyone()
@@ -145,7 +149,7 @@ def test_groups_that_straddle_real_ranks_are_fused_as_whole_ones(tmp_path):
 
 def test_a_partitioner_that_fails_on_a_group_costs_that_group_and_is_counted(caplog):
     fusion = Fusion.of([domain(partitioner=Noting())])
-    groups = fusion([group((1.0, 1.0)), group((1.0, 0.5))], ["a", "b", "?", "c"], prompt_of)
+    groups = fusion([group((1.0, 1.0), texts="ab"), group((1.0, 0.5), texts="?c")], prompt_of)
     assert groups[0].learned == (1.0, 1.0)
     assert groups[1].fused == Fused(rewards=(None, None), diversity=None, classes=None)
     assert groups[1].rewards == (1.0, 0.5)
@@ -173,14 +177,14 @@ class Silent:
 
 def test_a_partitioner_whose_judge_is_silent_is_asked_once(caplog):
     silent = Silent()
-    groups = Fusion.of([domain(partitioner=silent)])([group((1.0, 1.0))] * 3, list("abcdef"), prompt_of)
+    groups = Fusion.of([domain(partitioner=silent)])([group((1.0, 1.0), texts="ab")] * 3, prompt_of)
     assert [g.fused for g in groups] == [Fused(rewards=(None, None), diversity=None, classes=None)] * 3
     assert silent.asked == 2
     assert caplog.text.count("domain 'stories': the partitioner raised TimeoutError: no judge") == 1
 
 
 def test_a_partitioner_that_fails_too_often_stops_the_run():
-    groups = Fusion.of([domain(partitioner=Noting())])([group((1.0, 1.0))], ["?", "c"], prompt_of)
+    groups = Fusion.of([domain(partitioner=Noting())])([group((1.0, 1.0), texts="?c")], prompt_of)
     with pytest.raises(RuntimeError, match="domain 'stories': the reward failed on 2 of 2 completions"):
         check_failures(groups, most=0.5)
 
@@ -207,12 +211,12 @@ def test_a_partitioner_that_cannot_work_is_found_before_the_run():
 @pytest.mark.parametrize("told", [[], [[[True]]], [[[True] * 3] * 3], [None, None]])
 def test_an_answer_of_the_wrong_size_stops_the_run(told):
     with pytest.raises(ValueError, match="domain 'stories': the partitioner did not return one matrix"):
-        Fusion.of([domain(partitioner=Broken(told))])([group((1.0, 1.0))], ["a", "b"], prompt_of)
+        Fusion.of([domain(partitioner=Broken(told))])([group((1.0, 1.0), texts="ab")], prompt_of)
 
 
 def test_a_quality_that_cannot_be_multiplied_stops_the_run_with_its_domains_name():
     with pytest.raises(ValueError, match=r"domain 'stories': diversity: mul needs qualities >= 0, got -1\.0"):
-        Fusion.of([domain()])([group((1.0, -1.0))], ["a", "b"], prompt_of)
+        Fusion.of([domain()])([group((1.0, -1.0), texts="ab")], prompt_of)
 
 
 @pytest.mark.parametrize(
@@ -254,17 +258,16 @@ def test_advantages_of_fused_groups_are_centred_and_not_scaled():
     plain = group((1.0, 0.0), "math")
     fused = group((1.0, 1.0, 0.5), fused=Fused(rewards=(0.5, None, 0.2), diversity=None, classes=None))
     theirs = torch.tensor([1.4, -1.4, 7.0, 7.0, 7.0])
-    members = [[None] * 2, [None] * 3]  # nobody looks at the completions themselves
-    ours = advantages()(theirs, [plain, fused], members, 0)
+    ours = advantages()(theirs, [plain, fused], 0)
     assert ours.tolist() == pytest.approx([1.4, -1.4, 0.15, 0.0, -0.15])
-    assert advantages()(theirs[3:], [plain, fused], members, 3).tolist() == pytest.approx([0.0, -0.15])
+    assert advantages()(theirs[3:], [plain, fused], 3).tolist() == pytest.approx([0.0, -0.15])
     assert theirs.tolist()[2:] == [7.0] * 3
     assert sum(ours.tolist()) == pytest.approx(0, abs=1e-6)
 
 
 def test_metrics_keep_classes_difference_and_reward_apart():
     groups = Fusion.of([domain()])(
-        [group((1.0, 1.0)), group((0.5, None)), group((1.0, 0.0), "math")], ["a", "a", "a", "b", None, None], prompt_of
+        [group((1.0, 1.0), texts="aa"), group((0.5, None), texts="ab"), group((1.0, 0.0), "math")], prompt_of
     )
     meter = Meter(domains=("stories", "math"))
     meter.add(groups, {}, 1.0)
@@ -284,11 +287,13 @@ def test_metrics_keep_classes_difference_and_reward_apart():
 
 
 class Walk:
-    """Stands for data, curriculum, engine and tokenizer: completions are the letters that it was given."""
+    """Stands for data, curriculum, policy and tokenizer: completions are the letters that it was given."""
 
     train = {"stories": {"p": Prompt(id="p", domain="stories", prompt="about p", columns={})}}  # noqa: RUF012
     limits = {"stories": 4}  # noqa: RUF012
+    names = ("stories",)
     draws = 0
+    rank, world_size, group_size = 0, 1, 4
 
     def __init__(self, letters):
         self.letters = letters
@@ -296,32 +301,36 @@ class Walk:
     def draw(self, n):
         return [Prompt(domain="stories", id="p")] * n
 
-    def tokenize(self, prompts):
-        return [[1]] * len(prompts)
+    def tokenized(self, prompts):
+        return [replace(prompt, ids=[1]) for prompt in prompts]
 
     def complete(self, requests, copies, on_finished=None):
-        return [Completion(ids=[ord(letter)], logps=None) for letter in self.letters]
+        return [Completion(ids=[ord(letter)]) for letter in self.letters]
 
-    def to_samples(self, prompts, completions):
-        texts = [chr(c.ids[0]) for c in completions]
-        return [Sample(prompt=p, ids=[1], text=t, truncated=False) for p, t in zip(prompts, texts, strict=True)]
+    def read(self, prompts, completions):
+        return [replace(c, prompt=p, text=chr(c.ids[0])) for p, c in zip(prompts, completions, strict=True)]
+
+
+def walk(policy, fusion, letters="") -> Draws:
+    stands = Walk(letters)
+    half = Domain(name="stories", kind="open_ended", reward=lambda prompts, **columns: [0.5] * len(prompts))
+    return Draws(
+        data=stands,
+        curriculum=stands,
+        policy=policy or stands,
+        scorer=Scorer([half]),
+        fusion=fusion,
+        advantages=advantages(),
+        shortcuts=ShortcutWatch(["stories"]),
+        seed=1,
+        max_grader_failures=0.5,
+    )
 
 
 def test_a_draw_hands_the_fused_reward_to_the_update_and_the_quality_to_the_curriculum():
-    walk = Walk("aabcxxxx")
-    half = Domain(name="stories", kind="open_ended", reward=lambda prompts, **columns: [0.5] * len(prompts))
-    draws = Draws(
-        data=walk,
-        curriculum=walk,
-        scorer=Scorer([half]),
-        fusion=Fusion.of([domain()]),
-        seed=1,
-        group_size=4,
-        max_grader_failures=0.5,
-        complete=walk.complete,
-        to_samples=walk.to_samples,
-    )
+    draws = walk(None, Fusion.of([domain()]), "aabcxxxx")
     rollout = draws.roll_out(8)
-    assert rollout.rewards == pytest.approx([1 / 3, 1 / 3, 0.5, 0.5] + [0.05] * 4)
-    assert [group.rewards for group in rollout.groups] == [(0.5,) * 4] * 2
-    assert [group.has_signal for group in rollout.groups] == [True, False]
+    groups = rollout.groups_of_rows
+    assert [r for group in groups for r in group.learned] == pytest.approx([1 / 3, 1 / 3, 0.5, 0.5] + [0.05] * 4)
+    assert [group.rewards for group in groups] == [(0.5,) * 4] * 2
+    assert [group.has_signal for group in groups] == [True, False]

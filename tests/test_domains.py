@@ -81,8 +81,8 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(load, tokenizer, templ
 
 def test_prompts_go_through_the_chat_template_with_the_system_prompt(load, tokenizer):
     data = load(domain(system_prompt="say it"), domain("code"))
-    ids = data.tokenize([next(iter(data.train[name])) for name in ("math", "code")])
-    assert [tokenizer.decode(prompt) for prompt in ids] == [
+    asked = data.tokenized([next(iter(data.train[name])) for name in ("math", "code")])
+    assert [tokenizer.decode(prompt.ids) for prompt in asked] == [
         "<|begin|><|system|>say it<|end|><|user|>3+3 =<|end|><|assistant|>",
         "<|begin|><|user|>3+3 =<|end|><|assistant|>",
     ]
@@ -92,15 +92,15 @@ def test_each_domain_has_its_own_arguments_for_the_chat_template(load):
     tokenizer = AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
     tokenizer.chat_template = "{{ 'a' if thinks else 'b' }}"
     data = load(domain(chat_template_kwargs={"thinks": True}), domain("code"), tokenizer=tokenizer)
-    ids = data.tokenize([next(iter(data.train[name])) for name in ("math", "code", "math")])
-    assert [tokenizer.decode(prompt) for prompt in ids] == ["a", "b", "a"]
+    asked = data.tokenized([next(iter(data.train[name])) for name in ("math", "code", "math")])
+    assert [tokenizer.decode(prompt.ids) for prompt in asked] == ["a", "b", "a"]
 
 
 def test_text_is_tokenised_as_it_is_without_a_chat_template(load):
     tokenizer = AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
     tokenizer.chat_template = None
     data = load(domain(), tokenizer=tokenizer)
-    assert tokenizer.decode(data.tokenize([next(iter(data.train["math"]))])[0]) == "3+3 ="
+    assert tokenizer.decode(data.tokenized(data.train["math"])[0].ids) == "3+3 ="
 
 
 REPEATED = ("3+3 =", "1+1 =", "4+4 =")

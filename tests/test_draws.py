@@ -10,14 +10,17 @@ from trl import GRPOConfig
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain, Group, Prompt
+from polyphony.curricula.records import COLUMNS, Completion, Domain, Group, Prompt
 from polyphony.curricula.schedulers.fixed import Joint
+from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.draws import Draws
-from polyphony.trainer.engine.engine import Completion, completion_seed
+from polyphony.trainer.engine.engine import completion_seed
 from polyphony.trainer.metrics import DomainSums
-from polyphony.trainer.scoring import Sample, Scorer
+from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.conftest import POLICY
 
 G = 2
@@ -43,7 +46,16 @@ def data(size=6) -> DomainData:
     return DomainData.load(domains, tokenizer=TOKENIZER, args=args)
 
 
-class Engine:
+class Alone:
+    """What a policy is beside its engine, on one rank."""
+
+    rank, world_size, group_size = 0, 1, G
+
+    def read(self, prompts, completions):
+        return [replace(c, prompt=prompt) for prompt, c in zip(prompts, completions, strict=True)]
+
+
+class Engine(Alone):
     """Answers by prompt: `alive` prompts get one success in a group, the others what `dead` says."""
 
     def __init__(self, alive: set[str], dead: int = 0):
@@ -74,31 +86,32 @@ def draws(engine, *, size=6, refill_rounds=2, **settings) -> Draws:
         curriculum=curriculum,
         scorer=Scorer(rows.domains),
         fusion=Fusion(),
+        policy=engine,
+        advantages=Advantages.of(UpdateSettings(), rows.domains, lambda group: ()),
+        shortcuts=ShortcutWatch(rows.names),
         seed=1,
-        group_size=G,
         max_grader_failures=0.5,
-        complete=engine.complete,
-        to_samples=lambda prompts, completions: [
-            Sample(prompt=p, ids=c.ids, text="", truncated=False, logps=c.logps)
-            for p, c in zip(prompts, completions, strict=True)
-        ],
         refill_rounds=refill_rounds,
     )
+
+
+def learned(rollout) -> list:
+    return [r for group in rollout.groups_of_rows for r in group.learned]
 
 
 def test_dead_groups_are_replaced_by_prompts_of_their_domain_until_all_live():
     walk = draws(Engine({f"math{k}" for k in range(6)} | {f"talk{k}" for k in range(6)}))
     rollout = walk.roll_out(8)
     assert rollout.rounds == 0 and not rollout.discarded
-    alive = {g.prompt_id for g in rollout.groups if g.domain == "math"} | {f"talk{k}" for k in range(6)}
+    alive = {g.prompt_id for g in rollout.groups.values() if g.domain == "math"} | {f"talk{k}" for k in range(6)}
     walk = draws(Engine({f"math{k}" for k in range(6)} - alive | {f"talk{k}" for k in range(6)}))
     rollout = walk.roll_out(8)
-    assert [g.domain for g in rollout.groups] == ["math", "math", "talk", "talk"]
-    assert all(g.has_signal for g in rollout.groups)
+    assert [g.domain for g in rollout.groups.values()] == ["math", "math", "talk", "talk"]
+    assert all(g.has_signal for g in rollout.groups.values())
     assert rollout.rounds == 1
-    assert {g.prompt_id for g in rollout.discarded_groups} == alive & {f"math{k}" for k in range(6)}
-    assert [row.prompt.domain for row in rollout.batch.rows.values()] == ["math"] * 4 + ["talk"] * 4
-    assert rollout.rewards == [1.0, 0.0] * 4
+    assert {g.prompt_id for g in rollout.discarded} == alive & {f"math{k}" for k in range(6)}
+    assert [row.prompt.domain for row in rollout.rows.values()] == ["math"] * 4 + ["talk"] * 4
+    assert learned(rollout) == [1.0, 0.0] * 4
 
 
 def test_a_refill_that_falls_short_ends_and_says_so():
@@ -107,11 +120,11 @@ def test_a_refill_that_falls_short_ends_and_says_so():
     walk = draws(engine, size=3)
     walk.refill_listeners.append(lambda n, groups, refs: told.append((n, len(groups), [r.id for r in refs])))
     rollout = walk.roll_out(8)
-    assert [g.has_signal for g in rollout.groups] == [False, False, True, True]
+    assert [g.has_signal for g in rollout.groups.values()] == [False, False, True, True]
     assert rollout.rounds == 1  # the third of three prompts was tried in vain, then there were none
     assert [(n, dead, len(ids)) for n, dead, ids in told] == [(1, 2, 1), (2, 2, 0)]
-    assert len(rollout.discarded_groups) == 1
-    assert len(rollout.all_graded) == 5
+    assert len(rollout.discarded) == 1
+    assert len(rollout.sampled) == 5
 
 
 def test_rounds_are_bounded_and_each_has_seeds_of_its_own():
@@ -120,7 +133,7 @@ def test_rounds_are_bounded_and_each_has_seeds_of_its_own():
     assert rollout.rounds == 2 and len(engine.rounds) == 3
     seeds = [request.seed for requests in engine.rounds for request in requests]
     assert len(set(seeds)) == len(seeds)
-    first = next(iter(rollout.batch.groups.values())).prompt_id
+    first = next(iter(rollout.groups.values())).prompt_id
     assert completion_seed(1, 0, first, 0, 0) == seeds[0]
 
 
@@ -136,20 +149,20 @@ def test_a_rank_makes_its_own_rows_of_a_refill_only(rank, monkeypatch):
     import polyphony.trainer.draws as module
 
     whole = draws(Engine(set()), size=40).roll_out(8)
-    everything = {members[0].prompt_id: members for members in whole.all_graded}
+    everything = {group.prompt_id: group for group in whole.sampled}
     engine = Engine(set())
     walk = draws(engine, size=40)
-    walk.rank, walk.world_size = rank, 2
+    engine.rank, engine.world_size = rank, 2
     asked: list = []
     monkeypatch.setattr(module, "broadcast_object_list", lambda shared, from_process: asked.append(shared[0]))
-    monkeypatch.setattr(module, "gather_object", lambda mine: [g for ref in asked[-1] for g in everything[ref.id]])
+    monkeypatch.setattr(module, "gather_object", lambda mine: list(enumerate(everything[p.id] for p in asked[-1])))
     rollout = walk.roll_out(4)
     assert rollout.groups == whole.groups
     assert [len(requests) for requests in engine.rounds] == [4, 4, 4]
-    assert list(rollout.batch.rows) == [4 * rank + i for i in range(4)]
+    assert list(rollout.rows) == [4 * rank + i for i in range(4)]
 
 
-class Script:
+class Script(Alone):
     """Answers each prompt's completions in order with the rewards that were written for it, 0 where nothing was."""
 
     def __init__(self, rewards: dict[str, list[int]]):
@@ -171,7 +184,7 @@ class Script:
 
 def looking(engine, **changes) -> Draws:
     walk = draws(engine, refill_rounds=changes.pop("refill_rounds", 0))
-    walk.group_size, walk.look = 4, 2
+    engine.group_size, walk.look = 4, 2
     for name, value in changes.items():
         setattr(walk, name, value)
     return walk
@@ -182,7 +195,7 @@ class Paying:
 
     domains = frozenset({"talk"})
 
-    def __call__(self, groups, texts, question):
+    def __call__(self, groups, question):
         return groups
 
 
@@ -193,15 +206,13 @@ def test_a_group_that_is_all_alike_after_its_look_is_left_at_that():
     engine = Script({name: [1, 0, 1, 1] for name in EVERY if name < "n"})  # talk never succeeds
     rollout = looking(engine).roll_out(16)
     assert [len(requests) for requests in engine.rounds] == [8, 4] and engine.copies == [2, 2]
-    assert [g.rewards for g in rollout.groups] == [(1.0, 0.0, 1.0, 1.0)] * 2 + [(0.0, 0.0)] * 2
-    assert [g.look for g in rollout.groups] == [2] * 4
-    assert [len(members) for members in rollout.all_graded] == [4, 4, 2, 2]
+    assert [g.rewards for g in rollout.groups.values()] == [(1.0, 0.0, 1.0, 1.0)] * 2 + [(0.0, 0.0)] * 2
+    assert [g.look for g in rollout.groups.values()] == [2] * 4
     # TRL gets whole groups, the missing rows being what there is once more
-    assert rollout.rewards == [1.0, 0.0, 1.0, 1.0] * 2 + [0.0] * 8
-    assert [len(members) for members in rollout.members_of_rows] == [4] * 4
+    assert learned(rollout) == [1.0, 0.0, 1.0, 1.0] * 2 + [0.0] * 8
     assert [len(group.lengths) for group in rollout.groups_of_rows] == [4] * 4
-    assert list(rollout.batch.rows) == list(range(16))
-    assert rollout.completions[10] is rollout.completions[8] and rollout.completions[11] is rollout.completions[9]
+    assert list(rollout.rows) == list(range(16))
+    assert rollout.rows[10] is rollout.rows[8] and rollout.rows[11] is rollout.rows[9]
 
 
 def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_whole():
@@ -212,7 +223,7 @@ def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_w
         rollout = looking(engine, look=look).roll_out(16)
         asked = [request for requests in engine.rounds for request in requests]
         seeds.append(sorted((str(r.prompt_ids), r.seed) for r in asked))
-        assert [g.rewards for g in rollout.groups] == [(1.0, 0.0, 0.0, 1.0)] * 4
+        assert [g.rewards for g in rollout.groups.values()] == [(1.0, 0.0, 0.0, 1.0)] * 4
     assert seeds[0] == seeds[1] == seeds[2]
 
 
@@ -224,14 +235,14 @@ def test_a_prompt_that_stands_in_a_draw_repeatedly_is_sampled_anew_each_time(loo
     rollout = walk.roll_out(16)
     asked = [request.seed for requests in engine.rounds for request in requests]
     assert len(set(asked)) == len(asked) == 16
-    assert {g.prompt_id for g in rollout.groups} == {"math0"}
+    assert {g.prompt_id for g in rollout.groups.values()} == {"math0"}
 
 
 def test_where_difference_is_paid_for_a_look_selects_nothing():
     engine = Script({name: [1, 1, 1, 1] for name in EVERY})
     walk = looking(engine)
     walk.fusion = Paying()
-    assert [g.look for g in walk.roll_out(16).groups] == [2, 2, None, None]
+    assert [g.look for g in walk.roll_out(16).groups.values()] == [2, 2, None, None]
     assert [len(requests) for requests in engine.rounds] == [8, 4]
 
 
@@ -244,14 +255,14 @@ def test_a_completion_without_a_grade_is_no_reason_to_leave_a_group():
     walk.max_grader_failures = 1.0
     rollout = walk.roll_out(16)
     # one completion of each domain's first batch has no grade: its group goes on
-    assert sorted(len(g.rewards) for g in rollout.groups) == [2, 2, 4, 4]
+    assert sorted(len(g.rewards) for g in rollout.groups.values()) == [2, 2, 4, 4]
 
 
 def test_a_group_that_was_left_is_replaced_and_its_replacement_is_looked_at_too():
     engine = Script({})
     rollout = looking(engine, refill_rounds=1).roll_out(16)
     assert rollout.rounds == 1 and [len(requests) for requests in engine.rounds] == [8, 8]
-    assert [len(g.rewards) for g in (*rollout.groups, *rollout.discarded_groups)] == [2] * 8
+    assert [len(g.rewards) for g in rollout.sampled] == [2] * 8
     assert len(rollout.rows) == 16
 
 
@@ -273,6 +284,10 @@ def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
     assert metrics["reward"] == metrics["pass_rate"] == 0.25 and metrics["n"] == 6
 
 
+def part(group, members) -> Group:
+    return replace(group, look=None, **{name: getattr(group, name)[members] for name in COLUMNS})
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_fills_up_its_own_groups_after_a_look(rank, monkeypatch):
     """Both ranks know all groups; here the other rank's half of every gather is played back."""
@@ -280,13 +295,16 @@ def test_a_rank_fills_up_its_own_groups_after_a_look(rank, monkeypatch):
 
     answers = {name: [1, 0, 1, 1] for name in EVERY if name < "n"}
     whole = looking(Script(answers)).roll_out(16)
-    seen = list(whole.batch.graded.values())
-    gathers = [[g for group in seen for g in group[:2]], [g for group in seen for g in group[2:]]]
+    gathers = [
+        [(k, part(group, slice(0, 2))) for k, group in whole.groups.items()],
+        [(k, part(group, slice(2, 4))) for k, group in whole.groups.items() if len(group.rewards) > 2],
+    ]
     monkeypatch.setattr(module, "broadcast_object_list", lambda shared, from_process: None)
     monkeypatch.setattr(module, "gather_object", lambda mine: gathers.pop(0))
     engine = Script(answers)
-    rollout = looking(engine, rank=rank, world_size=2).roll_out(8)
-    assert rollout.groups == whole.groups and rollout.rewards == whole.rewards
+    engine.rank, engine.world_size = rank, 2
+    rollout = looking(engine).roll_out(8)
+    assert rollout.groups == whole.groups and learned(rollout) == learned(whole)
     assert [len(requests) for requests in engine.rounds] == [4, 4 if rank == 0 else 0]  # rank 1 has the groups left
-    assert list(rollout.batch.rows) == [8 * rank + i for i in range(8)]
-    assert len(rollout.completions) == 8
+    assert list(rollout.rows) == [8 * rank + i for i in range(8)]
+    assert len(rollout.rows) == 8

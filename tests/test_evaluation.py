@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from polyphony.curricula.records import Domain
+import polyphony.trainer.evaluation.evaluator as module
+from polyphony.curricula.records import Completion, Domain
 from polyphony.trainer.data import PromptTable
-from polyphony.trainer.engine.engine import Completion
-from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
 from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
-from polyphony.trainer.scoring import Sample
 from polyphony.trainer.settings import EvaluationSettings
 
 MATH = Domain(name="math", kind="structured", reward="exact")
@@ -26,67 +24,64 @@ def table(domain, *ids) -> PromptTable:
 
 
 class World:
-    """Stands for engine, policy and rewards, and counts what it is asked."""
+    """Stands for data, engine, policy and rewards, and counts what it is asked."""
 
-    def __init__(self):
+    def __init__(self, *tables, rank=0, world_size=1):
+        self.heldout = {t.domain.name: t for t in tables or BOTH}
+        self.limits = {"math": 8, "stories": 32}
+        self.rewards = dict.fromkeys(self.limits)
+        self.rank, self.world_size = rank, world_size
         self.requests = []
-        self.tokenized = 0
+        self.asked = 0
         self.moved = 0.0
 
-    def tokenize(self, prompts):
-        self.tokenized += len(prompts)
-        return [[ord(letter) for letter in prompt.prompt] for prompt in prompts]
+    def tokenized(self, prompts):
+        asked = [replace(prompt, ids=[ord(letter) for letter in prompt.prompt]) for prompt in prompts]
+        self.asked += len(asked)
+        return asked
 
-    def complete(self, requests):
+    def complete(self, requests, copies):
         self.requests += requests
-        return [Completion(ids=list(request.prompt_ids)[-1:], logps=None) for request in requests]
+        return [Completion(ids=list(request.prompt_ids)[-1:]) for request in requests]
 
-    def to_samples(self, prompts, completions):
-        texts = ["".join(map(chr, completion.ids)) for completion in completions]
-        pairs = zip(prompts, completions, texts, strict=True)
-        return [Sample(prompt=p, ids=c.ids, text=text, truncated=False) for p, c, text in pairs]
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
-    def score(self, samples):
+    def read(self, prompts, completions):
+        pairs = zip(prompts, completions, strict=True)
+        return [replace(c, prompt=prompt, text=self.decode(c.ids)) for prompt, c in pairs]
+
+    def __call__(self, completions):
         """Item "2" earns 1 in its first 2 samples, then 0; item "x" cannot be graded at all."""
         seen: dict[str, int] = {}
         scores = []
-        for s in samples:
-            seen[s.prompt.prompt] = seen.get(s.prompt.prompt, 0) + 1
-            scores.append(None if s.text == "x" else float(seen[s.prompt.prompt] <= int(s.text)))
+        for c in completions:
+            seen[c.prompt.prompt] = seen.get(c.prompt.prompt, 0) + 1
+            scores.append(None if c.text == "x" else float(seen[c.prompt.prompt] <= int(c.text)))
         return scores
 
-    def entropy_sums(self, prompt_ids, samples):
+    def entropy_sums(self, completions):
         """An item's number in nats, over ten tokens in math and thirty in stories."""
-        return [(float(s.text), 10 if s.prompt.domain == "math" else 30) for s in samples]
+        return [(float(c.text), 10 if c.prompt.domain == "math" else 30) for c in completions]
 
-    def log_probabilities(self, prompt_ids, ids):
+    def logps(self, prompt_ids, ids):
         """Half a nat a token, and less the further the policy has moved."""
         return [-0.5 * len(row) - self.moved for row in ids]
 
+    def rest(self):
+        pass
 
-def evaluator(world, *tables, gather=list, **ranks) -> Evaluator:
-    return Evaluator(
-        tables={t.domain.name: t for t in tables},
-        settings=EvaluationSettings(samples=4, shown=1),
-        seed=1,
-        tokenize=world.tokenize,
-        complete=world.complete,
-        to_samples=world.to_samples,
-        score=world.score,
-        entropy_sums=world.entropy_sums,
-        log_probabilities=world.log_probabilities,
-        read=lambda s, score: Answer(score=score, vote=s.text, confidence=0.5, is_valid=True, style="bare"),
-        limit={"math": 8, "stories": 32}.__getitem__,
-        gather=gather,
-        **ranks,
-    )
+
+def evaluator(world) -> Evaluator:
+    settings = EvaluationSettings(samples=4, shown=1)
+    return Evaluator(data=world, policy=world, scorer=world, settings=settings, seed=1)
 
 
 BOTH = (table(MATH, "4", "1", "2"), table(STORIES, "0", "3"))
 
 
 def test_items_samples_and_entropies_of_all_domains_come_in_the_order_of_their_sets():
-    result = evaluator(World(), *BOTH).run()
+    result = evaluator(World()).run()
     assert result.items == {"math": ("4", "1", "2"), "stories": ("0", "3")}
     assert result.samples == {
         "math": ((1.0, 1.0, 1.0, 1.0), (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 0.0, 0.0)),
@@ -98,8 +93,8 @@ def test_items_samples_and_entropies_of_all_domains_come_in_the_order_of_their_s
 
 
 def test_the_first_items_of_each_domain_are_kept_to_be_read():
-    shown = evaluator(World(), *BOTH).run().shown
-    assert [(sample.prompt.domain, sample.prompt.id, score) for sample, score in shown] == [
+    shown = evaluator(World()).run().shown
+    assert [(c.prompt.domain, c.prompt.id, c.reward) for c in shown] == [
         ("math", "4", 1.0),
         ("stories", "0", 0.0),
     ]
@@ -107,34 +102,36 @@ def test_the_first_items_of_each_domain_are_kept_to_be_read():
 
 def test_samples_of_an_item_differ_in_their_seed_and_are_the_same_at_every_evaluation():
     world = World()
-    twice = evaluator(world, *BOTH)
+    twice = evaluator(world)
     twice.run()
     first = [request.seed for request in world.requests]
     world.requests.clear()
     twice.run()
     assert [request.seed for request in world.requests] == first
     assert len(set(first)) == 20
-    assert world.tokenized == 20  # prompts never change: the second evaluation remembers
+    assert world.asked == 5  # prompts never change: the second evaluation remembers
 
 
 def test_each_domain_has_its_own_length_limit():
     world = World()
-    evaluator(world, *BOTH).run()
+    evaluator(world).run()
     assert [request.max_tokens for request in world.requests] == [8] * 12 + [32] * 8
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_items_evenly_and_see_each_once(world_size):
-    shares = [World() for _ in range(world_size)]
+def test_ranks_share_the_items_evenly_and_see_each_once(world_size, monkeypatch):
+    whole = evaluator(World()).run()
+    shares = [World(rank=rank, world_size=world_size) for rank in range(world_size)]
     kept: list = []
-    for rank, world in enumerate(shares):
-        evaluator(world, *BOTH, rank=rank, world_size=world_size, gather=lambda r: kept.extend(r) or r).run()
-    joined = evaluator(World(), *BOTH, gather=lambda records: kept).run()
-    assert replace(joined, shown=()) == replace(evaluator(World(), *BOTH).run(), shown=())
+    monkeypatch.setattr(module, "gather_object", lambda records: kept.extend(records) or records)
+    for world in shares:
+        evaluator(world).run()
+    monkeypatch.setattr(module, "gather_object", lambda records: kept)
+    assert replace(evaluator(World()).run(), shown=()) == replace(whole, shown=())
     assert len({len(world.requests) for world in shares}) == 1  # generation is collective: as many on every rank
     seeds = {request.seed for world in shares for request in world.requests}
     alone = World()
-    evaluator(alone, *BOTH).run()
+    evaluator(alone).run()
     assert seeds == {request.seed for request in alone.requests}
 
 
@@ -160,17 +157,17 @@ def test_a_score_outside_0_to_1_is_an_error(samples, message):
 
 def test_greedy_answers_are_asked_for_apart_from_the_samples():
     world = World()
-    asked = evaluator(world, *BOTH)
+    asked = evaluator(world)
     asked.settings = EvaluationSettings(samples=4, greedy=True)
     result = asked.run()
     assert [r.is_greedy for r in world.requests] == [False] * 20 + [True] * 5
     assert {name: len(answers) for name, answers in result.greedy.items()} == {"math": 3, "stories": 2}
-    assert evaluator(World(), *BOTH).run().greedy == {}
+    assert evaluator(World()).run().greedy == {}
 
 
 def test_the_distance_to_the_base_is_what_its_own_completions_lost_in_probability():
     world = World()
-    moving = evaluator(world, *BOTH)
+    moving = evaluator(world)
     assert moving.run().base_kl == {}
     moving.remember_base()
     world.moved = 0.25
@@ -180,19 +177,19 @@ def test_the_distance_to_the_base_is_what_its_own_completions_lost_in_probabilit
 
 
 def test_only_so_many_items_of_each_domain_are_remembered():
-    few = evaluator(World(), *BOTH)
+    few = evaluator(World())
     few.settings = EvaluationSettings(samples=1, kl_items=1)
     few.run()
     assert [(c.domain, c.item) for c in few.remember_base().completions] == [("math", "4"), ("stories", "0")]
 
 
 def test_a_base_is_the_same_after_it_was_written_and_read():
-    base = evaluator(World(), *BOTH)
+    base = evaluator(World())
     base.run()
     assert BaseReference.from_json(base.remember_base().to_json()) == base.base
 
 
 def test_answers_come_item_by_item_with_their_entropies():
-    read = evaluator(World(), *BOTH).run().read("math")
+    read = evaluator(World()).run().read("math")
     assert [[a.score for a in row] for row in read.sampled] == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert read.entropy == ((4.0, 10), (1.0, 10), (2.0, 10)) and read.kl is None and read.greedy is None

@@ -8,16 +8,14 @@ from dataclasses import replace
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Decision, Domain, Evaluation, Group, Prompt
+from polyphony.curricula.records import Completion, Decision, Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers.fixed import Joint, Sequential
 from polyphony.curricula.transfer.halves import halves
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.trainer.data import Prompt
 from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.recorder import Recorder
-from polyphony.trainer.scoring import Sample
 
 DOMAINS = (
     Domain(name="math", kind="structured", train=[], heldout=[]),
@@ -47,7 +45,7 @@ def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
     for name in NAMES:
         mine = domains.get(name, (steer, report))
         samples[name] = tuple((mine[0],) * 2 if is_steer else (mine[1],) * 2 for is_steer in STEER)
-    shown = Sample(prompt=Prompt(id="a", domain="math", prompt="1+1 =", columns={}), ids=[1], text="2", truncated=False)
+    shown = Completion(prompt=Prompt(id="a", domain="math", prompt="1+1 =", columns={}), ids=[1], text="2", reward=1.0)
     answers = {
         name: tuple(
             tuple(Answer(score=s, vote=str(s), confidence=0.75, is_valid=True, style="bare") for s in row)
@@ -60,7 +58,7 @@ def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
         samples=samples,
         answers=answers,
         entropy=dict.fromkeys(NAMES, 0.7),
-        shown=((shown, 1.0),),
+        shown=(shown,),
     )
 
 

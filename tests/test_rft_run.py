@@ -35,14 +35,14 @@ def test_the_gradient_is_that_of_the_likelihood_of_at_most_k_different_right_ans
     trainer.add_callback(gradient)
     trainer.train()
 
-    (output,), groups = drawn, list(trainer._rollout.batch.graded.values())
+    (output,), groups = drawn, list(trainer._rollout.groups.values())
     advantages = output["advantages"].view(-1, 8)
     assert advantages.sum() == pytest.approx(64)  # a mean of one
     for row, group in zip(advantages.tolist(), groups, strict=True):
-        taken = [g for value, g in zip(row, group, strict=True) if value]
-        right = {g.text for g in group if g.reward == 1.0}
+        taken = [text for value, text in zip(row, group.texts, strict=True) if value]
+        right = {text for text, reward in zip(group.texts, group.rewards, strict=True) if reward == 1.0}
         assert len(taken) == min(2, len(right))
-        assert len({g.text for g in taken} & right) == len(taken)
+        assert len(set(taken) & right) == len(taken)
     assert 0 < (advantages != 0).sum() < 32
 
     ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)

@@ -3,24 +3,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import pickle
 import socket
 import urllib.error
+from dataclasses import replace
 
 import httpx
 import pytest
 
-from polyphony.curricula.records import Domain, Group
-from polyphony.trainer.data import Prompt
-from polyphony.trainer.scoring import (
-    Graded,
-    Sample,
-    Scorer,
-    by_prompt,
-    check_failures,
-    form_group,
-    grade,
-    is_unreachable,
-)
+from polyphony.curricula.monitors.signs import COUNTED
+from polyphony.curricula.records import Completion, Domain, Group, Prompt
+from polyphony.trainer.scoring import Scorer, check_failures, is_unreachable
 
 
 class Recording:
@@ -38,9 +31,9 @@ def scorer(**rewards) -> Scorer:
     return Scorer([Domain(name=name, kind="structured", reward=reward) for name, reward in rewards.items()])
 
 
-def sample(domain="math", text="4", ids=(1,), prompt="2+2=", **columns) -> Sample:
+def sample(domain="math", text="4", ids=(1,), prompt="2+2=", **columns) -> Completion:
     prompt = Prompt(id=f"{domain}-{prompt}", domain=domain, prompt=prompt, columns=columns)
-    return Sample(prompt=prompt, ids=list(ids), text=text, truncated=False)
+    return Completion(prompt=prompt, ids=list(ids), text=text, truncated=False)
 
 
 def test_every_sample_goes_to_its_domains_reward_and_comes_back_in_its_place():
@@ -189,37 +182,53 @@ def test_an_unknown_reward_is_named_with_its_place_and_those_that_exist():
         scorer(math="exactt")
 
 
-def graded(prompt, reward=1.0, length=3, truncated=False) -> Graded:
-    return Graded(prompt_id=prompt, domain="math", length=length, truncated=truncated, reward=reward)
+def graded(prompt, reward=1.0, length=3, truncated=False, text="") -> Completion:
+    asked = Prompt(domain="math", id=prompt)
+    return Completion(prompt=asked, ids=[0] * length, reward=reward, truncated=truncated, text=text)
 
 
-def test_grading_keeps_what_other_ranks_need_to_know():
-    assert grade([sample(ids=[1, 2])], [0.5]) == [
-        Graded(prompt_id="math-2+2=", domain="math", length=2, truncated=False, reward=0.5)
-    ]
-
-
-def test_groups_are_whole_and_in_order():
-    members = [graded("a", 1.0), graded("a", None, 5, True), graded("b", 0.0), graded("b", 0.5)]
-    first, second = (form_group(group, draw=7) for group in by_prompt(members, size=2))
-    assert first == Group(
-        prompt_id="a", domain="math", draw=7, rewards=(1.0, None), lengths=(3, 5), truncated=(False, True)
+def test_a_group_keeps_what_other_ranks_need_to_know():
+    told = replace(graded("a", 0.5, length=2, text="4"), logps=[-0.5, -0.25])
+    group = Group.of([told, graded("a", None, 5, True)], draw=7, signs=[(), ("truncation",)])
+    assert group == Group(
+        prompt_id="a",
+        domain="math",
+        draw=7,
+        rewards=(0.5, None),
+        lengths=(2, 5),
+        truncated=(False, True),
+        surprisals=(0.75, None),
+        signs=((), ("truncation",)),
     )
-    assert (second.prompt_id, second.rewards) == ("b", (0.0, 0.5))
+    assert Group.of([told], draw=7, with_texts=True).texts == ("4",)
 
 
-@pytest.mark.parametrize("prompts", ["aab", "abab", "aaabbb"])
-def test_groups_that_are_not_whole_are_an_error(prompts):
-    with pytest.raises(ValueError, match="are not one whole group of 2"):
-        by_prompt([graded(prompt) for prompt in prompts], size=2)
+def test_what_ranks_tell_each_other_is_light():
+    """200 bytes a completion beside compared text, whatever its length, its prompt and its columns."""
+    asked = Prompt(domain="math", id="9f" * 8, prompt="q" * 9000, columns={"answer": "a" * 9000}, ids=range(9000))
+    long = Completion(prompt=asked, ids=[7] * 9000, logps=[-0.1] * 9000, text="t" * 9000, reward=0.5)
+    groups = [(k, Group.of([long] * 8, draw=3, signs=[COUNTED] * 8)) for k in range(64)]
+    assert len(pickle.dumps(groups)) / (64 * 8) < 200
+    texts = [(k, Group.of([long] * 8, draw=3, signs=[COUNTED] * 8, with_texts=True)) for k in range(64)]
+    assert (len(pickle.dumps(texts)) - 9000) / (64 * 8) < 200  # one text, said 512 times, is sent once
 
 
-def test_the_same_prompt_drawn_twice_makes_two_groups():
-    assert [g[0].prompt_id for g in by_prompt([graded("a")] * 4, size=2)] == ["a", "a"]
+def test_parts_of_a_group_are_joined_and_others_are_not():
+    first, second = (Group.of([graded("a", r)], draw=7) for r in (1.0, 0.0))
+    assert first.joined(second) == Group.of([graded("a", 1.0), graded("a", 0.0)], draw=7)
+    with pytest.raises(ValueError, match=r"a group is of one prompt, got \['a', 'b'\]"):
+        first.joined(Group.of([graded("b")], draw=7))
+    with pytest.raises(ValueError, match=r"a group is of one prompt, got \['a', 'b'\]"):
+        Group.of([graded("b"), graded("a")], draw=7)
+
+
+def test_a_group_is_filled_with_its_own_completions_once_more():
+    group = Group.of([graded("a", 1.0, 3), graded("a", 0.0, 4)], draw=7).filled(5)
+    assert (group.rewards, group.lengths, group.texts) == ((1.0, 0.0, 1.0, 0.0, 1.0), (3, 4, 3, 4, 3), ())
 
 
 def test_failures_are_counted_against_the_completions_of_their_own_domain():
-    half = [form_group([graded("a", None), graded("a", 1.0)], draw=0)]
+    half = [Group.of([graded("a", None), graded("a", 1.0)], draw=0)]
     check_failures(half, most=0.5)
     with pytest.raises(RuntimeError, match="domain 'math': the reward failed on 1 of 2 completions in one draw"):
         check_failures(half, most=0.49)

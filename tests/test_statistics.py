@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.rewards.math import Math, equal_at_sight, reading
 from polyphony.rewards.registry import find_reward
 from polyphony.rewards.shaping import Format, Weighted
 from polyphony.rewards.style import is_valid, style
-from polyphony.trainer.data import Prompt
 from polyphony.trainer.evaluation.answers import Answer, answer_probability, read_answer, token_span, vote
 from polyphony.trainer.evaluation.statistics import (
     Answers,
@@ -27,7 +28,6 @@ from polyphony.trainer.evaluation.statistics import (
     majority_score,
     pass_at_k,
 )
-from polyphony.trainer.scoring import Sample
 
 RNG = np.random.default_rng(1)
 UNSURE = math.nan
@@ -73,9 +73,9 @@ def test_who_reads_nothing_does_not_vote():
     assert majority_score([None, None], [0.0, None]) == 0.0 and consistency([None, None]) == 0.0
 
 
-def completion(text, **columns) -> Sample:
+def completion(text, **columns) -> Completion:
     prompt = Prompt(id="1", domain="d", prompt="How many are there in all?", columns=columns)
-    return Sample(prompt=prompt, ids=[1], text=text, truncated=False)
+    return Completion(prompt=prompt, ids=[1], text=text, truncated=False)
 
 
 CHOICES = {"choices": ["Paris", "Rome", "Bonn"]}
@@ -183,7 +183,7 @@ def test_the_majority_of_solutions_that_mark_no_answer_is_that_of_their_numbers(
     scores = math(prompts=["?"] * 4, completions=texts, answer=["18"] * 4)
     rows = [
         [
-            read_answer(completion(text), score, reward=math, has_one_answer=False, decode=str)
+            read_answer(replace(completion(text), reward=score), reward=math, has_one_answer=False, decode=str)
             for text, score in zip(texts, scores, strict=True)
         ]
     ]
@@ -246,11 +246,11 @@ def test_brier_and_auroc_are_scikit_learns():
 # --- the answer's tokens --------------------------------------------------------------------------------------------------
 
 
-def sample(pieces, logps) -> Sample:
+def sample(pieces, logps) -> Completion:
     """Tokens are places in `pieces`, the last one ends the sequence and has no text."""
     ids = list(range(len(pieces) + 1))
     prompt = Prompt(id="1", domain="math", prompt="?", columns={})
-    return Sample(prompt=prompt, ids=ids, text="".join(pieces), truncated=False, logps=logps)
+    return Completion(prompt=prompt, ids=ids, text="".join(pieces), truncated=False, logps=logps)
 
 
 def decoder(pieces):

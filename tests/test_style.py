@@ -34,7 +34,7 @@ def test_an_answer_said_three_times_is_repeated():
 
 def test_a_loop_is_repetition_even_without_an_answer():
     # 40 words, 33 8-grams of which 4 differ
-    assert repeats_answer("one two three four " * 10)
+    assert degeneration("one two three four " * 10).answer_repetition
 
 
 def test_a_response_far_below_the_median_of_correct_ones_skips_computation():

@@ -80,9 +80,9 @@ class Recording:
 
     def generate(self, prompts, images, num_generations, profiler):
         rollout = self.rollouts.pop(0)
-        assert [list(ids) for ids in prompts] == rollout.prompt_ids
-        ids = [c.ids for c in rollout.completions]
-        return prompts, ids, [[[p] for p in c.logps] for c in rollout.completions], None
+        assert [list(ids) for ids in prompts] == [c.prompt.ids for c in rollout.rows.values()]
+        ids = [c.ids for c in rollout.rows.values()]
+        return prompts, ids, [[[p] for p in c.logps] for c in rollout.rows.values()], None
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -94,7 +94,7 @@ def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, l
     ours.train()
 
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    prompts = [rollout.rows[i]["prompt"] for rollout in rollouts for i in range(0, 32, 8)]
+    prompts = [rollout.rows[i].prompt.prompt for rollout in rollouts for i in range(0, 32, 8)]
 
     def replayed(prompts, completions, **columns):
         return [rewards.pop(0) for _ in prompts]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from polyphony.trainer.engine.engine import Completion
+from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, final_norm, tolerance_of
 
 

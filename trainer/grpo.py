@@ -243,8 +243,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hand over the rewards of all ranks, [B_global, 1]; NaN where a grader failed, which TRL leaves out."""
-        learned = [r for group in self._finished.groups_of_rows for r in group.learned]
-        rewards = [[float("nan") if r is None else r] for r in learned]
+        rewards = [[float("nan") if r is None else r] for r in self._finished.rewards]
         return torch.tensor(rewards, dtype=torch.float32, device=self.accelerator.device)
 
     @property

@@ -34,7 +34,7 @@ from polyphony.trainer.metrics import key
 class ShortcutWatch:
     """Look at every completion of a run.
 
-    Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns from them.
+    Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns.
     """
 
     def __init__(self, domains: Sequence[str]) -> None:

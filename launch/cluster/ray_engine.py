@@ -18,9 +18,10 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
+from polyphony.curricula.records import Completion
 from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, WorkerSettings, last_line
 from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
-from polyphony.trainer.engine.engine import Completion, Engine, Request
+from polyphony.trainer.engine.engine import Engine, Request
 from polyphony.trainer.engine.vllm import OnFinished
 
 

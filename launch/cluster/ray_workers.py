@@ -16,11 +16,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from polyphony.curricula.records import Completion
 from polyphony.launch.cluster import ray_cluster as cluster
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.weights import PackedWeights
-    from polyphony.trainer.engine.vllm import Completion, EngineSettings, Request, Sampling
+    from polyphony.trainer.engine.vllm import EngineSettings, Request, Sampling
 
 logger = logging.getLogger(__name__)
 

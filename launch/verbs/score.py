@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.records import Domain
+from polyphony.curricula.records import Completion, Domain
 from polyphony.launch.import_paths import renamed
 from polyphony.rewards.answers import completion_text
 from polyphony.trainer.data import PromptTable, load_rows

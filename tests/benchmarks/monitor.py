@@ -84,7 +84,7 @@ def _loud(sides: SideBySide, shares: list[float]) -> Block:
     callback.on_log = _timed(callback.on_log, spent)
     trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
     trainer.entropy.after_draw = _timed(trainer.entropy.after_draw, spent)
-    trainer.draws.inspect = _timed(trainer.draws.inspect, spent)
+    trainer.shortcuts.inspect = _timed(trainer.shortcuts.inspect, spent)
     trainer.shortcuts.observe = _timed(trainer.shortcuts.observe, spent)
     meter = trainer.meter
     trainer.meter = SimpleNamespace(add=_timed(meter.add, spent), flush=_timed(meter.flush, spent))  # type: ignore
@@ -110,9 +110,9 @@ def _silenced(trainer: DomainGRPOTrainer) -> DomainGRPOTrainer:
     trainer.remove_callback(PrinterCallback)
     trainer.meter = SimpleNamespace(add=_nothing, flush=dict)  # type: ignore[assignment]
     trainer.entropy.after_draw = _nothing  # type: ignore[method-assign]
-    trainer.draws.inspect = lambda sample: ()
+    trainer.shortcuts.inspect = lambda completions: [()] * len(completions)
     trainer.shortcuts.observe = _nothing  # type: ignore[method-assign]
-    trainer._domain_entropy = lambda *args: {}  # type: ignore[method-assign]
+    trainer._domain_entropy = lambda *args: ({}, {})  # type: ignore[method-assign]
     trainer._get_per_token_logps_and_entropies = MethodType(  # type: ignore[method-assign]
         GRPOTrainer._get_per_token_logps_and_entropies, trainer
     )

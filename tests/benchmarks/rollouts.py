@@ -85,8 +85,8 @@ def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
     prompts = [prompt for table in trainer.data.train.values() for prompt in [table[i] for i in table.ids[:share]]]
     limit: int = trainer.max_completion_length  # type: ignore[assignment]
     return [
-        Request(prompt_ids=ids, seed=COPIES * n + k, max_tokens=limit)
-        for n, ids in enumerate(trainer.data.tokenize(prompts))
+        Request(prompt_ids=prompt.ids, seed=COPIES * n + k, max_tokens=limit)
+        for n, prompt in enumerate(trainer.data.tokenized(prompts))
         for k in range(COPIES)
     ]
 

@@ -21,13 +21,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from polyphony.curricula.records import Prompt
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.launch.build import build_trainer, grpo_config
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
-from polyphony.trainer.data import Prompt
-from polyphony.trainer.engine.engine import Completion, InProcessEngine, Request, completion_seed
+from polyphony.trainer.engine.engine import InProcessEngine, Request, completion_seed
 from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.benchmarks.commands import RECIPES
