@@ -182,9 +182,8 @@ def test_replaced_groups_enter_entropy_only_as_the_policys_own(top_p, tmp_path, 
 
     def surprised(n_rows: int):
         rollout = roll_out(n_rows)
-        for batch in rollout.discarded:
-            batch.graded.update({k: [replace(g, surprisal=1e4) for g in gs] for k, gs in batch.graded.items()})
-        return rollout
+        replaced = tuple(replace(group, surprisals=(1e4,) * len(group.rewards)) for group in rollout.discarded)
+        return replace(rollout, discarded=replaced)
 
     trainer._roll_out = surprised  # type: ignore[method-assign]
     trainer.train()
