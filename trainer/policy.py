@@ -53,13 +53,13 @@ class Policy:
         """`passes` and `turn` are TRL's `_get_per_token_logps_and_entropies` and `_generate_single_turn`."""
         self.trainer: Any = trainer  # TRL declares many of its attributes wider than they are once it is constructed
         self.data = data
-        self.rank: int = trainer.accelerator.process_index
-        self.world_size: int = trainer.accelerator.num_processes
-        self.group_size: int = trainer.num_generations
+        self.rank: int = self.trainer.accelerator.process_index
+        self.world_size: int = self.trainer.accelerator.num_processes
+        self.group_size: int = self.trainer.num_generations
         """Completions a prompt; a group may straddle ranks."""
         self._passes, self._turn = passes, turn
-        self._silent = data.framing.union(trainer.eos_token_ids)
-        self._ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+        self._silent = data.framing.union(self.trainer.eos_token_ids)
+        self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
 
     @property
     def sampling(self) -> Sampling:
