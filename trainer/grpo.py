@@ -99,6 +99,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.heldout_scorer = self.scorer.apart()
         self._framing = self.data.framing
         self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
@@ -178,7 +179,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             tokenize=self.data.tokenize,
             complete=lambda requests: self.policy.complete(requests, settings.samples),
             to_samples=self.to_samples,
-            score=self.scorer,
+            score=self.heldout_scorer,
             entropy_sums=self.policy.entropy_sums,
             log_probabilities=self.policy.logps,
             read=self._read,
@@ -413,6 +414,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
+        logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(self._faults())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}

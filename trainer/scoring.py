@@ -8,7 +8,9 @@ the same either way: a reward grades each row by itself.
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import logging
 import math
 import queue
@@ -21,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.records import Domain, Group
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import settled
+from polyphony.rewards.registry import ask, settled
 from polyphony.trainer.data import Prompt
+from polyphony.trainer.metrics import Logged
 
 if TYPE_CHECKING:  # `polyphony score` runs a grader without torch
     from polyphony.trainer.engine.vllm import Completion
@@ -95,6 +98,13 @@ class Scorer:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
         """Domains whose rewards mostly wait, see `polyphony.rewards.registry`."""
+        self.logged = Logged()
+
+    def apart(self) -> Scorer:
+        """Return one with the same rewards that counts by itself what they log."""
+        other = copy.copy(self)
+        other.logged = Logged()
+        return other
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """Return one reward a sample, in order."""
@@ -109,8 +119,10 @@ class Scorer:
 
     def _score(self, name: str, samples: list[Sample]) -> list[float | None]:
         reward = self.rewards[name]
+        logged: list[tuple[str, float]] = []  # one that fails, and is asked again row by row, must not log twice
+        hooks = {"log_metric": lambda metric, value: logged.append((metric, float(value))), "log_extra": _ignore}
         try:
-            values = _call(reward, samples, opening=self.openings.get(name, ""))
+            values = _call(reward, samples, hooks, opening=self.openings.get(name, ""))
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(samples) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
@@ -122,6 +134,7 @@ class Scorer:
             raise ValueError(
                 f"domain {name!r}: the reward returned {len(values)} values for {len(samples)} completions"
             )
+        self.logged.add(name, logged)
         return [_checked(name, value) for value in values]
 
 
@@ -199,18 +212,26 @@ def check_failures(groups: Sequence[Group], *, most: float) -> None:
             )
 
 
-def _call(reward: Reward, samples: list[Sample], *, opening: str) -> list[Any]:
+def _call(reward: Reward, samples: list[Sample], hooks: Mapping[str, Any], *, opening: str) -> list[Any]:
     is_chat = not isinstance(samples[0].prompt.prompt, str)
     texts = [opening + sample.text for sample in samples]
     names = {name for sample in samples for name in sample.prompt.columns}
     columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in samples] for n in sorted(names)}
-    values = reward(
-        prompts=[s.prompt.prompt for s in samples],
-        completions=[[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
-        completion_ids=[s.ids for s in samples],
-        **columns,
-    )
-    return settled([values])[0]
+    arguments = {
+        "prompts": [s.prompt.prompt for s in samples],
+        "completions": [[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
+        "completion_ids": [s.ids for s in samples],
+    }
+    return settled([ask(reward, {**columns, **arguments, **hooks})])[0]
+
+
+def _ignore(column: str, values: Sequence[Any]) -> None:
+    _say_ignored(column)
+
+
+@functools.cache
+def _say_ignored(column: str) -> None:
+    logger.warning("log_extra: column %r of a reward is kept nowhere; numbers are, by log_metric", column)
 
 
 def _checked(name: str, value: Any) -> float | None:
