@@ -287,6 +287,30 @@ def test_a_thought_that_the_template_began_and_the_policy_never_ended_earns_noth
     assert Scorer([domain], openings={"math": "<think>"})([cut, whole]) == [0.0, 1.0]
 
 
+OPENED = [  # what the policy said after a template that ends with <think>, and what that is worth
+    (r"\boxed{42}", 0.0),
+    (r"\boxed{42} </thin", 0.0),
+    ("<answer>42</answer>", 0.0),
+    ("The answer is 42.", 0.0),
+    ("", 0.0),
+    (r"maybe \boxed{42}</think>", 0.0),
+    (r"maybe \boxed{42}</think> I can not tell.", 0.0),
+    (r"maybe \boxed{41}</think> \boxed{42}", 1.0),
+    ("</think>42", 1.0),
+    ("6 * 7</think>\n\n<answer>42</answer>", 1.0),
+    ("first</think> The answer is 42.", 1.0),
+    (r"first</think> \boxed{41}", 0.0),
+    (r"first</think>\boxed{42}<think>or is it", 1.0),
+    (r"first</think><think>second \boxed{42}", 0.0),
+]
+
+
+@pytest.mark.parametrize(("said", "reward"), OPENED)
+def test_what_follows_a_begun_thought_is_graded_from_its_end(said, reward):
+    domain = Domain(name="math", kind="structured", reward="short_answer")
+    assert Scorer([domain], openings={"math": "<think>\n"})([sample(text=said, answer="42")]) == [reward]
+
+
 def caused_by(cause: Exception) -> Exception:
     error = RuntimeError("the judge did not answer")
     error.__cause__ = cause
