@@ -128,11 +128,14 @@ _BETWEEN_BOXES = re.compile(  # `x =` may stand before a further box that is ann
 
 
 def answer_region(completion: Any, prompt: Any = None) -> str:
-    """Return the part of the completion that may hold its answer; empty where a thought was never finished."""
+    """Return the part of the completion that may hold its answer; empty where a thought was never finished.
+
+    A further thought that was begun after it and never finished is no part of it either.
+    """
     text = completion_text(completion)[-READ_CHARS:]
-    head, closed, tail = text.rpartition("</think>")
-    text = tail if closed else text
-    if not closed and "<think>" in head + tail:
+    _, closed, tail = text.rpartition("</think>")
+    text, begun, _ = tail.partition("<think>")
+    if begun and not closed:
         return ""
     for message in _prompt_texts(prompt):
         if len(message) >= ECHO_CHARS:

@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
 from polyphony.rewards.code_cases import MAX_OUTPUT_BYTES, Altered, Case, altered, read_checks
+from polyphony.rewards.registry import tell
 from polyphony.rewards.sandbox.calls import TOLERANCE
 from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, isolation
 
@@ -94,6 +96,7 @@ class Code:
         *,
         tests: list | None = None,
         test_code: list | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         if tests is None and test_code is None:
@@ -103,12 +106,15 @@ class Code:
         jobs = [(program_of(completion), _checks(cases, source)) for completion, cases, source in rows]
         isolation()  # found once, before the threads ask for it
         with ThreadPoolExecutor(self.workers or min(os.cpu_count() or 1, 16)) as pool:
-            scores = list(pool.map(lambda job: self._score(*job), jobs))
+            counts = list(pool.map(lambda job: self._ask(*job), jobs))
         # what the clock ended early has a second run, now that no other program takes its time: then it is 0
-        return [
-            self._score(*job, is_last=True) if score is _STALLED else score
-            for job, score in zip(jobs, scores, strict=True)
+        counts = [
+            self._ask(*job) if count.ended == "stalled" else count for job, count in zip(jobs, counts, strict=True)
         ]
+        graded = [count for count in counts if count.total]
+        tell(log_metric, exhausted=[c.ended in ("timeout", "stalled") for c in graded])
+        tell(log_metric, suspected_tricks=[c.is_trick for c in graded])
+        return [self._score(count) for count in counts]
 
     def unreadable(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
         """Return why a row's reference can not be read; None where it can."""
@@ -118,6 +124,17 @@ class Code:
             return str(error)
         return None
 
+    def remark(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
+        """Return that a row's tests have no constant to alter; None where they have, or are no assertions.
+
+        Such a row is graded as any other where its tests hold beside the program. Where they ask for a run inside its
+        process, a pass cannot be told from a trick: there is no verdict, or 0 where the run beside it failed.
+        """
+        checks = read_checks(tests, test_code)
+        if not isinstance(checks, str) or altered(checks) is not None:
+            return None
+        return "its tests have no expected constant to alter: what only a run inside the program could show is no pass"
+
     def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str | None:
         """Return the program of a completion, whatever its layout."""
         program = program_of(completion)
@@ -126,27 +143,29 @@ class Code:
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             return program
 
-    def _score(self, program: str, checks: str | list[Case] | None, *, is_last: bool = False) -> Any:
+    def _ask(self, program: str, checks: str | list[Case] | None) -> _Count:
+        """Return what the sandbox counts; nothing where it failed twice or the tests test nothing."""
         if checks is None:
-            return None
+            return _Count()
         for attempt in ("first", "second"):
             try:
-                passed, total, is_stalled = self._count(program, checks)
+                count = self._count(program, checks)
             except (SandboxError, OSError) as error:
                 logger.warning("code: %s attempt in the sandbox failed: %s", attempt, error)
                 continue
-            if is_stalled and not is_last:
-                return _STALLED
-            if total == 0:
+            if count.total == 0:
                 logger.warning("code: these tests are no Python, check nothing or can not be run: %.200r", checks)
-                return None
-            return passed / total if self.partial_credit else float(passed == total)
-        return None
+            return count
+        return _Count()
 
-    def _count(self, program: str, checks: str | list[Case]) -> tuple[int, int, bool]:
-        """Return how many checks hold, of how many, and whether the clock ended a run before its processor time."""
+    def _score(self, count: _Count) -> float | None:
+        if not count.total:
+            return None
+        return count.passed / count.total if self.partial_credit else float(count.passed == count.total)
+
+    def _count(self, program: str, checks: str | list[Case]) -> _Count:
         assert isinstance(self.limits, Limits)
-        passed, is_stalled = 0, False
+        passed, ended = 0, "exit"
         limits: Limits = self.limits
         if not isinstance(checks, str):
             longest = max(len(case.expected.encode(errors="replace")) for case in checks)
@@ -157,17 +176,17 @@ class Code:
                 other = altered(checks) if verdict.needs_inside else None
                 if other is not None:
                     return self._count_inside(program, checks, other)
-                return verdict.passed, verdict.total, verdict.is_stalled
+                return _Count(passed=verdict.passed, total=verdict.total, ended=verdict.ended)
             for case in checks:
                 run = running.run(case.given)
                 holds = run.ended == "exit" and same_output(run.stdout.decode(errors="replace"), case.expected)
                 passed += holds
-                is_stalled |= run.ended == "stalled"
+                ended = run.ended if ended != "stalled" and run.ended in ("timeout", "stalled") else ended
                 if not holds and not self.partial_credit:
                     break
-        return passed, len(checks), is_stalled
+        return _Count(passed=passed, total=len(checks), ended=ended)
 
-    def _count_inside(self, program: str, tests: str, other: Altered) -> tuple[int, int, bool]:
+    def _count_inside(self, program: str, tests: str, other: Altered) -> _Count:
         """Ask the program's own process. It may answer for itself, so nothing counts but passing these tests and not
         the altered ones; twice, as a toss of a coin would pass one time in four."""
         assert isinstance(self.limits, Limits)
@@ -176,16 +195,25 @@ class Code:
             with Program(program, limits=self.limits, site_packages=self.site_packages) as running:
                 verdict = running.test_inside(source)
             if source is tests and (verdict.passed < verdict.total or not verdict.total):
-                return 0, max(verdict.total, 1), verdict.is_stalled
+                return _Count(total=max(verdict.total, 1), ended=verdict.ended)
             if source is not tests and verdict.passed > total - other.failures:
                 logger.warning("code: a program passes its tests whatever they expect, which counts as 0")
-                return 0, total, False
+                return _Count(total=total, is_trick=True)
             total = verdict.total
-        return total, total, False
+        return _Count(passed=total, total=total)
 
 
-_STALLED = object()
-"""The score of a program that is to be run once more."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Count:
+    """How many checks hold of how many (0: no verdict), and how the run that decided ended."""
+
+    passed: int = 0
+    total: int = 0
+    ended: str = "exit"
+    """`timeout` or `stalled` where a limit of time ended it (`polyphony.rewards.sandbox.client.Execution`)."""
+    is_trick: bool = False
+    """Whether it passed altered tests too."""
+
 
 _told: set[str] = set()
 """Reasons for which rows had no verdict that the log has."""

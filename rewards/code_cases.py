@@ -184,6 +184,9 @@ def _alter(node: ast.AST) -> bool:
     if isinstance(node, ast.Assert):
         parts = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else []
         return sum(map(_alter_comparison, parts or [node.test])) > 0
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "calls.gives":
+        node.args[-1] = ast.Constant(json.dumps(_other(json.loads(ast.literal_eval(node.args[-1])))))
+        return True
     if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _EQUALS:
         return _alter_one(node.args)
     return False

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 from polyphony.rewards.answers import Source, accepted_answers, bare, final_answer
+from polyphony.rewards.registry import tell
 from polyphony.rewards.short_answer import normalise
 from polyphony.rewards.workers import JobError, KilledError, shared_workers
 
@@ -210,7 +211,14 @@ class Math:
             raise ValueError(f"math: timeout_s must be > 0, got {self.timeout_s}")
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: Any = None, *, answer: list, **columns: Any
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: Any = None,
+        *,
+        answer: list,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
         rows = [
             [(final_answer(completion, prompt, self.sources), reference) for reference in _references(accepted)]
@@ -218,8 +226,12 @@ class Math:
         ]
         verdicts = {pair: self._at_sight(*pair) for pair in dict.fromkeys(pair for row in rows for pair in row)}
         open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
-        verdicts |= dict(zip(open_pairs, self._compare(open_pairs), strict=True))
-        return [_best([verdicts[pair] for pair in row]) for row in rows]
+        compared, exhausted = self._compare(open_pairs)
+        verdicts |= compared
+        scores = [_best([verdicts[pair] for pair in row]) for row in rows]
+        graded = [(row, score) for row, score in zip(rows, scores, strict=True) if score is not None]
+        tell(log_metric, exhausted=[not score and not exhausted.isdisjoint(row) for row, score in graded])
+        return scores
 
     def is_valid(self, text: str) -> bool:
         """Say whether a text commits to an answer."""
@@ -242,16 +254,22 @@ class Math:
             return False
         return equal_at_sight(given, reference)
 
-    def _compare(self, pairs: list[tuple[str | None, str]]) -> list[bool | None]:
+    def _compare(self, pairs: list[_Pair]) -> tuple[dict[_Pair, bool | None], set[_Pair]]:
+        """Return the verdicts on pairs, and those that are wrong as the answer exhausts the comparison."""
         workers = shared_workers(
             "polyphony.rewards.math_worker:equivalent", size=self.workers, timeout_s=self.timeout_s
         )
         answers = workers.map([_job(given or "", reference) for given, reference in pairs])
-        exhausted = [p for p, verdict in zip(pairs, answers, strict=True) if _is_own_doing(verdict)]
-        suspects = list(dict.fromkeys(reference for _, reference in exhausted))
+        failed = [p for p, verdict in zip(pairs, answers, strict=True) if _is_own_doing(verdict)]
+        suspects = list(dict.fromkeys(reference for _, reference in failed))
         probes = workers.map([_job("0", reference) for reference in suspects])  # the reference may have done it
         innocent = {r for r, verdict in zip(suspects, probes, strict=True) if isinstance(verdict, bool)}
-        return [_verdict(*pair, answer, innocent) for pair, answer in zip(pairs, answers, strict=True)]
+        verdicts = {pair: _verdict(*pair, answer, innocent) for pair, answer in zip(pairs, answers, strict=True)}
+        return verdicts, {pair for pair in failed if pair[1] in innocent}
+
+
+_Pair = tuple[str | None, str]
+"""What was answered, and a reference."""
 
 
 def _job(given: str, reference: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import answer_region, final_answer
+from polyphony.rewards.registry import tell
 from polyphony.rewards.workers import JobError, shared_workers
 
 logger = logging.getLogger(__name__)
@@ -209,15 +210,16 @@ class Procedural:
         *,
         answer: list,
         procedural: list,
+        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         places = [_place(place, reference) for place, reference in zip(procedural, answer, strict=True)]
         given = [_final(*row) for row in zip(completions, prompts, answer, strict=True)]
         scores = [self._at_sight(*row) for row in zip(given, answer, places, strict=True)]
         asked = {row: place for row, place in enumerate(places) if place and scores[row] is None}
-        results = self._scored([(place, given[row], answer[row]) for row, place in asked.items()])
-        for row, score in zip(asked, results, strict=True):
-            scores[row] = score
+        results, exhausted = self._scored({row: (place, given[row], answer[row]) for row, place in asked.items()})
+        scores = [results.get(row, score) for row, score in enumerate(scores)]
+        tell(log_metric, exhausted=[row in exhausted for row, score in enumerate(scores) if score is not None])
         return scores
 
     def unreadable(self, procedural: Any = None, answer: Any = None, **columns: Any) -> str | None:
@@ -228,20 +230,20 @@ class Procedural:
         """Return the final answer of a completion."""
         return _final(completion, prompt, columns.get("answer")).strip("\"'") or None
 
-    def _scored(self, asked: list[tuple[dict[str, Any], str, str]]) -> list[float | None]:
-        """Return the scorer's word on each (place, given, reference); 0 where only what was given breaks it."""
+    def _scored(self, asked: dict[int, tuple[dict[str, Any], str, str]]) -> tuple[dict[int, float | None], set[int]]:
+        """Return the scorer's word on each row's (place, given, reference), and the rows that have 0 because what was
+        given exhausts or breaks it; None where the reference does too."""
         workers = shared_workers("polyphony.rewards.reasoning_gym:work", size=self.workers, timeout_s=self.timeout_s)
-        results = workers.map([place | {"answer": given} for place, given, _ in asked])
-        broken = [row for row, result in enumerate(results) if isinstance(result, JobError)]
+        said = workers.map([place | {"answer": given} for place, given, _ in asked.values()])
+        results = dict(zip(asked, said, strict=True))
+        broken = [row for row, result in results.items() if isinstance(result, JobError)]
         probes = workers.map([asked[row][0] | {"answer": asked[row][2]} for row in broken])
         innocent = {row for row, probe in zip(broken, probes, strict=True) if not isinstance(probe, JobError)}
         for row in broken:
             verdict = "0" if row in innocent else "no score"
             logger.warning("procedural: %s for %.80r: %s", verdict, asked[row][1], results[row])
-        return [
-            (0.0 if row in innocent else None) if isinstance(result, JobError) else self._reward(result)
-            for row, result in enumerate(results)
-        ]
+            results[row] = 0.0 if row in innocent else None
+        return {row: score if row in broken else self._reward(score) for row, score in results.items()}, innocent
 
     def _at_sight(self, given: str, answer: str, place: dict[str, Any] | None) -> float | None:
         if place is None:

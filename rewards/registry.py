@@ -17,13 +17,20 @@ Reward = Callable[..., Any]
 
 One that mostly waits, for a judge or for processes, says so by an attribute `is_slow = True`: the trainer then calls it
 while the engine still generates, with the completions that are finished, and never twice at a time. One that says by a
-method `unreadable(**columns)` why it cannot read a row's reference (None: it can) is asked when rows are loaded. One whose
-rules change counts its attribute `version` up: scores before and after are not comparable.
+method `unreadable(**columns)` why it cannot read a row's reference (None: it can) is asked when rows are loaded, and so is
+one that says by `remark(**columns)` with which reservation it grades a row. One whose rules change counts its attribute
+`version` up: scores before and after are not comparable.
+
+One whose signature takes `log_metric` gets TRL's hook, and logs by it: `log_metric(name, value)` is averaged by domain over
+all calls between two logs. See `tell` for what our own graders say of each completion.
 
 One that grades an answer it finds in the text may have a method `reads(completion, prompt, /, **columns)` that returns it,
 hashable and equal where the reward would not tell two answers apart, None where it finds none: held-out votes are about
 that. Without it they are about `answer_signature`.
 """
+
+HOOKS = ("log_metric", "log_extra")
+"""What TRL hands to every reward beside the columns, and we to those whose signature takes it."""
 
 
 REGISTRY = {
@@ -54,6 +61,28 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward
+
+
+def ask(reward: Reward, arguments: Mapping[str, Any]) -> Any:
+    """Call a reward with these arguments, but for the hooks that its signature does not take."""
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # a callable without a signature to read: it has rewards' plain form
+        return reward(**{name: value for name, value in arguments.items() if name not in HOOKS})
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return reward(**{name: v for name, v in arguments.items() if takes_all or name not in HOOKS or name in parameters})
+
+
+def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool]) -> None:
+    """Log of each completion whether it shows a sign, so that the mean is the share of those that do.
+
+    Example: `tell(log_metric, exhausted=[False, True])`; None logs nothing.
+    """
+    if log_metric is None:
+        return
+    for name, values in signs.items():
+        for value in values:
+            log_metric(name, float(value))
 
 
 def version_of(reward: Reward) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from polyphony.rewards.answers import completion_text
 from polyphony.rewards.partitions import answer_signature
-from polyphony.rewards.registry import find_reward, settled
+from polyphony.rewards.registry import ask, find_reward, settled
 from polyphony.rewards.style import repeated_ngram_share, script_shares
 
 
@@ -157,7 +157,7 @@ class Weighted:
     ) -> dict[str, list[float | None]]:
         """Return what each part says, by name; asynchronous parts run together."""
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        results = settled([reward(**arguments) for reward in self.rewards.values()])
+        results = settled([ask(reward, arguments) for reward in self.rewards.values()])
         return dict(zip(self.rewards, results, strict=True))
 
     def is_valid(self, text: str) -> bool:
@@ -168,6 +168,11 @@ class Weighted:
         """Return why a part can not read a row's reference; None where all can."""
         parts = [part for part in self.rewards.values() if hasattr(part, "unreadable")]
         return next((why for part in parts if (why := part.unreadable(**columns)) is not None), None)
+
+    def remark(self, **columns: Any) -> str | None:
+        """Return with which reservation a part grades a row; None where none has one."""
+        parts = [part for part in self.rewards.values() if hasattr(part, "remark")]
+        return next((why for part in parts if (why := part.remark(**columns)) is not None), None)
 
     def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> Hashable:
         """Return what the parts with weight read; what the text comes to where none of them says what it reads."""

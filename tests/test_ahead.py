@@ -127,3 +127,20 @@ def test_a_real_engine_tells_of_completions_before_it_is_done_and_samples_the_sa
     assert {place: completion.ids for _, place, completion in told} == {i: c.ids for i, c in enumerate(sampled)}
     assert max(place_time for place_time, place, _ in told if place % 2) < told[-1][0]  # the short ones came first
     assert [(c.ids, c.logps) for c in sampled] == [(c.ids, c.logps) for c in engine.complete(requests)]
+
+
+class Telling(Waiting):
+    def __call__(self, prompts, completions, completion_ids, log_metric, **columns):
+        for text in completions:
+            log_metric("odd", int(text) % 2)
+        return super().__call__(prompts, completions, completion_ids)
+
+
+def test_what_a_reward_logs_in_the_grading_thread_is_counted_with_the_rest():
+    asked, sampled = prompts(*["slow", "quick"] * 10), completions(20)
+    grader = scorer(slow=Telling(wait_s=0.01), quick=Telling())
+    grading = Ahead(grader, asked, read)
+    for place in range(0, 14):
+        grading.take(place, sampled[place])
+    grading.scores(read(asked, sampled))
+    assert grader.logged.sums == {("slow", "odd"): (0.0, 10), ("quick", "odd"): (10.0, 10)}

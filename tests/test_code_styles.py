@@ -1,9 +1,13 @@
 """Styles of assertion: what a correct program passes in one process it passes here, and a trick never does."""
 
+from collections import Counter
+
 import pytest
 
+from polyphony.curricula.records import Domain
 from polyphony.rewards.code import Code
 from polyphony.rewards.code_cases import altered
+from polyphony.trainer.data import PromptTable
 
 FAST = {"wall_s": 3.0, "cpu_s": 3, "memory_bytes": 256 << 20}
 POINT = "from collections import namedtuple\nPoint = namedtuple('Point', 'x y')\n"
@@ -310,6 +314,11 @@ def test_no_trick_passes_in_any_style(trick):
         ("x = 1\nfor i in [1, 2]:\n    assert f(i) == True", "x = 1\nfor i in [1, 2]:\n    assert f(i) == False", 1),
         ("def check(f):\n    assert f(2) == b'a'\ncheck(f)", "def check(f):\n    assert f(2) == b'a_'\ncheck(f)", 1),
         ("def test_f():\n    assert f(2) == 'a'", "def test_f():\n    assert f(2) == 'a_'", 1),
+        (
+            "import calls; assert calls.gives('f', '[2]', '[4, null]', wrapped=True)",
+            "import calls\nassert calls.gives('f', '[2]', '[5, \"None\"]', wrapped=True)",
+            1,
+        ),
     ],
 )
 def test_what_is_expected_is_altered(tests, changed, failures):
@@ -320,6 +329,51 @@ def test_what_is_expected_is_altered(tests, changed, failures):
 @pytest.mark.parametrize("tests", ["assert f(2)", "assert f(2) is v", "assert f(2) != 3", "x = 4", "assert ("])
 def test_tests_without_a_constant_have_nothing_to_alter(tests):
     assert altered(tests) is None
+    assert "no expected constant to alter" in Code().remark(tests=tests)
+
+
+@pytest.mark.parametrize(
+    "tests", ["assert f(2) == 4", [{"input": "2", "output": "4"}], {"inputs": ["2"], "outputs": ["4"]}]
+)
+def test_tests_with_a_constant_and_runs_have_no_remark(tests):
+    assert Code().remark(tests=tests) is None
+
+
+def test_rows_whose_tests_have_no_constant_are_named_when_they_are_loaded():
+    rows = [{"prompt": f"row {n}", "tests": f"assert f({n}) == {n}" if n % 2 else f"assert f({n})"} for n in range(20)]
+    table = PromptTable(rows, domain=Domain(name="code", kind="structured"), where="domains.code.train", is_chat=False)
+    with pytest.warns(
+        UserWarning, match=r"10 of 20 rows are kept with a reservation \(row 1: its tests have no .*row 5"
+    ):
+        table.leave_out_unreadable(Code(), most=0.01)
+    assert len(table) == 20
+
+
+def test_what_happens_without_a_constant_is_what_is_said():
+    captured = (
+        "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out:\n    f()\nassert out.getvalue()"
+    )
+    assert altered(captured) is None
+    assert Code(limits=FAST)([""], ["def f(): print(1)"], test_code=[captured]) == [None]
+
+
+def test_exhausted_programs_and_suspected_tricks_are_counted():
+    said = Counter()
+    loop, sleeps = "while True: pass", "import time; time.sleep(60)"
+    trick = (
+        "class E:\n    def __eq__(s, o): return True\n    def __hash__(s): return 1\n"
+        "def f(n): return E()\nclass Base: pass"
+    )
+    inside = "class Mine(Base): pass\nassert f(2) == 4"
+    code = Code(limits={**FAST, "cpu_s": 1})
+    programs = [loop, sleeps, trick, "def f(n): return 4\nclass Base: pass", "def f(n): 1 / 0"]
+    scores = code([""] * 5, programs, test_code=[inside] * 5, log_metric=lambda name, value: said.update({name: value}))
+    assert scores == [0.0, 0.0, 0.0, 1.0, 0.0]
+    assert said == {"exhausted": 2.0, "suspected_tricks": 1.0}
+    said.clear()
+    runs = [{"input": "", "output": "1"}]
+    code([""] * 3, [loop, sleeps, "print(1)"], tests=[runs] * 3, log_metric=lambda n, value: said.update({n: value}))
+    assert said == {"exhausted": 2.0, "suspected_tricks": 0.0}
 
 
 def test_values_of_numpy_are_plain_where_it_is_installed():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from polyphony.rewards.registry import find_reward, tell
 from polyphony.trainer.metrics import METRICS, defined, key
 
 
@@ -23,6 +24,13 @@ def test_what_has_no_finite_value_is_absent_from_logs():
     assert defined({"a": 0.0, "b": None, "c": math.nan, "d": math.inf, "e": -1}) == {"a": 0.0, "e": -1}
 
 
+def telling(prompts, completions, log_metric, **columns):
+    """Grades as the lab does, and says of each completion what our graders say of programs."""
+    tell(log_metric, exhausted=[False] * len(prompts), suspected_tricks=[False] * len(prompts))
+    log_metric("own", 1.0)
+    return find_reward("exact")(prompts, completions, **columns)
+
+
 @pytest.mark.slow
 def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, engine):
     from polyphony.launch.recipe import load_recipe
@@ -32,13 +40,15 @@ def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, e
     # stages, so that backward and forward transfer are defined; an evaluation every step gives drawdown two halves
     overrides = ["curriculum.scheduler=sequential", "eval.every=1", "tracking.wandb=null"]
     overrides += ["entropy.control=adaptive", "eval.greedy=true"]
-    overrides += ["pool.retry_share=0.1"]
+    overrides += ["pool.retry_share=0.1", "domains.arithmetic.reward=tests.test_dashboard:telling"]
     overrides += ["pool.refill.max_rounds=1", "grpo.top_p=0.95"]  # replaced groups whose entropy stays unmeasured
     train(load_recipe(RECIPES / "debug.yaml", overrides), tmp_path / "run", engine=engine)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     parts = [name.split("/") for line in lines for name in line]
     emitted = {(family, rest[-1]) for family, *rest in parts if family in METRICS}
-    assert emitted == {(family, metric) for family, metrics in METRICS.items() for metric in metrics}
+    own = {("domain", "own"), ("heldout", "own")}
+    assert emitted - own == {(family, metric) for family, metrics in METRICS.items() for metric in metrics}
+    assert own <= emitted
     domains = {rest[0] for family, *rest in parts if family in METRICS and len(rest) == 2}
     assert domains == {"arithmetic", "stories", "safety"}
-    assert max(len(rest) for family, *rest in parts if family in METRICS) == 2
+    assert {tuple(rest[1:-1]) for family, *rest in parts if family in METRICS} == {(), ("logged",)}

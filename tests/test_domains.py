@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -8,6 +9,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.domains import DomainData
+from polyphony.trainer.policy import Policy
 from tests.conftest import HOUSE
 
 
@@ -208,3 +210,27 @@ def test_a_thought_that_the_template_begins_is_known(load, tokenizer):
 def test_what_frames_a_turn_is_told_from_other_special_tokens(load, tokenizer):
     names = set(tokenizer.convert_ids_to_tokens(sorted(load(domain()).framing)))
     assert names == {"<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"}  # not <|unknown|>, not <|system|>
+
+
+CALLS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call_begin|>", "<think>", "</think>"]
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        *((f"{token}a", f"{token}a") for token in CALLS),
+        ("<tool_call>a</tool_call><|end|>", "<tool_call>a</tool_call>"),
+        ("<think>a</think>b<|end|><|pad|><|pad|>", "<think>a</think>b"),
+        ("<|assistant|>a<|user|>b", "ab"),
+        ("a<|end|>", "a"),
+    ],
+)
+def test_tokens_marked_special_are_read_but_for_those_that_frame_a_turn(said, read, load, tokenizer):
+    calls = copy.deepcopy(tokenizer)
+    calls.add_special_tokens({"additional_special_tokens": CALLS}, replace_extra_special_tokens=False)
+    one_rank = SimpleNamespace(process_index=0, num_processes=1)
+    trainer = SimpleNamespace(accelerator=one_rank, num_generations=2, processing_class=calls, _tokenizer=calls)
+    trainer.eos_token_ids = [calls.eos_token_id]
+    policy = Policy(trainer, load(domain(), tokenizer=calls), passes=tuple, turn=tuple)
+    ids = calls(said, add_special_tokens=False)["input_ids"]
+    assert "".join(policy.decode(ids).split()) == read

@@ -1,6 +1,7 @@
 """Kinds of right answers that must count, beside near ones that must not: rows of (in the box, reference, verdict)."""
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -262,7 +263,11 @@ EXHAUSTING = [
 def test_an_answer_that_exhausts_the_grader_is_wrong():
     grade = find_reward({"name": "math", "timeout_s": 1.0})
     start = time.monotonic()
-    assert grade(["q"] * len(EXHAUSTING), [rf"\boxed{{{a}}}" for a in EXHAUSTING], answer=["7"] * 10) == [0.0] * 10
+    said = Counter()
+    told = {"log_metric": lambda name, value: said.update({name: value})}
+    scores = grade(["q"] * 11, [*(rf"\boxed{{{a}}}" for a in EXHAUSTING), "7"], answer=["7"] * 11, **told)
+    assert scores == [0.0] * 10 + [1.0]
+    assert said["exhausted"] >= 5  # the others are told apart before their limit
     assert time.monotonic() - start < 120  # ten limits, and new workers on a busy host
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from polyphony.curricula.records import Group
-from polyphony.trainer.metrics import Meter
+from polyphony.trainer.metrics import METRICS, OF_GRADERS, Logged, Meter
 from polyphony.trainer.settings import RftSettings
 
 
@@ -118,3 +118,21 @@ def test_a_flush_starts_anew():
     metrics = meter_.flush()
     assert (metrics["domain/math/n"], metrics["domain/math/entropy"]) == (4, 0.25)
     assert metrics["rollout/tokens_per_s"] == 2.0
+
+
+def test_what_graders_say_is_added_up_over_ranks_before_it_is_divided():
+    here, there = Logged(), Logged()
+    here.add("code", [("exhausted", 1.0), ("exhausted", 0.0), ("mine", 3.0)])
+    there.add("code", [("exhausted", 0.0)] * 2 + [("suspected_tricks", 1.0)])
+    there.add("math", [("mine", float("nan"))])
+    rows = list(there.sums.items())
+    assert here.flush("heldout", gather=lambda own: own + rows) == {
+        "heldout/code/exhausted": 1 / 4,
+        "heldout/code/suspected_tricks": 1.0,
+        "heldout/code/logged/mine": 3.0,
+    }
+    assert here.flush("heldout") == {}
+
+
+def test_what_graders_say_has_a_name_in_training_and_held_out():
+    assert all(name in METRICS[family] for name in OF_GRADERS for family in ("domain", "heldout"))

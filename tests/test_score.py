@@ -6,11 +6,13 @@ import json
 
 import pytest
 
+from polyphony.launch.cli import main
 from polyphony.launch.verbs.score import score_rows
 from polyphony.rewards.registry import REGISTRY
 from tests.conftest import write_rows
 from tests.test_judge import Server
 
+LOOP = "while True: pass"
 WEATHER = [{"name": "weather", "arguments": {"city": "Paris"}}]
 VERL = {"name": "verl", "function": "tests.test_attacks:compute_score"}
 WEIGHTED = {"name": "weighted", "parts": {"a": {"reward": "exact", "weight": 0.5}, "b": {"reward": "format"}}}
@@ -49,6 +51,17 @@ def test_rows_of_a_file_are_scored_in_order(name, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": text, **more} for text, more, _ in rows])
     reward = spec if isinstance(spec, str) else json.dumps(spec)
     assert score_rows(file, reward=reward) == [expected for _, _, expected in rows]
+
+
+def test_what_a_reward_logs_is_printed_beside_the_rewards(tmp_path, capsys):
+    rows = [{"prompt": "q", "completion": c, "tests": [{"input": "", "output": "4"}]} for c in ("print(4)", LOOP)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    spec = json.dumps({"name": "code", "limits": {"wall_s": 1, "cpu_s": 1}})
+    assert main(["score", str(file), "--reward", spec]) == 0
+    assert "exhausted: 1 of 2\nsuspected tricks: 0 of 2\n" in capsys.readouterr().out
+    assert main(["score", str(file), "--reward", spec, "--json"]) == 0
+    logged = {"exhausted": {"sum": 1.0, "of": 2}, "suspected_tricks": {"sum": 0.0, "of": 2}}
+    assert json.loads(capsys.readouterr().out) == {"rewards": [1.0, 0.0], "logged": logged}
 
 
 def test_a_judge_scores_a_file(tmp_path):

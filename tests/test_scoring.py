@@ -13,6 +13,7 @@ import pytest
 
 from polyphony.curricula.monitors.signs import COUNTED
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
+from polyphony.rewards.registry import HOOKS, find_reward
 from polyphony.trainer.scoring import Scorer, check_failures, is_unreachable
 
 
@@ -46,6 +47,8 @@ def test_every_sample_goes_to_its_domains_reward_and_comes_back_in_its_place():
 def test_a_reward_sees_texts_ids_and_every_column_of_its_rows():
     reward = Recording()
     scorer(math=reward)([sample(answer="4", level=1), sample(text="5", ids=[7, 8], answer="4", hint="add")])
+    hooks = {name: reward.calls[0].pop(name) for name in HOOKS}
+    assert all(map(callable, hooks.values()))
     assert reward.calls == [
         {
             "prompts": ["2+2=", "2+2="],
@@ -106,6 +109,57 @@ def fragile(prompts, completions, **columns):
 def test_a_reward_that_raises_costs_its_own_sample_and_says_so(caplog):
     assert scorer(math=fragile)([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
     assert "domain 'math': the reward raised KeyError: '?'" in caplog.text
+
+
+def of_trl(prompts, completions, log_metric, log_extra, **columns):
+    """A reward in the form of TRL's documentation."""
+    lengths = [len(text) for text in completions]
+    log_extra("length", lengths)
+    log_metric("mean_length", sum(lengths) / len(lengths))
+    return [float(length > 1) for length in lengths]
+
+
+def fixed(prompts, completions, completion_ids, answer):
+    return [1.0] * len(prompts)
+
+
+async def waits(prompts, log_metric=None, **columns):
+    log_metric("asked", len(prompts))
+    return [0.5] * len(prompts)
+
+
+def test_what_a_reward_logs_as_in_trl_is_a_metric_of_its_domain(caplog):
+    weighted = find_reward({"name": "weighted", "parts": {"a": {"reward": waits}, "b": {"reward": fixed}}})
+    grader = scorer(math=of_trl, code=fixed, chat=waits, both=weighted)
+    for _ in range(2):
+        rewards = grader([sample("math", "a"), sample("math", "abc"), sample("code", answer="4"), sample("chat")])
+        assert rewards == [0.0, 1.0, 1.0, 0.5]
+    grader([sample("math", "abcdef"), sample("both", answer="4"), sample("both", answer="5")])
+    assert caplog.text.count("log_extra: column 'length' of a reward is kept nowhere") <= 1  # once a process
+    assert grader.logged.flush("domain") == {
+        "domain/math/logged/mean_length": pytest.approx((2 + 2 + 6) / 3),
+        "domain/chat/logged/asked": 1.0,
+        "domain/both/logged/asked": 2.0,
+    }
+    assert grader.logged.flush("domain") == {}
+
+
+def test_what_is_logged_on_held_out_completions_is_counted_apart():
+    grader = scorer(math=of_trl)
+    heldout = grader.apart()
+    assert (grader([sample("math", "a")]), heldout([sample("math", "abc")])) == ([0.0], [1.0])
+    assert grader.logged.flush("domain") == {"domain/math/logged/mean_length": 1.0}
+    assert heldout.logged.flush("heldout") == {"heldout/math/logged/mean_length": 3.0}
+
+
+def test_a_call_that_raises_and_is_made_again_logs_once():
+    def logs_and_breaks(prompts, completions, log_metric, **columns):
+        log_metric("rows", len(prompts))
+        return fragile(prompts, completions)
+
+    grader = scorer(math=logs_and_breaks)
+    assert grader([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
+    assert grader.logged.sums == {("math", "rows"): (2.0, 2)}
 
 
 class Gone:
@@ -240,6 +294,30 @@ def test_a_thought_that_the_template_began_and_the_policy_never_ended_earns_noth
     whole = sample(text=r"six sevens</think>\boxed{42}", answer="42")
     assert Scorer([domain])([cut, whole]) == [1.0, 1.0]
     assert Scorer([domain], openings={"math": "<think>"})([cut, whole]) == [0.0, 1.0]
+
+
+OPENED = [  # what the policy said after a template that ends with <think>, and what that is worth
+    (r"\boxed{42}", 0.0),
+    (r"\boxed{42} </thin", 0.0),
+    ("<answer>42</answer>", 0.0),
+    ("The answer is 42.", 0.0),
+    ("", 0.0),
+    (r"maybe \boxed{42}</think>", 0.0),
+    (r"maybe \boxed{42}</think> I can not tell.", 0.0),
+    (r"maybe \boxed{41}</think> \boxed{42}", 1.0),
+    ("</think>42", 1.0),
+    ("6 * 7</think>\n\n<answer>42</answer>", 1.0),
+    ("first</think> The answer is 42.", 1.0),
+    (r"first</think> \boxed{41}", 0.0),
+    (r"first</think>\boxed{42}<think>or is it", 1.0),
+    (r"first</think><think>second \boxed{42}", 0.0),
+]
+
+
+@pytest.mark.parametrize(("said", "reward"), OPENED)
+def test_what_follows_a_begun_thought_is_graded_from_its_end(said, reward):
+    domain = Domain(name="math", kind="structured", reward="short_answer")
+    assert Scorer([domain], openings={"math": "<think>\n"})([sample(text=said, answer="42")]) == [reward]
 
 
 def caused_by(cause: Exception) -> Exception:

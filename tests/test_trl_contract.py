@@ -14,6 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
 from polyphony.launch.grpo_fields import ABOVE_ZERO, GROUP_SIZE, GRPO_KINDS, ONE_OF, OURS, complaint
+from polyphony.rewards.registry import HOOKS
 
 
 def parameters(function) -> list[str]:
@@ -114,3 +115,10 @@ def test_log_probabilities_are_asked_for_in_the_order_we_hand_over():
 def test_a_prompt_stands_in_the_sampler_as_often_as_its_group_and_its_reuse_need():
     sampler = RepeatSampler(["a", "b"], mini_repeat_count=2, batch_size=2, repeat_count=2, shuffle=False)
     assert list(sampler) == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_a_reward_gets_the_hooks_that_trl_hands_over():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert set(re.findall(r'reward_kwargs\["(log_\w+)"\]', source)) == set(HOOKS)
+    assert parameters(GRPOTrainer._log_metric) == ["name", "value"]
+    assert parameters(GRPOTrainer._log_completion_extra) == ["column", "values"]

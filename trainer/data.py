@@ -9,16 +9,17 @@ import hashlib
 import json
 import pkgutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.records import Domain, Prompt
+from polyphony.rewards.registry import HOOKS
 
 Rows = Sequence[Mapping[str, Any]]
 
-CALLED_WITH = ("prompts", "completions", "completion_ids")
+CALLED_WITH = ("prompts", "completions", "completion_ids", *HOOKS)
 """What a reward is called with beside the columns, as TRL does."""
 
 
@@ -62,25 +63,30 @@ class PromptTable:
         )
 
     def leave_out_unreadable(self, reward: Any, *, most: float) -> None:
-        """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None).
+        """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None), and
+        name those that it grades with a reservation (`remark(**columns)`).
 
         Warns with their number and the first three. Raises ValueError, naming these, where they are more than the share
         `most` of the rows.
         """
-        if not hasattr(reward, "unreadable"):
-            return
-        reasons = {prompt.id: why for prompt in self if (why := reward.unreadable(**prompt.columns)) is not None}
-        if not reasons:
-            return
-        shown = "; ".join(f"row {self._position[i] + 1}: {why}" for i, why in islice(reasons.items(), 3))
-        message = (
-            f"{self.where}: {len(reasons)} of {len(self)} rows have a reference that the reward cannot read ({shown})"
-        )
-        if len(reasons) > most * len(self):
-            raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
-        warnings.warn(f"{message}; left out", stacklevel=2)
-        self.left_out = sorted(reasons)
-        self.drop(set(reasons))
+        if reasons := self._said(getattr(reward, "unreadable", None)):
+            message = f"{self._named(reasons)} have a reference that the reward cannot read ({self._shown(reasons)})"
+            if len(reasons) > most * len(self):
+                raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
+            warnings.warn(f"{message}; left out", stacklevel=2)
+            self.left_out = sorted(reasons)
+            self.drop(set(reasons))
+        if remarks := self._said(getattr(reward, "remark", None)):
+            warnings.warn(f"{self._named(remarks)} are kept with a reservation ({self._shown(remarks)})", stacklevel=2)
+
+    def _said(self, ask: Callable[..., str | None] | None) -> dict[str, str]:
+        return {prompt.id: why for prompt in self if (why := ask(**prompt.columns)) is not None} if ask else {}
+
+    def _named(self, reasons: Mapping[str, str]) -> str:
+        return f"{self.where}: {len(reasons)} of {len(self)} rows"
+
+    def _shown(self, reasons: Mapping[str, str]) -> str:
+        return "; ".join(f"row {self._position[i] + 1}: {why}" for i, why in islice(reasons.items(), 3))
 
     def drop(self, ids: set[str]) -> None:
         """Leave these prompts out from now on."""

@@ -166,7 +166,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         return Evaluator(
             data=self.data,
             policy=self.policy,
-            scorer=self.scorer,
+            scorer=self.scorer.apart(),
             settings=settings,
             seed=self.args.seed,
             fusion=self.fusion,
@@ -362,6 +362,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
+        logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(self._faults())
         logs.update(self.pending_metrics)
         self.pending_metrics = {}

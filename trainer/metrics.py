@@ -2,12 +2,14 @@
 
 TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
 `heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and
-`faults/<metric>`. Undefined values are absent, never 0.
+`faults/<metric>`. What a reward logs under a name of its own is `domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`.
+Undefined values are absent, never 0.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +33,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "mean_length": "tokens a completion",
         "clipped_ratio": "share of completions cut at the length limit",
         "grader_failures": "completions whose reward raised or returned None",
+        "exhausted": "share of graded completions that met a limit of their grader, which are wrong",
+        "suspected_tricks": "share whose program passed its tests whatever they expect, which is 0",
         "n": "completions drawn",
     },
     "curriculum": {
@@ -56,6 +60,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
         "grader_failures": "held-out samples without a reward, all items: left out of scores, not passed in pass_at_k",
+        "exhausted": "share of held-out samples that met a limit of their grader, all items",
+        "suspected_tricks": "share whose program passed its tests whatever they expect, all items",
         "majority": "score of the answer that most of an item's samples give, ties shared",
         "greedy": "score without chance in decoding, with `eval.greedy`",
         "format_valid": "share of samples that end, say something and have the form their grader asks for",
@@ -224,6 +230,40 @@ class DiversitySums:
             "reward": _ratio(self.fused, self.learned),
             "failures": self.failures,
         }
+
+
+OF_GRADERS = ("exhausted", "suspected_tricks")
+"""What our graders say of each completion (`polyphony.rewards.registry.tell`); a reward's other names are its own."""
+
+
+@dataclass(slots=True)
+class Logged:
+    """What rewards logged by TRL's `log_metric` between two logs: by domain and name a sum and how many values it has."""
+
+    sums: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Slow rewards grade in a thread of their own."""
+
+    def add(self, domain: str, values: Sequence[tuple[str, float]]) -> None:
+        with self._lock:
+            for name, value in values:
+                total, count = self.sums.get((domain, name), (0.0, 0))
+                self.sums[domain, name] = (total + value, count + 1)
+
+    def flush(self, family: str, gather: Callable[[list], list] = list) -> dict[str, float]:
+        """Return the means over all ranks under a family's names and start anew; collective where `gather` is."""
+        with self._lock:
+            sums, self.sums = self.sums, {}
+        totals: dict[tuple[str, str], tuple[float, int]] = {}
+        for place, (total, count) in gather(list(sums.items())):
+            known = totals.get(place, (0.0, 0))
+            totals[place] = (known[0] + total, known[1] + count)
+        return defined(
+            {
+                key(family, name, domain) if name in OF_GRADERS else f"{family}/{domain}/logged/{name}": total / count
+                for (domain, name), (total, count) in sorted(totals.items())
+            }
+        )
 
 
 @dataclass(slots=True)

@@ -8,7 +8,9 @@ the same either way: a reward grades each row by itself.
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import logging
 import math
 import queue
@@ -20,7 +22,8 @@ from typing import Any
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import settled
+from polyphony.rewards.registry import ask, settled
+from polyphony.trainer.metrics import Logged
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,13 @@ class Scorer:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
         """Domains whose rewards mostly wait, see `polyphony.rewards.registry`."""
+        self.logged = Logged()
+
+    def apart(self) -> Scorer:
+        """Return one with the same rewards that counts by itself what they log."""
+        other = copy.copy(self)
+        other.logged = Logged()
+        return other
 
     def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
         """Return one reward a completion, in order."""
@@ -73,8 +83,10 @@ class Scorer:
 
     def _score(self, name: str, completions: list[Completion]) -> list[float | None]:
         reward = self.rewards[name]
+        logged: list[tuple[str, float]] = []  # one that fails, and is asked again row by row, must not log twice
+        hooks = {"log_metric": lambda metric, value: logged.append((metric, float(value))), "log_extra": _ignore}
         try:
-            values = _call(reward, completions, opening=self.openings.get(name, ""))
+            values = _call(reward, completions, hooks, opening=self.openings.get(name, ""))
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(completions) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
@@ -86,6 +98,7 @@ class Scorer:
             raise ValueError(
                 f"domain {name!r}: the reward returned {len(values)} values for {len(completions)} completions"
             )
+        self.logged.add(name, logged)
         return [_checked(name, value) for value in values]
 
 
@@ -117,18 +130,26 @@ def check_failures(groups: Sequence[Group], *, most: float) -> None:
             )
 
 
-def _call(reward: Reward, completions: list[Completion], *, opening: str) -> list[Any]:
+def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any], *, opening: str) -> list[Any]:
     is_chat = not isinstance(completions[0].prompt.prompt, str)
     texts = [opening + completion.text for completion in completions]
     names = {name for completion in completions for name in completion.prompt.columns}
     columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in completions] for n in sorted(names)}
-    values = reward(
-        prompts=[s.prompt.prompt for s in completions],
-        completions=[[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
-        completion_ids=[s.ids for s in completions],
-        **columns,
-    )
-    return settled([values])[0]
+    arguments = {
+        "prompts": [s.prompt.prompt for s in completions],
+        "completions": [[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
+        "completion_ids": [s.ids for s in completions],
+    }
+    return settled([ask(reward, {**columns, **arguments, **hooks})])[0]
+
+
+def _ignore(column: str, values: Sequence[Any]) -> None:
+    _say_ignored(column)
+
+
+@functools.cache
+def _say_ignored(column: str) -> None:
+    logger.warning("log_extra: column %r of a reward is kept nowhere; numbers are, by log_metric", column)
 
 
 def _checked(name: str, value: Any) -> float | None:

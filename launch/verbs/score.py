@@ -11,14 +11,17 @@ from polyphony.curricula.records import Completion, Domain
 from polyphony.launch.import_paths import renamed
 from polyphony.rewards.answers import completion_text
 from polyphony.trainer.data import PromptTable, load_rows
+from polyphony.trainer.metrics import Logged
 from polyphony.trainer.scoring import Scorer
 
 
 def score(path: Path, *, reward: str, as_json: bool) -> None:
     """Print the reward of every row, in order; null where the grader failed. Raises ValueError for a malformed row."""
-    rewards = score_rows(path, reward=reward)
+    logged = Logged()
+    rewards = score_rows(path, reward=reward, logged=logged)
+    said = {name: {"sum": total, "of": count} for (_, name), (total, count) in logged.sums.items()}
     if as_json:
-        print(json.dumps({"rewards": rewards}))
+        print(json.dumps({"rewards": rewards, "logged": said}))
         return
     for number, value in enumerate(rewards, start=1):
         print(f"{number:6d}  {'failed' if value is None else f'{value:g}'}")
@@ -28,10 +31,15 @@ def score(path: Path, *, reward: str, as_json: bool) -> None:
         print(
             f"mean {sum(graded) / len(graded):.3f} of {len(graded)} graded, {len(rewards) - len(graded)} failed ({counts})"
         )
+    for name, counted in said.items():
+        print(f"{name.replace('_', ' ')}: {counted['sum']:g} of {counted['of']}")
 
 
-def score_rows(path: Path, *, reward: str) -> list[float | None]:
-    """Return the reward of every row of a JSONL or Parquet file; `completion_ids` are for rewards that count tokens."""
+def score_rows(path: Path, *, reward: str, logged: Logged | None = None) -> list[float | None]:
+    """Return the reward of every row of a JSONL or Parquet file, and in `logged` what the reward logs.
+
+    `completion_ids` are for rewards that count tokens.
+    """
     rows = [dict(row) for row in load_rows(str(path), where="rows")]
     for number, row in enumerate(rows, start=1):
         if "completion" not in row:
@@ -44,7 +52,9 @@ def score_rows(path: Path, *, reward: str) -> list[float | None]:
         Completion(prompt=prompt, ids=ids, text=_text(row["completion"]))
         for prompt, row, ids in zip(table, rows, tokens, strict=True)
     ]
-    return Scorer([domain])(completions)
+    scorer = Scorer([domain])
+    scorer.logged = scorer.logged if logged is None else logged
+    return scorer(completions)
 
 
 def _spec(reward: str) -> Any:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -82,8 +82,8 @@ class TestResult:
     total: int
     needs_inside: bool = False
     """Whether the tests ask for what only a run inside the program's process can say; the count is that of no such run."""
-    is_stalled: bool = False
-    """Whether the clock ended it before it had its processor time."""
+    ended: Literal["exit", "timeout", "stalled"] = "exit"
+    """As an `Execution`."""
 
 
 class Program:
@@ -155,8 +155,8 @@ class Program:
         if not count:
             self._refuse(ended)
         passed, total = map(int, count.split())
-        needs_inside, is_stalled = ended == "inside", ended == "stalled"
-        return TestResult(passed=passed, total=total, needs_inside=needs_inside, is_stalled=is_stalled)
+        result = TestResult(passed=passed, total=total, needs_inside=ended == "inside")
+        return replace(result, ended=ended) if ended in ("timeout", "stalled") else result
 
     def _refuse(self, ended: str) -> None:
         if ended == "killed":

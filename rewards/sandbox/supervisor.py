@@ -132,6 +132,8 @@ class Supervisor:
             return self._late(cpu_s), text
         if ended == "exit" and self._is_killed(codes, cpu_s):
             return "killed", text
+        if ended == "exit" and self._is_exhausted(codes, cpu_s):
+            return "timeout", text
         return (ended if ended != "exit" or codes == [0] else "error"), text
 
     def _late(self, cpu_s):
@@ -141,6 +143,10 @@ class Supervisor:
         """Say whether a process was killed from outside. As the first of its namespace it can not send itself that
         signal; what it can is lower its limit of processor time, to a second at least."""
         return self.level == "namespaces" and -signal.SIGKILL in codes and cpu_s < INNOCENT_CPU_S
+
+    def _is_exhausted(self, codes, cpu_s):
+        """Say whether a process met its limit of processor time, at which the kernel kills it."""
+        return -signal.SIGKILL in codes and cpu_s >= INNOCENT_CPU_S
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
@@ -180,10 +186,12 @@ class Supervisor:
             return "killed", b""
         if ended == "exit" and text.startswith(nonce.encode()):
             word, _, count = text[len(nonce) :].decode().partition(" ")
-            return word, count.encode()
+            return ("timeout" if word == "verdict" and self._is_exhausted(codes, cpu_s) else word), count.encode()
         if len(begun) < 2:
             return "broken", b""
-        return (self._late(cpu_s) if ended == "timeout" else "verdict"), b"0 1"
+        if ended == "timeout":
+            return self._late(cpu_s), b"0 1"
+        return ("timeout" if self._is_exhausted(codes, cpu_s) else "verdict"), b"0 1"
 
     def inside(self, tests):
         """Run tests in the process of the code that they question, which may answer for itself; return as `tests` does."""
@@ -211,6 +219,8 @@ class Supervisor:
             return self._late(cpu_s), b"0 1"
         if self._is_killed(codes, cpu_s):
             return "killed", b""
+        if self._is_exhausted(codes, cpu_s):
+            return "timeout", b"0 1"
         is_count = ended == "exit" and len(count) == 2 and all(part.isdigit() and len(part) < 9 for part in count)
         return "verdict", text if is_count else b"0 1"
 

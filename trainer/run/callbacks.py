@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
@@ -143,7 +144,8 @@ class RunCallback(TrainerCallback):
         self.trainer.entropy.after_evaluation(step, result.item_entropy)
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
-        return self.recorder.record_heldout(step, result)
+        logged = self.trainer.evaluator.scorer.logged.flush("heldout", gather_object)
+        return {**self.recorder.record_heldout(step, result), **logged}
 
     def _note_shortcut_alarms(self) -> None:
         for alarm in self.trainer.shortcuts.take_alarms():
