@@ -145,7 +145,9 @@ class Code:
 
     def _ask(self, program: str, checks: str | list[Case] | None) -> _Count:
         """Return what the sandbox counts; nothing where it failed twice or the tests test nothing."""
-        for attempt in ("first", "second") if checks is not None else ():
+        if checks is None:
+            return _Count()
+        for attempt in ("first", "second"):
             try:
                 count = self._count(program, checks)
             except (SandboxError, OSError) as error:

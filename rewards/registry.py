@@ -78,7 +78,9 @@ def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool
 
     Example: `tell(log_metric, exhausted=[False, True])`; None logs nothing.
     """
-    for name, values in signs.items() if log_metric else ():
+    if log_metric is None:
+        return
+    for name, values in signs.items():
         for value in values:
             log_metric(name, float(value))
 
