@@ -68,8 +68,8 @@ class TrackingSection:
 class RecipeDomain(Domain):
     """A domain as a recipe has it: its key is its name, and what it is scored on and by has to be said."""
 
-    heldout: Any
-    reward: Any
+    heldout: Any  # type: ignore[reportGeneralTypeIssues]  # required here
+    reward: Any  # type: ignore[reportGeneralTypeIssues]
     diversity: Diversity | None = None
 
     @field_validator("reward")

@@ -186,7 +186,7 @@ def test_a_demo_wants_a_folder_of_its_own(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b", "", "a b"])
 def test_a_domain_name_must_be_fit_for_a_metric_key(name):
-    with pytest.raises(ValueError, match=f"domain {name!r}: a name is part of metric keys"):
+    with pytest.raises(ValueError, match=f"Domain {name!r}: name: a name is part of metric keys"):
         Domain(name=name, kind="structured")
 
 

@@ -68,7 +68,7 @@ def as_scheduler(
     """
     if not isinstance(given, str | Mapping):
         return given
-    settings = {"scheduler": given} if isinstance(given, str) else dict(given)
+    settings: dict[str, Any] = {"scheduler": given} if isinstance(given, str) else dict(given)
     name = settings.pop("scheduler", "auto")
     fields = getattr(find_scheduler(name), "__dataclass_fields__", {})
     told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}

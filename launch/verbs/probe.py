@@ -222,14 +222,15 @@ def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
     """Return the recipe of one arm: the other domains are only watched; shares are equal, whatever the scheduler.
 
-    Entropy is not controlled: what training does by itself is what a probe measures.
+    Entropy is not controlled, and no prompt is known from before: what training does by itself is what a probe measures.
     """
     domains = {
         name: section if name in arm.trained or not arm.trained else replace(section, train=None)
         for name, section in recipe.domains.items()
     }
     grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
-    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySettings()}
+    pool = recipe.pool and replace(recipe.pool, start=None)
+    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySettings(), "pool": pool}
     return recipe.model_copy(update={"domains": domains, "model": model, "grpo": grpo, **plain})
 
 
