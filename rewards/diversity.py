@@ -191,8 +191,8 @@ class Diversity:
         right, wrong = self.shape
         if not right * self.floor > max(wrong, 0.0):
             raise ValueError(
-                f"shape {list(self.shape)} with floor {self.floor} lets a different wrong answer earn as much as a right "
-                "one: right x floor must exceed wrong, and 0"
+                f"shape [{right:g}, {wrong:g}] with floor {self.floor} lets a different wrong answer earn as much as a "
+                "right one: right x floor must exceed wrong, and 0"
             )
 
     def diversity_of(self, same: Same) -> list[float]:
