@@ -19,7 +19,7 @@ from polyphony.launch.report.numbers import fit_exchange
 
 def monitor(*domains, **settings) -> EntropyMonitor:
     """A monitor whose domains all have 1.0 nats a token in the base model, so that the band is 0.5 to 1.5."""
-    made = EntropyMonitor(domains=domains or ("math",), **settings)
+    made = EntropyMonitor(domains=domains or ("math",), **{"band": (0.5, 1.5)} | settings)
     assert made.measure(0, {name: ([50.0, 50.0], [40, 60]) for name in made.watches}) == []
     return made
 
@@ -147,7 +147,7 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
     expected = feed(whole, "math", levels, rng)
     first, rng = monitor(), random.Random(3)
     before = feed(first, "math", levels[:21], rng)
-    second = EntropyMonitor(domains=("math",))
+    second = EntropyMonitor(domains=("math",), band=(0.5, 1.5))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + feed(second, "math", levels[21:], rng, start=22) == expected != []
     assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
@@ -155,7 +155,7 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
 
 def test_another_runs_domains_are_refused():
     with pytest.raises(ValueError, match=r"saved entropies are of \['math'\], this run has \['code'\]"):
-        EntropyMonitor(domains=("code",)).load_state_dict(monitor().state_dict())
+        EntropyMonitor(domains=("code",), band=(0.5, 1.5)).load_state_dict(monitor().state_dict())
 
 
 # --- the law R = b - a exp(H) -------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ class Recording:
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, loss_type):
-    ours = DomainGRPOTrainer(POLICY, config(tmp_path, loss_type=loss_type), domains=both(), engine=engine)
+    off = {"curriculum": "joint", "update": {"drop_dead": "never"}}
+    ours = DomainGRPOTrainer(POLICY, config(tmp_path, loss_type=loss_type), domains=both(), engine=engine, **off)
     rollouts = []
     keep = ours._roll_out
     ours._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
