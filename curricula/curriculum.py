@@ -9,12 +9,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.passes import PassSampler
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
-from polyphony.curricula.prompts.pool_file import Columns
+from polyphony.curricula.prompts.pool_file import Columns, PoolFileError, load_pools
 from polyphony.curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, Prompt, mean
 from polyphony.curricula.schedulers import Scheduler
 
@@ -62,7 +63,10 @@ class Curriculum:
         seed: int = 0,
         pool: PoolSettings | None = None,
     ) -> None:
-        """With `pool`, each domain's prompts are chosen by what is known of their pass rates, else pass by pass."""
+        """With `pool`, each domain's prompts are chosen by what is known of their pass rates, else pass by pass.
+
+        Raises ValueError where the pool is to start from a file that cannot be read or knows none of the prompts.
+        """
         self.domains = tuple(d for d in domains if not d.is_watch_only)
         if not self.domains:
             raise ValueError("no domain has training rows: at least one must not be watch-only")
@@ -78,6 +82,8 @@ class Curriculum:
         self.samplers: Mapping[str, PassSampler | PromptPool] = self.pools or {
             name: PassSampler(prompts[name], seed=seed, name=name) for name in self.names
         }
+        self.known = self._adopt_known(pool.start) if pool and pool.start else 0
+        """Prompts that the pool's file knew of."""
         self.draws = 0
         self.drawn = dict.fromkeys(self.names, 0)
         self.evaluations: list[Evaluation] = []
@@ -197,6 +203,15 @@ class Curriculum:
     def adopt_pools(self, saved: Mapping[str, Columns]) -> int:
         """Take over what is known of prompts that are here too, matched by id; return how many were found."""
         return sum(pool.adopt(saved[name]) for name, pool in self.pools.items() if name in saved)
+
+    def _adopt_known(self, start: str) -> int:
+        try:
+            known = self.adopt_pools(load_pools(Path(start)))
+        except PoolFileError as error:
+            raise ValueError(f"pool.from: {error}") from error
+        if not known:
+            raise ValueError(f"pool.from: {start} is of another data set: it knows none of the training prompts")
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on drawing the same prompts; JSON-able."""

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 
 class Interval(NamedTuple):
     """A value between its bounds; all three NaN where it is undefined."""
@@ -152,4 +150,6 @@ def changed_ratio(
 
 def student(level: float, freedom: int) -> float:
     """Return t with P(|T| < t) = level under Student's distribution with `freedom` degrees of freedom."""
+    from scipy.special import stdtrit  # slow to import, and guardrails are read without it
+
     return float(stdtrit(freedom, (1 + level) / 2))

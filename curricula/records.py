@@ -1,23 +1,76 @@
 """The nouns that the house is built from: a prompt, its completions, their group, the rollout that a draw is; evaluations,
 evidence and decisions.
 
-Frozen records only. K domains, G completions a group. Undefined is NaN, never 0; a grader's failure is None.
+Frozen records only, and `settings`, which makes a class of those that a person fills in. K domains, G completions a group.
+Undefined is NaN, never 0; a grader's failure is None.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic.dataclasses import dataclass as checked
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def settings(kind: type[T]) -> type[T]:
+    """Make a class of settings: a frozen dataclass that checks its fields, for recipes and scripts alike.
+
+    Raises ValueError, in one line, for a name that it does not have and for a value of another type, out of its range,
+    infinite or NaN. What holds such a class takes a mapping of its fields as well.
+
+    Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
+    """
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
+    made: Any = checked(frozen=True, kw_only=True, slots=True, config=config)(kind)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, **given: Any) -> None:  # noqa: N807
+        try:
+            init(self, **given)
+        except ValidationError as error:
+            of = given.get("name", given.get("domain"))
+            raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {first_problem(error)}") from error
+
+    made.__init__ = __init__
+    return made
+
+
+def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
+    """Return settings that may be given as a mapping of their fields, or not at all."""
+    return given if isinstance(given, kind) else kind(**(given or {}))  # type: ignore[arg-type]
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("missing", "unexpected_keyword_argument"):
+        return f"{where}: {first['msg']}"
+    given = getattr(first["input"], "kwargs", first["input"])  # of the class as a whole: what it was called with
+    message = f"{first['msg'].removeprefix('Value error, ')}, got {given!r}"
+    return f"{where}: {message}" if where else message
+
 
 Kind = Literal["structured", "open_ended"]
 """`structured`: one right answer a program can check. `open_ended`: many right answers."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+AdvantageKind = Literal["group", "mean_only"]
+"""(r - mean) / std of the group, as TRL has it, or r - mean."""
+
+
+@settings
 class Domain:
     """One subject the policy practises (`train` given) or is only watched on (`train` None).
 
@@ -27,29 +80,29 @@ class Domain:
     name: str
     kind: Kind
     train: Any = None
-    """Rows to practise on: a path, a list of dicts or a `datasets.Dataset`. None makes the domain watch-only."""
+    """Rows to practise on: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, ..}`, a list
+    of dicts or a `datasets.Dataset`. None makes the domain watch-only."""
     heldout: Any = None
     """Rows to be scored on; never trained on."""
     reward: Any = None
     """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=0)
     """Relative share under the `joint` scheduler."""
-    diversity: Any = None
-    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
-    advantages: Literal["group", "mean_only"] | None = None
+    advantages: AdvantageKind | None = None
     """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
-    max_completion_length: int | None = None
+    max_completion_length: int | None = Field(default=None, ge=1)
     """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    diversity: Any = None
+    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[^\s/]+", self.name):
-            raise ValueError(f"domain {self.name!r}: a name is part of metric keys: no spaces, no slash, not empty")
-        if self.kind not in ("structured", "open_ended"):
-            raise ValueError(f"domain {self.name!r}: kind is structured or open_ended, got {self.kind!r}")
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise ValueError(f"domain {self.name!r}: weight must be finite and >= 0, got {self.weight}")
+    @field_validator("name")
+    @classmethod
+    def _fits_a_metric_key(cls, name: str) -> str:
+        if not re.fullmatch(r"[^\s/]+", name):
+            raise ValueError("a name is part of metric keys: no spaces, no slash, not empty")
+        return name
 
     @property
     def is_watch_only(self) -> bool:

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula import schedulers
-from polyphony.curricula.prompts.estimate import Band
-from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain
+from polyphony.curricula.prompts.estimate import find_sampling
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
-from polyphony.trainer.settings import EntropySettings, EvaluationSettings, Guard, RftSettings, UpdateSettings
+from polyphony.trainer.settings import UpdateSettings
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -33,24 +31,14 @@ if TYPE_CHECKING:
     from polyphony.trainer.slots import DrawPlan
 
 
-def pool_settings(recipe: Recipe) -> PoolSettings | None:
-    """Return how the recipe's pool works; None where it has none.
-
-    Raises RecipeError for an unknown sampling, or a file to start from that is not there.
-    """
-    section = recipe.pool
-    if section is None:
-        return None
-    if section.start is not None and not Path(section.start).is_file():
-        raise RecipeError(f"pool.from: file {section.start} does not exist; `polyphony screen` writes it")
-    given = section.model_dump(exclude={"refill", "start", "impossible_below", "defer_below", "mastered_above"})
-    band = Band(
-        impossible_below=section.impossible_below,
-        defer_below=section.defer_below,
-        mastered_above=section.mastered_above,
-    )
+def check_pool(recipe: Recipe) -> None:
+    """Raise RecipeError for an unknown sampling of prompts, or a file to start from that is not there."""
+    if recipe.pool is None:
+        return
+    if recipe.pool.start is not None and not Path(recipe.pool.start).is_file():
+        raise RecipeError(f"pool.from: file {recipe.pool.start} does not exist; `polyphony screen` writes it")
     try:
-        return PoolSettings(band=band, refill_rounds=section.refill.max_rounds, **given)
+        find_sampling(recipe.pool.sampling)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
@@ -59,8 +47,8 @@ def update_settings(recipe: Recipe) -> UpdateSettings:
     """Return how the recipe's rewards become an update."""
     return UpdateSettings(
         advantages=recipe.advantages,
-        guard=None if recipe.guard is None else Guard(**recipe.guard.model_dump()),
-        rft=RftSettings(**recipe.rft.model_dump()) if recipe.algorithm == "rft" else None,
+        guard=recipe.guard,
+        rft=recipe.rft if recipe.algorithm == "rft" else None,
         drop_dead=recipe.update.drop_dead,
     )
 
@@ -68,7 +56,7 @@ def update_settings(recipe: Recipe) -> UpdateSettings:
 def check_names(recipe: Recipe) -> None:
     """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
     build_scheduler(recipe)
-    pool_settings(recipe)
+    check_pool(recipe)
     for name, section in recipe.domains.items():
         for key in ("train", "heldout", "reward", "diversity"):
             value, where = getattr(section, key), f"domains.{name}.{key}"
@@ -89,7 +77,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
-    scheduler, pool = build_scheduler(recipe), pool_settings(recipe)
+    scheduler = build_scheduler(recipe)
+    check_pool(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
     check_boundaries(recipe, plan_draws(args, data.n_train))
@@ -103,12 +92,12 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
             domains=data,
             curriculum=scheduler,
             engine=engine or rollout_engine(recipe),
-            evaluation=EvaluationSettings(**recipe.eval.model_dump(exclude={"every"})),
-            entropy=EntropySettings(**recipe.entropy.model_dump()),
-            pool=pool,
+            evaluation=recipe.eval,
+            entropy=recipe.entropy,
+            pool=recipe.pool,
             update=update_settings(recipe),
+            faults=recipe.faults,
             max_grader_failures=recipe.rollouts.max_grader_failures,
-            max_skipped=recipe.faults.max_skipped,
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
@@ -125,15 +114,10 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
         return partial(InProcessEngine, engine_args=rollouts.engine_args)
     if rollouts.engine != "ray":
         return rollouts.engine
-    from polyphony.launch.cluster.ray_engine import RayEngine
-    from polyphony.launch.cluster.ray_workers import WorkerSettings
+    from polyphony.launch.cluster.ray_engine import WORKERS_SHARE, RayEngine
 
-    fields = ("workers", "tensor_parallel", "timeout_s", "start_timeout_s", "address")
-    given = {name: getattr(rollouts, name) for name in fields}
-    if (share := recipe.grpo.get("vllm_gpu_memory_utilization")) is not None:
-        given["gpu_memory_utilization"] = share
-    pool = WorkerSettings(**given)
-    return partial(RayEngine, pool=pool, max_staleness=rollouts.max_staleness, engine_args=rollouts.engine_args)
+    share = recipe.grpo.get("vllm_gpu_memory_utilization", WORKERS_SHARE)
+    return partial(RayEngine, rollouts=rollouts, gpu_memory_utilization=share, engine_args=rollouts.engine_args)
 
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
@@ -149,12 +133,11 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:
         return DomainData.load(
-            domains_of(recipe),
+            list(recipe.domains.values()),
             tokenizer=tokenizer,
             args=args,
             context=context,
-            overlap=recipe.data.overlap,
-            max_unreadable=recipe.data.max_unreadable,
+            settings=recipe.data,
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
@@ -171,24 +154,16 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
 
 def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    settings, name = recipe.curriculum.settings, recipe.curriculum.scheduler
-    held = recipe.entropy.held("sampling", list(recipe.domains))
-    entropy = {"entropy_band": recipe.entropy.band, "entropy_control": held}
+    given, name = recipe.curriculum.settings, recipe.curriculum.scheduler
     try:
         takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
-        if set(entropy) <= set(takes):
-            settings = entropy | settings
-        elif "adaptive" in takes:  # `auto` hands these on
-            settings["adaptive"] = entropy | settings.get("adaptive", {})
-        elif recipe.entropy.asks_for_sampling:
-            raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
-        if recipe.curriculum.transfer is not None and "transfer" in takes:
-            settings["transfer"] = load_transfer(recipe)
-        return schedulers.build_scheduler(name, **settings)
+        probes = {"transfer": load_transfer(recipe)} if recipe.curriculum.transfer and "transfer" in takes else {}
+        return schedulers.as_scheduler(
+            {"scheduler": name, **given, **probes}, entropy=recipe.entropy, domains=list(recipe.domains)
+        )
     except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
     except TypeError as error:  # a setting of another type than the scheduler can work with
-        given = recipe.curriculum.settings
         raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
 
 
@@ -210,11 +185,6 @@ def _peft_config(recipe: Recipe) -> Any:
 
     lora = recipe.lora
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
-
-
-def domains_of(recipe: Recipe) -> list[Any]:
-    """Return the recipe's domains as records."""
-    return [Domain(name=name, **section.model_dump()) for name, section in recipe.domains.items()]
 
 
 def grpo_config(recipe: Recipe, output: Path) -> Any:

@@ -8,72 +8,98 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from polyphony.curricula.monitors.entropy_control import EntropySettings
+from polyphony.curricula.monitors.guardrails import Guardrail
+from polyphony.curricula.prompts.pool import PoolSettings
+from polyphony.curricula.records import AdvantageKind, first_problem
 from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
     CheckpointSection,
     ClusterSection,
     CurriculumSection,
-    DataSection,
-    DomainSection,
-    EntropySection,
-    EvalSection,
-    FaultsSection,
-    GuardrailSection,
-    GuardSection,
     LoraSection,
-    PoolSection,
     ProbeSection,
-    RftSection,
+    RecipeDomain,
     RolloutsSection,
-    Section,
     TrackingSection,
-    UpdateSection,
 )
+from polyphony.trainer.settings import (
+    DataSettings,
+    EvaluationSettings,
+    FaultSettings,
+    Guard,
+    RftSettings,
+    RowSettings,
+    UpdateSettings,
+)
+
+KEY = {"domains": "name", "guardrails": "domain"}
+"""Sections by name, and the field that each one's key stands for."""
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run, in one line."""
 
 
-class Recipe(Section):
-    """One run, whole.
+class Recipe(BaseModel):
+    """One run, whole: settings that are declared where they act.
 
     Example: `load_recipe("launch/recipes/debug.yaml", ["grpo.max_steps=4"]).domains["arithmetic"].kind`
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     model: str
     algorithm: Literal["grpo", "rft"] = "grpo"
     """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
-    advantages: Literal["group", "mean_only"] = "group"
-    """(r - mean) / std of the group, as TRL has it, or r - mean."""
-    domains: dict[str, DomainSection] = Field(min_length=1)
+    advantages: AdvantageKind = UpdateSettings().advantages
+    domains: dict[str, RecipeDomain] = Field(min_length=1)
+    """Without `train` a domain is watch-only."""
     curriculum: CurriculumSection = CurriculumSection()
-    pool: PoolSection | None = None
-    guard: GuardSection | None = None
-    rft: RftSection = RftSection()
-    update: UpdateSection = UpdateSection()
+    pool: PoolSettings | None = None
+    """Without it every prompt is drawn once a pass."""
+    guard: Guard | None = None
+    rft: RftSettings = RftSettings()
+    update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
-    eval: EvalSection = EvalSection()
+    eval: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSection = CheckpointSection()
-    data: DataSection = DataSection()
+    data: DataSettings = DataSettings()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """TRL's GRPOConfig, handed over untouched."""
-    entropy: EntropySection = EntropySection()
-    guardrails: dict[str, GuardrailSection] = Field(default_factory=dict)
-    faults: FaultsSection = FaultsSection()
+    entropy: EntropySettings = EntropySettings()
+    guardrails: dict[str, Guardrail] = Field(default_factory=dict)
+    faults: FaultSettings = FaultSettings()
     cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
+
+    @field_validator("domains", "guardrails", mode="before")
+    @classmethod
+    def _tell_its_key(cls, sections: Any, info: Any) -> Any:
+        """A domain knows its name and a guardrail its domain; in a recipe both are its key."""
+        if not isinstance(sections, Mapping):
+            return sections
+        field = KEY[info.field_name]
+        return {
+            k: {field: k, **section} if isinstance(section, Mapping) else section for k, section in sections.items()
+        }
+
+    @field_serializer("domains", "guardrails", mode="wrap")
+    def _leave_it_to_the_key(self, sections: Any, written: Any, info: Any) -> Any:
+        field = KEY[info.field_name]
+        return {key: {k: v for k, v in section.items() if k != field} for key, section in written(sections).items()}
 
     def as_yaml(self) -> str:
         """Return the resolved recipe, defaults included; `load_recipe` reads it back to an equal one."""
@@ -111,6 +137,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
+    for key, field in KEY.items():
+        for name, section in getattr(recipe, key).items():
+            if (own := getattr(section, field)) != name:
+                raise RecipeError(f"{key}.{name}.{field}: its key says it, leave it out; got {own!r}")
     by_domain = {"guardrails": recipe.guardrails, "entropy.control": recipe.entropy.control}
     for key, named in by_domain.items():
         for name in named if isinstance(named, Mapping) else ():
@@ -152,22 +182,23 @@ def _explain(error: ValidationError) -> str:
     """Return the first problem in one line, with the nearest valid key for an unknown one."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields_at(first["loc"][:-1])
         return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"{where}: required, but not given"
-    return f"{where}: {first['msg']}, got {first['input']!r}"
+    return first_problem(error)
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
-    model: Any = Recipe
+    kind: Any = Recipe
     for part in location:
-        annotation = model.model_fields[part].annotation if isinstance(model, type) else get_args(model)[1]
-        candidates = [annotation, *get_args(annotation)]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        model = annotation if getattr(annotation, "__origin__", None) is dict else models[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
+        annotation = kind.__pydantic_fields__[part].annotation if isinstance(kind, type) else get_args(kind)[1]
+        of_dict = getattr(annotation, "__origin__", None) is dict
+        kinds = (annotation, *get_args(annotation))
+        kind = annotation if of_dict else next(k for k in kinds if hasattr(k, "__pydantic_fields__"))
+    key = KEY.get(str(location[0])) if location else None
+    return [field.validation_alias or name for name, field in kind.__pydantic_fields__.items() if name != key]
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
@@ -215,10 +246,8 @@ def _check_entropy(recipe: Recipe) -> None:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     domains = {
-        name: section.model_copy(
-            update={split: _absolute(getattr(section, split), folder) for split in ("train", "heldout")}
-        )
-        for name, section in recipe.domains.items()
+        name: replace(domain, train=_absolute(domain.train, folder), heldout=_absolute(domain.heldout, folder))
+        for name, domain in recipe.domains.items()
     }
     model = recipe.model
     if model.startswith(("./", "../", "/")) or (folder / model).is_dir():
@@ -226,7 +255,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
     if recipe.pool is not None and recipe.pool.start is not None:
-        pool = recipe.pool.model_copy(update={"start": _absolute(recipe.pool.start, folder)})
+        pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder))
         recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder)
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})

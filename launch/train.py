@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.curricula.monitors.guardrails import Guardrail
-from polyphony.curricula.prompts.pool_file import POOL_FILE, PoolFileError, load_pools, own_pool
+from polyphony.curricula.prompts.pool_file import POOL_FILE, own_pool
 from polyphony.launch.build import build_trainer, load_transfer
 from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
@@ -127,15 +126,15 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     from polyphony.trainer.run.provenance import provenance
     from polyphony.trainer.run.recorder import Recorder
     from polyphony.trainer.run.stopping import StopOnSignal
-    from polyphony.trainer.run.tracking import WandbSettings, WandbTracker
+    from polyphony.trainer.run.tracking import WandbTracker
 
     folder = RunFolder(out)
     trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
     checkpoint = clean_up(trainer, folder)
     step = checkpoint_step(checkpoint) if checkpoint else -1
     trainer.remove_callback(PrinterCallback)
-    if checkpoint is None and (known := adopt_known(trainer, recipe)):
-        say(known)
+    if checkpoint is None and (known := trainer.curriculum.known):
+        say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
     if trainer.accelerator.is_main_process:
         own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()}, say=say)
     trainer.add_callback(CheckWeights(trainer, say=say))
@@ -161,15 +160,14 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     wandb = recipe.tracking.wandb
     tracker = None
     if wandb is not None and is_main:
-        settings = WandbSettings(**wandb.model_dump())
-        tracker = WandbTracker(settings, name=recipe.name, folder=out, config=recipe.model_dump())
+        tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
     trainer.add_callback(
         RunCallback(
             trainer,
             recorder,
             evaluate_every=recipe.eval.every,
             keep_checkpoints=recipe.checkpoint.keep,
-            guardrails=[Guardrail(domain=name, **g.model_dump()) for name, g in recipe.guardrails.items()],
+            guardrails=list(recipe.guardrails.values()),
             tracker=tracker,
             progress=ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names) if is_main else None,
         )
@@ -221,20 +219,3 @@ def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
 def say(text: str) -> None:
     """Tell the person who runs the command; results go to standard output, this does not."""
     print(text, file=sys.stderr, flush=True)
-
-
-def adopt_known(trainer: DomainGRPOTrainer, recipe: Recipe) -> str | None:
-    """Start from what `pool.from` knows of the prompts; return what was found in words, None where nothing is named.
-
-    Raises RecipeError for a file that cannot be read or knows none of these prompts.
-    """
-    if recipe.pool is None or recipe.pool.start is None:
-        return None
-    path = Path(recipe.pool.start)
-    try:
-        found = trainer.curriculum.adopt_pools(load_pools(path))
-    except PoolFileError as error:
-        raise RecipeError(f"pool.from: {error}") from error
-    if not found:
-        raise RecipeError(f"pool.from: {path} is of another data set: it knows none of the training prompts")
-    return f"pool.from: {found} of {trainer.data.n_train} training prompts are known"

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass as checked
 
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 
@@ -122,7 +124,7 @@ class DiversityResult:
     """The class of each text, numbered from 0."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Diversity:
     """Fuse the qualities of whole groups with how different their texts are.
 
@@ -136,27 +138,29 @@ class Diversity:
     distance: Literal["classes", "pairs"] = "classes"
     """`classes`: by the size of the own class, classes being transitively closed as in DARLING's code. `pairs`: the
     mean over the others, as in its paper; one false "same" then merges no classes."""
-    floor: float = 0.1
-    """What a collapsed group keeps; DARLING's code."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """What a collapsed group keeps, by DARLING's code; 1 measures without rewarding."""
     shape: tuple[float, float] | None = None
     """What qualities 1 and 0 become before `mul`: (1, 0), which None stands for, gives a wrong answer nothing, (1, -1)
-    discourages different wrong answers, (2, 1) encourages them."""
-    coefficient: float = 0.5
+    discourages different wrong answers, (2, 1) encourages them. A structured domain must say it."""
+    coefficient: float = Field(default=0.5, ge=0)
     """Of `add`: how many standard deviations of quality full difference is worth."""
     add_bias: bool = False
     """Subtract the group's lowest quality before `mul`: for reward models, whose scores may be negative."""
-    found: Partitioner = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.fuse not in ("mul", "add") or self.distance not in ("classes", "pairs"):
-            raise ValueError(
-                f"diversity: fuse is mul or add, distance classes or pairs; got {self.fuse!r}, {self.distance!r}"
-            )
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"diversity: floor must be in [0, 1], got {self.floor}")
-        if self.shape is not None and len(self.shape) != 2:
-            raise ValueError(f"diversity: shape is (what quality 1 becomes, what 0 becomes), got {self.shape!r}")
-        object.__setattr__(self, "found", find_partitioner(self.partitioner))
+    @field_validator("partitioner")
+    @classmethod
+    def _may_be_one(cls, partitioner: Any) -> Any:
+        """Names are looked up where it is used: a recipe is read without the module that its partitioner is in."""
+        name = partitioner.get("name") if isinstance(partitioner, Mapping) else partitioner
+        if not (isinstance(name, str) or hasattr(partitioner, "same")):
+            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+        return partitioner
+
+    @property
+    def found(self) -> Partitioner:
+        """The partitioner. Raises ValueError for one that does not exist."""
+        return find_partitioner(self.partitioner)
 
     def __call__(
         self, group_texts: Sequence[Sequence[str]], qualities: Sequence[Sequence[float | None]], prompts: Sequence[Any]
@@ -187,8 +191,8 @@ class Diversity:
         right, wrong = self.shape
         if not right * self.floor > max(wrong, 0.0):
             raise ValueError(
-                f"shape {list(self.shape)} with floor {self.floor} lets a different wrong answer earn as much as a right "
-                "one: right x floor must exceed wrong, and 0"
+                f"shape [{right:g}, {wrong:g}] with floor {self.floor} lets a different wrong answer earn as much as a "
+                "right one: right x floor must exceed wrong, and 0"
             )
 
     def diversity_of(self, same: Same) -> list[float]:

@@ -60,7 +60,9 @@ def test_each_domain_has_its_own_kind_and_the_rest_is_stock():
     groups = [graded(1.0, 0.0), graded(1.0, 0.0, domain="talk")]
     assert worth(stock, groups, 0, kind="mean_only").tolist() == [0.5, -0.5, 7.0, 8.0]
     assert worth(stock[2:], groups, 2, kind="mean_only").tolist() == [9.0 - 2, 8.0]  # the second of two ranks
-    assert advantages().is_stock and not advantages("mean_only").is_stock
+    stock = {"drop_dead": "never"}
+    assert advantages(**stock).is_stock and not advantages("mean_only", **stock).is_stock
+    assert not advantages().is_stock  # dead groups are exactly 0, so that their rows can be left out
 
 
 def test_rounding_does_not_keep_a_dead_group_alive():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from collections import Counter
 from collections.abc import Collection
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
-from polyphony.launch.recipe import load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
+from polyphony.trainer.settings import UpdateSettings
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
 PACKAGES = ("trainer", "rewards", "curricula", "launch")
@@ -122,13 +126,82 @@ def test_no_two_classes_of_ours_have_one_name():
     assert [name for name, n in names.items() if n > 1] == []
 
 
+def classes_of_settings() -> dict[str, type]:
+    """Every class that a recipe, or a script in its place, fills in: those that a recipe holds, and what they build on."""
+    found: dict[str, type] = {}
+    waiting: list[Any] = [Recipe, UpdateSettings]
+    while waiting:
+        kind = waiting.pop()
+        waiting += get_args(kind)
+        if hasattr(kind, "__pydantic_fields__") and kind is not BaseModel and kind.__name__ not in found:
+            found[kind.__name__] = kind
+            waiting += [*kind.__bases__, *(field.annotation for field in kind.__pydantic_fields__.values())]
+    assert len(found) > 20
+    return found
+
+
+OF_THEIR_OWN = {
+    "name": "of a run, and of a domain",
+    "every": "of evaluations, and of checkpoints",
+    "start": "of a probe's weights, and of what a pool knows",
+    **dict.fromkeys(
+        ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
+    ),
+    **dict.fromkeys(("advantages", "guard", "rft"), "top keys of a recipe, together UpdateSettings"),
+}
+"""Names that two classes of settings have for different things, or for one thing by reference."""
+
+
+SAME_BY_CHANCE = {
+    ("Adaptive", "floor"): "a share, not a difference between answers",
+    ("EngineSettings", "tensor_parallel"): "a neutral 1: the trainer knows no recipe",
+    ("settings", "tensor_parallel"): "handed on to it",
+    ("__init__", "engine"): "the trainer's choice where a script does not say; a recipe may ask for Ray too",
+}
+"""Defaults outside the classes of settings that are called, and are, like one inside."""
+
+
+def test_no_setting_is_declared_twice():
+    owners = Counter(name for kind in classes_of_settings().values() for name in inspect.get_annotations(kind))
+    assert {name for name, n in owners.items() if n > 1} == set(OF_THEIR_OWN)
+
+
+def test_no_class_or_function_repeats_the_default_of_a_setting():
+    kinds = classes_of_settings()
+    defaults = {(name, repr(f.default)) for kind in kinds.values() for name, f in kind.__pydantic_fields__.items()}
+    repeated = set()
+    for path in (path for wing in PACKAGES for path in (HOUSE / wing).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name not in kinds:
+                given = [(a.target.id, a.value) for a in node.body if isinstance(a, ast.AnnAssign)]
+            elif isinstance(node, ast.FunctionDef):
+                positional = [*node.args.posonlyargs, *node.args.args]
+                given = [*zip([a.arg for a in positional[::-1]], node.args.defaults[::-1], strict=False)]
+                given += zip([a.arg for a in node.args.kwonlyargs], node.args.kw_defaults, strict=True)
+            else:
+                continue
+            plain = [(n, v) for n, v in given if isinstance(v, (ast.Constant, ast.Tuple)) and ast.unparse(v) != "None"]
+            repeated |= {(node.name, name) for name, value in plain if (name, ast.unparse(value)) in defaults}
+    assert repeated == set(SAME_BY_CHANCE)
+
+
+def test_every_number_among_the_settings_has_a_range_and_is_finite():
+    free = {"accept_from", "band", "shape"}  # any reward; checked as a pair; any two rewards
+    for kind in classes_of_settings().values():
+        own = {name: kind.__pydantic_fields__[name] for name in inspect.get_annotations(kind) if name != "model_config"}
+        numbers = {name: f for name, f in own.items() if {int, float} & {f.annotation, *get_args(f.annotation)}}
+        assert [f"{kind.__name__}.{name}" for name, f in numbers.items() if not f.metadata and name not in free] == []
+        config = getattr(kind, "model_config", None) or kind.__pydantic_config__
+        assert config.get("allow_inf_nan") is False or not numbers, kind
+
+
 def test_no_import_inside_a_function_is_cheap():
     """Walls and start-up time are the reasons for them: what costs nothing stands at the top."""
     light = ("polyphony.curricula", "polyphony.rewards", "polyphony.launch.recipe", "polyphony.trainer.settings")
     found = [
         f"{path.relative_to(HOUSE)}:{node.lineno}"
         for path in MODULES
-        if path.name not in ("cli.py", "doctor.py", "sections.py")  # a verb a module; a package may be missing; a wall
+        if path.name not in ("cli.py", "doctor.py")  # a verb a module; a package may be missing
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)

@@ -52,8 +52,8 @@ def broken(prompts, **columns):
         (["grpo.learning_rat=1"], "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
         (["domains.sums.rewrd=exact"], "unknown key 'domains.sums.rewrd'; did you mean 'reward'?"),
         (["domains.sums.reward=exactt"], "domains.sums.reward: reward 'exactt' does not exist; known: code, exact"),
-        (["domains.sums.reward={nme: exact}"], "domains.sums.reward: Value error, expected a name"),
-        (["pool.impossible_below=0.2"], "pool: Value error, expected impossible_below <= defer_below < mastered_above"),
+        (["domains.sums.reward={nme: exact}"], "domains.sums.reward: expected a name"),
+        (["pool.impossible_below=0.2"], "pool: expected impossible_below <= defer_below < mastered_above"),
         (["pool.sampling=hardest"], "pool.sampling 'hardest' does not exist; known: uniform, thompson"),
         (["pool.from=gone.npz"], "pool.from: file "),
         (["pool.refill.max_round=1"], "unknown key 'pool.refill.max_round'; did you mean 'max_rounds'?"),
@@ -61,7 +61,7 @@ def broken(prompts, **columns):
         (["algorithm=rft", "rft.dedup=nowhere"], "partitioner 'nowhere' does not exist"),
         (["rft.top_k=0"], "rft.top_k: Input should be greater than or equal to 1, got 0"),
         (["domains.sums.advantages=std"], "domains.sums.advantages: Input should be 'group' or 'mean_only'"),
-        (["domains.sums.reward=5"], "domains.sums.reward: Value error, expected a name"),
+        (["domains.sums.reward=5"], "domains.sums.reward: expected a name"),
         (["domains.sums.reward=nowhere:f"], "domains.sums.reward: reward 'nowhere:f' cannot be imported"),
         (["domains.sums.heldout=null"], "domain 'sums' has no `heldout` rows"),
         (["domains.sums.heldout={path: sums-heldout.jsonl, limit: 1}"], "domains.sums.heldout: 1 item; at least 2"),
@@ -86,7 +86,7 @@ def broken(prompts, **columns):
             ["curriculum.scheduler=joint", "domains.sums.weight=0", "domains.words.weight=0"],
             "joint: the weight of every domain is 0: ['sums', 'words']",
         ),
-        (["algorithm=rft", "rft.dedup=5"], "rft.dedup: Value error, expected a name"),
+        (["algorithm=rft", "rft.dedup=5"], "rft.dedup: expected a name"),
         (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm', 'ray' or 'transformers'"),
         (["model=./gone"], "model: folder "),
         (["model=no-such/model"], "model 'no-such/model' cannot be loaded"),
@@ -186,7 +186,7 @@ def test_a_demo_wants_a_folder_of_its_own(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b", "", "a b"])
 def test_a_domain_name_must_be_fit_for_a_metric_key(name):
-    with pytest.raises(ValueError, match=f"domain {name!r}: a name is part of metric keys"):
+    with pytest.raises(ValueError, match=f"Domain {name!r}: name: a name is part of metric keys"):
         Domain(name=name, kind="structured")
 
 

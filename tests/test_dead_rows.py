@@ -122,7 +122,7 @@ def test_a_look_leaves_the_gradient_as_it_is_where_what_it_leaves_is_dead(tmp_pa
             config(tmp_path, **changes),
             domains=[domain("arithmetic", reward=half_hopeless)],
             engine=engine,
-            pool=PoolSettings(look=look, refill_rounds=0),
+            pool=PoolSettings(look=look, refill={"max_rounds": 0}),
             update=UpdateSettings(drop_dead="always"),
         )
         rollouts = []

@@ -100,13 +100,13 @@ def test_unique_correct_counts_classes_among_the_correct():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fuse": "max"}, "fuse is mul or add"),
-        ({"distance": "cosine"}, "distance classes or pairs"),
-        ({"floor": 1.5}, r"floor must be in \[0, 1\], got 1.5"),
-        ({"shape": [1]}, "shape is"),
+        ({"fuse": "max"}, "Input should be 'mul' or 'add'"),
+        ({"distance": "cosine"}, "Input should be 'classes' or 'pairs'"),
+        ({"floor": 1.5}, r"floor\n  Input should be less than or equal to 1"),
+        ({"shape": [1]}, r"shape\.1\n  Field required"),
         ({"partitioner": "magic"}, "partitioner 'magic' does not exist"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Diversity(**({"partitioner": "exact"} | settings))
+        assert Diversity(**({"partitioner": "exact"} | settings)).found

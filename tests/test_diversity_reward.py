@@ -13,7 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Domain, Fused, Group, Prompt, mean
-from polyphony.launch.sections import DiversitySection
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
@@ -246,12 +245,6 @@ def test_where_a_structured_domain_asks_for_it_every_right_answer_outscores_ever
 def test_settings_that_do_not_exist_are_refused_with_their_place(spec):
     with pytest.raises(ValueError, match=r"domains\.stories\.diversity: "):
         find_diversity(Domain(name="stories", kind="open_ended", diversity=spec))
-
-
-def test_the_recipe_and_the_reward_have_the_same_defaults():
-    section = DiversitySection().model_dump()
-    assert {name: getattr(Diversity(**section), name) for name in section} == section
-    assert section == {name: getattr(Diversity(), name) for name in section}
 
 
 def test_advantages_of_fused_groups_are_centred_and_not_scaled():

@@ -10,6 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.curricula.records import Domain
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.settings import DataSettings
 from tests.conftest import HOUSE
 
 
@@ -123,13 +124,13 @@ def test_held_out_rows_of_another_domain_count_too(load):
 
 def test_they_are_kept_where_the_user_says_so(load):
     with pytest.warns(UserWarning, match="kept, as the recipe says"):
-        data = load(domain(train=REPEATED), overlap="keep")
+        data = load(domain(train=REPEATED), settings=DataSettings(overlap="keep"))
     assert (data.n_train, data.dropped) == (3, {})
 
 
 def test_they_are_an_error_where_the_user_says_so(load):
     with pytest.raises(ValueError, match=r"1 of 3 rows repeat held-out rows, for example id '1\+1 ='"):
-        load(domain(train=REPEATED), overlap="error")
+        load(domain(train=REPEATED), settings=DataSettings(overlap="error"))
 
 
 def test_a_domain_that_only_repeats_held_out_rows_has_nothing_to_train_on(load):
@@ -192,10 +193,10 @@ def test_rows_whose_reference_cannot_be_read_are_left_out_up_to_a_share(load):
     sums = Domain(name="sums", kind="structured", train=numbered(20), heldout=numbered(6), reward=NoSevens())
     message = r"domains.sums.train: 2 of 20 rows .* \(row 8: a seven; row 18: a seven\)"
     with pytest.warns(UserWarning, match=message):
-        data = load(sums, overlap="keep", max_unreadable=0.1)
+        data = load(sums, settings=DataSettings(overlap="keep", max_unreadable=0.1))
     assert (data.n_train, len(data.heldout["sums"])) == (18, 6)
     with pytest.raises(ValueError, match=message + "; data.max_unreadable allows a share of 0.01"):
-        load(sums, overlap="keep")
+        load(sums, settings=DataSettings(overlap="keep"))
 
 
 def test_a_thought_that_the_template_begins_is_known(load, tokenizer):

@@ -79,7 +79,7 @@ def draws(engine, *, size=6, refill_rounds=2, **settings) -> Draws:
         prompts={name: table.ids for name, table in rows.train.items()},
         scheduler=Joint(),
         total_draws=5,
-        pool=PoolSettings(refill_rounds=refill_rounds, **settings),
+        pool=PoolSettings(refill={"max_rounds": refill_rounds}, **settings),
     )
     return Draws(
         data=rows,

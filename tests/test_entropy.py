@@ -12,14 +12,14 @@ from scipy import stats
 
 from polyphony.curricula.intervals import ratio, student
 from polyphony.curricula.monitors.entropy import TREND, WINDOW, EntropyMonitor
-from polyphony.curricula.monitors.entropy_control import EntropyControl
+from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
 from polyphony.launch.report.numbers import fit_exchange
 
 
 def monitor(*domains, **settings) -> EntropyMonitor:
     """A monitor whose domains all have 1.0 nats a token in the base model, so that the band is 0.5 to 1.5."""
-    made = EntropyMonitor(domains=domains or ("math",), **settings)
+    made = EntropyMonitor(domains=domains or ("math",), **{"band": (0.5, 1.5)} | settings)
     assert made.measure(0, {name: ([50.0, 50.0], [40, 60]) for name in made.watches}) == []
     return made
 
@@ -147,7 +147,7 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
     expected = feed(whole, "math", levels, rng)
     first, rng = monitor(), random.Random(3)
     before = feed(first, "math", levels[:21], rng)
-    second = EntropyMonitor(domains=("math",))
+    second = EntropyMonitor(domains=("math",), band=(0.5, 1.5))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + feed(second, "math", levels[21:], rng, start=22) == expected != []
     assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
@@ -155,7 +155,7 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
 
 def test_another_runs_domains_are_refused():
     with pytest.raises(ValueError, match=r"saved entropies are of \['math'\], this run has \['code'\]"):
-        EntropyMonitor(domains=("code",)).load_state_dict(monitor().state_dict())
+        EntropyMonitor(domains=("code",), band=(0.5, 1.5)).load_state_dict(monitor().state_dict())
 
 
 # --- the law R = b - a exp(H) -------------------------------------------------------------------------------------------
@@ -199,25 +199,25 @@ BAND = {"band": (0.5, 1.5), "base": 1.0}
 
 
 def test_a_coefficient_answers_at_once_and_grows_while_its_domain_stays_out():
-    control = EntropyControl(domains=("math",), push=0.5, rate=0.1, most=1.0)
+    control = EntropyControl(domains=("math",), settings=EntropySettings(push=0.5, rate=0.1, max_coefficient=1.0))
     assert control.move("math", level=0.4, **BAND) == pytest.approx(0.5 * 0.25 + 0.1 * 0.25)
     assert control.move("math", level=0.3, **BAND) == pytest.approx(0.5 * 0.35 + 0.1 * 0.6)
 
 
 def test_a_coefficient_fades_once_its_domain_is_back():
-    control = EntropyControl(domains=("math",), push=0.5, rate=0.1)
+    control = EntropyControl(domains=("math",), settings=EntropySettings(push=0.5, rate=0.1))
     control.sums["math"] = 1.0
     assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.98)
     assert control.move("math", level=1.0, **BAND) == pytest.approx(0.1 * 0.98**2)
 
 
 def test_too_much_entropy_is_pushed_down():
-    control = EntropyControl(domains=("math",), push=0.1, rate=0.1)
+    control = EntropyControl(domains=("math",), settings=EntropySettings(push=0.1, rate=0.1))
     assert control.move("math", level=1.9, **BAND) == pytest.approx(-0.1 * 0.55 - 0.1 * 0.55)
 
 
 def test_a_coefficient_has_bounds_and_its_sum_does_not_run_away():
-    control = EntropyControl(domains=("math",), push=1.0, rate=0.1, most=0.2)
+    control = EntropyControl(domains=("math",), settings=EntropySettings(push=1.0, rate=0.1, max_coefficient=0.2))
     for _ in range(1000):
         assert control.move("math", level=0.0, **BAND) == 0.2
     assert control.sums["math"] == pytest.approx(2.0)
@@ -241,7 +241,7 @@ def test_a_restored_control_goes_on():
 
 
 def test_domains_are_controlled_apart():
-    control = EntropyControl(domains=("math", "stories"), rate=0.1)
+    control = EntropyControl(domains=("math", "stories"), settings=EntropySettings(rate=0.1))
     control.move("math", level=0.1, **BAND)
     assert control.coefficients["stories"] == 0.0 < control.coefficients["math"]
 
@@ -263,11 +263,10 @@ def group(*rewards: float | None, domain: str = "math") -> Group:
     ],
 )
 def test_entropy_is_raised_where_no_completion_got_the_full_reward(rewards, acts):
-    control = EntropyControl(domains=("math",))
-    control.coefficients["math"] = 0.2
-    assert control.of_row(group(*rewards)) == (0.2 if acts else 0.0)
-    control.rows = "all"
-    assert control.of_row(group(*rewards)) == 0.2
+    for rows, expected in (("unsolved", 0.2 if acts else 0.0), ("all", 0.2)):
+        control = EntropyControl(domains=("math",), settings=EntropySettings(rows=rows))
+        control.coefficients["math"] = 0.2
+        assert control.of_row(group(*rewards)) == expected
 
 
 def test_entropy_is_lowered_on_all_rows_alike_and_nothing_is_done_to_other_domains():

@@ -6,11 +6,10 @@ import pytest
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.monitors.entropy_control import controlled
+from polyphony.curricula.monitors.entropy_control import EntropySettings, controlled
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
-from polyphony.trainer.settings import EntropySettings
 from tests.conftest import RECIPES
 from tests.test_entropy import group
 

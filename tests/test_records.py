@@ -58,5 +58,5 @@ def test_an_evaluation_is_the_same_after_its_row_of_the_transfer_file():
 
 @pytest.mark.parametrize(("field", "value"), [("kind", "verifiable"), ("weight", -1.0), ("weight", math.nan)])
 def test_a_wrong_domain_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match="domain 'math'"):
+    with pytest.raises(ValueError, match=f"Domain 'math': {field}: "):
         Domain(**({"name": "math", "kind": "structured"} | {field: value}))

@@ -8,8 +8,9 @@ import pytest
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, replay
+from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Domain
-from polyphony.curricula.schedulers import REGISTRY, build_scheduler, find_scheduler
+from polyphony.curricula.schedulers import REGISTRY, as_scheduler, build_scheduler, find_scheduler
 from tests.toy_world import ToyWorld
 
 HARM = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]
@@ -111,6 +112,16 @@ def test_one_domain_gets_everything(name, settings):
 
 def test_a_scheduler_is_found_by_import_path():
     assert find_scheduler("polyphony.curricula.schedulers.sec:SEC") is find_scheduler("sec")
+
+
+def test_a_script_may_name_a_scheduler_or_map_its_settings_as_a_recipe_does():
+    asked = {"entropy": EntropySettings(control={"math": "sampling"}, band=(0.2, 2)), "domains": ("math", "talk")}
+    made = as_scheduler({"scheduler": "adaptive", "floor": 0.3}, **asked)
+    assert (made.floor, made.entropy_band, made.entropy_control) == (0.3, (0.2, 2.0), ("math",))
+    assert as_scheduler("auto", **asked).inner.entropy_control == ("math",)
+    assert as_scheduler(made, **asked) is made
+    with pytest.raises(ValueError, match=r"scheduler 'joint' does not do `entropy\.control: sampling`"):
+        as_scheduler("joint", **asked)
 
 
 def test_an_unknown_scheduler_is_refused_with_those_that_exist():

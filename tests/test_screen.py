@@ -10,7 +10,6 @@ from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.train import adopt_known
 from polyphony.launch.verbs.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
 from tests.conftest import EXPERIMENTS, RECIPES
 
@@ -64,7 +63,7 @@ def test_training_starts_from_what_was_screened(screened, engine, tmp_path):
     folder, summary = screened
     chosen = recipe(f"pool.from={folder / POOL_FILE}")
     trainer = build_trainer(chosen, tmp_path, engine=engine)
-    assert adopt_known(trainer, chosen) == "pool.from: 24 of 24 training prompts are known"
+    assert trainer.curriculum.known == 24 == trainer.data.n_train
     for name, pool in trainer.curriculum.pools.items():
         assert describe(pool) == summary["domains"][name]
         drawn = pool.draw(summary["domains"][name]["keep"])
@@ -75,7 +74,7 @@ def test_a_pool_of_another_data_set_cannot_be_started_from(screened, engine, tmp
     folder, _ = screened
     other = load_recipe(RECIPES / "debug.yaml", [f"pool.from={folder / POOL_FILE}"])
     with pytest.raises(RecipeError, match="is of another data set: it knows none of the training prompts"):
-        adopt_known(build_trainer(other, tmp_path, engine=engine), other)
+        build_trainer(other, tmp_path, engine=engine)
 
 
 def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_whole(tmp_path, engine, capsys):

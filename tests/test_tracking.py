@@ -19,8 +19,9 @@ from polyphony.launch.cli import main
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.callbacks import RunCallback
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.run.tracking import WandbSettings, WandbTracker, is_reachable, track_decisions, track_transfer
+from polyphony.trainer.run.tracking import WandbTracker, is_reachable, track_decisions, track_transfer
 from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
+from polyphony.trainer.settings import WandbSettings
 from tests.benchmarks.synthetic_run import write_run
 
 KEY = "0" * 40

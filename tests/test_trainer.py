@@ -87,7 +87,8 @@ class Recording:
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, loss_type):
-    ours = DomainGRPOTrainer(POLICY, config(tmp_path, loss_type=loss_type), domains=both(), engine=engine)
+    off = {"curriculum": "joint", "update": {"drop_dead": "never"}}
+    ours = DomainGRPOTrainer(POLICY, config(tmp_path, loss_type=loss_type), domains=both(), engine=engine, **off)
     rollouts = []
     keep = ours._roll_out
     ours._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
@@ -161,7 +162,7 @@ def test_ranks_that_generate_together_are_asked_for_like_numbers(changes, messag
 @pytest.mark.parametrize("look", [None, 4])
 def test_weights_are_synced_once_a_draw_however_often_it_is_looked_at_and_refilled(look, tmp_path, engine):
     hopeless = domain("arithmetic", reward=lambda prompts, **columns: [0.0] * len(prompts))
-    pool = PoolSettings(refill_rounds=2, look=look)
+    pool = PoolSettings(refill={"max_rounds": 2}, look=look)
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[hopeless], engine=engine, pool=pool)
     synced: list[int] = []
     keep = trainer.policy.sync
@@ -176,7 +177,7 @@ def test_replaced_groups_enter_entropy_only_as_the_policys_own(top_p, tmp_path, 
     """Every group is dead, so all but the last round's are replaced; their surprisal is pushed to what it never is."""
     hopeless = domain("arithmetic", reward=lambda prompts, **columns: [0.0] * len(prompts))
     settings = config(tmp_path, max_steps=1, learning_rate=0.0, top_p=top_p)
-    pool = PoolSettings(refill_rounds=1)
+    pool = {"refill": {"max_rounds": 1}}
     trainer = DomainGRPOTrainer(POLICY, settings, domains=[hopeless], engine=engine, pool=pool)
     roll_out = trainer._roll_out
 

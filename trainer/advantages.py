@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from polyphony.curricula.records import Domain, Group, mean
+from polyphony.curricula.records import AdvantageKind, Domain, Group, mean
 from polyphony.rewards.partitions import connected, find_partitioner
-from polyphony.trainer.settings import Kind, RftSettings, UpdateSettings
+from polyphony.trainer.settings import RftSettings, UpdateSettings
 
 
 def accepted(group: Group, settings: RftSettings, partitioner: Any = None) -> list[int]:
@@ -55,7 +55,7 @@ class Advantages:
     """
 
     settings: UpdateSettings
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, AdvantageKind]
     """Per domain."""
     find_suspects: Callable[[Group], Sequence[int]]
     """The places of a group's suspects (`ShortcutWatch.suspects`)."""
@@ -174,7 +174,7 @@ def centred_without(
     return {i: 0.0 if i in suspects else (r - mean(others)) / scale for i, r in rewards.items()}
 
 
-def _default_kind(domain: Domain, kind: Kind) -> Kind:
+def _default_kind(domain: Domain, kind: AdvantageKind) -> AdvantageKind:
     """Fused rewards are dense: dividing by a group's std blows up small differences (DARLING, arXiv:2509.02534)."""
     return kind if domain.diversity is None else "mean_only"
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 
-from polyphony.curricula.records import Domain, Fused, Group
+from polyphony.curricula.records import Domain, Fused, Group, as_settings, first_problem
 from polyphony.rewards.diversity import Diversity, DiversityResult
 from polyphony.rewards.partitions import Same
 from polyphony.trainer.scoring import is_unreachable
@@ -27,15 +28,18 @@ def find_diversity(domain: Domain) -> Diversity | None:
     """Return how a domain rewards difference; None where it does not. Raises ValueError naming the domain."""
     spec = domain.diversity
     try:
-        if isinstance(spec, Mapping):
-            spec = Diversity(**spec)
-        if spec is not None and not isinstance(spec, Diversity):
+        if spec is None:
+            return None
+        if not isinstance(spec, Mapping | Diversity):
             raise ValueError(f"expected a mapping of settings, got {spec!r}")
-        if spec is not None and domain.kind == "structured":
-            spec.check_verifiable()
+        diversity = as_settings(Diversity, spec)
+        if domain.kind == "structured":
+            diversity.check_verifiable()
+        return replace(diversity, partitioner=diversity.found)  # found once: it may hold a model
+    except ValidationError as error:
+        raise ValueError(f"domains.{domain.name}.diversity: {first_problem(error)}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"domains.{domain.name}.diversity: {error}") from error
-    return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

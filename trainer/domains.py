@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
 from polyphony.trainer.data import PromptTable, load_rows, prompt_text
+from polyphony.trainer.settings import DataSettings
 
 NGRAM_WORDS = 13
 """Words in a row that two prompts may not share; 13 is the length GPT-3's decontamination used (arXiv:2005.14165)."""
@@ -52,9 +53,6 @@ def _ngrams(text: str) -> Iterator[str]:
     return (" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1))
 
 
-Overlap = Literal["drop", "keep", "error"]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainData:
     """Domains, their tables, their length limits.
@@ -83,8 +81,7 @@ class DomainData:
         tokenizer: PreTrainedTokenizerBase,
         args: GRPOConfig,
         context: int | None = None,
-        overlap: Overlap = "drop",
-        max_unreadable: float = 0.01,
+        settings: DataSettings | None = None,
         folder: Path | None = None,
     ) -> DomainData:
         """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
@@ -92,6 +89,7 @@ class DomainData:
         Raises ValueError naming the domain and the row.
         """
         _check_names(domains)
+        taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None
 
         def tables(split: str) -> dict[str, PromptTable]:
@@ -102,7 +100,7 @@ class DomainData:
                     where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
-                    table.leave_out_unreadable(_reward_of(domain), most=max_unreadable)
+                    table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
             return found
 
         heldout, train = tables("heldout"), tables("train")
@@ -119,7 +117,7 @@ class DomainData:
             limits=limits,
             tokenizer=tokenizer,
             context=context,
-            dropped=_resolve_overlap(train, heldout, overlap),
+            dropped=_resolve_overlap(train, heldout, taken),
         )
         return replace(data, longest=data._longest())
 
@@ -227,7 +225,7 @@ def _limit(domain: Domain, most: int | None) -> int:
     if most is None:
         raise ValueError("grpo.max_completion_length must be a number: completions without a limit are not supported")
     limit = domain.max_completion_length or most
-    if not 1 <= limit <= most:
+    if limit > most:
         raise ValueError(
             f"domain {domain.name!r}: max_completion_length must be in 1..{most} (grpo.max_completion_length), got {limit}"
         )
@@ -235,7 +233,7 @@ def _limit(domain: Domain, most: int | None) -> int:
 
 
 def _resolve_overlap(
-    train: Mapping[str, PromptTable], heldout: Mapping[str, PromptTable], overlap: Overlap
+    train: Mapping[str, PromptTable], heldout: Mapping[str, PromptTable], settings: DataSettings
 ) -> dict[str, int]:
     dropped = {}
     for name, table in train.items():
@@ -243,9 +241,9 @@ def _resolve_overlap(
         if not found:
             continue
         message = f"domains.{name}.train: {len(found)} of {len(table)} rows repeat held-out rows"
-        if overlap == "error":
+        if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}")
-        if overlap == "keep":
+        if settings.overlap == "keep":
             warnings.warn(f"{message}; kept, as the recipe says", stacklevel=3)
             continue
         warnings.warn(f"{message}; left out", stacklevel=3)

@@ -18,10 +18,9 @@ import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.monitors.entropy import Alarm, EntropyMonitor, Sums
-from polyphony.curricula.monitors.entropy_control import EntropyControl, controlled
+from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
 from polyphony.trainer.metrics import defined, key
-from polyphony.trainer.settings import EntropySettings
 
 ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
@@ -41,17 +40,11 @@ class DomainEntropy:
         self.control: EntropyControl | None = None
         self.pending: list[Alarm] = []
         """Alarms that nobody has written down yet."""
-        if held := controlled(settings.control, "coefficient", domains):
+        if held := settings.held("coefficient", domains):
             for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
                 if value := getattr(args, name):
                     raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other")
-            self.control = EntropyControl(
-                domains=held,
-                push=settings.push,
-                rate=settings.rate,
-                most=settings.max_coefficient,
-                rows=settings.rows,
-            )
+            self.control = EntropyControl(domains=held, settings=settings)
 
     def after_draw(
         self, step: int, sums: Mapping[str, Sums], groups: Sequence[Group], discarded: Sequence[Group] = ()

@@ -14,7 +14,7 @@ import torch
 class FiniteSteps:
     """Remember which steps were left out."""
 
-    most: int = 3
+    most: int
     """Left out in a row before the run stops: one batch may be bad, a policy that is broken gives nothing else."""
     skipped: int = 0
     """Since the last log."""

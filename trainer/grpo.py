@@ -21,10 +21,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools, save_pools
-from polyphony.curricula.records import Domain, Rollout
-from polyphony.curricula.schedulers import Scheduler, find_scheduler
+from polyphony.curricula.records import Domain, Rollout, as_settings
+from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
@@ -39,7 +40,7 @@ from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
 from polyphony.trainer.scoring import Scorer
-from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
+from polyphony.trainer.settings import MAX_GRADER_FAILURES, EvaluationSettings, FaultSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
 
@@ -53,7 +54,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     """Train one policy over several domains with GRPO.
 
     Takes TRL's `model`, `args`, `processing_class`, `callbacks`, `optimizers` and `peft_config` unchanged. Rows, rewards
-    and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path.
+    and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path, or a mapping
+    of `scheduler` and its settings. All settings may be given as mappings, with a recipe's keys.
 
     Raises ValueError, before any weight is loaded, for bad rows, unknown rewards and prompts longer than the context.
 
@@ -75,14 +77,14 @@ class DomainGRPOTrainer(GRPOTrainer):
         args: GRPOConfig,
         *,
         domains: Sequence[Domain] | DomainData,
-        curriculum: str | Scheduler = "joint",
+        curriculum: str | Mapping[str, Any] | Scheduler = "auto",
         engine: str | Engine | EngineFactory = "vllm",
-        evaluation: EvaluationSettings | None = None,
-        entropy: EntropySettings | None = None,
-        pool: PoolSettings | None = None,
-        update: UpdateSettings | None = None,
-        max_grader_failures: float = 0.5,
-        max_skipped: int = 3,
+        evaluation: EvaluationSettings | Mapping[str, Any] | None = None,
+        entropy: EntropySettings | Mapping[str, Any] | None = None,
+        pool: PoolSettings | Mapping[str, Any] | None = None,
+        update: UpdateSettings | Mapping[str, Any] | None = None,
+        faults: FaultSettings | Mapping[str, Any] | None = None,
+        max_grader_failures: float = MAX_GRADER_FAILURES,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -99,18 +101,21 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
         self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
+        entropy = as_settings(EntropySettings, entropy)
+        pool = None if pool is None else as_settings(PoolSettings, pool)
         self.curriculum = Curriculum(
             domains=self.data.domains,
             prompts={name: table.ids for name, table in self.data.train.items()},
-            scheduler=find_scheduler(curriculum)() if isinstance(curriculum, str) else curriculum,
+            scheduler=as_scheduler(curriculum, entropy=entropy, domains=self.data.names),
             total_draws=self.plan.draws,
             seed=args.seed,
             pool=pool,
         )
-        self.finite = FiniteSteps(most=max_skipped)
+        self.finite = FiniteSteps(most=as_settings(FaultSettings, faults).max_skipped)
         self.shortcuts = ShortcutWatch(self.data.names)
-        self.advantages = Advantages.of(update or UpdateSettings(), self.data.domains, self.shortcuts.suspects)
-        self.entropy = DomainEntropy(self.data.names, entropy or EntropySettings(), args)
+        update = as_settings(UpdateSettings, update)
+        self.advantages = Advantages.of(update, self.data.domains, self.shortcuts.suspects)
+        self.entropy = DomainEntropy(self.data.names, entropy, args)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
@@ -141,11 +146,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
             has_aux_loss=self.aux_loss_enabled,
         )
-        self.evaluator = self._evaluator(evaluation or EvaluationSettings())
+        self.evaluator = self._evaluator(as_settings(EvaluationSettings, evaluation))
 
     def _draws(self, pool: PoolSettings | None, max_grader_failures: float) -> Draws:
         """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
-        refill_rounds, look = (pool.refill_rounds, pool.look) if pool else (0, None)
+        refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         refuse_uneven(self.policy, refill_rounds, look)
         return Draws(
             data=self.data,

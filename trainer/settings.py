@@ -1,89 +1,118 @@
-"""How entropy, evaluation and update are set: what a recipe or a script says of them. Imports no torch."""
+"""How rows, evaluation, update and faults are set: what a recipe or a script says of them. Imports no torch.
+
+Settings of what needs no torch stand where they act: `curricula.records.Domain`, `curricula.prompts.pool.PoolSettings`,
+`curricula.monitors.entropy_control.EntropySettings` and `guardrails.Guardrail`, `rewards.diversity.Diversity`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyphony.curricula.monitors.entropy_control import MOST, PUSH, RATE, Control, Rows
-from polyphony.curricula.records import Group
+from pydantic import Field, field_validator
+
+from polyphony.curricula.records import AdvantageKind, Group, settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
+class DataSettings:
+    """How rows are taken in."""
+
+    overlap: Literal["drop", "keep", "error"] = "drop"
+    """What happens to training rows that repeat held-out rows."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of a domain's rows whose reference its reward cannot read; they are left out, past it the run is."""
+
+
+@settings
 class EvaluationSettings:
-    """How held-out sets are scored."""
+    """How held-out sets are scored, and how often in a run that keeps a folder."""
 
-    samples: int = 4
+    every: int = Field(default=50, ge=1)
+    """Optimizer steps between evaluations; there is always one before the first step and one after the last."""
+    samples: int = Field(default=4, ge=1)
     """Completions an item."""
-    shown: int = 3
+    shown: int = Field(default=3, ge=0)
     """Items of each domain whose first completion is kept for people to read."""
     greedy: bool = False
-    """Also decode every item greedily, apart from the samples."""
-    kl_items: int = 64
+    """Also decode every item greedily, apart from the samples; `polyphony eval` always does."""
+    kl_items: int = Field(default=64, ge=0)
     """Items of each domain on which the distance to the base model is measured: their forward passes are what it costs;
     0 leaves it out."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EntropySettings:
-    """What is allowed, and whether the trainer acts on it."""
-
-    band: tuple[float, float] = (0.5, 1.5)
-    """Multiples of each domain's entropy in the base model."""
-    control: Control | Mapping[str, Control] = "none"
-    """For all domains or by domain. `sampling` is the curriculum's (`entropy_control` of the scheduler `adaptive`)."""
-    push: float = PUSH
-    rate: float = RATE
-    max_coefficient: float = MOST
-    rows: Rows = "unsolved"
-
-
-Kind = Literal["group", "mean_only"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Guard:
-    """What a rare success may do, and what a suspicious one may not."""
+    """What a rare success may do (one of G is worth about sqrt(G - 1)), and what a suspicious one may not."""
 
-    cap: float = 2.0
-    """Largest advantage; sqrt(G - 1) passes it from G = 6 on. 2.0 is what the study's remedies were given."""
+    cap: float = Field(default=2.0, gt=0)
+    """Largest advantage of a success in a group that has one, or a quarter at most; sqrt(G - 1) passes it from G = 6 on.
+    2.0 is what the study's remedies were given."""
     drop_shortcuts: bool = True
-    """Whether a success that shows signs of a shortcut leaves its group."""
-
-    def __post_init__(self) -> None:
-        if self.cap <= 0:
-            raise ValueError(f"guard: cap must be above 0, got {self.cap}")
+    """Take out of its group every success with a sign that the domain's first established answers do not show."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateSettings:
-    """How rewards become an update."""
-
-    advantages: Kind = "group"
-    """For domains that do not say."""
-    guard: Guard | None = None
-    rft: RftSettings | None = None
-    """Rejection-sampling fine-tuning instead of group advantages."""
-    drop_dead: Literal["auto", "always", "never"] = "never"
-    """Whether rows that cannot move the policy leave the update: `auto` where the gradient stays the same."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class RftSettings:
-    """Which samples are accepted."""
+    """Rejection-sampling fine-tuning: which samples are accepted, to be trained on alone."""
 
     accept_from: float = 1.0
-    """Smallest reward of an accepted sample; 1 is the full reward of a verifiable answer."""
-    top_k: int | None = None
+    """Smallest reward of an accepted sample, any number; 1 is the full reward of a verifiable answer."""
+    top_k: int | None = Field(default=None, ge=1)
     """Most samples a prompt, the best first; None takes all accepted."""
     dedup: Any = None
     """A partitioner (`exact`, `normalised`, `answer_signature`, ..): one sample of each semantic class; None keeps all."""
 
-    def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"rft: top_k must be at least 1, got {self.top_k}")
+    @field_validator("dedup")
+    @classmethod
+    def _may_be_a_partitioner(cls, dedup: Any) -> Any:
+        name = dedup.get("name") if isinstance(dedup, Mapping) else dedup
+        if not (dedup is None or isinstance(name, str) or hasattr(dedup, "same")):
+            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+        return dedup
 
     def is_useful(self, group: Group) -> bool:
         """Whether a group has anything to be learned from."""
         return any(r >= self.accept_from for r in group.graded)
+
+
+@settings
+class RowSettings:
+    """Which rows of a draw are in the update: a recipe's `update`."""
+
+    drop_dead: Literal["auto", "always", "never"] = "auto"
+    """Leave out rows that cannot move the policy: `auto` where the gradient stays what it is, `always` or an error."""
+
+
+@settings
+class UpdateSettings(RowSettings):
+    """How rewards become an update; a recipe says the parts at its top: `advantages`, `guard`, `rft`."""
+
+    advantages: AdvantageKind = "group"
+    """For domains that do not say."""
+    guard: Guard | None = None
+    rft: RftSettings | None = None
+    """Rejection-sampling fine-tuning instead of group advantages: a recipe's `algorithm: rft`."""
+
+
+MAX_GRADER_FAILURES = 0.5
+"""Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+
+
+@settings
+class FaultSettings:
+    """What a run puts up with."""
+
+    max_skipped: int = Field(default=3, ge=0)
+    """Steps in a row whose loss or gradient is not finite; each is left out and counted, one more stops the run."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the kill that follows; 30 is the default of Slurm and of Kubernetes."""
+
+
+@settings
+class WandbSettings:
+    """Where a run is tracked by Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "polyphony"
+    entity: str | None = None

@@ -99,7 +99,7 @@ class EntropyMonitor:
         alarms = monitor.observe(1, {"math": (31.0, 100.0)}, drawn={"math": 8})
     """
 
-    def __init__(self, *, domains: Sequence[str], band: tuple[float, float] = (0.5, 1.5), error: float = 0.05) -> None:
+    def __init__(self, *, domains: Sequence[str], band: tuple[float, float], error: float = 0.05) -> None:
         low, high = band
         if not 0 <= low < 1 < high:
             raise ValueError(f"entropy.band must be multiples low < 1 < high of the base model's entropy, got {band}")

@@ -19,23 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from polyphony.curricula.records import Group
+from pydantic import Field, field_validator
+
+from polyphony.curricula.records import Group, settings
 
 Means = Literal["coefficient", "sampling"]
 """What can move a domain's entropy: its coefficient in the loss, or how much is practised of what raises or lowers it."""
 Control = Literal["none", "adaptive", "coefficient", "sampling"]
 """What a recipe asks for; `adaptive` is both means."""
-Rows = Literal["unsolved", "all"]
-"""Which rows a coefficient that raises entropy acts on; `all` alike is TRL's own bonus."""
 
-PUSH = 1.0
-"""Coefficient for an entropy that is off by the base model's whole entropy."""
-RATE = 0.02
-"""Growth of the coefficient per draw for the same distance."""
-MOST = 1.0
-"""Largest coefficient either way, as TRL's own `entropy_coef_max`: there the term weighs as much as an advantage of 1."""
 MARGIN = 0.15
 """Share of the band's width that the control begins before each edge: a push needs time to be felt."""
 DECAY = 0.98
@@ -51,6 +45,51 @@ def controlled(control: Control | Mapping[str, Control], means: Means, domains: 
     return tuple(name for name in domains if asked.get(name, "none") in ("adaptive", means))
 
 
+@settings
+class EntropySettings:
+    """Token entropy of every domain, in multiples of the base model's at the run's first evaluation."""
+
+    band: tuple[float, float] = (0.5, 1.5)
+    """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
+    control: Control | Mapping[str, Control] = "none"
+    """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
+    term in the loss, of each domain's own, fading inside the band. `sampling`: under the scheduler `adaptive`, a larger
+    share for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
+    push: float = Field(default=1.0, ge=0)
+    """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
+    rate: float = Field(default=0.02, gt=0)
+    """Growth of the coefficient per draw for the same distance."""
+    max_coefficient: float = Field(default=1.0, gt=0)
+    """Either way, as TRL's own `entropy_coef_max`: at 1 the term weighs as much as an advantage of 1."""
+    rows: Literal["unsolved", "all"] = "unsolved"
+    """Where a coefficient that raises entropy acts: in groups without a full reward, so that prompts that are solved may
+    stay certain, or in `all` alike, which is TRL's own bonus."""
+
+    def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
+        """Return the domains whose entropy is held by these means."""
+        return controlled(self.control, means, domains)
+
+    @property
+    def asks_for_sampling(self) -> bool:
+        """By that very word, so that a scheduler which cannot is an error; `adaptive` takes what there is."""
+        return "sampling" in ([self.control] if isinstance(self.control, str) else self.control.values())
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _is_a_word(cls, control: Any) -> Any:
+        words = get_args(Control)
+        if any(word not in words for word in (control.values() if isinstance(control, Mapping) else [control])):
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, or one of them by domain")
+        return control
+
+    @field_validator("band")
+    @classmethod
+    def _holds_the_base_model(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= band[0] < 1 < band[1]:
+            raise ValueError("expected multiples low < 1 < high of the base model's entropy")
+        return band
+
+
 @dataclass(kw_only=True, slots=True)
 class EntropyControl:
     """The coefficients of the domains that are held so; the same on every rank, because what they are moved by is.
@@ -59,10 +98,7 @@ class EntropyControl:
     """
 
     domains: Sequence[str]
-    push: float = PUSH
-    rate: float = RATE
-    most: float = MOST
-    rows: Rows = "unsolved"
+    settings: EntropySettings = field(default_factory=EntropySettings)
     coefficients: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     """S of each domain."""
@@ -87,16 +123,17 @@ class EntropyControl:
             self.coefficients[domain] = 0.0
             return 0.0
         # the sum stops where it alone would reach the limit, so that it is not long in coming back
-        most = self.most / self.rate
+        limit, rate = self.settings.max_coefficient, self.settings.rate
+        most = limit / rate
         total = self.sums[domain] + error if error else self.sums[domain] * DECAY
         self.sums[domain] = min(most, max(-most, total))
-        wanted = self.push * error + self.rate * self.sums[domain]
-        self.coefficients[domain] = min(self.most, max(-self.most, wanted))
+        wanted = self.settings.push * error + rate * self.sums[domain]
+        self.coefficients[domain] = min(limit, max(-limit, wanted))
         return self.coefficients[domain]
 
     def can_raise(self, group: Group) -> bool:
         """Return whether a coefficient above 0 acts on this group's rows."""
-        return group.domain in self.coefficients and (self.rows == "all" or group.pass_rate == 0)
+        return group.domain in self.coefficients and (self.settings.rows == "all" or group.pass_rate == 0)
 
     def of_row(self, group: Group) -> float:
         """Return what a nat of entropy is worth in a row of this group, in units of advantage."""

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import Field
+
 from polyphony.curricula.intervals import Interval
-from polyphony.curricula.records import Evaluation
+from polyphony.curricula.records import Evaluation, settings
 from polyphony.curricula.transfer.forgetting import moment
 
-Action = Literal["warn", "stop", "rollback"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Guardrail:
     """A limit on what one domain, trained or only watched, may lose.
 
@@ -25,15 +25,10 @@ class Guardrail:
     """
 
     domain: str
-    max_drop: float
-    """Largest loss of the mean score that is tolerated, in [0, 1]."""
-    action: Action = "warn"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_drop <= 1:
-            raise ValueError(f"guardrails.{self.domain}.max_drop must be in [0, 1], got {self.max_drop}")
-        if self.action not in ("warn", "stop", "rollback"):
-            raise ValueError(f"guardrails.{self.domain}.action is warn, stop or rollback, got {self.action!r}")
+    max_drop: float = Field(ge=0, le=1)
+    """Largest loss of the mean score that is tolerated; judged with confidence."""
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

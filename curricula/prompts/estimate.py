@@ -19,7 +19,9 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.special import betainc
+from pydantic import Field
+
+from polyphony.curricula.records import settings
 
 CONFIDENCE = 0.95
 """One-sided confidence that a pass rate lies below `impossible_below`."""
@@ -49,26 +51,25 @@ WAITING = (State.ACTIVE, *RETRIED)
 """States in which a prompt may have to wait; an ACTIVE one only rests."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Band:
     """The pass rates between which a prompt is worth its rollouts."""
 
-    impossible_below: float = 0.05
+    impossible_below: float = Field(default=0.05, gt=0, lt=1)
     """Below it with confidence: IMPOSSIBLE. 64 failures in a row say so, 8 visits of 8."""
-    defer_below: float = 0.125
+    defer_below: float = Field(default=0.125, gt=0, lt=1)
     """Posterior mean below it: DEFERRED. One visit of 8 failures says so (1/10)."""
-    mastered_above: float = 0.9
+    mastered_above: float = Field(default=0.9, gt=0, lt=1)
     """Posterior mean above it: MASTERED. Two visits of 8 successes say so (17/18), one does not (9/10)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.impossible_below <= self.defer_below < self.mastered_above < 1:
-            raise ValueError(
-                "pool: expected 0 < impossible_below <= defer_below < mastered_above < 1, got "
-                f"{self.impossible_below}, {self.defer_below}, {self.mastered_above}"
-            )
+        if not self.impossible_below <= self.defer_below < self.mastered_above:
+            raise ValueError("expected impossible_below <= defer_below < mastered_above")
 
     def classify(self, successes: Any, failures: Any, visits: Any) -> np.ndarray:
         """Return the state of each prompt, [N], from its discounted counts and its visits, [N] each."""
+        from scipy.special import betainc  # slow to import, and settings are read without it
+
         a, b = 1.0 + np.asarray(successes, dtype=float), 1.0 + np.asarray(failures, dtype=float)
         mean = a / (a + b)
         states = np.where(mean > self.mastered_above, State.MASTERED, State.ACTIVE)

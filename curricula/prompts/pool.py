@@ -13,60 +13,58 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from polyphony.curricula.prompts.estimate import RETRIED, WAITING, Band, RankedSet, State, find_sampling
 from polyphony.curricula.prompts.pool_file import Columns
+from polyphony.curricula.records import settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolSettings:
-    """How prompts are judged, waited for and chosen."""
+@settings
+class Refill:
+    """Groups whose rewards are all equal are replaced within the draw by groups of further prompts of their domain."""
 
-    band: Band = field(default_factory=Band)
-    discount: float = 0.99
+    max_rounds: int = Field(default=2, ge=0)
+    """With half of the groups dead, two rounds leave about one in eight."""
+
+
+@settings
+class PoolSettings(Band):
+    """How prompts are judged, waited for and chosen by what is known of their pass rates."""
+
+    discount: float = Field(default=0.99, ge=0.5, le=1)
     """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
     sampling: str = "uniform"
-    """Which of the open prompts: a name of `polyphony.curricula.prompts.estimate.SAMPLINGS` or an import path."""
-    retry_share: float = 0.1
+    """Among the open prompts: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
-    retry_deferred: int = 10
+    retry_deferred: int = Field(default=10, ge=1)
     """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
     edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
     32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one. An ACTIVE prompt
     rests so long after a group that was all alike: the posterior takes visits to see that it has been learned."""
-    retry_mastered: int = 50
+    retry_mastered: int = Field(default=50, ge=1)
     """Draws before a MASTERED one is; forgetting is slower than learning."""
-    retry_impossible: int = 100
+    retry_impossible: int = Field(default=100, ge=1)
     """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
     when_exhausted: Literal["continue", "stop"] = "continue"
-    """What happens when no domain has anything left to learn: the least bad prompts, or an end with a message."""
-    look: int | None = None
-    """Completions of a group that are sampled first; where they are all worth the same, the others are not sampled."""
-    refill_rounds: int = 2
-    """Most rounds in which the dead groups of a draw are replaced; with half of them dead, two leave one in eight."""
-
-    def __post_init__(self) -> None:
-        find_sampling(self.sampling)
-        for name, low, high in (("discount", 0.5, 1.0), ("retry_share", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"pool: expected {low} <= {name} <= {high}, got {getattr(self, name)}")
-        for name in ("retry_deferred", "retry_mastered", "retry_impossible"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pool: {name} must be at least 1 draw, got {getattr(self, name)}")
-        if self.look is not None and self.look < 2:
-            raise ValueError(f"pool: look must be at least 2 completions, got {self.look}")
-        if self.refill_rounds < 0:
-            raise ValueError(f"pool: refill_rounds must be at least 0, got {self.refill_rounds}")
+    """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    look: int | None = Field(default=None, ge=2)
+    """Completions of a group that are sampled first; where these are all worth the same, the others are not sampled. Half of
+    `grpo.num_generations` saves up to half of what dead groups cost; None samples every group whole."""
+    refill: Refill = Refill()
+    start: str | None = Field(default=None, validation_alias="from", serialization_alias="from")
+    """`from` in a recipe: `pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts'
+    ids."""
 
     def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
         """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
         if state is State.DEFERRED and max(rewards) > 0:
             return 1  # too hard so far, but it has just succeeded
-        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.band.defer_below / pass_rate))
+        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.defer_below / pass_rate))
         waits = {
             State.DEFERRED: max(self.retry_deferred, backed_off),
             State.MASTERED: self.retry_mastered,
@@ -155,7 +153,7 @@ class PromptPool:
         self.successes[place] = discount * self.successes[place] + passed
         self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
         self.visits[place] += 1
-        state = State(int(self.settings.band.classify(self.successes[place], self.failures[place], self.visits[place])))
+        state = State(int(self.settings.classify(self.successes[place], self.failures[place], self.visits[place])))
         self.state[place] = state
         successes, failures = self._beta(place)
         self.due[place] = self.clock + self.settings.delay(state, successes / (successes + failures), rewards)
@@ -212,7 +210,7 @@ class PromptPool:
         """Build everything that follows from the columns."""
         self.successes, self.failures = columns.successes, columns.failures
         self.visits, self.due = columns.visits, columns.due
-        self.state = self.settings.band.classify(self.successes, self.failures, self.visits)
+        self.state = self.settings.classify(self.successes, self.failures, self.visits)
         self._open = RankedSet((self.state <= State.ACTIVE) & (self.due <= self.clock))
         self._waiting = {state: self._queue(state) for state in WAITING}
         self._taken: set[int] = set()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Decision, Evidence
 
 REGISTRY = {
@@ -56,6 +57,28 @@ def find_scheduler(name: str) -> type:
     if not (isinstance(found, type) and hasattr(found, "decide")):
         raise ValueError(f"scheduler {name!r} is no class with a method `decide`")
     return found
+
+
+def as_scheduler(
+    given: str | Mapping[str, Any] | Scheduler, *, entropy: EntropySettings, domains: Sequence[str]
+) -> Scheduler:
+    """Return the scheduler that is meant: one as it is, by its name, or a mapping of `scheduler` and its settings.
+
+    One that can move entropy is told which of the `domains` it holds, and in which band.
+    """
+    if not isinstance(given, str | Mapping):
+        return given
+    settings: dict[str, Any] = {"scheduler": given} if isinstance(given, str) else dict(given)
+    name = settings.pop("scheduler", "auto")
+    fields = getattr(find_scheduler(name), "__dataclass_fields__", {})
+    told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}
+    if set(told) <= set(fields):
+        settings = told | settings
+    elif "adaptive" in fields:  # `auto` hands these on
+        settings["adaptive"] = told | settings.get("adaptive", {})
+    elif entropy.asks_for_sampling:
+        raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
+    return build_scheduler(name, **settings)
 
 
 def build_scheduler(name: str, **settings: Any) -> Scheduler:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Decision, Evidence
 from polyphony.curricula.schedulers.learnability import Arms
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
@@ -53,7 +54,7 @@ class Adaptive:
     """Drawdown that doubles a domain's need: two standard errors of a paired difference of about 200 items."""
     window: int = 16
     """Draws of the progress slope (PAC's W)."""
-    entropy_band: tuple[float, float] = (0.5, 1.5)
+    entropy_band: tuple[float, float] = EntropySettings().band
     """Multiples of a domain's entropy at the run's first evaluation."""
     entropy_control: tuple[str, ...] = ()
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""

@@ -19,8 +19,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
 from polyphony.curricula.records import Completion
-from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, WorkerSettings, last_line
+from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, last_line
 from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
+from polyphony.launch.sections import RolloutsSection
 from polyphony.trainer.engine.engine import Engine, Request
 from polyphony.trainer.engine.vllm import OnFinished
 
@@ -62,12 +63,18 @@ def _from_anywhere(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
+WORKERS_SHARE = 0.9
+"""Of each of its GPUs that a worker takes: it has them to itself."""
+
+
 class RayEngine(Engine):
     """An engine of several workers; before a draw, the policy's weights are sent to all of them."""
 
-    def __init__(self, *arguments: Any, pool: WorkerSettings, max_staleness: int = 0, **named: Any) -> None:
-        self.pool_settings = pool
-        self.max_staleness = max_staleness
+    def __init__(
+        self, *arguments: Any, rollouts: RolloutsSection, gpu_memory_utilization: float = WORKERS_SHARE, **named: Any
+    ) -> None:
+        self.rollouts = rollouts
+        self.gpu_memory_utilization = gpu_memory_utilization
         self.pool: WorkerPool | None = None
         self._announcement: Announcement | None = None
         self._sender: NcclSender | None = None
@@ -75,15 +82,15 @@ class RayEngine(Engine):
 
     def _init_vllm(self) -> None:
         if self.accelerator.is_main_process:
-            settings = self.settings(tensor_parallel=self.pool_settings.tensor_parallel)
+            settings = self.settings(tensor_parallel=self.rollouts.tensor_parallel)
             everyone = settings.max_num_seqs * self.accelerator.num_processes
             settings = replace(
                 settings,
                 model=_from_anywhere(settings.model),
-                max_num_seqs=-(-everyone // self.pool_settings.workers),
-                gpu_memory_utilization=self.pool_settings.gpu_memory_utilization,
+                max_num_seqs=-(-everyone // self.rollouts.workers),
+                gpu_memory_utilization=self.gpu_memory_utilization,
             )
-            self.pool = WorkerPool.start(settings, self.pool_settings)
+            self.pool = WorkerPool.start(settings, self.rollouts)
             atexit.register(self.close)
         self.accelerator.wait_for_everyone()
 
@@ -128,7 +135,7 @@ class RayEngine(Engine):
         workers = self.pool.answering()
         handles = [worker.handle for worker in workers]
         if self._sender is None or self._sender.handles != handles:
-            parallel, timeout_s = self.pool_settings.tensor_parallel, self.pool_settings.timeout_s
+            parallel, timeout_s = self.rollouts.tensor_parallel, self.rollouts.timeout_s
             self._sender = NcclSender(handles, tensor_parallel=parallel, timeout_s=timeout_s)
         self._sender.send(self._announcement, copies(self._iter_named_params(), dtype=dtype), version=self.version)
         for worker in workers:
@@ -195,7 +202,7 @@ class RayEngine(Engine):
         """Take in the shares as they come; return the groups that have to be sampled again."""
         assert self.pool is not None
         again: list[Sequence[int]] = []
-        deadline = time.monotonic() + self.pool_settings.timeout_s
+        deadline = time.monotonic() + self.rollouts.timeout_s
         while running:
             done, _ = ray.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
             call = done[0] if done else next(iter(running))
@@ -225,13 +232,13 @@ class RayEngine(Engine):
         behind = self.version - answer.version
         if behind > 0:
             self.faults.stale += len(answer.completions)
-        if behind > self.max_staleness or answer.version < 0:
+        if behind > self.rollouts.max_staleness or answer.version < 0:
             self._replace(worker, because=f"its weights are of sync {answer.version}, the policy's of {self.version}")
             return None
         return answer
 
     def _hung(self, worker: Worker) -> None:
-        self._replace(worker, because=f"no answer within rollouts.timeout_s={self.pool_settings.timeout_s:g} s")
+        self._replace(worker, because=f"no answer within rollouts.timeout_s={self.rollouts.timeout_s:g} s")
 
     def _replace(self, worker: Worker, *, because: str) -> None:
         assert self.pool is not None

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from polyphony.curricula.records import Completion
 from polyphony.launch.cluster import ray_cluster as cluster
+from polyphony.launch.sections import RolloutsSection
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.weights import PackedWeights
@@ -31,20 +32,6 @@ MOST_DEATHS = 5
 """Workers lost one after the other, with no completion in between, before the run stops: a cause that stays."""
 NO_WEIGHTS = -1
 """Version of a worker that holds the weights it was started with, or half a load."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSettings:
-    """How many workers there are, and how long they may take."""
-
-    workers: int = 1
-    tensor_parallel: int = 1
-    gpu_memory_utilization: float = 0.9
-    """Share of each of its GPUs that a worker takes: it has them to itself."""
-    timeout_s: float = 600.0
-    """A worker that has not finished its share after so long counts as hung."""
-    start_timeout_s: float = 300.0
-    address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +116,11 @@ class Worker:
 class WorkerPool:
     """All workers of a run. A lost one is replaced in its place and gets the weights of the last sync.
 
-    Example: `WorkerPool.start(engine_settings, WorkerSettings(workers=2)).alive()`
+    Example: `WorkerPool.start(engine_settings, RolloutsSection(engine="ray", workers=2)).alive()`
     """
 
     engine: EngineSettings
-    settings: WorkerSettings
+    settings: RolloutsSection
     group: Any
     is_own_cluster: bool
     workers: list[Worker] = field(default_factory=list)
@@ -143,7 +130,7 @@ class WorkerPool:
     """Since the last completion came back."""
 
     @classmethod
-    def start(cls, engine: EngineSettings, settings: WorkerSettings) -> WorkerPool:
+    def start(cls, engine: EngineSettings, settings: RolloutsSection) -> WorkerPool:
         """Join the cluster, start all workers, and wait for their engines. Raises RecipeError; leaves nothing behind."""
         is_own = cluster.join(settings.address, timeout_s=settings.start_timeout_s)
         group = None

@@ -81,7 +81,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
     from polyphony.launch.build import build_trainer  # slow to import
 
     greedy = recipe.rollouts.engine != "transformers"
-    settings = recipe.eval.model_copy(update={"greedy": greedy})
+    settings = replace(recipe.eval, greedy=greedy)
     local = Path(model)
     name = str(local.resolve()) if local.is_dir() else model
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,15 +11,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
+from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
-from polyphony.launch.sections import CurriculumSection, EntropySection
+from polyphony.launch.sections import CurriculumSection
 from polyphony.launch.train import say
 from polyphony.rewards.registry import find_reward, version_of
 from polyphony.trainer.engine.engine import Engine
@@ -153,7 +154,7 @@ class Probe:
             items=dict(items),
             watch_only=tuple(name for name, section in domains.items() if section.train is None),
             provenance={
-                "probe": self.recipe.probe.model_dump(by_alias=True),
+                "probe": self.recipe.model_dump(by_alias=True)["probe"],
                 "model": self.recipe.model,
                 "graders": {name: version_of(find_reward(section.reward)) for name, section in domains.items()},
             },
@@ -221,14 +222,15 @@ def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
     """Return the recipe of one arm: the other domains are only watched; shares are equal, whatever the scheduler.
 
-    Entropy is not controlled: what training does by itself is what a probe measures.
+    Entropy is not controlled, and no prompt is known from before: what training does by itself is what a probe measures.
     """
     domains = {
-        name: section if name in arm.trained or not arm.trained else section.model_copy(update={"train": None})
+        name: section if name in arm.trained or not arm.trained else replace(section, train=None)
         for name, section in recipe.domains.items()
     }
     grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
-    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySection()}
+    pool = recipe.pool and replace(recipe.pool, start=None)
+    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySettings(), "pool": pool}
     return recipe.model_copy(update={"domains": domains, "model": model, "grpo": grpo, **plain})
 
 

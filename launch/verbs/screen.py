@@ -11,18 +11,17 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyphony.curricula.prompts.estimate import State
-from polyphony.curricula.prompts.pool import PromptPool
+from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import POOL_FILE, own_pool, save_pools
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, RecipeError
-from polyphony.launch.sections import PoolSection
 from polyphony.launch.train import RECIPE_FILE, claim_folder, say
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ def screen(
 
     Raises RecipeError for a folder that holds something else.
     """
-    pool = recipe.pool or PoolSection()
-    recipe = recipe.model_copy(update={"pool": pool.model_copy(update={"start": None})})  # that file is made here
+    pool = replace(recipe.pool or PoolSettings(), start=None)
+    recipe = recipe.model_copy(update={"pool": pool})  # that file is made here
     claim_folder(recipe, out, resume=(out / RECIPE_FILE).is_file())
     trainer = build_trainer(recipe, out, engine=engine)
     if trainer.accelerator.num_processes > 1:

@@ -50,7 +50,7 @@ class TwinEngine(InProcessEngine):
 
 def twin_engine(recipe: Recipe, folder: Path) -> TwinEngine:
     """Start an engine for the recipe's policy."""
-    rollouts = recipe.rollouts.model_copy(update={"engine": "transformers"})
+    rollouts = replace(recipe.rollouts, engine="transformers")
     trainer = build_trainer(recipe.model_copy(update={"rollouts": rollouts}), folder)
     return TwinEngine(
         trainer.model,

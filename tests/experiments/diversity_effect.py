@@ -16,6 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ class Effect:
         return self._measured(self._recipe((), seed).model_copy(update={"model": str(folder / "final")}))
 
     def _measured(self, recipe: Recipe) -> Numbers:
-        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"samples": SAMPLES})})
+        recipe = recipe.model_copy(update={"eval": replace(recipe.eval, samples=SAMPLES)})
         with tempfile.TemporaryDirectory() as scratch:
             trainer = build_trainer(recipe, Path(scratch), engine=self.engine)
             self.engine = trainer.engine

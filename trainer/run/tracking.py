@@ -16,7 +16,6 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
+from polyphony.trainer.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +78,6 @@ REACH_S = 5.0
 
 FINISH_S = 20.0
 """Seconds the end of a run waits for uploads; what is left then stays on disk."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WandbSettings:
-    """Where a run is tracked."""
-
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "polyphony"
-    entity: str | None = None
 
 
 class WandbTracker:
