@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from polyphony.launch.cli import VERBS
 from polyphony.launch.recipe import load_recipe
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
@@ -78,8 +79,6 @@ def test_no_finished_code_waits_to_be_done():
 
 
 def test_every_verb_of_the_command_has_a_module():
-    from tests.test_cli import VERBS
-
     modules = {
         path.stem for folder in ("", "verbs", "cluster", "report") for path in (HOUSE / "launch" / folder).glob("*.py")
     }

@@ -9,12 +9,10 @@ import sys
 
 import pytest
 
-from polyphony.launch.cli import main
+from polyphony.launch.cli import VERBS, main
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import claim_folder
 from tests.conftest import RECIPES, write_rows
-
-VERBS = ("train", "eval", "report", "dashboard", "probe", "plan", "demo", "doctor", "launch", "score")
 
 
 def broken(prompts, **columns):

@@ -7,7 +7,6 @@ It reads run folders and nothing else: no model, no tracker, no network. `run` r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -201,16 +200,3 @@ def _missing(sheet: Sheet, lacks: Sequence[str]) -> str:
         parts += [f"{sheet.letter(n)} has no domain {', '.join(absent)}"] if absent else []
     parts += _unlike_graders(sheet)
     return "; ".join(parts) or "nothing"
-
-
-def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
-    """Write the report and print where it lies, or print the summary of each run as JSON."""
-    if as_json:
-        summaries = {run.name: summarise(run) for run in runs}
-        print(json.dumps(summaries[runs[0].name] if len(runs) == 1 else summaries))
-        return
-    path = out or runs[0] / "report.html"
-    try:
-        print(write_report(runs, path))
-    except OSError as error:
-        raise ValueError(f"report {path} cannot be written: {error.strerror}") from error

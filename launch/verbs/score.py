@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,11 @@ from polyphony.trainer.data import PromptTable, load_rows
 from polyphony.trainer.scoring import Sample, Scorer
 
 
-def score(path: Path, *, reward: str, as_json: bool) -> None:
-    """Print the reward of every row, in order; null where the grader failed. Raises ValueError for a malformed row."""
-    rewards = score_rows(path, reward=reward)
-    if as_json:
-        print(json.dumps({"rewards": rewards}))
-        return
-    for number, value in enumerate(rewards, start=1):
-        print(f"{number:6d}  {'failed' if value is None else f'{value:g}'}")
-    graded = [r for r in rewards if r is not None]
-    if graded:
-        counts = ", ".join(f"{value:g}: {n}" for value, n in sorted(Counter(graded).items())[:8])
-        print(
-            f"mean {sum(graded) / len(graded):.3f} of {len(graded)} graded, {len(rewards) - len(graded)} failed ({counts})"
-        )
-
-
 def score_rows(path: Path, *, reward: str) -> list[float | None]:
-    """Return the reward of every row of a JSONL or Parquet file; `completion_ids` are for rewards that count tokens."""
+    """Return the reward of every row of a JSONL or Parquet file, in order; None where the grader failed.
+
+    `completion_ids` are for rewards that count tokens. Raises ValueError for a malformed row.
+    """
     rows = [dict(row) for row in load_rows(str(path), where="rows")]
     for number, row in enumerate(rows, start=1):
         if "completion" not in row:
@@ -41,10 +29,20 @@ def score_rows(path: Path, *, reward: str) -> list[float | None]:
     domain = Domain(name="rows", kind="structured", reward=_spec(reward))
     table = PromptTable(rows, domain=domain, where=str(path), is_chat=True)
     samples = [
-        Sample(prompt=prompt, ids=ids, text=_text(row["completion"]), truncated=False)
+        Sample(prompt=prompt, ids=ids, text=completion_text(row["completion"]), truncated=False)
         for prompt, row, ids in zip(table, rows, tokens, strict=True)
     ]
     return Scorer([domain])(samples)
+
+
+def score_table(rewards: Sequence[float | None]) -> str:
+    """Return the reward of every row as text, `failed` where there is none, and their mean."""
+    lines = [f"{n:6d}  {'failed' if value is None else f'{value:g}'}" for n, value in enumerate(rewards, start=1)]
+    if graded := [r for r in rewards if r is not None]:
+        counts = ", ".join(f"{value:g}: {n}" for value, n in sorted(Counter(graded).items())[:8])
+        mean, failed = sum(graded) / len(graded), len(rewards) - len(graded)
+        lines.append(f"mean {mean:.3f} of {len(graded)} graded, {failed} failed ({counts})")
+    return "\n".join(lines)
 
 
 def _spec(reward: str) -> Any:
@@ -57,7 +55,3 @@ def _spec(reward: str) -> Any:
     if not isinstance(spec.get("name"), str):
         raise ValueError(f"--reward {reward!r}: expected a `name`")
     return renamed(spec)
-
-
-def _text(completion: Any) -> str:
-    return completion_text(completion)
