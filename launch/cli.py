@@ -10,9 +10,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyphony.launch.import_paths import look_in_working_directory
 
@@ -36,25 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="polyphony", description="RL post-training of one language model over many domains."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (
-        _add_train,
-        _add_eval,
-        _add_report,
-        _add_dashboard,
-        _add_probe,
-        _add_screen,
-        _add_plan,
-        _add_demo,
-        _add_doctor,
-        _add_launch,
-        _add_score,
-    ):
-        add(verbs)
+    for name, verb in VERBS.items():
+        verb.add(
+            verbs.add_parser(name, help=verb.text, description=verb.text, epilog=f"example: polyphony {verb.example}")
+        )
     return parser
-
-
-def _verb(verbs: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=text, description=text, epilog=f"example: polyphony {example}")
 
 
 def _recipe(verb: argparse.ArgumentParser, text: str = "the recipe, YAML", *, nargs: str | None = None) -> None:
@@ -72,15 +59,12 @@ def _json(verb: argparse.ArgumentParser, text: str = "print one JSON object") ->
     verb.add_argument("--json", action="store_true", help=text)
 
 
-def _add_train(verbs: argparse._SubParsersAction) -> None:
-    train = _verb(verbs, "train", "train a recipe", "train recipe.yaml grpo.max_steps=200")
+def _add_train(train: argparse.ArgumentParser) -> None:
     _recipe(train, nargs="?")
     _run_folder(train, "check and print the resolved recipe, then stop")
 
 
-def _add_eval(verbs: argparse._SubParsersAction) -> None:
-    text = "score a model on a recipe's held-out sets, or compare two on the same items"
-    evaluate = _verb(verbs, "eval", text, "eval runs/a runs/b r.yaml")
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "names",
         nargs="+",
@@ -91,34 +75,29 @@ def _add_eval(verbs: argparse._SubParsersAction) -> None:
     _json(evaluate)
 
 
-def _add_report(verbs: argparse._SubParsersAction) -> None:
-    report = _verb(verbs, "report", "write the HTML report of one or more runs", "report runs/demo")
+def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
     _json(report, "print the summary numbers instead")
 
 
-def _add_dashboard(verbs: argparse._SubParsersAction) -> None:
-    dashboard = _verb(verbs, "dashboard", "create or update a run's W&B dashboard", "dashboard runs/demo")
+def _add_dashboard(dashboard: argparse.ArgumentParser) -> None:
     dashboard.add_argument("folder", type=Path, metavar="RUN")
 
 
-def _add_probe(verbs: argparse._SubParsersAction) -> None:
-    probe = _verb(verbs, "probe", "measure what training on each domain does to the others", "probe recipe.yaml")
+def _add_probe(probe: argparse.ArgumentParser) -> None:
     _recipe(probe, "the recipe, YAML; its section `probe` says how long and from where")
     probe.add_argument("--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished one goes on")
 
 
-def _add_screen(verbs: argparse._SubParsersAction) -> None:
-    screen = _verb(verbs, "screen", "say which training prompts the model can learn from", "screen recipe.yaml")
+def _add_screen(screen: argparse.ArgumentParser) -> None:
     _recipe(screen, "the recipe, YAML; its section `pool` says what is too hard")
     screen.add_argument("--out", type=Path, help="folder (default: runs/<name>-screen); an unfinished one goes on")
     screen.add_argument("--visits", type=int, default=12, help="most groups for a prompt that never succeeds")
     _json(screen)
 
 
-def _add_plan(verbs: argparse._SubParsersAction) -> None:
-    plan = _verb(verbs, "plan", "say in which order to train, or to mix", "plan runs/x-probe/transfer.json")
+def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
     plan.add_argument(
         "--replay",
@@ -133,17 +112,11 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
     _json(plan)
 
 
-def _add_demo(verbs: argparse._SubParsersAction) -> None:
-    demo = _verb(verbs, "demo", "probe four small domains, train on them, open the books", "demo")
+def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
 
 
-def _add_doctor(verbs: argparse._SubParsersAction) -> None:
-    _json(_verb(verbs, "doctor", "say whether this machine can train, and what will be slow", "doctor"))
-
-
-def _add_launch(verbs: argparse._SubParsersAction) -> None:
-    launch = _verb(verbs, "launch", "train on this machine's GPUs, on Slurm or on Ray", "launch slurm r.yaml")
+def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument("where", choices=["local", "slurm", "ray"], help="the recipe's section `cluster` says how")
     _recipe(launch, nargs="?")
     _run_folder(launch, "print exactly what will run, then stop")
@@ -154,11 +127,10 @@ def _add_launch(verbs: argparse._SubParsersAction) -> None:
     launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")
 
 
-def _add_score(verbs: argparse._SubParsersAction) -> None:
-    score = _verb(verbs, "score", "run a reward over a file of completions", "score rows.jsonl --reward exact")
+def _add_score(score: argparse.ArgumentParser) -> None:
     score.add_argument("rows", type=Path, help="JSONL with prompt, completion, answer and what else the reward reads")
     score.add_argument("--reward", required=True, help="registry name, import path, or JSON {name: .., ..}")
-    _json(score, 'print {"rewards": [..]}')
+    _json(score, 'print {"rewards": [..], "logged": {..}}')
 
 
 USAGE_ERROR = 2
@@ -174,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     try:
         look_in_working_directory()  # where a user's graders may be
-        return VERBS[arguments.verb](arguments) or 0
+        return VERBS[arguments.verb].run(arguments) or 0
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -255,21 +227,34 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.evaluate import evaluate, parse
+    from polyphony.launch.verbs.evaluate import evaluate, parse, results_as_json, results_table
 
-    evaluate(parse(arguments.names, arguments.overrides), as_json=arguments.json)
+    question = parse(arguments.names, arguments.overrides)
+    results = evaluate(question)
+    print(json.dumps(results_as_json(question, results)) if arguments.json else results_table(question, results))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.report.report import report
+    from polyphony.launch.report.report import summarise, write_report
 
-    report(arguments.runs, out=arguments.out, as_json=arguments.json)
+    if arguments.json:
+        summaries = {run.name: summarise(run) for run in arguments.runs}
+        print(json.dumps(summaries[arguments.runs[0].name] if len(arguments.runs) == 1 else summaries))
+        return
+    path = arguments.out or arguments.runs[0] / "report.html"
+    try:
+        print(write_report(arguments.runs, path))
+    except OSError as error:
+        raise ValueError(f"report {path} cannot be written: {error.strerror}") from error
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.dashboard import dashboard
+    from polyphony.launch.verbs.dashboard import SPECIFICATION, send, specify, way_to_send
 
-    dashboard(arguments.folder)
+    run = arguments.folder
+    workspace, missing = specify(run)
+    print(run / SPECIFICATION)
+    print(send(workspace, run) if missing is None else way_to_send(run, missing))
 
 
 def _probe(arguments: argparse.Namespace) -> None:
@@ -304,41 +289,57 @@ def _screen(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
-    from polyphony.launch.verbs.plan import plan, replay_run
+    from polyphony.launch.verbs.plan import plan
 
-    overrides = arguments.overrides
     if arguments.transfer and "=" in arguments.transfer.name:  # without a file the first override stands in its place
-        overrides, arguments.transfer = [str(arguments.transfer), *overrides], None
-    if overrides and not arguments.replay:
-        raise RecipeError(f"{overrides[0]}: settings of a scheduler go with --replay RUN --scheduler NAME")
+        arguments.overrides, arguments.transfer = [str(arguments.transfer), *arguments.overrides], None
+    if arguments.overrides and not arguments.replay:
+        raise RecipeError(f"{arguments.overrides[0]}: settings of a scheduler go with --replay RUN --scheduler NAME")
     if arguments.replay:
-        if not arguments.scheduler:
-            raise RecipeError("--replay needs --scheduler NAME")
-        replay_run(
-            arguments.replay,
-            scheduler=arguments.scheduler,
-            transfer=arguments.transfer,
-            overrides=overrides,
-            as_json=arguments.json,
-        )
-    elif arguments.scheduler:
+        return _replay(arguments)
+    if arguments.scheduler:
         raise RecipeError("--scheduler goes with --replay RUN; a plan alone has no scheduler")
-    elif arguments.transfer:
-        plan(arguments.transfer, as_json=arguments.json)
-    else:
+    if not arguments.transfer:
         raise RecipeError("give a transfer.json, or --replay RUN --scheduler NAME")
+    made = plan(arguments.transfer)
+    print(json.dumps(made.as_json(), allow_nan=False) if arguments.json else made.explain())
+    for note in made.notes if arguments.json else ():
+        print(note, file=sys.stderr)
+    return None
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.recipe import RecipeError
+    from polyphony.launch.verbs.plan import drawn, replay_as_json, replay_run, replay_table
+
+    run, scheduler = arguments.replay, arguments.scheduler
+    if not scheduler:
+        raise RecipeError("--replay needs --scheduler NAME")
+    replayed = replay_run(run, scheduler=scheduler, transfer=arguments.transfer, overrides=arguments.overrides)
+    if arguments.json:
+        print(json.dumps(replay_as_json(replayed)))
+        return
+    print(replay_table(replayed, scheduler=scheduler))
+    print(drawn(run, replayed, scheduler=scheduler))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.demo import demo
+    from polyphony.launch.verbs.demo import demo, demo_tables
 
-    demo(arguments.out)
+    print(demo_tables(demo(arguments.out)))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from polyphony.launch.verbs.doctor import doctor
 
-    return doctor(as_json=arguments.json)
+    findings = []
+    for finding in doctor():
+        findings.append(finding)
+        if not arguments.json:
+            print(finding)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    return int(any(finding.verdict == "broken" for finding in findings))
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -360,23 +361,41 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.score import score
+    from polyphony.launch.verbs.score import score_rows, score_table
 
-    score(arguments.rows, reward=arguments.reward, as_json=arguments.json)
+    scored = score_rows(arguments.rows, reward=arguments.reward)
+    print(json.dumps(asdict(scored)) if arguments.json else score_table(scored))
+
+
+class Verb(NamedTuple):
+    """One verb of the command."""
+
+    text: str
+    """What it does, for `--help`."""
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    """Adds its arguments."""
+    run: Callable[[argparse.Namespace], int | None]
+    """Runs it; returns the exit code, None for 0."""
 
 
 VERBS = {
-    "train": _train,
-    "eval": _eval,
-    "report": _report,
-    "dashboard": _dashboard,
-    "probe": _probe,
-    "screen": _screen,
-    "plan": _plan,
-    "demo": _demo,
-    "doctor": _doctor,
-    "launch": _launch,
-    "score": _score,
+    "train": Verb("train a recipe", "train recipe.yaml grpo.max_steps=200", _add_train, _train),
+    "eval": Verb(
+        "score a model on a recipe's held-out sets, or compare two on the same items",
+        "eval runs/a runs/b r.yaml",
+        _add_eval,
+        _eval,
+    ),
+    "report": Verb("write the HTML report of one or more runs", "report runs/demo", _add_report, _report),
+    "dashboard": Verb("create or update a run's W&B dashboard", "dashboard runs/demo", _add_dashboard, _dashboard),
+    "probe": Verb("measure what training on each domain does to the others", "probe recipe.yaml", _add_probe, _probe),
+    "screen": Verb("say which training prompts the model can learn from", "screen recipe.yaml", _add_screen, _screen),
+    "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
+    "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),
+    "doctor": Verb("say whether this machine can train, and what will be slow", "doctor", _json, _doctor),
+    "launch": Verb("train on this machine's GPUs, on Slurm or on Ray", "launch slurm r.yaml", _add_launch, _launch),
+    "score": Verb("run a reward over a file of completions", "score rows.jsonl --reward exact", _add_score, _score),
 }
 
 

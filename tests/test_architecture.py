@@ -16,6 +16,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from polyphony.launch.cli import VERBS
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.trainer.settings import UpdateSettings
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
@@ -36,7 +37,7 @@ def test_the_walls_between_the_packages_hold():
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "7 kept, 0 broken" in done.stdout
+    assert "8 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -82,12 +83,37 @@ def test_no_finished_code_waits_to_be_done():
 
 
 def test_every_verb_of_the_command_has_a_module():
-    from tests.test_cli import VERBS
-
     modules = {
         path.stem for folder in ("", "verbs", "cluster", "report") for path in (HOUSE / "launch" / folder).glob("*.py")
     }
     assert {"evaluate" if verb == "eval" else verb for verb in VERBS} <= modules
+
+
+def test_html_is_written_in_templates_only():
+    tag = re.compile(r"</?(html|body|section|div|span|small|p|h[1-6]|table|t[rdh]|pre|figure|svg|path|rect)\b[^<>]*>")
+    found = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                found += [f"{path.relative_to(HOUSE)}:{node.lineno}" for _ in tag.finditer(node.value)]
+    assert found == []
+
+
+TOO_LONG = {"trainer/grpo.py: __init__", "launch/train.py: start"}
+"""Functions over 60 lines that the issue on nouns still has to take apart."""
+
+
+def test_no_function_is_longer_than_a_flat_recipe_may_be():
+    found = {
+        f"{path.relative_to(HOUSE)}: {node.name}"
+        for wing in PACKAGES
+        for path in (HOUSE / wing).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 60
+    }
+    assert found == TOO_LONG
 
 
 def imports_of(path: Path, known: Collection[str]) -> set[str]:

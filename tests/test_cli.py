@@ -9,12 +9,10 @@ import sys
 
 import pytest
 
-from polyphony.launch.cli import main
+from polyphony.launch.cli import VERBS, main
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import claim_folder
 from tests.conftest import RECIPES, write_rows
-
-VERBS = ("train", "eval", "report", "dashboard", "probe", "plan", "demo", "doctor", "launch", "score")
 
 
 def broken(prompts, **columns):
@@ -145,7 +143,7 @@ def test_an_argument_that_does_not_exist_is_refused_with_exit_code_2(capsys, arg
 
 def test_score_prints_the_reward_of_every_row_in_order(capsys, completions):
     assert main(["score", str(completions), "--reward", "exact", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"rewards": [1.0, 0.0, 1.0]}
+    assert json.loads(capsys.readouterr().out)["rewards"] == [1.0, 0.0, 1.0]
     assert main(["score", str(completions), "--reward", '{"name": "exact"}']) == 0
     assert "mean 0.667 of 3 graded, 0 failed (0: 1, 1: 2)" in capsys.readouterr().out
 
@@ -155,15 +153,15 @@ def test_a_reward_is_found_beside_the_user_as_an_installed_command_is_not(capsys
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     monkeypatch.chdir(tmp_path)
     assert main(["score", str(completions), "--reward", "graders_of_mine:f", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"rewards": [0.5, 0.5, 0.5]}
+    assert json.loads(capsys.readouterr().out)["rewards"] == [0.5, 0.5, 0.5]
 
 
 def test_a_row_without_an_answer_is_not_graded_by_exact(capsys, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1 =", "completion": "None"}])
     assert main(["score", str(rows), "--reward", "exact", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"rewards": [None]}
+    assert json.loads(capsys.readouterr().out)["rewards"] == [None]
 
 
 def test_a_reward_that_raises_scores_null(capsys, completions):
     assert main(["score", str(completions), "--reward", "tests.test_cli:broken", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"rewards": [None, None, None]}
+    assert json.loads(capsys.readouterr().out)["rewards"] == [None, None, None]

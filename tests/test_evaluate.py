@@ -10,7 +10,7 @@ import pytest
 
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.verbs.evaluate import _distance, compare_results, parse
-from polyphony.launch.verbs.tables import statistics_table
+from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.result import HeldoutResult
 from tests.conftest import POLICY, RECIPES
@@ -60,16 +60,14 @@ def test_a_difference_is_told_where_its_interval_excludes_zero():
     worse, better = result(*[0.0] * 30, *[1.0] * 10), result(*[0.0] * 10, *[1.0] * 30)
     found = compare_results(worse, better)
     assert found["math"]["score"].mid == 0.5 and found["math"]["score"].is_above_zero
-    assert "+0.500 [" in statistics_table(found, is_change=True) and "]*" in statistics_table(found, is_change=True)
+    assert "+0.500 [" in changes_table(found) and "]*" in changes_table(found)
 
 
 def test_few_items_that_did_not_move_are_not_taken_for_certainty():
     same = result(*[1.0] * 8)
     low, mid, high = compare_results(same, same)["math"]["score"]
     assert mid == 0.0 and low < -0.1 and high > 0.1
-    assert "*" not in statistics_table(
-        {"math": {"score": (compare_results(same, same)["math"]["score"])}}, is_change=True
-    )
+    assert "*" not in changes_table({"math": {"score": compare_results(same, same)["math"]["score"]}})
 
 
 def test_many_domains_stand_in_several_blocks():

@@ -63,12 +63,12 @@ def test_a_cluster_started_by_a_rank_alone_leaves_its_gpu_out(monkeypatch):
     monkeypatch.setattr("polyphony.launch.cluster.ray_cluster.gpus_here", lambda: 4)
     for name in (local.RAY_GPUS, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with cluster._visible_to_ray(is_own=True):
+    with cluster._spare_gpus_only():
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,2,3"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with cluster._visible_to_ray(is_own=True):
+    with cluster._spare_gpus_only():
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
 

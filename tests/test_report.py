@@ -278,10 +278,9 @@ def test_a_stack_reaches_from_the_floor_to_the_sum():
         Layer(name="a", share=np.array([0.25, 1.0]), colour="red"),
         Layer(name="b", share=np.array([0.75, 0]), colour="blue"),
     ]
-    drawn = draw_stack("share", np.array([0.0, 1.0]), layers)
+    drawn = [shape.attributes["d"] for shape in draw_stack("share", np.array([0.0, 1.0]), layers).shapes]
     # draw 0 is 0..500 and draw 1 is 500..1000 across; a fills the lower quarter, then everything
-    assert 'd="M0 1000H0V750H500H500V0H1000V1000H500V1000H0Z"' in drawn
-    assert 'd="M0 750H0V0H500H500V0H1000V0H500V750H0Z"' in drawn
+    assert drawn == ["M0 1000H0V750H500H500V0H1000V1000H500V1000H0Z", "M0 750H0V0H500H500V0H1000V0H500V750H0Z"]
 
 
 def test_long_lines_are_thinned_to_means_and_ranges():
@@ -317,12 +316,12 @@ def test_names_and_words_of_a_run_cannot_become_markup(tmp_path):
     name = '<b>"x"&'
     rows = [{"step": 1, f"domain/{name}/reward": 0.5}, {"step": 2, f"domain/{name}/reward": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sample = {"step": 1, "domain": name, "prompt": "</script>", "completion": "<img src=x>", "score": 1}
+    sample = {"step": 1, "domain": name, "prompt": "</script>", "completion": "<img src=x><script>alert(1)</script>"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     page = report(tmp_path, tmp_path)
-    assert not page.find("img")
+    assert not page.find("img") and len(page.find("script")) == 1
     assert name in page.find("figcaption", "reward")[0]["text"]
-    assert [e["text"] for e in page.find("pre", "samples")] == ["<img src=x>"]
+    assert [e["text"] for e in page.find("pre", "samples")] == [sample["completion"]]
 
 
 def test_a_cut_off_log_shows_what_is_there_and_says_so(tmp_path):

@@ -50,7 +50,7 @@ def test_rows_of_a_file_are_scored_in_order(name, tmp_path):
     spec, rows = ROWS[name]
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": text, **more} for text, more, _ in rows])
     reward = spec if isinstance(spec, str) else json.dumps(spec)
-    assert score_rows(file, reward=reward) == [expected for _, _, expected in rows]
+    assert score_rows(file, reward=reward).rewards == [expected for _, _, expected in rows]
 
 
 def test_what_a_reward_logs_is_printed_beside_the_rewards(tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_a_judge_scores_a_file(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Write.", "completion": "text"}])
     with Server('{"score": 10}') as server:
         spec = {"name": "judge", "endpoint": server.url, "model": "j"}
-        assert score_rows(file, reward=json.dumps(spec)) == [1.0]
+        assert score_rows(file, reward=json.dumps(spec)).rewards == [1.0]
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_procedural_domain_scores_its_own_rows(tmp_path):
 
     (row,) = rows(split="train", dataset="chain_sum", size=1, seed=0)
     file = write_rows(tmp_path / "rows.jsonl", [{**row, "completion": text} for text in (row["answer"], "no")])
-    assert score_rows(file, reward="procedural") == [1.0, 0.0]
+    assert score_rows(file, reward="procedural").rewards == [1.0, 0.0]
 
 
 def test_every_reward_is_among_these():

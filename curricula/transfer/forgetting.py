@@ -98,7 +98,10 @@ def moment(run: Sequence[Evaluation], *, watch_only: Sequence[str] = (), level: 
     past = stages(run)
     return Moment(
         step=run[-1].step,
-        bwt={name: _backward(run, past, name, name in watch_only, level) for name in names},
+        bwt={
+            name: _since(0 if name in watch_only else _own_end(past, name, len(run) - 1), run, name, level)
+            for name in names
+        },
         fwt={name: UNDEFINED if name in watch_only else _forward(run, past, name, level) for name in names},
         drawdown={name: drawdown([row.scores[name] for row in run], level=level) for name in names},
     )
@@ -121,16 +124,16 @@ def _loss(choose: Sequence[Sequence[float]], value: Sequence[Sequence[float]], l
     return paired(value[-1], value[best], level=level)
 
 
-def _backward(run: Sequence[Evaluation], past: Sequence[Stage], name: str, watched: bool, level: float) -> Interval:
-    own = [stage for stage in past if stage.domain == name]
-    last = len(run) - 1
-    if watched:
-        anchor = 0
-    elif own and own[-1].end < last:
-        anchor = own[-1].end
-    else:
+def _own_end(past: Sequence[Stage], name: str, last: int) -> int | None:
+    """Return where a domain's own last stage ended; None without one, and while it is the last thing that happened."""
+    ends = [stage.end for stage in past if stage.domain == name]
+    return ends[-1] if ends and ends[-1] < last else None
+
+
+def _since(anchor: int | None, run: Sequence[Evaluation], name: str, level: float) -> Interval:
+    if anchor is None:
         return UNDEFINED
-    return paired(run[last].scores[name], run[anchor].scores[name], level=level)
+    return paired(run[-1].scores[name], run[anchor].scores[name], level=level)
 
 
 def _forward(run: Sequence[Evaluation], past: Sequence[Stage], name: str, level: float) -> Interval:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def join(address: str | None, *, timeout_s: float) -> bool:
         else {"working_dir": str(staged_package().parent)}
     )
     try:
-        with _visible_to_ray(is_own=address == "local"):
+        with _spare_gpus_only() if address == "local" else nullcontext():
             ray.init(address=address, **quiet)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise RecipeError(f"Ray cluster {address!r}: {reason(str(error))}") from error
@@ -88,10 +88,10 @@ def staged_package() -> Path:
 
 
 @contextmanager
-def _visible_to_ray(*, is_own: bool) -> Iterator[None]:
+def _spare_gpus_only() -> Iterator[None]:
     """Leave the trainer ranks' GPUs, the first ones, out of a cluster that is started here."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not is_own or not (gpus := gpus_here()):
+    if not (gpus := gpus_here()):
         yield
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -46,13 +46,13 @@ class Share:
 class RolloutWorker:
     """One vLLM engine in a process of its own."""
 
-    def __init__(self, settings: EngineSettings, *, by_nccl: bool) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         from polyphony.trainer.engine.vllm import start_llm  # slow to import
 
         forget_launcher(os.environ)
         # weights are read where Ray keeps them, and Ray keeps them read-only
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        transfer: dict[str, Any] = {"weight_transfer_config": {"backend": "nccl"}} if by_nccl else {}
+        transfer: dict[str, Any] = {} if settings.on_cpu else {"weight_transfer_config": {"backend": "nccl"}}
         backend = "mp" if settings.tensor_parallel > 1 else None
         self.llm = start_llm(settings, distributed_executor_backend=backend, **transfer)
         self.version = NO_WEIGHTS
@@ -162,7 +162,7 @@ class WorkerPool:
             ),
             runtime_env={"env_vars": worker_environment(on_cpu=self.engine.on_cpu)},
         )
-        handle = remote.remote(self.engine, by_nccl=not self.engine.on_cpu)
+        handle = remote.remote(self.engine)
         worker = Worker(place=place, handle=handle, ready=handle.process_id.remote())
         if self.weights is not None:
             handle.load.remote(*self.weights)  # an actor's calls run in order, so it arrives before any request

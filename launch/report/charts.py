@@ -1,8 +1,9 @@
-"""Charts as text: a panel of lines, a stack of shares, a whisker. Numbers in, HTML out; knows nothing of runs.
+"""Charts worked out: a panel of lines, a stack of shares, a whisker. Numbers in, places out; knows nothing of runs.
 
-Geometry is SVG in a 1000 x 1000 box that stretches to the window, strokes do not scale, and every word is HTML laid
-over it in per cent: so a chart keeps its letters readable at any width. `data-hover` carries the values for the
-page's script; without scripts each chart still has its title, axes, end labels and a sentence for screen readers.
+Geometry is SVG in a 1000 x 1000 box that stretches to the window, strokes do not scale, and every word is laid over it
+in per cent: so a chart keeps its letters readable at any width. `hover` carries the values for the page's script;
+without scripts each chart still has its title, axes, end labels and a sentence for screen readers. `parts.html` writes
+a figure down.
 
 Scales come first, from numbers to places: thinning, ranges, round ticks, and how a number is written.
 """
@@ -11,10 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -154,35 +154,74 @@ class Layer:
     colour: str
 
 
-def draw_panel(panel: Panel) -> str:
-    """Return a `<figure>` with the panel's curves; empty text where no curve has a point."""
+class Shape(NamedTuple):
+    """One SVG element: its tag, its attributes (None is left out), and what it says when pointed at."""
+
+    tag: Literal["path", "rect"]
+    attributes: Mapping[str, str | None]
+    title: str = ""
+
+
+class Word(NamedTuple):
+    """One word over a chart."""
+
+    kind: str
+    """A class of the style sheet."""
+    place: str
+    """As CSS."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A chart as it is written down."""
+
+    title: str
+    kind: Literal["panel", "stack"]
+    domain: str | None
+    chip: str
+    note: str = ""
+    label: str
+    """What a screen reader says."""
+    shapes: Sequence[Shape]
+    """From the back to the front."""
+    words: Sequence[Word]
+    hover: str
+    """Values for the page's script, JSON."""
+
+
+def draw_panel(panel: Panel) -> Figure | None:
+    """Return the figure of the panel's curves; None where no curve has a point."""
     lines = [line for line in panel.lines if line.extremes()]
     if not lines:
-        return ""
+        return None
     x0, x1 = panel.x_range or span([v for line in lines for v in (line.x.min(), line.x.max())])
     y0, y1 = panel.y_range or padded([v for line in lines for v in line.extremes()] + list(panel.allowed or ()))
     to_x, to_y = scale(x0, x1, 0, 1000), scale(y0, y1, 1000, 0)
-    shapes = [_allowed(panel.allowed, to_y)] if panel.allowed else []
+    shapes = _allowed(panel.allowed, to_y) if panel.allowed else []
     shapes += [_rule(float(to_y(t)), "zero" if t == 0 and panel.has_zero else "grid") for t in ticks(y0, y1)]
-    shapes += [f'<rect class="stage" x="{short(to_x(a))}" y="975" width="{short(to_x(b) - to_x(a))}" height="25" '
-               f'style="fill:{colour}"/>' for a, b, colour in panel.ribbon]  # fmt: skip
-    shapes += [f'<path class="mark" d="M{short(to_x(x))} 0V1000"><title>{escape(what)}</title></path>'
-               for x, what, _ in panel.marks]  # fmt: skip
-    shapes += [_band(line, to_x, to_y) for line in lines] + [_curve(line, to_x, to_y) for line in lines]
-    words = _axis_words(x0, x1, y0, y1) + _end_words(lines, to_y) + _mark_words(panel.marks, to_x)
-    hover = {
-        "r": [x0, x1],
-        "s": [_hover_line(line) for line in lines],
-        "m": [[round(x, 3), what] for x, what, _ in panel.marks],
-    }
-    return _figure(
-        panel.title, panel.domain, panel.chip, panel.note, _describe(panel.title, lines), shapes, words, hover
+    shapes += [_box("stage", to_x(a), 975, to_x(b) - to_x(a), 25, f"fill:{colour}") for a, b, colour in panel.ribbon]
+    shapes += [_path("mark", f"M{short(to_x(x))} 0V1000", title=what) for x, what, _ in panel.marks]
+    shapes += [shape for line in lines for shape in _band(line, to_x, to_y)]
+    shapes += [shape for line in lines for shape in _curve(line, to_x, to_y)]
+    return Figure(
+        title=panel.title,
+        kind="panel",
+        domain=panel.domain,
+        chip=panel.chip,
+        note=panel.note,
+        label=_describe(panel.title, [(line.name, line.y[np.isfinite(line.y)]) for line in lines]),
+        shapes=shapes,
+        words=[*_axis_words(x0, x1, y0, y1), *_end_words(lines, to_y), *_mark_words(panel.marks, to_x)],
+        hover=_json(
+            r=[x0, x1], s=[_hover_line(line) for line in lines], m=[[round(x, 3), what] for x, what, _ in panel.marks]
+        ),
     )
 
 
 def draw_stack(title: str, x: np.ndarray, layers: Sequence[Layer], *, notes: Sequence[tuple[float, str]] = (),
-               domain: str | None = None, chip: str = "", bins: int = 160) -> str:  # fmt: skip
-    """Return a `<figure>` of shares [T] stacked to their sum, in steps; `notes` are (from x, words) for the hover."""
+               domain: str | None = None, chip: str = "", bins: int = 160) -> Figure:  # fmt: skip
+    """Return the figure of shares [T] stacked to their sum, in steps; `notes` are (from x, words) for the hover."""
     edges = np.unique(np.linspace(0, len(x), min(bins, len(x)) + 1).astype(int))
     starts, counts = edges[:-1], np.diff(edges)
     shares = np.stack([np.add.reduceat(layer.share, starts) / counts for layer in layers])
@@ -191,34 +230,41 @@ def draw_stack(title: str, x: np.ndarray, layers: Sequence[Layer], *, notes: Seq
     borders = np.append(x[starts], x[-1] + step)
     to_x, to_y = scale(borders[0], borders[-1], 0, 1000), scale(0, total, 1000, 0)
     tops = np.vstack([np.zeros(shares.shape[1]), np.cumsum(shares, axis=0)])
-    shapes = [
-        f'<path class="layer" style="fill:{layer.colour}" d="{_steps(to_x(borders), to_y(top), to_y(bottom))}"/>'
-        for layer, top, bottom in zip(layers, tops[1:], tops, strict=False)
-    ]
-    words = _axis_words(borders[0], borders[-1], 0, total)
-    words += [_layer_word(layer.name, shares[k], tops[k], borders, total) for k, layer in enumerate(layers)]
-    hover = {
-        "r": [float(borders[0]), float(borders[-1])],
-        "s": [[a.name, a.colour, plain(x[starts]), plain(shares[k]), [], []] for k, a in enumerate(layers)],
-        "w": [[float(at), words] for at, words in notes],
-    }
-    ends = [f"{layer.name} from {fmt(shares[k][0])} to {fmt(shares[k][-1])}" for k, layer in enumerate(layers)]
-    return _figure(title, domain, chip, "", f"{title}: {'; '.join(ends)}", shapes, words, hover, kind="stack")
-
-
-def draw_whisker(interval: tuple[float, float, float], span: tuple[float, float], colour: str) -> str:
-    """Return a dot with its interval (low, value, high) on the common scale `span`, which includes 0."""
-    to_x = scale(span[0], span[1], 20, 980)
-    low, value, high = (short(to_x(v)) for v in interval)
-    return (
-        f'<svg class="whisker" viewBox="0 0 1000 100" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="zero" d="M{short(to_x(0))} 0V100"/>'
-        f'<path class="line" style="stroke:{colour}" d="M{low} 50H{high}"/>'
-        f'<path class="dot" style="stroke:{colour}" d="M{value} 50h0"/></svg>'
+    names = [_layer_word(layer.name, shares[k], tops[k], borders, total) for k, layer in enumerate(layers)]
+    return Figure(
+        title=title,
+        kind="stack",
+        domain=domain,
+        chip=chip,
+        label=_describe(title, [(layer.name, share) for layer, share in zip(layers, shares, strict=True)]),
+        shapes=[
+            _path("layer", _steps(to_x(borders), to_y(top), to_y(bottom)), f"fill:{layer.colour}")
+            for layer, top, bottom in zip(layers, tops[1:], tops, strict=False)
+        ],
+        words=[*_axis_words(borders[0], borders[-1], 0, total), *filter(None, names)],
+        hover=_json(
+            r=[float(borders[0]), float(borders[-1])],
+            s=[[a.name, a.colour, plain(x[starts]), plain(shares[k]), [], []] for k, a in enumerate(layers)],
+            w=[[float(at), words] for at, words in notes],
+        ),
     )
 
 
-def _path(x: np.ndarray, y: np.ndarray) -> str:
+def place_whisker(interval: tuple[float, float, float], span: tuple[float, float]) -> list[str]:
+    """Return where zero and an interval's low, value and high lie on the common scale `span`, which includes 0."""
+    return [short(place) for place in scale(*span, 20, 980)([0, *interval])]
+
+
+def _path(kind: str, d: str, style: str | None = None, title: str = "") -> Shape:
+    return Shape("path", {"class": kind, "style": style, "d": d}, title)
+
+
+def _box(kind: str, x: Any, y: Any, width: Any, height: Any, style: str | None = None) -> Shape:
+    places = {"x": short(x), "y": short(y), "width": short(width), "height": short(height)}
+    return Shape("rect", {"class": kind, **places, "style": style})
+
+
+def _trace(x: np.ndarray, y: np.ndarray) -> str:
     parts, pen = [], "M"
     for a, b in zip(x, y, strict=True):
         if math.isfinite(b):
@@ -235,58 +281,49 @@ def _steps(borders: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> str:
     return f"M{short(borders[0])} {short(bottom[0])}{forth}{back}Z"
 
 
-def _band(line: Line, to_x: Scale, to_y: Scale) -> str:
-    if line.band is None:
-        return ""
-    low, high = line.band
+def _band(line: Line, to_x: Scale, to_y: Scale) -> Iterable[Shape]:
+    low, high = line.band or (np.empty(0), np.empty(0))
     keep = np.isfinite(low) & np.isfinite(high)
-    if keep.sum() < 2:
-        return ""
-    x = to_x(line.x[keep])
-    there, back = _path(x, to_y(high[keep])), _path(x[::-1], to_y(low[keep][::-1]))
-    return f'<path class="band" style="fill:{line.colour}" d="{there}L{back[1:]}Z"/>'
+    if keep.sum() >= 2:
+        x = to_x(line.x[keep])
+        there, back = _trace(x, to_y(high[keep])), _trace(x[::-1], to_y(low[keep][::-1]))
+        yield _path("band", f"{there}L{back[1:]}Z", f"fill:{line.colour}")
 
 
-def _curve(line: Line, to_x: Scale, to_y: Scale) -> str:
+def _curve(line: Line, to_x: Scale, to_y: Scale) -> Iterable[Shape]:
     x, y = to_x(line.x), to_y(line.y)
-    parts = []
     if line.mark != "dots":
-        parts.append(f'<path class="line dash{line.dash}" style="stroke:{line.colour}" d="{_path(x, y)}"/>')
+        yield _path(f"line dash{line.dash}", _trace(x, y), f"stroke:{line.colour}")
     if line.mark != "line" or np.isfinite(y).sum() == 1:
         dots = "".join(f"M{short(a)} {short(b)}h0" for a, b in zip(x, y, strict=True) if math.isfinite(b))
-        parts.append(f'<path class="dot" style="stroke:{line.colour}" d="{dots}"/>')
-    return "".join(parts)
+        yield _path("dot", dots, f"stroke:{line.colour}")
 
 
-def _allowed(allowed: tuple[float, float], to_y: Scale) -> str:
+def _allowed(allowed: tuple[float, float], to_y: Scale) -> list[Shape]:
     top, bottom = float(to_y(allowed[1])), float(to_y(allowed[0]))
-    return (f'<rect class="allowed" x="0" y="{short(top)}" width="1000" height="{short(bottom - top)}"/>'
-            + _rule(top, "edge") + _rule(bottom, "edge"))  # fmt: skip
+    return [_box("allowed", 0, top, 1000, bottom - top), _rule(top, "edge"), _rule(bottom, "edge")]
 
 
-def _rule(y: float, kind: str) -> str:
-    return f'<path class="{kind}" d="M0 {short(y)}H1000"/>'
+def _rule(y: float, kind: str) -> Shape:
+    return _path(kind, f"M0 {short(y)}H1000")
 
 
-def _axis_words(x0: float, x1: float, y0: float, y1: float) -> list[str]:
+def _axis_words(x0: float, x1: float, y0: float, y1: float) -> list[Word]:
     to_x, to_y = scale(x0, x1, 0, 100), scale(y0, y1, 100, 0)
-    words = [f'<span class="y" style="top:{short(to_y(t))}%">{fmt(t)}</span>' for t in ticks(y0, y1)]
-    return words + [f'<span class="x" style="left:{short(to_x(t))}%">{fmt(t)}</span>' for t in ticks(x0, x1, 3)]
+    words = [Word("y", f"top:{short(to_y(t))}%", fmt(t)) for t in ticks(y0, y1)]
+    return words + [Word("x", f"left:{short(to_x(t))}%", fmt(t)) for t in ticks(x0, x1, 3)]
 
 
-def _end_words(lines: Sequence[Line], to_y: Scale) -> list[str]:
+def _end_words(lines: Sequence[Line], to_y: Scale) -> Iterable[Word]:
     """Label the ends of lines, pushed apart so that no two overlap."""
     ends = [(float(to_y(line.y[np.isfinite(line.y)][-1])), line) for line in lines if line.end]
-    placed, words = -math.inf, []
+    placed = -math.inf
     for y, line in sorted(ends, key=lambda pair: pair[0]):
         placed = max(y, placed + 90)
-        words.append(
-            f'<span class="end" style="top:{short(placed / 10)}%;color:{line.colour}">{escape(line.end)}</span>'
-        )
-    return words
+        yield Word("end", f"top:{short(placed / 10)}%;color:{line.colour}", line.end)
 
 
-def _mark_words(marks: Sequence[Occasion], to_x: Scale) -> list[str]:
+def _mark_words(marks: Sequence[Occasion], to_x: Scale) -> list[Word]:
     """Say above each vertical line whose it is; lines that stand too close for a letter each share a place."""
     places: list[tuple[float, list[str]]] = []
     for x, whose in sorted((float(to_x(x)), whose) for x, _, whose in marks if whose):
@@ -294,10 +331,10 @@ def _mark_words(marks: Sequence[Occasion], to_x: Scale) -> list[str]:
             places.append((x, []))
         if whose not in places[-1][1]:
             places[-1][1].append(whose)
-    return [f'<span class="whose" style="left:{short(x / 10)}%">{escape("".join(names))}</span>' for x, names in places]
+    return [Word("whose", f"left:{short(x / 10)}%", "".join(names)) for x, names in places]
 
 
-def _layer_word(name: str, share: np.ndarray, base: np.ndarray, borders: np.ndarray, total: float) -> str:
+def _layer_word(name: str, share: np.ndarray, base: np.ndarray, borders: np.ndarray, total: float) -> Word | None:
     """Put a layer's name in the middle of its longest thick stretch, if there is room for a word."""
     best = (0, 0)
     start = None
@@ -308,11 +345,11 @@ def _layer_word(name: str, share: np.ndarray, base: np.ndarray, borders: np.ndar
             best, start = max(best, (start, k), key=lambda run: run[1] - run[0]), None
     width = (borders[best[1]] - borders[best[0]]) / (borders[-1] - borders[0]) if best[1] else 0.0
     if width < 0.12:
-        return ""
+        return None
     middle = (best[0] + best[1]) // 2
     left = 100 * ((borders[best[0]] + borders[best[1]]) / 2 - borders[0]) / (borders[-1] - borders[0])
     top = 100 * (1 - (base[middle] + share[middle] / 2) / total)
-    return f'<span class="name" style="left:{short(left)}%;top:{short(top)}%">{escape(name)}</span>'
+    return Word("name", f"left:{short(left)}%;top:{short(top)}%", name)
 
 
 def _hover_line(line: Line) -> list:
@@ -320,21 +357,10 @@ def _hover_line(line: Line) -> list:
     return [line.name, line.colour, plain(line.x), plain(line.y), low, high]
 
 
-def _describe(title: str, lines: Sequence[Line]) -> str:
-    ends = []
-    for line in lines:
-        values = line.y[np.isfinite(line.y)]
-        ends.append(f"{line.name} from {fmt(values[0])} to {fmt(values[-1])}".strip())
+def _json(**values: Any) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+
+
+def _describe(title: str, curves: Sequence[tuple[str, np.ndarray]]) -> str:
+    ends = [f"{name} from {fmt(values[0])} to {fmt(values[-1])}".strip() for name, values in curves]
     return f"{title}: {'; '.join(ends)}"
-
-
-def _figure(title: str, domain: str | None, chip: str, note: str, label: str, shapes: Sequence[str],
-            words: Sequence[str], hover: dict, kind: str = "panel") -> str:  # fmt: skip
-    owner = f' data-domain="{escape(domain)}"' if domain is not None else ""
-    square = f'<i style="background:{chip}"></i>' if chip else ""
-    values = escape(json.dumps(hover, separators=(",", ":"), ensure_ascii=False))
-    return (
-        f'<figure class="{kind}"{owner}><figcaption>{square}{escape(title)} <small>{note}</small></figcaption>'
-        f'<div class="plot" data-hover="{values}"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(label)}">{"".join(shapes)}</svg>{"".join(words)}</div></figure>'
-    )

@@ -78,6 +78,11 @@ class Findings:
         """Steps of the evaluations."""
         return [row.step for row in self.evaluations]
 
+    def final(self, of: str, name: str) -> Interval:
+        """Return a domain's `change`, `bwt` or `drawdown` at the last evaluation; UNDEFINED where it has none."""
+        found = self.change if of == "change" else getattr(self.moments[-1], of) if self.moments else {}
+        return found.get(name, UNDEFINED)
+
     def claims(self, of: str) -> dict[str, Interval]:
         """Return `change`, `bwt` or `drawdown` at the end, widened so that all of them hold together (Bonferroni)."""
         if len(self.evaluations) < 2:
@@ -156,7 +161,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "planned_steps": run.planned_steps,
         "finished": run.is_finished,
         "evaluations": len(findings.evaluations),
-        "domains": {name: _domain_json(findings, name, last) for name in run.domains},
+        "domains": {name: _domain_json(findings, name) for name in run.domains},
         "transfer": {} if table is None else _transfer_json(table),
         "bwt": _plain(last.mean_bwt) if last else None,
         "drawdown_max": _plain(last.worst_drawdown) if last else None,
@@ -171,15 +176,15 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _domain_json(findings: Findings, name: str, last: Moment | None) -> dict[str, Any]:
+def _domain_json(findings: Findings, name: str) -> dict[str, Any]:
     scores, entropy = findings.scores.get(name, ()), findings.entropy[name]
     reward = findings.run.metrics.get(f"domain/{name}/reward")
     return {
         "watch_only": name in findings.run.watch_only,
         "score": {"before": _bounds(scores[0]) if scores else None, "after": _bounds(scores[-1]) if scores else None},
-        "change": _bounds(findings.change.get(name, UNDEFINED)),
-        "bwt": _bounds(last.bwt.get(name, UNDEFINED)) if last else None,
-        "drawdown": _bounds(last.drawdown.get(name, UNDEFINED)) if last else None,
+        "change": _bounds(findings.final("change", name)),
+        "bwt": _bounds(findings.final("bwt", name)),
+        "drawdown": _bounds(findings.final("drawdown", name)),
         "entropy": {
             "before": _plain(entropy.before),
             "after": _plain(entropy.after),

@@ -1,95 +1,128 @@
 """`polyphony report`: one run or several as one self-contained HTML page, and the same numbers as a dict.
 
 It reads run folders and nothing else: no model, no tracker, no network. `run` reads a folder, `numbers` derives,
-`story` puts it in sentences, `sections` and `tables` draw, `report.html` is the frame.
+`story` puts it in sentences, `sections` and `charts` work out what each chapter shows. The templates write it down:
+`report.html` is the frame, `chapters.html` has a macro a chapter, `parts.html` what they share.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
-from polyphony.launch.report import sections as beyond
-from polyphony.launch.report import sections as curves
-from polyphony.launch.report import tables
-from polyphony.launch.report.numbers import Findings, as_json, find
-from polyphony.launch.report.run import read_run
-from polyphony.launch.report.story import tell
-from polyphony.launch.report.theme import Sheet, palette
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-FRAME = Path(__file__).with_name("report.html")
+from polyphony.launch.report import sections
+from polyphony.launch.report.charts import place_whisker
+from polyphony.launch.report.numbers import as_json, find
+from polyphony.launch.report.run import read_run
+from polyphony.launch.report.story import bounds, signed, tell
+from polyphony.launch.report.theme import DARK, LIGHT, Sheet
+
+
+def _tight(value: float, digits: int) -> str:
+    """Write a score's change in little room: `+.12`."""
+    return f"{value:+.{digits}f}".replace("-", "−").replace("0.", ".", 1)
+
+
+def _fixed(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.tests["finite"] = math.isfinite
+TEMPLATES.filters |= {
+    "signed": signed,
+    "bounds": bounds,
+    "change": sections.change_with_bounds,
+    "tight": _tight,
+    "fixed": _fixed,
+    "cut": _cut,
+    "text": sections.as_text,
+    "whisker": place_whisker,
+    "split_intervals": lambda sentence: re.split(r"(\[[^\]]*\])", sentence),  # every second part is an interval
+}
 
 
 class Chapter(NamedTuple):
     """One part of the page."""
 
     id: str
-    """Its anchor, and its name in the navigation."""
+    """Its anchor, its name in the navigation, and its macro in chapters.html."""
     title: str
-    draw: Callable[[Sheet], str]
+    find: Callable[[Sheet], Any]
+    """Returns what the macro of this id draws."""
     how: str
     """How to read it, in a sentence or two."""
     lacks: str
     """What the page's last line says where there is nothing to draw; empty where silence is right."""
 
 
-SECTIONS = (
-    Chapter("domains", "Domain by domain", tables.summary,
+CHAPTERS = (
+    Chapter("domains", "Domain by domain", sections.summary,
             "Held-out scores on the report half of the items, before and after. Intervals are 95 %, over items, each "
             "by itself (the sentences above use wider ones that hold together); a change is coloured only where its "
             "interval leaves out zero.", "domains"),
-    Chapter("score", "Held-out score", curves.held_out,
+    Chapter("score", "Held-out score", sections.held_out,
             "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
             "held-out evaluations"),
-    Chapter("forgetting", "Forgetting", curves.forgetting,
+    Chapter("forgetting", "Forgetting", sections.forgetting,
             "Below zero, something was lost. Intervals are 95 %, paired item by item; one that crosses zero proves "
             "neither loss nor its absence.", "a second evaluation, so no forgetting curves"),
-    Chapter("transfer", "What training on one domain did to the others", tables.transfer,
+    Chapter("transfer", "What training on one domain did to the others", sections.transfer,
             "Change of held-out score in the column's domain after training on the row's alone, and its 95 % interval. "
             "Bold where the interval leaves out zero; the outlined diagonal is a domain's effect on itself.",
             "single-domain probes or stages, so no transfer heatmap"),
-    Chapter("plan", "Plan against outcome", tables.predicted,
+    Chapter("plan", "Plan against outcome", sections.predicted,
             "What the plan predicted for the end of each stage, and what was measured there.", ""),
-    Chapter("reward", "Training reward", curves.reward,
+    Chapter("reward", "Training reward", sections.reward,
             "Mean reward of what was drawn; long runs are averaged in short stretches, the pale band is each stretch's "
             "range.", "training rewards"),
-    Chapter("entropy", "Entropy", curves.entropy,
+    Chapter("entropy", "Entropy", sections.entropy,
             "Nats per token at the run's temperature. Line: rollouts in training; dots: held-out prompts. The grey "
             "zone is the allowed band around the base model's level; each panel has its own scale.",
             "entropy per domain"),
-    Chapter("mixture", "What was practised, and why", curves.mixture,
+    Chapter("mixture", "What was practised, and why", sections.mixture,
             "Share of prompts drawn from each domain; point at the chart for the scheduler's reason.",
             "scheduler decisions"),
-    Chapter("prompts", "Prompt states", curves.pool,
+    Chapter("prompts", "Prompt states", sections.pool,
             "Training prompts of each domain by state, from the bottom: active in full colour, deferred pale, "
             "impossible grey, mastered in half colour.", "prompt states"),
-    Chapter("rollouts", "Rollout budget", curves.rollouts,
+    Chapter("rollouts", "Rollout budget", sections.rollouts,
             "Completions of each domain; the pale part was in groups with equal rewards, which teach nothing.",
             "rollout numbers"),
-    Chapter("quality", "Beyond the score", beyond.quality,
+    Chapter("quality", "Beyond the score", sections.quality,
             "What held-out evaluation says about reach, calibration and form, with 95 % intervals over prompts. Watch "
             "overconfidence where a domain is not trained: there it grows unseen.",
             "pass@k, calibration and format share"),
-    Chapter("exchange", "What entropy was traded for", beyond.exchange,
+    Chapter("exchange", "What entropy was traded for", sections.exchange,
             "R = b − a·e^H fitted to each domain's evaluations (score R, entropy H): what a domain that follows the law "
             "could still gain before its entropy is used up. Intervals are of the fit.", ""),
-    Chapter("diversity", "Diversity", curves.diversity,
+    Chapter("diversity", "Diversity", sections.diversity,
             "How many semantically different answers a group of completions holds.", "diversity"),
-    Chapter("degeneration", "Degeneration monitors", curves.degeneration,
+    Chapter("degeneration", "Degeneration monitors", sections.degeneration,
             "Shares of completions with a sign of decay; signs that no completion showed are left out.",
             "degeneration monitors"),
-    Chapter("alarms", "Alarms", tables.alarms, "What went off, when and where.", ""),
-    Chapter("health", "Health of the run", curves.health, "The trainer's own numbers over all domains.",
+    Chapter("alarms", "Alarms", lambda sheet: sheet.findings, "What went off, when and where.", ""),
+    Chapter("health", "Health of the run", sections.health, "The trainer's own numbers over all domains.",
             "the trainer's own metrics"),
-    Chapter("samples", "In its own words", tables.samples,
+    Chapter("samples", "In its own words", sections.samples,
             "The same held-out prompts, answered at the start, in the middle and at the end.", "sample completions"),
-    Chapter("provenance", "Provenance", tables.provenance, "What is needed to make this run again.", ""),
+    Chapter("provenance", "Provenance", sections.provenance, "What is needed to make this run again.", ""),
 )  # fmt: skip
 
 
@@ -115,12 +148,9 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
     ran = read_run(run)
     other = replace(ran, name=f"{scheduler}, replayed", decisions=decisions)
     sheet = Sheet(findings=(find(ran), find(other)))
-    only = tuple(section for section in SECTIONS if section.id == "mixture")
-    title = (
-        f"<p>{escape(ran.name)} as it ran, and what {escape(scheduler)} would have asked for on the same evidence.</p>"
-    )
+    only = [chapter for chapter in CHAPTERS if chapter.id == "mixture"]
     out = Path(out)
-    out.write_text(_page(sheet, sections=only, header=title), encoding="utf-8")
+    out.write_text(_page(sheet, chapters=only, replayed=scheduler), encoding="utf-8")
     return out
 
 
@@ -133,34 +163,20 @@ def summarise(run: str | Path) -> dict[str, Any]:
     return as_json(findings) | {"story": tell(findings)}
 
 
-def _page(sheet: Sheet, *, sections: Sequence[Chapter] = SECTIONS, header: str | None = None) -> str:
-    drawn = {section.id: section.draw(sheet) for section in sections}
-    present = [section for section in sections if drawn[section.id]]
-    body = "".join(
-        f'<section id="{s.id}"><h2>{s.title}</h2><p class="how">{s.how}</p>{drawn[s.id]}</section>' for s in present
+def _page(sheet: Sheet, *, chapters: Sequence[Chapter] = CHAPTERS, replayed: str = "") -> str:
+    macros = TEMPLATES.get_template("chapters.html").make_module({"sheet": sheet})
+    drawn = {chapter.id: getattr(macros, chapter.id)(chapter.find(sheet)).strip() for chapter in chapters}
+    return TEMPLATES.get_template("report.html").render(
+        sheet=sheet,
+        title=" · ".join(f.run.name for f in sheet.findings),
+        light=LIGHT,
+        dark=DARK,
+        replayed=replayed,
+        stories=[zip(("ran", "learned", "forgot", "entropy", "spent"), tell(f), strict=True) for f in sheet.findings],
+        chapters=[chapter for chapter in chapters if drawn[chapter.id]],
+        drawn=drawn,
+        missing=_missing(sheet, [c.lacks for c in chapters if c.lacks and not drawn[c.id]]),
     )
-    names = [f.run.name for f in sheet.findings]
-    return Template(FRAME.read_text(encoding="utf-8")).substitute(
-        title=escape(" · ".join(names)),
-        palette=palette(),
-        header=header or sheet.side_by_side([(n, _story(f)) for n, f in enumerate(sheet.findings)]),
-        links="".join(f'<a href="#{s.id}">{s.id.capitalize()}</a>' for s in present),
-        body=body,
-        missing=_missing(sheet, [s.lacks for s in sections if s.lacks and not drawn[s.id]]),
-    )
-
-
-def _story(findings: Findings) -> str:
-    labels = ("ran", "learned", "forgot", "entropy", "spent")
-    lines = "".join(
-        f"<dt>{label}</dt><dd>{_soften(sentence)}</dd>" for label, sentence in zip(labels, tell(findings), strict=True)
-    )
-    return f'<dl class="story">{lines}</dl>'
-
-
-def _soften(sentence: str) -> str:
-    """Set intervals smaller, so that a sentence reads by its words and values."""
-    return re.sub(r"\[[^\]]*\]", lambda found: f"<small>{found[0]}</small>", escape(sentence))
 
 
 def _unlike_graders(sheet: Sheet) -> list[str]:
@@ -183,17 +199,4 @@ def _missing(sheet: Sheet, lacks: Sequence[str]) -> str:
         absent = [name for name in sheet.domains if name not in found.run.domains]
         parts += [f"{sheet.letter(n)} has no domain {', '.join(absent)}"] if absent else []
     parts += _unlike_graders(sheet)
-    return escape("; ".join(parts)) or "nothing"
-
-
-def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
-    """Write the report and print where it lies, or print the summary of each run as JSON."""
-    if as_json:
-        summaries = {run.name: summarise(run) for run in runs}
-        print(json.dumps(summaries[runs[0].name] if len(runs) == 1 else summaries))
-        return
-    path = out or runs[0] / "report.html"
-    try:
-        print(write_report(runs, path))
-    except OSError as error:
-        raise ValueError(f"report {path} cannot be written: {error.strerror}") from error
+    return "; ".join(parts) or "nothing"

@@ -1,23 +1,32 @@
-"""The sections of a report that show curves: each takes the sheet and returns HTML, empty where its keys are absent.
+"""The chapters of a report in numbers: each takes the sheet and returns what `chapters.html` draws under its name.
 
-Beyond the score: reach, calibration, form, distance to the base, and what entropy still buys.
+What is of one run comes as a list, one entry a run. Empty where the keys are absent.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
-from polyphony.launch.report.charts import Layer, Line, Mark, Panel, draw_panel, draw_stack
-from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, budget, fit_exchange
+from polyphony.launch.report.charts import Figure, Layer, Line, Mark, draw_stack
+from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, fit_exchange
 from polyphony.launch.report.run import LoadedRun
-from polyphony.launch.report.theme import Sheet
+from polyphony.launch.report.story import bounds, signed
+from polyphony.launch.report.theme import Panels, Sheet
+
+PROMPTS = 3
+"""Sample prompts shown a domain."""
+
+
+REASONS = 30
+"""Reasons of the scheduler that are listed."""
+
 
 STATES = ("active", "deferred", "impossible", "mastered")
 
@@ -47,6 +56,21 @@ SHARES = {
 """Metrics of `shortcuts/<d>` that are shares of completions."""
 
 
+DEAD = {
+    "frac_dead": "Dead groups: share of groups drawn with equal rewards",
+    "dead_correct": "Of what reached the update: dead because all was correct",
+    "dead_wrong": "Of what reached the update: dead because all was equally wrong",
+    "dead_equal": "Of what reached the update: dead with equal partial rewards",
+}
+
+
+DIVERSITY = {
+    "classes": "Semantic classes a group",
+    "mean": "Mean diversity",
+    "collapsed": "Share of groups with one class",
+}
+
+
 SIGNS = SHARES | {"correct_length": "Median length of correct answers, tokens"}
 
 
@@ -54,216 +78,6 @@ FORGETTING = {
     "bwt": "Backward transfer: now minus the end of the domain's own stage (where it is only watched: minus the start)",
     "drawdown": "Drawdown: now minus the best evaluation so far, cross-fitted",
 }
-
-
-def held_out(sheet: Sheet) -> str:
-    """Draw each domain's held-out score with its interval."""
-
-    def lines(name: str) -> list[Line]:
-        found = []
-        for n, f in enumerate(sheet.findings):
-            if scores := f.scores.get(name):
-                found.append(sheet.interval_line(n, sheet.colour(name), f.steps, scores))
-        return found or sheet.metric_lines(f"heldout/{name}/score", sheet.colour(name))
-
-    return sheet.domain_panels(lines)
-
-
-def reward(sheet: Sheet) -> str:
-    """Draw each domain's training reward."""
-    return sheet.domain_panels(lambda name: sheet.metric_lines(f"domain/{name}/reward", sheet.colour(name)))
-
-
-def entropy(sheet: Sheet) -> str:
-    """Draw each domain's entropy in training and at evaluations, over the band where it should stay."""
-
-    def lines(name: str) -> list[Line]:
-        found = sheet.metric_lines(f"domain/{name}/entropy", sheet.colour(name), what="in training")
-        is_logged = bool(found)
-        for n, f in enumerate(sheet.findings):
-            points = [(row.step, row.entropy[name]) for row in f.evaluations if name in row.entropy]
-            if points:
-                mark: Mark = "dots" if is_logged else "both"
-                found.append(sheet.line(n, sheet.colour(name), *zip(*points, strict=True), what="held out", mark=mark))
-        return found
-
-    def allowed(name: str) -> tuple[float, float] | None:
-        known = [f.entropy[name] for f in sheet.findings if name in f.entropy]
-        return next(((e.low, e.high) for e in known if math.isfinite(e.low)), None)
-
-    levels = sheet.domain_panels(lines, shares_y=False, allowed_of=allowed)
-    return levels + _by_metric(sheet, "domain/", {"entropy_coef": "Coefficient of the entropy term, where it is on"})
-
-
-def forgetting(sheet: Sheet) -> str:
-    """Draw backward transfer, then drawdown, of each domain with intervals."""
-    parts = []
-    for field, title in FORGETTING.items():
-
-        def lines(name: str, field: str = field) -> list[Line]:
-            found = []
-            for n, f in enumerate(sheet.findings):
-                points = [(m.step, getattr(m, field)[name]) for m in f.moments if name in getattr(m, field)]
-                points = [(step, interval) for step, interval in points if math.isfinite(interval.mid)]
-                if points:
-                    found.append(sheet.interval_line(n, sheet.colour(name), *zip(*points, strict=True)))
-            return found
-
-        parts.append(sheet.domain_panels(lines, heading=title, has_zero=True))
-    return "".join(parts)
-
-
-def mixture(sheet: Sheet) -> str:
-    """Draw the share of each domain in every draw and list the scheduler's reasons."""
-    return sheet.side_by_side([(n, _mixture(sheet, f.run)) for n, f in enumerate(sheet.findings)])
-
-
-def pool(sheet: Sheet) -> str:
-    """Draw how many prompts of each domain are in which state."""
-    return sheet.side_by_side([(n, _pool(sheet, f.run)) for n, f in enumerate(sheet.findings)])
-
-
-def rollouts(sheet: Sheet) -> str:
-    """Draw what the rollouts were good for: the run's own keys, then dead groups by domain."""
-    keys = dict.fromkeys(key for f in sheet.findings for key in _keys(f.run, "rollout/"))
-    overall = _key_panels(sheet, {key: key.split("/", 1)[1].replace("_", " ") for key in keys})
-    dead = _by_metric(sheet, "domain/", {"frac_dead": "Dead groups: share of groups drawn with equal rewards",
-                                         "dead_correct": "Of what reached the update: dead because all was correct",
-                                         "dead_wrong": "Of what reached the update: dead because all was equally wrong",
-                                         "dead_equal": "Of what reached the update: dead with equal partial rewards",
-                                         })  # fmt: skip
-    return _budget(sheet) + overall + dead
-
-
-def diversity(sheet: Sheet) -> str:
-    """Draw how many different answers a group holds."""
-    return _by_metric(sheet, "diversity/", {"classes": "Semantic classes a group", "mean": "Mean diversity",
-                                            "collapsed": "Share of groups with one class"})  # fmt: skip
-
-
-def degeneration(sheet: Sheet) -> str:
-    """Draw the signs of decay that any completion showed; say so where none did."""
-    logged = [(key.rsplit("/", 1)[1], f.run.metrics[key]) for f in sheet.findings for key in _keys(f.run, "shortcuts/")]
-    seen = {name for name, series in logged if series.values.any()}
-    drawn = _by_metric(sheet, "shortcuts/", {name: title for name, title in SIGNS.items() if name in seen})
-    calm = "" if any(name in seen for name in SHARES) else '<p class="how">No completion showed any of the signs.</p>'
-    return calm + drawn if logged else ""
-
-
-def health(sheet: Sheet) -> str:
-    """Draw TRL's own numbers over all domains."""
-    return _key_panels(sheet, HEALTH)
-
-
-def _budget(sheet: Sheet) -> str:
-    """Draw a bar a domain, as long as its completions are many: the pale part is dead groups."""
-    blocks = []
-    for n, f in enumerate(sheet.findings):
-        spent = budget(f.run)
-        most = max((count for count, _ in spent.values()), default=0.0)
-        rows = "".join(_bar(sheet, name, count, dead, most) for name, (count, dead) in spent.items())
-        blocks.append((n, f'<table class="budget">{rows}</table>' if rows else ""))
-    return sheet.side_by_side(blocks)
-
-
-def _bar(sheet: Sheet, name: str, count: float, dead: float, most: float) -> str:
-    colour = f"background:{sheet.colour(name)}"
-    return (
-        f'<tr data-domain="{escape(name)}"><th scope="row">{escape(name)}</th><td><div class="bar" '
-        f'style="width:{100 * count / most:.1f}%"><i style="{colour};flex:{count - dead:.0f}"></i>'
-        f'<i style="{colour};opacity:.3;flex:{dead:.0f}"></i></div></td>'
-        f"<td>{count:,.0f}, {dead / count:.0%} dead</td></tr>"
-    )
-
-
-def _mixture(sheet: Sheet, run: LoadedRun) -> str:
-    rows = [row for row in run.decisions if isinstance(row.get("mixture"), dict)]
-    if not rows:
-        return ""
-    x = np.array([row.get("step", row.get("draw", k)) for k, row in enumerate(rows)], dtype=float)
-    layers = []
-    for name in run.domains:
-        share = np.array([row["mixture"].get(name, 0.0) for row in rows], dtype=float)
-        if share.any():
-            layers.append(Layer(name=name, share=share, colour=sheet.colour(name)))
-    reasons = _reasons(rows, x)
-    chart = draw_stack("share of each draw", x, layers, notes=[(start, words) for start, _, words in reasons])
-    return chart + _reason_table(reasons)
-
-
-def _pool(sheet: Sheet, run: LoadedRun) -> str:
-    charts = []
-    for name in run.domains:
-        found = [run.metrics.get(f"curriculum/{name}/{state}") for state in STATES]
-        steps = max((series.steps for series in found if series is not None), key=len, default=None)
-        if steps is None:
-            continue
-        layers = [
-            Layer(name=state, colour=tone, share=np.interp(steps, *series))
-            for state, series, tone in zip(STATES, found, _tones(sheet.colour(name)), strict=True)
-            if series is not None
-        ]
-        charts.append(draw_stack(name, steps, layers, domain=name, chip=sheet.colour(name), bins=60))
-    return f'<div class="panels">{"".join(charts)}</div>' if charts else ""
-
-
-def _by_metric(sheet: Sheet, prefix: str, titles: dict[str, str]) -> str:
-    parts = []
-    for metric, title in titles.items():
-        drawn = sheet.domain_panels(
-            lambda name, metric=metric: sheet.metric_lines(f"{prefix}{name}/{metric}", sheet.colour(name)),
-            heading=title,
-        )
-        parts.append(drawn)
-    return f'<div class="groups">{"".join(parts)}</div>' if any(parts) else ""
-
-
-def _key_panels(sheet: Sheet, titles: Mapping[str, str]) -> str:
-    panels = [
-        draw_panel(
-            Panel(
-                title=title,
-                lines=sheet.metric_lines(key, "var(--ink)"),
-                x_range=sheet.x_range,
-                ribbon=sheet.ribbon(),
-            )
-        )
-        for key, title in titles.items()
-    ]
-    drawn = "".join(panels)
-    return f'<div class="panels">{drawn}</div>' if drawn else ""
-
-
-def _keys(run: LoadedRun, prefix: str) -> list[str]:
-    return [key for key in run.metrics if key.startswith(prefix)]
-
-
-def _reasons(rows, x) -> list[tuple[float, float, str]]:
-    """Return (first step, last step, words) of each stretch of draws with the same reason."""
-    spans: list[tuple[float, float, str]] = []
-    for row, step in zip(rows, x, strict=True):
-        words = str(row.get("reason", ""))
-        if spans and spans[-1][2] == words:
-            spans[-1] = (spans[-1][0], float(step), words)
-        else:
-            spans.append((float(step), float(step), words))
-    return spans
-
-
-def _reason_table(reasons: list[tuple[float, float, str]], most: int = 30) -> str:
-    every = math.ceil(len(reasons) / most)
-    rows = "".join(f"<tr><td>{a:,.0f}–{b:,.0f}</td><td>{escape(words)}</td></tr>" for a, b, words in reasons[::every])
-    cut = f"<p>One in {every} of {len(reasons):,} changes of reason.</p>" if every > 1 else ""
-    return (
-        f"<details{' open' if len(reasons) <= 8 else ''}><summary>Why: the scheduler's reasons</summary>{cut}"
-        f'<table class="reasons"><tr><th>steps</th><th>reason</th></tr>{rows}</table></details>'
-    )
-
-
-def _tones(colour: str) -> tuple[str, ...]:
-    """Return the colours of STATES in one domain's colour: what is practised is full, what waits is pale."""
-    pale = [f"color-mix(in oklab,{colour} {share}%,var(--card))" for share in (60, 25)]
-    return colour, pale[1], "var(--muted)", pale[0]
 
 
 QUALITIES = {
@@ -290,26 +104,243 @@ IN_EVALUATIONS = {"kl_base": "kl"}
 """Where `evaluations.jsonl` has another name for one; pass@k there carries its k."""
 
 
-def quality(sheet: Sheet) -> str:
+# --- scores, forgetting, transfer ---------------------------------------------------------------------------------------
+
+
+def summary(sheet: Sheet) -> tuple[tuple[float, float], list]:
+    """Return the span of all changes, and of each domain the last scores and their paired differences to the first run."""
+    changes = [i for f in sheet.findings for i in f.change.values() if math.isfinite(i.mid)]
+    span = (min([0.0, *(i.low for i in changes)]), max([0.01, *(i.high for i in changes)]))
+    first, *others = sheet.findings
+    rows = [
+        (name, [f.scores.get(name, ())[-1:] for f in sheet.findings], [between(first, f, name) for f in others])
+        for name in sheet.domains
+    ]
+    return span, [] if sheet.is_single else rows
+
+
+def held_out(sheet: Sheet) -> list[Panels]:
+    """Draw each domain's held-out score with its interval."""
+
+    def lines(name: str) -> list[Line]:
+        found = []
+        for n, f in enumerate(sheet.findings):
+            if scores := f.scores.get(name):
+                found.append(sheet.interval_line(n, sheet.colour(name), f.steps, scores))
+        return found or sheet.metric_lines(f"heldout/{name}/score", sheet.colour(name))
+
+    return sheet.domain_panels(lines)
+
+
+def forgetting(sheet: Sheet) -> list[Panels]:
+    """Draw backward transfer, then drawdown, of each domain with intervals."""
+
+    def lines(name: str, field: str) -> list[Line]:
+        found = []
+        for n, f in enumerate(sheet.findings):
+            points = [(m.step, getattr(m, field)[name]) for m in f.moments if name in getattr(m, field)]
+            points = [(step, interval) for step, interval in points if math.isfinite(interval.mid)]
+            if points:
+                found.append(sheet.interval_line(n, sheet.colour(name), *zip(*points, strict=True)))
+        return found
+
+    return [
+        group
+        for field, title in FORGETTING.items()
+        for group in sheet.domain_panels(lambda name, field=field: lines(name, field), heading=title, has_zero=True)
+    ]
+
+
+class Cell(NamedTuple):
+    """One cell of a heatmap."""
+
+    kinds: str
+    """Classes of the style sheet: which way it went, whether its interval leaves out zero, whether it is on itself."""
+    depth: float
+    effect: Interval
+
+
+def transfer(sheet: Sheet) -> list[list[tuple[str, list[Cell]]]]:
+    """Return what training on each domain did to each, as rows of a heatmap."""
+    return [_heatmap(f.transfer) if f.transfer else [] for f in sheet.findings]
+
+
+def _heatmap(table: Transfer) -> list[tuple[str, list[Cell]]]:
+    strongest = float(np.abs(table.effect).max()) or 1.0
+    cells = np.stack([table.low, table.effect, table.high], axis=-1)
+    return [
+        (name, [_cell(Interval(*cells[j, k]), strongest, name == to) for k, to in enumerate(table.domains)])
+        for j, name in enumerate(table.trained)
+    ]
+
+
+def _cell(effect: Interval, strongest: float, is_own: bool) -> Cell:
+    is_sure = effect.is_above_zero or effect.is_below_zero
+    kinds = ["gain" if effect.mid > 0 else "loss", "sure" if is_sure else "open", *(["own"] if is_own else [])]
+    return Cell(" ".join(kinds), round(abs(effect.mid) / strongest * (0.62 if is_sure else 0.2), 3), effect)
+
+
+def predicted(sheet: Sheet) -> list[list[tuple[Any, str, Any, Any]]]:
+    """Return (stage, domain, predicted, measured) of the plan's stages."""
+    return [
+        [
+            (stage.get("stage", k + 1), name, guess, (stage.get("measured") or {}).get(name))
+            for k, stage in enumerate(f.run.predicted)
+            for name, guess in (stage.get("predicted") or {}).items()
+        ]
+        for f in sheet.findings
+    ]
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def reward(sheet: Sheet) -> list[Panels]:
+    """Draw each domain's training reward."""
+    return sheet.domain_panels(lambda name: sheet.metric_lines(f"domain/{name}/reward", sheet.colour(name)))
+
+
+def entropy(sheet: Sheet) -> tuple[list[Panels], list[Panels]]:
+    """Draw each domain's entropy in training and at evaluations, over the band where it should stay; its coefficient."""
+
+    def lines(name: str) -> list[Line]:
+        found = sheet.metric_lines(f"domain/{name}/entropy", sheet.colour(name), what="in training")
+        mark: Mark = "dots" if found else "both"
+        for n, f in enumerate(sheet.findings):
+            points = [(row.step, row.entropy[name]) for row in f.evaluations if name in row.entropy]
+            if points:
+                found.append(sheet.line(n, sheet.colour(name), *zip(*points, strict=True), what="held out", mark=mark))
+        return found
+
+    def allowed(name: str) -> tuple[float, float] | None:
+        known = [f.entropy[name] for f in sheet.findings if name in f.entropy]
+        return next(((e.low, e.high) for e in known if math.isfinite(e.low)), None)
+
+    levels = sheet.domain_panels(lines, shares_y=False, allowed_of=allowed)
+    titles = {"entropy_coef": "Coefficient of the entropy term, where it is on"}
+    return levels, sheet.metric_panels("domain/{name}/{metric}", titles)
+
+
+class Mixture(NamedTuple):
+    """What one run practised."""
+
+    figure: Figure
+    reasons: list[tuple[float, float, str]]
+    """(First step, last step, words) of each stretch of draws with the same reason."""
+    every: int
+    """One reason in so many is listed."""
+
+
+def mixture(sheet: Sheet) -> list[Mixture | None]:
+    """Draw the share of each domain in every draw and list the scheduler's reasons."""
+    return [_mixture(sheet, f.run) for f in sheet.findings]
+
+
+def _mixture(sheet: Sheet, run: LoadedRun) -> Mixture | None:
+    rows = [row for row in run.decisions if isinstance(row.get("mixture"), dict)]
+    if not rows:
+        return None
+    x = np.array([row.get("step", row.get("draw", k)) for k, row in enumerate(rows)], dtype=float)
+    layers = []
+    for name in run.domains:
+        share = np.array([row["mixture"].get(name, 0.0) for row in rows], dtype=float)
+        if share.any():
+            layers.append(Layer(name=name, share=share, colour=sheet.colour(name)))
+    reasons = _reasons(rows, x)
+    figure = draw_stack("share of each draw", x, layers, notes=[(start, words) for start, _, words in reasons])
+    return Mixture(figure, reasons, math.ceil(len(reasons) / REASONS))
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]], x: np.ndarray) -> list[tuple[float, float, str]]:
+    spans: list[tuple[float, float, str]] = []
+    for row, step in zip(rows, x, strict=True):
+        words = str(row.get("reason", ""))
+        if spans and spans[-1][2] == words:
+            spans[-1] = (spans[-1][0], float(step), words)
+        else:
+            spans.append((float(step), float(step), words))
+    return spans
+
+
+def pool(sheet: Sheet) -> list[list[Figure]]:
+    """Draw how many prompts of each domain are in which state."""
+    return [
+        [figure for name in f.run.domains if (figure := _states(sheet, f.run, name)) is not None]
+        for f in sheet.findings
+    ]
+
+
+def _states(sheet: Sheet, run: LoadedRun, name: str) -> Figure | None:
+    found = [run.metrics.get(f"curriculum/{name}/{state}") for state in STATES]
+    steps = max((series.steps for series in found if series is not None), key=len, default=None)
+    if steps is None:
+        return None
+    colour = sheet.colour(name)
+    half, pale = (f"color-mix(in oklab,{colour} {share}%,var(--card))" for share in (60, 25))
+    layers = [
+        Layer(name=state, colour=tone, share=np.interp(steps, *series))
+        for state, series, tone in zip(STATES, found, (colour, pale, "var(--muted)", half), strict=True)
+        if series is not None
+    ]
+    return draw_stack(name, steps, layers, domain=name, chip=colour, bins=60)
+
+
+def rollouts(sheet: Sheet) -> tuple[list[dict[str, tuple[float, float]]], list[Panels], list[Panels]]:
+    """Return what the rollouts were good for: completions by domain, the run's own keys, dead groups by domain."""
+    keys = dict.fromkeys(key for f in sheet.findings for key in _keys(f.run, "rollout/"))
+    overall = sheet.key_panels({key: key.split("/", 1)[1].replace("_", " ") for key in keys})
+    return [budget(f.run) for f in sheet.findings], overall, sheet.metric_panels("domain/{name}/{metric}", DEAD)
+
+
+def diversity(sheet: Sheet) -> list[Panels]:
+    """Draw how many different answers a group holds."""
+    return sheet.metric_panels("diversity/{name}/{metric}", DIVERSITY)
+
+
+def degeneration(sheet: Sheet) -> tuple[bool, list[Panels]] | None:
+    """Return whether no completion showed a sign of decay, and draw the signs that one did; None without any."""
+    logged = [(key.rsplit("/", 1)[1], f.run.metrics[key]) for f in sheet.findings for key in _keys(f.run, "shortcuts/")]
+    seen = {name for name, series in logged if series.values.any()}
+    drawn = sheet.metric_panels("shortcuts/{name}/{metric}", {name: SIGNS[name] for name in SIGNS if name in seen})
+    return (seen.isdisjoint(SHARES), drawn) if logged else None
+
+
+def health(sheet: Sheet) -> list[Panels]:
+    """Draw TRL's own numbers over all domains."""
+    return sheet.key_panels(HEALTH)
+
+
+# --- beyond the score: reach, calibration, form, distance to the base, and what entropy still buys ------------------------
+
+
+def quality(sheet: Sheet) -> tuple[list[Panels], list] | None:
     """Draw what held-out evaluation says beside the score, with intervals where the run kept them; then the styles."""
-    parts = []
-    for metric, title in QUALITIES.items():
 
-        def lines(name: str, metric: str = metric) -> list[Line]:
-            found = [_with_intervals(sheet, n, f, name, metric) for n, f in enumerate(sheet.findings)]
-            known = [line for line in found if line is not None]
-            return known or sheet.metric_lines(f"heldout/{name}/{metric}", sheet.colour(name))
+    def lines(name: str, metric: str) -> list[Line]:
+        found = [_with_intervals(sheet, n, f, name, metric) for n, f in enumerate(sheet.findings)]
+        known = [line for line in found if line is not None]
+        return known or sheet.metric_lines(f"heldout/{name}/{metric}", sheet.colour(name))
 
-        parts.append(sheet.domain_panels(lines, heading=title, has_zero=metric.endswith("overconfidence")))
-    if not any(parts):
-        return ""
-    styles = sheet.side_by_side([(n, _styles(sheet, f)) for n, f in enumerate(sheet.findings)])
-    return f'<div class="groups">{"".join(parts)}</div>{styles}'
+    groups = [
+        group
+        for metric, title in QUALITIES.items()
+        for group in sheet.domain_panels(
+            lambda name, metric=metric: lines(name, metric),
+            heading=title,
+            has_zero=metric.endswith("overconfidence"),
+        )
+    ]
+    return (groups, [list(_styles(f)) for f in sheet.findings]) if groups else None
 
 
-def exchange(sheet: Sheet) -> str:
-    """Tabulate the fit R = b - a exp(H) of every domain and the headroom that its entropy leaves."""
-    return sheet.side_by_side([(n, _exchange(sheet, f)) for n, f in enumerate(sheet.findings)])
+def exchange(sheet: Sheet) -> list[list[tuple[str, Exchange | None, str]]]:
+    """Return of every domain the fit R = b - a exp(H) and, in words, the headroom that its entropy leaves."""
+    return [
+        [(name, found := fit_domain(f, name), verdict(found)) for name in f.run.domains]
+        if len(f.evaluations) >= FEWEST
+        else []
+        for f in sheet.findings
+    ]
 
 
 def fit_domain(findings: Findings, name: str) -> Exchange | None:
@@ -326,24 +357,12 @@ def verdict(found: Exchange | None) -> str:
         return "score did not follow entropy beyond noise: the law says nothing here"
     if not math.isfinite(found.headroom.mid):
         return "entropy is used up"
-    return f"using up the rest of the entropy would buy {_plain(found.headroom)}"
+    return f"using up the rest of the entropy would buy {change_with_bounds(found.headroom)}"
 
 
-def _exchange(sheet: Sheet, findings: Findings) -> str:
-    if len(findings.evaluations) < FEWEST:
-        return ""
-    rows = []
-    for name in findings.run.domains:
-        found = fit_domain(findings, name)
-        a = "–" if found is None else _plain(found.a_interval)
-        ceiling = "–" if found is None or not found.is_trade else f"{found.b - found.a:.3f}"
-        rows.append(
-            f'<tr data-domain="{escape(name)}"><th scope="row"><span class="chip"><i style="background:'
-            f'{sheet.colour(name)}"></i>{escape(name)}</span></th><td>{a}</td><td>{ceiling}</td>'
-            f"<td>{escape(verdict(found))}</td></tr>"
-        )
-    head = "<tr><th>domain</th><th>a, score per unit of e^H</th><th>b − a, score at H = 0</th><th>headroom</th></tr>"
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+def change_with_bounds(interval: Interval) -> str:
+    """Write a change with its interval: `+0.123 [+0.101, +0.145]`."""
+    return f"{signed(interval.mid)} {bounds(interval)}"
 
 
 def _with_intervals(sheet: Sheet, n: int, findings: Findings, name: str, metric: str) -> Line | None:
@@ -370,29 +389,59 @@ def _bounds_of(statistics: Mapping[str, Any], metric: str) -> Sequence[float] | 
     return found if isinstance(found, list) and len(found) == 3 else None
 
 
-def _styles(sheet: Sheet, findings: Findings) -> str:
-    """Tabulate the output styles of each domain at the first and at the last evaluation."""
+def _styles(findings: Findings) -> Iterable[tuple[str, str, str]]:
+    """Yield (domain, output styles at the first evaluation, at the last)."""
     lines = [line for line in findings.run.evaluations if _mapping(line.get("domains"))]
-    if not lines:
-        return ""
-    rows = []
-    for name in findings.run.domains:
+    for name in findings.run.domains if lines else ():
         first, last = (_mapping(_mapping(lines[k]["domains"].get(name)).get("styles")) for k in (0, -1))
         if last:
-            cells = "".join(f"<td>{escape(_shares(shares))}</td>" for shares in (first, last))
-            rows.append(f'<tr data-domain="{escape(name)}"><th scope="row">{escape(name)}</th>{cells}</tr>')
-    head = "<tr><th>output style</th><th>at the start</th><th>at the end</th></tr>"
-    return (
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
-    )
+            yield name, _shares(first), _shares(last)
 
 
 def _shares(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{style} {share:.0%}" for style, share in list(shares.items())[:3]) or "–"
 
 
-def _plain(interval: Interval) -> str:
-    return f"{interval.mid:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]".replace("-", "−")
+# --- what the model said, and how the run was made --------------------------------------------------------------------
+
+
+def samples(sheet: Sheet) -> list[list[tuple[str, list]]]:
+    """Return (domain, [(prompt, rows)]): answers to the same held-out prompts at the start, in the middle and at the end."""
+    return [[(name, said) for name in f.run.domains if (said := _said(f.run, name))] for f in sheet.findings]
+
+
+def _said(run: LoadedRun, name: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    rows = [row for row in run.samples if row.get("domain") == name and isinstance(row.get("step"), (int, float))]
+    steps = sorted({row["step"] for row in rows})
+    chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]) if steps else ()
+    first: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for row in rows:
+        first.setdefault(as_text(row.get("prompt")), {}).setdefault(row["step"], row)
+    return [(prompt, [at[s] for s in chosen if s in at]) for prompt, at in list(first.items())[:PROMPTS]]
+
+
+def as_text(value: Any) -> str:
+    """Return a prompt or completion as text, whether it is one or a list of messages."""
+    if isinstance(value, list):
+        return "\n".join(str(m.get("content", "")) if isinstance(m, Mapping) else str(m) for m in value)
+    return "" if value is None else str(value)
+
+
+def provenance(sheet: Sheet) -> list[list[tuple[str, str]]]:
+    """Return with which versions and data each run was made, by key path."""
+    return [list(_flat({"folder": f.run.path.name} | dict(f.run.provenance))) for f in sheet.findings]
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _keys(run: LoadedRun, prefix: str) -> list[str]:
+    return [key for key in run.metrics if key.startswith(prefix)]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -6,15 +6,15 @@ a letter at the line's end, so that a colour never means a domain here and a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from polyphony.curricula.intervals import Interval
-from polyphony.launch.report.charts import Line, Mark, Occasion, Panel, draw_panel, fmt, padded, thin
+from polyphony.launch.report.charts import Figure, Line, Mark, Occasion, Panel, draw_panel, fmt, padded, thin
 from polyphony.launch.report.numbers import Findings
 
 LIGHT = ("#2b51b3", "#f05315", "#0aa379", "#841471", "#8b80f6", "#4a5314", "#4981a6", "#4c2015")
@@ -23,6 +23,13 @@ DARK = ("#3278ee", "#ed6a3a", "#7bd68c", "#bc2888", "#cbcaf9", "#e1fe9f", "#70a9
 for normal, protan and deutan eyes (matrices of Machado et al. 2009) and 0.07 for tritan ones."""
 TONES = 3
 """After eight domains the hues come again nearer to the ink, then nearer to grey; labels tell them apart."""
+
+
+class Panels(NamedTuple):
+    """Figures that stand together."""
+
+    figures: Sequence[Figure]
+    heading: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +52,11 @@ class Sheet:
         """Steps from 0 to the end of the longest run."""
         return 0, max(1, *(f.run.steps for f in self.findings))
 
+    @property
+    def letters(self) -> list[str]:
+        """The letter of every run."""
+        return [self.letter(n) for n in range(len(self.findings))]
+
     def colour(self, domain: str) -> str:
         """Return the domain's colour: its place in `domains` alone decides it."""
         return f"var(--c{self.domains.index(domain) % (len(LIGHT) * TONES)})"
@@ -52,17 +64,6 @@ class Sheet:
     def letter(self, n: int) -> str:
         """Return the letter of run n, A first; nothing where there is only one run."""
         return "" if self.is_single else chr(ord("A") + n % 26)
-
-    def named(self, n: int) -> str:
-        """Return the heading of run n; nothing where there is only one run."""
-        if self.is_single:
-            return ""
-        return f'<h3><b class="letter">{self.letter(n)}</b> {escape(self.findings[n].run.name)}</h3>'
-
-    def side_by_side(self, blocks: Sequence[tuple[int, str]], kind: str = "runs") -> str:
-        """Return the blocks of (run, HTML), each under its run's heading; empty ones are left out."""
-        drawn = [f"<div>{self.named(n)}{block}</div>" for n, block in blocks if block]
-        return f'<div class="{kind}">{"".join(drawn)}</div>' if drawn else ""
 
     def line(
         self,
@@ -111,35 +112,55 @@ class Sheet:
         shares_y: bool = True,
         has_zero: bool = False,
         allowed_of: Callable[[str], tuple[float, float] | None] = lambda name: None,
-    ) -> str:
-        """Return one panel a domain, over the same range of steps, and of values unless `shares_y` is off."""
-        panels = {name: [line for line in lines_of(name) if line.extremes()] for name in self.domains}
-        panels = {name: lines for name, lines in panels.items() if lines}
-        if not panels:
-            return ""
-        y_range = padded([v for lines in panels.values() for line in lines for v in line.extremes()])
-        drawn = [
+    ) -> list[Panels]:
+        """Return a group of one panel a domain, over the same range of steps, and of values unless `shares_y` is off.
+
+        Empty where no domain has a curve.
+        """
+        lines = {name: [line for line in lines_of(name) if line.extremes()] for name in self.domains}
+        extremes = [v for of_one in lines.values() for line in of_one for v in line.extremes()]
+        if not extremes:
+            return []
+        figures = [
             draw_panel(
                 Panel(
                     title=name,
                     domain=name,
                     chip=self.colour(name),
-                    lines=lines,
-                    note=from_to(lines[0]) if self.is_single else "",
+                    lines=of_one,
+                    note=from_to(of_one[0]) if self.is_single and of_one else "",
                     x_range=self.x_range,
-                    y_range=y_range if shares_y else None,
+                    y_range=padded(extremes) if shares_y else None,
                     has_zero=has_zero,
                     allowed=allowed_of(name),
                     marks=self.marks(name),
                     ribbon=self.ribbon(),
                 )
             )
-            for name, lines in panels.items()
+            for name, of_one in lines.items()
         ]
-        grid = f'<div class="panels">{"".join(drawn)}</div>'
-        return (
-            f'<div class="group" style="--n:{len(drawn)}"><h3>{escape(heading)}</h3>{grid}</div>' if heading else grid
-        )
+        return [Panels([figure for figure in figures if figure], heading)]
+
+    def metric_panels(self, key: str, titles: Mapping[str, str]) -> list[Panels]:
+        """Return a group for each metric of `titles` that was logged by domain; `key` has places for {name}, {metric}."""
+        return [
+            group
+            for metric, title in titles.items()
+            for group in self.domain_panels(
+                lambda name, metric=metric: self.metric_lines(key.format(name=name, metric=metric), self.colour(name)),
+                heading=title,
+            )
+        ]
+
+    def key_panels(self, titles: Mapping[str, str]) -> list[Panels]:
+        """Return a group of one panel for each key of the whole run that was logged."""
+        ink, ribbon = "var(--ink)", self.ribbon()
+        panels = [
+            Panel(title=title, lines=self.metric_lines(key, ink), x_range=self.x_range, ribbon=ribbon)
+            for key, title in titles.items()
+        ]
+        figures = [figure for figure in map(draw_panel, panels) if figure]
+        return [Panels(figures)] if figures else []
 
     def marks(self, domain: str) -> list[Occasion]:
         """Return a domain's first alarms; the table has them all."""
@@ -166,15 +187,3 @@ def from_to(line: Line) -> str:
     """Return where a curve starts and ends, as `0.25 → 0.61`."""
     values = line.y[np.isfinite(line.y)]
     return " → ".join(f"{v:.2f}".replace("-", "−") if abs(v) < 10 else fmt(v) for v in (values[0], values[-1]))
-
-
-def palette() -> str:
-    """Return the style sheet's colour variables for light and dark paper."""
-    count = len(LIGHT)
-    tones = "".join(
-        f"--c{count + k}:color-mix(in oklab,var(--c{k}) 55%,var(--ink));"
-        f"--c{2 * count + k}:color-mix(in oklab,var(--c{k}) 50%,var(--muted));"
-        for k in range(count)
-    )
-    light, dark = ("".join(f"--c{k}:{hue};" for k, hue in enumerate(hues)) for hues in (LIGHT, DARK))
-    return f":root{{{light}{tones}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.report.run import read_run
@@ -11,16 +12,12 @@ from polyphony.launch.report.run import read_run
 SPECIFICATION, PLACE = "dashboard.json", "dashboard.url"
 
 
-def dashboard(run: Path) -> None:
-    """Write the specification of a run's dashboard beside it, send it to W&B where that can be, and print both places.
-
-    The same run's dashboard is updated the next time.
-    """
+def specify(run: Path) -> tuple[Any, str | None]:
+    """Write the specification of a run's dashboard beside it; return the workspace and what keeps it from W&B, if any."""
     from polyphony.trainer.run.wandb_dashboard import (  # slow to import
         build_workspace,
         default_entity,
         obstacle,
-        save_workspace,
         specification,
     )
 
@@ -36,11 +33,17 @@ def dashboard(run: Path) -> None:
         domains=found.domains,
     )
     (run / SPECIFICATION).write_text(json.dumps(specification(workspace), indent=1), encoding="utf-8")
-    print(run / SPECIFICATION)
-    if missing is None:
-        print(save_workspace(workspace, run / PLACE))
-        return
-    print(
-        f"not sent to W&B: {missing}. To push: `wandb login`, `wandb sync {run / 'wandb'}/offline-run-*`, then "
-        f"`polyphony dashboard {run}` again"
-    )
+    return workspace, missing
+
+
+def send(workspace: Any, run: Path) -> str:
+    """Send a dashboard to W&B and return its address; the same run's is updated the next time."""
+    from polyphony.trainer.run.wandb_dashboard import save_workspace  # slow to import
+
+    return save_workspace(workspace, run / PLACE)
+
+
+def way_to_send(run: Path, missing: str) -> str:
+    """Say what has to be done before a dashboard can be sent."""
+    synced = f"`wandb sync {run / 'wandb'}/offline-run-*`"
+    return f"not sent to W&B: {missing}. To push: `wandb login`, {synced}, then `polyphony dashboard {run}` again"

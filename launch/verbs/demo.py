@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import say, train
 from polyphony.launch.verbs.probe import TRANSFER_FILE, probe
 from polyphony.launch.verbs.tables import transfer_table
@@ -15,23 +15,25 @@ from polyphony.launch.verbs.tables import transfer_table
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
 
-def demo(out: Path | None = None) -> None:
-    """Run the demo into `out` (or the next free `runs/demo*`) and print its table and where the report lies."""
+def demo(out: Path | None = None) -> Path:
+    """Run the demo into `out` (or the next free `runs/demo*`) and return that folder."""
     out = out or _next_free(Path("runs"))
     if out.is_dir() and any(out.iterdir()):
         raise RecipeError(f"folder {out} is not empty; remove it, or choose another --out")
     recipe = load_recipe(RECIPE)
     say("probing: what does a little training on one domain do to the others?")
     engine = probe(recipe, out / "probe")
-    run = out / "run"
     planned = recipe.curriculum.model_copy(update={"transfer": str((out / "probe" / TRANSFER_FILE).resolve())})
     say("training on all domains")
-    train(recipe.model_copy(update={"curriculum": planned}), run, engine=engine)
-    print(table(recipe, TransferMatrix.load(run / "transfer.json").on("report")))
-    print()
-    print(transfer_table(TransferMatrix.load(out / "probe" / TRANSFER_FILE).on("report")))
-    print("* the 95 % interval excludes zero")
-    print(f"report: {run / 'report.html'}")
+    train(recipe.model_copy(update={"curriculum": planned}), out / "run", engine=engine)
+    return out
+
+
+def demo_tables(out: Path) -> str:
+    """Return what the demo in this folder did to each domain, what its probes found, and where the report lies."""
+    run, probes = (TransferMatrix.load(out / part / TRANSFER_FILE).on("report") for part in ("run", "probe"))
+    told = [table(run), "", transfer_table(probes), "* the 95 % interval excludes zero"]
+    return "\n".join([*told, f"report: {out / 'run' / 'report.html'}"])
 
 
 def _next_free(runs: Path) -> Path:
@@ -39,13 +41,13 @@ def _next_free(runs: Path) -> Path:
     return next(runs / name for name in names if not (runs / name).exists())
 
 
-def table(recipe: Recipe, matrix: TransferMatrix) -> str:
+def table(matrix: TransferMatrix) -> str:
     """Return each domain's held-out score and entropy before and after the run."""
     (run,) = matrix.runs()
     before, after = run[0], run[-1]
     lines = [f"{'domain':<14}{'held-out score':>18}{'entropy':>18}"]
-    for name, section in recipe.domains.items():
-        watched = "" if section.train is not None else "   only watched"
+    for name in matrix.domains:
+        watched = "   only watched" if name in matrix.watch_only else ""
         lines.append(f"{name:<14}{_change(before, after, name)}{_entropy(before, after, name)}{watched}")
     return "\n".join(lines)
 

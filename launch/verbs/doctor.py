@@ -6,7 +6,6 @@ functions: one that is missing or broken is a finding.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -14,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,6 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from polyphony.launch.sections import ClusterSection
-from polyphony.launch.verbs import doctor as more
 
 Verdict = Literal["ok", "slow", "broken"]
 
@@ -36,6 +34,9 @@ class Finding:
     verdict: Verdict
     what: str
     fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<7}{self.name:<16}{self.what}" + (f"\n{'':<23}→ {self.fix}" if self.fix else "")
 
 
 RAN_TOGETHER = {"ray": "2.60", "deepspeed": "0.19"}
@@ -214,22 +215,11 @@ MEMORY_GIB = 6
 """What the demo needs at most."""
 
 
-def doctor(*, as_json: bool) -> int:
-    """Print every finding; return 1 if one is broken."""
-    checks: list[Callable[[], list[Finding]]] = [packages, more.extras, houses, engine, devices, more.cards]
-    checks += [memory, disk, sandbox, more.shared_folder, more.ports, more.all_reduce, weight_sync]
-    findings = []
-    for check in checks:
-        for finding in check():
-            findings.append(finding)
-            if not as_json:
-                print(
-                    f"{finding.verdict:<7}{finding.name:<16}{finding.what}"
-                    + (f"\n{'':<23}→ {finding.fix}" if finding.fix else "")
-                )
-    if as_json:
-        print(json.dumps([asdict(f) for f in findings]))
-    return int(any(f.verdict == "broken" for f in findings))
+def doctor() -> Iterator[Finding]:
+    """Yield every finding as it is made."""
+    checks = (packages, extras, houses, engine, devices, cards, memory, disk, sandbox, shared_folder, ports, all_reduce)
+    for check in (*checks, weight_sync):
+        yield from check()
 
 
 def packages() -> list[Finding]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
-from polyphony.launch.verbs.tables import statistics_table
+from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
 
 if TYPE_CHECKING:
@@ -49,28 +48,47 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
     return Asked(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
 
 
-def evaluate(question: Asked, *, as_json: bool) -> None:
-    """Print every statistic of every domain with its 95 % interval, over all held-out items; for two models, the
-    paired differences and whether they exclude zero."""
+def evaluate(question: Asked) -> list[HeldoutResult]:
+    """Return what each of the models does on the held-out sets."""
     results, engine = [], None
     for model in question.models:
         if engine is not None and not _same_shape(*question.models):
             engine = None
         result, engine = evaluate_model(question.recipe, model, engine=engine)
         results.append(result)
+    return results
+
+
+def results_table(question: Asked, results: Sequence[HeldoutResult]) -> str:
+    """Return every statistic of every domain with its 95 % interval, over all held-out items; for two models, the paired
+    differences and whether they exclude zero."""
     if len(results) == 2:
-        _print_comparison(question.models, *results, as_json=as_json)
-        return
+        first, second = question.models
+        head = f"{second} minus {first}, paired by item; * where the 95 % interval excludes zero (each by itself)"
+        return f"{head}\n{changes_table(compare_results(*results))}"
     answers = {name: results[0].read(name) for name in results[0].answers}
-    found = {name: read.intervals() for name, read in answers.items()}
-    if as_json:
-        print(json.dumps({name: _as_dict(results[0], name, as_lists(found[name])) for name in found}))
-        return
-    print(statistics_table(found))
-    for name, read in answers.items():
-        print(
-            f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
-        )
+    styles = [
+        f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
+        for name, read in answers.items()
+    ]
+    return "\n".join([statistics_table({name: read.intervals() for name, read in answers.items()}), *styles])
+
+
+def results_as_json(question: Asked, results: Sequence[HeldoutResult]) -> dict[str, Any]:
+    """Return the same numbers as plain JSON: of one model by domain, of two as `a`, `b` and their `difference`."""
+    sides = [{name: _as_dict(result, name) for name in result.answers} for result in results]
+    if len(sides) == 1:
+        return sides[0]
+    differences = {
+        name: {
+            statistic: {"interval": [*i], "excludes_zero": i.is_above_zero or i.is_below_zero}
+            for statistic, i in rows.items()
+            if math.isfinite(i.low)
+        }
+        for name, rows in compare_results(*results).items()
+    }
+    models = dict(zip("ab", question.models, strict=True))
+    return {"models": models, **dict(zip("ab", sides, strict=True)), "difference": differences}
 
 
 def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) -> tuple[HeldoutResult, Engine | None]:
@@ -115,28 +133,9 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
     return trainer.evaluator.distance_to(lambda prompts, ids: trainer.policy.logps(prompts, ids, model=model))
 
 
-def _print_comparison(models: Sequence[str], first: HeldoutResult, second: HeldoutResult, *, as_json: bool) -> None:
-    found = compare_results(first, second)
-    if as_json:
-        differences = {
-            name: {
-                statistic: {"interval": [*i], "excludes_zero": i.is_above_zero or i.is_below_zero}
-                for statistic, i in rows.items()
-                if math.isfinite(i.low)
-            }
-            for name, rows in found.items()
-        }
-        sides = {
-            model: {name: _as_dict(r, name, as_lists(r.read(name).intervals())) for name in r.answers}
-            for model, r in zip(("a", "b"), (first, second), strict=True)
-        }
-        print(json.dumps({"models": dict(zip("ab", models, strict=True)), **sides, "difference": differences}))
-        return
-    print(f"{models[1]} minus {models[0]}, paired by item; * where the 95 % interval excludes zero (each by itself)")
-    print(statistics_table(found, is_change=True))
-
-
-def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[float]]) -> dict[str, Any]:
+def _as_dict(result: HeldoutResult, name: str) -> dict[str, Any]:
+    read = result.read(name)
+    statistics = as_lists(read.intervals())
     low, score, high = statistics["score"]
     return {
         "items": len(result.items[name]),
@@ -145,7 +144,7 @@ def _as_dict(result: HeldoutResult, name: str, statistics: Mapping[str, list[flo
         "pass_at_k": sum(result.passed()[name]) / len(result.items[name]),
         "entropy": result.entropy[name],
         "statistics": statistics,
-        "styles": result.read(name).styles(),
+        "styles": read.styles(),
     }
 
 

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from polyphony.curricula.decision_log import Replayed, replay
 from polyphony.curricula.schedulers import Scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.planner import make_plan
+from polyphony.curricula.transfer.planner import Plan, make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, load_recipe
@@ -19,38 +20,30 @@ from polyphony.rewards.registry import other_versions
 from polyphony.trainer.run.folder import RunFolder
 
 
-def plan(path: Path, *, as_json: bool) -> None:
-    """Print what the transfer file recommends: a paragraph, or the JSON object and, beside it, what limits it."""
+def plan(path: Path) -> Plan:
+    """Return what a transfer file recommends; says on standard error where its graders have other versions now."""
     if not path.is_file():
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
     matrix = TransferMatrix.load(path)
     for line in other_versions(matrix.provenance.get("graders", {})):
         print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
-    made = make_plan(matrix)
-    if not as_json:
-        print(made.explain())
-        return
-    print(json.dumps(made.as_json(), allow_nan=False))
-    for note in made.notes:
-        print(note, file=sys.stderr)
+    return make_plan(matrix)
 
 
-def replay_run(
-    run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = (), as_json: bool
-) -> None:
-    """Print, draw by draw, the mixture that ran beside the one another scheduler would have asked for; draw both."""
-    replayed = replayed_run(run, scheduler=scheduler, transfer=transfer, overrides=overrides)
-    if as_json:
-        lines = [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
-        print(json.dumps(lines))
-        return
+def replay_table(replayed: Sequence[Replayed], *, scheduler: str) -> str:
+    """Return, draw by draw (40 at most), the mixture that ran beside the one another scheduler would have asked for."""
     names = replayed[0].domains
     width = max(12, *(len(name) + 2 for name in names))
-    print(f"{'draw':>6}  " + "".join(f"{name:>{width}}" for name in names) + f"   ran / {scheduler}")
+    lines = [f"{'draw':>6}  " + "".join(f"{name:>{width}}" for name in names) + f"   ran / {scheduler}"]
     for r in replayed[:: max(1, len(replayed) // 40)]:
         shares = "".join(f"{f'{a:.2f}/{b:.2f}':>{width}}" for a, b in zip(r.ran, r.replayed, strict=True))
-        print(f"{r.draw:>6}  {shares}   {r.reason}")
-    print(drawn(run, replayed, scheduler=scheduler))
+        lines.append(f"{r.draw:>6}  {shares}   {r.reason}")
+    return "\n".join(lines)
+
+
+def replay_as_json(replayed: Sequence[Replayed]) -> list[dict[str, Any]]:
+    """Return both mixtures of every draw."""
+    return [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
 
 
 def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
@@ -60,7 +53,7 @@ def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
 
 
-def replayed_run(
+def replay_run(
     run: Path, *, scheduler: str, transfer: Path | None = None, overrides: Sequence[str] = ()
 ) -> list[Replayed]:
     """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.

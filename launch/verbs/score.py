@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,23 @@ from polyphony.curricula.records import Completion, Domain
 from polyphony.launch.import_paths import renamed
 from polyphony.rewards.answers import completion_text
 from polyphony.trainer.data import PromptTable, load_rows
-from polyphony.trainer.metrics import Logged
 from polyphony.trainer.scoring import Scorer
 
 
-def score(path: Path, *, reward: str, as_json: bool) -> None:
-    """Print the reward of every row, in order; null where the grader failed. Raises ValueError for a malformed row."""
-    logged = Logged()
-    rewards = score_rows(path, reward=reward, logged=logged)
-    said = {name: {"sum": total, "of": count} for (_, name), (total, count) in logged.sums.items()}
-    if as_json:
-        print(json.dumps({"rewards": rewards, "logged": said}))
-        return
-    for number, value in enumerate(rewards, start=1):
-        print(f"{number:6d}  {'failed' if value is None else f'{value:g}'}")
-    graded = [r for r in rewards if r is not None]
-    if graded:
-        counts = ", ".join(f"{value:g}: {n}" for value, n in sorted(Counter(graded).items())[:8])
-        print(
-            f"mean {sum(graded) / len(graded):.3f} of {len(graded)} graded, {len(rewards) - len(graded)} failed ({counts})"
-        )
-    for name, counted in said.items():
-        print(f"{name.replace('_', ' ')}: {counted['sum']:g} of {counted['of']}")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What a reward said of the rows of a file, in order."""
+
+    rewards: list[float | None]
+    """None where the grader failed."""
+    logged: dict[str, dict[str, float]]
+    """What it logged by name, as `{"sum": .., "of": ..}`."""
 
 
-def score_rows(path: Path, *, reward: str, logged: Logged | None = None) -> list[float | None]:
-    """Return the reward of every row of a JSONL or Parquet file, and in `logged` what the reward logs.
+def score_rows(path: Path, *, reward: str) -> Scored:
+    """Run a reward over every row of a JSONL or Parquet file.
 
-    `completion_ids` are for rewards that count tokens.
+    `completion_ids` are for rewards that count tokens. Raises ValueError for a malformed row.
     """
     rows = [dict(row) for row in load_rows(str(path), where="rows")]
     for number, row in enumerate(rows, start=1):
@@ -49,12 +39,25 @@ def score_rows(path: Path, *, reward: str, logged: Logged | None = None) -> list
     domain = Domain(name="rows", kind="structured", reward=_spec(reward))
     table = PromptTable(rows, domain=domain, where=str(path), is_chat=True)
     completions = [
-        Completion(prompt=prompt, ids=ids, text=_text(row["completion"]))
+        Completion(prompt=prompt, ids=ids, text=completion_text(row["completion"]))
         for prompt, row, ids in zip(table, rows, tokens, strict=True)
     ]
     scorer = Scorer([domain])
-    scorer.logged = scorer.logged if logged is None else logged
-    return scorer(completions)
+    rewards = scorer(completions)
+    said = {name: {"sum": total, "of": count} for (_, name), (total, count) in scorer.logged.sums.items()}
+    return Scored(rewards=rewards, logged=said)
+
+
+def score_table(scored: Scored) -> str:
+    """Return the reward of every row as text, `failed` where there is none, their mean, and what was logged."""
+    rewards = scored.rewards
+    lines = [f"{n:6d}  {'failed' if value is None else f'{value:g}'}" for n, value in enumerate(rewards, start=1)]
+    if graded := [r for r in rewards if r is not None]:
+        counts = ", ".join(f"{value:g}: {n}" for value, n in sorted(Counter(graded).items())[:8])
+        mean, failed = sum(graded) / len(graded), len(rewards) - len(graded)
+        lines.append(f"mean {mean:.3f} of {len(graded)} graded, {failed} failed ({counts})")
+    lines += [f"{name.replace('_', ' ')}: {count['sum']:g} of {count['of']}" for name, count in scored.logged.items()]
+    return "\n".join(lines)
 
 
 def _spec(reward: str) -> Any:
@@ -67,7 +70,3 @@ def _spec(reward: str) -> Any:
     if not isinstance(spec.get("name"), str):
         raise ValueError(f"--reward {reward!r}: expected a `name`")
     return renamed(spec)
-
-
-def _text(completion: Any) -> str:
-    return completion_text(completion)

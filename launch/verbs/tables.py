@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from polyphony.curricula.intervals import Interval
+from polyphony.curricula.intervals import UNDEFINED, Interval
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 
@@ -37,31 +37,35 @@ def predicted_table(reviews: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def statistics_table(found: Mapping[str, Mapping[str, Interval]], *, is_change: bool = False, across: int = 4) -> str:
-    """Return statistics (rows) of domains (columns, `across` at a time) with their 95 % intervals.
+def statistics_table(found: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Return statistics (rows) of domains (columns) with their 95 % intervals."""
+    return _columns(found, lambda i: f"{i.mid:.3f} [{i.low:.3f}, {i.high:.3f}]")
 
-    Of changes, `*` marks those whose interval excludes zero.
-    """
+
+def changes_table(found: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Return changes of statistics with their 95 % intervals; `*` marks those whose interval excludes zero."""
+    return _columns(
+        found,
+        lambda i: f"{i.mid:+.3f} [{i.low:+.3f}, {i.high:+.3f}]{'*' if i.is_above_zero or i.is_below_zero else ' '}",
+    )
+
+
+ACROSS = 4
+"""Domains side by side."""
+
+
+def _columns(found: Mapping[str, Mapping[str, Interval]], write: Callable[[Interval], str]) -> str:
     blocks, names = [], list(found)
-    for start in range(0, len(names), across):
-        shown = names[start : start + across]
-        statistics = list(dict.fromkeys(statistic for name in shown for statistic in found[name]))
+    for start in range(0, len(names), ACROSS):
+        shown = names[start : start + ACROSS]
         width = max(24, *(len(name) + 2 for name in shown))
         lines = [" " * 27 + "".join(f"{name:>{width}}" for name in shown)]
-        for statistic in statistics:
-            cells = [_bounded(found[name].get(statistic), is_change=is_change) for name in shown]
+        for statistic in dict.fromkeys(statistic for name in shown for statistic in found[name]):
+            known = [found[name].get(statistic, UNDEFINED) for name in shown]
+            cells = ["-" if math.isnan(i.mid) else write(i) for i in known]
             lines.append(f"{statistic:<27}" + "".join(f"{cell:>{width}}" for cell in cells))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _bounded(interval: Interval | None, *, is_change: bool) -> str:
-    if interval is None or math.isnan(interval.mid):
-        return "-"
-    if not is_change:
-        return f"{interval.mid:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-    mark = "*" if interval.is_above_zero or interval.is_below_zero else " "
-    return f"{interval.mid:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{mark}"
 
 
 def _cell(change: float, low: float, high: float) -> str:

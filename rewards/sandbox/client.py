@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Literal
 
 from polyphony.rewards.sandbox import confine
-from polyphony.rewards.sandbox.server import JailServer, shared_server
+from polyphony.rewards.sandbox.server import server_in_bubblewrap, shared_server
 from polyphony.rewards.workers import is_readable_by
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Program:
 
     def __enter__(self) -> Program:
         alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
-        self._own_server = JailServer(in_bubblewrap=True, packages=self._packages) if alone else None
+        self._own_server = server_in_bubblewrap(self._packages) if alone else None
         settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
         settings += [f"level={self._level}", f"packages={self._packages}"]
         self._server = self._own_server or shared_server()

@@ -197,16 +197,26 @@ _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 
 
-def seal(*, may_write: bool) -> None:
+def seal() -> None:
+    """Refuse what `seal_all_but_files` does, and system calls that create, change or remove a file."""
+    opened = [(name, k, _IF_ANY_BIT, (_OPEN_FOR_WRITING,), False) for name, k in (("open", 1), ("openat", 2))]
+    _seal(f"{_PROCESSES} {_OUTSIDE} {_KERNEL} {_WRITES}", [*_checks(os.getpid()), *opened])
+
+
+def seal_all_but_files() -> None:
     """Refuse, from now on and for good, system calls that reach other processes, the network or the kernel's inside.
 
-    No process can be started and none signalled but this one, no socket opened; without `may_write` no file can be
-    created, changed or removed either. Threads are allowed: the address space bounds them.
+    No process can be started and none signalled but this one, no socket opened. Threads are allowed: the address space
+    bounds them.
     """
+    _seal(f"{_PROCESSES} {_OUTSIDE} {_KERNEL}", _checks(os.getpid()))
+
+
+def _seal(refused: str, checks: list[tuple]) -> None:
     if os.uname().machine not in _AUDIT_ARCH:
         raise OSError(_ENOSYS, f"no system call filter for {os.uname().machine}")
     _checked(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    code = b"".join(_filter(os.getpid(), may_write))
+    code = b"".join(_filter(refused, checks))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
     _checked(_libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, program, 0, 0), "seccomp")
@@ -216,15 +226,9 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def _filter(own_pid: int, may_write: bool) -> list[bytes]:
-    """Return the BPF program: offsets 0, 4 and 16 + 8 i of `struct seccomp_data` are number, arch and argument i."""
-    program = [_op(_LOAD, 4), _op(_IF_EQUAL, _AUDIT_ARCH[os.uname().machine], 1), _op(_RETURN, _KILL), _op(_LOAD, 0)]
-    program += [_op(_IF_AT_LEAST, 0x40000000, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]  # the x32 twins of x86_64
-    for number in _numbers(f"{_PROCESSES} {_OUTSIDE} {_KERNEL} {'' if may_write else _WRITES}").values():
-        program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _EPERM)]
-    for number in _numbers("clone3:435/435 openat2:437/437").values():  # libc then asks the older, checkable call
-        program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]
-    checks = [
+def _checks(own_pid: int) -> list[tuple]:
+    """Return (call, argument, test, values, whether meeting it allows or refuses the call)."""
+    return [
         ("clone", 0, _IF_ANY_BIT, (_CLONE_THREAD,), True),
         ("kill", 0, _IF_EQUAL, (own_pid,), True),
         ("tgkill", 0, _IF_EQUAL, (own_pid,), True),
@@ -233,9 +237,16 @@ def _filter(own_pid: int, may_write: bool) -> list[bytes]:
         ("fcntl", 1, _IF_EQUAL, _SIGNAL_OTHERS_ON_INPUT, False),
         ("ioctl", 1, _IF_EQUAL, _REACH_A_TERMINAL, False),
     ]
-    if not may_write:
-        checks += [("open", 1, _IF_ANY_BIT, (_OPEN_FOR_WRITING,), False)]
-        checks += [("openat", 2, _IF_ANY_BIT, (_OPEN_FOR_WRITING,), False)]
+
+
+def _filter(refused: str, checks: list[tuple]) -> list[bytes]:
+    """Return the BPF program: offsets 0, 4 and 16 + 8 i of `struct seccomp_data` are number, arch and argument i."""
+    program = [_op(_LOAD, 4), _op(_IF_EQUAL, _AUDIT_ARCH[os.uname().machine], 1), _op(_RETURN, _KILL), _op(_LOAD, 0)]
+    program += [_op(_IF_AT_LEAST, 0x40000000, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]  # the x32 twins of x86_64
+    for number in _numbers(refused).values():
+        program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _EPERM)]
+    for number in _numbers("clone3:435/435 openat2:437/437").values():  # libc then asks the older, checkable call
+        program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]
     for name, argument, test, values, allowed in checks:
         if name in _SYSCALLS:
             program += _check(_SYSCALLS[name], argument, test, values, allowed)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 _JAIL = Path(__file__).parent
@@ -23,12 +24,10 @@ _PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 class JailServer:
     """One such process, started when made. It ends when it is closed, and when its owner ends."""
 
-    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "") -> None:
-        jail = "/jail" if in_bubblewrap else str(_JAIL)
-        command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
+    def __init__(self, wrapper: Sequence[str] = (), *, jail: str = str(_JAIL)) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            _bubblewrap(packages) + command if in_bubblewrap else command,
+            [*wrapper, _PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -67,6 +66,11 @@ class JailServer:
         self._control.close()
         self._process.kill()
         self._process.wait()
+
+
+def server_in_bubblewrap(packages: str) -> JailServer:
+    """Return a new one that sees, of this host, an interpreter and the folder `packages`."""
+    return JailServer(_bubblewrap(packages), jail="/jail")
 
 
 _shared: dict[int, JailServer] = {}

@@ -284,7 +284,10 @@ class Supervisor:
             confine.hide_files(_readable(self.packages))
         confine.limit_resources(cpu_s=self.cpu_s, memory_bytes=self.memory_bytes, file_bytes=self.file_bytes)
         confine.drop_capabilities()
-        confine.seal(may_write=self.level != "limits")
+        if self.level == "limits":
+            confine.seal()
+        else:
+            confine.seal_all_but_files()
         sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)] + self.packages
 
 
