@@ -157,9 +157,8 @@ SAME_BY_CHANCE = {
     ("EngineSettings", "tensor_parallel"): "a neutral 1: the trainer knows no recipe",
     ("settings", "tensor_parallel"): "handed on to it",
     ("__init__", "engine"): "the trainer's choice where a script does not say; a recipe may ask for Ray too",
-    **dict.fromkeys(
-        [(grader, "timeout_s") for grader in ("Endpoint", "Math", "Procedural")], "of a grader, not of a worker"
-    ),
+    **{(grader, "timeout_s"): "not a worker's" for grader in ("Endpoint", "Math", "Procedural")},
+    ("Sampling", "top_k"): "tokens, not accepted samples",
     ("Protection", "max_drop"): "of a domain under replay's protection, not of a guardrail",
 }
 """Defaults outside the classes of settings that bear the name of one inside."""
