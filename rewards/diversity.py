@@ -221,8 +221,7 @@ class Diversity:
         ]
 
 
-def unique_correct(texts: Sequence[str], rewards: Sequence[float | None], partitioner: Any = "answer_signature") -> int:
-    """Return how many classes the samples of a prompt with the full reward of 1 fall into."""
-    correct = [text for text, reward in zip(texts, rewards, strict=True) if reward is not None and reward >= 1.0]
-    same = find_partitioner(partitioner).same([correct], [""])[0] if correct else []
+def unique_classes(texts: Sequence[str], partitioner: Any = "answer_signature") -> int:
+    """Return how many classes the texts fall into."""
+    same = find_partitioner(partitioner).same([texts], [""])[0] if texts else []
     return len(set(connected(same or [])))

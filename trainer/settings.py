@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from polyphony.curricula.records import AdvantageKind, Group, settings
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Group, settings
 from polyphony.rewards.registry import named
 
 
@@ -56,8 +56,8 @@ class Guard:
 class RftSettings:
     """Rejection-sampling fine-tuning: which samples are accepted, to be trained on alone."""
 
-    accept_from: float = 1.0
-    """Smallest reward of an accepted sample, any number; 1 is the full reward of a verifiable answer."""
+    accept_from: float = FULL_REWARD
+    """Smallest reward of an accepted sample, any number; by default those that pass."""
     top_k: int | None = Field(default=None, ge=1)
     """Most samples a prompt, the best first; None takes all accepted."""
     dedup: Any = None
