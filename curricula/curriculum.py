@@ -16,7 +16,17 @@ from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.passes import PassSampler
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import Columns, PoolFileError, load_pools
-from polyphony.curricula.records import Decision, Domain, DomainStats, Evaluation, Evidence, Group, Prompt, mean
+from polyphony.curricula.records import (
+    Decision,
+    Domain,
+    DomainStats,
+    Evaluation,
+    Evidence,
+    Group,
+    Prompt,
+    mean,
+    passes,
+)
 from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -277,7 +287,7 @@ def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
     return DomainStats(
         groups=len(groups),
         reward=mean([r for g in graded for r in g.unselected]),
-        pass_rate=mean([mean([float(r >= 1.0) for r in g.unselected]) for g in graded if g.unselected]),
+        pass_rate=mean([mean([passes(r) for r in g.unselected]) for g in graded if g.unselected]),
         abs_advantage=mean([g.abs_advantage for g in graded]),
         frac_dead=mean([float(not g.has_signal) for g in groups]),
         entropy=entropy,

@@ -264,9 +264,9 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        """Share of graded completions with the full reward of 1; NaN if none was graded."""
+        """Share of graded completions that pass; NaN if none was graded."""
         graded = self.graded
-        return len([r for r in graded if r >= 1.0]) / len(graded) if graded else math.nan
+        return sum(passes(r) for r in graded) / len(graded) if graded else math.nan
 
     @property
     def has_signal(self) -> bool:
@@ -465,3 +465,15 @@ class Decision:
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
+
+
+FULL_REWARD = 1.0
+"""What a right answer earns."""
+
+
+def passes(reward: float | None) -> bool:
+    """Whether a completion got the full reward, or an answer the full score, which is what pass rates count.
+
+    One that could not be graded did not.
+    """
+    return reward is not None and reward >= FULL_REWARD

@@ -6,13 +6,13 @@ where, and with which weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from polyphony.curricula.records import Domain, settings
 from polyphony.rewards.diversity import Diversity
+from polyphony.rewards.registry import named
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, WandbSettings
 
 
@@ -75,9 +75,7 @@ class RecipeDomain(Domain):
     @field_validator("reward")
     @classmethod
     def _names_a_reward(cls, reward: Any) -> Any:
-        if not isinstance(reward.get("name") if isinstance(reward, Mapping) else reward, str):
-            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
-        return reward
+        return named(reward)
 
     @field_validator("diversity")
     @classmethod

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as checked
 
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
+from polyphony.rewards.registry import named
 
 Gram = tuple[str, ...]
 
@@ -151,11 +152,7 @@ class Diversity:
     @field_validator("partitioner")
     @classmethod
     def _may_be_one(cls, partitioner: Any) -> Any:
-        """Names are looked up where it is used: a recipe is read without the module that its partitioner is in."""
-        name = partitioner.get("name") if isinstance(partitioner, Mapping) else partitioner
-        if not (isinstance(name, str) or hasattr(partitioner, "same")):
-            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
-        return partitioner
+        return named(partitioner, method="same")
 
     @property
     def found(self) -> Partitioner:
@@ -224,8 +221,7 @@ class Diversity:
         ]
 
 
-def unique_correct(texts: Sequence[str], rewards: Sequence[float | None], partitioner: Any = "answer_signature") -> int:
-    """Return how many classes the samples of a prompt with the full reward of 1 fall into."""
-    correct = [text for text, reward in zip(texts, rewards, strict=True) if reward is not None and reward >= 1.0]
-    same = find_partitioner(partitioner).same([correct], [""])[0] if correct else []
+def unique_classes(texts: Sequence[str], partitioner: Any = "answer_signature") -> int:
+    """Return how many classes the texts fall into."""
+    same = find_partitioner(partitioner).same([texts], [""])[0] if texts else []
     return len(set(connected(same or [])))

@@ -85,6 +85,16 @@ def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool
             log_metric(name, float(value))
 
 
+def named(spec: Any, *, method: str = "__call__") -> Any:
+    """Return what names an exchangeable part, or is one by having that method; raise ValueError for anything else.
+
+    Nothing is imported: a recipe is read without the modules that its parts are in.
+    """
+    if not (isinstance(spec.get("name") if isinstance(spec, Mapping) else spec, str) or hasattr(spec, method)):
+        raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
+    return spec
+
+
 def version_of(reward: Reward) -> dict[str, Any]:
     """Return which reward this is, and by which version of its rules it grades (its attribute `version`; 1 without)."""
     kind = reward if inspect.isfunction(reward) else type(reward)

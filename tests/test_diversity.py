@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from polyphony.rewards.diversity import Diversity, unique_correct
+from polyphony.rewards.diversity import Diversity, unique_classes
 
 
 class Given:
@@ -90,11 +90,10 @@ def test_it_travels_between_processes():
     assert diversity([["A", "a"]], [[1.0, 1.0]], ["p"]).rewards == [[0.2, 0.2]]
 
 
-def test_unique_correct_counts_classes_among_the_correct():
-    texts = [r"\boxed{4}", "The answer is 4", "<answer>5</answer>", "6", "7"]
-    assert unique_correct(texts, [1.0, 1.0, 1.0, 0.5, None]) == 2
-    assert unique_correct(texts, [0.0] * 5) == 0
-    assert unique_correct(["a", "b"], [1.0, 1.0], "exact") == 2
+def test_texts_of_one_answer_are_of_one_class():
+    assert unique_classes([r"\boxed{4}", "The answer is 4", "<answer>5</answer>"]) == 2
+    assert unique_classes([]) == 0
+    assert unique_classes(["a", "b"], "exact") == 2
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_arguments_of_vllm_and_memory_reach_the_engines():
     assert (factory.func, factory.keywords) == (InProcessEngine, {"engine_args": {"enforce_eager": True}})
     pooled = rollout_engine(load_recipe(DEBUG, ["rollouts={engine: ray, engine_args: {quantization: fp8}}"]))
     # a worker has its GPU to itself
-    assert pooled.keywords["pool"].gpu_memory_utilization == 0.9
+    assert pooled.keywords["gpu_memory_utilization"] == 0.9
     assert pooled.keywords["engine_args"] == {"quantization": "fp8"}
     lent = rollout_engine(load_recipe(DEBUG, ["rollouts.engine=ray", "grpo.vllm_gpu_memory_utilization=0.5"]))
-    assert lent.keywords["pool"].gpu_memory_utilization == 0.5
+    assert lent.keywords["gpu_memory_utilization"] == 0.5
 
 
 def test_a_process_alone_takes_one_of_several_gpus(debug_recipe, tmp_path, monkeypatch):

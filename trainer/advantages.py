@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from polyphony.curricula.records import AdvantageKind, Domain, Group, mean
+from polyphony.curricula.records import AdvantageKind, Domain, Group, mean, passes
 from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.trainer.settings import RftSettings, UpdateSettings
 
@@ -144,7 +144,7 @@ def mean_only(rewards: Sequence[float | None]) -> list[float]:
 
 def passed(rewards: Sequence[float | None]) -> list[int]:
     """Return the places of the full rewards of a group."""
-    return [i for i, r in enumerate(rewards) if r is not None and r >= 1.0]
+    return [i for i, r in enumerate(rewards) if passes(r)]
 
 
 def rare_successes(rewards: Sequence[float | None]) -> list[int]:

@@ -6,12 +6,12 @@ Settings of what needs no torch stand where they act: `curricula.records.Domain`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from polyphony.curricula.records import AdvantageKind, Group, settings
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Group, settings
+from polyphony.rewards.registry import named
 
 
 @settings
@@ -56,8 +56,8 @@ class Guard:
 class RftSettings:
     """Rejection-sampling fine-tuning: which samples are accepted, to be trained on alone."""
 
-    accept_from: float = 1.0
-    """Smallest reward of an accepted sample, any number; 1 is the full reward of a verifiable answer."""
+    accept_from: float = FULL_REWARD
+    """Smallest reward of an accepted sample, any number; by default those that pass."""
     top_k: int | None = Field(default=None, ge=1)
     """Most samples a prompt, the best first; None takes all accepted."""
     dedup: Any = None
@@ -66,10 +66,7 @@ class RftSettings:
     @field_validator("dedup")
     @classmethod
     def _may_be_a_partitioner(cls, dedup: Any) -> Any:
-        name = dedup.get("name") if isinstance(dedup, Mapping) else dedup
-        if not (dedup is None or isinstance(name, str) or hasattr(dedup, "same")):
-            raise ValueError("expected a name, pkg.module:name, or a mapping with `name`")
-        return dedup
+        return None if dedup is None else named(dedup, method="same")
 
     def is_useful(self, group: Group) -> bool:
         """Whether a group has anything to be learned from."""

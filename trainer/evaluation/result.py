@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from polyphony.curricula.records import Completion, mean
+from polyphony.curricula.records import Completion, mean, passes
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
 
@@ -63,8 +63,7 @@ class HeldoutResult:
     def passed(self) -> dict[str, tuple[float, ...]]:
         """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples."""
         return {
-            name: tuple(float(any(s is not None and s >= 1.0 for s in item)) for item in items)
-            for name, items in self.samples.items()
+            name: tuple(float(any(passes(s) for s in item)) for item in items) for name, items in self.samples.items()
         }
 
 
