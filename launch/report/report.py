@@ -117,7 +117,7 @@ CHAPTERS = (
     Chapter("degeneration", "Degeneration monitors", sections.degeneration,
             "Shares of completions with a sign of decay; signs that no completion showed are left out.",
             "degeneration monitors"),
-    Chapter("alarms", "Alarms", lambda sheet: sheet.findings, "What went off, when and where.", ""),
+    Chapter("alarms", "Alarms", lambda sheet: [f.run.alarms for f in sheet.findings], "What went off, when and where.", ""),
     Chapter("health", "Health of the run", sections.health, "The trainer's own numbers over all domains.",
             "the trainer's own metrics"),
     Chapter("samples", "In its own words", sections.samples,
