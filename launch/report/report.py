@@ -22,6 +22,7 @@ from polyphony.launch.report.numbers import Findings, as_json, find
 from polyphony.launch.report.run import read_run
 from polyphony.launch.report.story import tell
 from polyphony.launch.report.theme import Sheet, palette
+from polyphony.trainer.run.folder import RunFolder
 
 FRAME = Path(__file__).with_name("report.html")
 
@@ -192,7 +193,7 @@ def report(runs: Sequence[Path], *, out: Path | None, as_json: bool) -> None:
         summaries = {run.name: summarise(run) for run in runs}
         print(json.dumps(summaries[runs[0].name] if len(runs) == 1 else summaries))
         return
-    path = out or runs[0] / "report.html"
+    path = out or RunFolder(runs[0]).report
     try:
         print(write_report(runs, path))
     except OSError as error:

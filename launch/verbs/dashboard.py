@@ -7,8 +7,7 @@ from pathlib import Path
 
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.report.run import read_run
-
-SPECIFICATION, PLACE = "dashboard.json", "dashboard.url"
+from polyphony.trainer.run.folder import RunFolder
 
 
 def dashboard(run: Path) -> None:
@@ -35,12 +34,13 @@ def dashboard(run: Path) -> None:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
     )
-    (run / SPECIFICATION).write_text(json.dumps(specification(workspace), indent=1), encoding="utf-8")
-    print(run / SPECIFICATION)
+    folder = RunFolder(run)
+    folder.write(folder.dashboard, json.dumps(specification(workspace), indent=1))
+    print(folder.dashboard)
     if missing is None:
-        print(save_workspace(workspace, run / PLACE))
+        print(save_workspace(workspace, folder.dashboard.with_suffix(".url")))
         return
     print(
-        f"not sent to W&B: {missing}. To push: `wandb login`, `wandb sync {run / 'wandb'}/offline-run-*`, then "
+        f"not sent to W&B: {missing}. To push: `wandb login`, `wandb sync {folder.wandb}/offline-run-*`, then "
         f"`polyphony dashboard {run}` again"
     )

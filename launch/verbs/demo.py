@@ -9,8 +9,9 @@ from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.train import say, train
-from polyphony.launch.verbs.probe import TRANSFER_FILE, probe
+from polyphony.launch.verbs.probe import probe
 from polyphony.launch.verbs.tables import transfer_table
+from polyphony.trainer.run.folder import RunFolder
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
@@ -22,16 +23,16 @@ def demo(out: Path | None = None) -> None:
         raise RecipeError(f"folder {out} is not empty; remove it, or choose another --out")
     recipe = load_recipe(RECIPE)
     say("probing: what does a little training on one domain do to the others?")
-    engine = probe(recipe, out / "probe")
-    run = out / "run"
-    planned = recipe.curriculum.model_copy(update={"transfer": str((out / "probe" / TRANSFER_FILE).resolve())})
+    probed, run = RunFolder(out / "probe"), RunFolder(out / "run")
+    engine = probe(recipe, probed.path)
+    planned = recipe.curriculum.model_copy(update={"transfer": str(probed.transfer.resolve())})
     say("training on all domains")
-    train(recipe.model_copy(update={"curriculum": planned}), run, engine=engine)
-    print(table(recipe, TransferMatrix.load(run / "transfer.json").on("report")))
+    train(recipe.model_copy(update={"curriculum": planned}), run.path, engine=engine)
+    print(table(recipe, TransferMatrix.load(run.transfer).on("report")))
     print()
-    print(transfer_table(TransferMatrix.load(out / "probe" / TRANSFER_FILE).on("report")))
+    print(transfer_table(TransferMatrix.load(probed.transfer).on("report")))
     print("* the 95 % interval excludes zero")
-    print(f"report: {run / 'report.html'}")
+    print(f"report: {run.report}")
 
 
 def _next_free(runs: Path) -> Path:
