@@ -103,14 +103,13 @@ def test_a_checkpoint_that_lost_more_than_may_be_lost_is_none_to_go_back_to_sure
 
 def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, caplog):
     trainer = SimpleNamespace(
-        draws=SimpleNamespace(refill_listeners=[], listeners=[]),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=("safety",)),
         curriculum=None,
         args=SimpleNamespace(seed=1),
     )
     folder, control = RunFolder(tmp_path), SimpleNamespace(should_training_stop=False)
-    run = Run(trainer, folder, Cadence(evaluate_every=1, keep=1), model="lab")
+    run = Run(trainer, folder, Cadence(evaluate_every=1, keep=1))
     guardrail = Guardrail(domain="safety", max_drop=0.1, action="rollback")
     lost = Verdict(guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline")
     run._act(lost, control)

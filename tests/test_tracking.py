@@ -80,7 +80,6 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     notes: list[str] = []
     folder = RunFolder(tmp_path)
     trainer = SimpleNamespace(
-        draws=SimpleNamespace(listeners=[], refill_listeners=[]),
         entropy=SimpleNamespace(take_alarms=lambda: [entropy]),
         shortcuts=SimpleNamespace(take_alarms=lambda: [shortcut]),
         curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
@@ -88,7 +87,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
         data=SimpleNamespace(domains=(), names=(), n_train=8),
         args=SimpleNamespace(seed=1),
     )
-    run = Run(trainer, folder, Cadence(evaluate_every=10, keep=1), model="lab")  # type: ignore[arg-type]
+    run = Run(trainer, folder, Cadence(evaluate_every=10, keep=1))  # type: ignore[arg-type]
     run.tracker = SimpleNamespace(alert=lambda *words: told.append(words))  # type: ignore[assignment]
     run.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
     assert [title for title, _ in told] == ["collapse of math", "length_collapse of talk"]

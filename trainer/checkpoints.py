@@ -18,15 +18,35 @@ from safetensors import SafetensorError
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.files import replace_file
+from polyphony.curricula.prompts.pool_file import load_pools, save_pools
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.run.folder import BEST_FILE, STATE_FILE
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
 
 
 def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
     """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
     replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
+
+
+def save_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
+    """Write everything that a run remembers beside its weights; `others` have state of their own, by name."""
+    if curriculum.pools:
+        save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
+    states = {name: ledger.state_dict() for name, ledger in others.items()}
+    save_state(checkpoint, {**curriculum.state_dict(), **states})
+
+
+def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
+    """Restore what `save_ledgers` wrote."""
+    state = load_state(checkpoint)
+    curriculum.load_state_dict(state)
+    if curriculum.pools:
+        curriculum.adopt_pools(load_pools(checkpoint / POOL_FILE))
+    for name, ledger in others.items():
+        ledger.load_state_dict(state[name])
 
 
 @contextmanager

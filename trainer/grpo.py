@@ -23,11 +23,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.prompts.pool_file import load_pools, save_pools
 from polyphony.curricula.records import Domain, Group
 from polyphony.curricula.schedulers import Scheduler, find_scheduler
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
+from polyphony.trainer.checkpoints import load_ledgers, save_ledgers, whole_or_none
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
@@ -41,8 +40,8 @@ from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.run.callbacks import Cadence, CheckWeights, Run, run_arguments
-from polyphony.trainer.run.folder import POOL_FILE, RunFolder
+from polyphony.trainer.run.callbacks import Cadence, Run, run_arguments
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.recorder import heldout_metrics
 from polyphony.trainer.scoring import Graded, Sample, Scorer
 from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
@@ -113,11 +112,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._framing = self.data.framing
         self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
-        folder = None if run is None else RunFolder(Path(run))
-        cadence = None if folder is None else Cadence.of(args, self.plan)
-        if guardrails and folder is None:
+        if guardrails and run is None:
             raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
-        arguments = slot_arguments(args, self.plan)
+        cadence = None if run is None else Cadence.of(args, self.plan)
         self.curriculum = Curriculum(
             domains=self.data.domains,
             prompts={name: table.ids for name, table in self.data.train.items()},
@@ -139,7 +136,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         super().__init__(
             model=model,
             reward_funcs=[domain],
-            args=arguments if folder is None else run_arguments(arguments, folder),
+            args=run_arguments(slot_arguments(args, self.plan), run),
             train_dataset=slot_dataset(self.plan),
             eval_dataset=None if args.eval_strategy == "no" else slot_dataset(self.plan),  # `evaluate` knows its own
             processing_class=tokenizer,
@@ -163,10 +160,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.evaluator = self._evaluator(evaluation or EvaluationSettings())
         self.run: Run | None = None
-        if folder is not None and cadence is not None:
-            self.run = Run(self, folder, cadence, model=name, guardrails=guardrails)
-            self.add_callback(CheckWeights(self.check_weight_sync))
-            self.add_callback(self.run)
+        if run is not None and cadence is not None:
+            self.run = Run(self, RunFolder(Path(run)), cadence, model=name, guardrails=guardrails).attach()
 
     def _draws(self, pool: PoolSettings | None, max_grader_failures: float) -> Draws:
         """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
@@ -481,10 +476,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:
                 return
-            if self.curriculum.pools:
-                save_pools(folder / POOL_FILE, self.curriculum.pool_columns())
-            own = {"entropy": self.entropy.state_dict(), "shortcuts": self.shortcuts.state_dict()}
-            save_state(folder, {**self.curriculum.state_dict(), **own})
+            save_ledgers(folder, self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
@@ -497,10 +489,5 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(Path(checkpoint))
-            self.curriculum.load_state_dict(state)
-            if self.curriculum.pools:
-                self.curriculum.adopt_pools(load_pools(Path(checkpoint) / POOL_FILE))
-            self.shortcuts.load_state_dict(state["shortcuts"])
-            self.entropy.load_state_dict(state["entropy"])
+            load_ledgers(Path(checkpoint), self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
             self._resumed_from = checkpoint

@@ -79,6 +79,14 @@ class Trained(Protocol):
         """Score the policy as it is now."""
         ...
 
+    def check_weight_sync(self) -> WeightCheck | None:
+        """Check that the engine follows the policy's weights."""
+        ...
+
+    def add_callback(self, callback: Any) -> None:
+        """Have Transformers call it."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cadence:
@@ -110,10 +118,12 @@ class Cadence:
         return cls(evaluate_every=every, keep=args.save_total_limit or KEEP)
 
 
-def run_arguments(args: GRPOConfig, folder: RunFolder) -> GRPOConfig:
-    """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its own folder."""
+def run_arguments(args: GRPOConfig, run: str | Path | None) -> GRPOConfig:
+    """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder; as they are without."""
+    if run is None:
+        return args
     args = copy.copy(args)
-    args.output_dir = str(folder.checkpoints)
+    args.output_dir = str(RunFolder(Path(run)).checkpoints)
     args.eval_strategy, args.eval_on_start, args.save_total_limit = "no", False, None
     return args
 
@@ -157,7 +167,7 @@ class Run(TrainerCallback):
         folder: RunFolder,
         cadence: Cadence,
         *,
-        model: str,
+        model: str = "",
         guardrails: Sequence[Guardrail] = (),
     ) -> None:
         self.trainer, self.folder, self.cadence, self.model = trainer, folder, cadence, model
@@ -184,10 +194,17 @@ class Run(TrainerCallback):
         self._stopped_by = ""
         self._evaluated_at: int | None = None
         self._rolled_back_at: int | None = None
+
+    def attach(self) -> Run:
+        """Listen to the trainer: what it draws, and what Transformers calls; the engine's weights are checked first."""
+        trainer, recorder = self.trainer, self.recorder
         trainer.draws.refill_listeners.append(
-            lambda n, groups, refs: self.recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
+            lambda n, groups, refs: recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
         )
-        trainer.draws.listeners.append(lambda refs: self.recorder.record_draw(trainer.state.global_step + 1, refs))
+        trainer.draws.listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
+        trainer.add_callback(CheckWeights(trainer.check_weight_sync))
+        trainer.add_callback(self)
+        return self
 
     # --- before and after the loop ------------------------------------------------------------------------------------
 
