@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ from polyphony.trainer.run.folder import RunFolder
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.run.stopping import StopOnSignal
 
 
 class Interrupted(BaseException):
@@ -37,14 +35,6 @@ class Interrupted(BaseException):
         return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
-    """A run that is ready to train."""
-
-    trainer: DomainGRPOTrainer
-    stopper: StopOnSignal
-
-
 def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | None = None) -> Engine | None:
     """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
 
@@ -54,15 +44,14 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     if is_first_rank():
         claim_folder(recipe, out, resume=resume)
     try:
-        started = start(recipe, out, engine=engine)
-        trainer = started.trainer
+        trainer = start(recipe, out, engine=engine)
         trainer.train(resume_from_checkpoint=resume)
     except ValueError:  # what TRL and torch refuse comes to light when training begins
         if not resume and is_first_rank() and not folder.holds_run:
             give_up_folder(folder)
         raise
-    if started.stopper.stopped is not None:
-        raise Interrupted(*started.stopper.stopped)
+    if trainer.run is not None and trainer.run.interrupted is not None:
+        raise Interrupted(*trainer.run.interrupted)
     if trainer.accelerator.is_main_process:
         from polyphony.launch.report.report import write_report
 
@@ -106,8 +95,8 @@ def give_up_folder(folder: RunFolder) -> None:
         folder.path.rmdir()
 
 
-def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started:
-    """Build everything a run needs, and give it what only a recipe knows."""
+def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
+    """Return a recipe's trainer, ready to train, whose run has what only a recipe knows."""
     from transformers.trainer_callback import PrinterCallback
 
     from polyphony.trainer.checkpoints import whole_checkpoints
@@ -136,7 +125,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started
     trainer.add_callback(run.stopper)
     for what in _slow_or_lossy(trainer) if is_main else ():
         say(what)
-    return Started(trainer=trainer, stopper=run.stopper)
+    return trainer
 
 
 def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:

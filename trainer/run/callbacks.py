@@ -250,9 +250,14 @@ class Run(TrainerCallback):
         found = {"imports_from": list(self.imports_from)} if self.imports_from else {}
         self.folder.write(path, json.dumps({**origin, **found}, indent=1))
 
+    @property
+    def interrupted(self) -> tuple[int, int] | None:
+        """Signal and step of the checkpoint, where a signal ended the run."""
+        return None if self.stopper is None else self.stopper.stopped
+
     def finish(self) -> None:
         """Save the policy and say that the run is over, unless a signal ended it: then it can go on. Collective."""
-        if self.stopper is not None and self.stopper.stopped is not None:
+        if self.interrupted is not None:
             return
         save_final(self.trainer.policy, self.folder.final)
         if not self.is_main:
