@@ -71,8 +71,13 @@ def check_names(recipe: Recipe) -> None:
                 raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
-def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
-    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError."""
+def build_trainer(
+    recipe: Recipe, output: Path, *, engine: Engine | None = None, run: Path | None = None
+) -> DomainGRPOTrainer:
+    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError.
+
+    Checkpoints go to `output`, or into the folder `run`, which is then kept as a run's.
+    """
     from polyphony.trainer.slots import plan_draws
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
@@ -98,6 +103,8 @@ def build_trainer(recipe: Recipe, output: Path, *, engine: Engine | None = None)
             update=update_settings(recipe),
             faults=recipe.faults,
             max_grader_failures=recipe.rollouts.max_grader_failures,
+            run=run,
+            guardrails=list(recipe.guardrails.values()) if run else [],
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
@@ -147,9 +154,10 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
     """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
     checkpoints = recipe.checkpoint.every or recipe.eval.every
     for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
-        if not plan.is_boundary(every):
-            span = plan.micro_batches_per_draw / plan.micro_batches_per_step
-            raise RecipeError(f"{name}={every} falls inside a draw; a draw spans {span:g} optimizer steps")
+        try:
+            plan.check_boundary(name, every)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
 
 def build_scheduler(recipe: Recipe) -> Any:
@@ -196,6 +204,8 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         "output_dir": str(output),
         "save_strategy": "steps",
         "save_steps": recipe.checkpoint.every or recipe.eval.every,
+        "save_total_limit": recipe.checkpoint.keep,
+        "eval_steps": recipe.eval.every,
         "disable_tqdm": True,
         "report_to": "none",
         "logging_steps": 1,

@@ -190,21 +190,24 @@ def _one_line(error: BaseException | str) -> str:
 def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
     """Return the recipe of `train` or `launch`: given, or that of the folder to go on with. Raises RecipeError."""
     from polyphony.launch.recipe import RecipeError, load_recipe
-    from polyphony.launch.train import RECIPE_FILE
+    from polyphony.trainer.run.folder import RunFolder
 
     if arguments.resume:
         if arguments.out:
             raise RecipeError("--resume goes on in its own folder; leave --out away")
-        if not (arguments.resume / RECIPE_FILE).is_file():
-            raise RecipeError(f"--resume {arguments.resume}: no run there ({RECIPE_FILE} is missing)")
-    elif not arguments.recipe:
+        saved = RunFolder(arguments.resume).recipe
+        if not saved.is_file():
+            raise RecipeError(f"--resume {arguments.resume}: no run there ({saved.name} is missing)")
+        return load_recipe(arguments.recipe or saved, arguments.overrides)
+    if not arguments.recipe:
         raise RecipeError("give a recipe, or --resume RUN")
-    return load_recipe(arguments.recipe or arguments.resume / RECIPE_FILE, arguments.overrides)
+    return load_recipe(arguments.recipe, arguments.overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from polyphony.launch.build import check_names
     from polyphony.launch.train import Interrupted, train
+    from polyphony.trainer.run.folder import RunFolder
 
     recipe = _recipe_to_train(arguments)
     if arguments.dry_run:
@@ -217,12 +220,13 @@ def _train(arguments: argparse.Namespace) -> int:
     except Interrupted as stopped:
         print(f"polyphony train: {stopped}; go on with --resume {out}", file=sys.stderr)
         return 128 + stopped.number
-    if (out / "predicted.json").is_file():
+    folder = RunFolder(out)
+    if folder.predicted.is_file():
         from polyphony.launch.verbs.tables import predicted_table
 
-        print(predicted_table(json.loads((out / "predicted.json").read_text())))
+        print(predicted_table(json.loads(folder.predicted.read_text())))
     if os.environ.get("RANK", "0") == "0":
-        print(out / "report.html")
+        print(folder.report)
     return 0
 
 
@@ -236,12 +240,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from polyphony.launch.report.report import summarise, write_report
+    from polyphony.trainer.run.folder import RunFolder
 
     if arguments.json:
         summaries = {run.name: summarise(run) for run in arguments.runs}
         print(json.dumps(summaries[arguments.runs[0].name] if len(arguments.runs) == 1 else summaries))
         return
-    path = arguments.out or arguments.runs[0] / "report.html"
+    path = arguments.out or RunFolder(arguments.runs[0]).report
     try:
         print(write_report(arguments.runs, path))
     except OSError as error:
@@ -249,11 +254,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.dashboard import SPECIFICATION, send, specify, way_to_send
+    from polyphony.launch.verbs.dashboard import send, specify, way_to_send
+    from polyphony.trainer.run.folder import RunFolder
 
     run = arguments.folder
     workspace, missing = specify(run)
-    print(run / SPECIFICATION)
+    print(RunFolder(run).dashboard)
     print(send(workspace, run) if missing is None else way_to_send(run, missing))
 
 
@@ -263,13 +269,14 @@ def _probe(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from polyphony.curricula.transfer.matrix import TransferMatrix
     from polyphony.launch.report.report import write_report
-    from polyphony.launch.verbs.probe import TRANSFER_FILE, probe
+    from polyphony.launch.verbs.probe import probe
     from polyphony.launch.verbs.tables import transfer_table
+    from polyphony.trainer.run.folder import RunFolder
 
-    out = arguments.out or Path("runs") / f"{recipe.name}-probe"
-    probe(recipe, out)
-    print(transfer_table(TransferMatrix.load(out / TRANSFER_FILE).on("report")))
-    print(f"{out / TRANSFER_FILE}\n{write_report([out], out / 'report.html')}")
+    folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-probe")
+    probe(recipe, folder.path)
+    print(transfer_table(TransferMatrix.load(folder.transfer).on("report")))
+    print(f"{folder.transfer}\n{write_report([folder.path], folder.report)}")
 
 
 def _screen(arguments: argparse.Namespace) -> None:
@@ -278,13 +285,14 @@ def _screen(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.visits < 1:
         raise RecipeError(f"--visits must be at least 1, got {arguments.visits}")
-    from polyphony.launch.verbs.screen import IMPOSSIBLE_FILE, POOL_FILE, screen, screen_table
+    from polyphony.launch.verbs.screen import IMPOSSIBLE, screen, screen_table
+    from polyphony.trainer.run.folder import RunFolder
 
-    out = arguments.out or Path("runs") / f"{recipe.name}-screen"
-    summary = screen(recipe, out, most_visits=arguments.visits)
+    folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-screen")
+    summary = screen(recipe, folder.path, most_visits=arguments.visits)
     print(json.dumps(summary) if arguments.json else screen_table(summary))
     if not arguments.json:
-        print(f"{out / POOL_FILE}\n{out / IMPOSSIBLE_FILE}")
+        print(f"{folder.pool}\n{folder.ledger(IMPOSSIBLE)}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

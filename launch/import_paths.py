@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from polyphony.trainer.run.folder import RunFolder
+
 MOVED = {
     "curricula.learnability": "polyphony.curricula.prompts.estimate",
     "curricula.schedulers.joint": "polyphony.curricula.schedulers.fixed",
@@ -20,9 +22,6 @@ MOVED = {
     "rewards.exact": "polyphony.rewards.short_answer",
 }
 """Module of an older version, as its recipes name it, to today's. A module that is not here only gained `polyphony.`."""
-
-PROVENANCE_FILE = "provenance.json"
-"""Of a run folder; its `imports_from` lists the folders where the run found modules of the user's."""
 
 _looked_in: list[str] = []
 _last: list[str] = []
@@ -52,7 +51,7 @@ def look_in_working_directory() -> None:
 
 def _origins(folder: Path) -> list[str]:
     """Return where a run imported from, by its folder; empty for any other folder."""
-    path = folder / PROVENANCE_FILE
+    path = RunFolder(folder).provenance
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError:

@@ -5,32 +5,21 @@ What needs torch is imported inside functions: the folder is claimed, or refused
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.curricula.prompts.pool_file import POOL_FILE, own_pool
 from polyphony.launch.build import build_trainer, load_transfer
-from polyphony.launch.import_paths import PROVENANCE_FILE, looked_in
+from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
-from polyphony.rewards.registry import other_versions
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.run.stopping import StopOnSignal
-
-RECIPE_FILE = "recipe.yaml"
-
-
-LOGS = "logs"
-"""Folder in a run's folder that a batch system writes to before the run begins."""
 
 
 class Interrupted(BaseException):
@@ -45,39 +34,27 @@ class Interrupted(BaseException):
         return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
-    """A run that is ready to train."""
-
-    trainer: DomainGRPOTrainer
-    checkpoint: Path | None
-    """Where it goes on from; None for a start from the recipe's model."""
-    stopper: StopOnSignal
-
-
 def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | None = None) -> Engine | None:
     """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
 
     With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none.
     """
-    folder = claim_folder(recipe, out, resume=resume) if is_first_rank() else out
+    folder = RunFolder(out)
+    if is_first_rank():
+        claim_folder(recipe, out, resume=resume)
     try:
-        started = start(recipe, folder, engine=engine)
-        trainer = started.trainer
-        trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+        trainer = start(recipe, out, engine=engine)
+        trainer.train(resume_from_checkpoint=resume)
     except ValueError:  # what TRL and torch refuse comes to light when training begins
-        if not resume and is_first_rank() and not (folder / "metrics.jsonl").exists():
+        if not resume and is_first_rank() and not folder.holds_run:
             give_up_folder(folder)
         raise
-    if started.stopper.stopped is not None:
-        raise Interrupted(*started.stopper.stopped)
-    from polyphony.trainer.checkpoints import save_final
-
-    save_final(trainer.policy, out / "final")
+    if trainer.run is not None and trainer.run.interrupted is not None:
+        raise Interrupted(*trainer.run.interrupted)
     if trainer.accelerator.is_main_process:
         from polyphony.launch.report.report import write_report
 
-        write_report([out], out / "report.html")
+        write_report([out], folder.report)
     return trainer.engine
 
 
@@ -88,100 +65,65 @@ def is_first_rank() -> bool:
 
 def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     """Make the run folder, or check that it is this recipe's. Raises RecipeError in one line."""
-    saved = out / RECIPE_FILE
+    folder = RunFolder(out)
+    saved = folder.recipe
     if resume:
         if not saved.is_file():
-            raise RecipeError(f"--resume {out}: no run there ({RECIPE_FILE} is missing)")
+            raise RecipeError(f"--resume {out}: no run there ({saved.name} is missing)")
         if load_recipe(saved) != recipe:
             raise RecipeError(
                 f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
             )
         return out
-    if out.is_dir() and any(path.name != LOGS for path in out.iterdir()):
+    if out.is_dir() and any(path != folder.logs for path in out.iterdir()):
         raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(recipe.as_yaml(), encoding="utf-8")
+        folder.write(saved, recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"run folder {out} cannot be written: {error.strerror}") from error
     return out
 
 
-def give_up_folder(folder: Path) -> None:
+def give_up_folder(folder: RunFolder) -> None:
     """Take a folder away in which nothing was trained: the corrected recipe finds the name free. Logs stay."""
-    for path in folder.iterdir():
-        if path.name != LOGS:
+    for path in folder.path.iterdir():
+        if path != folder.logs:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    if not any(folder.path.iterdir()):
+        folder.path.rmdir()
 
 
-def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Started:
-    """Build everything a run needs and wire up the run folder."""
+def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
+    """Return a recipe's trainer, ready to train, whose run has what only a recipe knows."""
     from transformers.trainer_callback import PrinterCallback
 
-    from polyphony.trainer.checkpoints import checkpoint_step
-    from polyphony.trainer.run.callbacks import CheckWeights, RunCallback
+    from polyphony.trainer.checkpoints import whole_checkpoints
     from polyphony.trainer.run.progress import ProgressLine
-    from polyphony.trainer.run.provenance import provenance
-    from polyphony.trainer.run.recorder import Recorder
     from polyphony.trainer.run.stopping import StopOnSignal
     from polyphony.trainer.run.tracking import WandbTracker
 
     folder = RunFolder(out)
-    trainer = build_trainer(recipe, folder.checkpoints, engine=engine)
-    checkpoint = clean_up(trainer, folder)
-    step = checkpoint_step(checkpoint) if checkpoint else -1
+    trainer = build_trainer(recipe, folder.checkpoints, engine=engine, run=out)
+    run, is_main = trainer.run, trainer.accelerator.is_main_process
+    assert run is not None
     trainer.remove_callback(PrinterCallback)
-    if checkpoint is None and (known := trainer.curriculum.known):
-        say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
-    if trainer.accelerator.is_main_process:
-        own_pool(out / POOL_FILE, {name: table.ids for name, table in trainer.data.train.items()}, say=say)
-    trainer.add_callback(CheckWeights(trainer, say=say))
-    places = {t.where: t for tables in (trainer.data.train, trainer.data.heldout) for t in tables.values()}
-    origin = provenance(model=recipe.model, tables=places, rewards=trainer.scorer.rewards)
-    is_main = trainer.accelerator.is_main_process
-    if is_main:
-        for line in _other_versions(out / PROVENANCE_FILE):
-            say(f"--resume {out}: {line}; its scores before and from now on are not comparable")
-        folder.write(PROVENANCE_FILE, json.dumps({**origin, "imports_from": looked_in()}, indent=1))
-    recorder = Recorder(
-        folder=folder,
-        domains=trainer.data.domains,
-        curriculum=trainer.curriculum,
-        seed=trainer.args.seed,
-        provenance=origin,
-        is_main=is_main,
-    )
-    if checkpoint is None and recipe.curriculum.transfer is not None:
-        recorder.adopt(load_transfer(recipe))
-    else:
-        recorder.restore(step)
+    if not whole_checkpoints(folder.checkpoints):
+        if known := trainer.curriculum.known:
+            say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
+        if recipe.curriculum.transfer is not None:
+            run.recorder.adopt(load_transfer(recipe))
+    run.imports_from = looked_in()
     wandb = recipe.tracking.wandb
-    tracker = None
     if wandb is not None and is_main:
-        tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
-    trainer.add_callback(
-        RunCallback(
-            trainer,
-            recorder,
-            evaluate_every=recipe.eval.every,
-            keep_checkpoints=recipe.checkpoint.keep,
-            guardrails=list(recipe.guardrails.values()),
-            tracker=tracker,
-            progress=ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names) if is_main else None,
-        )
-    )
-    stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s, agree=trainer.largest)
-    trainer.add_callback(stopper)
+        run.tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
+    if is_main:
+        run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
+    run.stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s)
+    trainer.add_callback(run.stopper)
     for what in _slow_or_lossy(trainer) if is_main else ():
         say(what)
-    return Started(trainer=trainer, checkpoint=checkpoint, stopper=stopper)
-
-
-def _other_versions(saved: Path) -> list[str]:
-    """Return which graders of the run so far were of another version than today's."""
-    return other_versions(json.loads(saved.read_text()).get("graders", {})) if saved.is_file() else []
+    return trainer
 
 
 def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
@@ -201,19 +143,6 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
     if trainer.accelerator.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
         found.append(f"one of {gpus} GPUs trains: more with `polyphony launch local` and cluster.processes")
     return found
-
-
-def clean_up(trainer: DomainGRPOTrainer, folder: RunFolder) -> Path | None:
-    """Take away what a run that broke off left half done; return the checkpoint to go on from. Collective over ranks."""
-    from polyphony.trainer.checkpoints import checkpoint_step, remove_unfinished, whole_checkpoints
-
-    if trainer.accelerator.is_main_process:
-        folder.checkpoints.mkdir(exist_ok=True)
-        remove_unfinished(folder.checkpoints)
-        whole = whole_checkpoints(folder.checkpoints)
-        folder.cut(checkpoint_step(whole[-1]) if whole else -1)
-    trainer.accelerator.wait_for_everyone()
-    return (whole_checkpoints(folder.checkpoints) or [None])[-1]
 
 
 def say(text: str) -> None:

@@ -129,9 +129,9 @@ def walks_of(recipe: Path, overrides: Sequence[str] = (), *, out: Path, engine: 
     from polyphony.launch.train import start
 
     short = ["tracking.wandb=null", "grpo.max_steps=3", "eval.every=100", "checkpoint.every=100"]
-    started = start(load_recipe(recipe, [*short, *overrides]), out, engine=engine)
-    with watched(started.trainer) as walks:
-        started.trainer.train()
+    trainer = start(load_recipe(recipe, [*short, *overrides]), out, engine=engine)
+    with watched(trainer) as walks:
+        trainer.train()
     return walks.draws[1], walks.steps[1]
 
 

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from polyphony.curricula.prompts.pool_file import POOL_FILE, Columns, save_pools
+from polyphony.curricula.prompts.pool_file import Columns, save_pools
+from polyphony.trainer.run.folder import POOL_FILE
 from tests.experiments.accounts import compare, errors
 
 

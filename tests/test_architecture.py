@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from polyphony.launch.cli import VERBS
 from polyphony.launch.recipe import Recipe, load_recipe
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, RunFolder
 from polyphony.trainer.settings import UpdateSettings
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
@@ -114,6 +115,27 @@ def test_no_function_is_longer_than_a_flat_recipe_may_be():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno + 1 > 60
     }
     assert found == TOO_LONG
+
+
+def test_only_the_run_folder_knows_the_names_of_run_files():
+    folder = RunFolder(Path())
+    paths = [getattr(folder, name) for name, made in vars(RunFolder).items() if isinstance(made, property)]
+    names = {path.name for path in paths if isinstance(path, Path)} - {"wandb"}  # which is a word of others too
+    names |= {STATE_FILE, BEST_FILE, POOL_FILE}
+    assert {"recipe.yaml", "transfer.json", "end.json", "final", "logs"} < names
+    found = []
+    for path in (path for wing in PACKAGES for path in (HOUSE / wing).rglob("*.py")):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_name = (
+                isinstance(node, ast.Constant) and node.value in names and "__file__" not in lines[node.lineno - 1]
+            )
+            is_ledger = isinstance(node, ast.JoinedStr) and ast.unparse(node).endswith((".jsonl'", '.jsonl"'))
+            if (is_name or is_ledger) and path != HOUSE / "trainer" / "run" / "folder.py":
+                found.append(f"{path.relative_to(HOUSE)}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []
+    template = (HOUSE / "launch" / "cluster" / "slurm.sbatch").read_text()
+    assert [name for name in names if f"/{name}" in template] == []
 
 
 def imports_of(path: Path, known: Collection[str]) -> set[str]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from polyphony.trainer.checkpoints import (
-    STATE_FILE,
     best_checkpoint,
     keep_newest,
     load_state,
@@ -12,6 +11,7 @@ from polyphony.trainer.checkpoints import (
     save_state,
     whole_checkpoints,
 )
+from polyphony.trainer.run.folder import STATE_FILE
 
 
 @pytest.fixture

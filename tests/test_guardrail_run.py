@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
+from polyphony.trainer.checkpoints import roll_back
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     moved = dict(trainer.model.named_parameters())
     assert any(not torch.equal(saved[name], moved[name]) for name in saved)
-    trainer.rollback(tmp_path / "checkpoint-2", because="a test", domain="safety")
+    roll_back(trainer, tmp_path / "checkpoint-2")
     assert all(torch.equal(saved[name], value) for name, value in trainer.model.named_parameters())
     assert trainer.state.global_step == 4
     assert trainer.curriculum.draws == 4

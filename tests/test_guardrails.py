@@ -8,7 +8,7 @@ import pytest
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.run.callbacks import RunCallback
+from polyphony.trainer.run.callbacks import Cadence, Run
 from polyphony.trainer.run.folder import RunFolder
 
 
@@ -103,16 +103,16 @@ def test_a_checkpoint_that_lost_more_than_may_be_lost_is_none_to_go_back_to_sure
 
 def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, caplog):
     trainer = SimpleNamespace(
-        draws=SimpleNamespace(refill_listeners=[], listeners=[]),
         accelerator=SimpleNamespace(is_main_process=True),
+        data=SimpleNamespace(domains=(), names=("safety",)),
+        curriculum=None,
+        args=SimpleNamespace(seed=1),
     )
     folder, control = RunFolder(tmp_path), SimpleNamespace(should_training_stop=False)
-    callback = RunCallback(
-        trainer, SimpleNamespace(folder=folder), evaluate_every=1, keep_checkpoints=1, tracker=None, progress=None
-    )
+    run = Run(trainer, folder, Cadence(evaluate_every=1, keep=1))
     guardrail = Guardrail(domain="safety", max_drop=0.1, action="rollback")
     lost = Verdict(guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline")
-    callback._act(lost, control, tmp_path / "checkpoints")
+    run._act(lost, control)
     assert control.should_training_stop
     (alarm,) = folder.read("alarms")
     assert alarm["kind"] == "guardrail"

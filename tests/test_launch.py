@@ -15,6 +15,7 @@ from polyphony.launch.cli import main
 from polyphony.launch.cluster import local
 from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import RECIPES
 from tests.test_bad_input import fails
 
@@ -130,6 +131,22 @@ def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_pat
     asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"--nodes=3", "--partition=gpu", "--gres=gpu:4", "--requeue", "--signal=B:USR1@120"} <= set(asked)
     assert f"--resume {shlex.quote(out)}" in text
+
+
+def test_a_run_that_was_looked_at_is_queued_again_and_one_that_has_ended_is_not(capsys, tmp_path):
+    assert main(["launch", "slurm", DEBUG, "--out", str(tmp_path), "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "scontrol requeue" in line]
+
+    def queued() -> bool:
+        told = f"SLURM_JOB_ID=7; told=1; scontrol() {{ echo $1 $2; }}; {line}"
+        done = subprocess.run(["bash", "-uc", told], capture_output=True, text=True, check=False)
+        return "requeue 7" in done.stdout
+
+    folder = RunFolder(tmp_path)
+    folder.report.write_text("what `polyphony report` writes of a run that is under way")
+    assert queued()
+    folder.record_end("finished", why="all steps were taken", step=6)
+    assert not queued()
 
 
 def test_a_job_for_a_cluster_that_is_not_up_ends_in_one_line(capsys, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_nothing_is_written(fold
 def test_a_cut_keeps_the_lines_up_to_its_step_and_the_tail_as_an_attempt(folder):
     write(folder, "metrics", 0, 1, 2, 3)
     write(folder, "decisions", 1, 2)
-    folder.write("transfer.json", "{}")
+    folder.write(folder.transfer, "{}")
     attempt = folder.cut(2)
     assert attempt == folder.path / "attempt-1"
     assert steps(folder.ledger("metrics")) == [0, 1, 2]
@@ -64,6 +64,37 @@ def test_a_cut_takes_a_half_written_line_away_and_keeps_it(folder):
     assert (attempt / "metrics.jsonl").read_text() == '{"step": 2, "val'
     write(folder, "metrics", 2)
     assert [line["step"] for line in folder.read("metrics")] == [1, 2]
+
+
+def test_only_a_newline_ends_a_line(folder):
+    said = "one\u2028two\u2029three\x85four\rfive"
+    folder.append("samples", {"step": 1, "completion": said})
+    folder.append("samples", {"step": 2, "completion": said})
+    assert [line["completion"] for line in folder.read("samples")] == [said, said]
+    folder.cut(1)
+    assert folder.read("samples") == [{"step": 1, "completion": said}]
+
+
+def test_a_line_that_was_cut_off_within_a_letter_is_cut_and_kept_too(folder):
+    write(folder, "samples", 1)
+    half = '{"completion": "é'.encode()[:-1]
+    with folder.ledger("samples").open("ab") as file:
+        file.write(half)
+    attempt = folder.cut(1)
+    assert steps(folder.ledger("samples")) == [1]
+    assert (attempt / "samples.jsonl").read_bytes() == half
+
+
+def test_a_broken_line_within_a_ledger_is_named_or_counted(folder):
+    write(folder, "metrics", 1)
+    with folder.ledger("metrics").open("a") as file:
+        file.write("[]\n")
+    write(folder, "metrics", 2)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is no JSON object"):
+        folder.read("metrics")
+    broken: list[int] = []
+    assert [line["step"] for line in folder.read("metrics", broken)] == [1, 2]
+    assert broken == [2]
 
 
 def test_a_second_cut_at_the_same_step_finds_nothing_to_do(folder):

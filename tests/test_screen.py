@@ -7,10 +7,11 @@ import json
 import pytest
 
 from polyphony.curricula.prompts.estimate import State
-from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools
+from polyphony.curricula.prompts.pool_file import load_pools
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.verbs.screen import ANSWERS_FILE, IMPOSSIBLE_FILE, describe, screen, screen_table
+from polyphony.launch.verbs.screen import describe, screen, screen_table
+from polyphony.trainer.run.folder import POOL_FILE, RunFolder
 from tests.conftest import EXPERIMENTS, RECIPES
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ def test_prompts_with_wrong_references_are_dropped_and_listed_with_what_was_answ
         # eight visits for every hopeless prompt, one for every one that succeeded at once
         assert 8 * found["drop"] + 12 - found["drop"] <= found["visits"] <= 12 * 12
         assert sum(found["histogram"]) == 12
-    listed = [json.loads(line) for line in (folder / IMPOSSIBLE_FILE).read_text().splitlines()]
+    listed = [json.loads(line) for line in (RunFolder(folder).ledger("impossible")).read_text().splitlines()]
     assert len(listed) == sum(found["drop"] for found in summary["domains"].values())
     wrong = [line for line in listed if line["reference"] == "?"]
     assert len(wrong) == 12
@@ -82,12 +83,12 @@ def test_a_screening_killed_while_it_wrote_an_answer_goes_on_and_reads_what_is_w
     whole, folder = tmp_path / "whole", tmp_path / "out"
     screen(tiny, whole, most_visits=9, engine=engine)
     screen(tiny, folder, most_visits=4, engine=engine)
-    path = folder / ANSWERS_FILE
+    path = RunFolder(folder).ledger("answers")
     path.write_bytes(path.read_bytes() + '{"domain": "facts", "id": "é'.encode()[:-1])
     screen(tiny, folder, most_visits=9, engine=engine)
     assert "going on: 4 of 4 prompts were visited before" in capsys.readouterr().err
-    assert (folder / IMPOSSIBLE_FILE).read_text() == (whole / IMPOSSIBLE_FILE).read_text()
-    assert len((folder / IMPOSSIBLE_FILE).read_text().splitlines()) >= 2
+    assert (RunFolder(folder).ledger("impossible")).read_text() == (RunFolder(whole).ledger("impossible")).read_text()
+    assert len((RunFolder(folder).ledger("impossible")).read_text().splitlines()) >= 2
 
 
 def test_a_damaged_pool_is_moved_aside_and_screening_starts_anew(tmp_path, engine, capsys):

@@ -11,13 +11,11 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from polyphony.curricula.intervals import Interval
-from polyphony.curricula.monitors.entropy import Alarm
-from polyphony.curricula.monitors.signs import SignAlarm
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.trainer.metrics import METRICS
-from polyphony.trainer.run.callbacks import RunCallback
+from polyphony.trainer.run.callbacks import Cadence, Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.tracking import WandbTracker, is_reachable, track_decisions, track_transfer
 from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
@@ -77,37 +75,22 @@ def test_an_offline_run_holds_numbers_tables_and_the_heatmap(tmp_path, monkeypat
 
 
 def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
-    entropy = Alarm(
-        step=3,
-        domain="math",
-        kind="collapse",
-        level=Interval(0.05, 0.1, 0.15),
-        edge=0.2,
-        source="rollouts",
-        since=1,
-        drawn={"math": 1.0},
-    )
-    shortcut = SignAlarm(step=3, domain="talk", kind="length_collapse", message="correct answers have shrunk")
+    entropy = Alarm(step=3, domain="math", kind="collapse", message="entropy fell", drawn={"math": 1.0})
+    shortcut = Alarm(step=3, domain="talk", kind="length_collapse", message="correct answers have shrunk")
     told: list[tuple] = []
     notes: list[str] = []
     folder = RunFolder(tmp_path)
     trainer = SimpleNamespace(
-        draws=SimpleNamespace(listeners=[], refill_listeners=[]),
         entropy=SimpleNamespace(take_alarms=lambda: [entropy]),
         shortcuts=SimpleNamespace(take_alarms=lambda: [shortcut]),
         curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
         accelerator=SimpleNamespace(is_main_process=True),
-        data=SimpleNamespace(n_train=8),
+        data=SimpleNamespace(domains=(), names=(), n_train=8),
+        args=SimpleNamespace(seed=1),
     )
-    callback = RunCallback(
-        trainer,  # type: ignore[arg-type]
-        SimpleNamespace(folder=folder),  # type: ignore[arg-type]
-        evaluate_every=10,
-        keep_checkpoints=1,
-        tracker=SimpleNamespace(alert=lambda *words: told.append(words)),  # type: ignore[arg-type]
-        progress=None,
-    )
-    callback.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
+    run = Run(trainer, folder, Cadence(evaluate_every=10, keep=1))  # type: ignore[arg-type]
+    run.tracker = SimpleNamespace(alert=lambda *words: told.append(words))  # type: ignore[assignment]
+    run.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
     assert [title for title, _ in told] == ["collapse of math", "length_collapse of talk"]
     assert [line["kind"] for line in folder.read("alarms")] == ["collapse", "length_collapse"]
     assert [note.split(":")[0] for note in notes] == ["math", "talk"]

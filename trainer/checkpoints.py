@@ -16,21 +16,37 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.grpo_trainer import GRPOTrainer
 
+from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.files import replace_file
+from polyphony.curricula.prompts.pool_file import load_pools, save_pools
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.policy import Policy
-
-STATE_FILE = "polyphony.json"
-"""Written last into a checkpoint; a folder without it was cut off while being saved."""
-
-
-BEST_FILE = "best.json"
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
 
 
 def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
     """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
     replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
+
+
+def save_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
+    """Write everything that a run remembers beside its weights; `others` have state of their own, by name."""
+    if curriculum.pools:
+        save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
+    states = {name: ledger.state_dict() for name, ledger in others.items()}
+    save_state(checkpoint, {**curriculum.state_dict(), **states})
+
+
+def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
+    """Restore what `save_ledgers` wrote."""
+    state = load_state(checkpoint)
+    curriculum.load_state_dict(state)
+    if curriculum.pools:
+        curriculum.adopt_pools(load_pools(checkpoint / POOL_FILE))
+    for name, ledger in others.items():
+        ledger.load_state_dict(state[name])
 
 
 @contextmanager
@@ -100,6 +116,21 @@ def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
     for path in whole_checkpoints(folder)[:-keep]:
         if path != also:
             shutil.rmtree(path)
+
+
+def roll_back(trainer: Any, checkpoint: Path) -> None:
+    """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
+
+    What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
+    engines hold the weights themselves.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
+    lr_state = trainer.lr_scheduler.state_dict()
+    trainer._load_from_checkpoint(str(checkpoint))
+    GRPOTrainer._load_optimizer_and_scheduler(trainer, str(checkpoint))  # ours would load the ledgers too
+    trainer.lr_scheduler.load_state_dict(lr_state)
+    trainer._last_loaded_step, trainer._buffered_inputs = -1, None
 
 
 class Walk(VLLMGeneration):

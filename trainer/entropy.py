@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.monitors.entropy import Alarm, EntropyMonitor, Sums
+from polyphony.curricula.monitors import Alarm
+from polyphony.curricula.monitors.entropy import EntropyMonitor, Sums
 from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
 from polyphony.trainer.metrics import defined, key

@@ -22,12 +22,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.entropy_control import EntropySettings
+from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools, save_pools
 from polyphony.curricula.records import Domain, Rollout, as_settings
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
+from polyphony.trainer.checkpoints import load_ledgers, save_ledgers, whole_or_none
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
@@ -39,6 +39,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
+from polyphony.trainer.run.callbacks import Cadence, Run, run_arguments
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.recorder import heldout_metrics
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, EvaluationSettings, FaultSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
@@ -57,7 +60,13 @@ class DomainGRPOTrainer(GRPOTrainer):
     and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path, or a mapping
     of `scheduler` and its settings. All settings may be given as mappings, with a recipe's keys.
 
-    Raises ValueError, before any weight is loaded, for bad rows, unknown rewards and prompts longer than the context.
+    With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation
+    every `args.eval_steps` (50 if not given), ledgers, `guardrails`, checkpoints in the folder every `args.save_steps`, of
+    which `args.save_total_limit` (2 if not given) and the best stay, and the trained policy in `final/`. Without, nothing is
+    written that TRL would not write.
+
+    Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, and
+    evaluations or checkpoints of a run that would fall inside a draw.
 
     Example:
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
@@ -85,14 +94,15 @@ class DomainGRPOTrainer(GRPOTrainer):
         update: UpdateSettings | Mapping[str, Any] | None = None,
         faults: FaultSettings | Mapping[str, Any] | None = None,
         max_grader_failures: float = MAX_GRADER_FAILURES,
+        run: str | Path | None = None,
+        guardrails: Sequence[Guardrail | Mapping[str, Any]] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
     ) -> None:
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(
-            model if isinstance(model, str) else model.name_or_path
-        )
+        name = model if isinstance(model, str) else model.name_or_path
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
         self.data = (
             domains
             if isinstance(domains, DomainData)
@@ -103,6 +113,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.plan = plan_draws(args, self.data.n_train)
         entropy = as_settings(EntropySettings, entropy)
         pool = None if pool is None else as_settings(PoolSettings, pool)
+        if guardrails and run is None:
+            raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
+        limits = [as_settings(Guardrail, guardrail) for guardrail in guardrails]
+        cadence = None if run is None else Cadence.of(args, self.plan)
         self.curriculum = Curriculum(
             domains=self.data.domains,
             prompts={name: table.ids for name, table in self.data.train.items()},
@@ -125,8 +139,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         super().__init__(
             model=model,
             reward_funcs=[domain],
-            args=slot_arguments(args, self.plan),
+            args=run_arguments(slot_arguments(args, self.plan), run),
             train_dataset=slot_dataset(self.plan),
+            eval_dataset=None if args.eval_strategy == "no" else slot_dataset(self.plan),  # `evaluate` knows its own
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -147,6 +162,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             has_aux_loss=self.aux_loss_enabled,
         )
         self.evaluator = self._evaluator(as_settings(EvaluationSettings, evaluation))
+        self.run: Run | None = None
+        if run is not None and cadence is not None:
+            self.run = Run(self, RunFolder(Path(run)), cadence, model=name, guardrails=limits).attach()
 
     def _draws(self, pool: PoolSettings | None, max_grader_failures: float) -> Draws:
         """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
@@ -254,7 +272,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     @property
     def _finished(self) -> Rollout:
         if self._rollout is None:
-            raise RuntimeError("TRL asked for completions outside a draw; Trainer.evaluate is served by `evaluator`")
+            raise RuntimeError("TRL asked for completions outside a draw")
         return self._rollout
 
     # --- entropy by domain --------------------------------------------------------------------------------------------
@@ -327,6 +345,24 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Score the policy as it is now on every domain's held-out set; collective over ranks."""
         return self.evaluator.run()
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the policy as it is now; return and log `eval_heldout/<domain>/<metric>`, as TRL does its own metrics.
+
+        Nothing else hears of it: a run's own evaluations are at its steps. Raises ValueError for another data set.
+        """
+        if eval_dataset is not None:
+            raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
+        found = heldout_metrics(self.evaluate_heldout())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        is_training = self.model.training
+        self.model.eval()  # by which TRL tells the logs of an evaluation
+        super().log(metrics)
+        self.model.train(is_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -356,7 +392,15 @@ class DomainGRPOTrainer(GRPOTrainer):
             )
         return norm
 
-    # --- logs and checkpoints -----------------------------------------------------------------------------------------
+    # --- the run, logs and checkpoints --------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **given: Any) -> Any:
+        """Train as TRL does. With `run`, go on from its newest checkpoint if asked to, and leave its folder complete."""
+        if self.run is None:
+            return super().train(resume_from_checkpoint, **given)
+        output = super().train(self.run.begin(resume_from_checkpoint), **given)
+        self.run.finish()
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics beside TRL's, so that one step is one line."""
@@ -388,35 +432,12 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:
                 return
-            if self.curriculum.pools:
-                save_pools(folder / POOL_FILE, self.curriculum.pool_columns())
-            own = {"entropy": self.entropy.state_dict(), "shortcuts": self.shortcuts.state_dict()}
-            save_state(folder, {**self.curriculum.state_dict(), **own})
+            save_ledgers(folder, self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
-
-    def largest(self, number: int) -> int:
-        """Return the largest of what the ranks pass in; every rank must call it."""
-        return max(gather_object([number]))
-
-    def rollback(self, checkpoint: Path, *, because: str, domain: str) -> None:
-        """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
-
-        The scheduler is told that `domain` was hurt, and why.
-        What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
-        engines hold the weights themselves.
-        """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
-        lr_state = self.lr_scheduler.state_dict()  # type: ignore[union-attr]
-        self._load_from_checkpoint(str(checkpoint))
-        super()._load_optimizer_and_scheduler(str(checkpoint))
-        self.lr_scheduler.load_state_dict(lr_state)  # type: ignore[union-attr]
-        self._last_loaded_step, self._buffered_inputs = -1, None
-        self.curriculum.note(f"rolled back to {checkpoint.name}: {because}", domain=domain)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
@@ -424,10 +445,5 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(Path(checkpoint))
-            self.curriculum.load_state_dict(state)
-            if self.curriculum.pools:
-                self.curriculum.adopt_pools(load_pools(Path(checkpoint) / POOL_FILE))
-            self.shortcuts.load_state_dict(state["shortcuts"])
-            self.entropy.load_state_dict(state["entropy"])
+            load_ledgers(Path(checkpoint), self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
             self._resumed_from = checkpoint

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.signs import (
     COUNTED,
     ENOUGH_CORRECT,
@@ -22,7 +23,6 @@ from polyphony.curricula.monitors.signs import (
     MANNER,
     SIGNS,
     DomainSigns,
-    SignAlarm,
     _add,
 )
 from polyphony.curricula.records import Completion, Group
@@ -39,7 +39,7 @@ class ShortcutWatch:
 
     def __init__(self, domains: Sequence[str]) -> None:
         self.domains = {name: DomainSigns() for name in domains}
-        self.pending: list[SignAlarm] = []
+        self.pending: list[Alarm] = []
         self._since: dict[str, dict[str, int]] = {}  # counts since the last log
 
     def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:
@@ -78,8 +78,7 @@ class ShortcutWatch:
             for group in of_domain:
                 self._learn(watch, since, group)
             self.pending += [
-                SignAlarm(step=step, domain=name, kind=kind, message=message)
-                for kind, message in watch.alarms().items()
+                Alarm(step=step, domain=name, kind=kind, message=message) for kind, message in watch.alarms().items()
             ]
 
     def _learn(self, watch: DomainSigns, since: dict[str, int], group: Group) -> None:
@@ -107,7 +106,7 @@ class ShortcutWatch:
             metrics[key("shortcuts", "correct_length", name)] = statistics.median(last) if last else math.nan
         return metrics
 
-    def take_alarms(self) -> list[SignAlarm]:
+    def take_alarms(self) -> list[Alarm]:
         """Return the alarms since the last call."""
         alarms, self.pending = self.pending, []
         return alarms

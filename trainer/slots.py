@@ -30,6 +30,15 @@ class DrawPlan:
         """True where a checkpoint after `step` optimizer steps falls between two draws."""
         return step * self.micro_batches_per_step % self.micro_batches_per_draw == 0
 
+    def check_boundary(self, name: str, every: int) -> None:
+        """Raise ValueError where what is done every so many steps would fall inside a draw."""
+        if not self.is_boundary(every):
+            span = self.micro_batches_per_draw / self.micro_batches_per_step
+            least = self.micro_batches_per_draw // math.gcd(self.micro_batches_per_draw, self.micro_batches_per_step)
+            raise ValueError(
+                f"{name}={every} falls inside a draw; a draw spans {span:g} optimizer steps: give a multiple of {least}"
+            )
+
 
 def plan_draws(args: GRPOConfig, n_prompts: int) -> DrawPlan:
     """Return the plan for `max_steps`, or for `num_train_epochs` passes over `n_prompts` training prompts."""

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from polyphony.curricula.intervals import Interval, ratio
+from polyphony.curricula.intervals import ratio
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import mean
 
 Sums = tuple[float, float]
@@ -29,39 +30,6 @@ Kind = Literal["collapse", "explosion"]
 Source = Literal["rollouts", "held out"]
 SOURCES: tuple[Source, ...] = ("rollouts", "held out")
 """Looked at apart: a policy may know its training prompts by heart and still be unsure of all others."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Alarm:
-    """One domain's entropy left its band for sure."""
-
-    step: int
-    domain: str
-    kind: Kind
-    level: Interval
-    """Nats per token, with the interval that the look's share of the error allows."""
-    edge: float
-    """The band's edge that was crossed."""
-    source: Source
-    since: int
-    """Step of the domain's last look inside its band."""
-    drawn: Mapping[str, float]
-    """Share of each domain in the prompts drawn since then."""
-
-    def __str__(self) -> str:
-        verb, side = ("fell", "below") if self.kind == "collapse" else ("rose", "above")
-        return (
-            f"entropy ({self.source}) {verb} to {self.level.mid:.3f} nats a token, {side} {self.edge:.3f} with all "
-            f"looks accounted for; {self.cause}"
-        )
-
-    @property
-    def cause(self) -> str:
-        """What was practised meanwhile, most first, in words."""
-        if not self.drawn:
-            return "nothing was drawn meanwhile"
-        most = sorted(self.drawn.items(), key=lambda pair: -pair[1])[:3]
-        return f"since step {self.since} drawn: " + ", ".join(f"{name} {share:.0%}" for name, share in most)
 
 
 @dataclass(slots=True)
@@ -211,22 +179,25 @@ class EntropyMonitor:
         excursion = watch.excursions[source]
         if kind is not None and kind != excursion.out:
             edge = low if kind == "collapse" else high
-            alarms.append(
-                Alarm(
-                    step=step,
-                    domain=name,
-                    kind=kind,
-                    level=level,
-                    edge=edge,
-                    source=source,
-                    since=excursion.since,
-                    drawn=_shares(excursion.drawn),
-                )
+            verb, side = ("fell", "below") if kind == "collapse" else ("rose", "above")
+            drawn = _shares(excursion.drawn)
+            message = (
+                f"entropy ({source}) {verb} to {level.mid:.3f} nats a token, {side} {edge:.3f} with all looks accounted "
+                f"for; {_cause(excursion.since, drawn)}"
             )
+            alarms.append(Alarm(step=step, domain=name, kind=kind, message=message, drawn=drawn))
             excursion.out = kind
         if low <= level.mid <= high:
             excursion.out, excursion.since, excursion.drawn = None, step, {}
         return alarms
+
+
+def _cause(since: int, drawn: Mapping[str, float]) -> str:
+    """Return what was practised meanwhile, most first, in words."""
+    if not drawn:
+        return "nothing was drawn meanwhile"
+    most = sorted(drawn.items(), key=lambda pair: -pair[1])[:3]
+    return f"since step {since} drawn: " + ", ".join(f"{name} {share:.0%}" for name, share in most)
 
 
 def _shares(counts: Mapping[str, int]) -> dict[str, float]:

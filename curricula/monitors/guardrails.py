@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from polyphony.curricula.intervals import Interval
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Evaluation, settings
 from polyphony.curricula.transfer.forgetting import moment
 
@@ -41,6 +42,10 @@ class Verdict:
     """Score now minus score at the anchor, with the interval that the look's share of the error allows."""
     since: str
     """What the anchor is, in words."""
+
+    def alarm(self, done: str) -> Alarm:
+        """Return the alarm that says so, and what was done."""
+        return Alarm(step=self.step, domain=self.guardrail.domain, kind="guardrail", message=f"{self}: {done}")
 
     def __str__(self) -> str:
         return (

@@ -38,16 +38,6 @@ MANNER = 0.5
 ENOUGH_MANNER = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SignAlarm:
-    """Something about a domain's completions changed for the worse."""
-
-    step: int
-    domain: str
-    kind: str
-    message: str
-
-
 @dataclass(kw_only=True, slots=True)
 class DomainSigns:
     """The memory of one domain; JSON-able by `asdict`."""

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
-POOL_FILE = "pool.npz"
-
+from polyphony.curricula.files import replacing
 
 VERSION = 1
-
-
 _COLUMNS = ("successes", "failures", "visits", "due")
 
 
@@ -59,12 +52,8 @@ def save_pools(path: Path, pools: Mapping[str, Columns]) -> None:
         arrays[f"{k}.ids"] = np.frombuffer(json.dumps(list(columns.ids), ensure_ascii=False).encode(), dtype=np.uint8)
     about = {"version": VERSION, "domains": list(pools), "clocks": [c.clock for c in pools.values()]}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with replacing(path, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def load_pools(path: Path) -> dict[str, Columns]:

@@ -8,13 +8,13 @@ Each check of what makes a matrix valid names the offender: no wrong file may be
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.records import Evaluation, Kind
 from polyphony.curricula.transfer.halves import Half, on_half
 
@@ -86,9 +86,7 @@ class TransferMatrix:
         """Write the file whole or not at all: a killed process leaves the previous version in place."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(self.as_json(), allow_nan=False))
-        scratch.replace(path)
+        replace_file(path, json.dumps(self.as_json(), allow_nan=False))
 
     def on(self, which: Half) -> TransferMatrix:
         """Return the matrix over one half of the items, or itself where the file names no items."""

@@ -10,6 +10,7 @@ from polyphony.launch.cluster import local as kernels
 from polyphony.launch.cluster import ray_job as jobs
 from polyphony.launch.cluster import slurm as queue
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.trainer.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,7 @@ def slurm(run: Job, *, gpus_per_node: int | None) -> int:
         print(text, end="")
         return 0
     number = queue.submit(text, run.out)
-    print(f"job {number}; log: {run.out / 'logs' / f'slurm-{number}.log'}")
+    print(f"job {number}; log: {RunFolder(run.out).logs / f'slurm-{number}.log'}")
     return 0
 
 

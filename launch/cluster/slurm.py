@@ -11,13 +11,14 @@ from pathlib import Path
 from string import Template
 
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.trainer.run.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
 
 
 def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_node: int) -> str:
     """Return the sbatch script of a recipe. `recipe_words` are the recipe and its overrides, as on the command line."""
-    cluster, slurm = recipe.cluster, recipe.cluster.slurm
+    cluster, slurm, folder = recipe.cluster, recipe.cluster.slurm, RunFolder(out)
     options = [f"--partition={slurm.partition}"] if slurm.partition else []
     options += [f"--account={slurm.account}"] if slurm.account else []
     common = {
@@ -32,12 +33,14 @@ def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_n
         rollout_nodes=cluster.rollout_nodes,
         time=slurm.time,
         signal_s=slurm.signal_s,
-        logs=shlex.quote(str(out / "logs")),
+        logs=shlex.quote(str(folder.logs)),
         options="".join(f"#SBATCH {option}\n" for option in [*options, *slurm.options]),
         cwd=shlex.quote(str(Path.cwd())),
         setup="\n".join(slurm.setup),
         ray=_ray(recipe, common, gpus_per_node=gpus_per_node),
         out=shlex.quote(str(out)),
+        saved=shlex.quote(str(folder.recipe)),
+        end=shlex.quote(str(folder.end)),
         recipe=shlex.join(recipe_words),
     )
 
@@ -58,7 +61,7 @@ def submit(text: str, out: Path) -> str:
     """Hand the script to sbatch, keep it in the run folder's `logs`; return the job's number. Raises RecipeError."""
     if shutil.which("sbatch") is None:
         raise RecipeError("sbatch is not on PATH: run this on a machine of the Slurm cluster, or use --dry-run")
-    logs = out / "logs"
+    logs = RunFolder(out).logs
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / "job.sbatch"
     path.write_text(text, encoding="utf-8")

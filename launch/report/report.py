@@ -2,7 +2,7 @@
 
 It reads run folders and nothing else: no model, no tracker, no network. `run` reads a folder, `numbers` derives,
 `story` puts it in sentences, `sections` and `charts` work out what each chapter shows. The templates write it down:
-`report.html` is the frame, `chapters.html` has a macro a chapter, `parts.html` what they share.
+`frame.html` is the frame, `chapters.html` has a macro a chapter, `parts.html` what they share.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def summarise(run: str | Path) -> dict[str, Any]:
 def _page(sheet: Sheet, *, chapters: Sequence[Chapter] = CHAPTERS, replayed: str = "") -> str:
     macros = TEMPLATES.get_template("chapters.html").make_module({"sheet": sheet})
     drawn = {chapter.id: getattr(macros, chapter.id)(chapter.find(sheet)).strip() for chapter in chapters}
-    return TEMPLATES.get_template("report.html").render(
+    return TEMPLATES.get_template("frame.html").render(
         sheet=sheet,
         title=" · ".join(f.run.name for f in sheet.findings),
         light=LIGHT,

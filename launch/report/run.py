@@ -17,9 +17,7 @@ import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
 from polyphony.curricula.transfer.matrix import TransferMatrix
-
-FILES = ("recipe.yaml", "metrics.jsonl", "transfer.json", "decisions.jsonl")
-"""A folder with none of these is no run."""
+from polyphony.trainer.run.folder import RunFolder
 
 
 class Series(NamedTuple):
@@ -111,27 +109,30 @@ def read_run(path: str | Path) -> LoadedRun:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
-    if not any((path / name).is_file() for name in FILES):
-        raise ValueError(f"{path} is no run folder: expected at least one of {', '.join(FILES)} in it")
+    folder = RunFolder(path)
+    known = (folder.recipe, folder.ledger("metrics"), folder.transfer, folder.ledger("decisions"))
+    if not any(file.is_file() for file in known):
+        names = ", ".join(file.name for file in known)
+        raise ValueError(f"{path} is no run folder: expected at least one of {names} in it")
     missing: list[str] = []
-    recipe_text, recipe = _read_recipe(path / "recipe.yaml", missing)
-    transfer = _read_transfer(path / "transfer.json", missing)
-    metrics = _columns(_read_lines(path / "metrics.jsonl", missing, gives="training curves"))
+    recipe_text, recipe = _read_recipe(folder.recipe, missing)
+    transfer = _read_transfer(folder.transfer, missing)
+    metrics = _columns(_read_lines(folder, "metrics", missing, gives="training curves"))
     return LoadedRun(
         name=path.resolve().name,
         path=path,
         recipe=recipe,
         recipe_text=recipe_text,
-        provenance=_mapping(_read_json(path / "provenance.json", missing)),
+        provenance=_mapping(_read_json(folder.provenance, missing)),
         metrics=metrics,
         transfer=transfer.on("report") if transfer else None,
         item_ids=(transfer.items if transfer else None) or {},
-        decisions=_read_lines(path / "decisions.jsonl", missing, gives="mixture with its reasons"),
-        samples=_read_lines(path / "samples.jsonl", missing, gives="sample completions"),
-        alarms=_read_optional(path / "alarms.jsonl", missing, gives="alarms"),
-        evaluations=_read_optional(path / "evaluations.jsonl", missing, gives="intervals beyond the score"),
-        predicted=_read_predicted(path / "predicted.json", missing),
-        is_finished=(path / "final").is_dir(),
+        decisions=_read_lines(folder, "decisions", missing, gives="mixture with its reasons"),
+        samples=_read_lines(folder, "samples", missing, gives="sample completions"),
+        alarms=_read_optional(folder, "alarms", missing, gives="alarms"),
+        evaluations=_read_optional(folder, "evaluations", missing, gives="intervals beyond the score"),
+        predicted=_read_predicted(folder.predicted, missing),
+        is_finished=folder.has_ended or folder.final.is_dir(),  # older versions left no other sign
         missing=tuple(missing),
     )
 
@@ -149,24 +150,24 @@ def stage_spans(run: LoadedRun) -> list[tuple[float, float, str]]:
 
 def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]]:
     if not path.is_file():
-        missing.append("recipe.yaml is absent: domain kinds, the entropy band and the plan of the run are unknown")
+        missing.append(f"{path.name} is absent: domain kinds, the entropy band and the plan of the run are unknown")
         return "", {}
     text = path.read_text(errors="replace")
     try:
         return text, _mapping(YAML(typ="safe", pure=True).load(text))
     except YAMLError as error:
-        missing.append(f"recipe.yaml cannot be read: {' '.join(str(error).split())[:120]}")
+        missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:120]}")
         return text, {}
 
 
 def _read_transfer(path: Path, missing: list[str]) -> TransferMatrix | None:
     if not path.is_file():
-        missing.append("transfer.json is absent: no evaluation yet, so no held-out scores and no transfer")
+        missing.append(f"{path.name} is absent: no evaluation yet, so no held-out scores and no transfer")
         return None
     try:
         return TransferMatrix.load(path)
     except ValueError as error:
-        missing.append(f"transfer.json cannot be used: {str(error).removeprefix(f'{path}: ')[:160]}")
+        missing.append(f"{path.name} cannot be used: {str(error).removeprefix(f'{path}: ')[:160]}")
         return None
 
 
@@ -188,25 +189,15 @@ def _read_json(path: Path, missing: list[str]) -> Any:
         return None
 
 
-def _read_lines(path: Path, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; lines that are not whole objects are counted in `missing`."""
+def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
+    """Return the lines of a ledger; those that are not whole objects are counted in `missing`."""
+    path = folder.ledger(ledger)
     if not path.is_file():
         missing.append(f"{path.name} is absent: no {gives}")
         return []
-    rows, broken = [], []
-    lines = path.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken.append(number)
-    if broken == [len(lines)]:
+    broken: list[int] = []
+    rows = folder.read(ledger, broken)
+    if broken == [len(rows) + 1]:
         missing.append(f"{path.name}: its last line is cut off")
     elif broken:
         missing.append(f"{path.name}: {len(broken)} unreadable lines were left out, the first is line {broken[0]}")
@@ -215,9 +206,9 @@ def _read_lines(path: Path, missing: list[str], *, gives: str) -> list[dict[str,
     return rows
 
 
-def _read_optional(path: Path, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
-    """Read lines of a file that a run may well not have."""
-    return _read_lines(path, missing, gives=gives) if path.exists() else []
+def _read_optional(folder: RunFolder, ledger: str, missing: list[str], *, gives: str) -> list[dict[str, Any]]:
+    """Read a ledger that a run may well not have."""
+    return _read_lines(folder, ledger, missing, gives=gives) if folder.ledger(ledger).exists() else []
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.report.run import read_run
-
-SPECIFICATION, PLACE = "dashboard.json", "dashboard.url"
+from polyphony.trainer.run.folder import RunFolder
 
 
 def specify(run: Path) -> tuple[Any, str | None]:
@@ -32,7 +31,8 @@ def specify(run: Path) -> tuple[Any, str | None]:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
     )
-    (run / SPECIFICATION).write_text(json.dumps(specification(workspace), indent=1), encoding="utf-8")
+    folder = RunFolder(run)
+    folder.write(folder.dashboard, json.dumps(specification(workspace), indent=1))
     return workspace, missing
 
 
@@ -40,10 +40,10 @@ def send(workspace: Any, run: Path) -> str:
     """Send a dashboard to W&B and return its address; the same run's is updated the next time."""
     from polyphony.trainer.run.wandb_dashboard import save_workspace  # slow to import
 
-    return save_workspace(workspace, run / PLACE)
+    return save_workspace(workspace, RunFolder(run).dashboard.with_suffix(".url"))
 
 
 def way_to_send(run: Path, missing: str) -> str:
     """Say what has to be done before a dashboard can be sent."""
-    synced = f"`wandb sync {run / 'wandb'}/offline-run-*`"
+    synced = f"`wandb sync {RunFolder(run).wandb}/offline-run-*`"
     return f"not sent to W&B: {missing}. To push: `wandb login`, {synced}, then `polyphony dashboard {run}` again"

@@ -9,8 +9,9 @@ from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import say, train
-from polyphony.launch.verbs.probe import TRANSFER_FILE, probe
+from polyphony.launch.verbs.probe import probe
 from polyphony.launch.verbs.tables import transfer_table
+from polyphony.trainer.run.folder import RunFolder
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 
@@ -22,18 +23,20 @@ def demo(out: Path | None = None) -> Path:
         raise RecipeError(f"folder {out} is not empty; remove it, or choose another --out")
     recipe = load_recipe(RECIPE)
     say("probing: what does a little training on one domain do to the others?")
-    engine = probe(recipe, out / "probe")
-    planned = recipe.curriculum.model_copy(update={"transfer": str((out / "probe" / TRANSFER_FILE).resolve())})
+    probed, run = RunFolder(out / "probe"), RunFolder(out / "run")
+    engine = probe(recipe, probed.path)
+    planned = recipe.curriculum.model_copy(update={"transfer": str(probed.transfer.resolve())})
     say("training on all domains")
-    train(recipe.model_copy(update={"curriculum": planned}), out / "run", engine=engine)
+    train(recipe.model_copy(update={"curriculum": planned}), run.path, engine=engine)
     return out
 
 
 def demo_tables(out: Path) -> str:
     """Return what the demo in this folder did to each domain, what its probes found, and where the report lies."""
-    run, probes = (TransferMatrix.load(out / part / TRANSFER_FILE).on("report") for part in ("run", "probe"))
-    told = [table(run), "", transfer_table(probes), "* the 95 % interval excludes zero"]
-    return "\n".join([*told, f"report: {out / 'run' / 'report.html'}"])
+    probed, run = RunFolder(out / "probe"), RunFolder(out / "run")
+    told = [table(TransferMatrix.load(run.transfer).on("report")), ""]
+    told += [transfer_table(TransferMatrix.load(probed.transfer).on("report")), "* the 95 % interval excludes zero"]
+    return "\n".join([*told, f"report: {run.report}"])
 
 
 def _next_free(runs: Path) -> Path:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
+from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from polyphony.curricula.intervals import Interval
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.evaluation.result import HeldoutResult
     from polyphony.trainer.grpo import DomainGRPOTrainer
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,15 +159,16 @@ def _same_shape(first: str, second: str) -> bool:
 def _recipe_of(model: str) -> str | None:
     """Return the recipe of the run folder that a model is, or lies in; None outside of one."""
     folder = Path(model)
-    found = [p / RECIPE_FILE for p in (folder, folder.parent, folder.parent.parent) if (p / RECIPE_FILE).is_file()]
+    recipes = (RunFolder(place).recipe for place in (folder, folder.parent, folder.parent.parent))
+    found = [recipe for recipe in recipes if recipe.is_file()]
     return str(found[0]) if folder.is_dir() and found else None
 
 
 def _weights_of(model: str) -> str:
     """Return the folder of the weights where a run folder is named."""
-    folder = Path(model)
-    if not (folder / RECIPE_FILE).is_file():
+    folder = RunFolder(Path(model))
+    if not (folder.recipe.is_file() or folder.holds_run):
         return model
-    if not (folder / "final").is_dir():
-        raise RecipeError(f"run {model} has no final/ yet: name one of its checkpoints/")
-    return str(folder / "final")
+    if not folder.final.is_dir():
+        raise RecipeError(f"run {model} has no {folder.final.name}/ yet: name one of its {folder.checkpoints.name}/")
+    return str(folder.final)

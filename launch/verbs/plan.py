@@ -49,8 +49,7 @@ def replay_as_json(replayed: Sequence[Replayed]) -> list[dict[str, Any]]:
 def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
     """Draw both mixtures one below the other into the run folder; return the page."""
     lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
-    name = "".join(c if c.isalnum() else "-" for c in scheduler)
-    return write_replay(run, lines, scheduler=scheduler, out=run / f"replay-{name}.html")
+    return write_replay(run, lines, scheduler=scheduler, out=RunFolder(run).replay(scheduler))
 
 
 def replay_run(
@@ -61,10 +60,12 @@ def replay_run(
     The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
-    lines = RunFolder(run).read("decisions")
+    folder = RunFolder(run)
+    lines = folder.read("decisions")
     if not lines:
-        raise RecipeError(f"{run} holds no decisions.jsonl with a draw in it: not a run folder, or one just begun")
-    matrix = TransferMatrix.load(run / "transfer.json")
+        name = folder.ledger("decisions").name
+        raise RecipeError(f"{run} holds no {name} with a draw in it: not a run folder, or one just begun")
+    matrix = TransferMatrix.load(folder.transfer)
     rows = [row for row in matrix.on("steer").rows if not row.probe]
     return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
 
@@ -72,12 +73,12 @@ def replay_run(
 def _scheduler_of(
     run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
 ) -> Scheduler:
-    name = renamed(name)
-    recipe = load_recipe(run / "recipe.yaml")
+    name, folder = renamed(name), RunFolder(run)
+    recipe = load_recipe(folder.recipe)
     if recipe.curriculum.scheduler != name:
         overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
-    recipe = load_recipe(run / "recipe.yaml", overrides)
-    source = run / "transfer.json" if transfer is None and matrix.probes else transfer
+    recipe = load_recipe(folder.recipe, overrides)
+    source = folder.transfer if transfer is None and matrix.probes else transfer
     section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
     try:
         return build_scheduler(recipe.model_copy(update={"curriculum": section}))

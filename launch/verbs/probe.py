@@ -26,8 +26,7 @@ from polyphony.rewards.registry import find_reward, version_of
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run.callbacks import CheckWeights
-
-TRANSFER_FILE = "transfer.json"
+from polyphony.trainer.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +45,7 @@ class Arm:
 
 
 def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine | None:
-    """Run what `out/transfer.json` does not hold yet; return the engine, so that a run of the same model can use it."""
+    """Run what the file in `out` does not hold yet; return the engine, so that a run of the same model can use it."""
     names = [name for name, section in recipe.domains.items() if section.train is not None]
     if len(names) < 2:
         raise RecipeError(f"a probe compares domains: at least 2 need `train` rows, got {names}")
@@ -55,7 +54,7 @@ def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine 
     try:
         return Probe(recipe, out, engine).run(plan_arms(recipe, names))
     except RecipeError:
-        if is_new and not (out / TRANSFER_FILE).exists():
+        if is_new and not RunFolder(out).transfer.exists():
             shutil.rmtree(out)  # nothing was measured: the corrected recipe finds the name free
         raise
 
@@ -69,7 +68,7 @@ class Probe:
         self.engine = engine
         self.is_checked = False
         """Whether the engine was shown to follow the weights; if it did not, every transfer would be nil."""
-        self.file = out / TRANSFER_FILE
+        self.file = RunFolder(out).transfer
         self.matrix = TransferMatrix.load(self.file) if self.file.exists() else None
 
     def run(self, arms: list[Arm]) -> Engine | None:
@@ -119,7 +118,7 @@ class Probe:
         trainer.remove_callback(PrinterCallback)
         self.engine = trainer.engine
         if arm.steps and not self.is_checked:
-            trainer.add_callback(CheckWeights(trainer, say=say))
+            trainer.add_callback(CheckWeights(trainer.check_weight_sync))
             self.is_checked = True
         if arm.steps:
             trainer.train()
@@ -173,7 +172,8 @@ def check_start(start: str) -> None:
 
 def claim_probe(recipe: Recipe, out: Path) -> bool:
     """Make the probe's folder and return True, or check that what it holds is of the same recipe."""
-    saved = out / "recipe.yaml"
+    folder = RunFolder(out)
+    saved = folder.recipe
     if saved.is_file():
         if load_recipe(saved) != recipe:
             raise RecipeError(f"{out} holds a probe of another recipe; choose another --out")
@@ -182,7 +182,7 @@ def claim_probe(recipe: Recipe, out: Path) -> bool:
         raise RecipeError(f"folder {out} is not empty and holds no probe; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(recipe.as_yaml(), encoding="utf-8")
+        folder.write(saved, recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"folder {out} cannot be written: {error.strerror}") from error
     return True

@@ -17,22 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyphony.curricula.files import replacing
 from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
-from polyphony.curricula.prompts.pool_file import POOL_FILE, own_pool, save_pools
+from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, RecipeError
-from polyphony.launch.train import RECIPE_FILE, claim_folder, say
+from polyphony.launch.train import claim_folder, say
+from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from polyphony.trainer.data import Prompt
     from polyphony.trainer.engine.engine import InProcessEngine
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 SCREEN_DRAW = -2
 """Stands for the draw in the seeds of screening, visit by visit downwards: training and evaluation do not share them."""
 
-ANSWERS_FILE, IMPOSSIBLE_FILE, SUMMARY_FILE = "answers.jsonl", "impossible.jsonl", "screen.json"
+ANSWERS, IMPOSSIBLE = "answers", "impossible"
+"""A screen's ledgers."""
 SAVE_EVERY_S = 20.0
 SHOWN_ANSWERS = 5
 """Different answers listed for each impossible prompt, the most frequent first."""
@@ -47,15 +49,16 @@ def screen(
     """
     pool = replace(recipe.pool or PoolSettings(), start=None)
     recipe = recipe.model_copy(update={"pool": pool})  # that file is made here
-    claim_folder(recipe, out, resume=(out / RECIPE_FILE).is_file())
+    folder = RunFolder(out)
+    claim_folder(recipe, out, resume=folder.recipe.is_file())
     trainer = build_trainer(recipe, out, engine=engine)
     if trainer.accelerator.num_processes > 1:
         raise RecipeError("screen runs in one process; give its engine more devices instead")
-    screening = Screening(trainer=trainer, out=out, most_visits=most_visits)
+    screening = Screening(trainer=trainer, folder=folder, most_visits=most_visits)
     screening.resume()
     screening.run(recipe.name)
     summary = {"domains": {name: describe(pool) for name, pool in trainer.curriculum.pools.items()}}
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
+    folder.write(folder.screened, json.dumps(summary, indent=1))
     screening.write_impossible()
     return summary
 
@@ -64,11 +67,11 @@ def screen(
 class Screening:
     """Visits under way.
 
-    Example: `Screening(trainer=trainer, out=Path("runs/x-screen"), most_visits=12).run("x")`
+    Example: `Screening(trainer=trainer, folder=RunFolder(Path("runs/x-screen")), most_visits=12).run("x")`
     """
 
     trainer: DomainGRPOTrainer
-    out: Path
+    folder: RunFolder
     most_visits: int
     """Of a prompt that never succeeded."""
     ungraded: set[tuple[str, str]] = field(default_factory=set)
@@ -80,11 +83,11 @@ class Screening:
 
     def resume(self) -> None:
         """Take over what an earlier screening in this folder learned; an answer that it was writing is cut off."""
-        answers = self.out / ANSWERS_FILE
+        answers = self.folder.ledger(ANSWERS)
         if answers.exists():
             os.truncate(answers, answers.read_bytes().rfind(b"\n") + 1)
         prompts = {name: pool.ids for name, pool in self.pools.items()}
-        if saved := own_pool(self.out / POOL_FILE, prompts, say=say):
+        if saved := own_pool(self.folder.pool, prompts, say=say):
             self.trainer.curriculum.adopt_pools(saved)
             visited = sum(int((pool.visits > 0).sum()) for pool in self.pools.values())
             say(f"going on: {visited} of {self.trainer.data.n_train} prompts were visited before")
@@ -112,7 +115,7 @@ class Screening:
     def write_impossible(self) -> None:
         """List the impossible prompts with what the model answered: wrong references dominate there."""
         heard = self._answers()
-        with (self.out / IMPOSSIBLE_FILE).open("w", encoding="utf-8") as file:
+        with replacing(self.folder.ledger(IMPOSSIBLE)) as file:
             for name, pool in self.pools.items():
                 for prompt_id in (i for i in pool.ids if pool.state_of(i) is State.IMPOSSIBLE):
                     prompt = self.trainer.data.train[name][prompt_id]
@@ -161,32 +164,25 @@ class Screening:
         ]
         completions = trainer.policy.read(prompts, trainer.policy.complete(requests, size))
         rewards = trainer.scorer(completions)
-        with (self.out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
-            for k, (visits, prompt) in enumerate(chosen):
-                of_group = slice(k * size, (k + 1) * size)
-                graded = [r for r in rewards[of_group] if r is not None]
-                if not graded:
-                    self.ungraded.add((prompt.domain, prompt.id))
-                self.pools[prompt.domain].observe(prompt.id, graded)
-                if graded and max(graded) <= 0:
-                    file.write(_line(prompt, visits, [c.text.strip() for c in completions[of_group]]))
+        for k, (visits, prompt) in enumerate(chosen):
+            of_group = slice(k * size, (k + 1) * size)
+            graded = [r for r in rewards[of_group] if r is not None]
+            if not graded:
+                self.ungraded.add((prompt.domain, prompt.id))
+            self.pools[prompt.domain].observe(prompt.id, graded)
+            if graded and max(graded) <= 0:
+                line = {"domain": prompt.domain, "id": prompt.id, "visit": visits}
+                self.folder.append(ANSWERS, line | {"answers": [c.text.strip() for c in completions[of_group]]})
 
     def _answers(self) -> dict[tuple[str, str], Counter]:
         """Return how often each answer was given to each prompt that failed; a visit made twice counts once."""
         heard: dict[tuple[str, str], dict[int, list[str]]] = {}
-        path = self.out / ANSWERS_FILE
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            line = json.loads(text)
+        for line in self.folder.read(ANSWERS):
             heard.setdefault((line["domain"], line["id"]), {})[line["visit"]] = line["answers"]
         return {key: Counter(a for answers in visits.values() for a in answers) for key, visits in heard.items()}
 
     def _save(self) -> None:
-        save_pools(self.out / POOL_FILE, self.trainer.curriculum.pool_columns())
-
-
-def _line(prompt: Prompt, visit: int, answers: Sequence[str]) -> str:
-    line = {"domain": prompt.domain, "id": prompt.id, "visit": visit, "answers": list(answers)}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+        save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
 
 
 def describe(pool: PromptPool) -> dict[str, Any]:

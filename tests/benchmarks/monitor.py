@@ -76,12 +76,10 @@ def _median(block: Block) -> Timing:
 
 def _loud(sides: SideBySide, shares: list[float]) -> Block:
     """Run as `polyphony train` does, and append the share of the time that the processor spent on what only logs."""
-    from polyphony.trainer.run.callbacks import RunCallback
-
     trainer = sides.our_trainer()
     spent: list[float] = []
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunCallback))
-    callback.on_log = _timed(callback.on_log, spent)
+    assert trainer.run is not None
+    trainer.run.on_log = _timed(trainer.run.on_log, spent)
     trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
     trainer.entropy.after_draw = _timed(trainer.entropy.after_draw, spent)
     trainer.shortcuts.inspect = _timed(trainer.shortcuts.inspect, spent)

@@ -140,7 +140,7 @@ class SideBySide:
     def our_trainer(self) -> DomainGRPOTrainer:
         """Return a fresh trainer of ours."""
         folder = claim_folder(self.recipe, self.next_folder(), resume=False)
-        trainer = start(self.recipe, folder, engine=self.engine).trainer
+        trainer = start(self.recipe, folder, engine=self.engine)
         self.prompts, self.seeds = [], []
         draws = itertools.count()
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools
+from polyphony.curricula.prompts.pool_file import load_pools
+from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 
 TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
 """Metrics that tell the time or count the very faults; `train_loss` is of the steps of the last process alone."""
@@ -46,7 +47,7 @@ def errors(run: Path, *, group_size: int) -> list[str]:
     Each draw is decided once, in order; in each step as many completions came back as were asked for, groups that a
     refill replaced included; and the pool, where there is one, has seen each prompt as often as it was asked for.
     """
-    decisions, refills = _lines(run, "decisions"), _lines(run, "refills")
+    decisions, refills = RunFolder(run).read("decisions"), RunFolder(run).read("refills")
     found = []
     if [line["draw"] for line in decisions] != list(range(len(decisions))):
         found.append(f"draws are not 0 to {len(decisions) - 1}, each once and in order")
@@ -63,7 +64,7 @@ def errors(run: Path, *, group_size: int) -> list[str]:
 
 def _completions(run: Path) -> dict[int, int]:
     """Return the completions counted in each step that was taken."""
-    steps = [line for line in _lines(run, "metrics") if "loss" in line]
+    steps = [line for line in RunFolder(run).read("metrics") if "loss" in line]
     return {
         line["step"]: sum(int(v) for k, v in line.items() if k.startswith("domain/") and k.endswith("/n"))
         for line in steps
@@ -71,33 +72,30 @@ def _completions(run: Path) -> dict[int, int]:
 
 
 def _unseen(run: Path, asked: Counter[str]) -> list[str]:
-    if not (run / POOL_FILE).exists():
+    if not (path := RunFolder(run).pool).exists():
         return []
     found = []
-    for name, columns in load_pools(run / POOL_FILE).items():
+    for name, columns in load_pools(path).items():
         for prompt, visits in zip(columns.ids, columns.visits.tolist(), strict=True):
             if visits != asked[prompt]:
                 found.append(f"{name} {prompt}: asked for {asked[prompt]} times, seen {visits} times")
     return found
 
 
-def _lines(run: Path, ledger: str) -> list[dict[str, Any]]:
-    path = run / f"{ledger}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def _stream(run: Path) -> list[Any]:
     """Return what was drawn and by which mixture, without the evidence: its floats carry the rounding of a batch."""
     drawn: list[Any] = [
-        (line["step"], line["draw"], line["mixture"], line["prompts"]) for line in _lines(run, "decisions")
+        (line["step"], line["draw"], line["mixture"], line["prompts"]) for line in RunFolder(run).read("decisions")
     ]
-    return drawn + [(line["step"], line["round"], line["prompts"]) for line in _lines(run, "refills")]
+    return drawn + [(line["step"], line["round"], line["prompts"]) for line in RunFolder(run).read("refills")]
 
 
 def _numbers(run: Path) -> list[Any]:
-    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    folder = RunFolder(run)
+    newest = max(folder.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     metrics = [
-        {k: v for k, v in line.items() if not any(timed in k for timed in TIMED)} for line in _lines(run, "metrics")
+        {k: v for k, v in line.items() if not any(timed in k for timed in TIMED)}
+        for line in RunFolder(run).read("metrics")
     ]
-    weights = hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
-    return [metrics, json.loads((newest / "polyphony.json").read_text()), weights]
+    weights = hashlib.sha256((folder.final / "model.safetensors").read_bytes()).hexdigest()
+    return [metrics, json.loads((newest / STATE_FILE).read_text()), weights]

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import psutil
 
+from polyphony.trainer.run.folder import RunFolder
 from tests.experiments.accounts import compare
 
 RECIPE = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "debug.yaml"
@@ -77,17 +78,15 @@ def overrides(arm: Variant, steps: int, workers: int) -> list[str]:
 def command(run: Path, changes: Sequence[str]) -> list[str]:
     """Return the command that starts a run, or goes on with it."""
     words = [sys.executable, "-P", "-m", "polyphony.launch.cli", "train"]
-    if (run / "recipe.yaml").exists():
+    if RunFolder(run).recipe.exists():
         return [*words, "--resume", str(run)]
     return [*words, str(RECIPE), *changes, "--out", str(run)]
 
 
 def last_step(run: Path) -> int:
     """Return the last step in the run's metrics; -1 before the first line."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else -1
+    lines = RunFolder(run).read("metrics")
+    return lines[-1]["step"] if lines else -1
 
 
 def disturb(
@@ -95,7 +94,7 @@ def disturb(
 ) -> list[Kill]:
     """Bring a run to its end through at most `kills` kills of such processes; return them."""
     done: list[Kill] = []
-    while not (run / "report.html").exists():
+    while not RunFolder(run).has_ended:
         with (run.parent / f"{run.name}.log").open("a") as log:
             trainer = subprocess.Popen(command(run, changes), stdout=log, stderr=log, start_new_session=True)
             try:

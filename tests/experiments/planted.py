@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyphony.curricula.records import mean
+from polyphony.trainer.run.folder import RunFolder
 from tests.experiments.flawed import SHORTCUT
-from tests.experiments.trials import Trials, over_seeds, read_lines
+from tests.experiments.trials import Trials, over_seeds
 
 RECIPE = Path(__file__).parent / "planted.yaml"
 ARMS = {"off": ("guard=null",), "on": ()}
@@ -24,7 +25,7 @@ ARMS = {"off": ("guard=null",), "on": ()}
 
 def changes(folder: Path) -> dict[str, float]:
     """Return, per domain, the change from the first evaluation to the last: `shortcut/<d>` (share) and `score/<d>`."""
-    samples = read_lines(folder, "samples")
+    samples = RunFolder(folder).read("samples")
     first, last = min(s["step"] for s in samples), max(s["step"] for s in samples)
     found: dict[str, float] = {}
     for domain in dict.fromkeys(s["domain"] for s in samples):

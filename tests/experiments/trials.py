@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polyphony.curricula.intervals import Interval, student
 from polyphony.curricula.records import mean
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import say, train
+from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
@@ -37,18 +37,13 @@ class Trials:
         """Return the folder of a finished run."""
         folder = self.out / f"{arm}-{seed}"
         recipe = load_recipe(self.recipe, [*self.overrides, *self.arms[arm], f"grpo.seed={seed}"])
-        if not (folder / "report.html").exists():
+        if not RunFolder(folder).has_ended:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             self.engine = train(recipe, folder, engine=self.engine)
             say(f"{arm} seed {seed}: done")
-        elif load_recipe(folder / "recipe.yaml") != recipe:
+        elif load_recipe(RunFolder(folder).recipe) != recipe:
             raise ValueError(f"{folder} is a run of another recipe; choose another --out")
         return folder
-
-
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return the entries of one of a run's ledgers."""
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

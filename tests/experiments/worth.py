@@ -23,8 +23,9 @@ import numpy as np
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.trainer.run.folder import RunFolder
 from tests.benchmarks.result import Result, Target, table
-from tests.experiments.trials import Trials, over_seeds, read_lines
+from tests.experiments.trials import Trials, over_seeds
 
 RECIPE = Path(__file__).parent / "worth.yaml"
 COMPLETIONS, GROUP, EVALUATIONS = 20_480, 8, 10
@@ -60,11 +61,11 @@ def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     The scores are of all items: nothing in these runs is decided by any of them.
     """
     tokens, spent = 0.0, {0: 0.0}
-    for line in read_lines(folder, "metrics"):
+    for line in RunFolder(folder).read("metrics"):
         names = [key.split("/")[1] for key in line if key.startswith("domain/") and key.endswith("/n")]
         tokens += sum(line[f"domain/{d}/n"] * line[f"domain/{d}/mean_length"] for d in names)
         spent[line["step"]] = tokens
-    rows = TransferMatrix.load(folder / "transfer.json").rows
+    rows = TransferMatrix.load(RunFolder(folder).transfer).rows
     scores = [mean([mean(items) for items in row.scores.values()]) for row in rows]
     return np.array([spent[row.step] for row in rows]), np.array(scores)
 

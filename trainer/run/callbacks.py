@@ -1,30 +1,137 @@
-"""What happens around the steps of a run: evaluations, ledgers, trackers, progress, checkpoint retention."""
+"""A run and its folder: evaluations, ledgers, guardrails, trackers, retention of checkpoints, and how it ended.
+
+The same whether a recipe or a script trains. A recipe adds what only it knows: progress, our W&B tables, a probe's rows.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
-from polyphony.curricula.prompts.pool_file import POOL_FILE, save_pools
-from polyphony.trainer.checkpoints import best_checkpoint, keep_newest, mark_best, whole_checkpoints
+from polyphony.curricula.prompts.pool_file import own_pool, save_pools
+from polyphony.rewards.registry import other_versions
+from polyphony.trainer.checkpoints import (
+    best_checkpoint,
+    checkpoint_step,
+    keep_newest,
+    mark_best,
+    remove_unfinished,
+    roll_back,
+    save_final,
+    whole_checkpoints,
+)
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.engine.weight_check import WeightCheck
+from polyphony.trainer.entropy import DomainEntropy
 from polyphony.trainer.evaluation.base_kl import BaseReference
+from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import defined
+from polyphony.trainer.policy import Policy
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.progress import ProgressLine
+from polyphony.trainer.run.provenance import provenance
 from polyphony.trainer.run.recorder import Recorder
+from polyphony.trainer.run.stopping import StopOnSignal, largest, say
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
-
-if TYPE_CHECKING:
-    from polyphony.trainer.grpo import DomainGRPOTrainer
-
+from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.shortcuts import ShortcutWatch
+from polyphony.trainer.slots import DrawPlan
 
 logger = logging.getLogger(__name__)
+
+EVALUATE_EVERY, KEEP = 50, 2
+"""Where nothing is said: steps between evaluations, and newest checkpoints kept; as in a recipe."""
+
+
+class Trained(Protocol):
+    """What a run needs of its trainer, `DomainGRPOTrainer`, which nothing imports back."""
+
+    args: GRPOConfig
+    state: Any
+    accelerator: Any
+    callback_handler: Any
+    data: DomainData
+    plan: DrawPlan
+    curriculum: Curriculum
+    draws: Draws
+    scorer: Scorer
+    policy: Policy
+    evaluator: Evaluator
+    entropy: DomainEntropy
+    shortcuts: ShortcutWatch
+    pending_metrics: dict[str, float]
+
+    def evaluate_heldout(self) -> HeldoutResult:
+        """Score the policy as it is now."""
+        ...
+
+    def check_weight_sync(self) -> WeightCheck | None:
+        """Check that the engine follows the policy's weights."""
+        ...
+
+    def add_callback(self, callback: Any) -> None:
+        """Have Transformers call it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cadence:
+    """How often a run evaluates, and what it keeps.
+
+    Example: `Cadence.of(GRPOConfig(eval_steps=20, save_steps=20, save_total_limit=3), plan).keep` is 3.
+    """
+
+    evaluate_every: int
+    """Optimizer steps; there is always an evaluation before the first step and one after the last."""
+    keep: int
+    """Newest checkpoints; the best by worst domain is kept as well."""
+
+    @classmethod
+    def of(cls, args: GRPOConfig, plan: DrawPlan) -> Cadence:
+        """Read TRL's `eval_steps`, `save_steps` and `save_total_limit`. Raises ValueError for what a run cannot keep to."""
+        for name in ("eval_strategy", "save_strategy"):
+            if (value := getattr(getattr(args, name), "value", getattr(args, name))) not in ("no", "steps"):
+                raise ValueError(f"{name}={value!r} with run=: expected 'steps' or 'no'")
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end with run=: leave it out, the best checkpoint by worst domain is kept"
+            )
+        every = _steps(args.eval_steps or EVALUATE_EVERY, plan.steps)
+        plan.check_boundary("eval_steps", every)
+        saves = _steps(args.save_steps, plan.steps)
+        if args.save_strategy != "no" and saves <= plan.steps:
+            plan.check_boundary("save_steps", saves)
+        return cls(evaluate_every=every, keep=args.save_total_limit or KEEP)
+
+
+def run_arguments(args: GRPOConfig, run: str | Path | None) -> GRPOConfig:
+    """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder; as they are without."""
+    if run is None:
+        return args
+    args = copy.copy(args)
+    args.output_dir = str(RunFolder(Path(run)).checkpoints)
+    args.eval_strategy, args.eval_on_start, args.save_total_limit = "no", False, None
+    return args
+
+
+def _steps(every: float, total: int) -> int:
+    """Return steps for a number of them or, below 1, a share of all, as Transformers has it."""
+    return math.ceil(total * every) if every < 1 else int(every)
 
 
 class CheckWeights(TrainerCallback):
@@ -33,110 +140,194 @@ class CheckWeights(TrainerCallback):
     Not earlier: DeepSpeed and FSDP shard the policy when training begins.
     """
 
-    def __init__(self, trainer: DomainGRPOTrainer, *, say: Callable[[str], None]) -> None:
-        self.trainer = trainer
+    def __init__(self, check_weights: Callable[[], WeightCheck | None], *, say: Callable[[str], None] = say) -> None:
+        self.check_weights = check_weights
         self.say = say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check = self.trainer.check_weight_sync()
-        if check is None:
+        found = self.check_weights()
+        if found is None:
             return
-        if not check.is_passed:
-            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {check}")
+        if not found.is_passed:
+            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {found}")
         if state.is_world_process_zero:
-            self.say(f"weight sync: {check}")
+            self.say(f"weight sync: {found}")
 
 
-class RunCallback(TrainerCallback):
-    """Keep a run's folder while it trains.
+class Run(TrainerCallback):
+    """Keep a run's folder while it trains: `begin`, then TRL's loop, then `finish`.
 
     Evaluates before the first step, every `evaluate_every` steps and after the last; writes one line of metrics a log.
+
+    Example: `DomainGRPOTrainer(.., run="runs/mine").run.folder.read("metrics")`
     """
 
     def __init__(
         self,
-        trainer: DomainGRPOTrainer,
-        recorder: Recorder,
+        trainer: Trained,
+        folder: RunFolder,
+        cadence: Cadence,
         *,
-        evaluate_every: int,
-        keep_checkpoints: int,
+        model: str = "",
         guardrails: Sequence[Guardrail] = (),
-        tracker: WandbTracker | None,
-        progress: ProgressLine | None,
     ) -> None:
-        self.trainer = trainer
-        self.recorder = recorder
-        self.evaluate_every = evaluate_every
-        self.keep_checkpoints = keep_checkpoints
+        self.trainer, self.folder, self.cadence, self.model = trainer, folder, cadence, model
+        self.is_main: bool = trainer.accelerator.is_main_process
         self.guardrails = guardrails
-        self.tracker = tracker
-        self.progress = progress
+        for guardrail in guardrails:
+            if guardrail.domain not in trainer.data.names:
+                known = ", ".join(trainer.data.names)
+                raise ValueError(f"guardrails: there is no domain {guardrail.domain!r}; known: {known}")
+        self.recorder = Recorder(
+            folder=folder,
+            domains=trainer.data.domains,
+            curriculum=trainer.curriculum,
+            seed=trainer.args.seed,
+            is_main=self.is_main,
+        )
+        # what only a recipe knows
+        self.say: Callable[[str], None] = say
+        self.imports_from: Sequence[str] = ()
+        """Folders where modules of the user's were found."""
+        self.tracker: WandbTracker | None = None
+        self.progress: ProgressLine | None = None
+        self.stopper: StopOnSignal | None = None
+        self._stopped_by = ""
         self._evaluated_at: int | None = None
         self._rolled_back_at: int | None = None
+
+    def attach(self) -> Run:
+        """Listen to the trainer: what it draws, and what Transformers calls; the engine's weights are checked first."""
+        trainer, recorder = self.trainer, self.recorder
         trainer.draws.refill_listeners.append(
             lambda n, groups, refs: recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
         )
         trainer.draws.listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
+        trainer.add_callback(CheckWeights(trainer.check_weight_sync))
+        trainer.add_callback(self)
+        return self
+
+    # --- before and after the loop ------------------------------------------------------------------------------------
+
+    def begin(self, resume: str | bool | None = None) -> str | None:
+        """Make the folder ready; return the checkpoint to go on from, None for a start. Collective over ranks.
+
+        `resume` goes on from the newest whole checkpoint, from the start if there is none; what was written after it is kept
+        as an attempt. Raises ValueError for a folder that holds a run already, and for another checkpoint.
+        """
+        newest = (whole_checkpoints(self.folder.checkpoints) or [None])[-1]
+        if not resume and self.folder.holds_run:
+            raise ValueError(
+                f"run folder {self.folder.path} holds a run; choose another, or go on with resume_from_checkpoint=True"
+            )
+        if isinstance(resume, (str, Path)) and (newest is None or Path(resume).resolve() != newest.resolve()):
+            raise ValueError(f"resume_from_checkpoint={str(resume)!r}: a run goes on from its newest, {newest}")
+        self.trainer.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.folder.end.unlink(missing_ok=True)
+            remove_unfinished(self.folder.checkpoints)
+            self.folder.cut(-1 if newest is None else checkpoint_step(newest))
+            tables = self.trainer.data.train
+            own_pool(self.folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
+        self.trainer.accelerator.wait_for_everyone()
+        self._record_origin()
+        if newest is not None:
+            self.recorder.restore(checkpoint_step(newest))
+        return None if newest is None else str(newest)
+
+    def _record_origin(self) -> None:
+        """Write where the numbers come from; say which graders were of another version before."""
+        data = self.trainer.data
+        places = {t.where: t for tables in (data.train, data.heldout) for t in tables.values()}
+        origin = provenance(model=self.model, tables=places, rewards=self.trainer.scorer.rewards)
+        self.recorder.provenance = origin
+        if not self.is_main:
+            return
+        path = self.folder.provenance
+        known = json.loads(path.read_text()).get("graders", {}) if path.is_file() else {}
+        for line in other_versions(known):
+            self.say(f"--resume {self.folder.path}: {line}; its scores before and from now on are not comparable")
+        found = {"imports_from": list(self.imports_from)} if self.imports_from else {}
+        self.folder.write(path, json.dumps({**origin, **found}, indent=1))
+
+    @property
+    def interrupted(self) -> tuple[int, int] | None:
+        """Signal and step of the checkpoint, where a signal ended the run."""
+        return None if self.stopper is None else self.stopper.stopped
+
+    def finish(self) -> None:
+        """Save the policy and say that the run is over, unless a signal ended it: then it can go on. Collective."""
+        if self.interrupted is not None:
+            return
+        save_final(self.trainer.policy, self.folder.final)
+        if not self.is_main:
+            return
+        step, most = self.trainer.state.global_step, self.trainer.state.max_steps
+        if step >= most:
+            self.folder.record_end("finished", why="all steps were taken", step=step)
+        else:
+            self.folder.record_end("stopped", why=self._stopped_by or "a callback asked for it", step=step)
+
+    # --- what Transformers calls --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the baseline, unless the run is resumed and has one."""
+        evaluator = self.trainer.evaluator
         if state.global_step == 0:
-            self._write(0, self._evaluate(0))
-            base = self.trainer.evaluator.remember_base()
-            if self.trainer.accelerator.is_main_process:
-                self.recorder.folder.write(self.recorder.folder.base.name, base.to_json())
-        elif self.recorder.folder.base.is_file():
-            self.trainer.evaluator.base = BaseReference.from_json(self.recorder.folder.base.read_text())
+            # every tracker of the user's hears of it too
+            self.trainer.callback_handler.on_log(args, state, control, self._evaluate(0))
+            base = evaluator.remember_base()
+            if self.is_main:
+                self.folder.write(self.folder.base, base.to_json())
+        elif self.folder.base.is_file():
+            evaluator.base = BaseReference.from_json(self.folder.base.read_text())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         drawn = sum(self.trainer.curriculum.drawn.values())
         state.epoch = drawn / self.trainer.data.n_train
-        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self._look(args, state, control)
+        if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
+            self._look(state, control)
         if self._stage_ends(state.global_step):
-            self._look(args, state, control)
-        self._note_entropy_alarms()
-        self._note_shortcut_alarms()
+            self._look(state, control)
+        for alarm in (*self.trainer.entropy.take_alarms(), *self.trainer.shortcuts.take_alarms()):
+            self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")  # every rank's own copy
+            self._ring(alarm)
         return control
-
-    def _look(self, args: Any, state: Any, control: Any) -> None:
-        """Evaluate, and act on what was lost."""
-        self.trainer.pending_metrics.update(self._evaluate(state.global_step))
-        control.should_log = True
-        for verdict in self._broken_guardrails():
-            self._act(verdict, control, Path(args.output_dir))
-
-    def _stage_ends(self, step: int) -> bool:
-        """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
-        curriculum = self.trainer.curriculum
-        if curriculum.decision is None or curriculum.decision.stage is None or self._evaluated_at == step:
-            return False
-        return self.trainer.plan.is_boundary(step) and bool(self.trainer.largest(int(curriculum.stage_ends)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
         self._write(state.global_step, numbers)
-        if self.progress is not None:
+        if self.progress is not None and state.global_step:
             self.progress.update(state.global_step, numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the newest checkpoints and the one whose worst domain is best."""
         if state.is_world_process_zero:
-            best = self._best(Path(args.output_dir), state.global_step)
-            keep_newest(Path(args.output_dir), self.keep_checkpoints, also=best)
+            best = self._best(self.folder.checkpoints, state.global_step)
+            keep_newest(self.folder.checkpoints, self.cadence.keep, also=best)
             if self.trainer.curriculum.pools:
-                save_pools(self.recorder.folder.path / POOL_FILE, self.trainer.curriculum.pool_columns())
+                save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.record_end()
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
-            folder, matrix = self.recorder.folder, self.recorder.matrix
-            track_decisions(self.tracker, state.global_step, folder.read("decisions"))
-            if matrix is not None:
-                track_transfer(self.tracker, state.global_step, matrix)
+            track_decisions(self.tracker, state.global_step, self.folder.read("decisions"))
+            if self.recorder.matrix is not None:
+                track_transfer(self.tracker, state.global_step, self.recorder.matrix)
             self.tracker.finish()
+
+    # --- evaluations and what follows from them -----------------------------------------------------------------------
+
+    def _look(self, state: Any, control: Any) -> None:
+        """Evaluate, and act on what was lost."""
+        self.trainer.pending_metrics.update(self._evaluate(state.global_step))
+        control.should_log = True
+        evaluations = self.trainer.curriculum.evaluations
+        for verdict in check(self.guardrails, evaluations, watch_only=self._watched):
+            self._act(verdict, control)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
@@ -147,60 +338,46 @@ class RunCallback(TrainerCallback):
         logged = self.trainer.evaluator.scorer.logged.flush("heldout", gather_object)
         return {**self.recorder.record_heldout(step, result), **logged}
 
-    def _note_shortcut_alarms(self) -> None:
-        for alarm in self.trainer.shortcuts.take_alarms():
-            self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")
-            if self.trainer.accelerator.is_main_process:
-                logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
-                self.recorder.folder.append("alarms", asdict(alarm))
-                if self.tracker is not None:
-                    self.tracker.alert(f"{alarm.kind} of {alarm.domain}", alarm.message)
-
-    def _note_entropy_alarms(self) -> None:
-        """Write down what the entropy monitor has found, on rank 0; the scheduler is told by every rank's own copy."""
-        for alarm in self.trainer.entropy.take_alarms():
-            self.trainer.curriculum.note(f"{alarm.domain}: {alarm}")
-            if self.trainer.accelerator.is_main_process:
-                logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm)
-                entry = {"step": alarm.step, "domain": alarm.domain, "kind": alarm.kind, "message": str(alarm)}
-                self.recorder.folder.append("alarms", entry | {"drawn": dict(alarm.drawn)})
-                if self.tracker is not None:
-                    self.tracker.alert(f"{alarm.kind} of {alarm.domain}", str(alarm))
-
-    def _broken_guardrails(self) -> list[Verdict]:
-        return check(self.guardrails, self.trainer.curriculum.evaluations, watch_only=self._watched)
-
-    def _lost_too_much(self) -> list[str]:
-        going_back = [guardrail for guardrail in self.guardrails if guardrail.action == "rollback"]
-        return exceeded(going_back, self.trainer.curriculum.evaluations, watch_only=self._watched)
+    def _stage_ends(self, step: int) -> bool:
+        """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
+        curriculum = self.trainer.curriculum
+        if curriculum.decision is None or curriculum.decision.stage is None or self._evaluated_at == step:
+            return False
+        return self.trainer.plan.is_boundary(step) and bool(largest(int(curriculum.stage_ends)))
 
     @property
     def _watched(self) -> list[str]:
         return [d.name for d in self.trainer.data.domains if d.is_watch_only]
 
-    def _act(self, verdict: Verdict, control: Any, checkpoints: Path) -> None:
-        """Warn, stop, or go back to the best checkpoint; in every case say so in `alarms.jsonl`."""
+    def _act(self, verdict: Verdict, control: Any) -> None:
+        """Warn, stop, or go back to the best checkpoint; in every case say so among the alarms."""
         action, domain = verdict.guardrail.action, verdict.guardrail.domain
-        best = best_checkpoint(checkpoints) if action == "rollback" else None
+        best = best_checkpoint(self.folder.checkpoints) if action == "rollback" else None
         done = {"warn": "warned", "stop": "stopped the run"}.get(action, "stopped the run: no checkpoint to go back to")
         if best is not None:
-            self.trainer.rollback(best, because=str(verdict), domain=domain)
+            roll_back(self.trainer, best)
+            self.trainer.curriculum.note(f"rolled back to {best.name}: {verdict}", domain=domain)
             self._rolled_back_at = verdict.step
             done = f"rolled back to {best.name}"
         elif action != "warn":
             control.should_training_stop = True
-        logger.warning("guardrail: %s: %s", verdict, done)
-        if self.trainer.accelerator.is_main_process:
-            entry = {"step": verdict.step, "domain": domain, "kind": "guardrail", "message": f"{verdict}: {done}"}
-            self.recorder.folder.append("alarms", entry)
-            if self.tracker is not None:
-                self.tracker.alert(f"guardrail of {domain}", entry["message"])
+            self._stopped_by = str(verdict)
+        self._ring(verdict.alarm(done))
+
+    def _ring(self, alarm: Alarm) -> None:
+        """Write an alarm down, and tell whoever watches."""
+        if not self.is_main:
+            return
+        logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
+        self.folder.append("alarms", alarm.as_line())
+        if self.tracker is not None:
+            self.tracker.alert(f"{alarm.kind} of {alarm.domain}", alarm.message)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self.trainer.accelerator.is_main_process:
+        if not self.is_main:
             return
         shown = defined(metrics)
-        self.recorder.folder.append("metrics", {"step": step, **shown})
+        self.folder.append("metrics", {"step": step, **shown})
         if self.tracker is not None:
             self.tracker.log(step, shown)
 
@@ -209,6 +386,10 @@ class RunCallback(TrainerCallback):
 
         One that is saved at the step of a rollback holds other weights than were evaluated.
         """
-        if self._evaluated_at == step != self._rolled_back_at and not self._lost_too_much():
+        going_back = [guardrail for guardrail in self.guardrails if guardrail.action == "rollback"]
+        evaluations = self.trainer.curriculum.evaluations
+        if self._evaluated_at == step != self._rolled_back_at and not exceeded(
+            going_back, evaluations, watch_only=self._watched
+        ):
             mark_best(folder, whole_checkpoints(folder)[-1], self.recorder.worst_steer_score)
         return best_checkpoint(folder)

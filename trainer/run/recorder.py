@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import halves, on_half
@@ -29,7 +30,7 @@ RESAMPLES = 200
 
 @dataclass(slots=True)
 class Recorder:
-    """Keep `decisions.jsonl`, `samples.jsonl` and `transfer.json` of one run; only rank 0 writes.
+    """Keep decisions, samples, evaluations and the transfer matrix of one run; only rank 0 writes.
 
     `steer` items go to the curriculum, which decides; the metrics returned are of the `report` items.
     """
@@ -38,7 +39,7 @@ class Recorder:
     domains: tuple[Domain, ...]
     curriculum: Curriculum
     seed: int
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     is_main: bool = True
     """False on ranks other than 0: they keep the same memory and write nothing."""
     matrix: TransferMatrix | None = None
@@ -67,7 +68,7 @@ class Recorder:
 
     def _write_reviews(self, reviews: Sequence[Mapping[str, Any]]) -> None:
         if reviews and self.is_main:
-            self.folder.write("predicted.json", json.dumps(list(reviews)))
+            self.folder.write(self.folder.predicted, json.dumps(list(reviews)))
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
@@ -103,8 +104,8 @@ class Recorder:
         """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
         for name in sorted(set(self._run[0].entropy) - set(row.entropy)) if self._run and self.is_main else ():
             message = "its held-out entropy was not measured; a scheduler that holds it takes it as inside its band"
-            alarm = {"step": row.step, "domain": name, "kind": "entropy_unmeasured", "message": message}
-            self.folder.append("alarms", alarm)
+            alarm = Alarm(step=row.step, domain=name, kind="entropy_unmeasured", message=message)
+            self.folder.append("alarms", alarm.as_line())
 
     @property
     def worst_steer_score(self) -> float:
@@ -141,18 +142,7 @@ class Recorder:
 
     def _metrics(self, row: Evaluation, result: HeldoutResult) -> dict[str, float]:
         assert self.matrix is not None
-        published = on_half(row, result.items, "report")
-        passed = on_half(Evaluation(trained=(), step=0, seed=0, scores=result.passed()), result.items, "report")
-        metrics = variety_metrics(result.variety, result.items)
-        for name in published.scores:
-            metrics[key("heldout", "score", name)] = mean(published.scores[name])
-            metrics[key("heldout", "pass_at_k", name)] = mean(passed.scores[name])
-            metrics[key("heldout", "grader_failures", name)] = sum(s is None for i in result.samples[name] for s in i)
-            if name in row.entropy:
-                metrics[key("heldout", "entropy", name)] = row.entropy[name]
-            for metric, value in _report_half(result, name).values().items():
-                if metric in READ:
-                    metrics[key("heldout", READ[metric], name)] = value
+        metrics = heldout_metrics(result)
         if result.base_kl:
             others = [name for name in result.base_kl if name not in row.trained]
             metrics[key("heldout", "kl_current")] = mean_kl(result.base_kl, row.trained)
@@ -160,7 +150,7 @@ class Recorder:
         if len(self._run) > 1:
             run = [on_half(past, result.items, "report") for past in self._run]
             now = moment(run, watch_only=self.matrix.watch_only)
-            for name in published.scores:
+            for name in row.scores:
                 for metric, interval in (("bwt", now.bwt[name]), ("drawdown", now.drawdown[name])):
                     metrics[key("transfer", metric, name)] = interval.mid
                     metrics[key("transfer", f"{metric}_low", name)] = interval.low
@@ -169,6 +159,28 @@ class Recorder:
             metrics[key("transfer", "bwt")] = now.mean_bwt
             metrics[key("transfer", "drawdown_max")] = now.worst_drawdown
         return defined(metrics)
+
+
+def heldout_metrics(result: HeldoutResult) -> dict[str, float]:
+    """Return the `heldout/<d>` metrics of one evaluation, of the items that are published.
+
+    Raises ValueError for scores that are none, see `HeldoutResult.scores`.
+    """
+    published, passed = (
+        on_half(Evaluation(trained=(), step=0, seed=0, scores=scores), result.items, "report").scores
+        for scores in (result.scores(), result.passed())
+    )
+    metrics = variety_metrics(result.variety, result.items)
+    for name in published:
+        metrics[key("heldout", "score", name)] = mean(published[name])
+        metrics[key("heldout", "pass_at_k", name)] = mean(passed[name])
+        metrics[key("heldout", "grader_failures", name)] = sum(s is None for i in result.samples[name] for s in i)
+        if name in result.entropy:
+            metrics[key("heldout", "entropy", name)] = result.entropy[name]
+        for metric, value in _report_half(result, name).values().items():
+            if metric in READ:
+                metrics[key("heldout", READ[metric], name)] = value
+    return defined(metrics)
 
 
 def _report_half(result: HeldoutResult, domain: str) -> Answers:

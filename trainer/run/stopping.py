@@ -14,11 +14,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from polyphony.trainer.slots import DrawPlan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def largest(number: int) -> int:
+    """Return the largest of what the ranks pass in; every rank must call it."""
+    return max(gather_object([number]))
 
 
 class StopOnSignal(TrainerCallback):
@@ -27,7 +33,7 @@ class StopOnSignal(TrainerCallback):
     `agree` returns the largest of what the ranks pass in: a signal reaches them at different moments.
     """
 
-    def __init__(self, plan: DrawPlan, *, grace_s: float, agree: Callable[[int], int]) -> None:
+    def __init__(self, plan: DrawPlan, *, grace_s: float, agree: Callable[[int], int] = largest) -> None:
         self.plan = plan
         self.grace_s = grace_s
         self.agree = agree
@@ -54,10 +60,10 @@ class StopOnSignal(TrainerCallback):
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            _say("second interrupt: ending at once")
+            say("second interrupt: ending at once")
             os._exit(128 + number)
         again = "; once more to end at once" if number == signal.SIGINT else ""
-        _say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
+        say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
         self.received = number
         if number == signal.SIGTERM:
             timer = threading.Timer(self.grace_s, self._give_up)
@@ -66,9 +72,10 @@ class StopOnSignal(TrainerCallback):
 
     def _give_up(self) -> None:
         if self._before:  # still training
-            _say(f"SIGTERM: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
+            say(f"SIGTERM: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
             os._exit(128 + signal.SIGTERM)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the person who runs this, on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class WandbTracker:
         self._thread.join(FINISH_S)
         if self._thread.is_alive():
             logger.warning(
-                "W&B is still uploading; what is left can be sent with: wandb sync %s", self._folder / "wandb"
+                "W&B is still uploading; what is left can be sent with: wandb sync %s", RunFolder(self._folder).wandb
             )
 
     def _serve(self) -> None:
@@ -151,7 +152,9 @@ class WandbTracker:
     def _start(self) -> Any:
         mode = self.settings.mode
         if mode == "online" and not is_reachable(server_url()):
-            logger.warning("W&B cannot be reached; tracked offline. Later: wandb sync %s", self._folder / "wandb")
+            logger.warning(
+                "W&B cannot be reached; tracked offline. Later: wandb sync %s", RunFolder(self._folder).wandb
+            )
             mode = "offline"
         try:
             return self._init(mode)
