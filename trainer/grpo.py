@@ -108,34 +108,14 @@ class DomainGRPOTrainer(GRPOTrainer):
             if isinstance(domains, DomainData)
             else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
-        self.scorer = Scorer(self.data.domains, openings=self.data.openings)
-        self.fusion = Fusion.of(self.data.domains)
         self.plan = plan_draws(args, self.data.n_train)
-        entropy = as_settings(EntropySettings, entropy)
-        pool = None if pool is None else as_settings(PoolSettings, pool)
         if guardrails and run is None:
             raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
         limits = [as_settings(Guardrail, guardrail) for guardrail in guardrails]
         cadence = None if run is None else Cadence.of(args, self.plan)
-        self.curriculum = Curriculum(
-            domains=self.data.domains,
-            prompts={name: table.ids for name, table in self.data.train.items()},
-            scheduler=as_scheduler(curriculum, entropy=entropy, domains=self.data.names),
-            total_draws=self.plan.draws,
-            seed=args.seed,
-            pool=pool,
-        )
+        pool = None if pool is None else as_settings(PoolSettings, pool)
         self.finite = FiniteSteps(most=as_settings(FaultSettings, faults).max_skipped)
-        self.shortcuts = ShortcutWatch(self.data.names)
-        update = as_settings(UpdateSettings, update)
-        self.advantages = Advantages.of(update, self.data.domains, self.shortcuts.suspects)
-        self.entropy = DomainEntropy(self.data.names, entropy, args)
-        self.pending_metrics: dict[str, float] = {}
-        self._rollout: Rollout | None = None
-        self._row_entropy: torch.Tensor | None = None
-        self._loss_entropy: torch.Tensor | None = None
-        self._without_dead: list[dict[str, Any]] | None = None
-        self._resumed_from: str | None = None
+        self._steer_and_watch(args, curriculum, as_settings(EntropySettings, entropy), pool, update)
         super().__init__(
             model=model,
             reward_funcs=[domain],
@@ -150,27 +130,51 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy = Policy(
             self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
-        self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
-        refuse_odd_look(self.policy, pool.look if pool else None)
-        if not self.use_vllm:
-            self.policy.attach(engine)
-        self.draws = self._draws(pool, max_grader_failures)
-        self.drops_dead = may_drop_dead(
-            self.advantages.settings.drop_dead,
-            args,
-            has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
-            has_aux_loss=self.aux_loss_enabled,
-        )
-        self.evaluator = self._evaluator(as_settings(EvaluationSettings, evaluation))
+        self._walk_and_evaluate(engine, pool, max_grader_failures, as_settings(EvaluationSettings, evaluation))
         self.run: Run | None = None
         if run is not None and cadence is not None:
             self.run = Run(self, RunFolder(Path(run)), cadence, model=name, guardrails=limits).attach()
 
-    def _draws(self, pool: PoolSettings | None, max_grader_failures: float) -> Draws:
-        """Return the walk of a draw; groups go to the ranks in order, and one may straddle two."""
+    def _steer_and_watch(
+        self, args: GRPOConfig, curriculum: Any, entropy: EntropySettings, pool: PoolSettings | None, update: Any
+    ) -> None:
+        """Make what steers a run and what watches it: these need rows and no weights."""
+        self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.fusion = Fusion.of(self.data.domains)
+        self.curriculum = Curriculum(
+            domains=self.data.domains,
+            prompts={name: table.ids for name, table in self.data.train.items()},
+            scheduler=as_scheduler(curriculum, entropy=entropy, domains=self.data.names),
+            total_draws=self.plan.draws,
+            seed=args.seed,
+            pool=pool,
+        )
+        self.shortcuts = ShortcutWatch(self.data.names)
+        update = as_settings(UpdateSettings, update)
+        self.advantages = Advantages.of(update, self.data.domains, self.shortcuts.suspects)
+        self.entropy = DomainEntropy(self.data.names, entropy, args)
+        self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
+        self.pending_metrics: dict[str, float] = {}
+        self._rollout: Rollout | None = None
+        self._row_entropy: torch.Tensor | None = None
+        self._loss_entropy: torch.Tensor | None = None
+        self._without_dead: list[dict[str, Any]] | None = None
+        self._resumed_from: str | None = None
+
+    def _walk_and_evaluate(
+        self,
+        engine: str | Engine | EngineFactory,
+        pool: PoolSettings | None,
+        max_grader_failures: float,
+        evaluation: EvaluationSettings,
+    ) -> None:
+        """Make what samples from the policy: its engine, the walk of a draw, the held-out evaluation."""
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
+        refuse_odd_look(self.policy, look)
+        if not self.use_vllm:
+            self.policy.attach(engine)
         refuse_uneven(self.policy, refill_rounds, look)
-        return Draws(
+        self.draws = Draws(
             data=self.data,
             curriculum=self.curriculum,
             policy=self.policy,
@@ -183,14 +187,17 @@ class DomainGRPOTrainer(GRPOTrainer):
             look=look,
             refill_rounds=refill_rounds,
         )
-
-    def _evaluator(self, settings: EvaluationSettings) -> Evaluator:
-        """Return what scores the policy as it is at each call."""
-        return Evaluator(
+        self.drops_dead = may_drop_dead(
+            self.advantages.settings.drop_dead,
+            self.args,
+            has_entropy_bonus=self._entropy_bonus_enabled or self.entropy.control is not None,
+            has_aux_loss=self.aux_loss_enabled,
+        )
+        self.evaluator = Evaluator(
             data=self.data,
             policy=self.policy,
             scorer=self.scorer.apart(),
-            settings=settings,
+            settings=evaluation,
             seed=self.args.seed,
             fusion=self.fusion,
         )
