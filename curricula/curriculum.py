@@ -25,7 +25,7 @@ from polyphony.curricula.records import (
     Group,
     Prompt,
     mean,
-    passes,
+    passed,
 )
 from polyphony.curricula.schedulers import Scheduler
 
@@ -287,7 +287,7 @@ def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
     return DomainStats(
         groups=len(groups),
         reward=mean([r for g in graded for r in g.unselected]),
-        pass_rate=mean([mean([passes(r) for r in g.unselected]) for g in graded if g.unselected]),
+        pass_rate=mean([len(passed(g.unselected)) / len(g.unselected) for g in graded if g.unselected]),
         abs_advantage=mean([g.abs_advantage for g in graded]),
         frac_dead=mean([float(not g.has_signal) for g in groups]),
         entropy=entropy,

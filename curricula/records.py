@@ -266,7 +266,7 @@ class Group:
     def pass_rate(self) -> float:
         """Share of graded completions that pass; NaN if none was graded."""
         graded = self.graded
-        return sum(passes(r) for r in graded) / len(graded) if graded else math.nan
+        return len(passed(graded)) / len(graded) if graded else math.nan
 
     @property
     def has_signal(self) -> bool:
@@ -477,3 +477,8 @@ def passes(reward: float | None) -> bool:
     One that could not be graded did not.
     """
     return reward is not None and reward >= FULL_REWARD
+
+
+def passed(rewards: Sequence[float | None]) -> list[int]:
+    """Return the places of those that pass."""
+    return [i for i, reward in enumerate(rewards) if passes(reward)]

@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -229,9 +230,14 @@ CALLS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|too
 def test_tokens_marked_special_are_read_but_for_those_that_frame_a_turn(said, read, load, tokenizer):
     calls = copy.deepcopy(tokenizer)
     calls.add_special_tokens({"additional_special_tokens": CALLS}, replace_extra_special_tokens=False)
-    one_rank = SimpleNamespace(process_index=0, num_processes=1)
-    trainer = SimpleNamespace(accelerator=one_rank, num_generations=2, processing_class=calls, _tokenizer=calls)
-    trainer.eos_token_ids = [calls.eos_token_id]
+    trainer = SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        args=SimpleNamespace(bf16=True),
+        num_generations=2,
+        processing_class=calls,
+        _tokenizer=calls,
+        eos_token_ids=[calls.eos_token_id],
+    )
     policy = Policy(trainer, load(domain(), tokenizer=calls), passes=tuple, turn=tuple)
     ids = calls(said, add_special_tokens=False)["input_ids"]
     assert "".join(policy.decode(ids).split()) == read

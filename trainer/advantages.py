@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from polyphony.curricula.records import AdvantageKind, Domain, Group, mean, passes
+from polyphony.curricula.records import AdvantageKind, Domain, Group, mean, passed
 from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.trainer.settings import RftSettings, UpdateSettings
 
@@ -140,11 +140,6 @@ def mean_only(rewards: Sequence[float | None]) -> list[float]:
     """Return r - mean over the rewards of the group that exist, [G]; 0 for the others."""
     centre = mean([r for r in rewards if r is not None])
     return [0.0 if r is None else r - centre for r in rewards]
-
-
-def passed(rewards: Sequence[float | None]) -> list[int]:
-    """Return the places of the full rewards of a group."""
-    return [i for i, r in enumerate(rewards) if passes(r)]
 
 
 def rare_successes(rewards: Sequence[float | None]) -> list[int]:

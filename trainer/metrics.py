@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from polyphony.curricula.records import Group, passes
+from polyphony.curricula.records import Group, passed
 
 METRICS: Mapping[str, Mapping[str, str]] = {
     "domain": {
@@ -155,7 +155,7 @@ class DomainSums:
         self.completions += len(group.rewards)
         self.failures += len(group.rewards) - len(group.graded)
         self.graded += len(graded)
-        self.passed += sum(passes(r) for r in graded)
+        self.passed += len(passed(graded))
         self.reward += sum(graded)
         self.reward_squared += sum(r * r for r in graded)
         self.tokens += tokens

@@ -60,6 +60,7 @@ class Policy:
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
+        self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
 
     @property
     def sampling(self) -> Sampling:
@@ -208,10 +209,6 @@ class Policy:
         finally:
             for name, value in kept.items():
                 setattr(generation, name, value)
-
-    @property
-    def _tolerance(self) -> float:
-        return tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
 
     def check_agreement(self, completions: Sequence[Completion]) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.

@@ -25,9 +25,9 @@ from polyphony.curricula.monitors.signs import (
     DomainSigns,
     _add,
 )
-from polyphony.curricula.records import Completion, Group
+from polyphony.curricula.records import Completion, Group, passed
 from polyphony.rewards.style import degeneration
-from polyphony.trainer.advantages import passed, rare_successes
+from polyphony.trainer.advantages import rare_successes
 from polyphony.trainer.metrics import key
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from polyphony.curricula.records import Completion, mean, passes
+from polyphony.curricula.records import Completion, mean, passed
 from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.answers import final_answer
 from polyphony.rewards.diversity import Diversity, distinct_n, self_bleu, unique_classes, vendi
@@ -138,9 +138,9 @@ def variety_metrics(variety: Mapping[str, Sequence[Variety]], items: Mapping[str
 def _variety(texts: list[str], scores: Sequence[float | None], told: Mapping[int, Same | None], i: int) -> Variety:
     right, classes = math.nan, math.nan
     if i not in told:
-        right = unique_classes([text for text, score in zip(texts, scores, strict=True) if passes(score)])
+        right = unique_classes([texts[i] for i in passed(scores)])
     elif (same := told[i]) is not None:
-        places = [j for j, score in enumerate(scores) if passes(score)]
+        places = passed(scores)
         right = len(set(connected([[same[a][b] for b in places] for a in places])))
         classes = len(set(connected(same)))
     words = {"distinct_2": distinct_n(texts, 2), "self_bleu": self_bleu(texts), "vendi": vendi(texts)}

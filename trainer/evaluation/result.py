@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from polyphony.curricula.records import Completion, mean, passes
+from polyphony.curricula.records import Completion, mean, passed
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
 
@@ -62,9 +62,7 @@ class HeldoutResult:
 
     def passed(self) -> dict[str, tuple[float, ...]]:
         """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples."""
-        return {
-            name: tuple(float(any(passes(s) for s in item)) for item in items) for name, items in self.samples.items()
-        }
+        return {name: tuple(float(bool(passed(item))) for item in items) for name, items in self.samples.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

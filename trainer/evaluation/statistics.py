@@ -20,7 +20,7 @@ from scipy.special import ndtr
 from scipy.stats import rankdata
 
 from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, changed_ratio, ratio, student
-from polyphony.curricula.records import passes
+from polyphony.curricula.records import passed, passes
 from polyphony.trainer.evaluation.answers import Answer
 
 
@@ -177,7 +177,7 @@ class Answers:
         columns = {
             "score": [sum(g) / len(g) if g else math.nan for g in graded],
             **{
-                f"pass@{j}": [pass_at_k(len(g), sum(passes(s) for s in g), j) for g in graded]
+                f"pass@{j}": [pass_at_k(len(g), len(passed(g)), j) for g in graded]
                 for j in sorted({2**e for e in range(k.bit_length())} & set(range(1, k + 1)) | {k})
             },
             "majority": [majority_score([a.vote for a in row], [a.score for a in row]) for row in self.sampled],
