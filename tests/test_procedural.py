@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from polyphony.rewards import find_reward
+from polyphony.rewards import find_reward, reasoning_gym
 from polyphony.rewards.procedural import rows
 
 SUMS = {"dataset": "chain_sum", "seed": 0, "config": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
@@ -190,3 +190,40 @@ def test_it_travels_between_processes():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         rows(**({"split": "train", "size": 1} | SUMS | settings))
+
+
+# --- a worker's own side, here in this process ----------------------------------------------------------------------------
+
+JOB = {"dataset": "chain_sum", "seed": 1, "size": 4, "config": json.dumps(SUMS["config"])}
+
+
+def test_a_worker_makes_questions_and_scores_answers_to_them():
+    asked = reasoning_gym.work(JOB | {"indices": [0, 2]})
+    assert [question["accepts"] for question in asked] == [False, False]
+    answer = asked[1]["answer"]
+    scored = [
+        reasoning_gym.work(JOB | {"index": 2, "answer": given}) for given in (answer, f" {answer}\n", "no number")
+    ]
+    assert scored[:2] == [1.0, 1.0] and scored[2] < 0.1
+    with pytest.raises(ValueError, match=r"reasoning-gym has no dataset 'sums'; it has .*chain_sum"):
+        reasoning_gym.questions(JOB | {"dataset": "sums", "indices": [0]})
+    with pytest.raises(ValueError, match=r"reasoning-gym's chain_sum: config .*min_terms"):
+        reasoning_gym.questions(JOB | {"config": '{"min_terms": 9, "max_terms": 2}', "indices": [0]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "evaluated", "parsed"),
+    [
+        ("[1, 2]", True, True),  # a literal
+        ("2*x + sin(x)", False, True),  # a formula, of names
+        ("__import__('os')", False, False),
+        ("(lambda: 1)()", False, False),
+        ("open(1)", False, False),
+        ("x.y", False, False),
+        ("it is seven", False, False),  # is Python
+        ("seven: apples", True, False),  # is none, and no formula
+    ],
+)
+def test_a_scorer_that_evaluates_or_parses_sees_plain_literals_and_formulas_only(answer, evaluated, parsed):
+    harmless = [reasoning_gym._is_harmless(answer, source) for source in ("eval(a)", "parse_expr(a)", "a == b")]
+    assert harmless == [evaluated, parsed, True]
