@@ -57,7 +57,7 @@ def test_advantages_are_centred_in_every_group_and_not_scaled(tmp_path, engine):
     trainer.args.max_steps = 1
     trainer.train()
     advantages = seen[0]["advantages"].view(-1, 8)
-    groups = trainer._rollout.groups
+    groups = list(trainer._rollout.groups.values())
     assert [len(group.fused.rewards) for group in groups] == [8] * 8
     for row, group in zip(advantages.tolist(), groups, strict=True):
         centre = math.fsum(group.fused.rewards) / 8
