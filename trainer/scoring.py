@@ -93,7 +93,8 @@ class Scorer:
         self.rewards: dict[str, Reward] = {}
         for domain in domains:
             try:
-                self.rewards[domain.name] = find_reward(domain.reward)
+                self.rewards[domain.name] = reward = find_reward(domain.reward)
+                getattr(reward, "check_host", lambda: None)()
             except ValueError as error:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))

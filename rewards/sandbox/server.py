@@ -23,12 +23,13 @@ _PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 class JailServer:
     """One such process, started when made. It ends when it is closed, and when its owner ends."""
 
-    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "") -> None:
+    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "", size_bytes: int = 0) -> None:
+        """In bubblewrap its files, all in memory, may have `size_bytes`."""
         jail = "/jail" if in_bubblewrap else str(_JAIL)
         command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            _bubblewrap(packages) + command if in_bubblewrap else command,
+            _bubblewrap(packages, size_bytes) + command if in_bubblewrap else command,
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -89,10 +90,11 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads}
 
 
-def _bubblewrap(packages: str) -> list[str]:
+def _bubblewrap(packages: str, size_bytes: int) -> list[str]:
     found = shutil.which("bwrap") or "bwrap"
-    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
-    command += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    # of devices the one that holds nothing; a whole /dev comes with a /dev/shm without limit
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(size_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     command += ["--ro-bind", str(_JAIL), "/jail"]
     readable = ["/usr", sys.base_prefix, *([packages] if packages else [])]
     for path in dict.fromkeys(readable):
@@ -102,4 +104,4 @@ def _bubblewrap(packages: str) -> list[str]:
             command += ["--symlink", str(Path(link).readlink()), link]
         elif Path(link).exists():
             command += ["--ro-bind", link, link]
-    return [*command, "--"]
+    return [*command, "--remount-ro", "/", "--"]
