@@ -238,8 +238,8 @@ class Supervisor:
         found = _end(pids, kill=kill)
         self.unlisted += watch.unlisted
         watch.close()
-        if self.level == "bubblewrap" and os.listdir("/tmp"):
-            _empty("/tmp")
+        if self.level == "bubblewrap":
+            _empty("/tmp", [sys.base_prefix, *self.packages])
         return found
 
     def _read(self, fd, deadline, watch):
@@ -322,13 +322,16 @@ def _ends_by(pid, deadline, watch):
     return ended
 
 
-def _empty(folder):
-    """Remove all that a run left in the folder, however deep or closed."""
-    for name in os.listdir(folder):
-        os.spawnl(os.P_WAIT, "/bin/chmod", "chmod", "-R", "u+rwx", f"{folder}/{name}")
-        os.spawnl(os.P_WAIT, "/bin/rm", "rm", "-rf", f"{folder}/{name}")
-    if os.listdir(folder):
-        raise OSError(f"what a run left in {folder} can not be removed")
+def _empty(folder, keep):
+    """Remove all that a run left in the folder, however deep or closed, but for the paths to keep."""
+    for path in (f"{folder}/{name}" for name in os.listdir(folder)):
+        if any(kept.startswith(path + "/") for kept in keep):
+            _empty(path, keep)
+        elif path not in keep:
+            os.spawnl(os.P_WAIT, "/bin/chmod", "chmod", "-R", "u+rwx", path)
+            os.spawnl(os.P_WAIT, "/bin/rm", "rm", "-rf", path)
+            if os.path.lexists(path):
+                raise OSError(f"what a run left in {path} can not be removed")
 
 
 def _end(pids, *, kill):
