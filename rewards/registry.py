@@ -53,6 +53,10 @@ REGISTRY = {
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
 
 
+class GraderGoneError(RuntimeError):
+    """What a reward asks has been out of reach for longer than anybody wants to wait: the run ends, to be resumed."""
+
+
 def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     """Return the reward of a name, of `pkg.module:name`, of `{name: .., **arguments}`, or the callable itself.
 

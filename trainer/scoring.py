@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.records import Domain, Group
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import ask, settled
+from polyphony.rewards.registry import GraderGoneError, ask, settled
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.metrics import Logged
 
@@ -124,6 +124,8 @@ class Scorer:
         hooks = {"log_metric": lambda metric, value: logged.append((metric, float(value))), "log_extra": _ignore}
         try:
             values = _call(reward, samples, hooks, opening=self.openings.get(name, ""))
+        except GraderGoneError:
+            raise
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(samples) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)

@@ -229,7 +229,7 @@ def seal(*, may_write: bool, is_watched: bool = False) -> int | None:
     No process can be started and none signalled but this one, no connection made, no lock put on a file; without
     `may_write` no file can be created, changed or removed either. What is not listed is answered as a call that this kernel
     does not have. `is_watched`: return the descriptor of a listener that is asked about those, and about each new thread
-    (`Watch`); None where the kernel has none to give. It must be closed here before anything runs that nobody has read.
+    (`Listener`); None where the kernel has none to give. It must be closed here before anything runs that nobody has read.
     """
     if os.uname().machine not in _AUDIT_ARCH:
         raise OSError(_ENOSYS, f"no system call filter for {os.uname().machine}")
@@ -294,7 +294,7 @@ MOST_THREADS = 1024
 _RECEIVE, _ANSWER, _GO_ON = 0xC0502100, 0xC0182101, 1  # <linux/seccomp.h>
 
 
-class Watch:
+class Listener:
     """Answers what a filter leaves open: counts the threads that are started, and the calls that are not listed."""
 
     def __init__(self):

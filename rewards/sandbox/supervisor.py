@@ -113,7 +113,7 @@ class Supervisor:
         os.write(given, stdin)
         os.lseek(given, 0, os.SEEK_SET)
         printed, output = os.pipe()
-        watch = confine.Watch()
+        watch = confine.Listener()
         pid = self._fork(lambda: _run_main(self.source), given, output, watch, [])
         for fd in (given, output):
             os.close(fd)
@@ -154,7 +154,7 @@ class Supervisor:
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         theirs, ours = os.pipe(), os.pipe()
-        watch = confine.Watch()
+        watch = confine.Listener()
 
         def answer():
             module = self._defined()
@@ -198,7 +198,7 @@ class Supervisor:
         """Run tests in the process of the code that they question, which may answer for itself; return as `tests` does."""
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
-        watch = confine.Watch()
+        watch = confine.Listener()
         verdict, written = os.pipe()
 
         def answer():
