@@ -10,13 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
 from polyphony.rewards.code_cases import MAX_OUTPUT_BYTES, Altered, Case, altered, read_checks
 from polyphony.rewards.registry import tell
 from polyphony.rewards.sandbox.calls import TOLERANCE
-from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, isolation
+from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, require_isolation
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ class Code:
     """Programs at a time; None takes one a core, at most 16."""
     site_packages: bool = False
     """Let programs import what is installed beside Python (numpy, ..): starts are slower."""
+    sandbox: Literal["limits"] | None = None
+    """`limits` runs programs even where a host offers no namespaces, no bubblewrap and no Landlock; the strongest jail that
+    there is is taken all the same. `polyphony doctor` says what stays open."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limits, dict):
@@ -87,6 +90,15 @@ class Code:
             object.__setattr__(self, "limits", Limits(**self.limits))
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"code: workers must be at least 1, got {self.workers}")
+        if self.sandbox not in (None, "limits"):
+            raise ValueError(f"code: sandbox is limits or left out, got {self.sandbox!r}")
+
+    def check_host(self) -> None:
+        """Raise ValueError where this host has no jail that this reward may use."""
+        try:
+            require_isolation(may_be_limits=self.sandbox == "limits")
+        except SandboxError as error:
+            raise ValueError(f"code: {error}") from None
 
     def __call__(
         self,
@@ -104,7 +116,7 @@ class Code:
         none = [None] * len(completions)
         rows = zip(completions, none if tests is None else tests, none if test_code is None else test_code, strict=True)
         jobs = [(program_of(completion), _checks(cases, source)) for completion, cases, source in rows]
-        isolation()  # found once, before the threads ask for it
+        require_isolation(may_be_limits=self.sandbox == "limits")  # found once, before the threads ask for it
         with ThreadPoolExecutor(self.workers or min(os.cpu_count() or 1, 16)) as pool:
             counts = list(pool.map(lambda job: self._ask(*job), jobs))
         # what the clock ended early has a second run, now that no other program takes its time: then it is 0
@@ -113,7 +125,7 @@ class Code:
         ]
         graded = [count for count in counts if count.total]
         tell(log_metric, exhausted=[c.ended in ("timeout", "stalled") for c in graded])
-        tell(log_metric, suspected_tricks=[c.is_trick for c in graded])
+        tell(log_metric, suspected_tricks=[c.is_trick for c in graded], refused_calls=[c.unlisted > 0 for c in graded])
         return [self._score(count) for count in counts]
 
     def unreadable(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
@@ -176,15 +188,18 @@ class Code:
                 other = altered(checks) if verdict.needs_inside else None
                 if other is not None:
                     return self._count_inside(program, checks, other)
-                return _Count(passed=verdict.passed, total=verdict.total, ended=verdict.ended)
+                return _Count(
+                    passed=verdict.passed, total=verdict.total, ended=verdict.ended, unlisted=verdict.unlisted
+                )
+            unlisted = 0
             for case in checks:
                 run = running.run(case.given)
                 holds = run.ended == "exit" and same_output(run.stdout.decode(errors="replace"), case.expected)
-                passed += holds
+                passed, unlisted = passed + holds, run.unlisted
                 ended = run.ended if ended != "stalled" and run.ended in ("timeout", "stalled") else ended
                 if not holds and not self.partial_credit:
                     break
-        return _Count(passed=passed, total=len(checks), ended=ended)
+        return _Count(passed=passed, total=len(checks), ended=ended, unlisted=unlisted)
 
     def _count_inside(self, program: str, tests: str, other: Altered) -> _Count:
         """Ask the program's own process. It may answer for itself, so nothing counts but passing these tests and not
@@ -195,12 +210,12 @@ class Code:
             with Program(program, limits=self.limits, site_packages=self.site_packages) as running:
                 verdict = running.test_inside(source)
             if source is tests and (verdict.passed < verdict.total or not verdict.total):
-                return _Count(total=max(verdict.total, 1), ended=verdict.ended)
+                return _Count(total=max(verdict.total, 1), ended=verdict.ended, unlisted=verdict.unlisted)
             if source is not tests and verdict.passed > total - other.failures:
                 logger.warning("code: a program passes its tests whatever they expect, which counts as 0")
-                return _Count(total=total, is_trick=True)
+                return _Count(total=total, is_trick=True, unlisted=verdict.unlisted)
             total = verdict.total
-        return _Count(passed=total, total=total)
+        return _Count(passed=total, total=total, unlisted=verdict.unlisted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +228,8 @@ class _Count:
     """`timeout` or `stalled` where a limit of time ended it (`polyphony.rewards.sandbox.client.Execution`)."""
     is_trick: bool = False
     """Whether it passed altered tests too."""
+    unlisted: int = 0
+    """System calls that the jail does not know."""
 
 
 _told: set[str] = set()

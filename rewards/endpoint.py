@@ -1,7 +1,7 @@
 """Ask a model behind an OpenAI-compatible endpoint: many questions at a time, politely, and never twice the same.
 
-A question that stays unanswered is None with the reason counted and logged; nothing is raised, so that a training run
-outlives its judge for as long as its recipe allows.
+A question that stays unanswered is None with the reason counted and logged. An endpoint that answers nobody is waited for;
+when `patience_s` is over, the run is to end.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
+import random
 import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate, parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
+from polyphony.rewards.registry import GraderGoneError
+
 logger = logging.getLogger(__name__)
 
-GIVE_UP_AFTER = 16
-"""Questions without a single answer; with five attempts each, a judge that restarts has had time to come back."""
+TRIES = 8
+"""Of a question that alone goes unanswered; with the waits between them a good minute."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+"""Between two tries, doubled each time, give or take a half; unless the server says how long to wait."""
+MAX_REPLY_BYTES = 1 << 20
+"""A verdict has a few hundred; what sends more is read no further."""
 _ANSWERED = "answered"
 
 
@@ -42,11 +51,24 @@ class Question:
 
 
 class _UnansweredError(Exception):
-    """Why a question stayed unanswered; `wait_s` where asking again may help."""
+    """Why a question stayed unanswered. `again`: whether asking again may help, as all are turned away (`down`), or this
+    one may be at fault (`maybe`)."""
 
-    def __init__(self, why: str, wait_s: float | None) -> None:
+    def __init__(self, why: str, again: Literal["down", "maybe", "no"], wait_s: float | None = None) -> None:
         super().__init__(why)
+        self.again = again
         self.wait_s = wait_s
+
+
+@dataclass(slots=True)
+class _Health:
+    """When an endpoint last answered this process, and when it was last said that it does not; of `time.monotonic()`."""
+
+    answered_at: float = -math.inf
+    told_at: float = -math.inf
+
+
+_health: dict[str, _Health] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +87,10 @@ class Endpoint:
     """Requests under way at a time."""
     requests_per_minute: float | None = None
     """In this process; None does not limit."""
-    attempts: int = 5
+    patience_s: float = 600.0
+    """How long to go on asking where nobody is answered; a server that loads a large model is up within minutes."""
     timeout_s: float = 60.0
-    """Of one attempt, from connecting to the last byte."""
-    backoff_s: float = 0.5
-    """Before the second attempt; doubled for each further one, unless the server says how long to wait."""
-    longest_wait_s: float = 60.0
+    """Of one try, from connecting to the last byte."""
     structured: bool = True
     """Send the schema as `response_format`; off for servers that refuse it."""
     cache: str | None = None
@@ -79,39 +99,44 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"judge: endpoint must be an http(s) address up to /v1, got {self.url!r}")
-        for name in ("max_tokens", "concurrency", "attempts", "timeout_s", "requests_per_minute"):
+        for name in ("max_tokens", "concurrency", "patience_s", "timeout_s", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"judge: {name} must be > 0, got {value}")
         if self.cache and not Path(self.cache).parent.is_dir():
             raise ValueError(f"judge: cache {self.cache!r} would lie in a folder that does not exist")
 
-    async def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Return the parsed replies in order; None for a question that got no valid one.
+    async def ask(self, questions: Sequence[Question], *, spent: Counter[str] | None = None) -> list[Any]:
+        """Return the parsed replies in order; None for a question that got no valid one. Equal ones are asked once.
 
-        Equal questions are asked once. Where the first `GIVE_UP_AFTER` or `concurrency` that ended, whichever is more,
-        were all left unanswered, the others are not asked: a judge that is gone must not hold up a draw for hours.
+        `spent` counts the tokens that the server says it read and wrote. Raises GraderGoneError where for `patience_s`
+        nobody was answered: a judge that is gone must not turn a run's rewards into nothing.
         """
         outcomes: Counter[str] = Counter()
         slots = asyncio.Semaphore(self.concurrency)
         settings: dict[str, Any] = {
             "timeout": self.timeout_s,
             "limits": httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            "headers": self._headers(),
+            "headers": {"accept-encoding": "identity", **self._headers()},  # what is packed may unpack to anything
             "verify": self.url.startswith("https"),  # reading the certificates takes longer than most verdicts
         }
         bodies = [self._body(question) for question in questions]
         keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
         asked = {key: (body, question) for key, body, question in zip(keys, bodies, questions, strict=True)}
-        async with httpx.AsyncClient(**settings) as client:
-            replies = await asyncio.gather(
-                *(self._answer(client, slots, key, *asking, outcomes) for key, asking in asked.items())
-            )
+        spent = Counter() if spent is None else spent
+        try:
+            async with httpx.AsyncClient(**settings) as client, asyncio.TaskGroup() as tasks:
+                found = [
+                    tasks.create_task(self._answer(client, slots, key, *asking, outcomes, spent))
+                    for key, asking in asked.items()
+                ]
+        except BaseExceptionGroup as group:  # of a kind: all were cancelled by the first
+            raise group.exceptions[0] from None
         outcomes.pop(_ANSWERED, None)
         if outcomes:
             reasons = ", ".join(f"{why} ({count})" for why, count in outcomes.most_common(5))
             logger.warning("judge: %d of %d unanswered: %s", outcomes.total(), len(asked), reasons)
-        by_key = dict(zip(asked, replies, strict=True))
+        by_key = dict(zip(asked, (task.result() for task in found), strict=True))
         return [by_key[key] for key in keys]
 
     async def _answer(
@@ -122,15 +147,15 @@ class Endpoint:
         body: dict[str, Any],
         question: Question,
         outcomes: Counter[str],
+        spent: Counter[str],
     ) -> Any:
         kept = _kept(self.cache, key) if self.cache else None
         if kept is not None:
-            return question.parse(kept)
+            with contextlib.suppress(ValueError):  # a row that something else wrote is asked for again
+                return question.parse(kept)
         try:
             async with slots:
-                if not outcomes[_ANSWERED] and outcomes.total() >= max(GIVE_UP_AFTER, self.concurrency):
-                    raise _UnansweredError("not asked, as it answered none before", None)
-                reply = await self._ask_until_answered(client, body, key)
+                reply = await self._ask_until_answered(client, body, random.Random(key), spent)
             verdict = question.parse(reply)
         except (_UnansweredError, ValueError) as error:
             outcomes[str(error)] += 1
@@ -140,36 +165,78 @@ class Endpoint:
             _keep(self.cache, key, reply)
         return verdict
 
-    async def _ask_until_answered(self, client: httpx.AsyncClient, body: dict[str, Any], key: str) -> str:
-        jitter = 0.5 + int(key[:8], 16) / 0xFFFFFFFF  # so that those refused together do not come back together
-        for attempt in range(self.attempts):
+    async def _ask_until_answered(
+        self, client: httpx.AsyncClient, body: dict[str, Any], rng: random.Random, spent: Counter[str]
+    ) -> str:
+        """Ask until there is a reply. Raises _UnansweredError where only this question goes without, GraderGoneError where
+        all have for `patience_s`."""
+        health, began, tries, alone = _health.setdefault(self.url, _Health()), time.monotonic(), 0, 0
+        while True:
+            tries += 1
             try:
                 await _pace(self.url, self.requests_per_minute)
-                return await asyncio.wait_for(self._ask_once(client, body), self.timeout_s)
+                asked_at = time.monotonic()
+                reply = await asyncio.wait_for(self._ask_once(client, body, spent), self.timeout_s)
+                self._note_answer(health)
+                return reply
             except TimeoutError:
-                failure = _UnansweredError("timeout", 0.0)
+                failure = _UnansweredError("timeout", "down")
             except httpx.RequestError as error:
-                failure = _UnansweredError(type(error).__name__, 0.0)
+                failure = _UnansweredError(type(error).__name__, "down")
             except _UnansweredError as error:
                 failure = error
-            if failure.wait_s is None or attempt + 1 == self.attempts:
+            alone += failure.again == "maybe" or health.answered_at > asked_at  # others were answered meanwhile
+            if failure.again == "no" or alone >= TRIES:
                 raise failure
-            wait_s = failure.wait_s or self.backoff_s * 2**attempt * jitter
-            await asyncio.sleep(min(wait_s, self.longest_wait_s))
-        raise AssertionError("the last attempt returns or raises")
+            now, last = time.monotonic(), max(began, health.answered_at)
+            if now >= last + self.patience_s:
+                raise GraderGoneError(
+                    f"judge: {self.url} has answered nobody for {now - last:.0f} s ({failure}; client.patience_s is "
+                    f"{self.patience_s:g}); the run goes on with --resume once it is back"
+                )
+            backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries - 1, 10)) * rng.uniform(0.5, 1.5)
+            wait_s = min(failure.wait_s or backoff_s, last + self.patience_s - now)
+            self._tell(health, failure, wait_s, last + self.patience_s - now)
+            await asyncio.sleep(wait_s)
 
-    async def _ask_once(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-        response = await client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
-        if response.status_code != 200:
-            again = response.status_code in (408, 409, 429) or response.status_code >= 500
-            raise _UnansweredError(f"status {response.status_code}", _retry_after(response) if again else None)
+    def _tell(self, health: _Health, failure: Exception, wait_s: float, left_s: float) -> None:
+        """Say that the endpoint is waited for, once a minute."""
+        if time.monotonic() < health.told_at + 60:
+            return
+        health.told_at = time.monotonic()
+        logger.warning(
+            "judge: %s does not answer (%s); asking again in %.1f s, for %.0f s more", self.url, failure, wait_s, left_s
+        )
+
+    def _note_answer(self, health: _Health) -> None:
+        now = time.monotonic()
+        if health.told_at > health.answered_at:
+            logger.warning("judge: %s answers again", self.url)
+        health.answered_at = now
+
+    async def _ask_once(self, client: httpx.AsyncClient, body: dict[str, Any], spent: Counter[str]) -> str:
+        content = b""
+        async with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
+            status = response.status_code
+            if status != 200:
+                is_down = status in (408, 409, 429, 502, 503, 504)
+                again = "down" if is_down else "maybe" if status >= 500 else "no"
+                raise _UnansweredError(f"status {status}", again, _retry_after(response))
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > MAX_REPLY_BYTES:
+                    raise _UnansweredError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", "maybe")
         try:
-            content = response.json()["choices"][0]["message"]["content"]
+            reply = json.loads(content)
+            text = reply["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _UnansweredError("no chat completion in the response", 0.0) from None
-        if not isinstance(content, str):
-            raise _UnansweredError("an empty message", 0.0)
-        return content
+            raise _UnansweredError("no chat completion in the response", "maybe") from None
+        usage = reply.get("usage")
+        for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
+            spent[name] += usage[name] if isinstance(usage.get(name), int) else 0
+        if not isinstance(text, str):
+            raise _UnansweredError("an empty message", "maybe")
+        return text
 
     def _body(self, question: Question) -> dict[str, Any]:
         body = {
@@ -188,12 +255,15 @@ class Endpoint:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _retry_after(response: httpx.Response) -> float:
-    """Return the seconds a server asks to wait; 0 where it does not say."""
+def _retry_after(response: httpx.Response) -> float | None:
+    """Return the seconds a server asks to wait, by a number or a date; None where it does not say."""
+    said = response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(response.headers.get("retry-after", 0)))
+        wait_s = float(said)
     except ValueError:
-        return 0.0
+        date = parsedate_to_datetime(said) if parsedate(said) else None
+        wait_s = date.timestamp() - time.time() if date else 0.0
+    return wait_s if 0 < wait_s < math.inf else None
 
 
 _next_slot: dict[str, float] = {}
@@ -212,17 +282,28 @@ async def _pace(url: str, requests_per_minute: float | None) -> None:
 
 
 def _kept(cache: str, key: str) -> str | None:
-    with contextlib.closing(_open(cache)) as database:
-        row = database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-    return row[0] if row else None
+    row = _with_cache(cache, "SELECT reply FROM replies WHERE key = ?", (key,))
+    return row[0] if row and isinstance(row[0], str) else None
 
 
 def _keep(cache: str, key: str, reply: str) -> None:
-    with contextlib.closing(_open(cache)) as database, database:
-        database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
+    _with_cache(cache, "INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
 
 
-def _open(cache: str) -> sqlite3.Connection:
-    database = sqlite3.connect(cache, timeout=30.0)  # ranks share the file and wait for each other
-    database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-    return database
+def _with_cache(cache: str, statement: str, values: tuple[str, ...]) -> Any:
+    """Return the first row that a statement finds; one that is damaged is set aside, and a new one begun."""
+    for _ in range(2):
+        try:
+            with contextlib.closing(sqlite3.connect(cache, timeout=30.0)) as database, database:  # ranks share the file
+                database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+                return database.execute(statement, values).fetchone()
+        except sqlite3.OperationalError as error:  # locked, full, not to be written: the judge is asked all the same
+            logger.warning("judge: cache %s: %s", cache, error)
+            return None
+        except sqlite3.DatabaseError as error:
+            aside = f"{cache}.damaged-{time.time_ns()}"
+            logger.warning("judge: cache %s is damaged (%s); set aside as %s", cache, error, aside)
+            for part in ("", "-journal", "-wal"):
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    Path(cache + part).replace(aside + part)
+    return None

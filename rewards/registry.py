@@ -18,8 +18,9 @@ Reward = Callable[..., Any]
 One that mostly waits, for a judge or for processes, says so by an attribute `is_slow = True`: the trainer then calls it
 while the engine still generates, with the completions that are finished, and never twice at a time. One that says by a
 method `unreadable(**columns)` why it cannot read a row's reference (None: it can) is asked when rows are loaded, and so is
-one that says by `remark(**columns)` with which reservation it grades a row. One whose rules change counts its attribute
-`version` up: scores before and after are not comparable.
+one that says by `remark(**columns)` with which reservation it grades a row. One that cannot grade on this machine
+says so by a ValueError from `check_host()`, before the first row. One whose rules change counts its attribute `version`
+up: scores before and after are not comparable.
 
 One whose signature takes `log_metric` gets TRL's hook, and logs by it: `log_metric(name, value)` is averaged by domain over
 all calls between two logs. See `tell` for what our own graders say of each completion.
@@ -50,6 +51,10 @@ REGISTRY = {
     "weighted": "polyphony.rewards.shaping:Weighted",
 }
 """Registry name to `module:Class`; a class is built with the recipe's arguments, a function takes none."""
+
+
+class GraderGoneError(RuntimeError):
+    """What a reward asks has been out of reach for longer than anybody wants to wait: the run ends, to be resumed."""
 
 
 def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:

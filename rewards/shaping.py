@@ -152,6 +152,11 @@ class Weighted:
     def is_slow(self) -> bool:
         return any(getattr(reward, "is_slow", False) for reward in self.rewards.values())
 
+    def check_host(self) -> None:
+        """Raise ValueError where a part can not grade on this host."""
+        for part in self.rewards.values():
+            getattr(part, "check_host", lambda: None)()
+
     def components(
         self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
     ) -> dict[str, list[float | None]]:

@@ -369,11 +369,11 @@ def test_exhausted_programs_and_suspected_tricks_are_counted():
     programs = [loop, sleeps, trick, "def f(n): return 4\nclass Base: pass", "def f(n): 1 / 0"]
     scores = code([""] * 5, programs, test_code=[inside] * 5, log_metric=lambda name, value: said.update({name: value}))
     assert scores == [0.0, 0.0, 0.0, 1.0, 0.0]
-    assert said == {"exhausted": 2.0, "suspected_tricks": 1.0}
+    assert said == {"exhausted": 2.0, "suspected_tricks": 1.0, "refused_calls": 0.0}
     said.clear()
     runs = [{"input": "", "output": "1"}]
     code([""] * 3, [loop, sleeps, "print(1)"], tests=[runs] * 3, log_metric=lambda n, value: said.update({n: value}))
-    assert said == {"exhausted": 2.0, "suspected_tricks": 0.0}
+    assert said == {"exhausted": 2.0, "suspected_tricks": 0.0, "refused_calls": 0.0}
 
 
 def test_values_of_numpy_are_plain_where_it_is_installed():

@@ -27,6 +27,8 @@ def test_what_has_no_finite_value_is_absent_from_logs():
 def telling(prompts, completions, log_metric, **columns):
     """Grades as the lab does, and says of each completion what our graders say of programs."""
     tell(log_metric, exhausted=[False] * len(prompts), suspected_tricks=[False] * len(prompts))
+    tell(log_metric, refused_calls=[False] * len(prompts))
+    log_metric("judge_tokens", 80.0)
     log_metric("own", 1.0)
     return find_reward("exact")(prompts, completions, **columns)
 

@@ -65,8 +65,8 @@ def pooled(tmp_path_factory):
 def requests(trainer, n: int = 24, *, max_tokens: int = 32) -> list[Request]:
     prompts = [prompt for table in trainer.data.train.values() for prompt in list(table)[: n // 2]]
     return [
-        Request(prompt_ids=ids, seed=8 * i + k, max_tokens=max_tokens)
-        for i, ids in enumerate(trainer.data.tokenize(prompts))
+        Request(prompt_ids=prompt.ids, seed=8 * i + k, max_tokens=max_tokens)
+        for i, prompt in enumerate(trainer.data.tokenized(prompts))
         for k in range(4)
     ]
 

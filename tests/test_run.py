@@ -18,7 +18,6 @@ from polyphony.rewards.short_answer import Exact
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run.callbacks import Cadence
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.settings import EvaluationSettings, UpdateSettings
 from polyphony.trainer.slots import DrawPlan
 from tests.conftest import POLICY
 
@@ -76,9 +75,9 @@ def script(tmp_path: Path, *, reward=None, **given) -> DomainGRPOTrainer:
         str(POLICY),
         GRPOConfig(output_dir=str(tmp_path / "trl"), disable_tqdm=True, **{**GRPO, **args, **changes}),
         domains=domains,
+        curriculum="joint",
         engine="transformers",
-        evaluation=EvaluationSettings(samples=1, kl_items=4),
-        update=UpdateSettings(drop_dead="auto"),
+        evaluation={"samples": 1, "kl_items": 4},
         **given,
     )
 

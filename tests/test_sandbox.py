@@ -1,22 +1,30 @@
 import contextlib
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from polyphony.curricula.records import Domain
 from polyphony.launch.verbs import doctor
+from polyphony.rewards.code import Code
 from polyphony.rewards.sandbox import client as sandbox
-from polyphony.rewards.sandbox.client import Execution, Limits, Program, isolation
+from polyphony.rewards.sandbox import confine
+from polyphony.rewards.sandbox.client import Execution, Limits, Program, describe, isolation
+from polyphony.trainer.scoring import Scorer
+from tests.conftest import HOUSE
+from tests.experiments import attacks
 
 LEVELS = [
     level
     for level in sandbox.LEVELS[sandbox.LEVELS.index(isolation().level) :]
     if level != "bubblewrap" or shutil.which("bwrap")
 ]
-PRIVATE = [level for level in LEVELS if level != "limits"]
+PRIVATE = [level for level in LEVELS if level in ("namespaces", "bubblewrap")]
 SHORT = Limits(wall_s=2.0, cpu_s=1, memory_bytes=256 << 20, output_bytes=1 << 16)
 
 
@@ -36,7 +44,7 @@ def run(source, stdin="", level=None, limits=SHORT):
 
 
 def test_the_host_has_a_jail_that_says_what_it_keeps():
-    assert isolation().level in ("namespaces", "bubblewrap", "limits")
+    assert isolation().level in sandbox.LEVELS
     assert "network no" in str(isolation())
 
 
@@ -101,7 +109,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "limits"])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_ends_in_an_error(attack, level):
     start = time.monotonic()
@@ -203,12 +211,109 @@ def test_doctor_goes_on_where_no_jail_works(monkeypatch):
     assert "`code`" in finding.fix
 
 
-def test_a_run_in_the_weakest_jail_says_so(monkeypatch, caplog):
+@pytest.fixture
+def only_limits(monkeypatch):
     monkeypatch.setattr(sandbox, "LEVELS", ("limits",))
     isolation.cache_clear()
-    found = isolation()
+    yield
     isolation.cache_clear()
-    assert f"only the weakest jail works here, `polyphony doctor` says why: {found}" in caplog.text
+
+
+def test_without_isolation_code_refuses_to_run_unless_the_recipe_says_so(only_limits):
+    domain = Domain(name="programs", kind="structured", reward="code")
+    with pytest.raises(
+        ValueError, match=r"domains\.programs\.reward: code: this host offers neither .*sandbox: limits"
+    ):
+        Scorer([domain])
+    with pytest.raises(ValueError, match=r"this host offers neither"):
+        Scorer([replace(domain, reward={"name": "weighted", "parts": {"a": {"reward": "code"}}})])
+    with pytest.raises(sandbox.SandboxError, match="this host offers neither"):
+        Code()([""], ["print(1)"], tests=[[{"input": "", "output": "1"}]])
+    code = Scorer([replace(domain, reward={"name": "code", "sandbox": "limits"})]).rewards["programs"]
+    assert code([""], ["print(1)"], tests=[[{"input": "", "output": "1"}]]) == [1.0]
+    with pytest.raises(ValueError, match="code: sandbox is limits or left out, got 'none'"):
+        Code(sandbox="none")
+
+
+def test_what_a_user_without_power_can_not_keep_from_a_program_is_said(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
+    assert "may read the trainer's environment and memory, expected values among them" in str(describe("limits"))
+    assert "expected values" not in str(describe("landlock"))
+
+
+def test_a_program_of_root_is_another_user_where_python_is_open_to_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(sandbox.os, "__file__", "/usr/bin/env")
+    assert "of another user than the trainer's" in str(describe("limits"))
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "os.py").touch()
+    monkeypatch.setattr(sandbox.os, "__file__", str(closed / "os.py"))
+    assert "of the trainer's user" in str(describe("limits"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the power to be another user")
+def test_another_user_is_what_a_program_is(monkeypatch):
+    monkeypatch.setattr(sandbox, "_user", lambda level, packages: confine.ANOTHER)
+    source = "import os; print(os.getuid(), os.getgid(), os.getgroups())"
+    assert run(source, level="limits").stdout.decode().split() == ["65533", "65533", "[]"]
+
+
+IMPORTS = (
+    "import importlib, sys, warnings\nwarnings.simplefilter('ignore')\n"
+    "skipped = {'antigravity', 'this', 'idlelib', 'turtledemo', 'turtle', 'test'}\n"
+    "for name in sorted(sys.stdlib_module_names - skipped):\n"
+    "    try: importlib.import_module(name)\n    except ImportError: pass\n"
+    "import asyncio\nasyncio.run(asyncio.sleep(0))\n"
+    "from concurrent.futures import ThreadPoolExecutor\nprint(sum(ThreadPoolExecutor(8).map(int, '123')))"
+)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_standard_library_makes_no_call_that_is_not_listed(level):
+    found = run(IMPORTS, level=level, limits=Limits(wall_s=60, cpu_s=50, memory_bytes=4 << 30))
+    assert (found, found.unlisted) == (Execution(ended="exit", stdout=b"6\n"), 0)
+
+
+@pytest.mark.parametrize("module", ["numpy.linalg", "scipy.optimize", "pandas"])
+def test_what_is_installed_beside_python_makes_no_call_that_is_not_listed(module):
+    limits = Limits(wall_s=60, cpu_s=50, memory_bytes=4 << 30)
+    source = f"import {module}, numpy as np\nprint(np.linalg.eigvalsh(np.ones((64, 64)) @ np.eye(64)).sum().round(6))"
+    with Program(source, limits=limits, site_packages=True) as program:
+        found = program.run("")
+    assert (found, found.unlisted) == (Execution(ended="exit", stdout=b"64.0\n"), 0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_calls_that_are_not_listed_are_refused_and_counted(level):
+    source = (
+        "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "for call in (lambda: libc.inotify_init(), lambda: libc.flock(0, 1), lambda: libc.syscall(463, 0, 0)):\n"
+        "    assert call() == -1 and ctypes.get_errno() == errno.ENOSYS\nprint(1)"
+    )
+    found = run(source, level=level)
+    assert (found.ended, found.stdout, found.unlisted) == ("exit", b"1\n", 3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_are_counted_ended_ones_too(level):
+    source = (
+        "import threading\nn = 0\ntry:\n    while n < 3000:\n        t = threading.Thread(target=int)\n        t.start()\n"
+        "        t.join()\n        n += 1\nexcept RuntimeError: print(n)"
+    )
+    assert run(source, level=level, limits=Limits()).stdout == f"{confine.MOST_THREADS}\n".encode()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_of_all_attacks_only_those_that_are_listed_reach_anything(level):
+    with attacks.bait():
+        reached = attacks.table([level], lambda line: None)
+    open_here = {name for (_, name), levels in reached.items() if levels}
+    text = (HOUSE / "rewards" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    listed = {row[1]: dict(zip(sandbox.LEVELS, row[2:], strict=True)) for row in rows if len(row) == 6}
+    assert {attack.name for attack in attacks.ATTACKS} | {"attack"} == set(listed)
+    assert {name for name in open_here if listed[name][level] == "-"} == set()
 
 
 @pytest.mark.parametrize("level", LEVELS)

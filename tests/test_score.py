@@ -58,9 +58,13 @@ def test_what_a_reward_logs_is_printed_beside_the_rewards(tmp_path, capsys):
     file = write_rows(tmp_path / "rows.jsonl", rows)
     spec = json.dumps({"name": "code", "limits": {"wall_s": 1, "cpu_s": 1}})
     assert main(["score", str(file), "--reward", spec]) == 0
-    assert "exhausted: 1 of 2\nsuspected tricks: 0 of 2\n" in capsys.readouterr().out
+    assert "exhausted: 1 of 2\nsuspected tricks: 0 of 2\nrefused calls: 0 of 2\n" in capsys.readouterr().out
     assert main(["score", str(file), "--reward", spec, "--json"]) == 0
-    logged = {"exhausted": {"sum": 1.0, "of": 2}, "suspected_tricks": {"sum": 0.0, "of": 2}}
+    logged = {
+        "exhausted": {"sum": 1.0, "of": 2},
+        "suspected_tricks": {"sum": 0.0, "of": 2},
+        "refused_calls": {"sum": 0.0, "of": 2},
+    }
     assert json.loads(capsys.readouterr().out) == {"rewards": [1.0, 0.0], "logged": logged}
 
 

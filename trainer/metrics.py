@@ -35,6 +35,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "grader_failures": "completions whose reward raised or returned None",
         "exhausted": "share of graded completions that met a limit of their grader, which are wrong",
         "suspected_tricks": "share whose program passed its tests whatever they expect, which is 0",
+        "refused_calls": "share whose program made a system call that the sandbox does not know",
+        "judge_tokens": "tokens that the judge read and wrote, a completion",
         "n": "completions drawn",
     },
     "curriculum": {
@@ -62,6 +64,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "grader_failures": "held-out samples without a reward, all items: left out of scores, not passed in pass_at_k",
         "exhausted": "share of held-out samples that met a limit of their grader, all items",
         "suspected_tricks": "share whose program passed its tests whatever they expect, all items",
+        "refused_calls": "share whose program made a system call that the sandbox does not know, all items",
+        "judge_tokens": "tokens that the judge read and wrote, a sample",
         "majority": "score of the answer that most of an item's samples give, ties shared",
         "greedy": "score without chance in decoding, with `eval.greedy`",
         "format_valid": "share of samples that end, say something and have the form their grader asks for",
@@ -232,7 +236,7 @@ class DiversitySums:
         }
 
 
-OF_GRADERS = ("exhausted", "suspected_tricks")
+OF_GRADERS = ("exhausted", "suspected_tricks", "refused_calls", "judge_tokens")
 """What our graders say of each completion (`polyphony.rewards.registry.tell`); a reward's other names are its own."""
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import ask, settled
+from polyphony.rewards.registry import GraderGoneError, ask, settled
 from polyphony.trainer.metrics import Logged
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Scorer:
         self.rewards: dict[str, Reward] = {}
         for domain in domains:
             try:
-                self.rewards[domain.name] = find_reward(domain.reward)
+                self.rewards[domain.name] = reward = find_reward(domain.reward)
+                getattr(reward, "check_host", lambda: None)()
             except ValueError as error:
                 raise ValueError(f"domains.{domain.name}.reward: {error}") from error
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
@@ -87,6 +88,8 @@ class Scorer:
         hooks = {"log_metric": lambda metric, value: logged.append((metric, float(value))), "log_extra": _ignore}
         try:
             values = _call(reward, completions, hooks, opening=self.openings.get(name, ""))
+        except GraderGoneError:
+            raise
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(completions) == 1 or is_unreachable(error):
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)

@@ -310,8 +310,9 @@ def sandbox() -> list[Finding]:
     if found.level != "limits":
         return [Finding(name="sandbox", verdict="ok", what=str(found))]
     fix = (
-        "for a jail without the host's files and processes install bubblewrap, or allow user namespaces "
-        "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
+        "`code` refuses to run here unless a recipe says reward: {name: code, sandbox: limits}; for a jail without the "
+        "host's files and processes install bubblewrap, or allow user namespaces (sysctl user.max_user_namespaces, "
+        "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
     )
     return [Finding(name="sandbox", verdict="slow", what=str(found), fix=fix)]
 

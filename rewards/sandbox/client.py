@@ -8,23 +8,22 @@ Nothing is written to disk. A program never meets what it is expected to print, 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shutil
+import stat
 import sysconfig
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from polyphony.rewards.sandbox import confine
-from polyphony.rewards.sandbox.server import server_in_bubblewrap, shared_server
+from polyphony.rewards.sandbox.server import JailServer, shared_server
 from polyphony.rewards.workers import is_readable_by
 
-logger = logging.getLogger(__name__)
-
-Level = Literal["namespaces", "bubblewrap", "limits"]
-LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "limits")
+Level = Literal["namespaces", "bubblewrap", "landlock", "limits"]
+LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock", "limits")
 _GRACE_S = 30.0
 """What the jail's own work may take on a busy host before its parent stops waiting for it."""
 
@@ -72,6 +71,8 @@ class Execution:
 
     ended: Literal["exit", "error", "timeout", "stalled", "output"]
     stdout: bytes
+    unlisted: int = field(default=0, compare=False)
+    """System calls that the jail does not know, of the program so far; 0 too where the kernel does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,8 @@ class TestResult:
     needs_inside: bool = False
     """Whether the tests ask for what only a run inside the program's process can say; the count is that of no such run."""
     ended: Literal["exit", "timeout", "stalled"] = "exit"
-    """As an `Execution`."""
+    unlisted: int = 0
+    """Both as of an `Execution`."""
 
 
 class Program:
@@ -97,14 +99,15 @@ class Program:
     ) -> None:
         self._source = source.encode(errors="replace")
         self._limits = limits or Limits()
-        self._level = level or isolation().level
+        self._level: Level = level or isolation().level
         self._packages = sysconfig.get_path("purelib") if site_packages else ""
 
     def __enter__(self) -> Program:
         alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
-        self._own_server = server_in_bubblewrap(self._packages) if alone else None
+        size = 4 * self._limits.file_bytes
+        self._own_server = JailServer(in_bubblewrap=True, packages=self._packages, size_bytes=size) if alone else None
         settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
-        settings += [f"level={self._level}", f"packages={self._packages}"]
+        settings += [f"level={self._level}", f"packages={self._packages}", f"user={_user(self._level, self._packages)}"]
         self._server = self._own_server or shared_server()
         try:
             self._requests, self._replies = self._server.jail("\n".join(settings))
@@ -129,10 +132,10 @@ class Program:
     def run(self, stdin: str) -> Execution:
         """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
         self._send("run", stdin.encode(errors="replace"))
-        ended, stdout = self._receive()
+        ended, stdout, unlisted = self._receive()
         self._refuse(ended)
         assert ended in ("exit", "error", "timeout", "stalled", "output")
-        return Execution(ended=ended, stdout=stdout)
+        return Execution(ended=ended, stdout=stdout, unlisted=unlisted)
 
     def test(self, tests: str) -> TestResult:
         """Import the program and run tests against it from another process; once, after which it has ended.
@@ -143,19 +146,18 @@ class Program:
         if self._receive()[0] != "ready":
             raise SandboxError(f"the host refused the {self._level} jail")
         self._send("tests", tests.encode(errors="replace"))
-        ended, count = self._receive()
-        return self._result(ended, count)
+        return self._result(*self._receive())
 
     def test_inside(self, tests: str) -> TestResult:
         """Import the program and run tests in its own process, where it may answer for itself; once."""
         self._send("inside", tests.encode(errors="replace"))
         return self._result(*self._receive())
 
-    def _result(self, ended: str, count: bytes) -> TestResult:
+    def _result(self, ended: str, count: bytes, unlisted: int) -> TestResult:
         if not count:
             self._refuse(ended)
         passed, total = map(int, count.split())
-        result = TestResult(passed=passed, total=total, needs_inside=ended == "inside")
+        result = TestResult(passed=passed, total=total, needs_inside=ended == "inside", unlisted=unlisted)
         return replace(result, ended=ended) if ended in ("timeout", "stalled") else result
 
     def _refuse(self, ended: str) -> None:
@@ -172,7 +174,8 @@ class Program:
         except BrokenPipeError:
             raise SandboxError("the jail ended before it was asked") from None
 
-    def _receive(self) -> tuple[str, bytes]:
+    def _receive(self) -> tuple[str, bytes, int]:
+        """Return how it ended, what comes with that, and the unlisted system calls."""
         data, deadline = b"", time.monotonic() + self._limits.wall_s + _GRACE_S
         while b"\n" not in data or len(data) < data.index(b"\n") + 1 + int(data.split(None, 2)[1]):
             if not is_readable_by(self._replies, deadline):
@@ -182,7 +185,8 @@ class Program:
                 raise SandboxError("the jail ended before it answered")
             data += chunk
         header, _, content = data.partition(b"\n")
-        return header.split()[0].decode(), content
+        word, _, unlisted = header.split()
+        return word.decode(), content, int(unlisted)
 
 
 @functools.cache
@@ -200,20 +204,45 @@ def isolation() -> Isolation:
         except (SandboxError, OSError):
             works = False
         if works:
-            if level == "limits":
-                logger.warning("only the weakest jail works here, `polyphony doctor` says why: %s", _describe(level))
-            return _describe(level)
+            return describe(level)
     raise SandboxError("no jail works on this host: it must be Linux on x86-64 or arm64 with seccomp")
 
 
-def _describe(level: Level) -> Isolation:
-    if level != "limits":
+def require_isolation(*, may_be_limits: bool) -> Isolation:
+    """Return this host's isolation. Raises SandboxError where only limits are left, unless they are asked for."""
+    found = isolation()
+    if found.level == "limits" and not may_be_limits:
+        raise SandboxError(
+            "this host offers neither user namespaces nor bubblewrap nor Landlock, and `polyphony doctor` says what then "
+            "stays open to a program; to run programs all the same, say reward: {name: code, sandbox: limits}"
+        )
+    return found
+
+
+def describe(level: Level) -> Isolation:
+    """Return what a level keeps from a program on this host."""
+    if level in ("namespaces", "bubblewrap"):
         files = "a private folder in memory; of the host's only the Python installation, read-only"
         return Isolation(level=level, network="none", processes="sees only itself, starts none", files=files)
-    hidden = "only the Python installation" if confine.can_hide_files() else "all that the user may read"
+    readable = "only the Python installation" if level == "landlock" else "all that its user may read"
+    values = "of another user than the trainer's" if _user(level, "") >= 0 else "of the trainer's user"
+    if level == "limits" and os.geteuid() != 0 and _user(level, "") < 0:
+        values += ", so that it may read the trainer's environment and memory, expected values among them"
     return Isolation(
         level=level,
         network="no sockets (seccomp)",
-        processes="sees the host's, can signal none, starts none (seccomp)",
-        files=f"can read {hidden}; can write none",
+        processes=f"{values}; sees the host's, can signal none, starts none (seccomp)",
+        files=f"can read {readable}, and of all others whether they are there; can write none",
     )
+
+
+def _user(level: Level, packages: str) -> int:
+    """Return the user that a program is to be: another where there is the power to and Python is open to all, else -1."""
+    if level not in ("landlock", "limits") or os.geteuid() != 0:
+        return -1
+    return confine.ANOTHER if all(map(_is_open_to_all, filter(None, (os.__file__, packages)))) else -1
+
+
+def _is_open_to_all(path: str) -> bool:
+    place = Path(path).resolve()
+    return bool(place.stat().st_mode & stat.S_IROTH) and all(p.stat().st_mode & stat.S_IXOTH for p in place.parents)

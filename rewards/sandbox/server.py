@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 _JAIL = Path(__file__).parent
@@ -24,10 +23,13 @@ _PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 class JailServer:
     """One such process, started when made. It ends when it is closed, and when its owner ends."""
 
-    def __init__(self, wrapper: Sequence[str] = (), *, jail: str = str(_JAIL)) -> None:
+    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "", size_bytes: int = 0) -> None:
+        """In bubblewrap its files, all in memory, may have `size_bytes`."""
+        jail = "/jail" if in_bubblewrap else str(_JAIL)
+        command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [*wrapper, _PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"],
+            _bubblewrap(packages, size_bytes) + command if in_bubblewrap else command,
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -68,11 +70,6 @@ class JailServer:
         self._process.wait()
 
 
-def server_in_bubblewrap(packages: str) -> JailServer:
-    """Return a new one that sees, of this host, an interpreter and the folder `packages`."""
-    return JailServer(_bubblewrap(packages), jail="/jail")
-
-
 _shared: dict[int, JailServer] = {}
 _lock = threading.Lock()
 
@@ -93,10 +90,11 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads}
 
 
-def _bubblewrap(packages: str) -> list[str]:
+def _bubblewrap(packages: str, size_bytes: int) -> list[str]:
     found = shutil.which("bwrap") or "bwrap"
-    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
-    command += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    # of devices the one that holds nothing; a whole /dev comes with a /dev/shm without limit
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(size_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     command += ["--ro-bind", str(_JAIL), "/jail"]
     readable = ["/usr", sys.base_prefix, *([packages] if packages else [])]
     for path in dict.fromkeys(readable):
@@ -106,4 +104,4 @@ def _bubblewrap(packages: str) -> list[str]:
             command += ["--symlink", str(Path(link).readlink()), link]
         elif Path(link).exists():
             command += ["--ro-bind", link, link]
-    return [*command, "--"]
+    return [*command, "--remount-ro", "/", "--"]

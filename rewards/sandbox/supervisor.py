@@ -19,7 +19,6 @@ A run that the clock ended is `stalled` where it had not had its processor time:
 import builtins
 import importlib
 import os
-import select
 import signal
 import sys
 import time
@@ -84,9 +83,9 @@ def read_frame(stream):
     return (header[0].decode(), stream.read(int(header[1]))) if header else (None, b"")
 
 
-def write_frame(stream, word, content):
-    """Send one message: a word, a length, and that many bytes."""
-    stream.write(b"%s %d\n%s" % (word.encode(), len(content), content))
+def write_frame(stream, word, content, unlisted=0):
+    """Send one message: a word, a length, how many unlisted system calls were made, and that many bytes."""
+    stream.write(b"%s %d %d\n%s" % (word.encode(), len(content), unlisted, content))
     stream.flush()
 
 
@@ -101,9 +100,11 @@ class Supervisor:
         self.memory_bytes, self.file_bytes = int(settings["memory_bytes"]), int(settings["file_bytes"])
         self.cpu_s = int(settings["cpu_s"])
         self.packages = [path for path in settings["packages"].split(":") if path]
+        self.user = int(settings["user"])
+        self.unlisted = 0
         sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
         confine.adopt_orphans()
-        if self.level == "limits":
+        if self.level in ("landlock", "limits"):
             confine.hide_memory()
 
     def run(self, stdin):
@@ -112,20 +113,20 @@ class Supervisor:
         os.write(given, stdin)
         os.lseek(given, 0, os.SEEK_SET)
         printed, output = os.pipe()
-        ready, started = os.pipe()
-        pid = self._fork(lambda: _run_main(self.source), given, output, started, [])
-        for fd in (given, output, started):
+        watch = confine.Listener()
+        pid = self._fork(lambda: _run_main(self.source), given, output, watch, [])
+        for fd in (given, output):
             os.close(fd)
-        # written by the jail before the program began; without it the host refused the jail, and nothing was run.
+        watch.theirs.close()
+        # said by the jail before the program began; without it the host refused the jail, and nothing was run.
         # The program's clock starts here: on a busy host the jail alone can take a second
-        begun = bool(select.select([ready], [], [], BUILD_S)[0]) and os.read(ready, 1) == b"+"
+        begun = watch.has_begun(1, time.monotonic() + BUILD_S)
         deadline = time.monotonic() + (self.wall_s if begun else 0)
-        text, ended = self._read(printed, deadline)
-        if ended == "exit" and not _ends_by(pid, deadline):
+        text, ended = self._read(printed, deadline, watch)
+        if ended == "exit" and not _ends_by(pid, deadline, watch):
             ended = "timeout"  # it closed its output and went on
-        codes, cpu_s = _end([pid], kill=ended != "exit")
+        codes, cpu_s = self._end([pid], watch, kill=ended != "exit")
         os.close(printed)
-        os.close(ready)
         if not begun:
             return "broken", text
         if ended == "timeout":
@@ -153,13 +154,13 @@ class Supervisor:
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         theirs, ours = os.pipe(), os.pipe()
-        ready, started = os.pipe()
+        watch = confine.Listener()
 
         def answer():
             module = self._defined()
             program_side.Candidate(messages.Channel(ours[0], theirs[1]), vars(module)).serve()
 
-        first = self._fork(answer, nothing, nothing, started, [ours[0], theirs[1]])
+        first = self._fork(answer, nothing, nothing, watch, [ours[0], theirs[1]])
         os.close(ours[0])
         os.close(theirs[1])
         tests = read_tests()
@@ -172,22 +173,22 @@ class Supervisor:
             os.write(written, f"{nonce}{word} {count}".encode())
             return 0
 
-        second = self._fork(question, nothing, nothing, started, [theirs[0], ours[1], written])
-        for fd in (theirs[0], ours[1], written, nothing, started):
+        second = self._fork(question, nothing, nothing, watch, [theirs[0], ours[1], written])
+        for fd in (theirs[0], ours[1], written, nothing):
             os.close(fd)
-        text, ended = self._read(verdict, deadline)
+        watch.theirs.close()
+        text, ended = self._read(verdict, deadline, watch)
         if ended == "exit":
-            _ends_by(first, time.monotonic() + LEAVE_S)  # at the tests' end, if nobody killed it before
-        codes, cpu_s = _end([second, first], kill=True)
-        begun = os.read(ready, 2)
+            _ends_by(first, time.monotonic() + LEAVE_S, watch)  # at the tests' end, if nobody killed it before
+        begun = watch.has_begun(2, 0.0)
+        codes, cpu_s = self._end([second, first], watch, kill=True)
         os.close(verdict)
-        os.close(ready)
         if ended == "exit" and self._is_killed(codes, cpu_s):
             return "killed", b""
         if ended == "exit" and text.startswith(nonce.encode()):
             word, _, count = text[len(nonce) :].decode().partition(" ")
             return ("timeout" if word == "verdict" and self._is_exhausted(codes, cpu_s) else word), count.encode()
-        if len(begun) < 2:
+        if not begun:
             return "broken", b""
         if ended == "timeout":
             return self._late(cpu_s), b"0 1"
@@ -197,21 +198,21 @@ class Supervisor:
         """Run tests in the process of the code that they question, which may answer for itself; return as `tests` does."""
         deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
-        ready, started = os.pipe()
+        watch = confine.Listener()
         verdict, written = os.pipe()
 
         def answer():
             os.write(written, running.run_inside(tests, self._defined()).encode())
             return 0
 
-        pid = self._fork(answer, nothing, nothing, started, [written])
-        for fd in (nothing, started, written):
+        pid = self._fork(answer, nothing, nothing, watch, [written])
+        for fd in (nothing, written):
             os.close(fd)
-        text, ended = self._read(verdict, deadline)
-        codes, cpu_s = _end([pid], kill=ended != "exit")
-        begun = os.read(ready, 1)
+        watch.theirs.close()
+        text, ended = self._read(verdict, deadline, watch)
+        begun = watch.has_begun(1, 0.0)
+        codes, cpu_s = self._end([pid], watch, kill=ended != "exit")
         os.close(verdict)
-        os.close(ready)
         count = text.split()
         if not begun:
             return "broken", b""
@@ -232,11 +233,20 @@ class Supervisor:
         exec(code, vars(module))
         return module
 
-    def _read(self, fd, deadline):
+    def _end(self, pids, watch, *, kill):
+        """End what was forked, and keep what was seen of it; return as `_end` does."""
+        found = _end(pids, kill=kill)
+        self.unlisted += watch.unlisted
+        watch.close()
+        if self.level == "bubblewrap":
+            _empty("/tmp", [sys.base_prefix, *self.packages])
+        return found
+
+    def _read(self, fd, deadline, watch):
         """Return what comes out of a pipe until it closes, the time is over or it is too much, and which it was."""
         chunks, size = [], 0
         while size <= self.output_bytes:
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not watch.wait(fd, deadline):
                 return b"".join(chunks), "timeout"
             chunk = os.read(fd, CHUNK)
             if not chunk:
@@ -245,7 +255,7 @@ class Supervisor:
             size += len(chunk)
         return b"".join(chunks)[: self.output_bytes], "output"
 
-    def _fork(self, inside, stdin, stdout, started, keep):
+    def _fork(self, inside, stdin, stdout, watch, keep):
         """Run `inside` in a jailed child with only the given descriptors; return the pid to wait for."""
         pid = os.fork()
         if pid:
@@ -256,7 +266,7 @@ class Supervisor:
             for source, target in ((stdin, 0), (stdout, 1)):
                 os.dup2(source, target)
             os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
-            _close_all_but({0, 1, 2, started, *keep})
+            _close_all_but({0, 1, 2, watch.theirs.fileno(), *keep})
             if self.level == "namespaces":
                 confine.leave_host()
                 inner = os.fork()
@@ -266,29 +276,27 @@ class Supervisor:
                     if code == -signal.SIGKILL:
                         os.kill(os.getpid(), signal.SIGKILL)  # which no exit status is taken for
                     os._exit(code & 0xFF)
-            self._confine()
-            os.write(started, b"+")
-            os.close(started)
+            watch.begin(self._confine())
             status = inside()
         finally:
             os._exit(status)
 
     def _confine(self):
+        """Build the walls from inside; return the listener of what the filter leaves open (`confine.seal`)."""
+        if self.user >= 0:
+            confine.become(self.user)
         confine.die_with_parent()
         if self.level == "namespaces":
             confine.private_root(_readable(self.packages), 4 * self.file_bytes)
         elif self.level == "bubblewrap":
             os.mkdir(f"/tmp/{os.getpid()}")  # each run its own, in the one memory folder that ends with the supervisor
             os.chdir(f"/tmp/{os.getpid()}")
-        elif confine.can_hide_files():
+        elif self.level == "landlock":
             confine.hide_files(_readable(self.packages))
         confine.limit_resources(cpu_s=self.cpu_s, memory_bytes=self.memory_bytes, file_bytes=self.file_bytes)
         confine.drop_capabilities()
-        if self.level == "limits":
-            confine.seal()
-        else:
-            confine.seal_all_but_files()
         sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)] + self.packages
+        return confine.seal(may_write=self.level in ("namespaces", "bubblewrap"), is_watched=True)
 
 
 def _readable(packages):
@@ -307,11 +315,23 @@ def _close_all_but(keep):
         low = fd + 1
 
 
-def _ends_by(pid, deadline):
+def _ends_by(pid, deadline, watch):
     process = os.pidfd_open(pid)
-    ended = select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]
+    ended = watch.wait(process, deadline)
     os.close(process)
-    return bool(ended)
+    return ended
+
+
+def _empty(folder, keep):
+    """Remove all that a run left in the folder, however deep or closed, but for the paths to keep."""
+    for path in (f"{folder}/{name}" for name in os.listdir(folder)):
+        if any(kept.startswith(path + "/") for kept in keep):
+            _empty(path, keep)
+        elif path not in keep:
+            os.spawnl(os.P_WAIT, "/bin/chmod", "chmod", "-R", "u+rwx", path)
+            os.spawnl(os.P_WAIT, "/bin/rm", "rm", "-rf", path)
+            if os.path.lexists(path):
+                raise OSError(f"what a run left in {path} can not be removed")
 
 
 def _end(pids, *, kill):
@@ -372,11 +392,10 @@ def main(settings):
         if word is None:
             return
         if word == "run":
-            write_frame(replies, *supervisor.run(content))
+            write_frame(replies, *supervisor.run(content), supervisor.unlisted)
         elif word == "inside":
-            write_frame(replies, *supervisor.inside(content))
+            write_frame(replies, *supervisor.inside(content), supervisor.unlisted)
         else:
             # sent only after this: what the parent reads ahead of the fork is in the candidate's memory too
-            write_frame(
-                replies, *supervisor.tests(lambda: write_frame(replies, "ready", b"") or read_frame(requests)[1])
-            )
+            found = supervisor.tests(lambda: write_frame(replies, "ready", b"") or read_frame(requests)[1])
+            write_frame(replies, *found, supervisor.unlisted)
