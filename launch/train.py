@@ -66,6 +66,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
         started = start(recipe, folder, engine=engine)
         trainer = started.trainer
         trainer.train(resume_from_checkpoint=str(started.checkpoint) if started.checkpoint else None)
+        for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
+            say(line)
     except ValueError:  # what TRL and torch refuse comes to light when training begins
         if not resume and is_first_rank() and not (folder / "metrics.jsonl").exists():
             give_up_folder(folder)
@@ -80,6 +82,13 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
 
         write_report([out], out / "report.html")
     return trainer.engine
+
+
+def _judged(trainer: DomainGRPOTrainer) -> list[str]:
+    """Return what judges read and wrote for each domain, training and held-out samples together."""
+    whole = trainer.scorer.logged.whole + trainer.heldout_scorer.logged.whole
+    tokens = {domain: total for (domain, name), total in sorted(whole.items()) if name == "judge_tokens"}
+    return [f"judge: {total:,.0f} tokens for {domain}" for domain, total in tokens.items()]
 
 
 def is_first_rank() -> bool:

@@ -27,7 +27,17 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Completion, Request, completion_seed
 from polyphony.trainer.engine.vllm import OnFinished
-from polyphony.trainer.scoring import Ahead, Graded, Sample, Scorer, by_prompt, check_failures, form_group, grade
+from polyphony.trainer.scoring import (
+    Ahead,
+    Graded,
+    Sample,
+    Scorer,
+    by_prompt,
+    check_failures,
+    form_group,
+    grade,
+    together,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,7 +310,7 @@ class Draws:
         graded = gather_object(
             grade(
                 samples,
-                ahead.scores(samples),
+                together(lambda: ahead.scores(samples), self.scorer.slow, gather_object),
                 inspect=self.inspect,
                 with_texts={*self.with_texts, *self.fusion.domains},
             )

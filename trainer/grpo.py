@@ -25,8 +25,9 @@ from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.prompts.pool_file import POOL_FILE, load_pools, save_pools
 from polyphony.curricula.records import Domain, Group
 from polyphony.curricula.schedulers import Scheduler, find_scheduler
+from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import load_state, save_state, whole_or_none
+from polyphony.trainer.checkpoints import BeforeDraw, load_state, save_state, whole_checkpoints, whole_or_none
 from polyphony.trainer.data import Prompt
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
@@ -40,7 +41,7 @@ from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.scoring import Graded, Sample, Scorer
+from polyphony.trainer.scoring import Graded, Sample, Scorer, together
 from polyphony.trainer.settings import EntropySettings, EvaluationSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
@@ -179,7 +180,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             tokenize=self.data.tokenize,
             complete=lambda requests: self.policy.complete(requests, settings.samples),
             to_samples=self.to_samples,
-            score=self.heldout_scorer,
+            score=lambda samples: together(lambda: self.heldout_scorer(samples), self.scorer.slow, gather_object),
             entropy_sums=self.policy.entropy_sums,
             log_probabilities=self.policy.logps,
             read=self._read,
@@ -237,7 +238,22 @@ class DomainGRPOTrainer(GRPOTrainer):
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
-        return self.draws.roll_out(n_rows)
+        before = BeforeDraw(self.curriculum) if self.scorer.slow else None
+        try:
+            return self.draws.roll_out(n_rows)
+        except GraderGoneError:
+            if before is not None:
+                self._save_before(before)
+            raise
+
+    def _save_before(self, draw: BeforeDraw) -> None:
+        """Leave a checkpoint of the run as it was before a draw that came to nothing; collective over ranks."""
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+        if step == 0 or folder in whole_checkpoints(folder.parent):  # the run goes on from there by itself
+            return
+        draw.restore(self.curriculum)
+        self._save_checkpoint(self.model, None)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Take dead rows out of the micro-batches. Relies on TRL keeping those of a draw in `_buffered_inputs`."""

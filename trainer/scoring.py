@@ -141,6 +141,23 @@ class Scorer:
         return [_checked(name, value) for value in values]
 
 
+def together(
+    score: Callable[[], list[float | None]], slow: Collection[str], gather: Callable[[list], list]
+) -> list[float | None]:
+    """Return the scores. Raises GraderGoneError on every rank where it came up on one; collective where any domain is slow:
+    only what waits can be gone."""
+    if not slow:
+        return score()
+    scores, gone = [], None
+    try:
+        scores = score()
+    except GraderGoneError as error:
+        gone = str(error)
+    for reason in filter(None, gather([gone])):
+        raise GraderGoneError(reason)
+    return scores
+
+
 def is_unreachable(error: BaseException | None) -> bool:
     """Say whether a connection failed or timed out: that is no row's fault, and to ask row by row would ask in vain.
 
