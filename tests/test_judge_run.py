@@ -42,7 +42,7 @@ def test_a_run_whose_judge_is_gone_leaves_a_checkpoint_and_goes_on_from_it_to_th
         return (503, {}) if is_gone else reply(taste(body))
 
     with Server(behave) as server:
-        judge = f"{{name: judge, endpoint: '{server.url}', model: j, client: {{patience_s: 0.5}}}}"
+        judge = f"{{name: judge, endpoint: '{server.url}', model: j, client: {{patience_s: 3}}}}"
         overrides = [
             f"domains.stories.reward={judge}",
             "checkpoint.every=100",
