@@ -82,8 +82,9 @@ class Judge:
         questions = self._questions(prompts, completions, columns)
         verdicts = await _endpoint(self.endpoint, self.model, self.client).ask(questions, spent=spent)
         tokens = spent.total() / max(1, len(completions))
-        for _ in completions if (log_metric := columns.get("log_metric")) else ():
-            log_metric("judge_tokens", tokens)
+        if log_metric := columns.get("log_metric"):
+            for _ in completions:
+                log_metric("judge_tokens", tokens)
         if self.mode == "pointwise":
             return verdicts
         rows = len(completions)

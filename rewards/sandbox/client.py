@@ -99,7 +99,7 @@ class Program:
     ) -> None:
         self._source = source.encode(errors="replace")
         self._limits = limits or Limits()
-        self._level = level or isolation().level
+        self._level: Level = level or isolation().level
         self._packages = sysconfig.get_path("purelib") if site_packages else ""
 
     def __enter__(self) -> Program:

@@ -282,7 +282,7 @@ def table(
     report("|---|---|" + "---|" * len(here))
     open_to: dict[tuple[str, str], set[client.Level]] = {}
     for attack in ATTACKS:
-        reached = {level for level in here if attack.reaches(level)}
+        reached: set[client.Level] = {level for level in here if attack.reaches(level)}
         open_to[attack.kind, attack.name] = reached
         report(
             f"| {attack.kind} | {attack.name} | " + " | ".join("REACHED" if x in reached else "-" for x in here) + " |"
