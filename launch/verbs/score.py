@@ -21,7 +21,7 @@ def score(path: Path, *, reward: str, as_json: bool) -> None:
     rewards = score_rows(path, reward=reward, logged=logged)
     said = {name: {"sum": total, "of": count} for (_, name), (total, count) in logged.sums.items()}
     if as_json:
-        print(json.dumps({"rewards": rewards, "logged": said}))
+        print(json.dumps({"rewards": rewards} | ({"logged": said} if said else {})))
         return
     for number, value in enumerate(rewards, start=1):
         print(f"{number:6d}  {'failed' if value is None else f'{value:g}'}")
