@@ -45,6 +45,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     try:
         trainer = start(recipe, out, engine=engine)
         trainer.train(resume_from_checkpoint=resume)
+        for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
+            say(line)
     except ValueError:  # what TRL and torch refuse comes to light when training begins
         if not resume and is_first_rank() and not folder.holds_run:
             give_up_folder(folder)
@@ -56,6 +58,13 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
 
         write_report([out], folder.report)
     return trainer.engine
+
+
+def _judged(trainer: DomainGRPOTrainer) -> list[str]:
+    """Return what judges read and wrote for each domain, training and held-out samples together."""
+    whole = trainer.scorer.logged.whole + trainer.evaluator.scorer.logged.whole
+    tokens = {domain: total for (domain, name), total in sorted(whole.items()) if name == "judge_tokens"}
+    return [f"judge: {total:,.0f} tokens for {domain}" for domain, total in tokens.items()]
 
 
 def is_first_rank() -> bool:

@@ -69,7 +69,7 @@ class Code:
     """
 
     is_slow: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     partial_credit: bool = False
     """Give the share of cases or checks that hold instead. Off: a share also pays for guessing the easy cases."""
     limits: Limits | dict = field(default_factory=Limits)

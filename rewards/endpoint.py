@@ -34,6 +34,8 @@ TRIES = 8
 """Of a question that alone goes unanswered; with the waits between them a good minute."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Between two tries, doubled each time, give or take a half; unless the server says how long to wait."""
+PROBE_S = 5.0
+"""For an endpoint to say that it is there."""
 MAX_REPLY_BYTES = 1 << 20
 """A verdict has a few hundred; what sends more is read no further."""
 _ANSWERED = "answered"
@@ -51,10 +53,10 @@ class Question:
 
 
 class _UnansweredError(Exception):
-    """Why a question stayed unanswered. `again`: whether asking again may help, as all are turned away (`down`), or this
-    one may be at fault (`maybe`)."""
+    """Why a question stayed unanswered. `again`: whether asking again may help, as all are turned away (`down`), nothing
+    came back (`lost`), or this one may be at fault (`maybe`)."""
 
-    def __init__(self, why: str, again: Literal["down", "maybe", "no"], wait_s: float | None = None) -> None:
+    def __init__(self, why: str, again: Literal["down", "lost", "maybe", "no"], wait_s: float | None = None) -> None:
         super().__init__(why)
         self.again = again
         self.wait_s = wait_s
@@ -180,12 +182,14 @@ class Endpoint:
                 self._note_answer(health)
                 return reply
             except TimeoutError:
-                failure = _UnansweredError("timeout", "down")
+                failure = _UnansweredError("timeout", "lost")
             except httpx.RequestError as error:
-                failure = _UnansweredError(type(error).__name__, "down")
+                failure = _UnansweredError(type(error).__name__, "lost")
             except _UnansweredError as error:
                 failure = error
-            alone += failure.again == "maybe" or health.answered_at > asked_at  # others were answered meanwhile
+            alone += (
+                failure.again == "maybe" or health.answered_at > asked_at or await self._fails_alone(client, failure)
+            )
             if failure.again == "no" or alone >= TRIES:
                 raise failure
             now, last = time.monotonic(), max(began, health.answered_at)
@@ -198,6 +202,16 @@ class Endpoint:
             wait_s = min(failure.wait_s or backoff_s, last + self.patience_s - now)
             self._tell(health, failure, wait_s, last + self.patience_s - now)
             await asyncio.sleep(wait_s)
+
+    async def _fails_alone(self, client: httpx.AsyncClient, failure: _UnansweredError) -> bool:
+        """Say whether an endpoint that has lost this question, and answered others before, is there for any other."""
+        if failure.again != "lost" or _health[self.url].answered_at == -math.inf:
+            return False
+        try:
+            async with client.stream("GET", f"{self.url.rstrip('/')}/models", timeout=PROBE_S) as response:
+                return response.status_code < 500
+        except httpx.RequestError:
+            return False
 
     def _tell(self, health: _Health, failure: Exception, wait_s: float, left_s: float) -> None:
         """Say that the endpoint is waited for, once a minute."""

@@ -61,6 +61,7 @@ class Judge:
     scale: tuple[int, int] = (1, 10)
     """Of a pointwise score; its ends become 0 and 1."""
     is_slow: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     client: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `Endpoint`: concurrency, requests_per_minute, patience_s, timeout_s, cache, .."""
     tokenizer: str | None = None

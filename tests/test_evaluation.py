@@ -29,7 +29,7 @@ class World:
     def __init__(self, *tables, rank=0, world_size=1):
         self.heldout = {t.domain.name: t for t in tables or BOTH}
         self.limits = {"math": 8, "stories": 32}
-        self.rewards = dict.fromkeys(self.limits)
+        self.rewards, self.slow = dict.fromkeys(self.limits), frozenset()
         self.rank, self.world_size = rank, world_size
         self.requests = []
         self.asked = 0

@@ -25,7 +25,8 @@ class Server:
     a function of the request's body.
     """
 
-    def __init__(self, *script):
+    def __init__(self, *script, is_up=False):
+        self.is_up = is_up
         self.script, self.bodies, self.times, self.headers = list(script), [], [], []
         self.lock = threading.Lock()
 
@@ -37,6 +38,9 @@ class Server:
 
             def do_POST(self):
                 owner.handle(self)
+
+            def do_GET(self):
+                owner.behave(self, b"{}" if owner.is_up else (503, {}), None)
 
             def log_message(self, *args):
                 pass
@@ -197,9 +201,10 @@ def test_a_judge_that_is_down_for_a_while_costs_no_row(caplog):
 
 def test_a_question_that_times_out_alone_is_given_up():
     behave = lambda body: 1.3 if "slow" in body["messages"][1]["content"] else '{"score": 10}'  # noqa: E731
-    with Server(behave) as server:
-        client = {"timeout_s": 0.3, "patience_s": 600, "concurrency": 2}
+    with Server(behave, is_up=True) as server:
+        client = {"timeout_s": 0.3, "patience_s": 60, "concurrency": 2}
         assert grade(server, ["slow", *map(str, range(6))], client=client) == [None] + [1.0] * 6
+        assert grade(server, ["slow"], client=client) == [None]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -318,7 +323,7 @@ def test_a_damaged_cache_is_set_aside_and_said(damage, tmp_path, caplog):
     cache = tmp_path / "judge.sqlite"
     client = {**QUICK, "cache": str(cache)}
     with Server('{"score": 10}') as server:
-        grade(server, list(map(str, range(64))), client=client)
+        grade(server, list(map(str, range(8))), client=client)
         if damage == "a row":
             with contextlib.closing(sqlite3.connect(cache)) as database, database:
                 database.execute("UPDATE replies SET reply = 'garbage'")

@@ -1,6 +1,7 @@
 """The judge against the real server: vLLM's OpenAI endpoint, with a tiny model that was never trained."""
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -13,8 +14,20 @@ import pytest
 
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
+from tests.test_judge import INJECTIONS, Server
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ m['content'] }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
+)
 
 
 def save_untrained_model(folder):
@@ -26,6 +39,8 @@ def save_untrained_model(folder):
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROL)
+    words = dict.fromkeys(range(tokenizer.get_vocab_size()))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
@@ -51,7 +66,16 @@ def url(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--served-model-name", "judge", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
+    command += [
+        "--trust-request-chat-template",
+        "--served-model-name",
+        "judge",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "4096",
+    ]
     # an untrained model would otherwise fill the whole reply with the white space that JSON allows
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -99,3 +123,31 @@ def test_an_unknown_model_or_a_reply_that_is_no_verdict_is_none(url):
     assert asyncio.run(
         find_reward({"name": "judge", "endpoint": url, "model": "judge", "client": free})(["Write."], ["one"])
     ) == [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("template", "frame"), [(CHATML, 5), (MISTRAL, 5)], ids=["ChatML", "Mistral"])
+def test_no_turn_is_opened_by_judged_text_in_the_tokens_that_a_real_server_received(template, frame, url):
+    """The frame: of ChatML two turns begun and ended and a third begun, of Mistral's a beginning and two pairs."""
+    received = []
+
+    def forward(body):
+        asked = {**body, "chat_template": template, "return_token_ids": True, "max_tokens": 1}
+        asked.pop("response_format")
+        request = urllib.request.Request(
+            f"{url}/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            received.append(json.loads(reply.read())["prompt_token_ids"])
+        return '{"score": 1}'
+
+    with Server(forward) as server:
+        judge = find_reward({"name": "judge", "endpoint": server.url, "model": "judge", "client": {"concurrency": 2}})
+        texts = ["a text without any", *INJECTIONS]
+        assert asyncio.run(judge(["Write."] * len(texts), texts)) == [0.0] * len(texts)
+        plain = "".join(f"{token} and " for token in CONTROL)
+        forward({**server.bodies[0], "messages": [{"role": "user", "content": plain}]})
+    special = range(257, 257 + len(CONTROL))  # <|end|>, 256 bytes, and then they
+    counts = [sum(token in special for token in ids) for ids in received]
+    assert counts[:-1] == [frame] * len(texts)
+    assert counts[-1] > len(CONTROL)  # unbroken, the server takes them for what they are

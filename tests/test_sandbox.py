@@ -192,7 +192,9 @@ def test_doctor_names_the_isolation_of_this_host():
     assert finding.verdict == ("slow" if isolation().level == "limits" else "ok")
 
 
-@pytest.mark.parametrize(("level", "verdict"), [("namespaces", "ok"), ("bubblewrap", "ok"), ("limits", "slow")])
+@pytest.mark.parametrize(
+    ("level", "verdict"), [("namespaces", "ok"), ("bubblewrap", "ok"), ("landlock", "ok"), ("limits", "slow")]
+)
 def test_doctor_says_what_would_make_the_jail_stronger(level, verdict, monkeypatch):
     found = sandbox.Isolation(level=level, network="none", processes="..", files="..")
     monkeypatch.setattr(sandbox, "isolation", lambda: found)

@@ -6,13 +6,17 @@ ranks.
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from trl.generation.vllm_generation import VLLMGeneration
@@ -93,6 +97,25 @@ def remove_unfinished(folder: Path) -> list[Path]:
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+class BeforeDraw:
+    """What a draw changes beside the weights, as it is now: for a checkpoint, should the draw come to nothing."""
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        self._ledgers = json.dumps(curriculum.state_dict())
+        self._pools = copy.deepcopy(curriculum.pool_columns())
+        self._random, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self, curriculum: Curriculum) -> None:
+        curriculum.load_state_dict(json.loads(self._ledgers))
+        curriculum.adopt_pools(self._pools)
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
 
 
 def mark_best(folder: Path, checkpoint: Path, score: float) -> None:

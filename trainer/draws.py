@@ -24,7 +24,7 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Request, completion_seed
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.scoring import Ahead, Scorer, check_failures
+from polyphony.trainer.scoring import Ahead, Scorer, check_failures, together
 from polyphony.trainer.shortcuts import ShortcutWatch
 
 
@@ -162,7 +162,8 @@ class Draws:
         completions = self.policy.complete(requests, len(members), ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
         read = self.policy.read(asked, completions)
-        graded = [replace(c, reward=reward) for c, reward in zip(read, ahead.scores(read), strict=True)]
+        rewards = together(lambda: ahead.scores(read), self.scorer.slow, gather_object)
+        graded = [replace(c, reward=reward) for c, reward in zip(read, rewards, strict=True)]
         rows = dict(zip(places, graded, strict=True))
         return rows, self._gathered(this.draw, rows, len(members)), seconds
 

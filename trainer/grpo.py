@@ -26,8 +26,9 @@ from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain, Rollout, as_settings
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
+from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import load_ledgers, save_ledgers, whole_or_none
+from polyphony.trainer.checkpoints import BeforeDraw, load_ledgers, save_ledgers, whole_checkpoints, whole_or_none
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
@@ -245,7 +246,22 @@ class DomainGRPOTrainer(GRPOTrainer):
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
-        return self.draws.roll_out(n_rows)
+        before = BeforeDraw(self.curriculum) if self.scorer.slow else None
+        try:
+            return self.draws.roll_out(n_rows)
+        except GraderGoneError:
+            if before is not None:
+                self._save_before(before)
+            raise
+
+    def _save_before(self, draw: BeforeDraw) -> None:
+        """Leave a checkpoint of the run as it was before a draw that came to nothing; collective over ranks."""
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+        if step == 0 or folder in whole_checkpoints(folder.parent):  # the run goes on from there by itself
+            return
+        draw.restore(self.curriculum)
+        self._save_checkpoint(self.model, None)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Take dead rows out of the micro-batches. Relies on TRL keeping those of a draw in `_buffered_inputs`."""

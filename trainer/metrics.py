@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -245,6 +246,8 @@ class Logged:
     """What rewards logged by TRL's `log_metric` between two logs: by domain and name a sum and how many values it has."""
 
     sums: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
+    whole: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """The sums of all ranks since the run was started, or gone on with."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """Slow rewards grade in a thread of their own."""
 
@@ -262,6 +265,7 @@ class Logged:
         for place, (total, count) in gather(list(sums.items())):
             known = totals.get(place, (0.0, 0))
             totals[place] = (known[0] + total, known[1] + count)
+            self.whole[place] += total
         return defined(
             {
                 key(family, name, domain) if name in OF_GRADERS else f"{family}/{domain}/logged/{name}": total / count

@@ -17,7 +17,7 @@ import queue
 import socket
 import threading
 import urllib.error
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
@@ -103,6 +103,23 @@ class Scorer:
             )
         self.logged.add(name, logged)
         return [_checked(name, value) for value in values]
+
+
+def together(
+    score: Callable[[], list[float | None]], slow: Collection[str], gather: Callable[[list], list]
+) -> list[float | None]:
+    """Return the scores. Raises GraderGoneError on every rank where it came up on one; collective where any domain is slow:
+    only what waits can be gone."""
+    if not slow:
+        return score()
+    scores, gone = [], None
+    try:
+        scores = score()
+    except GraderGoneError as error:
+        gone = str(error)
+    for reason in filter(None, gather([gone])):
+        raise GraderGoneError(reason)
+    return scores
 
 
 def is_unreachable(error: BaseException | None) -> bool:

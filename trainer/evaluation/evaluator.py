@@ -19,7 +19,7 @@ from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.scoring import Scorer, together
 from polyphony.trainer.settings import EvaluationSettings
 
 EVALUATION_DRAW = -1
@@ -91,7 +91,8 @@ class Evaluator:
 
     def _graded(self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int) -> list[Completion]:
         completions = self.policy.read(prompts, self.policy.complete(requests, copies))
-        return [replace(c, reward=reward) for c, reward in zip(completions, self.scorer(completions), strict=True)]
+        rewards = together(lambda: self.scorer(completions), self.scorer.slow, gather_object)
+        return [replace(c, reward=reward) for c, reward in zip(completions, rewards, strict=True)]
 
     def _answer(self, completion: Completion) -> Answer:
         name = completion.prompt.domain
