@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from polyphony.curricula.transfer.effects import LEVELS, Effects, Means
 from polyphony.curricula.transfer.forgetting import measure
 from polyphony.curricula.transfer.gains import Gains, gains
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.orders import Chooser, EntropyTerm, best_orders
+from polyphony.curricula.transfer.orders import Chooser, EntropyTerm, Objective, best_orders
 from polyphony.curricula.transfer.plan import Plan
 
 FEW_ITEMS = 20
@@ -71,7 +72,17 @@ class Solver:
         items = self.effects.resample(self.settings.resamples, rng=self.rng)
         self.drawn = self.effects.with_seed_noise(items, rng=self.rng)
         self.transfer, self.resampled = self.effects.square(self.effects.means())[0], self.effects.square(self.drawn)
-        self.chooser = _chooser(self.effects, matrix, self.settings).overruled(self.transfer, self.resampled)
+        self._careful = _chooser(self.effects, matrix, self.settings)
+
+    @cached_property
+    def luckiest(self) -> np.ndarray:
+        """The best order of each resample under its noise alone, [B, J]."""
+        return best_orders(Objective(after=(self.resampled - self.transfer).transpose(0, 2, 1)))
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """What orders these domains; not needed for predictions."""
+        return self._careful.overruled(self.transfer, self.resampled, self.luckiest)
 
     def order(self, names: Sequence[str] | None = None, shift: np.ndarray | None = None) -> tuple[str, ...]:
         """Return the best order of `names` (all by default); `shift` [J, J] is added to T where a run has shown it."""
@@ -157,16 +168,15 @@ def _gains(solver: Solver, order: Sequence[str]) -> Gains:
     if len(solver.names) == 1:
         return Gains(over_mean_order=Interval(0.0, 0.0, 0.0), over_joint=None)
     chosen = np.array([solver.names.index(name) for name in order])
-    return gains(solver.effects, solver.chooser, chosen, solver.drawn, rng=solver.rng)
+    return gains(solver.effects, solver.chooser, chosen, solver.drawn, luckiest=solver.luckiest, rng=solver.rng)
 
 
 def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    effects, rng = solver.effects, np.random.default_rng(solver.settings.seed)
-    drawn = effects.with_seed_noise(effects.resample(solver.settings.resamples, rng=rng), rng=rng)
-    low, high = np.quantile(solver.predict(order, drawn), LEVELS, axis=0).tolist()
+    domains = solver.effects.domains
+    low, high = np.quantile(solver.predict(order, solver.drawn), LEVELS, axis=0).tolist()
     mid = solver.predict(order)[0].tolist()
     bounds = zip(low, high, strict=True)
-    return dict(zip(effects.domains, mid, strict=True)), dict(zip(effects.domains, bounds, strict=True))
+    return dict(zip(domains, mid, strict=True)), dict(zip(domains, bounds, strict=True))
 
 
 def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
