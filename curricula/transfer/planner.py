@@ -23,7 +23,16 @@ from polyphony.curricula.transfer.effects import LEVELS, Effects, Means
 from polyphony.curricula.transfer.forgetting import measure
 from polyphony.curricula.transfer.gains import Gains, gains
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.orders import Chooser, EntropyTerm, Objective, best_orders
+from polyphony.curricula.transfer.orders import (
+    EXACT_UP_TO,
+    MANY_EXACT_UP_TO,
+    WALKS,
+    Chooser,
+    EntropyTerm,
+    Objective,
+    best_orders,
+    is_exact,
+)
 from polyphony.curricula.transfer.plan import Plan
 
 FEW_ITEMS = 20
@@ -118,7 +127,8 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     order = solver.order()
     precedence, regret = _confidence(solver, order)
     gain = _gains(solver, order)
-    published = solver if fair.items is None else Solver(fair.on("report"), settings)
+    report = fair.on("report")
+    published = solver if report is fair else Solver(report, settings)
     predicted, interval = _predictions(published, order)
     return Plan(
         order=order,
@@ -135,8 +145,12 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
             name: dict(zip(effects.domains, row, strict=True))
             for name, row in zip(names, published.effects.transfer().tolist(), strict=True)
         },
+        search={
+            "order": "exact" if is_exact(len(names)) else "insertions",
+            "resamples": "exact" if is_exact(len(names), problems=2) else "insertions",
+        },
         notes=_notes(effects, matrix),
-        measured=measure(matrix.on("report")),
+        measured=measure(report),
     )
 
 
@@ -191,11 +205,23 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
         items = effects.after[effects.domains.index(name)].shape[1]
         if items < FEW_ITEMS:
             notes.append(f"Domain {name} is decided by {items} items: its intervals are too narrow for so few.")
+    notes += _search_note(len(effects.trained))
     ran, total = _steps(matrix)
     if ran is not None and ran != total:
         what = "too few to compare with, so it was left out" if ran < total else "not the same"
         notes.append(f"The joint arm ran {ran} steps and the probes {total} together: {what}.")
     return tuple(notes)
+
+
+def _search_note(size: int) -> list[str]:
+    """Return how orders were found where not all are proven best."""
+    if not is_exact(size):
+        how = f"searched by insertions from {WALKS} starts, not proven best: exact search serves up to {EXACT_UP_TO}"
+        return [f"The order of {size} domains was {how}."]
+    if not is_exact(size, problems=2):
+        how = f"searched by insertions: exact search serves those up to {MANY_EXACT_UP_TO} domains"
+        return [f"The order is proven best; those of the resamples, which its bounds come from, were {how}."]
+    return []
 
 
 def _steps(matrix: TransferMatrix) -> tuple[int | None, int]:
