@@ -35,8 +35,8 @@ each of a thousand resamples has, ten shakes leave .2 % of the gain at 12 domain
 """
 
 
-LEAST_GAIN = 1e-12
-"""What a move must gain: less is rounding, and two orders could turn into each other for ever."""
+LEAST_GAIN, MOST_SWEEPS = 1e-12, 100
+"""What a move must gain, as less is rounding; rounds over all domains, of which about five are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,11 +165,13 @@ def _shaken(orders: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
 def _descend(early: np.ndarray, entropy: EntropyTerm | None, orders: np.ndarray) -> np.ndarray:
     """Return the orders [B, K] after insertions, the best of each domain in turn, until no insertion gains anything."""
     found, unfinished = orders.copy(), np.arange(len(orders))
-    while len(unfinished):
+    for _ in range(MOST_SWEEPS):  # where values are huge, rounding could turn two orders into each other for ever
         walks = _Walks(early[:, unfinished], entropy, found[unfinished])
         has_moved = np.any([walks.insert(domain) for domain in range(len(early))], axis=0)
         found[unfinished] = walks.orders
         unfinished = unfinished[has_moved]
+        if not len(unfinished):
+            break
     return found
 
 
@@ -178,7 +180,7 @@ class _Walks:
 
     def __init__(self, early: np.ndarray, entropy: EntropyTerm | None, orders: np.ndarray) -> None:
         self.early = early
-        """[K, B, K]; early[i, b, j] is what is gained where i is before j rather than after it, in problem b."""
+        """[K, B, K]; early[i, b, j] is what problem b gains where i is before j rather than after it."""
         self.orders, self.ranks = orders, np.argsort(orders, axis=1)
         self.entropy = None if entropy is None else entropy.without_gaps()
         if self.entropy is not None:
@@ -199,11 +201,8 @@ class _Walks:
 
         A running sum over the domains passed, so all K places cost as much to know as one.
         """
-        lost, by_passing, term = (
-            np.zeros((len(self.orders), self.orders.shape[1] + 1)),
-            self.early[domain],
-            self.entropy,
-        )
+        term, by_passing = self.entropy, self.early[domain]
+        lost = np.zeros((len(self.orders), self.orders.shape[1] + 1))
         if term is not None:
             without = self.nats - term.change[domain] * (self.ranks < self.ranks[:, domain, None])
             by_passing = by_passing + term.cost(without + term.change[domain]) - term.cost(without)
