@@ -190,6 +190,21 @@ def test_the_json_object_has_the_documented_keys_and_no_nan():
     assert document["interval"]["w"][0] <= document["predicted"]["w"] <= document["interval"]["w"][1]
 
 
+@pytest.mark.parametrize(
+    ("size", "search", "note"),
+    [
+        (12, None, ""),
+        (13, {"order": "exact", "resamples": "insertions"}, "The order is proven best; those of the resamples"),
+        (17, {"order": "insertions", "resamples": "insertions"}, "The order of 17 domains was searched by insertions"),
+    ],
+)
+def test_a_plan_of_more_domains_than_exact_search_serves_says_how_orders_were_found(size, search, note):
+    whole = World(size=size, items=1).matrix(np.random.default_rng(0), OWN * np.eye(size))
+    plan = make_plan(whole, PlanSettings(resamples=10))
+    assert plan.as_json().get("search") == search
+    assert note in plan.explain() and (search or "insertions" not in plan.explain())
+
+
 def test_the_command_prints_the_object_alone_and_beside_it_what_limits_the_evidence(capsys, tmp_path):
     matrix(fragile_writing(n=30)).save(tmp_path / "transfer.json")
     assert main(["plan", str(tmp_path / "transfer.json"), "--json"]) == 0

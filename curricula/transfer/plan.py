@@ -32,6 +32,8 @@ class Plan:
     """95 % interval of `predicted`."""
     transfer: Mapping[str, Mapping[str, float]]
     """transfer[j][i] = T[j -> i]."""
+    search: Mapping[Literal["order", "resamples"], Literal["exact", "insertions"]]
+    """How the order and those of the resamples were found: proven best, or the best that insertions led to."""
     notes: tuple[str, ...] = ()
     """What the reader should know about the evidence."""
     measured: Measured | None = None
@@ -51,6 +53,8 @@ class Plan:
             "interval": {name: list(bounds) for name, bounds in self.interval.items()},
             "transfer": self.transfer,
         }
+        if "insertions" in self.search.values():
+            document["search"] = dict(self.search)
         if self.measured is not None:
             document["measured"] = {
                 "average": self.measured.average,

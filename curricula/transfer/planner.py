@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -22,7 +23,16 @@ from polyphony.curricula.transfer.effects import LEVELS, Effects, Means
 from polyphony.curricula.transfer.forgetting import measure
 from polyphony.curricula.transfer.gains import Gains, gains
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.orders import Chooser, EntropyTerm, best_orders
+from polyphony.curricula.transfer.orders import (
+    EXACT_UP_TO,
+    MANY_EXACT_UP_TO,
+    WALKS,
+    Chooser,
+    EntropyTerm,
+    Objective,
+    best_orders,
+    is_exact,
+)
 from polyphony.curricula.transfer.plan import Plan
 
 FEW_ITEMS = 20
@@ -71,7 +81,17 @@ class Solver:
         items = self.effects.resample(self.settings.resamples, rng=self.rng)
         self.drawn = self.effects.with_seed_noise(items, rng=self.rng)
         self.transfer, self.resampled = self.effects.square(self.effects.means())[0], self.effects.square(self.drawn)
-        self.chooser = _chooser(self.effects, matrix, self.settings).overruled(self.transfer, self.resampled)
+        self._careful = _chooser(self.effects, matrix, self.settings)
+
+    @cached_property
+    def luckiest(self) -> np.ndarray:
+        """The best order of each resample under its noise alone, [B, J]."""
+        return best_orders(Objective(after=(self.resampled - self.transfer).transpose(0, 2, 1)))
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """What orders these domains; not needed for predictions."""
+        return self._careful.overruled(self.transfer, self.resampled, self.luckiest)
 
     def order(self, names: Sequence[str] | None = None, shift: np.ndarray | None = None) -> tuple[str, ...]:
         """Return the best order of `names` (all by default); `shift` [J, J] is added to T where a run has shown it."""
@@ -107,7 +127,8 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     order = solver.order()
     precedence, regret = _confidence(solver, order)
     gain = _gains(solver, order)
-    published = solver if fair.items is None else Solver(fair.on("report"), settings)
+    report = fair.on("report")
+    published = solver if report is fair else Solver(report, settings)
     predicted, interval = _predictions(published, order)
     return Plan(
         order=order,
@@ -124,8 +145,12 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
             name: dict(zip(effects.domains, row, strict=True))
             for name, row in zip(names, published.effects.transfer().tolist(), strict=True)
         },
+        search={
+            "order": "exact" if is_exact(len(names)) else "insertions",
+            "resamples": "exact" if is_exact(len(names), problems=2) else "insertions",
+        },
         notes=_notes(effects, matrix),
-        measured=measure(matrix.on("report")),
+        measured=measure(report),
     )
 
 
@@ -157,16 +182,15 @@ def _gains(solver: Solver, order: Sequence[str]) -> Gains:
     if len(solver.names) == 1:
         return Gains(over_mean_order=Interval(0.0, 0.0, 0.0), over_joint=None)
     chosen = np.array([solver.names.index(name) for name in order])
-    return gains(solver.effects, solver.chooser, chosen, solver.drawn, rng=solver.rng)
+    return gains(solver.effects, solver.chooser, chosen, solver.drawn, luckiest=solver.luckiest, rng=solver.rng)
 
 
 def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    effects, rng = solver.effects, np.random.default_rng(solver.settings.seed)
-    drawn = effects.with_seed_noise(effects.resample(solver.settings.resamples, rng=rng), rng=rng)
-    low, high = np.quantile(solver.predict(order, drawn), LEVELS, axis=0).tolist()
+    domains = solver.effects.domains
+    low, high = np.quantile(solver.predict(order, solver.drawn), LEVELS, axis=0).tolist()
     mid = solver.predict(order)[0].tolist()
     bounds = zip(low, high, strict=True)
-    return dict(zip(effects.domains, mid, strict=True)), dict(zip(effects.domains, bounds, strict=True))
+    return dict(zip(domains, mid, strict=True)), dict(zip(domains, bounds, strict=True))
 
 
 def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
@@ -181,11 +205,23 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
         items = effects.after[effects.domains.index(name)].shape[1]
         if items < FEW_ITEMS:
             notes.append(f"Domain {name} is decided by {items} items: its intervals are too narrow for so few.")
+    notes += _search_note(len(effects.trained))
     ran, total = _steps(matrix)
     if ran is not None and ran != total:
         what = "too few to compare with, so it was left out" if ran < total else "not the same"
         notes.append(f"The joint arm ran {ran} steps and the probes {total} together: {what}.")
     return tuple(notes)
+
+
+def _search_note(size: int) -> list[str]:
+    """Return how orders were found where not all are proven best."""
+    if not is_exact(size):
+        how = f"searched by insertions from {WALKS} starts, not proven best: exact search serves up to {EXACT_UP_TO}"
+        return [f"The order of {size} domains was {how}."]
+    if not is_exact(size, problems=2):
+        how = f"searched by insertions: exact search serves those up to {MANY_EXACT_UP_TO} domains"
+        return [f"The order is proven best; those of the resamples, which its bounds come from, were {how}."]
+    return []
 
 
 def _steps(matrix: TransferMatrix) -> tuple[int | None, int]:

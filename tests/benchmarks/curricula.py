@@ -1,4 +1,4 @@
-"""Speed and size of the curriculum against their limits: a million prompts in twenty domains, a plan of twelve."""
+"""Speed and size of the curriculum against their limits: a million prompts in twenty domains."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import psutil
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers import build_scheduler
-from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.planner import make_plan
 from tests.benchmarks.result import Result, Target, Timing, repeated, timed
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 
 
 def bench_curricula(*, short: bool = False) -> list[Result]:
-    """Measure draw + observe a prompt under three schedulers, memory, and the planner."""
-    prompts, draws, size = (PROMPTS // 100, 20, 4) if short else (PROMPTS, DRAWS, 12)
+    """Measure draw + observe a prompt under three schedulers, and memory."""
+    prompts, draws = (PROMPTS // 100, 20) if short else (PROMPTS, DRAWS)
     before = psutil.Process().memory_info().rss
     names = [f"domain{k}" for k in range(DOMAINS)]
     ids = {name: [_content_hash(f"{name}/{n}") for n in range(prompts // DOMAINS)] for name in names}
@@ -30,8 +28,6 @@ def bench_curricula(*, short: bool = False) -> list[Result]:
         if scheduler == "joint":
             grown = (psutil.Process().memory_info().rss - before) / 2**20
             found.append(_within("million_prompts_memory", "MB", grown, limit=300))
-    matrix = _matrix(size)
-    found.append(_within("plan_12_domains", "s", timed(lambda: make_plan(matrix)), limit=5))
     return found
 
 
@@ -75,20 +71,6 @@ def _pace(curriculum: Curriculum, draws: int) -> Timing:
         observing = timed(lambda groups=groups: curriculum.observe(groups, dict.fromkeys(curriculum.names, 0.7)))
         clock, cpu = clock + drawing.clock + observing.clock, cpu + drawing.cpu + observing.cpu
     return Timing(clock, cpu).scaled(1e6 / draws / BATCH)
-
-
-def _matrix(size: int) -> TransferMatrix:
-    """Return probes of two seeds and 200 items a domain, without transfer."""
-    rng = np.random.default_rng(0)
-    names = tuple(f"domain{k}" for k in range(size))
-
-    def scores() -> dict[str, tuple[float, ...]]:
-        return {name: tuple((rng.random(200) < 0.5).astype(float)) for name in names}
-
-    rows = [Evaluation(trained=(), step=0, seed=0, scores=scores(), probe=True)]
-    for seed in (0, 1):
-        rows += [Evaluation(trained=(name,), step=10, seed=seed, scores=scores(), probe=True) for name in names]
-    return TransferMatrix(domains=names, kinds=dict.fromkeys(names, "structured"), rows=tuple(rows))
 
 
 BENCHMARKS = {"curricula": bench_curricula}

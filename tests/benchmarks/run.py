@@ -19,7 +19,8 @@ from tests.benchmarks.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("commands", "curricula", "gpu", "monitor", "pool", "rewards", "rollouts", "training", "update", "workers")
+MODULES = ("commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
+           "workers")  # fmt: skip
 """Those that list benchmarks."""
 ON_REQUEST = ("demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
