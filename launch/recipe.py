@@ -221,13 +221,13 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
 def _check_engine(recipe: Recipe) -> None:
     """Refuse keys of TRL's own engines that none of ours would hear, and the other way round."""
     engine, grpo = recipe.rollouts.engine, recipe.grpo
-    if grpo.get("use_vllm") and engine == "ray":
-        raise RecipeError("rollouts.engine ray and grpo.use_vllm=true exclude each other; leave out one")
+    if grpo.get("use_vllm") and engine not in ("vllm", "transformers"):
+        raise RecipeError(f"rollouts.engine {engine} and grpo.use_vllm=true exclude each other; leave out one")
     if grpo.get("use_vllm") or engine == "transformers":
         if recipe.rollouts.engine_args:
             raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
         return
-    heard = {"vllm_enable_sleep_mode"} if engine == "vllm" else set()
+    heard = set() if engine == "ray" else {"vllm_enable_sleep_mode"}
     for name in sorted(grpo):
         if name in TRL_ENGINE and name not in heard:
             raise RecipeError(

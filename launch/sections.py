@@ -6,6 +6,7 @@ where, and with which weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -101,12 +102,17 @@ NOT_FREE = {
 """Arguments of `vllm.LLM` that a recipe sets elsewhere, and where."""
 
 
+ENGINES = ("vllm", "ray", "transformers")
+"""Engines that a recipe has by name."""
+
+
 @settings
 class RolloutsSection:
     """Who generates."""
 
-    engine: Literal["vllm", "ray", "transformers"] = "vllm"
-    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: no engine of its own."""
+    engine: str = "vllm"
+    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: TRL generates with the policy itself; or
+    the import path `pkg.module:name` of an `Engine` class, or of a function that returns an engine (trainer/README.md)."""
     workers: int = Field(default=1, ge=1)
     """Of `engine: ray`; each holds one vLLM."""
     tensor_parallel: int = Field(default=1, ge=1)
@@ -126,6 +132,18 @@ class RolloutsSection:
     `vllm_enable_sleep_mode`."""
     max_grader_failures: float = Field(default=MAX_GRADER_FAILURES, ge=0, le=1)
     """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the engine is one of the user's, found by its import path."""
+        return ":" in self.engine
+
+    @field_validator("engine")
+    @classmethod
+    def _is_known(cls, engine: str) -> str:
+        if engine not in ENGINES and not re.fullmatch(r"[\w.]+:[\w.]+", engine):
+            raise ValueError(f"expected {', '.join(ENGINES)} or an import path pkg.module:name")
+        return engine
 
     @model_validator(mode="after")
     def _pool_needs_ray(self) -> RolloutsSection:

@@ -58,7 +58,8 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     Takes TRL's `model`, `args`, `processing_class`, `callbacks`, `optimizers` and `peft_config` unchanged. Rows, rewards
     and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path, or a mapping
-    of `scheduler` and its settings. All settings may be given as mappings, with a recipe's keys.
+    of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or
+    what makes one. All settings may be given as mappings, with a recipe's keys.
 
     With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation
     every `args.eval_steps` (50 if not given), ledgers, `guardrails`, checkpoints in the folder every `args.save_steps`, of

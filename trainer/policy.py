@@ -21,7 +21,7 @@ from trl.trainer.utils import pad
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.engine.engine import Engine, EngineFactory, Request, Sampling, find_engine
 from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 
@@ -85,19 +85,17 @@ class Policy:
     # --- the engine -----------------------------------------------------------------------------------------------
 
     def attach(self, engine: str | Engine | EngineFactory) -> None:
-        """Take an engine; none for `transformers`, with which TRL itself generates.
+        """Take an engine, or make the one that is named; none for `transformers`, with which TRL itself generates.
 
-        Raises ValueError for a name that does not exist.
+        Raises ValueError for a name that does not exist, and for what makes no engine.
         """
         if engine == "transformers":
             return
-        if isinstance(engine, str) and engine != "vllm":
-            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
         trainer, args = self.trainer, self.trainer.args
         if isinstance(engine, Engine):
             engine.attach(trainer.model, trainer.accelerator)
         else:
-            make = InProcessEngine if isinstance(engine, str) else engine
+            make = find_engine(engine) if isinstance(engine, str) else engine
             engine = make(
                 trainer.model,
                 trainer.accelerator,
@@ -112,6 +110,8 @@ class Policy:
                 model_impl=args.vllm_model_impl,
                 trust_remote_code=args.trust_remote_code,
             )
+        if not isinstance(engine, Engine):
+            raise ValueError(f"rollouts.engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
         engine.max_completion_length = trainer.max_completion_length
         self.engine = trainer.vllm_generation = engine
         trainer.use_vllm, trainer._last_loaded_step = True, -1
