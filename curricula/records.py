@@ -63,7 +63,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 Kind = Literal["structured", "open_ended"]
-"""`structured`: one right answer a program can check. `open_ended`: many right answers."""
+"""`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
 
 
 AdvantageKind = Literal["group", "mean_only"]
@@ -72,30 +72,34 @@ AdvantageKind = Literal["group", "mean_only"]
 
 @settings
 class Domain:
-    """One subject the policy practises (`train` given) or is only watched on (`train` None).
+    """One subject that is trained (`train` given) or only watched (`train` None).
 
     Example: `Domain(name="math", kind="structured", train="math.jsonl", heldout="math_test.jsonl", reward="math")`
     """
 
     name: str
+    """Stands in metric keys: no spaces, no slash."""
     kind: Kind
+    """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
-    """Rows to practise on: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, ..}`, a list
-    of dicts or a `datasets.Dataset`. None makes the domain watch-only."""
+    """Training rows: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, **arguments}`; in
+    Python also a list of dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
     heldout: Any = None
-    """Rows to be scored on; never trained on."""
+    """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None
     """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's."""
     weight: float = Field(default=1.0, ge=0)
     """Relative share under the `joint` scheduler."""
     advantages: AdvantageKind | None = None
-    """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
+    """How rewards become advantages; null: `mean_only` with `diversity`, else the run's `advantages`."""
     max_completion_length: int | None = Field(default=None, ge=1)
-    """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
+    """Tokens; null: `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
+    """Put before every prompt of the domain as a system message."""
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template for this domain's prompts, such as `{enable_thinking: false}`."""
     diversity: Any = None
-    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
+    """None, or a `rewards.diversity.Diversity` or its fields: reward answers that differ within their group."""
 
     @field_validator("name")
     @classmethod

@@ -59,16 +59,21 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+    """Of the run: its folder is `runs/<name>`."""
     model: str
+    """A name on the Hugging Face hub, or a folder; a relative one is looked for beside the recipe first."""
     algorithm: Literal["grpo", "rft"] = "grpo"
     """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
     advantages: AdvantageKind = UpdateSettings().advantages
+    """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
+    `mean_only` is r - mean."""
     domains: dict[str, RecipeDomain] = Field(min_length=1)
-    """Without `train` a domain is watch-only."""
+    """A domain's key is its name, which stands in metric keys: no spaces, no slash."""
     curriculum: CurriculumSection = CurriculumSection()
     pool: PoolSettings | None = None
-    """Without it every prompt is drawn once a pass."""
+    """`pool: {}` turns it on; without it every prompt is drawn once a pass."""
     guard: Guard | None = None
+    """`guard: {}` turns it on."""
     rft: RftSettings = RftSettings()
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
@@ -76,9 +81,10 @@ class Recipe(BaseModel):
     checkpoint: CheckpointSection = CheckpointSection()
     data: DataSettings = DataSettings()
     grpo: dict[str, Any] = Field(default_factory=dict)
-    """TRL's GRPOConfig, handed over untouched."""
+    """Fields of TRL's GRPOConfig, handed over untouched: `learning_rate`, `max_steps`, `num_generations`, `beta`, .."""
     entropy: EntropySettings = EntropySettings()
     guardrails: dict[str, Guardrail] = Field(default_factory=dict)
+    """By domain, trained or watch-only."""
     faults: FaultSettings = FaultSettings()
     cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None

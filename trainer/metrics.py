@@ -110,6 +110,14 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     },
 }
 
+OF_THE_RUN = frozenset(
+    {
+        *("heldout/kl_current", "heldout/kl_others", "transfer/drawdown_max"),
+        *(f"{family}/{metric}" for family in ("rollout", "faults") for metric in METRICS[family]),
+    }
+)
+"""Keys of the run as a whole: they have no domain in them. `transfer/bwt` stands with and without."""
+
 
 def key(family: str, metric: str, domain: str | None = None) -> str:
     """Return the full name of a metric. Raises KeyError for one that METRICS does not list."""

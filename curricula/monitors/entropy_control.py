@@ -47,23 +47,25 @@ def controlled(control: Control | Mapping[str, Control], means: Means, domains: 
 
 @settings
 class EntropySettings:
-    """Token entropy of every domain, in multiples of the base model's at the run's first evaluation."""
+    """Token entropy of every domain: the band it is watched against, and what may keep it there."""
 
     band: tuple[float, float] = (0.5, 1.5)
-    """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
+    """Where it should stay, in multiples of the domain's entropy at the run's first evaluation. Half: structured domains of
+    the lab lose that much while their score still rises. Leaving the band raises an alarm."""
     control: Control | Mapping[str, Control] = "none"
-    """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
-    term in the loss, of each domain's own, fading inside the band. `sampling`: under the scheduler `adaptive`, a larger
-    share for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
+    """What keeps it there, for all domains or by domain (`{math: coefficient}`; those not named are not controlled).
+    `coefficient`: an entropy term in the loss with a coefficient of each domain's own, which decays inside the band.
+    `sampling`: the scheduler `adaptive` gives more to domains whose training moves the entropy back. `adaptive`: both, as
+    far as the scheduler can."""
     push: float = Field(default=1.0, ge=0)
-    """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
+    """Proportional gain: the coefficient for an entropy outside the band by the base model's whole entropy."""
     rate: float = Field(default=0.02, gt=0)
-    """Growth of the coefficient per draw for the same distance."""
+    """Integral gain: how much the coefficient grows per draw at the same distance."""
     max_coefficient: float = Field(default=1.0, gt=0)
-    """Either way, as TRL's own `entropy_coef_max`: at 1 the term weighs as much as an advantage of 1."""
+    """Largest absolute coefficient, as TRL's `entropy_coef_max`: at 1 the term weighs as much as an advantage of 1."""
     rows: Literal["unsolved", "all"] = "unsolved"
-    """Where a coefficient that raises entropy acts: in groups without a full reward, so that prompts that are solved may
-    stay certain, or in `all` alike, which is TRL's own bonus."""
+    """Where a coefficient that raises entropy acts: `unsolved` in groups without a full reward, so that solved prompts may
+    keep a low entropy; `all` everywhere, as TRL's own entropy bonus."""
 
     def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
         """Return the domains whose entropy is held by these means."""

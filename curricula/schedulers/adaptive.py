@@ -32,34 +32,37 @@ class Adaptive:
        PAC (arXiv:2608.30528), see `posterior`.
     P: |slope of the mean reward over the last `window` draws| over the sum of the same. PAC takes the signed slope;
        the size is used here, so that a domain that is being lost is practised too.
-    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one sample of the worth of a step on k
-       to the held-out scores of all domains, itself and watch-only ones included, see `worth`: measured by the probes
-       and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
+    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one posterior sample of what a step on k
+    adds to
+       the held-out scores of all domains, itself and watch-only ones included, see `transfer_value`: measured by the
+       probes and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
        evaluations need no gradients and see watch-only domains.
-    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`; 1 unless
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `transfer_value`; 1
+    unless
        `entropy_control` names domains.
 
     No source has the four together; the product is ours.
     """
 
     transfer: Any = None
-    """A `TransferMatrix`, the path of a `transfer.json`, or None: learn from this run's evaluations alone."""
+    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None: transfer is estimated from this
+    run's evaluations alone."""
     floor: float = 0.1
-    """Share spread evenly over the domains, so that each keeps being measured."""
+    """Share of a draw spread evenly over the domains, so that each keeps being measured."""
     strength: float = 0.9
-    """Weight of transfer; below 1, so that transfer alone never silences a domain."""
+    """Weight of transfer; below 1, so that transfer alone never takes a domain's share to 0."""
     focus: float = 0.2
-    """Difference in score over which a domain's need grows e times: .2 lets a domain at .3 count 3 times one at .5."""
+    """Difference in score over which a domain's weight grows e times: with .2 a domain at .3 weighs 3 times one at .5."""
     alarm: float = 0.05
-    """Drawdown that doubles a domain's need: two standard errors of a paired difference of about 200 items."""
+    """Drawdown that doubles a domain's weight: two standard errors of a paired difference of about 200 items."""
     window: int = 16
-    """Draws of the progress slope (PAC's W)."""
+    """Draws over which the slope of the mean reward is fitted (PAC's W)."""
     entropy_band: tuple[float, float] = EntropySettings().band
-    """Multiples of a domain's entropy at the run's first evaluation."""
+    """Multiples of a domain's entropy at the run's first evaluation; a recipe says it in `entropy.band`."""
     entropy_control: tuple[str, ...] = ()
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
     seed: int = 0
-    """Of the posterior samples; the draw's index is the other half of their seed, so no generator needs saving."""
+    """Seed of the posterior samples, together with the draw's index."""
     worth: Worth = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`e2h`: from easy to hard on a fixed timetable that never leaves a level alone."""
+"""`e2h`: from easy to hard on a fixed schedule in which every level always has a share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class E2H:
     exponent: float = 0.5
     """b; 0.5 as released: the focus moves fast at first, and half of the levels are passed in a quarter of the run."""
     sigma: float = 0.5
-    """Levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
+    """Width of the focus, in levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
 
     def __post_init__(self) -> None:
         check_numbers(self, exponent="(0, inf)", sigma="(0, inf)")

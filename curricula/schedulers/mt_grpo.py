@@ -1,4 +1,4 @@
-"""`mt_grpo`: the worst and the least improving domain gets more, and dead groups are paid for in advance."""
+"""`mt_grpo`: more to domains with low reward and low improvement, oversampled by their share of dead groups."""
 
 from __future__ import annotations
 

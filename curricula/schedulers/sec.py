@@ -1,4 +1,4 @@
-"""`sec`: domains whose groups still disagree with themselves get more (Self-Evolving Curriculum)."""
+"""`sec`: more to domains with a larger mean |advantage| (Self-Evolving Curriculum)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`visatb`: a mixture fixed before training: who helps others, who gets no help, who is hard."""
+"""`visatb`: a mixture fixed before training, by transfer given, transfer received and difficulty."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VisATB:
     """
 
     transfer: TransferMatrix | None = None
-    """What `polyphony probe` measured; needed."""
+    """Needed: what `polyphony probe` measured (`curriculum.transfer`)."""
     temperature: float = 0.5
     """tau; 0.5 as in the code: a contribution larger by 0.35 doubles its term."""
 
