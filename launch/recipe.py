@@ -84,7 +84,7 @@ class Recipe(BaseModel):
     """Fields of TRL's GRPOConfig, handed over untouched: `learning_rate`, `max_steps`, `num_generations`, `beta`, .."""
     entropy: EntropySettings = EntropySettings()
     guardrails: dict[str, Guardrail] = Field(default_factory=dict)
-    """By domain, trained or watch-only."""
+    """Tested at every held-out evaluation."""
     faults: FaultSettings = FaultSettings()
     cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None

@@ -77,6 +77,7 @@ class RecipeDomain(Domain):
     reward: Any  # type: ignore[reportGeneralTypeIssues]
     """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`."""
     diversity: Diversity | None = None
+    """Without it the reward alone counts."""
 
     @field_validator("reward")
     @classmethod

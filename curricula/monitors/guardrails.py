@@ -30,7 +30,8 @@ class Guardrail:
     max_drop: float = Field(ge=0, le=1)
     """Largest tolerated loss of the mean score. The guardrail acts where the interval of the loss lies wholly above it."""
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """`rollback` reloads the checkpoint whose lowest domain score is highest, and tells the scheduler."""
+    """`warn` raises an alarm; `stop` ends the run; `rollback` reloads the checkpoint whose lowest
+    domain score is highest, and tells the scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
