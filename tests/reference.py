@@ -156,7 +156,13 @@ def grpo() -> Iterator[str]:
             by_kind.setdefault(takes, []).append(f"`{name}`")
     fields_ = [(takes, ", ".join(names)) for takes, names in sorted(by_kind.items())]
     elsewhere = [(f"`grpo.{name}`", re.sub(r"^(--\w+|\w+\.[\w.<>]+)", r"`\1`", place)) for name, place in OURS.items()]
-    yield from ("", "### grpo", "", "Defaults and meanings are TRL's, but for `logging_steps: 1`, `report_to: none` and `disable_tqdm: true`.", "")
+    yield from (
+        "",
+        "### grpo",
+        "",
+        "Defaults and meanings are TRL's, but for `logging_steps: 1`, `report_to: none` and `disable_tqdm: true`.",
+        "",
+    )
     yield from (*table(fields_, "takes", "fields"), "", *table(elsewhere, "instead of", "say"))
 
 
