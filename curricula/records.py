@@ -1,8 +1,7 @@
-"""The nouns that the house is built from: a prompt, its completions, their group, the rollout that a draw is; evaluations,
-evidence and decisions.
+"""The nouns: a prompt, its completions, their group, the rollout of a draw; evaluations, evidence, decisions.
 
-Frozen records only, and `settings`, which makes a class of those that a person fills in. K domains, G completions a group.
-Undefined is NaN, never 0; a grader's failure is None.
+Frozen records, and `settings`, which makes a checked class of what a recipe or a script fills in. K domains, G
+completions a group. Undefined is NaN, never 0; a grader's failure is None.
 """
 
 from __future__ import annotations
@@ -203,7 +202,8 @@ class Group:
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
     look: int | None = None
-    """How many were sampled whatever they were, the others only because these differed; None: all were."""
+    """With early stop of groups (`pool.look`): how many were sampled first; the rest only if their rewards differ. None:
+    all."""
 
     @classmethod
     def of(
@@ -258,7 +258,7 @@ class Group:
 
     @property
     def unselected(self) -> tuple[float, ...]:
-        """The rewards that exist of completions sampled whatever they were: their mean is unbiased under a `look` too."""
+        """The rewards that exist of the completions sampled first: their mean is unbiased under early stop too."""
         return tuple([r for r in self.rewards[: self.look] if r is not None])
 
     @property
@@ -316,7 +316,7 @@ class Rollout:
     rows: Mapping[int, Completion]
     """This rank's, whole groups as TRL wants them, by the row's place in the draw."""
     groups: Mapping[int, Group]
-    """With what was sampled of each, which is less where a group was left after its look."""
+    """With what was sampled of each, fewer than `size` where a group was stopped early."""
     size: int
     """Rows a group."""
     seconds: float
@@ -426,7 +426,7 @@ class DomainStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """All that a scheduler may look at before one draw. Tuples over trainable domains, [K], in the recipe's order."""
+    """All that a scheduler decides from before one draw. Tuples over trainable domains, [K], in the recipe's order."""
 
     draw: int
     """Index of the draw to be decided, from 0."""

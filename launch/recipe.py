@@ -142,7 +142,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe.pool is not None and recipe.pool.look is not None and recipe.pool.look >= size:
         raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
-        raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
+        raise RecipeError("eval.greedy needs another engine: rollouts.engine transformers samples every completion")
     for key, field in KEY.items():
         for name, section in getattr(recipe, key).items():
             if (own := getattr(section, field)) != name:
@@ -237,7 +237,7 @@ def _check_engine(recipe: Recipe) -> None:
     for name in sorted(grpo):
         if name in TRL_ENGINE and name not in heard:
             raise RecipeError(
-                f"grpo.{name} is not heard by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
+                f"grpo.{name} is not used by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
             )
 
 

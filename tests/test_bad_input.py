@@ -290,7 +290,7 @@ def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsy
     file = json.loads((run / "transfer.json").read_text())
     (run / "transfer.json").write_text(json.dumps(file | {"rows": [r for r in file["rows"] if not r["probe"]]}))
     assert "name their file: polyphony plan TRANSFER.json --replay" in fails(capsys, *asked, "bwt")
-    assert "scheduler 'math:pi' is no class with a method `decide`" in fails(capsys, *asked, "math:pi")
+    assert "scheduler 'math:pi': expected a class with a method `decide`, got 3.14" in fails(capsys, *asked, "math:pi")
     (run / "decisions.jsonl").write_text('{"draw": 0, "cut in the mid')
     assert "holds no decisions.jsonl with a draw in it" in fails(capsys, *asked, "joint")
 

@@ -118,9 +118,9 @@ def test_a_request_that_would_be_cut_short_is_refused(engine):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not heard by rollouts.engine vllm"),
-        ("grpo.vllm_mode=server", "grpo.vllm_mode is not heard by rollouts.engine vllm"),
-        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not heard by rollouts.engine vllm"),
+        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not used by rollouts.engine vllm"),
+        ("grpo.vllm_mode=server", "grpo.vllm_mode is not used by rollouts.engine vllm"),
+        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not used by rollouts.engine vllm"),
         ("rollouts.engine_args={max_model_len: 9}", "use grpo.vllm_max_model_length"),
         ("rollouts.engine_args={tensor_parallel_size: 2}", "use rollouts.tensor_parallel"),
     ],

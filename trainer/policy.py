@@ -1,5 +1,4 @@
-"""The policy as the rest of the house uses it: sampled, synced to its engine and shown to be followed by it, read by
-forward passes.
+"""The policy as all other code uses it: sampling, weight sync with its engine and the check of it, forward passes.
 
 TRL's trainer holds the weights and asks `vllm_generation` for completions once `use_vllm` is set, which also switches its
 importance correction on. Forward passes are TRL's own, so that temperature, precision and the fused head are those of the
@@ -144,7 +143,7 @@ class Policy:
         if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
             return []
         if any(r.is_greedy for r in requests):
-            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
+            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples every completion")
         ids, logps = self._turn([list(r.prompt_ids) for r in requests], None, {}, copies)
         return [
             Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
@@ -275,7 +274,8 @@ class Policy:
 
 
 def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
-    """Raise ValueError where ranks that generate together would ask for unlike numbers: refills and looks do.
+    """Raise ValueError where ranks that generate together would ask for different numbers of completions, as under refill or
+    early stop.
 
     TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where Transformers
     generates and the policy's weights are split over the ranks, every token is made by all of them.

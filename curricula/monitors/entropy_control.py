@@ -1,17 +1,17 @@
-"""A coefficient of the entropy term of each domain's loss, moved towards what keeps the domain inside its band.
+"""Control of each domain's entropy by the coefficient of an entropy term in the loss.
 
     e = (edge - H) / base       beyond an edge of the band, drawn in by `MARGIN` of its width; 0 between the two
     S <- S + e                  beyond an edge;    S <- DECAY * S    inside
     c = clip(push * e + rate * S, -most, most)
 
-Proportional and integral control: the push answers at once, because a collapse feeds on itself, and the sum grows for as
-long as the domain stays out and fades slowly once it is back. Positive coefficients raise entropy, negative ones lower it.
-One global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's entropy because an
-open-ended one lost its own.
+Proportional-integral control: the proportional part acts at once, because a collapse reinforces itself; the sum S grows
+for as long as the domain is outside the band and decays slowly once it is back. Positive coefficients raise entropy,
+negative ones lower it. One global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's
+entropy because an open-ended one lost its own.
 
 A coefficient that raises entropy acts where no completion of the group got the full reward (`rows: unsolved`): there the
-reward has no answer to prefer yet, while entropy in a prompt that is solved is paid for in reward (R = b - a e^H). A draw
-without such a group is let pass: c is 0 and S stays. A coefficient that lowers entropy acts on all rows.
+reward prefers no answer yet, while raising the entropy of a solved prompt costs reward (R = b - a e^H). In a draw without
+such a group c is 0 and S stays. A coefficient that lowers entropy acts on all rows.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class EntropyControl:
         return group.domain in self.coefficients and (self.settings.rows == "all" or group.pass_rate == 0)
 
     def of_row(self, group: Group) -> float:
-        """Return what a nat of entropy is worth in a row of this group, in units of advantage."""
+        """Return the coefficient of a row of this group, in units of advantage per nat."""
         coefficient = self.coefficients.get(group.domain, 0.0)
         return coefficient if coefficient < 0 or self.can_raise(group) else 0.0
 

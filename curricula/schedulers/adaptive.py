@@ -1,4 +1,4 @@
-"""`adaptive`: the share of a domain follows what practising it is worth now, to itself and to all others."""
+"""`adaptive`: shares by learnability, progress and transfer of each domain, re-estimated at every draw."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.learnability import Arms
+from polyphony.curricula.schedulers.learnability import Learnability
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.shares import check_counts, check_numbers
-from polyphony.curricula.schedulers.transfer_value import Worth
+from polyphony.curricula.schedulers.transfer_value import TransferValue
 from polyphony.curricula.transfer.matrix import TransferMatrix
 
 UNSEEN = (1.0, 0.04)
-"""Mean and variance of learnability before a domain was drawn: as learnable as can be, so that each is tried."""
+"""Mean and variance of learnability before a domain was drawn: the largest there is, so that each is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class Adaptive:
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
     seed: int = 0
     """Seed of the posterior samples, together with the draw's index."""
-    worth: Worth = field(init=False, repr=False, compare=False)
+    values: TransferValue = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_numbers(self, floor="[0, 1]", strength="[0, 1)", focus="(0, inf)", alarm="(0, inf)")
@@ -72,7 +72,7 @@ class Adaptive:
         if not 0 <= low < high:
             raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")
         matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
-        worth = Worth(
+        values = TransferValue(
             scores=None if matrix is None else score_prior(matrix),
             entropies=None if matrix is None else entropy_prior(matrix),
             focus=self.focus,
@@ -80,14 +80,14 @@ class Adaptive:
             band=(low, high),
             held=tuple(self.entropy_control),
         )
-        object.__setattr__(self, "worth", worth)
+        object.__setattr__(self, "values", values)
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         rng = random.Random(f"{self.seed}/{evidence.draw}")
-        arms = Arms.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
-        assessed = self.worth.assess(evidence, state.get("worth", {}))
-        learnability = np.maximum(arms.sample(rng), 1e-3)
-        progress = arms.progress()
+        known = Learnability.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
+        assessed = self.values.assess(evidence, state.get("worth", {}))
+        learnability = np.maximum(known.sample(rng), 1e-3)
+        progress = known.progress()
         sampled = [rng.gauss(v, sd) for v, sd in zip(assessed["value"], assessed["value_sd"], strict=True)]
         transfer = _relative(np.array(sampled), np.array(assessed["value"]), np.array(assessed["value_sd"]))
         entropy = 2 ** np.clip(np.array(assessed["pull"]), -1, 1)
@@ -99,7 +99,7 @@ class Adaptive:
             f"{name} {p:.2f}: learnability {a:.2f}, progress {b:+.2f}, transfer {c:+.2f}, entropy x{d:.2f}"
             for name, p, a, b, c, d in factors
         )
-        next_state = {"arms": arms.as_json(), "worth": assessed}
+        next_state = {"arms": known.as_json(), "worth": assessed}  # names of saved states, which old runs have too
         return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
 
 

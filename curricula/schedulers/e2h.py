@@ -23,7 +23,7 @@ class E2H:
     (under `cosine` both ends are at or above it, so it needs no enforcing).
 
     Source: arXiv:2506.06632 and its code. Changed: levels are domains in an order instead of difficulties within one
-    task, by default structured before open-ended (arXiv:2507.14783). It is a timetable: it looks at no evidence, so
+    task, by default structured before open-ended (arXiv:2507.14783). It is a fixed schedule that uses no evidence, so
     what a domain showed, or that it was not drawn, changes nothing, and its first draw is not uniform.
     """
 
@@ -48,7 +48,7 @@ class E2H:
         shares = self._cosine(evidence) if self.kind == "cosine" else self._gaussian(evidence)
         by_name = dict(zip(order, shares, strict=True))
         reason = (
-            f"{self.kind} timetable, draw {evidence.draw + 1} of {evidence.total_draws}, from easy to hard: "
+            f"{self.kind} schedule, draw {evidence.draw + 1} of {evidence.total_draws}, from easy to hard: "
             f"{listed(order, shares)}"
         )
         return Decision(mixture=tuple(by_name[name] for name in evidence.domains), reason=reason)

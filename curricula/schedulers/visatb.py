@@ -22,8 +22,7 @@ class VisATB:
 
     Source: the code of VisATB (YanqiDai/VisATB). Changed: its weights (mean 1) multiply losses, our shares divide
     prompts; its contributions come from runs on one task plus small sets of the others, ours from the probe's matrix,
-    on the `steer` half. Being static it looks at no rewards: the first draw is already the last word, and a domain that
-    was not drawn means nothing.
+    on the `steer` half. It is static: rewards are not used, and the mixture of the first draw is that of all.
     """
 
     transfer: TransferMatrix | None = None

@@ -1,4 +1,4 @@
-"""The engines that generate, behind TRL's own seam: a seed for every completion, a number for every weight sync.
+"""Engines that sample completions, behind TRL's interface: a seed for every completion, a number for every weight sync.
 
 Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
 PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLLM.
@@ -46,7 +46,7 @@ MOST_TOKENS_A_STEP = 4096
 
 @dataclass(kw_only=True, slots=True)
 class EngineFaults:
-    """What went wrong in an engine and was made good, counted since the last log."""
+    """Faults of an engine that were recovered from, counted since the last log."""
 
     workers_restarted: int = 0
     regenerated: int = 0
