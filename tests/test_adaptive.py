@@ -165,8 +165,8 @@ def test_an_entropy_that_is_missing_is_said_and_counts_as_in_its_band(caplog):
     Adaptive(entropy_control=("c",)).decide(evidence(1, rows), {})
     (record,) = caplog.records
     assert record.getMessage() == (
-        "domain 'c': its entropy was not measured at step 5: it is taken as in the middle of its band, and no entropy of "
-        "this interval counts"
+        "domain 'c': its entropy was not measured at step 5: it is assumed in the middle of its band, and no entropy "
+        "change of this interval is used"
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import re
 import shlex
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -18,8 +18,10 @@ from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import load_recipe
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
+from polyphony.trainer import grpo
 from polyphony.trainer.data import load_rows
 from polyphony.trainer.engine.vllm import Request
+from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.conftest import HOUSE, POLICY, RECIPES
 from tests.draw_walk import FOLDERS
 
@@ -94,12 +96,20 @@ def test_the_recipe_of_the_front_page_is_one(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "launch" / "lab") in capsys.readouterr().out or (tmp_path / "launch/lab/policy").is_dir()
 
 
-def test_the_script_of_the_front_page_names_what_exists():
+def test_the_script_of_the_front_page_asks_for_what_there_is(monkeypatch):
     (script,) = blocks(FRONT.read_text(), "python")
-    imports = [node for node in ast.parse(script).body if isinstance(node, ast.ImportFrom)]
-    for node in imports:
-        for name in node.names:
-            assert hasattr(__import__(str(node.module), fromlist=[name.name]), name.name)
+    asked = []
+
+    class Asked:
+        def __new__(cls, *given, **named):
+            asked.append(inspect.signature(DomainGRPOTrainer.__init__).bind(None, *given, **named).arguments)
+            return SimpleNamespace(train=lambda: None)
+
+    monkeypatch.setattr(grpo, "DomainGRPOTrainer", Asked)
+    exec(script, {})
+    ((domain,),) = [arguments["domains"] for arguments in asked]
+    assert (HOUSE / asked[0]["model"]).is_dir()
+    assert len(load_rows(domain.train, where="train")) == 64
 
 
 def test_what_the_readmes_add_is_found_by_their_commands(modules, capsys, monkeypatch):

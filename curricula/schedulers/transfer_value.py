@@ -96,7 +96,7 @@ class TransferValue:
             if name not in rows[-1].entropy:
                 taken = "it is assumed in the middle of its band, and " if name in self.held else ""
                 logger.warning(
-                    "domain %r: its entropy was not measured at step %d: %schanges since the last evaluation are ignored",
+                    "domain %r: its entropy was not measured at step %d: %sno entropy change of this interval is used",
                     name,
                     rows[-1].step,
                     taken,

@@ -232,7 +232,8 @@ def find_engine(name: str) -> EngineFactory:
         found: Any = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rollouts.engine {name!r} cannot be imported: {error}") from error
-    if not callable(found) or (isinstance(found, type) and not issubclass(found, Engine)):
+    is_other_class = isinstance(found, type) and not issubclass(found, Engine)
+    if is_other_class or not callable(found):
         raise ValueError(
             f"rollouts.engine {name!r}: expected a subclass of polyphony.trainer.engine.engine:Engine, or a function that "
             f"returns an Engine, got {found!r:.60}"
