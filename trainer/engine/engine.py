@@ -232,8 +232,8 @@ def find_engine(name: str) -> EngineFactory:
         found: Any = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"rollouts.engine {name!r} cannot be imported: {error}") from error
-    is_other_class = isinstance(found, type) and not issubclass(found, Engine)
-    if is_other_class or not callable(found):
+    makes_one = issubclass(found, Engine) if isinstance(found, type) else callable(found)
+    if not makes_one:
         raise ValueError(
             f"rollouts.engine {name!r}: expected a subclass of polyphony.trainer.engine.engine:Engine, or a function that "
             f"returns an Engine, got {found!r:.60}"
