@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS := launch/constraints/cpu.txt
 STAMP := .venv/.filled
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench reference picture
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -29,3 +29,17 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.run
+
+# launch/REFERENCE.md, from the declarations in the code
+reference: $(STAMP)
+	$(BIN)/python -m tests.reference
+
+# what the README shows: the first screen of the report of `make demo`
+RUN ?= runs/demo
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+picture: $(STAMP)
+	@test -n "$(CHROMIUM)" || { echo "no Chromium found: install one (apt-get install chromium) or give CHROMIUM=/its/path"; exit 1; }
+	@test -d $(RUN) || { echo "no run in $(RUN): make demo first, or give RUN=another"; exit 1; }
+	mkdir -p build && $(BIN)/polyphony report $(RUN) --out build/picture.html
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1200,1370 \
+		--screenshot=launch/report/demo.png file://$(CURDIR)/build/picture.html

@@ -1,5 +1,5 @@
-"""Numbers in, decisions out: which domain and which prompt the policy practises next.
+"""Numbers in, decisions out: which domain and which prompt is trained on next.
 
-Ledgers remember, schedulers decide, the curriculum draws. Nothing here knows a tensor library, a trainer or a
-tracker; everything runs on plain numbers and can be replayed offline on a saved run.
+Schedulers decide the mixture, pools select prompts, the curriculum draws. No tensor library, no trainer, no tracker: all
+runs on plain numbers and can be replayed offline on a saved run.
 """

@@ -1,4 +1,4 @@
-"""The curriculum: asks the scheduler for a mixture, turns it into prompts, remembers what came back.
+"""The curriculum: the scheduler's mixture becomes prompts, and what their groups showed becomes the next evidence.
 
 A mixture becomes whole prompts by largest remainder, with the residual carried over to the next draw (`allocate`).
 """
@@ -161,7 +161,7 @@ class Curriculum:
 
     @property
     def stage_ends(self) -> bool:
-        """True where the next decision would leave the stage of the last one: what it was worth is to be measured now."""
+        """True where the next decision would leave the stage of the last one: its end is to be evaluated now."""
         if self.decision is None or self.decision.stage is None or self.draws >= self.total_draws:
             return False
         return self.scheduler.decide(self.evidence(), self._state).stage != self.decision.stage
@@ -182,7 +182,7 @@ class Curriculum:
             self.rolled_back = True
 
     def evidence(self) -> Evidence:
-        """Return what the scheduler may look at now."""
+        """Return the evidence that the scheduler decides from."""
         return Evidence(
             draw=self.draws,
             total_draws=self.total_draws,
@@ -253,15 +253,16 @@ class Curriculum:
         self.rolled_back = state.get("rolled_back", False)
 
     def _check_exhausted(self) -> None:
-        """Warn, once for each domain, where only waiting prompts are left; stop by choice where none of any is hopeful."""
+        """Warn, once for each domain, where only waiting prompts are left; with `when_exhausted: stop`, stop where all
+        are."""
         shut = {name for name, pool in self.pools.items() if not pool.has_open}
         for name in sorted(shut - self._shut):
-            logger.warning("domain %r: %s; the least bad go on", name, _why(self.pools[name]))
+            logger.warning("domain %r: %s; those nearest to the band are drawn", name, _why(self.pools[name]))
         self._shut = shut
         done = [name for name in shut if self.pools[name].is_exhausted]
         if self.pool and self.pool.when_exhausted == "stop" and len(done) == len(self.pools):
             why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in sorted(done))
-            raise RuntimeError(f"nothing can be learned any more: {why} (pool.when_exhausted is stop)")
+            raise RuntimeError(f"every training prompt is mastered or impossible: {why} (pool.when_exhausted is stop)")
 
 
 def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Decisions on record: one line a draw with the evidence it stood on, and any scheduler run over such a record again.
+"""`decisions.jsonl`: one line a draw with the evidence that was decided from, and replay of a scheduler on it.
 
 Evaluations are named by number (line `n` had seen the first `evaluations` rows of the run's `transfer.json`), so that
 a line stays about as long as its numbers: some 100 bytes a domain.

@@ -1,4 +1,4 @@
-"""How sure: 95 % intervals of means, ratios and paired differences, where both scores come from the same items.
+"""95 % intervals of means, ratios and paired differences, where both scores come from the same items.
 
 Decisions (schedulers, planner, alarms) rest on `paired` and `ratio`; what is published of an evaluation, of two models and
 in the report on `bounded_mean`, `changed` and `changed_ratio`, whose coverage `tests/experiments/coverage.py` measures.

@@ -1,8 +1,7 @@
-"""The nouns that the house is built from: a prompt, its completions, their group, the rollout that a draw is; evaluations,
-evidence and decisions.
+"""The nouns: a prompt, its completions, their group, the rollout of a draw; evaluations, evidence, decisions.
 
-Frozen records only, and `settings`, which makes a class of those that a person fills in. K domains, G completions a group.
-Undefined is NaN, never 0; a grader's failure is None.
+Frozen records, and `settings`, which makes a checked class of what a recipe or a script fills in. K domains, G
+completions a group. Undefined is NaN, never 0; a grader's failure is None.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 Kind = Literal["structured", "open_ended"]
-"""`structured`: one right answer a program can check. `open_ended`: many right answers."""
+"""`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
 
 
 AdvantageKind = Literal["group", "mean_only"]
@@ -72,30 +71,34 @@ AdvantageKind = Literal["group", "mean_only"]
 
 @settings
 class Domain:
-    """One subject the policy practises (`train` given) or is only watched on (`train` None).
+    """One subject that is trained (`train` given) or only watched (`train` None).
 
     Example: `Domain(name="math", kind="structured", train="math.jsonl", heldout="math_test.jsonl", reward="math")`
     """
 
     name: str
+    """Stands in metric keys: no spaces, no slash."""
     kind: Kind
+    """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
-    """Rows to practise on: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, ..}`, a list
-    of dicts or a `datasets.Dataset`. None makes the domain watch-only."""
+    """Training rows: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, **arguments}`; in
+    Python also a list of dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
     heldout: Any = None
-    """Rows to be scored on; never trained on."""
+    """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None
     """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's."""
     weight: float = Field(default=1.0, ge=0)
     """Relative share under the `joint` scheduler."""
     advantages: AdvantageKind | None = None
-    """How rewards become advantages; None takes `mean_only` with `diversity`, else the run's."""
+    """How rewards become advantages; null: `mean_only` with `diversity`, else the run's `advantages`."""
     max_completion_length: int | None = Field(default=None, ge=1)
-    """Tokens; None takes the run's `grpo.max_completion_length`, which it must not exceed."""
+    """Tokens; null: `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
+    """Put before every prompt of the domain as a system message."""
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template for this domain's prompts, such as `{enable_thinking: false}`."""
     diversity: Any = None
-    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
+    """None, or a `rewards.diversity.Diversity` or its fields: reward answers that differ within their group."""
 
     @field_validator("name")
     @classmethod
@@ -199,7 +202,8 @@ class Group:
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
     look: int | None = None
-    """How many were sampled whatever they were, the others only because these differed; None: all were."""
+    """With early stop of groups (`pool.look`): how many were sampled first; the rest only if their rewards differ. None:
+    all."""
 
     @classmethod
     def of(
@@ -254,7 +258,7 @@ class Group:
 
     @property
     def unselected(self) -> tuple[float, ...]:
-        """The rewards that exist of completions sampled whatever they were: their mean is unbiased under a `look` too."""
+        """The rewards that exist of the completions sampled first: their mean is unbiased under early stop too."""
         return tuple([r for r in self.rewards[: self.look] if r is not None])
 
     @property
@@ -312,7 +316,7 @@ class Rollout:
     rows: Mapping[int, Completion]
     """This rank's, whole groups as TRL wants them, by the row's place in the draw."""
     groups: Mapping[int, Group]
-    """With what was sampled of each, which is less where a group was left after its look."""
+    """With what was sampled of each, fewer than `size` where a group was stopped early."""
     size: int
     """Rows a group."""
     seconds: float
@@ -422,7 +426,7 @@ class DomainStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """All that a scheduler may look at before one draw. Tuples over trainable domains, [K], in the recipe's order."""
+    """All that a scheduler decides from before one draw. Tuples over trainable domains, [K], in the recipe's order."""
 
     draw: int
     """Index of the draw to be decided, from 0."""

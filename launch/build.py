@@ -54,9 +54,14 @@ def update_settings(recipe: Recipe) -> UpdateSettings:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
+    """Raise RecipeError for a scheduler, reward, partitioner, engine, pool or file that does not exist.
+
+    Imports no torch but for an engine of the recipe's own.
+    """
     build_scheduler(recipe)
     check_pool(recipe)
+    if recipe.rollouts.is_imported:
+        rollout_engine(recipe)
     for name, section in recipe.domains.items():
         for key in ("train", "heldout", "reward", "diversity"):
             value, where = getattr(section, key), f"domains.{name}.{key}"
@@ -113,18 +118,22 @@ def build_trainer(
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
-    """Return the name of the recipe's engine, or what makes it."""
+    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for an import path that does not."""
     rollouts = recipe.rollouts
-    if rollouts.engine == "vllm" and rollouts.engine_args:
-        from polyphony.trainer.engine.engine import InProcessEngine
+    if rollouts.engine == "ray":
+        from polyphony.launch.cluster.ray_engine import WORKERS_SHARE, RayEngine
 
-        return partial(InProcessEngine, engine_args=rollouts.engine_args)
-    if rollouts.engine != "ray":
+        share = recipe.grpo.get("vllm_gpu_memory_utilization", WORKERS_SHARE)
+        return partial(RayEngine, rollouts=rollouts, gpu_memory_utilization=share, engine_args=rollouts.engine_args)
+    if not rollouts.engine_args and not rollouts.is_imported:
         return rollouts.engine
-    from polyphony.launch.cluster.ray_engine import WORKERS_SHARE, RayEngine
+    from polyphony.trainer.engine.engine import find_engine
 
-    share = recipe.grpo.get("vllm_gpu_memory_utilization", WORKERS_SHARE)
-    return partial(RayEngine, rollouts=rollouts, gpu_memory_utilization=share, engine_args=rollouts.engine_args)
+    try:
+        make = find_engine(rollouts.engine)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 
 def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:

@@ -59,16 +59,21 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+    """Of the run: its folder is `runs/<name>`."""
     model: str
+    """A name on the Hugging Face hub, or a folder; a relative one is looked for beside the recipe first."""
     algorithm: Literal["grpo", "rft"] = "grpo"
     """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
     advantages: AdvantageKind = UpdateSettings().advantages
+    """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
+    `mean_only` is r - mean."""
     domains: dict[str, RecipeDomain] = Field(min_length=1)
-    """Without `train` a domain is watch-only."""
+    """A domain's key is its name, which stands in metric keys: no spaces, no slash."""
     curriculum: CurriculumSection = CurriculumSection()
     pool: PoolSettings | None = None
-    """Without it every prompt is drawn once a pass."""
+    """`pool: {}` turns it on; without it every prompt is drawn once a pass."""
     guard: Guard | None = None
+    """`guard: {}` turns it on."""
     rft: RftSettings = RftSettings()
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
@@ -76,9 +81,10 @@ class Recipe(BaseModel):
     checkpoint: CheckpointSection = CheckpointSection()
     data: DataSettings = DataSettings()
     grpo: dict[str, Any] = Field(default_factory=dict)
-    """TRL's GRPOConfig, handed over untouched."""
+    """Fields of TRL's GRPOConfig, handed over untouched: `learning_rate`, `max_steps`, `num_generations`, `beta`, .."""
     entropy: EntropySettings = EntropySettings()
     guardrails: dict[str, Guardrail] = Field(default_factory=dict)
+    """Tested at every held-out evaluation."""
     faults: FaultSettings = FaultSettings()
     cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None
@@ -136,7 +142,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe.pool is not None and recipe.pool.look is not None and recipe.pool.look >= size:
         raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
-        raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
+        raise RecipeError("eval.greedy needs another engine: rollouts.engine transformers samples every completion")
     for key, field in KEY.items():
         for name, section in getattr(recipe, key).items():
             if (own := getattr(section, field)) != name:
@@ -221,17 +227,17 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
 def _check_engine(recipe: Recipe) -> None:
     """Refuse keys of TRL's own engines that none of ours would hear, and the other way round."""
     engine, grpo = recipe.rollouts.engine, recipe.grpo
-    if grpo.get("use_vllm") and engine == "ray":
-        raise RecipeError("rollouts.engine ray and grpo.use_vllm=true exclude each other; leave out one")
+    if grpo.get("use_vllm") and engine not in ("vllm", "transformers"):
+        raise RecipeError(f"rollouts.engine {engine} and grpo.use_vllm=true exclude each other; leave out one")
     if grpo.get("use_vllm") or engine == "transformers":
         if recipe.rollouts.engine_args:
             raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
         return
-    heard = {"vllm_enable_sleep_mode"} if engine == "vllm" else set()
+    heard = set() if engine == "ray" else {"vllm_enable_sleep_mode"}
     for name in sorted(grpo):
         if name in TRL_ENGINE and name not in heard:
             raise RecipeError(
-                f"grpo.{name} is not heard by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
+                f"grpo.{name} is not used by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
             )
 
 

@@ -6,6 +6,7 @@ where, and with which weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,12 +18,14 @@ from polyphony.trainer.settings import MAX_GRADER_FAILURES, WandbSettings
 
 
 class CurriculumSection(BaseModel):
-    """`scheduler` by registry name or import path; every other key is a setting of that scheduler."""
+    """How much of each draw every domain gets. Keys beside these two are settings of the scheduler."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     scheduler: str = "auto"
+    """A name from Schedulers below, or the import path `pkg.module:Class` of your own."""
     transfer: str | None = None
-    """A probe's `transfer.json`: what schedulers that plan start from, and what the report draws."""
+    """`transfer.json` of `polyphony probe`: measured transfer between domains, for schedulers that plan and for the
+    report."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -31,46 +34,50 @@ class CurriculumSection(BaseModel):
 
 @settings
 class CheckpointSection:
-    """What is saved on the way, beside `final/`."""
+    """Checkpoints during training; the trained policy is saved to `final/` in any case."""
 
     every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints; by default as often as evaluations."""
+    """Optimizer steps between checkpoints; null: as often as held-out evaluations."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; the best by worst domain is kept as well."""
+    """How many of the newest checkpoints are kept. The one whose lowest domain score is highest is kept as well."""
 
 
 @settings
 class ProbeSection:
-    """`polyphony probe`: what training on one domain alone does to every domain."""
+    """`polyphony probe`: train on one domain alone and measure the change of every domain's held-out score."""
 
     steps: int = Field(default=40, ge=1)
     """Optimizer steps of each single-domain run."""
     seeds: int = Field(default=2, ge=1)
-    """Repetitions; with one, intervals know of evaluation noise only."""
+    """Repetitions of each run; with one, intervals hold evaluation noise only, not that of training."""
     start: str = Field(default="base", validation_alias="from", serialization_alias="from")
-    """`from` in a recipe, where every run starts: `base` (the recipe's model), `joint:<steps>` (after that many steps on
-    all domains), or the folder of a checkpoint. From the base, transfer is partly format learning that later stages
-    saturate; from a warmed policy it is erosion, smaller and harder to see. `base` because in the lab its probes ranked
-    the 24 trained orders better (rank correlation .33 against .06; one world, one training seed:
+    """The weights every probe run starts from: `base` (the recipe's model), `joint:<steps>` (after that many steps on all
+    domains), or a checkpoint's folder. From the base model, part of what is measured is learning of the answer format;
+    from a trained policy it is mostly forgetting, smaller and harder to measure. `base` is the default because in the lab
+    its probes ranked 24 trained orders better (rank correlation .33 against .06; one world, one training seed:
     launch/lab/RESULTS.md)."""
     joint_arm: bool = True
-    """Also train on all domains for the same total of steps: what a sequence has to beat."""
+    """Also train on all domains together for the same total of steps: the baseline of a sequence of domains."""
 
 
 @settings
 class TrackingSection:
-    """Trackers of ours; others work through `grpo.report_to`."""
+    """Trackers; others than W&B work through `grpo.report_to`."""
 
     wandb: WandbSettings | None = None
+    """Null logs nothing to W&B."""
 
 
 @settings
 class RecipeDomain(Domain):
-    """A domain as a recipe has it: its key is its name, and what it is scored on and by has to be said."""
+    """One subject: trained if it has `train`, else only watched. Held-out rows and a reward are required."""
 
     heldout: Any  # type: ignore[reportGeneralTypeIssues]  # required here
+    """Rows for held-out evaluation, at least two; in the same forms as `train`, never trained on."""
     reward: Any  # type: ignore[reportGeneralTypeIssues]
+    """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`."""
     diversity: Diversity | None = None
+    """Without it the reward alone counts."""
 
     @field_validator("reward")
     @classmethod
@@ -101,31 +108,48 @@ NOT_FREE = {
 """Arguments of `vllm.LLM` that a recipe sets elsewhere, and where."""
 
 
+ENGINES = ("vllm", "ray", "transformers")
+"""Engines that a recipe has by name."""
+
+
 @settings
 class RolloutsSection:
-    """Who generates."""
+    """What samples completions."""
 
-    engine: Literal["vllm", "ray", "transformers"] = "vllm"
-    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: no engine of its own."""
+    engine: str = "vllm"
+    """`vllm`: in the trainer's process; `ray`: a pool of workers; `transformers`: TRL generates with the policy itself; or
+    the import path `pkg.module:name` of an `Engine` class, or of a function that returns one (trainer/README.md)."""
     workers: int = Field(default=1, ge=1)
-    """Of `engine: ray`; each holds one vLLM."""
+    """Workers of `engine: ray`; each holds one vLLM."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs (CPU build: cores) of each worker."""
     max_staleness: int = Field(default=0, ge=0)
-    """Completions of a worker that is up to so many weight syncs behind are kept and importance-corrected; older ones
-    are refused and sampled again."""
+    """How many weight syncs a worker may be behind: its completions are kept and importance-corrected; older ones are
+    refused and sampled again."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """A worker that has not finished its share of a draw after so many seconds counts as hung and is replaced."""
+    """Seconds after which a worker that has not finished its share of a draw counts as hung and is replaced."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """How long a cluster and its workers may take to come up; large models read their weights for minutes."""
+    """Seconds a cluster and its workers may take to start; large models read their weights for minutes."""
     address: str | None = None
-    """Of the Ray cluster, `host:port` or `auto`; by default `RAY_ADDRESS`, or a cluster of this machine."""
+    """Address of the Ray cluster, `host:port` or `auto`; null: that in `RAY_ADDRESS`, or a cluster on this machine."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of `vllm.LLM`, handed over untouched: `max_num_seqs`, `enforce_eager`, `kv_cache_dtype`, `quantization`.
-    Memory, length and sleep have TRL's names: `grpo.vllm_gpu_memory_utilization`, `vllm_max_model_length`,
-    `vllm_enable_sleep_mode`."""
+    """Arguments of `vllm.LLM` (of your own engine), handed over untouched: `max_num_seqs`, `enforce_eager`,
+    `kv_cache_dtype`, `quantization`. Memory, length and sleep have TRL's names: `grpo.vllm_gpu_memory_utilization`,
+    `grpo.vllm_max_model_length`, `grpo.vllm_enable_sleep_mode`."""
     max_grader_failures: float = Field(default=MAX_GRADER_FAILURES, ge=0, le=1)
-    """Largest share of a domain's completions in one draw that its reward may fail on before the run stops."""
+    """Largest share of a domain's completions in one draw whose grading may fail; past it the run stops."""
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the engine is one of the user's, found by its import path."""
+        return ":" in self.engine
+
+    @field_validator("engine")
+    @classmethod
+    def _is_known(cls, engine: str) -> str:
+        if engine not in ENGINES and not re.fullmatch(r"[\w.]+:[\w.]+", engine):
+            raise ValueError(f"expected {', '.join(ENGINES)} or an import path pkg.module:name")
+        return engine
 
     @model_validator(mode="after")
     def _pool_needs_ray(self) -> RolloutsSection:
@@ -151,31 +175,35 @@ class SlurmSection:
     """What `polyphony launch slurm` asks Slurm for."""
 
     partition: str | None = None
+    """As `sbatch --partition`; null: the cluster's default."""
     account: str | None = None
+    """As `sbatch --account`; null: yours."""
     time: str = "24:00:00"
     """Wall-clock limit; the job saves a checkpoint before it, and is queued again."""
     signal_s: int = Field(default=120, ge=10)
-    """Seconds before the limit, or before a preemption, at which the job is told; a draw and a save have to fit in."""
+    """Seconds between the warning signal and the time limit or preemption; a draw and a checkpoint have to fit in."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before anything else: `module load ..`, `source venv/bin/activate`."""
+    """Shell lines run first: `module load ..`, `source venv/bin/activate`."""
     options: list[str] = Field(default_factory=list)
     """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
 
 
 @settings
 class ClusterSection:
-    """Who trains where; read by `polyphony launch`, not by `train`."""
+    """How training is spread over GPUs and nodes; read by `polyphony launch`, not by `train`."""
 
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    """How trainer ranks share the policy: `launch/accelerate/<strategy>.yaml`."""
+    """How trainer ranks share the policy's weights: `launch/accelerate/<strategy>.yaml`."""
     processes: int = Field(default=1, ge=1)
-    """Trainer ranks on each trainer node, one a GPU; the other GPUs are the rollout workers'."""
+    """Trainer ranks on each trainer node, one a GPU; the node's other GPUs are for rollout workers."""
     trainer_nodes: int = Field(default=1, ge=1)
+    """Nodes with trainer ranks."""
     rollout_nodes: int = Field(default=0, ge=0)
-    """Nodes that hold nothing but rollout workers; with 0 they live beside the trainer."""
+    """Nodes with rollout workers only; with 0 the workers share the trainer's nodes."""
     port: int = Field(default=29500, ge=1024, le=65535)
-    """Where the trainer ranks meet."""
+    """TCP port at which the trainer ranks find each other."""
     ray_port: int = Field(default=6379, ge=1024, le=65535)
+    """TCP port of the Ray cluster that a Slurm job starts."""
     slurm: SlurmSection = SlurmSection()
 
 
@@ -184,5 +212,8 @@ class LoraSection:
     """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
 
     r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
     alpha: int = Field(default=32, ge=1)
+    """PEFT's `lora_alpha`: adapters are scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter, as in PEFT."""

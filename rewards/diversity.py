@@ -127,25 +127,29 @@ class DiversityResult:
 
 @checked(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Diversity:
-    """Fuse the qualities of whole groups with how different their texts are.
+    """Reward a good answer more if others of its group say something else: quality fused with difference (DARLING).
 
     Example: `Diversity(partitioner="exact")([["a", "a", "b"]], [[1.0, 0.5, 1.0]], ["p"]).rewards == [[0.5, 0.25, 1.0]]`
     """
 
     partitioner: Any = "embedding"
-    """A name of `PARTITIONERS`, an import path, `{name: .., **arguments}` or an object with `same`."""
+    """Tells which answers say the same: `embedding` (needs the extra `diversity`), `exact`, `normalised`,
+    `answer_signature`, `classifier`, `judge`, an import path, or `{name: .., **arguments}`."""
     fuse: Literal["mul", "add"] = "mul"
-    """`mul`: quality times difference. `add`: standardised quality of the group plus `coefficient` times difference."""
+    """`mul`: quality times difference. `add`: quality, standardised within the group, plus `coefficient` times
+    difference."""
     distance: Literal["classes", "pairs"] = "classes"
-    """`classes`: by the size of the own class, classes being transitively closed as in DARLING's code. `pairs`: the
-    mean over the others, as in its paper; one false "same" then merges no classes."""
+    """`classes`: difference is the share of other answers outside one's own class; classes are transitively closed, as in
+    DARLING's code. `pairs`: the mean over pairs, as in its paper; one false "same" then merges no classes."""
     floor: float = Field(default=0.1, ge=0, le=1)
-    """What a collapsed group keeps, by DARLING's code; 1 measures without rewarding."""
+    """Smallest difference, which a group whose answers all say the same keeps (0.1 in DARLING's code); 1 measures
+    difference without rewarding it."""
     shape: tuple[float, float] | None = None
-    """What qualities 1 and 0 become before `mul`: (1, 0), which None stands for, gives a wrong answer nothing, (1, -1)
-    discourages different wrong answers, (2, 1) encourages them. A structured domain must say it."""
+    """What qualities 1 and 0 become before `mul`. [1, 0], which null stands for, gives a wrong answer nothing, [1, -1]
+    discourages different wrong answers, [2, 1] encourages them. A structured domain must say it, and is refused if a
+    different wrong answer could earn as much as a right one."""
     coefficient: float = Field(default=0.5, ge=0)
-    """Of `add`: how many standard deviations of quality full difference is worth."""
+    """Under `add`: full difference in standard deviations of quality."""
     add_bias: bool = False
     """Subtract the group's lowest quality before `mul`: for reward models, whose scores may be negative."""
 

@@ -165,8 +165,8 @@ def test_an_entropy_that_is_missing_is_said_and_counts_as_in_its_band(caplog):
     Adaptive(entropy_control=("c",)).decide(evidence(1, rows), {})
     (record,) = caplog.records
     assert record.getMessage() == (
-        "domain 'c': its entropy was not measured at step 5: it is taken as in the middle of its band, and no entropy of "
-        "this interval counts"
+        "domain 'c': its entropy was not measured at step 5: it is assumed in the middle of its band, and no entropy "
+        "change of this interval is used"
     )
 
 
@@ -175,4 +175,4 @@ def test_probes_that_measured_fewer_entropies_than_the_run_count_for_nothing_and
     few = replace(matrix, rows=tuple(replace(r, entropy={"a": 1.0}) for r in matrix.rows))
     rows = [row(0, (0.5,) * 4, entropy=(1.0,) * 3), row(5, (0.5,) * 4, exposure=(8,) * 3, entropy=(1.0,) * 3)]
     Adaptive(transfer=few).decide(evidence(1, rows), {})
-    assert "the probes measured no entropy of b, c: none of theirs counts" in caplog.text
+    assert "the probes measured no entropy of b, c: their entropies are ignored" in caplog.text

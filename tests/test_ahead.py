@@ -10,7 +10,7 @@ import pytest
 from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.rewards import find_reward
 from polyphony.trainer.engine.engine import Request
-from polyphony.trainer.scoring import Ahead, Scorer
+from polyphony.trainer.scoring import EarlyGrading, Scorer
 
 
 class Waiting:
@@ -57,7 +57,7 @@ def scorer(**rewards):
 
 
 def ahead(asked, **rewards):
-    return Ahead(scorer(**rewards), asked, read)
+    return EarlyGrading(scorer(**rewards), asked, read)
 
 
 def test_rewards_are_the_same_and_in_order_however_completions_end():
@@ -139,7 +139,7 @@ class Telling(Waiting):
 def test_what_a_reward_logs_in_the_grading_thread_is_counted_with_the_rest():
     asked, sampled = prompts(*["slow", "quick"] * 10), completions(20)
     grader = scorer(slow=Telling(wait_s=0.01), quick=Telling())
-    grading = Ahead(grader, asked, read)
+    grading = EarlyGrading(grader, asked, read)
     for place in range(0, 14):
         grading.take(place, sampled[place])
     grading.scores(read(asked, sampled))

@@ -87,7 +87,13 @@ def broken(prompts, **columns):
             "joint: the weight of every domain is 0: ['sums', 'words']",
         ),
         (["algorithm=rft", "rft.dedup=5"], "rft.dedup: expected a name"),
-        (["rollouts.engine=vlm"], "rollouts.engine: Input should be 'vllm', 'ray' or 'transformers'"),
+        (["rollouts.engine=vlm"], "rollouts.engine: expected vllm, ray, transformers or an import path pkg.module"),
+        (
+            ["rollouts.engine=no.such:Engine"],
+            "rollouts.engine 'no.such:Engine' cannot be imported: No module named 'no'",
+        ),
+        (["rollouts.engine=json:JSONDecoder"], "expected a subclass of polyphony.trainer.engine.engine:Engine, or a "),
+        (["rollouts.engine=json:__name__"], "or a function that returns an Engine, got 'json'"),
         (["model=./gone"], "model: folder "),
         (["model=no-such/model"], "model 'no-such/model' cannot be loaded"),
         (["name=["], "override 'name=[': the value is not valid YAML"),
@@ -284,7 +290,7 @@ def test_a_replay_without_draws_or_without_the_probes_it_needs_is_an_error(capsy
     file = json.loads((run / "transfer.json").read_text())
     (run / "transfer.json").write_text(json.dumps(file | {"rows": [r for r in file["rows"] if not r["probe"]]}))
     assert "name their file: polyphony plan TRANSFER.json --replay" in fails(capsys, *asked, "bwt")
-    assert "scheduler 'math:pi' is no class with a method `decide`" in fails(capsys, *asked, "math:pi")
+    assert "scheduler 'math:pi': expected a class with a method `decide`, got 3.14" in fails(capsys, *asked, "math:pi")
     (run / "decisions.jsonl").write_text('{"draw": 0, "cut in the mid')
     assert "holds no decisions.jsonl with a draw in it" in fails(capsys, *asked, "joint")
 

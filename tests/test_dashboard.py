@@ -6,7 +6,7 @@ import math
 import pytest
 
 from polyphony.rewards.registry import find_reward, tell
-from polyphony.trainer.metrics import METRICS, defined, key
+from polyphony.trainer.metrics import METRICS, OF_THE_RUN, defined, key
 
 
 def test_a_key_is_family_domain_metric():
@@ -51,6 +51,8 @@ def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, e
     own = {("domain", "own"), ("heldout", "own")}
     assert emitted - own == {(family, metric) for family, metrics in METRICS.items() for metric in metrics}
     assert own <= emitted
+    of_the_run = {f"{family}/{rest[0]}" for family, *rest in parts if family in METRICS and len(rest) == 1}
+    assert of_the_run == OF_THE_RUN | {"transfer/bwt"}
     domains = {rest[0] for family, *rest in parts if family in METRICS and len(rest) == 2}
     assert domains == {"arithmetic", "stories", "safety"}
     assert {tuple(rest[1:-1]) for family, *rest in parts if family in METRICS} == {(), ("logged",)}

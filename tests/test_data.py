@@ -140,3 +140,12 @@ def test_other_columns_reach_the_reward_and_prompt_id_domain_do_not():
 def test_bad_rows_are_errors_that_name_the_place(rows, message):
     with pytest.raises(ValueError, match=rf"domains\.math\.train: {message}"):
         table(rows)
+
+
+def counted(size):
+    for i in range(size):
+        yield {"prompt": f"{i} ="}
+
+
+def test_a_generator_function_may_yield_its_rows():
+    assert len(load_rows({"generator": f"{__name__}:counted", "size": 3}, where="x")) == 3

@@ -85,7 +85,7 @@ def test_the_recipe_tells_the_scheduler_whose_entropy_moves_the_shares(scheduler
 
 
 def test_sampling_under_a_scheduler_that_cannot_is_a_recipe_error():
-    with pytest.raises(RecipeError, match=r"scheduler 'joint' does not do `entropy\.control: sampling`"):
+    with pytest.raises(RecipeError, match=r"scheduler 'joint' does not support `entropy\.control: sampling`"):
         build_scheduler(load_recipe(RECIPES / "debug.yaml", ["curriculum.scheduler=joint", "entropy.control=sampling"]))
     build_scheduler(load_recipe(RECIPES / "debug.yaml", ["curriculum.scheduler=joint", "entropy.control=adaptive"]))
 

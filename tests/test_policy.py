@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.curricula.records import Completion
 from polyphony.launch.build import build_trainer, grpo_config, rollout_engine
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.checkpoints import save_final
-from polyphony.trainer.engine.engine import InProcessEngine
+from polyphony.trainer.engine.engine import Engine, InProcessEngine
 from polyphony.trainer.engine.vllm import Request, Sampling
 from tests.conftest import RECIPES
 
@@ -117,9 +118,9 @@ def test_a_request_that_would_be_cut_short_is_refused(engine):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not heard by rollouts.engine vllm"),
-        ("grpo.vllm_mode=server", "grpo.vllm_mode is not heard by rollouts.engine vllm"),
-        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not heard by rollouts.engine vllm"),
+        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not used by rollouts.engine vllm"),
+        ("grpo.vllm_mode=server", "grpo.vllm_mode is not used by rollouts.engine vllm"),
+        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not used by rollouts.engine vllm"),
         ("rollouts.engine_args={max_model_len: 9}", "use grpo.vllm_max_model_length"),
         ("rollouts.engine_args={tensor_parallel_size: 2}", "use rollouts.tensor_parallel"),
     ],
@@ -179,3 +180,46 @@ def test_a_saved_policy_has_its_adapter_merged_and_the_trainer_keeps_it(tmp_path
     assert torch.allclose(saved, trainer.model(input_ids=ids).logits, atol=1e-4)
     with trainer.model.disable_adapter():
         assert not torch.allclose(saved, trainer.model(input_ids=ids).logits, atol=1e-2)
+
+
+class Counting(Engine):
+    """An engine of a user's: every completion is one token, the number of the weight sync."""
+
+    def _init_vllm(self):
+        self.extra = dict(self.engine_args)
+
+    def sync_weights(self):
+        self.version += 1
+
+    def complete(self, requests, on_finished=None):
+        return [Completion(ids=[self.version], logps=[0.0], version=self.version) for _ in requests]
+
+
+def counting(*arguments, **named):
+    return Counting(*arguments, **named)
+
+
+def no_engine(*arguments, **named):
+    return "none"
+
+
+@pytest.mark.parametrize("name", ["Counting", "counting"])
+def test_an_engine_is_taken_by_its_import_path(name, tmp_path):
+    path = f"{__name__}:{name}"
+    recipe = load_recipe(DEBUG, [f"rollouts.engine={path}", "rollouts.engine_args={seeds: 3}", "tracking.wandb=null"])
+    trainer = build_trainer(recipe, tmp_path)
+    assert isinstance(trainer.engine, Counting)
+    assert trainer.engine.extra == {"seeds": 3}
+    trainer.policy.sync()
+    (completion,) = trainer.policy.complete([Request(prompt_ids=[1], seed=0, max_tokens=4)], 1)
+    assert completion.ids == [1]
+
+
+def test_what_makes_no_engine_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"function no_engine .* returned 'none', which is no Engine"):
+        build_trainer(load_recipe(DEBUG, [f"rollouts.engine={__name__}:no_engine"]), tmp_path)
+
+
+def test_an_engine_of_ones_own_excludes_that_of_trl():
+    with pytest.raises(RecipeError, match=r"rollouts.engine a.b:C and grpo.use_vllm=true exclude each other"):
+        load_recipe(DEBUG, ["rollouts.engine=a.b:C", "grpo.use_vllm=true"])

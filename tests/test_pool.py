@@ -278,7 +278,8 @@ def test_with_nothing_left_to_learn_the_least_bad_prompts_go_on_with_a_warning(c
     assert [ref.id for ref in c.draw(1)] == ["a"]  # mastered before impossible
     assert [ref.id for ref in c.draw(1)] == ["a"]
     assert [r.getMessage() for r in caplog.records] == [
-        "domain 'math': of 2 prompts 0 are unseen or active, 0 deferred, 1 impossible, 1 mastered; the least bad go on"
+        "domain 'math': of 2 prompts 0 are unseen or active, 0 deferred, 1 impossible, 1 mastered; "
+        "those nearest to the band are drawn"
     ]
     assert c.metrics() == {
         "math/mixture": 1.0,
@@ -296,7 +297,8 @@ def test_prompts_that_are_all_too_hard_for_now_warn_but_end_nothing(caplog):
     assert [ref.id for ref in c.draw(1)] == ["a"]  # due first
     c.draw(2)
     assert [r.getMessage() for r in caplog.records] == [
-        "domain 'math': of 2 prompts 0 are unseen or active, 2 deferred, 0 impossible, 0 mastered; the least bad go on"
+        "domain 'math': of 2 prompts 0 are unseen or active, 2 deferred, 0 impossible, 0 mastered; "
+        "those nearest to the band are drawn"
     ]
     learn(c, "a", 0.5, 1)
     c.draw(1)
@@ -311,7 +313,8 @@ def test_or_the_run_stops_with_a_message():
     c.draw(1)
     learn(c, "b", 0.0, 8)
     with pytest.raises(
-        RuntimeError, match=r"nothing can be learned any more: domain .math.: of 2 prompts .* 2 impossible"
+        RuntimeError,
+        match=r"every training prompt is mastered or impossible: domain .math.: of 2 prompts .* 2 impossible",
     ):
         c.draw(1)
 

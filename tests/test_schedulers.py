@@ -120,7 +120,7 @@ def test_a_script_may_name_a_scheduler_or_map_its_settings_as_a_recipe_does():
     assert (made.floor, made.entropy_band, made.entropy_control) == (0.3, (0.2, 2.0), ("math",))
     assert as_scheduler("auto", **asked).inner.entropy_control == ("math",)
     assert as_scheduler(made, **asked) is made
-    with pytest.raises(ValueError, match=r"scheduler 'joint' does not do `entropy\.control: sampling`"):
+    with pytest.raises(ValueError, match=r"scheduler 'joint' does not support `entropy\.control: sampling`"):
         as_scheduler("joint", **asked)
 
 

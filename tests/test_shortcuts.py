@@ -63,11 +63,11 @@ def test_a_rare_success_sets_no_standard():
     assert (metrics["shortcuts/math/rare_successes"], metrics["shortcuts/math/suspects"]) == (3, 2)
 
 
-def test_what_most_established_answers_show_is_the_domains_manner():
+def test_what_most_reference_completions_show_is_the_reference_style():
     w = watch()
     suspect, failure = graded(1.0, signs=("bare_answer",)), graded(0.0)
     assert suspects(w, [suspect, failure, failure]) == [0]
-    assert suspects(w, [suspect, suspect, failure]) == []  # not rare, and the manner is not known yet
+    assert suspects(w, [suspect, suspect, failure]) == []  # not rare, and the reference style is not learned yet
     observe(w, 1, [[suspect, suspect, failure]] * 8)
     assert suspects(w, [suspect, failure, failure]) == []
     assert suspects(w, [graded(1.0, signs=("bare_answer", "repeated_ngrams")), failure, failure]) == [0]
@@ -76,7 +76,7 @@ def test_what_most_established_answers_show_is_the_domains_manner():
 def test_a_sign_that_came_later_is_foreign_however_many_show_it():
     w = watch()
     honest, suspect, failure = graded(1.0), graded(1.0, signs=("bare_answer",), length=3), graded(0.0)
-    observe(w, 1, [[suspect] * 3 + [failure] * 5])  # most are wrong: no manner
+    observe(w, 1, [[suspect] * 3 + [failure] * 5])  # most are wrong: no reference style
     observe(w, 1, [[honest, honest, failure]] * 8)
     group = [honest, *[suspect] * 5, failure]
     assert suspects(w, group) == [1, 2, 3, 4, 5]
@@ -135,11 +135,11 @@ def test_answers_that_shrink_ring_however_short_and_however_rare_they_are(right,
     assert w.flush()["shortcuts/math/correct_length"] == collapsed
 
 
-def test_a_lone_success_that_was_cut_off_is_suspect_unless_that_is_the_manner():
+def test_a_lone_success_that_was_cut_off_is_suspect_unless_that_is_the_reference_style():
     w = watch()
     cut, failure = graded(1.0, signs=("truncation",)), graded(0.0)
     assert suspects(w, [cut, *[failure] * 7]) == [0]
-    observe(w, 1, [[graded(1.0), graded(1.0), failure]] * 8)  # the manner is to end
+    observe(w, 1, [[graded(1.0), graded(1.0), failure]] * 8)  # the group is to end
     assert suspects(w, [cut, *[failure] * 7]) == [0]
     assert suspects(w, [cut, cut, cut, failure]) == []  # no accident: the limit is short
     other = watch()
@@ -175,3 +175,13 @@ def test_metrics_are_shares_since_the_last_log():
     assert metrics["shortcuts/math/bare_answer"] == 0.25
     assert metrics["shortcuts/math/correct_length"] == 75
     assert w.flush() == {}
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_reference_style():
+    w, other = watch(), watch()
+    observe(w, 1, [[graded(1.0)] * 8])
+    saved = w.state_dict()
+    for domain in saved.values():
+        domain["manner"] = domain.pop("style")
+    other.load_state_dict(saved)
+    assert other.state_dict() == w.state_dict()

@@ -1,4 +1,4 @@
-"""The trunk: one thin subclass of TRL's GRPOTrainer, and the ledgers around it. A prompt becomes a gradient here."""
+"""One thin subclass of TRL's GRPOTrainer and what it needs: a prompt becomes a gradient here."""
 
 import logging
 import os

@@ -1,10 +1,10 @@
-"""What each completion's reward is worth to the update, where TRL's own answer is not the wanted one.
+"""Advantages where a recipe asks for others than TRL's: `mean_only`, the guard, rejection-sampling fine-tuning.
 
 `group` is TRL's: (r - mean) / std of the group. `mean_only` leaves the division out (Dr. GRPO, arXiv:2503.20783; DARLING,
-arXiv:2509.02534), so that a group that nearly agrees is not blown up. A lone success among G binary rewards gets about
-sqrt(G - 1) from `group`; the guard caps it, likewise every success of a group that has hardly any. A success that shows
-signs of a shortcut (arXiv:2605.28388) is a suspect: the guard takes it out of its group, whose other completions are
-centred without it, so that a suspect neither teaches nor lowers what is beside it.
+arXiv:2509.02534), so that small differences within a group are not scaled up. A lone success among G binary rewards gets
+about sqrt(G - 1) from `group`; the guard caps it, and every success of a group that has hardly any. A success that shows
+signs of a shortcut (arXiv:2605.28388) is suspected: the guard gives it advantage 0 and computes the advantages of the
+others of its group without it.
 
 In rejection-sampling fine-tuning the policy is trained on its own accepted samples only (RAFT, arXiv:2304.06767), on
 the same draws, scores and update as GRPO: an accepted row gets advantage 1, any other 0, so that on policy the gradient

@@ -177,7 +177,7 @@ def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) ->
             rows = generator(**source)
         except TypeError as error:
             raise ValueError(f"{where}: generator {name!r}: {error}") from error
-        return _with_length(rows, where=where, of=f"generator {name!r}")
+        return _with_length(list(rows) if isinstance(rows, Iterator) else rows, where=where, of=f"generator {name!r}")
     unknown = set(source) - {"path", "split", "limit"}
     if "path" not in source or unknown:
         raise ValueError(f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}")

@@ -1,4 +1,4 @@
-"""Rows that cannot move the policy leave the update; the gradient stays TRL's.
+"""Leave rows without a gradient out of the update; the gradient stays TRL's.
 
 A row whose advantage is 0 adds nothing to the loss, but it costs a forward and a backward pass, and it counts in the
 denominators of some losses. So it may be left out of its micro-batch if the rest is scaled by kept / B where the loss

@@ -1,7 +1,7 @@
-"""Quality and difference in one reward, in the domains whose recipe asks for it (`domains.<d>.diversity`).
+"""Diversity reward: quality and difference fused, in domains with `domains.<d>.diversity`.
 
-The quality stays the group's `rewards`, which the curriculum and the pass rates are made of; the fused reward is what the
-update learns from. Groups may straddle ranks, so they are compared after the gather, each by one rank for all.
+A group's `rewards` stay its quality, which pass rates and the curriculum use; advantages are computed from the fused
+reward. Groups may straddle ranks, so they are compared after the gather, each by one rank for all.
 """
 
 from __future__ import annotations

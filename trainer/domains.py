@@ -1,6 +1,6 @@
-"""The domains of a run with their rows read, checked and tokenisable: all that can be known before weights are loaded.
+"""The domains of a run with their rows read, checked and tokenisable: all that can be checked before weights are loaded.
 
-`find_overlap` finds training rows that give a held-out row away: the same prompt, or a long run of the same words.
+`find_overlap` finds training rows that leak a held-out row: the same prompt, or 13 of its words in a row.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class DomainData:
         heldout, train = tables("heldout"), tables("train")
         for table in heldout.values():
             if len(table) < 2:
-                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one that steers and one that reports")
+                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}

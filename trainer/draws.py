@@ -1,10 +1,10 @@
-"""The walk of one draw: the curriculum names prompts, the engine samples their groups, the domains' rewards score them.
+"""One draw: the curriculum selects prompts, the engine samples their groups, the domains' rewards grade them.
 
-Groups that can teach nothing are replaced, in a bounded number of rounds, by groups of further prompts of the same domain.
-With a look, a group whose first completions are all worth the same is left at these. That selects by rewards alone: where
-they are 0 or 1, a group with both points, in expectation, where its prompt's policy gradient does, whatever their order. So
-no direction changes, but prompts at which the policy nearly always fails, or never does, weigh less.
-All is decided from what all ranks have gathered, so that all make the same number of rounds.
+Groups without a gradient are replaced, in a bounded number of rounds, by groups of other prompts of the same domain
+(refill). With `look`, a group is stopped early if its first completions have equal rewards. This selects by rewards
+alone: with rewards 0 and 1, the expected gradient of a group that has both points in the direction of its prompt's policy
+gradient, whatever their order. So no prompt's direction changes, but prompts that nearly always fail, or never, get less
+weight. Decisions use what all ranks have gathered, so that all make the same number of rounds.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Request, completion_seed
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.scoring import Ahead, Scorer, check_failures, together
+from polyphony.trainer.scoring import EarlyGrading, Scorer, check_failures, together
 from polyphony.trainer.shortcuts import ShortcutWatch
 
 
 def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, size: int) -> dict[int, Completion]:
-    """Return the rows in order, where a group was left after its look with its completions once more in the empty places.
+    """Return the rows in order; groups that were stopped early (`left`) are filled with copies of their completions.
 
-    TRL wants whole groups. What is repeated has no advantage, and stands for what was not sampled wherever a loss, a
-    penalty or an entropy is averaged over all rows.
+    TRL needs whole groups. Copies have advantage 0, and stand for what was not sampled wherever a loss, a penalty or an
+    entropy is averaged over all rows.
     """
     copies = {
         k * size + n: rows[k * size + n % look] for k in left for n in range(look, size) if k * size + n % look in rows
@@ -69,7 +69,7 @@ class Draws:
     """What samples, with its present weights; it knows the ranks and how many completions a group has."""
     scorer: Scorer
     fusion: Fusion
-    """Adds what the domains with a diversity reward pay for difference."""
+    """Adds the diversity reward, in domains that have one."""
     advantages: Advantages
     """Knows which groups can move the policy, and whether texts are compared for it."""
     shortcuts: ShortcutWatch
@@ -77,9 +77,9 @@ class Draws:
     seed: int
     max_grader_failures: float
     look: int | None = None
-    """Completions of a group that are sampled first; where these can teach nothing, the group is left at that."""
+    """Early stop of groups: completions sampled first; the rest only if these may give a gradient. None: no early stop."""
     refill_rounds: int = 0
-    """Most rounds in which groups that teach nothing are replaced."""
+    """Most rounds in which groups without a gradient are replaced."""
     listeners: list[Callable[[Sequence[Prompt]], None]] = field(default_factory=list)
     """Called on rank 0 with the prompts of every draw before they are generated."""
     refill_listeners: list[Callable[[int, Sequence[Group], Sequence[Prompt]], None]] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Draws:
     def _sample(self, draw: int, refill_round: int, prompts: Mapping[int, Prompt], n_rows: int) -> Rollout:
         """Generate and score the group of each place; this rank makes the rows that are its own.
 
-        With a `look`, first that many completions of each, then the others of the groups that go on.
+        With `look`, first that many completions of each, then the rest of the groups that are not stopped early.
         """
         size = self.policy.group_size
         look = self.look or size
@@ -125,7 +125,7 @@ class Draws:
             more_rows, more, more_seconds = self._generate(this, going_on, range(look, size))
             groups = {k: group.joined(more[k]) if k in more else group for k, group in groups.items()}
             rows, seconds = rows | more_rows, seconds + more_seconds
-        if self.look is not None:  # rewards decided, but where difference is paid for
+        if self.look is not None:  # selected by rewards, but in domains with a diversity reward
             groups = {
                 k: group if group.domain in self.fusion.domains else replace(group, look=look)
                 for k, group in groups.items()
@@ -135,7 +135,8 @@ class Draws:
         return Rollout(rows=rows, groups=dict(zip(groups, fused, strict=True)), size=size, seconds=seconds)
 
     def _goes_on(self, seen: Group) -> bool:
-        """Say whether a group may be useful, from its first completions: it is, or quality is not all that counts."""
+        """Return whether a group may have a gradient by its first completions; always where a reward is missing or fused
+        later."""
         return None in seen.rewards or seen.domain in self.fusion.domains or self.advantages.is_useful(seen)
 
     def _generate(
@@ -158,7 +159,7 @@ class Draws:
             for i, prompt in zip(places, asked, strict=True)
         ]
         started = time.perf_counter()
-        ahead = Ahead(self.scorer, asked, self.policy.read)
+        ahead = EarlyGrading(self.scorer, asked, self.policy.read)
         completions = self.policy.complete(requests, len(members), ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
         read = self.policy.read(asked, completions)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out, counted, and after too many in a row the run stops."""
+"""Steps whose loss or gradient is not finite: skipped and counted; too many in a row stop the run."""
 
 from __future__ import annotations
 

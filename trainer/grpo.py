@@ -1,7 +1,7 @@
 """GRPO over many domains: one thin subclass of TRL's trainer.
 
-The walk of one prompt: the sampler yields an empty slot; the curriculum fills it just before generation (`_roll_out`); the
-engine samples its group, the domain's reward scores it; TRL computes log-probabilities, advantages and loss; entropy by
+The path of one prompt: the sampler yields an empty slot; the curriculum fills it just before generation (`_roll_out`); the
+engine samples its group, the domain's reward grades it; TRL computes log-probabilities, advantages and loss; entropy by
 domain is read off TRL's no-grad pass over all rows; the curriculum observes. Left out on purpose: a loss, an optimizer loop
 and a weight loader of our own.
 """
@@ -59,7 +59,8 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     Takes TRL's `model`, `args`, `processing_class`, `callbacks`, `optimizers` and `peft_config` unchanged. Rows, rewards
     and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path, or a mapping
-    of `scheduler` and its settings. All settings may be given as mappings, with a recipe's keys.
+    of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or
+    what makes one. All settings may be given as mappings, with a recipe's keys.
 
     With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation
     every `args.eval_steps` (50 if not given), ledgers, `guardrails`, checkpoints in the folder every `args.save_steps`, of
@@ -389,7 +390,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     # --- steps that must not be taken ---------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Look at the loss of every micro-batch."""
+        """Check that the loss of every micro-batch is finite."""
         loss = super().training_step(*args, **kwargs)
         self.finite.see_loss(loss)
         return loss
@@ -441,7 +442,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _faults(self) -> dict[str, float]:
-        """Return what went wrong and was made good since the last log."""
+        """Return the counts of recovered faults since the last log."""
         counts: dict[str, float] = {"skipped_steps": self.finite.flush()}
         if self.engine is not None:
             counts |= asdict(self.engine.flush_faults())

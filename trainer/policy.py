@@ -1,5 +1,4 @@
-"""The policy as the rest of the house uses it: sampled, synced to its engine and shown to be followed by it, read by
-forward passes.
+"""The policy as all other code uses it: sampling, weight sync with its engine and the check of it, forward passes.
 
 TRL's trainer holds the weights and asks `vllm_generation` for completions once `use_vllm` is set, which also switches its
 importance correction on. Forward passes are TRL's own, so that temperature, precision and the fused head are those of the
@@ -21,7 +20,7 @@ from trl.trainer.utils import pad
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Engine, EngineFactory, InProcessEngine, Request, Sampling
+from polyphony.trainer.engine.engine import Engine, EngineFactory, Request, Sampling, find_engine
 from polyphony.trainer.engine.vllm import OnFinished
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 
@@ -85,19 +84,17 @@ class Policy:
     # --- the engine -----------------------------------------------------------------------------------------------
 
     def attach(self, engine: str | Engine | EngineFactory) -> None:
-        """Take an engine; none for `transformers`, with which TRL itself generates.
+        """Take an engine, or make the one that is named; none for `transformers`, with which TRL itself generates.
 
-        Raises ValueError for a name that does not exist.
+        Raises ValueError for a name that does not exist, and for what makes no engine.
         """
         if engine == "transformers":
             return
-        if isinstance(engine, str) and engine != "vllm":
-            raise ValueError(f"rollouts.engine {engine!r} does not exist; known: vllm, transformers")
         trainer, args = self.trainer, self.trainer.args
         if isinstance(engine, Engine):
             engine.attach(trainer.model, trainer.accelerator)
         else:
-            make = InProcessEngine if isinstance(engine, str) else engine
+            make = find_engine(engine) if isinstance(engine, str) else engine
             engine = make(
                 trainer.model,
                 trainer.accelerator,
@@ -112,6 +109,8 @@ class Policy:
                 model_impl=args.vllm_model_impl,
                 trust_remote_code=args.trust_remote_code,
             )
+        if not isinstance(engine, Engine):
+            raise ValueError(f"rollouts.engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
         engine.max_completion_length = trainer.max_completion_length
         self.engine = trainer.vllm_generation = engine
         trainer.use_vllm, trainer._last_loaded_step = True, -1
@@ -144,7 +143,7 @@ class Policy:
         if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
             return []
         if any(r.is_greedy for r in requests):
-            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples everything alike")
+            raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples every completion")
         ids, logps = self._turn([list(r.prompt_ids) for r in requests], None, {}, copies)
         return [
             Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
@@ -275,7 +274,8 @@ class Policy:
 
 
 def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
-    """Raise ValueError where ranks that generate together would ask for unlike numbers: refills and looks do.
+    """Raise ValueError where ranks that generate together would ask for different numbers of completions, as under refill or
+    early stop.
 
     TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where Transformers
     generates and the policy's weights are split over the ranks, every token is made by all of them.

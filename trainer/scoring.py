@@ -1,9 +1,9 @@
-"""Each completion goes to its domain's reward; what comes back is checked, counted and put together into groups.
+"""Grading: each completion by its domain's reward; results are checked and failures counted.
 
-Rewards that mostly wait (a judge, programs in jails) grade what is finished while the engine still generates: `Ahead`. A
-reward says so by `is_slow = True`. Its completions are graded in one thread, all that have come by then at a time, so
-that a judge's own limits on concurrency hold; every other reward is called once at the end, as without this. Rewards are
-the same either way: a reward grades each row by itself.
+Slow rewards (a judge, programs in a sandbox), which have `is_slow = True`, grade finished completions while the engine
+still generates: `EarlyGrading`. One thread grades all that have come by then at a time, so that a judge's own limits on
+concurrency hold; every other reward is called once at the end. Rewards are the same either way: a reward grades each row
+by itself.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _ignore(column: str, values: Sequence[Any]) -> None:
 
 @functools.cache
 def _say_ignored(column: str) -> None:
-    logger.warning("log_extra: column %r of a reward is kept nowhere; numbers are, by log_metric", column)
+    logger.warning("log_extra: column %r of a reward is not kept; numbers are, by log_metric", column)
 
 
 def _checked(name: str, value: Any) -> float | None:
@@ -184,11 +184,11 @@ def _checked(name: str, value: Any) -> float | None:
     return number
 
 
-class Ahead:
+class EarlyGrading:
     """The grading of one batch of completions, begun before the last of them is sampled.
 
     Example:
-        ahead = Ahead(scorer, prompts, read)
+        ahead = EarlyGrading(scorer, prompts, read)
         completions = engine.complete(requests, on_finished=ahead.take)
         scores = ahead.scores(read(prompts, completions))
     """

@@ -1,10 +1,11 @@
-"""Signs of shortcuts and loops in what the policy writes, by domain: counted, alarmed on, and held against successes.
+"""Signs of shortcuts and loops in completions, by domain: counted, alarmed on, and used to find suspected shortcuts.
 
-What most of a domain's first established answers show (a bare letter in multiple choice, another script) is that domain's
-manner and no sign of anything. Established are the right ones of groups that are mostly right. The manner is fixed after 64
-of them, or a shortcut that has spread would pass for it. Until 16 are known, signs count against rare successes only. The
-length of correct answers is watched apart: it collapses before accuracy does (arXiv:2605.28388). All is fed from what every
-rank has gathered, so all ranks come to the same verdicts.
+A success is suspected if it shows a sign that its domain's reference style does not show. The reference style is learned
+from the first 64 correct completions of groups that are mostly correct: a sign that at least half of them show (a bare
+letter in multiple choice, another script) belongs to it. It is not updated after that, so that a shortcut which spreads
+later does not become part of it. With fewer than 16 such completions only rare successes are suspected. The length of
+correct answers is monitored apart: it collapses before accuracy does (arXiv:2605.28388). The input is what every rank has
+gathered, so all ranks agree.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.signs import (
     COUNTED,
     ENOUGH_CORRECT,
-    ENOUGH_MANNER,
-    MANNER,
+    ENOUGH_STYLE,
     SIGNS,
+    STYLE_SHARE,
     DomainSigns,
     _add,
 )
@@ -32,7 +33,7 @@ from polyphony.trainer.metrics import key
 
 
 class ShortcutWatch:
-    """Look at every completion of a run.
+    """Monitor the signs of every completion of a run.
 
     Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns.
     """
@@ -58,10 +59,10 @@ class ShortcutWatch:
         return tuple(s for s in COUNTED if (completion.truncated if s == "truncation" else getattr(found, s)))
 
     def suspects(self, group: Group) -> list[int]:
-        """Return the places of a group's successes that show a sign which is not their domain's manner."""
-        manner = self.domains[group.domain].manner
-        known = manner.get("n", 0) >= ENOUGH_MANNER
-        foreign = {s for s in COUNTED if not (known and manner.get(s, 0) >= MANNER * manner["n"])}
+        """Return the places of a group's successes that show a sign which the domain's reference style does not show."""
+        style = self.domains[group.domain].style
+        known = style.get("n", 0) >= ENOUGH_STYLE
+        foreign = {s for s in COUNTED if not (known and style.get(s, 0) >= STYLE_SHARE * style["n"])}
         rare = rare_successes(group.rewards)
         successes = passed(group.rewards) if known else rare
         counted = {True: foreign, False: foreign.intersection(SIGNS)}
@@ -88,10 +89,10 @@ class ShortcutWatch:
         all_right = [group.lengths[i] for i in successes]
         watch.first_lengths += all_right[: ENOUGH_CORRECT - len(watch.first_lengths)]
         watch.last_lengths = [*watch.last_lengths, *all_right][-ENOUGH_CORRECT:]
-        right = [i for i in successes if i not in rare and i not in suspects]  # the others set no standard
+        right = [i for i in successes if i not in rare and i not in suspects]  # lengths of the others are no standard
         watch.lengths = [*watch.lengths, *(group.lengths[i] for i in right)][-ENOUGH_CORRECT:]
-        if len(right) > len(group.rewards) / 2 and watch.manner.get("n", 0) < ENOUGH_CORRECT:
-            _add(watch.manner, [group.signs[i] for i in right], COUNTED)
+        if len(right) > len(group.rewards) / 2 and watch.style.get("n", 0) < ENOUGH_CORRECT:
+            _add(watch.style, [group.signs[i] for i in right], COUNTED)
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last flush, by full name."""
@@ -117,4 +118,8 @@ class ShortcutWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
-        self.domains = {name: DomainSigns(**state[name]) for name in self.domains}
+        renamed = {"manner": "style"}  # in checkpoints of an older version
+        self.domains = {
+            name: DomainSigns(**{renamed.get(key, key): value for key, value in state[name].items()})
+            for name in self.domains
+        }

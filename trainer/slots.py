@@ -1,8 +1,8 @@
-"""Slots, not prompts: TRL's sampler walks over empty places, and a place gets its prompt just before generation.
+"""Empty slots: TRL's sampler yields places without a prompt, which are filled just before generation.
 
 accelerate reads one batch ahead of the step, so a sampler that chose prompts would choose before the last rewards were
-seen. A slot says nothing; what it will hold is decided by the curriculum when its batch is about to be generated. That
-removes the lag, makes refill possible, and makes resume exact (nothing about the sampler has to be restored).
+seen. The curriculum fills a slot when its batch is about to be generated. That removes the lag, makes refill possible,
+and makes resume exact (no state of the sampler has to be restored).
 """
 
 from __future__ import annotations

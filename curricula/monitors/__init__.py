@@ -1,4 +1,4 @@
-"""What is watched while a run learns: entropy, the damage to other domains, signs of shortcuts."""
+"""Monitors of a run: entropy, loss of held-out score (guardrails), signs of shortcuts."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Entropy of every domain, watched: its level and slope, the band around the base model's level, and alarms.
+"""Monitor of every domain's entropy: level, slope, the band around the base model's level, and alarms.
 
-Sums and counts in, nats per token out. A domain is looked at whenever `WINDOW` draws of it have passed and at every
-held-out evaluation; an alarm goes off only where the whole interval of the level lies outside the band. Look n of a
-domain spends error / (2 K n (n + 1)) on each side, which sums to `error` over all K domains and however many looks.
-Rollouts are judged by the band too, which comes from held-out prompts: a domain whose training prompts leave the base
-model less choice than its held-out ones starts lower in it.
+Sums and counts in, nats per token out. A domain is tested after every `WINDOW` draws of it and at every held-out
+evaluation; an alarm is raised only where the whole interval of the level lies outside the band. Test n of a domain spends
+error / (2 K n (n + 1)) on each side, which sums to `error` over all K domains however many tests there are (alpha
+spending). Rollouts are compared with the same band, which comes from held-out prompts: a domain whose training prompts
+have a lower entropy under the base model than its held-out ones starts lower in it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ Sums = tuple[float, float]
 """Summed token entropy in nats, and the tokens it was summed over."""
 
 WINDOW = 8
-"""Draws a look stands on: enough for a spread between draws, few enough to see a collapse while it happens."""
+"""Draws per test: enough for a variance between draws, few enough to see a collapse while it happens."""
 TREND = 32
 """Draws the slope is fitted over."""
 
 Kind = Literal["collapse", "explosion"]
 Source = Literal["rollouts", "held out"]
 SOURCES: tuple[Source, ...] = ("rollouts", "held out")
-"""Looked at apart: a policy may know its training prompts by heart and still be unsure of all others."""
+"""Tested apart: a policy may have memorised its training prompts and still be uncertain on others."""
 
 
 @dataclass(slots=True)
 class Excursion:
-    """What one source has shown since its last look inside the band."""
+    """What one source has shown since its last test inside the band."""
 
     out: Kind | None = None
-    """Set by an alarm, until a look's level is inside again: one alarm an excursion."""
+    """Set by an alarm until a test's level is inside again: one alarm per excursion."""
     since: int = 0
-    """Step of the last look inside."""
+    """Step of the last test inside."""
     drawn: dict[str, int] = field(default_factory=dict)
     """Prompts of each domain drawn since then."""
 
@@ -50,9 +50,9 @@ class Watch:
 
     base: float = math.nan
     """Nats per token at the first evaluation, of the base model."""
-    looks: int = 0
+    tests: int = 0
     window: list[Sums] = field(default_factory=list)
-    """Draws since the last look."""
+    """Draws since the last test."""
     recent: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, nats, tokens) of the last TREND draws."""
     excursions: dict[Source, Excursion] = field(default_factory=lambda: {name: Excursion() for name in SOURCES})
@@ -95,7 +95,7 @@ class EntropyMonitor:
             if len(watch.window) == WINDOW:
                 totals, counts = zip(*watch.window, strict=True)
                 watch.window = []
-                alarms += self._look(name, step, totals, counts, "rollouts")
+                alarms += self._test(name, step, totals, counts, "rollouts")
         return alarms
 
     def measure(self, step: int, items: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[Alarm]:
@@ -104,7 +104,7 @@ class EntropyMonitor:
         for name, (totals, counts) in items.items():
             watch = self.watches[name]
             if not math.isnan(watch.base):
-                alarms += self._look(name, step, totals, counts, "held out")
+                alarms += self._test(name, step, totals, counts, "held out")
             elif sum(counts):
                 watch.base = sum(totals) / sum(counts)
         return alarms
@@ -140,7 +140,7 @@ class EntropyMonitor:
         return {
             name: {
                 "base": None if math.isnan(w.base) else w.base,
-                "looks": w.looks,
+                "looks": w.tests,
                 "window": list(w.window),
                 "recent": list(w.recent),
                 "excursions": {source: asdict(excursion) for source, excursion in w.excursions.items()},
@@ -155,7 +155,7 @@ class EntropyMonitor:
         self.watches = {
             name: Watch(
                 base=math.nan if saved["base"] is None else saved["base"],
-                looks=saved["looks"],
+                tests=saved["looks"],
                 window=[(nats, tokens) for nats, tokens in saved["window"]],
                 recent=[(step, nats, tokens) for step, nats, tokens in saved["recent"]],
                 excursions={source: Excursion(**saved["excursions"][source]) for source in SOURCES},
@@ -164,14 +164,14 @@ class EntropyMonitor:
             for saved in [state[name]]
         }
 
-    def _look(
+    def _test(
         self, name: str, step: int, totals: Sequence[float], counts: Sequence[float], source: Source
     ) -> list[Alarm]:
         watch = self.watches[name]
         if math.isnan(watch.base):
             return []
-        watch.looks += 1
-        one_sided = self.error / (2 * len(self.watches) * watch.looks * (watch.looks + 1))
+        watch.tests += 1
+        one_sided = self.error / (2 * len(self.watches) * watch.tests * (watch.tests + 1))
         level = ratio(totals, counts, level=1 - 2 * one_sided)
         low, high = self.band(name)
         kind: Kind | None = "collapse" if level.high < low else "explosion" if level.low > high else None
@@ -182,8 +182,8 @@ class EntropyMonitor:
             verb, side = ("fell", "below") if kind == "collapse" else ("rose", "above")
             drawn = _shares(excursion.drawn)
             message = (
-                f"entropy ({source}) {verb} to {level.mid:.3f} nats a token, {side} {edge:.3f} with all looks accounted "
-                f"for; {_cause(excursion.since, drawn)}"
+                f"entropy ({source}) {verb} to {level.mid:.3f} nats a token, {side} {edge:.3f} with "
+                f"95 % confidence over all tests; {_cause(excursion.since, drawn)}"
             )
             alarms.append(Alarm(step=step, domain=name, kind=kind, message=message, drawn=drawn))
             excursion.out = kind
@@ -193,7 +193,7 @@ class EntropyMonitor:
 
 
 def _cause(since: int, drawn: Mapping[str, float]) -> str:
-    """Return what was practised meanwhile, most first, in words."""
+    """Return in words which domains were drawn meanwhile, most first."""
     if not drawn:
         return "nothing was drawn meanwhile"
     most = sorted(drawn.items(), key=lambda pair: -pair[1])[:3]

@@ -1,17 +1,17 @@
-"""A coefficient of the entropy term of each domain's loss, moved towards what keeps the domain inside its band.
+"""Control of each domain's entropy by the coefficient of an entropy term in the loss.
 
     e = (edge - H) / base       beyond an edge of the band, drawn in by `MARGIN` of its width; 0 between the two
     S <- S + e                  beyond an edge;    S <- DECAY * S    inside
     c = clip(push * e + rate * S, -most, most)
 
-Proportional and integral control: the push answers at once, because a collapse feeds on itself, and the sum grows for as
-long as the domain stays out and fades slowly once it is back. Positive coefficients raise entropy, negative ones lower it.
-One global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's entropy because an
-open-ended one lost its own.
+Proportional-integral control: the proportional part acts at once, because a collapse reinforces itself; the sum S grows
+for as long as the domain is outside the band and decays slowly once it is back. Positive coefficients raise entropy,
+negative ones lower it. One global coefficient, as in Skywork-OR1 (arXiv:2505.22312), would raise a structured domain's
+entropy because an open-ended one lost its own.
 
 A coefficient that raises entropy acts where no completion of the group got the full reward (`rows: unsolved`): there the
-reward has no answer to prefer yet, while entropy in a prompt that is solved is paid for in reward (R = b - a e^H). A draw
-without such a group is let pass: c is 0 and S stays. A coefficient that lowers entropy acts on all rows.
+reward prefers no answer yet, while raising the entropy of a solved prompt costs reward (R = b - a e^H). In a draw without
+such a group c is 0 and S stays. A coefficient that lowers entropy acts on all rows.
 """
 
 from __future__ import annotations
@@ -47,23 +47,25 @@ def controlled(control: Control | Mapping[str, Control], means: Means, domains: 
 
 @settings
 class EntropySettings:
-    """Token entropy of every domain, in multiples of the base model's at the run's first evaluation."""
+    """Token entropy of every domain: the band it is watched against, and what may keep it there."""
 
     band: tuple[float, float] = (0.5, 1.5)
-    """Where it should stay. Half: the structured domains of the lab lose that much while their score still rises."""
+    """Where it should stay, in multiples of the domain's entropy at the run's first evaluation. Half: structured domains of
+    the lab lose that much while their score still rises. Leaving the band raises an alarm."""
     control: Control | Mapping[str, Control] = "none"
-    """What holds it there, for all domains or by domain (`{math: coefficient}`, the others not). `coefficient`: an entropy
-    term in the loss, of each domain's own, fading inside the band. `sampling`: under the scheduler `adaptive`, a larger
-    share for what moves the entropy back. `adaptive`: both, as far as the scheduler can."""
+    """What keeps it there, for all domains or by domain (`{math: coefficient}`; those not named are not controlled).
+    `coefficient`: an entropy term in the loss with a coefficient of each domain's own, which decays inside the band.
+    `sampling`: the scheduler `adaptive` gives more to domains whose training moves the entropy back. `adaptive`: both, as
+    far as the scheduler can."""
     push: float = Field(default=1.0, ge=0)
-    """Coefficient at once, for an entropy that is off by the base model's whole entropy."""
+    """Proportional gain: the coefficient for an entropy outside the band by the base model's whole entropy."""
     rate: float = Field(default=0.02, gt=0)
-    """Growth of the coefficient per draw for the same distance."""
+    """Integral gain: how much the coefficient grows per draw at the same distance."""
     max_coefficient: float = Field(default=1.0, gt=0)
-    """Either way, as TRL's own `entropy_coef_max`: at 1 the term weighs as much as an advantage of 1."""
+    """Largest absolute coefficient, as TRL's `entropy_coef_max`: at 1 the term weighs as much as an advantage of 1."""
     rows: Literal["unsolved", "all"] = "unsolved"
-    """Where a coefficient that raises entropy acts: in groups without a full reward, so that prompts that are solved may
-    stay certain, or in `all` alike, which is TRL's own bonus."""
+    """Where a coefficient that raises entropy acts: `unsolved` in groups without a full reward, so that solved prompts may
+    keep a low entropy; `all` everywhere, as TRL's own entropy bonus."""
 
     def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
         """Return the domains whose entropy is held by these means."""
@@ -136,7 +138,7 @@ class EntropyControl:
         return group.domain in self.coefficients and (self.settings.rows == "all" or group.pass_rate == 0)
 
     def of_row(self, group: Group) -> float:
-        """Return what a nat of entropy is worth in a row of this group, in units of advantage."""
+        """Return the coefficient of a row of this group, in units of advantage per nat."""
         coefficient = self.coefficients.get(group.domain, 0.0)
         return coefficient if coefficient < 0 or self.can_raise(group) else 0.0
 

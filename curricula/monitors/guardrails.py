@@ -1,6 +1,6 @@
-"""Guardrails: which domain may lose how much, and what happens when it is sure to have lost more.
+"""Guardrails: how much held-out score a domain may lose, and what happens when it has lost more with confidence.
 
-Acts on the `steer` half, with confidence, and corrected for looking again at every evaluation.
+Tested on the `steer` half of the items, corrected for repeated testing at every evaluation (alpha spending).
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from polyphony.curricula.transfer.forgetting import moment
 
 @settings
 class Guardrail:
-    """A limit on what one domain, trained or only watched, may lose.
+    """A limit on the loss of held-out score of one domain, trained or watch-only.
 
     Example: `Guardrail(domain="safety", max_drop=0.02, action="stop")`
     """
 
     domain: str
+    """Its name."""
     max_drop: float = Field(ge=0, le=1)
-    """Largest loss of the mean score that is tolerated; judged with confidence."""
+    """Largest tolerated loss of the mean score. The guardrail acts where the interval of the loss lies wholly above it."""
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """`rollback` reloads the checkpoint whose worst domain was best, and the scheduler is told."""
+    """`warn` raises an alarm; `stop` ends the run; `rollback` reloads the checkpoint whose lowest
+    domain score is highest, and tells the scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,7 @@ class Verdict:
     guardrail: Guardrail
     step: int
     change: Interval
-    """Score now minus score at the anchor, with the interval that the look's share of the error allows."""
+    """Score now minus score at the anchor, with an interval at this evaluation's share of the error rate."""
     since: str
     """What the anchor is, in words."""
 
@@ -50,7 +52,7 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"{self.guardrail.domain} lost {-self.change.mid:.3f} {self.since} (at least {-self.change.high:.3f}, with "
-            f"all looks accounted for); {self.guardrail.max_drop:g} is allowed"
+            f"95 % confidence over all evaluations); {self.guardrail.max_drop:g} is allowed"
         )
 
 
@@ -61,13 +63,13 @@ def check(
 
     A domain is compared with its anchor: its baseline if it is only watched, the end of its last stage if one has
     ended, else its cross-fitted best evaluation so far. It is broken where the upper end of the interval lies below
-    `-max_drop`. Look n of G guardrails spends error / (G n (n + 1)), which sums to `error` over all looks however many
-    there will be (alpha spending by a union bound).
+    `-max_drop`. Evaluation n spends error / (G n (n + 1)) on each of G guardrails, which sums to `error` however
+    many evaluations there will be (alpha spending by a union bound).
     """
-    looks = len(run) - 1
-    if looks < 1 or not guardrails:
+    tests = len(run) - 1
+    if tests < 1 or not guardrails:
         return []
-    one_sided = error / (len(guardrails) * looks * (looks + 1))
+    one_sided = error / (len(guardrails) * tests * (tests + 1))
     now = moment(run, watch_only=watch_only, level=1 - 2 * one_sided)
     verdicts = []
     for guardrail in guardrails:

@@ -1,4 +1,5 @@
-"""Signs of shortcuts and loops in a domain's completions, remembered and alarmed on; `trainer.shortcuts` finds them."""
+"""Counts of signs of shortcuts and loops in a domain's completions, and their alarms; `trainer.shortcuts` finds the
+signs."""
 
 from __future__ import annotations
 
@@ -24,18 +25,19 @@ ENOUGH_COMPLETIONS = 256
 
 
 COLLAPSED, RECOVERED = 0.5, 0.75
-"""Of the length of correct answers at the start: below the first an alarm, above the second it may ring again."""
+"""Length of correct answers over that at the start: an alarm below the first; it can fire again once above the second."""
 
 
 RISEN, FALLEN = 0.2, 0.1
-"""Above the share at the start: beyond the first an alarm, below the second it may ring again."""
+"""Rise of a sign's share above that at the start: an alarm beyond the first; it can fire again once below the second."""
 
 
-MANNER = 0.5
-"""Share of a domain's established correct answers from which on a sign is its manner."""
+STYLE_SHARE = 0.5
+"""A sign belongs to the reference style if at least this share of the completions it is learned from show it."""
 
 
-ENOUGH_MANNER = 16
+ENOUGH_STYLE = 16
+"""Completions from which on the reference style is used; it is learned from the first `ENOUGH_CORRECT`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,15 +47,16 @@ class DomainSigns:
     first_lengths: list[int] = field(default_factory=list)
     """Of the first correct answers, tokens."""
     last_lengths: list[int] = field(default_factory=list)
-    """Of the last correct answers, shortcuts too: what shrinks is to be seen."""
+    """Of the last correct answers, suspected shortcuts included."""
     lengths: list[int] = field(default_factory=list)
-    """Of the last correct answers that set a standard, neither rare nor suspect."""
+    """Of the last correct answers that are neither rare in their group nor suspected shortcuts."""
     first: dict[str, int] = field(default_factory=dict)
     """Signs among the first completions, and how many these were (`n`)."""
     level: dict[str, float] = field(default_factory=dict)
     """Share of each sign, averaged over about the last 256 completions."""
-    manner: dict[str, int] = field(default_factory=dict)
-    """Signs among the first established answers, and how many these were (`n`)."""
+    style: dict[str, int] = field(default_factory=dict)
+    """The reference style: signs among the first correct completions of groups that are mostly correct, and their number
+    `n`."""
     ringing: list[str] = field(default_factory=list)
 
     @property
@@ -70,7 +73,7 @@ class DomainSigns:
             _add(self.first, signs, COUNTED)
 
     def alarms(self) -> dict[str, str]:
-        """Return what has begun to ring, by kind, with the reason in words."""
+        """Return new alarms by kind, each with its message."""
         found = self._risen_signs()
         if len(self.first_lengths) == ENOUGH_CORRECT == len(self.last_lengths):
             now = statistics.median(self.last_lengths)

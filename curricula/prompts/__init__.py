@@ -1,1 +1,1 @@
-"""Which prompts of a domain are practised: what is known of each, and who is next."""
+"""Prompt selection: the estimated pass rate of each prompt of a domain, and which are drawn next."""

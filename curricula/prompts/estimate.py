@@ -1,12 +1,12 @@
-"""What a prompt's past visits say about its pass rate, the five states that follow, and which open prompts to take.
+"""A prompt's posterior pass rate, the five states that follow from it, and how a prompt is sampled among the open ones.
 
 Prior Beta(1, 1); a visit of G graded completions adds their successes and failures after what was known is discounted, so
 that old evidence about an old policy fades (MoPPS, arXiv:2507.04632, uses the same posterior). A reward counts as that
 share of a success, cut to [0, 1]. N prompts.
 
-Among open prompts a sampling takes any, or those whose outcome is most in doubt. `RankedSet` keeps places 0..N-1 so that the
-k-th smallest member is found in O(log N), a Fenwick tree over membership: its order is that of the places, whatever
-happened before, so that a set rebuilt after a restart picks alike.
+Open prompts are sampled uniformly or by their learnability p (1 - p) (Thompson sampling). `RankedSet` keeps places 0..N-1
+so that the k-th smallest member is found in O(log N), a Fenwick tree over membership: its order is that of the places,
+whatever happened before, so that a set rebuilt after a restart picks alike.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ WAITING = (State.ACTIVE, *RETRIED)
 
 @settings
 class Band:
-    """The pass rates between which a prompt is worth its rollouts."""
+    """The pass rates between which a prompt is selected for training."""
 
     impossible_below: float = Field(default=0.05, gt=0, lt=1)
-    """Below it with confidence: IMPOSSIBLE. 64 failures in a row say so, 8 visits of 8."""
+    """A prompt whose pass rate is below this with 95 % confidence is IMPOSSIBLE: 64 failures in a row, or 8 groups of 8."""
     defer_below: float = Field(default=0.125, gt=0, lt=1)
     """Posterior mean below it: DEFERRED. One visit of 8 failures says so (1/10)."""
     mastered_above: float = Field(default=0.9, gt=0, lt=1)

@@ -1,4 +1,4 @@
-"""Which prompt inside a domain: every prompt once a pass, each pass in a new order."""
+"""Prompts without a pool: every prompt once a pass, each pass in a new order."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The prompts of one domain, each with what is known of its pass rate, and which of them to practise next.
+"""Prompt selection in one domain: each prompt's estimated pass rate, and which prompts to draw next.
 
 Columns of numpy, one row a prompt, found by id: rows of the data set may come and go between runs. A draw takes prompts
-that are open: UNSEEN, or ACTIVE and not at rest after a group whose rewards were all alike; beside them a small share of
-those whose turn to be tried again has come. Picking and updating cost O(log N) a prompt. Nothing depends on the order of
+that are open: UNSEEN, or ACTIVE and not waiting after a group whose rewards were all equal; beside them a small share of
+those that are due for a retry. Picking and updating cost O(log N) a prompt. Nothing depends on the order of
 events but the columns and the clock, so a restored pool draws what the saved one would have drawn.
 
-`PoolSettings` has the thresholds and the schedule by which prompts are judged, waited for and chosen.
+`PoolSettings` has the thresholds, the retry schedule and the sampling.
 """
 
 from __future__ import annotations
@@ -25,40 +25,42 @@ from polyphony.curricula.records import settings
 
 @settings
 class Refill:
-    """Groups whose rewards are all equal are replaced within the draw by groups of further prompts of their domain."""
+    """Replace groups whose rewards are all equal, within the draw, by groups of other prompts of the same domain."""
 
     max_rounds: int = Field(default=2, ge=0)
-    """With half of the groups dead, two rounds leave about one in eight."""
+    """Most rounds of replacement in a draw; 0: none. With half of the groups dead, two rounds leave about one in eight."""
 
 
 @settings
 class PoolSettings(Band):
-    """How prompts are judged, waited for and chosen by what is known of their pass rates."""
+    """Prompt selection by estimated pass rates, early stop of groups, and replacement of groups without a gradient."""
 
     discount: float = Field(default=0.99, ge=0.5, le=1)
-    """What earlier evidence is multiplied with at each visit; 0.99 keeps 64 failures in 8 visits convincing (62)."""
+    """Factor on earlier evidence at each visit of a prompt; with 0.99, 64 failures in 8 visits still count as 62."""
     sampling: str = "uniform"
-    """Among the open prompts: `uniform`, `thompson` (largest p (1 - p)), or an import path."""
+    """How open prompts (UNSEEN or ACTIVE) are sampled: `uniform`, `thompson` (largest p (1 - p), with p sampled from the
+    posterior), or an import path."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of a domain's draws that goes to prompts whose turn to be tried again has come."""
+    """Largest share of a domain's prompts in a draw that are retries of DEFERRED, MASTERED or IMPOSSIBLE ones."""
     retry_deferred: int = Field(default=10, ge=1)
-    """Draws before a DEFERRED prompt at the band's edge is tried again; a policy changes noticeably in about ten. Below the
-    edge it waits in inverse proportion to its mean pass rate, as the chance that a visit shows a success falls: 12, 22,
-    32, .. draws after one, two, three groups of eight failures, but no longer than an IMPOSSIBLE one. An ACTIVE prompt
-    rests so long after a group that was all alike: the posterior takes visits to see that it has been learned."""
+    """Draws until a DEFERRED prompt at the band's edge is retried; a policy changes noticeably in about ten. Below the edge
+    the wait is inversely proportional to the mean pass rate, as the chance of a success is: 12, 22, 32, .. draws after
+    one, two, three groups of eight failures, at most `retry_impossible`. An ACTIVE prompt waits `retry_deferred` draws
+    after a group with equal rewards."""
     retry_mastered: int = Field(default=50, ge=1)
-    """Draws before a MASTERED one is; forgetting is slower than learning."""
+    """Draws until a MASTERED prompt is reviewed; forgetting is slower than learning."""
     retry_impossible: int = Field(default=100, ge=1)
-    """Draws before an IMPOSSIBLE one is: it took eight visits to be called so."""
+    """Draws until an IMPOSSIBLE prompt is retried; eight visits showed it to be one."""
     when_exhausted: Literal["continue", "stop"] = "continue"
-    """Where every prompt of every domain is mastered or impossible: go on with the least bad, or stop with a message."""
+    """When every prompt of every domain is MASTERED or IMPOSSIBLE: go on with those nearest to the band, or stop."""
     look: int | None = Field(default=None, ge=2)
-    """Completions of a group that are sampled first; where these are all worth the same, the others are not sampled. Half of
-    `grpo.num_generations` saves up to half of what dead groups cost; None samples every group whole."""
+    """Early stop of a group after so many completions: if their rewards are all equal, the rest are not sampled. Half of
+    `grpo.num_generations` saves up to half of what groups without a gradient cost. Prompts that nearly always fail, or
+    never, are then trained on less: of the groups that eight completions would have told apart, three in five are continued
+    at a pass rate of .1, four in five at .3. Null samples every group whole."""
     refill: Refill = Refill()
     start: str | None = Field(default=None, validation_alias="from", serialization_alias="from")
-    """`from` in a recipe: `pool.npz` of a `screen`, or of an earlier run: what is known already, matched by the prompts'
-    ids."""
+    """`pool.npz` of `polyphony screen`, or of an earlier run: pass rates to start from, matched by the prompts' ids."""
 
     def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
         """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
@@ -74,9 +76,9 @@ class PoolSettings(Band):
 
 
 LEARNED = 0.5
-"""What earlier failures are multiplied with at a group that is all correct: they are of a policy that had not learned the
-prompt. With their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED,
-with this three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
+"""Factor on earlier failures at a group that is all correct: they are of a policy that had not learned the prompt. With
+their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED, with this
+three times. Successes are not treated so: IMPOSSIBLE stays a matter of confidence."""
 
 
 class PromptPool:

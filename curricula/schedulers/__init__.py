@@ -1,4 +1,4 @@
-"""One protocol, one file a method: given evidence, what share of the next draw does each domain get?
+"""Schedulers: given evidence, the share of the next draw for each domain. One protocol, one file a method.
 
 A scheduler is a frozen record of its settings with one pure method. Its memory is the `state` it returned last time,
 so it can be saved, restored and replayed offline. Add your own without a patch: `scheduler: my_package.module:Mine`.
@@ -55,7 +55,7 @@ def find_scheduler(name: str) -> type:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and hasattr(found, "decide")):
-        raise ValueError(f"scheduler {name!r} is no class with a method `decide`")
+        raise ValueError(f"scheduler {name!r}: expected a class with a method `decide`, got {found!r:.60}")
     return found
 
 
@@ -77,7 +77,7 @@ def as_scheduler(
     elif "adaptive" in fields:  # `auto` hands these on
         settings["adaptive"] = told | settings.get("adaptive", {})
     elif entropy.asks_for_sampling:
-        raise ValueError(f"scheduler {name!r} does not do `entropy.control: sampling`; adaptive and auto do")
+        raise ValueError(f"scheduler {name!r} does not support `entropy.control: sampling`; adaptive and auto do")
     return build_scheduler(name, **settings)
 
 

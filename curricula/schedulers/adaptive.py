@@ -1,4 +1,4 @@
-"""`adaptive`: the share of a domain follows what practising it is worth now, to itself and to all others."""
+"""`adaptive`: shares by learnability, progress and transfer of each domain, re-estimated at every draw."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.learnability import Arms
+from polyphony.curricula.schedulers.learnability import Learnability
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.shares import check_counts, check_numbers
-from polyphony.curricula.schedulers.transfer_value import Worth
+from polyphony.curricula.schedulers.transfer_value import TransferValue
 from polyphony.curricula.transfer.matrix import TransferMatrix
 
 UNSEEN = (1.0, 0.04)
-"""Mean and variance of learnability before a domain was drawn: as learnable as can be, so that each is tried."""
+"""Mean and variance of learnability before a domain was drawn: the largest there is, so that each is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,35 +32,38 @@ class Adaptive:
        PAC (arXiv:2608.30528), see `posterior`.
     P: |slope of the mean reward over the last `window` draws| over the sum of the same. PAC takes the signed slope;
        the size is used here, so that a domain that is being lost is practised too.
-    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one sample of the worth of a step on k
-       to the held-out scores of all domains, itself and watch-only ones included, see `worth`: measured by the probes
-       and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
+    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one posterior sample of what a step on k
+    adds to
+       the held-out scores of all domains, itself and watch-only ones included, see `transfer_value`: measured by the
+       probes and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
        evaluations need no gradients and see watch-only domains.
-    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `worth`; 1 unless
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `transfer_value`; 1
+    unless
        `entropy_control` names domains.
 
     No source has the four together; the product is ours.
     """
 
     transfer: Any = None
-    """A `TransferMatrix`, the path of a `transfer.json`, or None: learn from this run's evaluations alone."""
+    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None: transfer is estimated from this
+    run's evaluations alone."""
     floor: float = 0.1
-    """Share spread evenly over the domains, so that each keeps being measured."""
+    """Share of a draw spread evenly over the domains, so that each keeps being measured."""
     strength: float = 0.9
-    """Weight of transfer; below 1, so that transfer alone never silences a domain."""
+    """Weight of transfer; below 1, so that transfer alone never takes a domain's share to 0."""
     focus: float = 0.2
-    """Difference in score over which a domain's need grows e times: .2 lets a domain at .3 count 3 times one at .5."""
+    """Difference in score over which a domain's weight grows e times: with .2 a domain at .3 weighs 3 times one at .5."""
     alarm: float = 0.05
-    """Drawdown that doubles a domain's need: two standard errors of a paired difference of about 200 items."""
+    """Drawdown that doubles a domain's weight: two standard errors of a paired difference of about 200 items."""
     window: int = 16
-    """Draws of the progress slope (PAC's W)."""
+    """Draws over which the slope of the mean reward is fitted (PAC's W)."""
     entropy_band: tuple[float, float] = EntropySettings().band
-    """Multiples of a domain's entropy at the run's first evaluation."""
+    """Multiples of a domain's entropy at the run's first evaluation; a recipe says it in `entropy.band`."""
     entropy_control: tuple[str, ...] = ()
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
     seed: int = 0
-    """Of the posterior samples; the draw's index is the other half of their seed, so no generator needs saving."""
-    worth: Worth = field(init=False, repr=False, compare=False)
+    """Seed of the posterior samples, together with the draw's index."""
+    values: TransferValue = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_numbers(self, floor="[0, 1]", strength="[0, 1)", focus="(0, inf)", alarm="(0, inf)")
@@ -69,7 +72,7 @@ class Adaptive:
         if not 0 <= low < high:
             raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")
         matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
-        worth = Worth(
+        values = TransferValue(
             scores=None if matrix is None else score_prior(matrix),
             entropies=None if matrix is None else entropy_prior(matrix),
             focus=self.focus,
@@ -77,14 +80,14 @@ class Adaptive:
             band=(low, high),
             held=tuple(self.entropy_control),
         )
-        object.__setattr__(self, "worth", worth)
+        object.__setattr__(self, "values", values)
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         rng = random.Random(f"{self.seed}/{evidence.draw}")
-        arms = Arms.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
-        assessed = self.worth.assess(evidence, state.get("worth", {}))
-        learnability = np.maximum(arms.sample(rng), 1e-3)
-        progress = arms.progress()
+        known = Learnability.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
+        assessed = self.values.assess(evidence, state.get("worth", {}))
+        learnability = np.maximum(known.sample(rng), 1e-3)
+        progress = known.progress()
         sampled = [rng.gauss(v, sd) for v, sd in zip(assessed["value"], assessed["value_sd"], strict=True)]
         transfer = _relative(np.array(sampled), np.array(assessed["value"]), np.array(assessed["value_sd"]))
         entropy = 2 ** np.clip(np.array(assessed["pull"]), -1, 1)
@@ -96,7 +99,7 @@ class Adaptive:
             f"{name} {p:.2f}: learnability {a:.2f}, progress {b:+.2f}, transfer {c:+.2f}, entropy x{d:.2f}"
             for name, p, a, b, c, d in factors
         )
-        next_state = {"arms": arms.as_json(), "worth": assessed}
+        next_state = {"arms": known.as_json(), "worth": assessed}  # names of saved states, which old runs have too
         return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
 
 

@@ -1,4 +1,4 @@
-"""`auto`: what the plan of the transfer file says, the default of the recipes."""
+"""`auto`, the default: `bwt` where the plan of the transfer file says `sequence`, else `adaptive`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Auto:
     """
 
     transfer: Any = None
-    """A `TransferMatrix`, the path of a `transfer.json`, or None."""
+    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None."""
     replay: Any = None
-    """Settings of `bwt`'s replay, used where the plan says `sequence`; None: its defaults."""
+    """`replay` of `bwt`, used where the plan says `sequence`; None: its defaults."""
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `adaptive`, used where the plan says `mix`."""
     why: str = field(init=False, repr=False, compare=False)

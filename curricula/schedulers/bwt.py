@@ -1,4 +1,4 @@
-"""`bwt`: one stage a domain in the order that measured transfer asks for, with replay of what came before."""
+"""`bwt`: one stage per domain, in the order planned from measured transfer, with replay of earlier domains."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class Bwt:
     """
 
     transfer: Any = None
-    """A `TransferMatrix` or the path of a `transfer.json`, as `polyphony probe` writes it; no order without."""
+    """Needed: a `TransferMatrix` or the path of a `transfer.json` (`curriculum.transfer`), which `polyphony probe`
+    writes."""
     replay: Any = field(default_factory=Replay)
-    """`Replay` or its settings: `{kind: power_law, fraction: 0.25, exponent: 1.0}`."""
+    """Share of a draw for domains whose stage is over: `{kind: power_law, fraction: 0.25, exponent: 1.0}`."""
     protect: Any = field(default_factory=Protection)
-    """`Protection` or its settings: `{max_drop: 0.02, share: 0.25}`."""
+    """Additional replay of a domain that is being forgotten: `{max_drop: 0.02, share: 0.25}`."""
     plateau: Any = field(default_factory=Plateau)
-    """`Plateau` or its settings: `{window: 2, gain: 0.01}`; None: every stage runs to its end, come what may."""
+    """When a stage ends early: `{window: 2, gain: 0.01}`; None: every stage has its full length."""
     solver: Solver = field(init=False, repr=False, compare=False)
     prior: Prior = field(init=False, repr=False, compare=False)
 

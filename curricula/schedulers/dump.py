@@ -1,4 +1,4 @@
-"""`dump`: large advantages, or rarely tried, get more (upper confidence bound over domains)."""
+"""`dump`: more to domains with a large |advantage| or few completions so far (upper confidence bound)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`e2h`: from easy to hard on a fixed timetable that never leaves a level alone."""
+"""`e2h`: from easy to hard on a fixed schedule in which every level always has a share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class E2H:
     (under `cosine` both ends are at or above it, so it needs no enforcing).
 
     Source: arXiv:2506.06632 and its code. Changed: levels are domains in an order instead of difficulties within one
-    task, by default structured before open-ended (arXiv:2507.14783). It is a timetable: it looks at no evidence, so
+    task, by default structured before open-ended (arXiv:2507.14783). It is a fixed schedule that uses no evidence, so
     what a domain showed, or that it was not drawn, changes nothing, and its first draw is not uniform.
     """
 
@@ -34,7 +34,7 @@ class E2H:
     exponent: float = 0.5
     """b; 0.5 as released: the focus moves fast at first, and half of the levels are passed in a quarter of the run."""
     sigma: float = 0.5
-    """Levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
+    """Width of the focus, in levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
 
     def __post_init__(self) -> None:
         check_numbers(self, exponent="(0, inf)", sigma="(0, inf)")
@@ -48,7 +48,7 @@ class E2H:
         shares = self._cosine(evidence) if self.kind == "cosine" else self._gaussian(evidence)
         by_name = dict(zip(order, shares, strict=True))
         reason = (
-            f"{self.kind} timetable, draw {evidence.draw + 1} of {evidence.total_draws}, from easy to hard: "
+            f"{self.kind} schedule, draw {evidence.draw + 1} of {evidence.total_draws}, from easy to hard: "
             f"{listed(order, shares)}"
         )
         return Decision(mixture=tuple(by_name[name] for name in evidence.domains), reason=reason)

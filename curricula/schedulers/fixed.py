@@ -1,4 +1,4 @@
-"""Mixtures that no evidence moves.
+"""Mixtures fixed in advance, whatever the rewards.
 
 `joint`: every draw shows every domain, in shares that never change. `proportional`: domains in proportion to how many
 prompts they have. `sequential`: one domain after the other, each for an equal share of the run.
@@ -46,6 +46,7 @@ class Sequential:
     """
 
     order: tuple[str, ...] | None = None
+    """Domains from first to last; None puts structured before open-ended, each in the recipe's order."""
 
     def __post_init__(self) -> None:
         if self.order is not None:

@@ -1,7 +1,7 @@
-"""What the draws so far say about each domain: the posterior of its learnability, and its slope of reward.
+"""Each domain's learnability (mean |advantage|) as a posterior over the draws so far, and the slope of its reward.
 
-PAC, arXiv:2608.30528: an arm starts at N(0, 1); a draw that gave it a share c of the groups adds precision c K, its
-mean is weighted by precision, then every variance grows by 0.02, so that what was learned early is doubted later.
+PAC, arXiv:2608.30528: a domain starts at N(0, 1); a draw in which it had a share c of the groups adds precision c K,
+means are weighted by precision, then every variance grows by 0.02, so that early evidence loses its weight.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from polyphony.curricula.records import Evidence
 
 INFLATION = 0.02
-"""Variance added to every arm at each draw (PAC)."""
+"""Variance added to every domain at each draw (PAC)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arms:
+class Learnability:
     """Posterior mean and variance of each domain [K], and the last draws' rewards; state as JSON."""
 
     mean: list[float]
@@ -37,10 +37,10 @@ class Arms:
         *,
         window: int,
         start: tuple[float, float] = (0.0, 1.0),
-    ) -> Arms:
-        """Return the arms after the last draw; `start` is their mean and variance before any.
+    ) -> Learnability:
+        """Return the posteriors after the last draw; `start` is their mean and variance before any.
 
-        What an arm is seen to be worth is its mean |A| in the last draw.
+        The observation of a domain is its mean |advantage| in the last draw.
         """
         size = len(evidence.domains)
         if state is None:
@@ -50,10 +50,10 @@ class Arms:
         total = sum(stats.groups for stats in evidence.last)
         means, variances = [], []
         for m, v, stats in zip(state["mean"], state["variance"], evidence.last, strict=True):
-            worth = stats.abs_advantage
-            share = stats.groups / total * size if total and not math.isnan(worth) else 0.0
+            advantage = stats.abs_advantage
+            share = stats.groups / total * size if total and not math.isnan(advantage) else 0.0
             precision = 1 / v + share
-            means.append((m / v + share * worth) / precision if share else m)
+            means.append((m / v + share * advantage) / precision if share else m)
             variances.append(1 / precision + INFLATION)
         return cls(mean=means, variance=variances, rewards=rewards)
 
@@ -61,7 +61,7 @@ class Arms:
         return {"mean": self.mean, "variance": self.variance, "rewards": self.rewards}
 
     def sample(self, rng: random.Random) -> np.ndarray:
-        """Return one sample of every arm's posterior, [K]."""
+        """Return one sample of every domain's posterior, [K]."""
         return np.array([rng.gauss(m, math.sqrt(v)) for m, v in zip(self.mean, self.variance, strict=True)])
 
     def progress(self) -> np.ndarray:

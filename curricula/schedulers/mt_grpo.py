@@ -1,4 +1,4 @@
-"""`mt_grpo`: the worst and the least improving domain gets more, and dead groups are paid for in advance."""
+"""`mt_grpo`: more to domains with low reward and low improvement, oversampled by their share of dead groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MTGRPO:
     """
 
     balance: float = 0.2
-    """lam; 0.2 in the paper's main run with 3 tasks, up to 1.2 with 9: larger looks at the level, not the change."""
+    """lam; 0.2 in the paper's main run with 3 tasks, up to 1.2 with 9: larger weighs the level more than the change."""
     step_size: float = 0.025
     """beta, Adam's rate for xi; 0.025 as released: under a steady g a logit moves by that much a draw."""
     cap: float = 5.0

@@ -1,6 +1,6 @@
-"""Transfer re-estimated while a run goes on: changes at its evaluations regressed on what was practised.
+"""Transfer re-estimated during a run: changes of score between its evaluations regressed on what was trained.
 
-Between two evaluations, with x_k the steps' worth of practice that domain k had (steps times its share of prompts),
+Between two evaluations, with x_k the steps spent on domain k (steps times its share of prompts),
 
     change_i = sum_k x_k B[k -> i] + noise,     B_i ~ N(prior_i, P_i),     noise ~ N(0, v_i)
 
@@ -220,7 +220,7 @@ class Regression:
 
 
 def _practice(before: Evaluation, now: Evaluation, trained: Sequence[str]) -> np.ndarray | None:
-    """Return the steps' worth of practice of each domain between two evaluations, [K].
+    """Return the steps spent on each domain between two evaluations, [K].
 
     None where there was none, and where a rollback in between makes the change another one than practice made.
     """

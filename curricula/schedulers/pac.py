@@ -1,4 +1,4 @@
-"""`pac`: large advantages that also pay off in rising reward get more (progress and advantage, Thompson sampling)."""
+"""`pac`: more to domains with a large |advantage| and a rising reward, by Thompson sampling."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class PAC:
     """
 
     window: int = 16
-    """Draws; 16 as in the paper."""
+    """Draws over which advantage and slope are taken; 16 as in the paper."""
     drift: float = 0.02
     """Variance added each draw, 0.02 as in the paper: at a steady rho of 1 the posterior keeps v near 0.15."""
     cold_start: int = 50
-    """Uniform draws; 50 as in the paper, capped at a quarter of the run."""
+    """Uniform draws at the start; 50 as in the paper, capped at a quarter of the run."""
     samples: int = 256
-    """Draws of theta: the paper's 256 prompts a batch; a share of .25 is then known to .03."""
+    """Samples of theta per draw: the paper's 256 prompts a batch; a share of .25 then has a standard error of .03."""
     seed: int = 0
-    """Of the draws of theta, with the index of the draw: the same on every rank and after a restore."""
+    """Seed of the samples of theta, together with the draw's index."""
 
     def __post_init__(self) -> None:
         check_counts(self, window=2, cold_start=1, samples=1, seed=0)

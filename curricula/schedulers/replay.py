@@ -1,4 +1,4 @@
-"""How much of a draw goes back to domains whose stage is over."""
+"""Replay: the share of a draw that goes to domains whose stage is over."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class Replay:
     """
 
     kind: str = "power_law"
+    """The only kind."""
     fraction: float = 0.25
-    """Share of a draw; the paper's regime is 1 to 10 %, our lab's stages still lost their worst domain at 25 %."""
+    """Share of a draw for all earlier domains together; the paper uses 1 to 10 %, in our lab 25 % still lost the worst
+    one."""
     exponent: float = 1.0
     """0 spreads the fraction evenly, 1 gives a domain twice as old half as much; 0.5 to 1.5 are usual."""
 
@@ -43,9 +45,9 @@ class Protection:
     """More replay for a past domain while its measured backward transfer is below `-max_drop` with 95 % confidence."""
 
     max_drop: float = 0.02
-    """Loss since the end of its stage that is put up with, in score."""
+    """Tolerated loss of held-out score since the end of the domain's stage."""
     share: float = 0.25
-    """Of a draw, for each domain under protection, as far as `MOST` allows."""
+    """Share of a draw for each protected domain; all replay and protection together get half of a draw at most."""
 
     def __post_init__(self) -> None:
         check_numbers(self, max_drop="[0, 1]", share=f"[0, {MOST}]")
@@ -53,14 +55,14 @@ class Protection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plateau:
-    """A stage has stopped paying when the mean of its last `window` evaluations is less than `gain` above that of the
+    """A stage has plateaued when the mean score of its last `window` evaluations is less than `gain` above that of the
     `window` before.
     """
 
     window: int = 2
-    """Evaluations on each side; with 2 of 200 items the difference has a standard error of about 0.025."""
+    """Evaluations averaged on each side; with 2 of 200 items the difference has a standard error of about 0.025."""
     gain: float = 0.01
-    """Score; 0 or less waits until the domain falls."""
+    """Rise of the score below which the stage ends; 0 or less waits until the score falls."""
 
     def __post_init__(self) -> None:
         check_counts(self, window=1)

@@ -1,4 +1,4 @@
-"""`sec`: domains whose groups still disagree with themselves get more (Self-Evolving Curriculum)."""
+"""`sec`: more to domains with a larger mean |advantage| (Self-Evolving Curriculum)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SEC:
     Q_k: value of domain k, 0 before it was seen. A_k: mean |advantage| of its groups in the last draw, for binary
     rewards 2 sqrt(p (1 - p)), largest at pass rate p = 0.5. a: `step_size`. tau: `temperature`.
 
-    Source: arXiv:2505.14970 (TD(0), Boltzmann policy). Changed: arms are domains, not category x difficulty; quotas
-    instead of sampled arms. A domain that was not drawn, or whose grader failed on everything, keeps its Q as in the
+    Source: arXiv:2505.14970 (TD(0), Boltzmann policy). Changed: the bandit's arms are domains, not category x difficulty;
+    quotas instead of sampling. A domain that was not drawn, or whose grader failed on everything, keeps its Q as in the
     paper: the released code moves it towards 0 as if nothing could be learned there, which we do not copy.
     """
 

@@ -1,15 +1,15 @@
-"""What a step on each domain is worth to the held-out scores and entropies of all of them, from a run's evaluations.
+"""Transfer value: how much a step on each domain changes the held-out scores and entropies of all, from a run's evaluations.
 
     V_k = sum_i n_i B[k -> i],       n_i = exp(-a_i / focus) (1 + drawdown_i / alarm) 2^alarms_i,  scaled to mean 1
 
-B is the posterior of `online_transfer`. The need n_i is larger for a low score a_i and for ground lost since the domain's
-best (cross-fitted), so what would help or harm the weakest counts most: worst domains are where mixtures fail. It doubles
-with each guardrail of i that broke.
+B is the posterior of `online_transfer`. The weight n_i is larger for a low score a_i and for a large drawdown from the
+domain's best score (cross-fitted): what helps or harms the weakest domains counts most. It doubles with each broken
+guardrail of i.
 
     E_k = sum_i s_i D[k -> i] / max |D|
 
-D is the same posterior for entropies; s_i is how far i is below its band, over the band's edge, negative above it, and 0
-where nobody asked for i to be held.
+D is the same posterior for entropies; s_i is how far i is below its band, relative to the band's edge, negative above the
+band, and 0 where the entropy of i is not controlled.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ and the standard deviation of each effect. An interval usually moves a score by 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Worth:
-    """How evaluations are valued; `assess` is a pure function of evidence and state."""
+class TransferValue:
+    """Values each domain by its effect on all; `assess` is a pure function of evidence and state."""
 
     scores: Prior | None
     """None: no probes, see `OWN`."""
@@ -94,9 +94,9 @@ class Worth:
     def _say_unmeasured(self, rows: tuple[Evaluation, ...], measured: tuple[str, ...]) -> None:
         for name in measured:
             if name not in rows[-1].entropy:
-                taken = "it is taken as in the middle of its band, and " if name in self.held else ""
+                taken = "it is assumed in the middle of its band, and " if name in self.held else ""
                 logger.warning(
-                    "domain %r: its entropy was not measured at step %d: %sno entropy of this interval counts",
+                    "domain %r: its entropy was not measured at step %d: %sno entropy change of this interval is used",
                     name,
                     rows[-1].step,
                     taken,
@@ -126,7 +126,7 @@ class Worth:
             return self.entropies.select(evidence.domains, measured)
         if self.entropies is not None:
             strange = sorted(set(measured) - set(self.entropies.measured))
-            logger.warning("the probes measured no entropy of %s: none of theirs counts", ", ".join(strange))
+            logger.warning("the probes measured no entropy of %s: their entropies are ignored", ", ".join(strange))
         sd = OTHERS * max(first.entropy.values(), default=1.0) / (interval or 1)
         return flat_prior(evidence.domains, measured, own=0.0, sd=max(sd, 1e-6))
 

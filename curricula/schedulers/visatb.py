@@ -1,4 +1,4 @@
-"""`visatb`: a mixture fixed before training: who helps others, who gets no help, who is hard."""
+"""`visatb`: a mixture fixed before training, by transfer given, transfer received and difficulty."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ class VisATB:
 
     Source: the code of VisATB (YanqiDai/VisATB). Changed: its weights (mean 1) multiply losses, our shares divide
     prompts; its contributions come from runs on one task plus small sets of the others, ours from the probe's matrix,
-    on the `steer` half. Being static it looks at no rewards: the first draw is already the last word, and a domain that
-    was not drawn means nothing.
+    on the `steer` half. It is static: rewards are not used, and the mixture of the first draw is that of all.
     """
 
     transfer: TransferMatrix | None = None
-    """What `polyphony probe` measured; needed."""
+    """Needed: what `polyphony probe` measured (`curriculum.transfer`)."""
     temperature: float = 0.5
     """tau; 0.5 as in the code: a contribution larger by 0.35 doubles its term."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
@@ -35,7 +36,10 @@ def bounds(interval: Interval) -> str:
 def _ran(findings: Findings) -> str:
     run, watched = findings.run, findings.run.watch_only
     trained = [name for name in run.domains if name not in watched]
-    model = f" {run.setting('model')}" if run.setting("model") else ""
+    name = Path(run.setting("model") or "")
+    model = (
+        f" {name.name if name.is_absolute() else name}" if name.name else ""
+    )  # a folder here is told by its own name
     planned = run.planned_steps
     steps = f"{run.steps:,} steps" if planned in (None, run.steps) else f"{run.steps:,} of {planned:,} steps"
     text = f"The run trained{model} for {steps} on {_count(len(trained), 'domain')} ({_list(trained)})"

@@ -247,7 +247,7 @@ def houses() -> list[Finding]:
         if origin != home / name:
             fix = f"another package is named polyphony: uninstall it, and install ours ({home}) again"
             found.append(Finding(name=f"polyphony.{name}", verdict="broken", what=f"imported from {origin}", fix=fix))
-    return found or [Finding(name="house", verdict="ok", what=f"polyphony is {home}")]
+    return found or [Finding(name="polyphony", verdict="ok", what=f"imported from {home}")]
 
 
 def engine() -> list[Finding]:

@@ -1,1 +1,1 @@
-"""What samples from the policy: vLLM behind TRL's own engine class, and the proof that it follows the weights."""
+"""What samples from the policy: vLLM behind TRL's own engine class, and the check that it follows the weights."""

@@ -1,4 +1,4 @@
-"""The engines that generate, behind TRL's own seam: a seed for every completion, a number for every weight sync.
+"""Engines that sample completions, behind TRL's interface: a seed for every completion, a number for every weight sync.
 
 Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
 PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLLM.
@@ -7,6 +7,7 @@ PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLL
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ __all__ = [
     "Request",
     "Sampling",
     "completion_seed",
+    "find_engine",
 ]
 
 
@@ -44,7 +46,7 @@ MOST_TOKENS_A_STEP = 4096
 
 @dataclass(kw_only=True, slots=True)
 class EngineFaults:
-    """What went wrong in an engine and was made good, counted since the last log."""
+    """Faults of an engine that were recovered from, counted since the last log."""
 
     workers_restarted: int = 0
     regenerated: int = 0
@@ -166,7 +168,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 EngineFactory = Callable[..., Engine]
-"""Takes what `Engine` is constructed with; for engines whose packages the trainer does not know."""
+"""Takes what `Engine` is constructed with and returns one: an `Engine` class, or a function."""
 
 
 class InProcessEngine(Engine):
@@ -215,3 +217,25 @@ class InProcessEngine(Engine):
         with torch.random.fork_rng(devices=devices):
             completions = sample(self.llm, requests, self.sampling, on_finished)
         return [replace(c, version=self.version) for c in completions]
+
+
+def find_engine(name: str) -> EngineFactory:
+    """Return what makes the engine of a name: `vllm`, or the import path `pkg.module:name` of a class or a function.
+
+    Raises ValueError that names it and says what is allowed.
+    """
+    if name == "vllm":
+        return InProcessEngine
+    if ":" not in name:
+        raise ValueError(f"rollouts.engine {name!r} does not exist; known: vllm, transformers, or pkg.module:name")
+    try:
+        found: Any = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"rollouts.engine {name!r} cannot be imported: {error}") from error
+    makes_one = issubclass(found, Engine) if isinstance(found, type) else callable(found)
+    if not makes_one:
+        raise ValueError(
+            f"rollouts.engine {name!r}: expected a subclass of polyphony.trainer.engine.engine:Engine, or a function that "
+            f"returns an Engine, got {found!r:.60}"
+        )
+    return found

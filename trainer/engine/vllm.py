@@ -1,4 +1,4 @@
-"""One vLLM and what it is asked: start it, sample from it, load weights into it. The same in the trainer and in a worker.
+"""One vLLM: start it, sample from it, load weights into it. The same in the trainer and in a worker.
 
 Left out on purpose: who owns the engine and how weights travel to it (`trainer/engine/engine.py`,
 `launch/cluster/ray_engine.py`).

@@ -1,4 +1,4 @@
-"""Before a run starts: does the engine really follow the policy's weights?
+"""The check, before a run starts, that the engine follows the policy's weights.
 
 Some engine builds keep serving old weights without an error (the stock CPU build of vLLM does). Such a run would learn
 from another model's samples. So the final norm is scaled, synced, compared, restored, synced and compared again.
@@ -130,6 +130,6 @@ def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager:
 def _difference(completions: Sequence[Completion], policy: Sequence[Sequence[float]]) -> float:
     engine = [c.logps for c in completions if c.logps is not None]
     if len(engine) != len(completions):
-        raise ValueError("the engine tells no log-probabilities: its weights cannot be compared with the policy's")
+        raise ValueError("the engine returns no log-probabilities: its weights cannot be compared with the policy's")
     pairs = [abs(e - p) for ours, theirs in zip(engine, policy, strict=True) for e, p in zip(ours, theirs, strict=True)]
     return sum(pairs) / len(pairs)

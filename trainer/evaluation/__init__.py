@@ -1,1 +1,1 @@
-"""Held-out sets, scored item by item, and what is said of them with intervals."""
+"""Held-out evaluation: per-item scores, and statistics with intervals."""

@@ -1,7 +1,6 @@
-"""What held-out evaluation keeps of one completion: score, what it comes to, how sure the policy was, and its form.
+"""What held-out evaluation keeps of one completion: score, answer, confidence and output style.
 
-And how much the samples of one item differ: what a policy can still say, beside how well it says it. That needs two samples
-an item at least, and enters no score, no decision and no update.
+And how much the samples of an item differ, which needs at least two of them and enters no score, decision or update.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one held-out evaluation gave: per item the scores, entropies and answers, joined from the records of all ranks."""
+"""The result of one held-out evaluation: scores, entropies and answers per item, joined from all ranks."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What held-out answers say of a domain, each number with an interval over prompts, paired across models.
+"""Statistics of held-out answers, each with an interval over prompts, paired across models.
 
 A prompt's samples stay together: its mean, or its sum, is one observation. Means and ratios have the intervals of
 `curricula/intervals.py`; calibration, which has no formula, the percentiles of a bootstrap. N items, k samples an item, R
 resamples.
 
-Of several samples of one prompt: pass@k without bias, and what the majority says. Of calibration, whether the policy knows
-what it knows: confidences [N] in [0, 1] against what was correct [N], 0 or 1.
+Over several samples of a prompt: unbiased pass@k and majority vote. Calibration: confidences [N] in [0, 1] against
+correctness [N], 0 or 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a run is and how its domains fare, live in a terminal; plain lines where there is none.
+"""Progress of a run and its domains, live in a terminal; plain lines where there is none.
 
 Everything shown is a metric that the run logs anyway, so watching costs nothing and shows nothing that is not on disk.
 """
@@ -73,7 +73,7 @@ class ProgressLine:
 def mean_reward(domains: Sequence[str], metrics: Mapping[str, float]) -> float:
     """Return the domains' mean reward, each weighted by its completions; NaN where none was drawn.
 
-    Not TRL's `reward`: that is over the rows of the update, which refill and look have chosen.
+    Not TRL's `reward`: that is over the rows of the update, which refill and early stop have selected.
     """
     drawn = [n for n in domains if f"domain/{n}/reward" in metrics]
     counts = [metrics[f"domain/{n}/n"] for n in drawn]

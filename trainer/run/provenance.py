@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions, commit, hashes of the starting weights and of the data."""
+"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,202 @@
+"""Write launch/REFERENCE.md from the declarations: `make reference`, or `python -m tests.reference`.
+
+A key's meaning is the docstring under its field, its range the field's own, so that there is no second place to keep true.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from polyphony.curricula.schedulers import REGISTRY, find_scheduler
+from polyphony.launch.grpo_fields import GRPO_KINDS, OURS
+from polyphony.launch.recipe import KEY, Recipe
+from polyphony.trainer.metrics import METRICS, OF_THE_RUN
+
+FILE = Path(__file__).resolve().parent.parent / "launch" / "REFERENCE.md"
+HEAD = """# Reference
+
+Every key of a recipe, every scheduler's settings, every metric. Written by `make reference` from the declarations in the
+code; `tests/test_reference.py` fails where it is behind them. A key's path is written with dots, as on the command line:
+`rollouts.engine=ray`. `<name>` is a name that the recipe chooses; `null` is Python's None. Numbers are finite.
+"""
+PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", Any: "any"}
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+NAMES = {"domains": "<name>", "guardrails": "<domain>"}
+"""How a section by name is written in a path."""
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """Return the docstring under each field of a class and of those that it builds on, each in one line."""
+    found: dict[str, str] = {}
+    for owner in reversed([k for k in kind.__mro__ if k.__module__.startswith("polyphony")]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            text = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value).split())
+    return found
+
+
+def allowed(annotation: Any) -> str:
+    """Return in words what a field takes by its type."""
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " or ".join("null" if kind is NoneType else allowed(kind) for kind in inner)
+    if origin is tuple:
+        return f"list of {PLAIN[inner[0]]}" if Ellipsis in inner else f"[{', '.join(PLAIN[kind] for kind in inner)}]"
+    return f"list of {allowed(inner[0])}" if origin is list else "mapping"
+
+
+def _takes(field: FieldInfo) -> str:
+    limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in SIGNS.items()]
+    bounds = ", ".join(f"{sign} {value:g}" for sign, value in limits if value is not None)
+    kind, _, null = allowed(field.annotation).partition(" or null")
+    is_optional = NoneType in get_args(field.annotation)
+    return f"{kind}{null} {bounds}".strip() + (" or null" if is_optional else "")
+
+
+def written(value: Any) -> str:
+    """Return a default as a recipe would say it."""
+    if value in (PydanticUndefined, MISSING):
+        return "required"
+    if isinstance(value, bool) or value is None:
+        return str(value).replace("None", "null").lower()
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def table(rows: list[tuple[str, ...]], *head: str) -> list[str]:
+    """Return a Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def classes_in(annotation: Any) -> list[type]:
+    """Return the classes of settings that a field of this type holds, alone, by name or beside null."""
+    parts = [annotation, *get_args(annotation)]
+    return [part for part in parts if isinstance(part, type) and hasattr(part, "__pydantic_fields__")]
+
+
+def section(path: str, kind: Any, summary: str) -> Iterator[str]:
+    """Yield a section of the recipe and then those inside it."""
+    rows, inside, said = [], [], meanings(kind)
+    for name, field in kind.__pydantic_fields__.items():
+        key = field.validation_alias or name
+        if name == KEY.get(path.partition(".")[0]):
+            continue
+        if held := classes_in(field.annotation):
+            inside.append((".".join(filter(None, (path, key, NAMES.get(key)))), held[0], said.get(name, "")))
+            continue
+        default = field.get_default(call_default_factory=True)
+        rows.append((f"`{key}`", written(default), _takes(field), said[name]))
+    yield from ("", f"### {path or 'At the top'}", "", summary, "")
+    yield from table(rows, "key", "default", "takes", "meaning") if rows else ()
+    for inner, held, own in inside:
+        yield from section(inner, held, " ".join((summary_of(held), own)).strip())
+
+
+def summary_of(kind: Any) -> str:
+    """Return the first paragraph of a docstring in one line."""
+    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+
+
+def rule_of(name: str, kind: type) -> str:
+    """Return what a scheduler does: its file's first line, or its own where the file has several."""
+    of_file = summary_of(inspect.getmodule(kind)).removeprefix(f"`{name}`").removeprefix(", the default")
+    return of_file.removeprefix(": ") if of_file.startswith(": ") else summary_of(kind)
+
+
+def ranges(kind: type) -> dict[str, str]:
+    """Return what a scheduler checks of its settings, by field: its calls of `check_numbers` and `check_counts`."""
+    found = {}
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_numbers", "check_counts"):
+            for keyword in node.keywords:
+                limit = eval(ast.unparse(keyword.value), vars(inspect.getmodule(kind)))
+                found[str(keyword.arg)] = f"number in {limit}" if isinstance(limit, str) else f"whole number ≥ {limit}"
+    return found
+
+
+def settings_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, ...]]:
+    """Yield a row for each setting of a scheduler; settings that are a class of their own with a dot."""
+    said, limits, types = meanings(kind), ranges(kind), inspect.get_annotations(kind, eval_str=True)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        made = field.default_factory is not MISSING and field.default_factory()
+        default = field.default if made is False else made
+        takes = limits.get(field.name) or ("mapping" if is_dataclass(made) else allowed(types[field.name]))
+        row = (f"`{prefix}{field.name}`", "below" if is_dataclass(made) else written(default), takes, said[field.name])
+        yield row
+        if is_dataclass(made):
+            yield from settings_rows(type(made), f"{prefix}{field.name}.")
+
+
+def grpo() -> Iterator[str]:
+    """Yield the fields of TRL's GRPOConfig: what each takes, and which a recipe says elsewhere."""
+    by_kind: dict[str, list[str]] = {}
+    for name, (kind, may_be_null) in sorted(GRPO_KINDS.items()):
+        if name not in OURS:
+            takes = f"{kind or 'as in TRL'}{' or null' if kind and may_be_null else ''}"
+            by_kind.setdefault(takes, []).append(f"`{name}`")
+    fields_ = [(takes, ", ".join(names)) for takes, names in sorted(by_kind.items())]
+    elsewhere = [(f"`grpo.{name}`", re.sub(r"^(--\w+|\w+\.[\w.<>]+)", r"`\1`", place)) for name, place in OURS.items()]
+    yield from (
+        "",
+        "### grpo",
+        "",
+        "Defaults and meanings are TRL's, but for `logging_steps: 1`, `report_to: none` and `disable_tqdm: true`.",
+        "",
+    )
+    yield from (*table(fields_, "takes", "fields"), "", *table(elsewhere, "instead of", "say"))
+
+
+def schedulers() -> Iterator[str]:
+    """Yield every scheduler by name."""
+    yield from (
+        "",
+        "## Schedulers",
+        "",
+        "Settings stand beside `curriculum.scheduler`: `{scheduler: sec, step_size: 0.3}`.",
+    )
+    for name, path in REGISTRY.items():
+        kind = find_scheduler(name)
+        file = path.partition(":")[0].removeprefix("polyphony.").replace(".", "/") + ".py"
+        yield from ("", f"### {name}", "", f"{rule_of(name, kind)} ([{file}](../{file}))", "")
+        rows = list(settings_rows(kind))
+        yield from table(rows, "setting", "default", "takes", "meaning") if rows else ["It has no settings."]
+
+
+def metrics() -> Iterator[str]:
+    """Yield every metric of ours by family."""
+    yield from ("", "## Metrics", "", "Beside TRL's own. `<d>` is a domain. What is undefined is absent, never 0.")
+    for family, described in METRICS.items():
+        keys = [
+            (f"{family}/{m}" if f"{family}/{m}" in OF_THE_RUN else f"{family}/<d>/{m}", t) for m, t in described.items()
+        ]
+        yield from ("", f"### {family}", "", *table([(f"`{key}`", text) for key, text in keys], "key", "meaning"))
+
+
+def reference() -> str:
+    """Return the file's text."""
+    recipe = section("", Recipe, "Sections follow, each with a heading.")
+    return "\n".join([HEAD, "## Recipe", *recipe, *grpo(), *schedulers(), *metrics(), ""])
+
+
+if __name__ == "__main__":
+    FILE.write_text(reference(), encoding="utf-8")
