@@ -93,7 +93,9 @@ def test_what_decides_sees_the_steer_half_and_what_is_published_is_the_report_ha
 
 
 def test_the_file_keeps_every_item_of_every_domain(tmp_path):
-    recorder(tmp_path).record_heldout(0, result(steer=1.0, report=0.25))
+    ours = recorder(tmp_path)
+    ours.record_heldout(0, result(steer=1.0, report=0.25))
+    ours.save()
     saved = TransferMatrix.load(tmp_path / "transfer.json")
     assert saved.rows[0].scores["safety"] == tuple(1.0 if is_steer else 0.25 for is_steer in STEER)
     assert saved.items == dict.fromkeys(NAMES, IDS)
@@ -117,6 +119,7 @@ def test_a_stage_stays_a_stage_with_replay_in_it_and_what_was_replayed_stays_on_
     ours = recorder(tmp_path, scheduler=Replaying())
     ours.record_heldout(0, result())
     ours.curriculum.draw(8)
+    (tmp_path / "again").mkdir()
     restored = recorder(tmp_path / "again", scheduler=Replaying())
     restored.record_heldout(0, result())
     restored.curriculum.load_state_dict(json.loads(json.dumps(ours.curriculum.state_dict())))
@@ -192,21 +195,22 @@ def evaluated(path, *steps) -> Recorder:
 
 
 def test_a_restored_run_forgets_the_rows_after_its_checkpoint(tmp_path):
-    evaluated(tmp_path, 0, 2, 4)
+    evaluated(tmp_path, 0, 2, 4).folder.cut(2)
     again = recorder(tmp_path)
     again.restore(2)
     assert [row.step for row in again.matrix.rows] == [0, 2]
     again.curriculum.drawn = {"math": 2, "stories": 0}  # as the checkpoint's ledgers would say: 1 and 1 at step 2
     again.record_heldout(4, result())
     assert again.matrix.rows[-1].trained == ("math",)
+    again.save()
     assert [row["step"] for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]] == [0, 2, 4]
 
 
-def test_a_run_restored_before_its_first_row_begins_anew(tmp_path):
-    evaluated(tmp_path, 0, 2)
-    again = recorder(tmp_path)
-    again.restore(-1)
-    assert again.matrix is None
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    evaluated(tmp_path, 0, 2).folder.cut(-1)
+    again = evaluated(tmp_path, 0)
+    again.save()
+    assert [row["step"] for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]] == [0]
 
 
 def probed() -> TransferMatrix:

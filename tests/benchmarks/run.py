@@ -19,7 +19,19 @@ from tests.benchmarks.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("commands", "curricula", "gpu", "monitor", "pool", "rewards", "rollouts", "training", "update", "workers")
+MODULES = (
+    "books",
+    "commands",
+    "curricula",
+    "gpu",
+    "monitor",
+    "pool",
+    "rewards",
+    "rollouts",
+    "training",
+    "update",
+    "workers",
+)
 """Those that list benchmarks."""
 ON_REQUEST = ("demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
