@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal, TypeVar
 
 from polyphony.curricula.records import Evaluation, per_token
@@ -45,15 +46,16 @@ def halves(ids: Sequence[str]) -> tuple[Half, ...]:
     return tuple(other if item_id == moved else side for item_id, side in zip(ids, sides, strict=True))
 
 
-@lru_cache(maxsize=4096)
-def places(ids: tuple[str, ...], which: Half) -> tuple[int, ...]:
-    """Return where the items of one half stand in their set."""
-    return tuple(i for i, side in enumerate(halves(ids)) if side == which)
-
-
 def taken(values: Sequence[T], ids: Sequence[str], which: Half) -> tuple[T, ...]:
     """Return what belongs to the items of one half; `values` has an entry an item, in the order of `ids`."""
-    return tuple([values[i] for i in places(tuple(ids), which)])
+    return _taker(tuple(ids), which)(values)
+
+
+@lru_cache(maxsize=4096)
+def _taker(ids: tuple[str, ...], which: Half) -> Callable[[Sequence[T]], tuple[T, ...]]:
+    """Return what takes one half out of a set's values: an id is hashed once, however many evaluations there are."""
+    places = [i for i, side in enumerate(halves(ids)) if side == which]
+    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
 
 
 def on_half(evaluation: Evaluation, items: Mapping[str, Sequence[str]], which: Half) -> Evaluation:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.records import Evaluation, Kind
@@ -159,7 +159,7 @@ class TransferMatrix:
             yield (own or list(baselines))[0], *sorted((r for r in moments if r.seed == seed), key=lambda r: r.step)
 
 
-_ROW, _BY_ITEM = b'{"trained": ', b', "entropy_items": '
+_ROW, _BY_ITEM = b'{"trained":', b',"entropy_items":'
 
 
 def without_items(line: bytes) -> bytes:
@@ -168,11 +168,15 @@ def without_items(line: bytes) -> bytes:
     return head + _BY_ITEM + b"{}}" if is_there and line.startswith(_ROW) else line
 
 
-def document_of(lines: Sequence[bytes]) -> bytes:
-    """Return the document, as `as_json` has it, of a ledger's lines, as bytes: nothing is read or written anew."""
-    head = lines[0].replace(b'"step": 0, ', b"", 1).removesuffix(b"]}")
-    first = [] if head.endswith(b"[") else [b", "]
-    return b"".join([head, *first, b", ".join(lines[1:]), b"]}"])
+def copy_document(ledger: IO[bytes], out: IO[bytes]) -> None:
+    """Write the document, as `as_json` has it, of a run's ledger: its lines as they are, none of them parsed."""
+    head = ledger.readline().replace(b'"step":0,', b"", 1).removesuffix(b"]}\n")
+    out.write(head)
+    between = b"" if head.endswith(b"[") else b",\n"
+    for line in ledger:
+        out.write(between + line.removesuffix(b"\n"))
+        between = b",\n"
+    out.write(b"]}")
 
 
 DOCUMENT = {

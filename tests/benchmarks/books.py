@@ -21,9 +21,11 @@ from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 from polyphony.trainer.run.recorder import Recorder
+from polyphony.trainer.settings import EvaluationSettings
 from tests.benchmarks.result import Result, Target, Timing, repeated, timed
 
 MB = 2**20
+SAMPLES = EvaluationSettings().samples
 RECIPE = """\
 name: books
 model: launch/lab/policy
@@ -76,7 +78,7 @@ def _book(folder: Path, domains: int, items: int, measured: list[int] | range) -
     for n in range(1, max(measured) + 1):
         if n > 1:
             ours.curriculum.draw(64)
-        result = _result(ours.curriculum.names, items, rng)
+        result = _result(ours.curriculum.names, items, rng, samples=SAMPLES if n in measured else 1)
         if n in measured:
             found.append(timed(lambda n=n, result=result: _book_one(ours, n, result)))
         else:
@@ -106,18 +108,18 @@ def _recorder(folder: Path, domains: int) -> Recorder:
     return Recorder(folder=RunFolder(folder), domains=trained, curriculum=curriculum, seed=0)
 
 
-def _result(names: tuple[str, ...], items: int, rng: np.random.Generator) -> HeldoutResult:
-    """Return an evaluation of one sample an item, with entropies, confidences and the distance to the base model."""
+def _result(names: tuple[str, ...], items: int, rng: np.random.Generator, *, samples: int = 1) -> HeldoutResult:
+    """Return an evaluation with entropies, confidences and the distance to the base model of 64 items a domain."""
     ids = {name: tuple(_content_hash(f"{name}/heldout/{n}") for n in range(items)) for name in names}
-    scores = {name: (rng.random(items) < 0.5).astype(float).tolist() for name in names}
+    scores = {name: (rng.random((items, samples)) < 0.5).astype(float).tolist() for name in names}
     nats = {name: [(float(v), 50) for v in rng.gamma(4.0, 8.0, items)] for name in names}
     kl = {name: dict(zip(ids[name][:64], nats[name], strict=False)) for name in names}
     return HeldoutResult(
         items=ids,
-        samples={name: tuple((score,) for score in scores[name]) for name in names},
+        samples={name: tuple(map(tuple, scores[name])) for name in names},
         entropy={name: sum(v for v, _ in nats[name]) / (50 * items) for name in names},
         item_entropy={name: tuple(nats[name]) for name in names},
-        answers={name: tuple((_answer(score, rng),) for score in scores[name]) for name in names},
+        answers={name: tuple(tuple(_answer(s, rng) for s in row) for row in scores[name]) for name in names},
         base_kl=kl,
     )
 

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from polyphony.curricula.files import replace_file
-from polyphony.curricula.transfer.matrix import TransferMatrix, document_of
+from polyphony.curricula.files import replace_file, replacing
+from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 
 LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations", "transfer")
 """The line-by-line files; each line has the `step` it belongs to."""
@@ -136,7 +136,8 @@ class RunFolder:
     def save_transfer(self) -> None:
         """Bring `transfer` up to its ledger, where there is one."""
         if _holds_lines(self.ledger("transfer")):
-            replace_file(self.transfer, document_of(whole_lines(self.ledger("transfer").read_bytes())))
+            with self.ledger("transfer").open("rb") as ledger, replacing(self.transfer, "wb") as out:
+                copy_document(ledger, out)
 
     def write(self, path: Path, text: str) -> None:
         """Replace one of the folder's files atomically."""
@@ -219,23 +220,24 @@ def read_lines(
     ValueError, unless its number, counted from 1, may go into `broken`; then the cut-off line's does too. `cut` takes out of
     a line what need not be read.
     """
-    lines = path.read_bytes().split(b"\n")
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        entry = _object(cut(line), errors="strict" if broken is None else "replace")
-        if entry is not None:
-            found.append(entry)
-        elif broken is not None:
-            broken.append(number)
-        elif number < len(lines):
-            raise ValueError(f"{path}: line {number} is no JSON object")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            entry = _object(cut(line), errors="strict" if broken is None else "replace")
+            if entry is not None:
+                found.append(entry)
+            elif broken is not None:
+                broken.append(number)
+            elif line.endswith(b"\n"):
+                raise ValueError(f"{path}: line {number} is no JSON object")
     return found
 
 
 def _lines(entries: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+    compact = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    return "".join(json.dumps(entry, **compact) + "\n" for entry in entries)
 
 
 def whole_lines(text: bytes) -> list[bytes]:
