@@ -107,6 +107,8 @@ class PromptPool:
         self.seed = seed
         self.settings = settings
         self.clock = 0
+        self.places: list[int] = []
+        """Of the last draw."""
         self._sampling = find_sampling(settings.sampling)
         self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
         self._owed = 0.0
@@ -129,6 +131,7 @@ class PromptPool:
         places += self._take_waiting(n - len(places))
         while len(places) < n:  # fewer prompts than are asked for
             places += places[: n - len(places)]
+        self.places = places
         return [self.ids[place] for place in places]
 
     def refill(self, n: int) -> list[str]:

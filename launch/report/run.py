@@ -196,7 +196,7 @@ def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: st
         missing.append(f"{path.name} is absent: no {gives}")
         return []
     broken: list[int] = []
-    rows = folder.read(ledger, broken)
+    rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
     if broken == [len(rows) + 1]:
         missing.append(f"{path.name}: its last line is cut off")
     elif broken:

@@ -66,7 +66,7 @@ def replay_run(
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
     folder = RunFolder(run)
-    lines = folder.read("decisions")
+    lines = folder.decisions()
     if not lines:
         name = folder.ledger("decisions").name
         raise RecipeError(f"{run} holds no {name} with a draw in it: not a run folder, or one just begun")

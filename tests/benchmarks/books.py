@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import statistics
 import tempfile
@@ -40,16 +41,23 @@ grpo: {{max_steps: {steps}, seed: 0}}
 
 def bench_books(*, short: bool = False) -> list[Result]:
     """Measure evaluations late in a run, a million prompts in a hundred domains, and a hundred thousand draws."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = _evaluations(Path(folder), *((2, 40, 5) if short else (20, 500, 100)))
-        found += _prompts(Path(folder), *((4, 400, 10) if short else (100, 1_000_000, 200)))
-        for scheduler in ("joint", "adaptive"):
-            found += _draws(Path(folder), scheduler, *((2, 40) if short else (20, 100_000)))
+    gc.collect()
+    gc.freeze()  # what the imports left, a million objects, is not looked through in the middle of a measurement
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = _evaluations(Path(folder), *((2, 40, 5) if short else (20, 500, 100)))
+            found += _prompts(Path(folder), *((4, 400, 10) if short else (100, 1_000_000, 200)))
+            for scheduler in ("joint", "adaptive"):
+                found += _draws(Path(folder), scheduler, *((2, 40) if short else (20, 100_000)))
+    finally:
+        gc.unfreeze()
     return found
 
 
 def _within(name: str, unit: str, values: list[float] | list[Timing], limit: float, note: str = "") -> Result:
-    return repeated(name, unit, values, target=Target(relation="<=", limit=limit), note=note)
+    """Hold a value to its limit; of time, the processor's, which others on the machine disturb least."""
+    held = [value.cpu if isinstance(value, Timing) else value for value in values]
+    return repeated(name, unit, held, target=Target(relation="<=", limit=limit), note=note)
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------
@@ -99,12 +107,12 @@ def _book_one(ours: Recorder, n: int, result: HeldoutResult) -> None:
     assert len(again.curriculum.evaluations) == n
 
 
-def _recorder(folder: Path, domains: int) -> Recorder:
+def _recorder(folder: Path, domains: int, *, prompts: int = 64) -> Recorder:
     folder.mkdir(exist_ok=True)
     names = [f"domain{k}" for k in range(domains)]
     trained = tuple(Domain(name=name, kind="structured", train=[0]) for name in names)
-    prompts = {name: [_content_hash(f"{name}/{n}") for n in range(64)] for name in names}
-    curriculum = Curriculum(domains=trained, prompts=prompts, scheduler=build_scheduler("joint"), total_draws=1000)
+    ids = {name: [_content_hash(f"{name}/{n}") for n in range(prompts)] for name in names}
+    curriculum = Curriculum(domains=trained, prompts=ids, scheduler=build_scheduler("joint"), total_draws=1000)
     return Recorder(folder=RunFolder(folder), domains=trained, curriculum=curriculum, seed=0)
 
 
@@ -186,7 +194,7 @@ def _draws(folder: Path, scheduler: str, domains: int, draws: int) -> list[Resul
     run = folder / scheduler
     ran = _write_draws(run, scheduler, domains, draws)
     ledger = RunFolder(run).ledger("decisions")
-    reading = [timed(lambda: RunFolder(run).read("decisions")) for _ in range(3)]
+    reading = [timed(lambda: RunFolder(run).decisions()) for _ in range(3)]
     replayed = replay_run(run, scheduler=scheduler)
     assert [r.replayed for r in replayed] == ran, "a replay of the scheduler that ran is what ran"
     reporting = timed(lambda: write_report([run], RunFolder(run).report))
@@ -194,13 +202,13 @@ def _draws(folder: Path, scheduler: str, domains: int, draws: int) -> list[Resul
     return [
         _within(f"{name}_size", "MB", [ledger.stat().st_size / MB * 100_000 / draws], 200, note="for 100,000 draws"),
         _within(f"{name}_read", "s", reading, 10),
-        _within(f"{name}_report", "s", [reporting], 20),
+        _within(f"{name}_report", "s", [reporting], 20, note=f"metrics of {2 * domains + 1} keys a draw beside them"),
     ]
 
 
 def _write_draws(run: Path, scheduler: str, domains: int, draws: int) -> list[tuple[float, ...]]:
     """Write a run of many draws of 64 prompts; return the mixtures that it drew."""
-    ours = _recorder(run, domains)
+    ours = _recorder(run, domains, prompts=1000)
     ours.curriculum.scheduler = build_scheduler(scheduler)
     ours.curriculum.total_draws = draws
     names, rng, ran = ours.curriculum.names, np.random.default_rng(1), []
@@ -211,6 +219,8 @@ def _write_draws(run: Path, scheduler: str, domains: int, draws: int) -> list[tu
         _drawn(ours.curriculum, draw, size=64, listen=lambda refs, draw=draw: ours.record_draw(draw + 1, refs))
         assert ours.curriculum.decision is not None
         ran.append(ours.curriculum.decision.mixture)
+        seen = {f"domain/{name}/{key}": float(rng.random()) for name in names for key in ("reward", "entropy")}
+        ours.folder.append("metrics", {"step": draw + 1, "reward": float(rng.random()), **seen})
     ours.save()
     return ran
 

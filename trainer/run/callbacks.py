@@ -316,7 +316,7 @@ class Run(TrainerCallback):
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
-            track_decisions(self.tracker, state.global_step, self.folder.read("decisions"))
+            track_decisions(self.tracker, state.global_step, self.folder.decisions())
             if self.recorder.matrix is not None:
                 track_transfer(self.tracker, state.global_step, self.recorder.matrix)
             self.tracker.finish()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from polyphony.curricula.decision_log import wholes
 from polyphony.curricula.files import replace_file, replacing
 from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 
@@ -59,6 +60,11 @@ class RunFolder:
     def predicted(self) -> Path:
         """After each planned stage, what was expected and what came."""
         return self.path / "predicted.json"
+
+    @property
+    def prompts(self) -> Path:
+        """Ids of the training rows by domain, which the decisions name by their places."""
+        return self.path / "prompts.json"
 
     @property
     def pool(self) -> Path:
@@ -132,6 +138,11 @@ class RunFolder:
         """Return a ledger's lines, as `read_lines` does; none where the file is absent."""
         path = self.ledger(name)
         return read_lines(path, broken, cut) if path.exists() else []
+
+    def decisions(self, broken: list[int] | None = None) -> list[dict[str, Any]]:
+        """Return a whole line a draw, as `decision_log.decision_line` made it; `broken` as for `read_lines`."""
+        ids = json.loads(self.prompts.read_text(encoding="utf-8")) if self.prompts.is_file() else {}
+        return wholes(self.read("decisions", broken), ids)
 
     def save_transfer(self) -> None:
         """Bring `transfer` up to its ledger, where there is one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.decision_log import decision_line
+from polyphony.curricula.decision_log import decision_line, shortened
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
@@ -48,6 +48,8 @@ class Recorder:
     """False in a run of a version that kept no entropy item by item: it goes on with that of all items in both halves."""
     _published: list[Evaluation] = field(default_factory=list)
     """The `report` half of the run's rows."""
+    _last_line: dict[str, Any] | None = None
+    """Of the decisions, whole: the next one is written as what differs from it."""
 
     def restore(self, step: int) -> None:
         """Go on with a folder: keep the probe's rows and the run's own up to `step`, as the curriculum does."""
@@ -79,7 +81,13 @@ class Recorder:
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
         self._write_reviews(self.curriculum.decision.state.get("reviews", []))
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
-        self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
+        samplers = self.curriculum.samplers
+        if self._last_line is None:
+            ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
+            self.folder.write(self.folder.prompts, json.dumps(ids, ensure_ascii=False))
+        places = [samplers[name].places for name in self.curriculum.names]
+        self.folder.append("decisions", {"step": step, **shortened(line, self._last_line, places)})
+        self._last_line = line
 
     def record_end(self) -> None:
         """Put what the last stage was expected to reach beside what the last evaluation measured."""
