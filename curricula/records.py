@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any, Literal, TypeVar, dataclass_transform
@@ -373,6 +373,10 @@ class Evaluation:
     """Per domain, one score in [0, 1] an item, in the order of the held-out set."""
     entropy: Mapping[str, float] = field(default_factory=dict)
     """Per domain, mean token entropy in nats at the run's temperature; absent where it was not measured."""
+    entropy_items: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Per domain, (nats, tokens) of each item, of which `entropy` is the ratio of the sums; empty where it was not kept."""
+    kl_items: Mapping[str, tuple[tuple[float, int] | None, ...]] = field(default_factory=dict)
+    """Per domain, (nats, tokens) of each item's KL(base || policy); None for an item on which it is not measured."""
     exposure: Mapping[str, int] = field(default_factory=dict)
     """Prompts drawn of each domain since the run began."""
     probe: bool = False
@@ -390,21 +394,30 @@ class Evaluation:
             "exposure": dict(self.exposure),
             "probe": self.probe,
         }
-        return row | ({"rolled_back": True} if self.rolled_back else {})
+        row |= {"rolled_back": True} if self.rolled_back else {}
+        # last, because a run that goes on reads a row without them
+        by_item = {"entropy_items": self.entropy_items, "kl_items": self.kl_items}
+        return row | {key: {name: list(pairs) for name, pairs in of.items()} for key, of in by_item.items() if of}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Evaluation:
-        """Read a row of `transfer.json`; `entropy`, `exposure`, `probe` and `rolled_back` may be absent."""
+        """Read a row of `transfer.json`; all but the first four keys may be absent."""
         return cls(
             trained=tuple(row["trained"]),
             step=row["step"],
             seed=row["seed"],
             scores={name: tuple(items) for name, items in row["scores"].items()},
             entropy=dict(row.get("entropy", {})),
+            entropy_items=_pairs(row.get("entropy_items", {})),
+            kl_items=_pairs(row.get("kl_items", {})),
             exposure=dict(row.get("exposure", {})),
             probe=bool(row.get("probe", False)),
             rolled_back=bool(row.get("rolled_back", False)),
         )
+
+
+def _pairs(by_domain: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple([pair and tuple(pair) for pair in pairs]) for name, pairs in by_domain.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -469,6 +482,12 @@ class Decision:
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
+
+
+def per_token(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return the sum of (nats, tokens) in nats per token; NaN without tokens."""
+    nats, tokens = map(sum, zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0)
+    return nats / tokens if tokens else math.nan
 
 
 FULL_REWARD = 1.0

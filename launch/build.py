@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula import schedulers
 from polyphony.curricula.prompts.estimate import find_sampling
-from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
+from polyphony.trainer.run.folder import holds_transfer, read_transfer
 from polyphony.trainer.settings import UpdateSettings
 
 if TYPE_CHECKING:
@@ -187,10 +187,10 @@ def build_scheduler(recipe: Recipe) -> Any:
 def load_transfer(recipe: Recipe) -> Any:
     """Return the probe's transfer matrix that the recipe names."""
     path = Path(str(recipe.curriculum.transfer))
-    if not path.is_file():
+    if not holds_transfer(path):
         raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
     try:
-        return TransferMatrix.load(path)
+        return read_transfer(path)
     except ValueError as error:
         raise RecipeError(f"curriculum.transfer: {error}") from error
 

@@ -42,7 +42,7 @@ from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
 from polyphony.trainer.run.callbacks import Cadence, Run, run_arguments
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.run.recorder import heldout_metrics
+from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, EvaluationSettings, FaultSettings, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
@@ -378,7 +378,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         """
         if eval_dataset is not None:
             raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
-        found = heldout_metrics(self.evaluate_heldout())
+        result = self.evaluate_heldout()
+        published = result.on("report")
+        answers = {name: published.read(name) for name in published.answers}
+        found = heldout_metrics(published, answers) | grader_failures(result)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         is_training = self.model.training
         self.model.eval()  # by which TRL tells the logs of an evaluation

@@ -17,7 +17,7 @@ import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 
 
 class Series(NamedTuple):
@@ -161,11 +161,11 @@ def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]
 
 
 def _read_transfer(path: Path, missing: list[str]) -> TransferMatrix | None:
-    if not path.is_file():
+    if not holds_transfer(path):
         missing.append(f"{path.name} is absent: no evaluation yet, so no held-out scores and no transfer")
         return None
     try:
-        return TransferMatrix.load(path)
+        return read_transfer(path)
     except ValueError as error:
         missing.append(f"{path.name} cannot be used: {str(error).removeprefix(f'{path}: ')[:160]}")
         return None
@@ -196,7 +196,7 @@ def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: st
         missing.append(f"{path.name} is absent: no {gives}")
         return []
     broken: list[int] = []
-    rows = folder.read(ledger, broken)
+    rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
     if broken == [len(rows) + 1]:
         missing.append(f"{path.name}: its last line is cut off")
     elif broken:

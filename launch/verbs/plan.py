@@ -17,14 +17,19 @@ from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 
 
 def plan(path: Path) -> Plan:
-    """Return what a transfer file recommends; says on standard error where its graders have other versions now."""
-    if not path.is_file():
+    """Return what a transfer file recommends.
+
+    Says on standard error where its graders have other versions now, and what its halves have in common.
+    """
+    if not holds_transfer(path):
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
-    matrix = TransferMatrix.load(path)
+    matrix = read_transfer(path)
+    if matrix.unsplit:
+        print(f"{path} {matrix.unsplit}", file=sys.stderr)
     for line in other_versions(matrix.provenance.get("graders", {})):
         print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
     return make_plan(matrix)
@@ -61,11 +66,11 @@ def replay_run(
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
     folder = RunFolder(run)
-    lines = folder.read("decisions")
+    lines = folder.decisions()
     if not lines:
         name = folder.ledger("decisions").name
         raise RecipeError(f"{run} holds no {name} with a draw in it: not a run folder, or one just begun")
-    matrix = TransferMatrix.load(folder.transfer)
+    matrix = read_transfer(folder.transfer)
     rows = [row for row in matrix.on("steer").rows if not row.probe]
     return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
 

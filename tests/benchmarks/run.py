@@ -19,7 +19,7 @@ from tests.benchmarks.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
+MODULES = ("books", "commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
            "workers")  # fmt: skip
 """Those that list benchmarks."""
 ON_REQUEST = ("demo", "gpu")

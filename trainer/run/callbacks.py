@@ -306,15 +306,17 @@ class Run(TrainerCallback):
         if state.is_world_process_zero:
             best = self._best(self.folder.checkpoints, state.global_step)
             keep_newest(self.folder.checkpoints, self.cadence.keep, also=best)
+            self.recorder.save()
             if self.trainer.curriculum.pools:
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.record_end()
+        self.recorder.save()
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
-            track_decisions(self.tracker, state.global_step, self.folder.read("decisions"))
+            track_decisions(self.tracker, state.global_step, self.folder.decisions())
             if self.recorder.matrix is not None:
                 track_transfer(self.tracker, state.global_step, self.recorder.matrix)
             self.tracker.finish()
@@ -332,7 +334,7 @@ class Run(TrainerCallback):
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
         result = self.trainer.evaluate_heldout()
-        self.trainer.entropy.after_evaluation(step, result.item_entropy)
+        self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
         logged = self.trainer.evaluator.scorer.logged.flush("heldout", gather_object)
