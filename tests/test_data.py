@@ -149,3 +149,20 @@ def counted(size):
 
 def test_a_generator_function_may_yield_its_rows():
     assert len(load_rows({"generator": f"{__name__}:counted", "size": 3}, where="x")) == 3
+
+
+def test_a_hub_source_that_cannot_be_loaded_is_named_with_its_place(monkeypatch):
+    import datasets
+
+    with pytest.raises(ValueError, match=r"domains\.d\.train: expected hf://org/name, got 'hf://'"):
+        load_rows("hf://", where="domains.d.train")
+    asked = []
+
+    def missing(name, split):
+        asked.append((name, split))
+        raise FileNotFoundError("no such set")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    with pytest.raises(ValueError, match=r"domains\.d\.train: hf://a/b \(split 'test'\) cannot be loaded: no such set"):
+        load_rows({"path": "hf://a/b", "split": "test"}, where="domains.d.train")
+    assert asked == [("a/b", "test")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -223,3 +224,18 @@ def test_what_makes_no_engine_is_named(tmp_path):
 def test_an_engine_of_ones_own_excludes_that_of_trl():
     with pytest.raises(RecipeError, match=r"rollouts.engine a.b:C and grpo.use_vllm=true exclude each other"):
         load_recipe(DEBUG, ["rollouts.engine=a.b:C", "grpo.use_vllm=true"])
+
+
+def test_without_an_engine_of_ours_trl_generates_and_lengths_are_cut(tmp_path):
+    trainer = build_trainer(load_recipe(DEBUG, ["rollouts.engine=transformers", "tracking.wandb=null"]), tmp_path)
+    request = Request(prompt_ids=[5, 6], seed=1, max_tokens=2)
+    (completion,) = trainer.policy.complete([request], 1)
+    assert 1 <= len(completion.ids) <= 2
+    assert trainer.policy.complete([], 1) == []
+    with pytest.raises(ValueError, match="greedy decoding needs an engine of ours"):
+        trainer.policy.complete([replace(request, is_greedy=True)], 1)
+    closed = []
+    trainer.policy.close()  # there is none
+    trainer.policy.engine = SimpleNamespace(close=lambda: closed.append(True))
+    trainer.policy.close()
+    assert closed == [True]

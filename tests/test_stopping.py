@@ -131,3 +131,18 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(tmp_p
     assert "the last complete checkpoint is checkpoint-1" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_a_second_interrupt_ends_at_once_and_so_does_a_draw_that_takes_too_long(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    listener = stopper()
+    listener._hear(signal.SIGINT, None)
+    assert ended == [] and "once more to end at once" in capsys.readouterr().err
+    listener._hear(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
+    listener._give_up()
+    assert len(ended) == 1  # it no longer trains
+    listener._before = {signal.SIGTERM: signal.SIG_DFL}
+    listener._give_up()
+    assert ended[1:] == [128 + signal.SIGTERM] and "ending without a new checkpoint" in capsys.readouterr().err

@@ -7,17 +7,26 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import wandb
 
 from polyphony.curricula.monitors import Alarm
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
+from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.callbacks import Cadence, Run
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.run.tracking import WandbTracker, is_reachable, track_decisions, track_transfer
+from polyphony.trainer.run.tracking import (
+    WandbTracker,
+    is_reachable,
+    track_completions,
+    track_decisions,
+    track_transfer,
+)
 from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
 from polyphony.trainer.settings import WandbSettings
 from tests.benchmarks.synthetic_run import write_run
@@ -217,3 +226,46 @@ def test_a_dashboard_is_created_once_and_updated_from_then_on(tmp_path, capsys, 
     assert len(saved) == 2 and "id" not in saved[0] and saved[1]["id"] == "view-1"
     assert "heldout/arithmetic/score" in saved[1]["spec"]
     assert (run / "dashboard.url").read_text() in capsys.readouterr().out
+
+
+def test_where_wandb_cannot_start_the_run_goes_on_and_is_told_where_its_numbers_are(tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def refuse(**given):
+        asked.append(given["mode"])
+        raise wandb.Error("no W&B today")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr("polyphony.trainer.run.tracking.is_reachable", lambda url: True)
+    online = tracker(tmp_path, "online")
+    online.log(1, {"reward": 0.5})
+    online.finish()
+    assert asked == ["online", "offline"]
+    assert "W&B cannot start offline (no W&B today); metrics are in metrics.jsonl" in caplog.text
+
+
+class Heard:
+    """What a tracker is given, by table."""
+
+    def __init__(self):
+        self.tables, self.maps = {}, {}
+
+    def log_table(self, step, name, columns, rows):
+        self.tables[name] = (step, columns, rows)
+
+    def log_heatmap(self, step, name, title, cells):
+        self.maps[name] = cells
+
+
+def test_completions_and_decisions_are_tables_a_row_each():
+    heard: Any = Heard()
+    chat = [{"role": "user", "content": "2+2="}, {"role": "user", "content": None}]
+    said = Completion(ids=(), prompt=Prompt(domain="math", id="a", prompt=chat), text="4", reward=1.0)
+    track_completions(heard, 3, HeldoutResult(items={}, samples={}, entropy={}, shown=(said,)))
+    assert heard.tables["completions"][2] == [[3, "math", "2+2=\n", "4", 1.0, False]]
+    track_decisions(heard, 3, [])
+    assert "decisions" not in heard.tables
+    line = {"step": 1, "draw": 0, "mixture": {"math": 1.0}, "stage": None, "reason": "only one"}
+    track_decisions(heard, 3, [line] * 5000)
+    assert heard.tables["decisions"][2][0] == [1, 0, 1.0, "", "only one"]
+    assert len(heard.tables["decisions"][2]) == 1667  # every third
