@@ -165,11 +165,11 @@ def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(poo
     behind = pooled.engine.version - 1
     ray.get(pooled.engine.pool.workers[1].handle.call_it.remote(behind))
     pooled.engine.flush_faults()
-    pooled.engine.max_staleness = 1
+    object.__setattr__(pooled.engine.rollouts, "max_staleness", 1)
     try:
         completions = pooled.engine.complete(asked)
     finally:
-        pooled.engine.max_staleness = 0
+        object.__setattr__(pooled.engine.rollouts, "max_staleness", 0)
         pooled.policy.sync()
     faults = pooled.engine.flush_faults()
     assert faults.stale == sum(c.version == behind for c in completions) > 0
@@ -182,7 +182,7 @@ def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
     expected = [c.ids for c in pooled.engine.complete(asked)]
     process = process_of(pooled.engine, 0)
     os.kill(process, signal.SIGSTOP)
-    settings = pooled.engine.pool_settings
+    settings = pooled.engine.rollouts
     object.__setattr__(settings, "timeout_s", 8.0)
     try:
         again = pooled.engine.complete(asked)

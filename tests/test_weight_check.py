@@ -157,7 +157,7 @@ def test_one_number_out_of_bounds_or_undefined_fails_the_check(change):
 
 
 def test_an_engine_that_tells_no_log_probabilities_cannot_be_checked():
-    with pytest.raises(ValueError, match="the engine tells no log-probabilities"):
+    with pytest.raises(ValueError, match="the engine returns no log-probabilities"):
         check(SilentEngine(Policy()))
 
 
