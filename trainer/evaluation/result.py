@@ -43,7 +43,7 @@ class HeldoutResult:
             return {name: taken(values, self.items[name], which) for name, values in by_domain.items() if values}
 
         items, pairs = half(self.items), half(self.item_entropy)
-        measured = self.entropy | {name: per_token(of) for name, of in pairs.items()}
+        measured = dict(self.entropy) | {name: per_token(of) for name, of in pairs.items()}
         return HeldoutResult(
             items=items,
             samples=half(self.samples),
