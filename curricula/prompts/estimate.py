@@ -82,15 +82,15 @@ class Band:
         states = np.where(hopeless, IMPOSSIBLE, states)
         return np.where(np.asarray(visits) == 0, UNSEEN, states).astype(np.uint8)
 
-    def classify_one(self, successes: float, failures: float, visits: int) -> State:
-        """Return the state of one prompt that was visited, as `classify` does: a draw's visits are judged one by one."""
+    def classify_one(self, a: float, b: float, visits: int) -> State:
+        """Return the state of one prompt that was visited, by its Beta posterior; as `classify`, without arrays."""
+        mean = a / (a + b)
+        if mean >= self.defer_below:  # of a log-concave density at most 1 - 1/e lies below its mean: not impossible
+            return MASTERED if mean > self.mastered_above else ACTIVE
         from scipy.special import betainc  # slow to import, and settings are read without it
 
-        a, b = 1.0 + successes, 1.0 + failures
-        if visits >= FEWEST_VISITS and betainc(a, b, self.impossible_below) >= CONFIDENCE:
-            return IMPOSSIBLE
-        mean = a / (a + b)
-        return DEFERRED if mean < self.defer_below else MASTERED if mean > self.mastered_above else ACTIVE
+        is_hopeless = visits >= FEWEST_VISITS and betainc(a, b, self.impossible_below) >= CONFIDENCE
+        return IMPOSSIBLE if is_hopeless else DEFERRED
 
 
 SAMPLINGS = {

@@ -162,17 +162,17 @@ class PromptPool:
         if not rewards:
             return
         place = self._places[prompt_id]
-        passed = sum([min(1.0, max(0.0, reward)) for reward in rewards])
+        is_share = min(rewards) >= 0 and max(rewards) <= 1  # nearly always
+        passed = sum(rewards if is_share else [min(1.0, max(0.0, reward)) for reward in rewards])
         discount, failed = self.settings.discount, len(rewards) - passed
         self.successes[place] = discount * self.successes[place] + passed
         self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
         self.visits[place] += 1
-        successes, failures = float(self.successes[place]), float(self.failures[place])
-        state = self.settings.classify_one(successes, failures, int(self.visits[place]))
-        self._counts[self.state[place]] -= 1
+        successes, failures = self._beta(place)
+        state = self.settings.classify_one(successes, failures, self.visits.item(place))
+        self._counts[self.state.item(place)] -= 1
         self._counts[state] += 1
         self.state[place] = int(state)  # numpy would ask an Enum for what it does not have
-        successes, failures = self._beta(place)
         self.due[place] = self.clock + self.settings.delay(state, successes / (successes + failures), rewards)
         if place not in self._taken:
             self._open.remove(place)
@@ -238,14 +238,14 @@ class PromptPool:
         return sorted(zip(self.due[places].tolist(), places.tolist(), strict=True))
 
     def _beta(self, place: int) -> tuple[float, float]:
-        return 1.0 + float(self.successes[place]), 1.0 + float(self.failures[place])
+        return 1.0 + self.successes.item(place), 1.0 + self.failures.item(place)
 
     def _enter(self, place: int) -> None:
-        state = STATES[self.state[place]]
-        if state <= ACTIVE and self.due[place] <= self.clock:
+        state, due = STATES[self.state.item(place)], self.due.item(place)
+        if state <= ACTIVE and due <= self.clock:
             self._open.add(place)
         else:
-            heapq.heappush(self._waiting[state], (int(self.due[place]), place))
+            heapq.heappush(self._waiting[state], (due, place))
 
     def _wake(self) -> None:
         """Open the ACTIVE prompts whose rest is over."""
@@ -307,7 +307,7 @@ class PromptPool:
         return queue[0] if queue else None
 
     def _is_stale(self, due: int, place: int, state: State) -> bool:
-        return place in self._taken or self.due[place] != due or STATES[self.state[place]] is not state
+        return place in self._taken or self.due.item(place) != due or STATES[self.state.item(place)] is not state
 
     def _pop(self, state: State) -> int:
         place = heapq.heappop(self._waiting[state])[1]

@@ -26,6 +26,8 @@ from polyphony.trainer.settings import EvaluationSettings
 from tests.benchmarks.result import Result, Target, Timing, repeated, timed
 
 MB = 2**20
+BATCH = 512
+"""Prompts a draw of a hundred domains: five of each."""
 SAMPLES = EvaluationSettings().samples
 RECIPE = """\
 name: books
@@ -153,14 +155,14 @@ def _prompts(folder: Path, domains: int, prompts: int, draws: int) -> list[Resul
         total_draws=draws,
         pool=PoolSettings(),
     )
-    spent = [_drawn(curriculum, draw, size=256) for draw in range(draws)]
-    pace = Timing(sum(t.clock for t in spent), sum(t.cpu for t in spent)).scaled(1e6 / draws / 256)
+    spent = [_drawn(curriculum, draw, size=BATCH) for draw in range(draws)]
+    pace = Timing(sum(t.clock for t in spent), sum(t.cpu for t in spent)).scaled(1e6 / draws / BATCH)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     saved = [timed(lambda: save_ledgers(checkpoint, curriculum)) for _ in range(3)]
     size = sum(path.stat().st_size for path in checkpoint.iterdir()) / MB
     return [
-        _within("books_draw_observe", "us/prompt", [pace], 20, note=f"{prompts} prompts in {domains} domains, pool"),
+        _within("books_draw_observe", "us/prompt", [pace], 20, note=f"{prompts} prompts in {domains} domains, a pool"),
         _within("books_checkpoint", "s", saved, 2),
         _within("books_checkpoint_size", "MB", [size], 100),
     ]
