@@ -30,16 +30,6 @@ class CurriculumSection(BaseModel):
 
 
 @settings
-class CheckpointSection:
-    """What is saved on the way, beside `final/`."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints; by default as often as evaluations."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; the best by worst domain is kept as well."""
-
-
-@settings
 class ProbeSection:
     """`polyphony probe`: what training on one domain alone does to every domain."""
 

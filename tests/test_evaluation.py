@@ -11,7 +11,8 @@ import polyphony.trainer.evaluation.evaluator as module
 from polyphony.curricula.records import Completion, Domain
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
-from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
+from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.settings import EvaluationSettings
 
 MATH = Domain(name="math", kind="structured", reward="exact")

@@ -10,7 +10,7 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,16 @@ from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
 
 
-def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
-    """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
-    replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
-
-
 def save_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
-    """Write everything that a run remembers beside its weights; `others` have state of their own, by name."""
+    """Write everything that a run remembers beside its weights, and so mark the checkpoint as whole.
+
+    `others` have state of their own, by name.
+    """
     if curriculum.pools:
         save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
     states = {name: ledger.state_dict() for name, ledger in others.items()}
-    save_state(checkpoint, {**curriculum.state_dict(), **states})
+    document = {"version": 1, "curriculum": {**curriculum.state_dict(), **states}}
+    replace_file(checkpoint / STATE_FILE, json.dumps(document))
 
 
 def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:

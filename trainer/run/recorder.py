@@ -9,6 +9,7 @@ from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
@@ -68,7 +69,7 @@ class Recorder:
 
     def _write_reviews(self, reviews: Sequence[Mapping[str, Any]]) -> None:
         if reviews and self.is_main:
-            self.folder.write(self.folder.predicted, json.dumps(list(reviews)))
+            replace_file(self.folder.predicted, json.dumps(list(reviews)))
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
@@ -82,7 +83,7 @@ class Recorder:
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""
         row = Evaluation(
-            trained=self._trained_since_last(),
+            trained=self.trained_since_last(),
             step=step,
             seed=self.seed,
             scores=result.scores(),
@@ -118,7 +119,7 @@ class Recorder:
         """The rows of this run, oldest first."""
         return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
 
-    def _trained_since_last(self) -> tuple[str, ...]:
+    def trained_since_last(self) -> tuple[str, ...]:
         """Return the scheduler's stage, where there was one (what it replays is in `exposure`), else all drawn from."""
         if self.curriculum.stage is not None:
             return (self.curriculum.stage,)
@@ -142,11 +143,7 @@ class Recorder:
 
     def _metrics(self, row: Evaluation, result: HeldoutResult) -> dict[str, float]:
         assert self.matrix is not None
-        metrics = heldout_metrics(result)
-        if result.base_kl:
-            others = [name for name in result.base_kl if name not in row.trained]
-            metrics[key("heldout", "kl_current")] = mean_kl(result.base_kl, row.trained)
-            metrics[key("heldout", "kl_others")] = mean_kl(result.base_kl, others)
+        metrics = heldout_metrics(result, trained=row.trained)
         if len(self._run) > 1:
             run = [on_half(past, result.items, "report") for past in self._run]
             now = moment(run, watch_only=self.matrix.watch_only)
@@ -161,10 +158,11 @@ class Recorder:
         return defined(metrics)
 
 
-def heldout_metrics(result: HeldoutResult) -> dict[str, float]:
+def heldout_metrics(result: HeldoutResult, *, trained: Sequence[str] = ()) -> dict[str, float]:
     """Return the `heldout/<d>` metrics of one evaluation, of the items that are published.
 
-    Raises ValueError for scores that are none, see `HeldoutResult.scores`.
+    `trained` are the domains practised since the one before: their distance to the base model is told apart. Raises
+    ValueError for scores that are none, see `HeldoutResult.scores`.
     """
     published, passed = (
         on_half(Evaluation(trained=(), step=0, seed=0, scores=scores), result.items, "report").scores
@@ -180,6 +178,10 @@ def heldout_metrics(result: HeldoutResult) -> dict[str, float]:
         for metric, value in _report_half(result, name).values().items():
             if metric in READ:
                 metrics[key("heldout", READ[metric], name)] = value
+    if result.base_kl:
+        others = [name for name in result.base_kl if name not in trained]
+        metrics[key("heldout", "kl_current")] = mean_kl(result.base_kl, trained)
+        metrics[key("heldout", "kl_others")] = mean_kl(result.base_kl, others)
     return defined(metrics)
 
 
