@@ -46,8 +46,12 @@ def settings(kind: type[T]) -> type[T]:
 
 
 def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
-    """Return settings that may be given as a mapping of their fields, or not at all."""
-    return given if isinstance(given, kind) else kind(**(given or {}))  # type: ignore[arg-type]
+    """Return settings that may be given as a mapping of their fields, or not at all. Raises ValueError for anything else."""
+    if isinstance(given, kind):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"{kind.__name__}: expected a mapping of its fields, got {given!r}")
+    return kind(**{str(name): value for name, value in (given or {}).items()})
 
 
 def first_problem(error: ValidationError) -> str:
@@ -138,11 +142,13 @@ UNNAMED = Prompt(domain="", id="")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What came back to one prompt; filled in as it walks, by `replace`, and never sent to another rank.
+    """What came back to one prompt; filled in as it walks, by `replace`.
 
     The engine gives token ids, log-probabilities and the version of the weights; the policy the prompt, the text and
-    whether it was cut off; the reward a number. What the ranks tell each other of it is a place in a `Group`. A completion
-    of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote.
+    whether it was cut off; the reward a number. In training, what the ranks tell each other of it is a place in a `Group`;
+    at an evaluation they also send the few texts that people are shown, and the token ids of the items on which the
+    distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A completion of several turns will hold
+    all tokens after the prompt, and a mask of those that the policy wrote.
     """
 
     ids: Sequence[int]

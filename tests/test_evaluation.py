@@ -12,7 +12,8 @@ from polyphony.curricula.records import Completion, Domain
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
-from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
+from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.settings import EvaluationSettings
 
 MATH = Domain(name="math", kind="structured", reward="exact")

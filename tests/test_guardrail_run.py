@@ -76,4 +76,4 @@ def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path
     assert all(torch.equal(saved[name], value) for name, value in trainer.model.named_parameters())
     assert trainer.state.global_step == 4
     assert trainer.curriculum.draws == 4
-    assert trainer.check_weight_sync().is_passed
+    assert trainer.policy.check().is_passed

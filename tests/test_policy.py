@@ -104,7 +104,7 @@ def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
     trainer = build_trainer(recipe, tmp_path, engine=engine)
     restricted = engine.sampling = trainer.policy.sampling
     try:
-        assert trainer.check_weight_sync().is_passed
+        assert trainer.policy.check().is_passed
         assert engine.sampling is restricted
     finally:
         engine.sampling = Sampling()

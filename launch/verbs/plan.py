@@ -14,7 +14,7 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import Plan, make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
-from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.recipe import RecipeError, recipe_of_run
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
 from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
@@ -62,7 +62,7 @@ def replay_run(
 ) -> list[Replayed]:
     """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.
 
-    The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
+    The run's own scheduler keeps its settings, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
     folder = RunFolder(run)
@@ -79,10 +79,10 @@ def _scheduler_of(
     run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
 ) -> Scheduler:
     name, folder = renamed(name), RunFolder(run)
-    recipe = load_recipe(folder.recipe)
+    recipe = recipe_of_run(folder)
     if recipe.curriculum.scheduler != name:
         overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
-    recipe = load_recipe(folder.recipe, overrides)
+    recipe = recipe_of_run(folder, overrides)
     source = folder.transfer if transfer is None and matrix.probes else transfer
     section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
     try:

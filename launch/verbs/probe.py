@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.halves import on_half
@@ -97,7 +98,7 @@ class Probe:
     def _measure(self, arm: Arm) -> Evaluation:
         """Train one arm from the start, evaluate it, and add its row to the file; return what is published of it."""
         trainer = self._train(arm, self._start(arm.seed))
-        result = trainer.evaluate_heldout()
+        result = trainer.evaluator.run()
         row = result.as_evaluation(
             trained=arm.trained, step=arm.steps, seed=arm.seed, exposure=dict(trainer.curriculum.drawn), probe=True
         )
@@ -113,9 +114,9 @@ class Probe:
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
         trainer.remove_callback(PrinterCallback)
-        self.engine = trainer.engine
+        self.engine = trainer.policy.engine
         if arm.steps and not self.is_checked:
-            trainer.add_callback(CheckWeights(trainer.check_weight_sync))
+            trainer.add_callback(CheckWeights(trainer.policy.check))
             self.is_checked = True
         if arm.steps:
             trainer.train()
@@ -179,7 +180,7 @@ def claim_probe(recipe: Recipe, out: Path) -> bool:
         raise RecipeError(f"folder {out} is not empty and holds no probe; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder.write(saved, recipe.as_yaml())
+        replace_file(saved, recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"folder {out} cannot be written: {error.strerror}") from error
     return True

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain, Group, Prompt
 from polyphony.curricula.schedulers import build_scheduler
@@ -214,7 +215,7 @@ def _write_draws(run: Path, scheduler: str, domains: int, draws: int) -> list[tu
     ours.curriculum.scheduler = build_scheduler(scheduler)
     ours.curriculum.total_draws = draws
     names, rng, ran = ours.curriculum.names, np.random.default_rng(1), []
-    RunFolder(run).write(RunFolder(run).recipe, _recipe(names, scheduler, draws))
+    replace_file(RunFolder(run).recipe, _recipe(names, scheduler, draws))
     for draw in range(draws):
         if draw % max(1, draws // 5) == 0:
             ours.record_heldout(draw, _result(names, 20, rng))

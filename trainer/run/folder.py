@@ -6,6 +6,7 @@ No other file knows these names. Imports no torch: the folder is claimed, read a
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,13 +23,27 @@ STATE_FILE = "polyphony.json"
 """Written last into a checkpoint; a folder without it was cut off while being saved."""
 BEST_FILE = "best.json"
 """Beside the checkpoints: which one is best."""
+MAY_CHANGE = ("name", "checkpoint", "faults", "guardrails", "rollouts.max_grader_failures")
+"""Settings with other values of which a run from Python may go on: what it practised and measured was not made by them."""
 POOL_FILE = "pool.npz"
 """What is known of the training prompts: in a run's folder, in its checkpoints, and in the folder of a screen."""
 
 
+class Interrupted(SystemExit):
+    """A signal ended the run after its checkpoint was saved: no error; uncaught, the process ends as signals end one."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of one run. Every whole file is replaced atomically, every ledger is appended a line at a time.
+    """The folder of one run. Its ledgers are appended a line at a time; its whole files are for `replace_file`.
 
     Example: `RunFolder(Path("runs/demo")).read("metrics")[-1]["step"]`
     """
@@ -37,8 +52,13 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe; none in a run from Python."""
+        """The resolved recipe; a run from Python has `settings`."""
         return self.path / "recipe.yaml"
+
+    @property
+    def settings(self) -> Path:
+        """What a run from Python was made with, under a recipe's keys; under `script` those that only its script knows."""
+        return self.path / "settings.json"
 
     @property
     def provenance(self) -> Path:
@@ -122,6 +142,28 @@ class RunFolder:
         written = (self.transfer, *map(self.ledger, LEDGERS), *self.checkpoints.glob(f"*/{STATE_FILE}"))
         return any(path.exists() for path in written)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether there is nothing but what a batch system writes and, of a trainer that never trained, empty folders."""
+        return not any(path.is_file() for path in self.path.rglob("*") if self.logs not in path.parents)
+
+    def refuse_other(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the folder is free, or of a run from Python with these `settings`: it can go on."""
+        if not self.settings.is_file():
+            if not self.is_free:
+                what = (
+                    "holds the run of a recipe: --resume goes on with it;" if self.recipe.is_file() else "is not empty;"
+                )
+                raise ValueError(f"run folder {self.path} {what} choose another")
+            return
+        then, now = flat(json.loads(self.settings.read_text())), flat(settings)
+        for key in sorted(then | now) if self.holds_run else ():
+            if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+                raise ValueError(
+                    f"run folder {self.path} holds a run with {key}={then.get(key)!r}, now it is {now.get(key)!r}: "
+                    "go on with what it was made with, or choose another"
+                )
+
     def append(self, name: str, *entries: Mapping[str, Any]) -> None:
         """Add lines to a ledger; they are in the system's hands when this returns, so a kill loses nothing."""
         lines = _lines(entries)
@@ -149,10 +191,6 @@ class RunFolder:
         if _holds_lines(self.ledger("transfer")):
             with self.ledger("transfer").open("rb") as ledger, replacing(self.transfer, "wb") as out:
                 copy_document(ledger, out)
-
-    def write(self, path: Path, text: str) -> None:
-        """Replace one of the folder's files atomically."""
-        replace_file(path, text)
 
     def record_end(self, how: Literal["finished", "stopped"], *, why: str, step: int) -> None:
         """Say that the run is over, after which step, and why."""
@@ -191,6 +229,18 @@ class RunFolder:
         attempt = self.path / f"attempt-{n + 1}"
         attempt.mkdir()
         return attempt
+
+
+def flat(document: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their key paths.
+
+    Example: `flat({"grpo": {"seed": 1}}) == {"grpo.seed": 1}`
+    """
+    found = {}
+    for key, value in document.items():
+        place = f"{before}{key}"
+        found |= flat(value, f"{place}.") if isinstance(value, Mapping) and value else {place: value}
+    return found
 
 
 def read_transfer(path: Path) -> TransferMatrix:

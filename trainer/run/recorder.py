@@ -9,6 +9,7 @@ from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
@@ -84,7 +85,7 @@ class Recorder:
         samplers = self.curriculum.samplers
         if self._last_line is None:
             ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
-            self.folder.write(self.folder.prompts, json.dumps(ids, ensure_ascii=False))
+            replace_file(self.folder.prompts, json.dumps(ids, ensure_ascii=False))
         places = [samplers[name].places for name in self.curriculum.names]
         self.folder.append("decisions", {"step": step, **shortened(line, self._last_line, places)})
         self._last_line = line
@@ -95,7 +96,7 @@ class Recorder:
 
     def _write_reviews(self, reviews: Sequence[Mapping[str, Any]]) -> None:
         if reviews and self.is_main:
-            self.folder.write(self.folder.predicted, json.dumps(list(reviews)))
+            replace_file(self.folder.predicted, json.dumps(list(reviews)))
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
@@ -109,7 +110,7 @@ class Recorder:
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""
         row = result.as_evaluation(
-            trained=self._trained_since_last(),
+            trained=self.trained_since_last(),
             step=step,
             seed=self.seed,
             exposure=dict(self.curriculum.drawn),
@@ -154,7 +155,7 @@ class Recorder:
         """The rows of this run, oldest first."""
         return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
 
-    def _trained_since_last(self) -> tuple[str, ...]:
+    def trained_since_last(self) -> tuple[str, ...]:
         """Return the scheduler's stage, where there was one (what it replays is in `exposure`), else all drawn from."""
         if self.curriculum.stage is not None:
             return (self.curriculum.stage,)
@@ -183,11 +184,7 @@ class Recorder:
         self, trained: Sequence[str], published: HeldoutResult, answers: Mapping[str, Answers]
     ) -> dict[str, float]:
         assert self.matrix is not None
-        metrics = heldout_metrics(published, answers)
-        if published.base_kl:
-            others = [name for name in published.base_kl if name not in trained]
-            metrics[key("heldout", "kl_current")] = mean_kl(published.base_kl, trained)
-            metrics[key("heldout", "kl_others")] = mean_kl(published.base_kl, others)
+        metrics = heldout_metrics(published, answers, trained=trained)
         if len(self._published) > 1:
             now = moment(self._published, watch_only=self.matrix.watch_only)
             for name in published.items:
@@ -201,8 +198,13 @@ class Recorder:
         return defined(metrics)
 
 
-def heldout_metrics(published: HeldoutResult, answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Return the `heldout/<d>` metrics of what is published of one evaluation, and of its answers."""
+def heldout_metrics(
+    published: HeldoutResult, answers: Mapping[str, Answers], *, trained: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the `heldout/<d>` metrics of what is published of one evaluation, and of its answers.
+
+    `trained` are the domains trained since the one before: their distance to the base model is told apart.
+    """
     metrics = variety_metrics(published.variety)
     scores, passed = published.scores(), published.passed()
     for name in published.samples:
@@ -213,6 +215,10 @@ def heldout_metrics(published: HeldoutResult, answers: Mapping[str, Answers]) ->
         for metric, value in answers[name].values().items():
             if metric in READ:
                 metrics[key("heldout", READ[metric], name)] = value
+    if published.base_kl:
+        others = [name for name in published.base_kl if name not in trained]
+        metrics[key("heldout", "kl_current")] = mean_kl(published.base_kl, trained)
+        metrics[key("heldout", "kl_others")] = mean_kl(published.base_kl, others)
     return defined(metrics)
 
 
