@@ -33,7 +33,7 @@ MODULES = (
     "workers",
 )
 """Those that list benchmarks."""
-ON_REQUEST = ("demo", "gpu")
+ON_REQUEST = ("books", "demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
 
 
