@@ -157,7 +157,7 @@ def find_sampling(name: str) -> Any:
 class RankedSet:
     """Members of 0..N-1, counted and picked by rank.
 
-    Example: `RankedSet(np.array([True, False, True])).find(1)` is 2.
+    Example: `RankedSet(np.array([True, False, True])).pop(1)` is 2.
     """
 
     def __init__(self, member: np.ndarray) -> None:
@@ -181,17 +181,22 @@ class RankedSet:
         if self.member[place]:
             self._change(place, -1)
 
-    def find(self, rank: int) -> int:
-        """Return the member with `rank` smaller members. Raises IndexError for a rank that no member has."""
+    def pop(self, rank: int) -> int:
+        """Take out the member with `rank` smaller members; return it. Raises IndexError for a rank that no member has."""
         if not 0 <= rank < self._count:
             raise IndexError(f"rank {rank} in a set of {self._count}")
         tree, size, place, step = self._tree, len(self._tree), 0, self._top
         while step:
             ahead = place + step
-            if ahead < size and tree[ahead] <= rank:
-                place = ahead
-                rank -= tree[ahead]
+            if ahead < size:
+                if tree[ahead] <= rank:
+                    place = ahead
+                    rank -= tree[ahead]
+                else:
+                    tree[ahead] -= 1  # it counts the member
             step >>= 1
+        self.member[place] = False
+        self._count -= 1
         return place
 
     def _change(self, place: int, by: int) -> None:

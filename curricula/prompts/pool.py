@@ -289,9 +289,9 @@ class PromptPool:
             return []
         generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
         candidates = []
-        for _ in range(min(self._sampling.candidates(n), len(self._open))):
-            candidates.append(self._open.find(generator.randrange(len(self._open))))
-            self._open.remove(candidates[-1])
+        size = len(self._open)
+        for left in range(size, max(0, size - self._sampling.candidates(n)), -1):
+            candidates.append(self._open.pop(generator.randrange(left)))
         chosen = self._sampling.choose([self._beta(place) for place in candidates], n, generator)
         places = [candidates[i] for i in chosen]
         self._taken.update(places)

@@ -22,7 +22,7 @@ Benchmark = Callable[..., Sequence[Result]]
 MODULES = ("books", "commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
            "workers")  # fmt: skip
 """Those that list benchmarks."""
-ON_REQUEST = ("demo", "gpu")
+ON_REQUEST = ("books", "demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
 
 
