@@ -143,8 +143,8 @@ def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, messag
             {"use_vllm": True, "vllm_mode": "server"},
             r"pool\.refill\.max_rounds=2 with several ranks on one engine of TRL's",
         ),
-        ({"is_fsdp_enabled": True}, "rollouts.engine transformers over ranks that split the policy's weights"),
-        ({"is_deepspeed_enabled": True}, "rollouts.engine transformers over ranks that split the policy's weights"),
+        ({"is_fsdp_enabled": True}, "engine transformers over ranks that split the policy's weights"),
+        ({"is_deepspeed_enabled": True}, "engine transformers over ranks that split the policy's weights"),
         ({}, None),
     ],
 )
