@@ -226,9 +226,7 @@ def _limit(domain: Domain, most: int | None) -> int:
         raise ValueError("max_completion_length must be a number: completions without a limit are not supported")
     limit = domain.max_completion_length or most
     if limit > most:
-        raise ValueError(
-            f"domain {domain.name!r}: max_completion_length must be in 1..{most} (max_completion_length), got {limit}"
-        )
+        raise ValueError(f"domain {domain.name!r}: max_completion_length must be in 1..{most} (the run's), got {limit}")
     return limit
 
 
