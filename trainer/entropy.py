@@ -5,7 +5,7 @@ term is off unless asked for, and then, for coefficients c_i of the rows in unit
 
     loss = TRL's loss - sum_i c_i * (sum of the token entropies of row i) / (tokens of all rows) / accumulation
 
-which for equal coefficients is TRL's own bonus (`grpo.entropy_coef`), so the two exclude each other.
+which for equal coefficients is TRL's own bonus (`entropy_coef`), so the two exclude each other.
 """
 
 from __future__ import annotations

@@ -371,15 +371,17 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> dict[str, float]:
         """Score the policy as it is now; return and log `eval_heldout/<domain>/<metric>`, as TRL does its own metrics.
 
-        TRL's trackers hear of it, a run's ledgers do not: its own evaluations are at its steps. Raises ValueError for
-        another data set.
+        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Raises ValueError for another data
+        set.
         """
         if eval_dataset is not None:
             raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
-        result = self.evaluator.run()
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what TRL itself samples has no seeds
+            result = self.evaluator.run()
         published = result.on("report")
         answers = {name: published.read(name) for name in published.answers}
-        trained = self.run.recorder.trained_since_last() if self.run else ()
+        trained = self.run.recorder.practised_last() if self.run else ()
         logged = self.evaluator.scorer.logged.flush("heldout", gather_object)
         found = heldout_metrics(published, answers, trained=trained) | grader_failures(result) | logged
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

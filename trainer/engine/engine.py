@@ -192,7 +192,7 @@ class InProcessEngine(Engine):
         self.accelerator.wait_for_everyone()
 
     def rest(self) -> None:
-        """Give back the memory of weights, keys and values until the next sync (`grpo.vllm_enable_sleep_mode`)."""
+        """Give back the memory of weights, keys and values until the next sync (`vllm_enable_sleep_mode`)."""
         if self.enable_sleep_mode and not self.is_asleep:
             self.llm.sleep(level=2)
             self.is_asleep = True

@@ -89,13 +89,13 @@ def settings_of_script(
         return {n: told(f"{key}.{n}", v, how.get(n, _plain)) for n, v in given.items() if v is not None}
 
     update = settings.update
-    trl = {f.name: (getattr(args, f.name), f.default) for f in fields(args) if not f.name.startswith(UNTOLD)}
-    grpo = {name: value for name, (value, default) in trl.items() if name == "seed" or value not in (default, None)}
+    trl = {f.name: (getattr(args, f.name), f.default) for f in fields(args) if f.init and not f.name.startswith(UNTOLD)}
+    grpo = {name: value for name, (value, default) in trl.items() if name == "seed" or value not in (default, None, [])}
     of_scheduler = {name: value for name, value in _scheduler(curriculum).items() if value is not None}
     sections = {"advantages": update.advantages, "guard": update.guard, "rft": update.rft, "pool": settings.pool}
     sections |= {"entropy": settings.entropy, "faults": settings.faults}
     return {
-        "model": told("model", model, _plain),
+        "model": told("model", str(Path(model).resolve()) if _is_folder(model) else model, _plain),
         "algorithm": "grpo" if update.rft is None else "rft",
         "domains": {domain.name: told_domain(domain) for domain in domains},
         "curriculum": {
@@ -129,6 +129,10 @@ def _plain(value: Any) -> Any:
         raise TypeError(type(value))
     said = {f.serialization_alias or name: getattr(value, name) for name, f in type(value).__pydantic_fields__.items()}
     return {name: _plain(part) for name, part in said.items() if part is not None}
+
+
+def _is_folder(model: Any) -> bool:
+    return isinstance(model, str) and Path(model).is_dir()
 
 
 def _source(rows: Any) -> Any:

@@ -110,7 +110,7 @@ class Recorder:
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""
         row = result.as_evaluation(
-            trained=self.trained_since_last(),
+            trained=self._trained_since_last(),
             step=step,
             seed=self.seed,
             exposure=dict(self.curriculum.drawn),
@@ -155,7 +155,11 @@ class Recorder:
         """The rows of this run, oldest first."""
         return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
 
-    def trained_since_last(self) -> tuple[str, ...]:
+    def practised_last(self) -> tuple[str, ...]:
+        """Return what was practised since the last evaluation; where nothing was, what was before it."""
+        return self._trained_since_last() or (self._run[-1].trained if self._run else ())
+
+    def _trained_since_last(self) -> tuple[str, ...]:
         """Return the scheduler's stage, where there was one (what it replays is in `exposure`), else all drawn from."""
         if self.curriculum.stage is not None:
             return (self.curriculum.stage,)
