@@ -38,13 +38,13 @@ TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "to
 
 
 class Fading:
-    """Grades the first evaluation full, every later one 0: something is forgotten."""
+    """Grades the first evaluation, asked half by half, full and every later one 0: something is forgotten."""
 
     seen = 0
 
     def __call__(self, prompts, **columns):
         self.seen += 1
-        return [float(self.seen == 1)] * len(prompts)
+        return [float(self.seen <= 2)] * len(prompts)
 
 
 class Telling:
@@ -97,7 +97,7 @@ def script(tmp_path: Path, *, reward=None, **given) -> DomainGRPOTrainer:
         domains[-1] = Domain(name="safety", reward=reward, **SOURCES["safety"])
     changes = given.pop("changes", {})
     args = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "report_to": "none"}
-    given = {"curriculum": "joint", "evaluation": {"samples": 1, "kl_items": 4}, "engine": "transformers"} | given
+    given = {"curriculum": "joint", "evaluation": {"samples": 1, "kl_items": 64}, "engine": "transformers"} | given
     args = GRPOConfig(output_dir=str(tmp_path / "trl"), disable_tqdm=True, **{**GRPO, **args, **changes})
     return DomainGRPOTrainer(str(POLICY), args, domains=domains, **given)
 
@@ -107,7 +107,7 @@ def by_recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     document = {"name": "mine", "model": str(POLICY), "grpo": GRPO, "curriculum": {"scheduler": "joint"}}
     document |= {"domains": {name: {"reward": "exact", **fields} for name, fields in SOURCES.items()}}
-    document |= {"eval": {"every": 1, "samples": 1, "kl_items": 4}, "checkpoint": {"keep": 1}}
+    document |= {"eval": {"every": 1, "samples": 1, "kl_items": 64}, "checkpoint": {"keep": 1}}
     document |= {"rollouts": {"engine": "transformers"}, "guardrails": {"safety": {"max_drop": 0.5, "action": "stop"}}}
     (folder / "recipe.yaml").write_text(json.dumps(document))  # JSON is YAML
     train(load_recipe(folder / "recipe.yaml"), folder / "run")
@@ -120,7 +120,8 @@ def numbers(folder: RunFolder) -> list[dict]:
 
 def assert_equal(ours: RunFolder, theirs: RunFolder) -> None:
     assert numbers(ours) == numbers(theirs)
-    for name in ("decisions", "samples", "evaluations", "alarms"):
+    assert ours.decisions() == theirs.decisions()
+    for name in ("samples", "evaluations", "alarms"):
         assert ours.read(name) == theirs.read(name)
     for whole in ("base", "transfer"):
         mine, other = (json.loads(getattr(folder, whole).read_text()) for folder in (ours, theirs))
