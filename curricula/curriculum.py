@@ -27,8 +27,7 @@ from polyphony.curricula.records import (
     mean,
     passed,
 )
-from polyphony.curricula.schedulers import Scheduler, find_scheduler
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -53,28 +52,6 @@ def allocate(n: int, mixture: Sequence[float], residual: Sequence[float]) -> tup
             break
         counts[k] -= min(counts[k], sum(counts) - n)
     return counts, [c - count for c, count in zip(claims, counts, strict=True)]
-
-
-def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:
-    """Read the probes that a scheduler's settings name; return what `as_scheduler` takes, and the probes.
-
-    A setting `transfer`, a probe's file, is for schedulers that plan, and for the run, whatever its scheduler. Raises
-    ValueError for a file that is not there or not whole.
-    """
-    if not isinstance(given, Mapping):
-        return given, None
-    rest = {name: value for name, value in given.items() if name != "transfer"}
-    if (probes := given.get("transfer")) is None:
-        return rest, None
-    if not isinstance(probes, TransferMatrix):
-        if not Path(str(probes)).is_file():
-            raise ValueError(f"curriculum.transfer: file {probes} does not exist; `polyphony probe` writes it")
-        try:
-            probes = TransferMatrix.load(str(probes))
-        except ValueError as error:
-            raise ValueError(f"curriculum.transfer: {error}") from error
-    takes = getattr(find_scheduler(given.get("scheduler", "auto")), "__dataclass_fields__", {})
-    return rest | ({"transfer": probes} if "transfer" in takes else {}), probes
 
 
 class Curriculum:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula.curriculum import with_probes
 from polyphony.curricula.prompts.estimate import find_sampling
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.launch.cluster.local import check_heads
@@ -20,6 +19,7 @@ from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
+from polyphony.trainer.settings import with_probes
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -124,7 +124,7 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     try:
         make = find_engine(rollouts.engine)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"rollouts.{error}") from error
     return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 

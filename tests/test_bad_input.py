@@ -332,7 +332,7 @@ def test_a_row_without_a_completion_is_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "code", "message"),
     [
-        ("one_too_few", 2, "domain 'sums': the reward returned 15 values for 16 completions"),
+        ("one_too_few", 2, "domain 'sums': the reward returned 3 values for 4 completions"),
         ("not_a_number", 2, "domain 'sums': the reward returned nan; a failed grading is None"),
     ],
 )

@@ -38,13 +38,13 @@ TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "to
 
 
 class Fading:
-    """Grades the first evaluation, asked half by half, full and every later one 0: something is forgotten."""
+    """Grades the first evaluation full, every later one 0: something is forgotten."""
 
     seen = 0
 
     def __call__(self, prompts, **columns):
         self.seen += 1
-        return [float(self.seen <= 2)] * len(prompts)
+        return [float(self.seen <= 2)] * len(prompts)  # an evaluation asks of each half by itself
 
 
 class Telling:
@@ -97,7 +97,7 @@ def script(tmp_path: Path, *, reward=None, **given) -> DomainGRPOTrainer:
         domains[-1] = Domain(name="safety", reward=reward, **SOURCES["safety"])
     changes = given.pop("changes", {})
     args = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "report_to": "none"}
-    given = {"curriculum": "joint", "evaluation": {"samples": 1, "kl_items": 64}, "engine": "transformers"} | given
+    given = {"curriculum": "joint", "evaluation": {"samples": 1, "kl_items": 4}, "engine": "transformers"} | given
     args = GRPOConfig(output_dir=str(tmp_path / "trl"), disable_tqdm=True, **{**GRPO, **args, **changes})
     return DomainGRPOTrainer(str(POLICY), args, domains=domains, **given)
 
@@ -107,7 +107,7 @@ def by_recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     document = {"name": "mine", "model": str(POLICY), "grpo": GRPO, "curriculum": {"scheduler": "joint"}}
     document |= {"domains": {name: {"reward": "exact", **fields} for name, fields in SOURCES.items()}}
-    document |= {"eval": {"every": 1, "samples": 1, "kl_items": 64}, "checkpoint": {"keep": 1}}
+    document |= {"eval": {"every": 1, "samples": 1, "kl_items": 4}, "checkpoint": {"keep": 1}}
     document |= {"rollouts": {"engine": "transformers"}, "guardrails": {"safety": {"max_drop": 0.5, "action": "stop"}}}
     (folder / "recipe.yaml").write_text(json.dumps(document))  # JSON is YAML
     train(load_recipe(folder / "recipe.yaml"), folder / "run")
@@ -143,7 +143,7 @@ def test_a_script_and_a_recipe_leave_the_same_run(by_recipe, tmp_path, capsys):
     trainer.train()
     assert_equal(folder, by_recipe)
     after = trainer.evaluate()
-    assert {"eval_heldout/kl_current", "eval_heldout/kl_others"} <= set(after) - set(before)
+    assert {"eval_heldout/kl_current", "eval_heldout/arithmetic/kl_base"} <= set(after) - set(before)
     assert_equal(folder, by_recipe)
     assert [json.loads(f.end.read_text())["how"] for f in (folder, by_recipe)] == ["finished", "finished"]
     assert "heldout/safety/score" in logged.steps[0]  # the user's own tracker has the baseline

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from polyphony.curricula.curriculum import Curriculum, with_probes
+from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
@@ -52,6 +52,7 @@ from polyphony.trainer.settings import (
     FaultSettings,
     TrainerSettings,
     UpdateSettings,
+    with_probes,
 )
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset

@@ -115,7 +115,7 @@ class Policy:
                 trust_remote_code=args.trust_remote_code,
             )
         if not isinstance(engine, Engine):
-            raise ValueError(f"rollouts.engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
+            raise ValueError(f"engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
         engine.max_completion_length = trainer.max_completion_length
         self.engine = trainer.vllm_generation = engine
         trainer.use_vllm, trainer._last_loaded_step = True, -1
@@ -280,13 +280,12 @@ class Policy:
 
 def refuse_unknown(engine: Any) -> None:
     """Raise ValueError for what names no engine, is none and makes none."""
-    known = (
-        engine in ("vllm", "transformers")
-        if isinstance(engine, str)
-        else isinstance(engine, Engine) or callable(engine)
-    )
-    if not known:
-        raise ValueError(f"engine {engine!r} does not exist; known: vllm, transformers")
+    if isinstance(engine, str) and engine != "transformers":
+        find_engine(engine)
+    elif not (isinstance(engine, str | Engine) or callable(engine)):
+        raise ValueError(
+            f"engine {engine!r}: expected vllm, transformers, pkg.module:name, an Engine or what makes one"
+        )
 
 
 def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:

@@ -13,6 +13,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -21,7 +22,10 @@ from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Group, as_settings, settings
+from polyphony.curricula.schedulers import find_scheduler
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.registry import named
+from polyphony.trainer.run.folder import holds_transfer, read_transfer
 
 
 @settings
@@ -208,3 +212,25 @@ class TrainerSettings:
         if self.evaluation.greedy and (engine == "transformers" or of_trl("use_vllm")):
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
+
+
+def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:
+    """Read the probes that a scheduler's settings name; return what `as_scheduler` takes, and the probes.
+
+    A setting `transfer`, a probe's file, is for schedulers that plan, and for the run, whatever its scheduler. Raises
+    ValueError for a file that is not there or not whole.
+    """
+    if not isinstance(given, Mapping):
+        return given, None
+    rest = {name: value for name, value in given.items() if name != "transfer"}
+    if (probes := given.get("transfer")) is None:
+        return rest, None
+    if not isinstance(probes, TransferMatrix):
+        if not holds_transfer(Path(str(probes))):
+            raise ValueError(f"curriculum.transfer: file {probes} does not exist; `polyphony probe` writes it")
+        try:
+            probes = read_transfer(Path(str(probes)))
+        except ValueError as error:
+            raise ValueError(f"curriculum.transfer: {error}") from error
+    takes = getattr(find_scheduler(given.get("scheduler", "auto")), "__dataclass_fields__", {})
+    return rest | ({"transfer": probes} if "transfer" in takes else {}), probes
