@@ -9,7 +9,6 @@ import time
 import pytest
 
 from polyphony.launch.cli import main
-from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY, RECIPES
 from tests.forks import Fork
 
@@ -48,7 +47,7 @@ def lines(folder, name) -> list[dict]:
 
 
 def drawn(folder) -> list[tuple]:
-    return [(line["step"], line["draw"], line["mixture"], line["prompts"]) for line in RunFolder(folder).decisions()]
+    return [(line["step"], line["draw"], line["mixture"], line["prompts"]) for line in lines(folder, "decisions")]
 
 
 def numbers(folder) -> list[dict]:

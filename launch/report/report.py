@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from polyphony.curricula.files import replace_file
 from polyphony.launch.report import sections
 from polyphony.launch.report.charts import place_whisker
 from polyphony.launch.report.numbers import as_json, find
@@ -137,7 +136,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     sheet = Sheet(findings=tuple(find(read_run(path)) for path in runs))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, _page(sheet))
+    out.write_text(_page(sheet), encoding="utf-8")
     return out
 
 
@@ -151,7 +150,7 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
     sheet = Sheet(findings=(find(ran), find(other)))
     only = [chapter for chapter in CHAPTERS if chapter.id == "mixture"]
     out = Path(out)
-    replace_file(out, _page(sheet, chapters=only, replayed=scheduler))
+    out.write_text(_page(sheet, chapters=only, replayed=scheduler), encoding="utf-8")
     return out
 
 

@@ -14,22 +14,17 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import Plan, make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
-from polyphony.launch.recipe import RecipeError, recipe_of_run
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
-from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
+from polyphony.trainer.run.folder import RunFolder
 
 
 def plan(path: Path) -> Plan:
-    """Return what a transfer file recommends.
-
-    Says on standard error where its graders have other versions now, and what its halves have in common.
-    """
-    if not holds_transfer(path):
+    """Return what a transfer file recommends; says on standard error where its graders have other versions now."""
+    if not path.is_file():
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
-    matrix = read_transfer(path)
-    if matrix.unsplit:
-        print(f"{path} {matrix.unsplit}", file=sys.stderr)
+    matrix = TransferMatrix.load(path)
     for line in other_versions(matrix.provenance.get("graders", {})):
         print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
     return make_plan(matrix)
@@ -62,15 +57,15 @@ def replay_run(
 ) -> list[Replayed]:
     """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.
 
-    The run's own scheduler keeps its settings, another has its defaults; `overrides` of the recipe change
+    The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
     folder = RunFolder(run)
-    lines = folder.decisions()
+    lines = folder.read("decisions")
     if not lines:
         name = folder.ledger("decisions").name
         raise RecipeError(f"{run} holds no {name} with a draw in it: not a run folder, or one just begun")
-    matrix = read_transfer(folder.transfer)
+    matrix = TransferMatrix.load(folder.transfer)
     rows = [row for row in matrix.on("steer").rows if not row.probe]
     return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
 
@@ -79,10 +74,10 @@ def _scheduler_of(
     run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
 ) -> Scheduler:
     name, folder = renamed(name), RunFolder(run)
-    recipe = recipe_of_run(folder)
+    recipe = load_recipe(folder.recipe)
     if recipe.curriculum.scheduler != name:
         overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
-    recipe = recipe_of_run(folder, overrides)
+    recipe = load_recipe(folder.recipe, overrides)
     source = folder.transfer if transfer is None and matrix.probes else transfer
     section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
     try:

@@ -80,8 +80,7 @@ def _loud(sides: SideBySide, shares: list[float]) -> Block:
     spent: list[float] = []
     assert trainer.run is not None
     trainer.run.on_log = _timed(trainer.run.on_log, spent)
-    recorder: Any = trainer.draws.recorder
-    recorder.record_draw = _timed(recorder.record_draw, spent)
+    trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
     trainer.entropy.after_draw = _timed(trainer.entropy.after_draw, spent)
     trainer.shortcuts.inspect = _timed(trainer.shortcuts.inspect, spent)
     trainer.shortcuts.observe = _timed(trainer.shortcuts.observe, spent)

@@ -16,7 +16,6 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from polyphony.curricula.files import replace_file
 from polyphony.trainer.metrics import METRICS, key
 from polyphony.trainer.run.tracking import is_reachable, server_url
 
@@ -78,7 +77,7 @@ def save_workspace(workspace: ws.Workspace, place: Path) -> str:
         known.name, known.sections = workspace.name, workspace.sections
         workspace = known
     url = workspace.save().url
-    replace_file(place, url)
+    place.write_text(url, encoding="utf-8")
     return url
 
 
