@@ -284,12 +284,12 @@ def _why(pool: PromptPool) -> str:
 
 
 def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
-    graded = [g for g in groups if g.graded]
+    graded = [(g, g.unselected) for g in groups if g.graded]
     return DomainStats(
         groups=len(groups),
-        reward=mean([r for g in graded for r in g.unselected]),
-        pass_rate=mean([len(passed(g.unselected)) / len(g.unselected) for g in graded if g.unselected]),
-        abs_advantage=mean([g.abs_advantage for g in graded]),
+        reward=mean([r for _, rewards in graded for r in rewards]),
+        pass_rate=mean([len(passed(rewards)) / len(rewards) for _, rewards in graded if rewards]),
+        abs_advantage=mean([g.abs_advantage for g, _ in graded]),
         frac_dead=mean([float(not g.has_signal) for g in groups]),
         entropy=entropy,
         tokens=sum(sum(g.lengths) for g in groups),

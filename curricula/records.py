@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any, Literal, TypeVar, dataclass_transform
@@ -46,8 +46,12 @@ def settings(kind: type[T]) -> type[T]:
 
 
 def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
-    """Return settings that may be given as a mapping of their fields, or not at all."""
-    return given if isinstance(given, kind) else kind(**(given or {}))  # type: ignore[arg-type]
+    """Return settings that may be given as a mapping of their fields, or not at all. Raises ValueError for anything else."""
+    if isinstance(given, kind):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"{kind.__name__}: expected a mapping of its fields, got {given!r}")
+    return kind(**{str(name): value for name, value in (given or {}).items()})
 
 
 def first_problem(error: ValidationError) -> str:
@@ -138,11 +142,13 @@ UNNAMED = Prompt(domain="", id="")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What came back to one prompt; filled in as it walks, by `replace`, and never sent to another rank.
+    """What came back to one prompt; filled in as it walks, by `replace`.
 
     The engine gives token ids, log-probabilities and the version of the weights; the policy the prompt, the text and
-    whether it was cut off; the reward a number. What the ranks tell each other of it is a place in a `Group`. A completion
-    of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote.
+    whether it was cut off; the reward a number. In training, what the ranks tell each other of it is a place in a `Group`;
+    at an evaluation they also send the few texts that people are shown, and the token ids of the items on which the
+    distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A completion of several turns will hold
+    all tokens after the prompt, and a mask of those that the policy wrote.
     """
 
     ids: Sequence[int]
@@ -373,6 +379,10 @@ class Evaluation:
     """Per domain, one score in [0, 1] an item, in the order of the held-out set."""
     entropy: Mapping[str, float] = field(default_factory=dict)
     """Per domain, mean token entropy in nats at the run's temperature; absent where it was not measured."""
+    entropy_items: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    """Per domain, (nats, tokens) of each item, of which `entropy` is the ratio of the sums; empty where it was not kept."""
+    kl_items: Mapping[str, tuple[tuple[float, int] | None, ...]] = field(default_factory=dict)
+    """Per domain, (nats, tokens) of each item's KL(base || policy); None for an item on which it is not measured."""
     exposure: Mapping[str, int] = field(default_factory=dict)
     """Prompts drawn of each domain since the run began."""
     probe: bool = False
@@ -390,21 +400,30 @@ class Evaluation:
             "exposure": dict(self.exposure),
             "probe": self.probe,
         }
-        return row | ({"rolled_back": True} if self.rolled_back else {})
+        row |= {"rolled_back": True} if self.rolled_back else {}
+        # last, because a run that goes on reads a row without them
+        by_item = {"entropy_items": self.entropy_items, "kl_items": self.kl_items}
+        return row | {key: {name: list(pairs) for name, pairs in of.items()} for key, of in by_item.items() if of}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Evaluation:
-        """Read a row of `transfer.json`; `entropy`, `exposure`, `probe` and `rolled_back` may be absent."""
+        """Read a row of `transfer.json`; all but the first four keys may be absent."""
         return cls(
             trained=tuple(row["trained"]),
             step=row["step"],
             seed=row["seed"],
             scores={name: tuple(items) for name, items in row["scores"].items()},
             entropy=dict(row.get("entropy", {})),
+            entropy_items=_pairs(row.get("entropy_items", {})),
+            kl_items=_pairs(row.get("kl_items", {})),
             exposure=dict(row.get("exposure", {})),
             probe=bool(row.get("probe", False)),
             rolled_back=bool(row.get("rolled_back", False)),
         )
+
+
+def _pairs(by_domain: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple([pair and tuple(pair) for pair in pairs]) for name, pairs in by_domain.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -471,6 +490,12 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def per_token(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return the sum of (nats, tokens) in nats per token; NaN without tokens."""
+    nats, tokens = map(sum, zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0)
+    return nats / tokens if tokens else math.nan
+
+
 FULL_REWARD = 1.0
 """What a right answer earns."""
 
@@ -484,5 +509,5 @@ def passes(reward: float | None) -> bool:
 
 
 def passed(rewards: Sequence[float | None]) -> list[int]:
-    """Return the places of those that pass."""
-    return [i for i, reward in enumerate(rewards) if passes(reward)]
+    """Return the places of those that pass, by the rule of `passes`, which every completion of a run is asked for."""
+    return [i for i, reward in enumerate(rewards) if reward is not None and reward >= FULL_REWARD]

@@ -12,15 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula import schedulers
 from polyphony.curricula.prompts.estimate import find_sampling
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
-from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.settings import with_probes
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from polyphony.trainer.domains import DomainData
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.run.folder import RunFolder
     from polyphony.trainer.slots import DrawPlan
 
 
@@ -41,16 +41,6 @@ def check_pool(recipe: Recipe) -> None:
         find_sampling(recipe.pool.sampling)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-
-
-def update_settings(recipe: Recipe) -> UpdateSettings:
-    """Return how the recipe's rewards become an update."""
-    return UpdateSettings(
-        advantages=recipe.advantages,
-        guard=recipe.guard,
-        rft=recipe.rft if recipe.algorithm == "rft" else None,
-        drop_dead=recipe.update.drop_dead,
-    )
 
 
 def check_names(recipe: Recipe) -> None:
@@ -77,17 +67,17 @@ def check_names(recipe: Recipe) -> None:
 
 
 def build_trainer(
-    recipe: Recipe, output: Path, *, engine: Engine | None = None, run: Path | None = None
+    recipe: Recipe, output: Path, *, engine: Engine | None = None, run: RunFolder | None = None
 ) -> DomainGRPOTrainer:
     """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError.
 
-    Checkpoints go to `output`, or into the folder `run`, which is then kept as a run's.
+    Checkpoints go to `output`, or into the folder `run`, which was claimed for the recipe and is then kept as a run's.
     """
     from polyphony.trainer.slots import plan_draws
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
-    scheduler = build_scheduler(recipe)
+    build_scheduler(recipe)
     check_pool(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
@@ -95,21 +85,23 @@ def build_trainer(
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
+    ours = recipe.of_trainer
     try:
         return DomainGRPOTrainer(
             recipe.model,
             args,
             domains=data,
-            curriculum=scheduler,
+            curriculum=recipe.curriculum.model_dump(),
             engine=engine or rollout_engine(recipe),
-            evaluation=recipe.eval,
-            entropy=recipe.entropy,
-            pool=recipe.pool,
-            update=update_settings(recipe),
-            faults=recipe.faults,
-            max_grader_failures=recipe.rollouts.max_grader_failures,
+            evaluation=ours.evaluation,
+            entropy=ours.entropy,
+            pool=ours.pool,
+            update=ours.update,
+            faults=ours.faults,
+            checkpoint=ours.checkpoint,
+            max_grader_failures=ours.max_grader_failures,
             run=run,
-            guardrails=list(recipe.guardrails.values()) if run else [],
+            guardrails=ours.guardrails if run else (),
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
@@ -132,7 +124,7 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     try:
         make = find_engine(rollouts.engine)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"rollouts.{error}") from error
     return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 
@@ -169,30 +161,17 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
             raise RecipeError(str(error)) from error
 
 
-def build_scheduler(recipe: Recipe) -> Any:
+def build_scheduler(recipe: Recipe) -> Scheduler:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    given, name = recipe.curriculum.settings, recipe.curriculum.scheduler
+    section = recipe.curriculum
     try:
-        takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
-        probes = {"transfer": load_transfer(recipe)} if recipe.curriculum.transfer and "transfer" in takes else {}
-        return schedulers.as_scheduler(
-            {"scheduler": name, **given, **probes}, entropy=recipe.entropy, domains=list(recipe.domains)
-        )
+        given, _ = with_probes(section.model_dump())
+        return as_scheduler(given, entropy=recipe.entropy, domains=list(recipe.domains))
     except ValueError as error:
-        raise RecipeError(f"curriculum: {error}") from error
+        where = "" if str(error).startswith("curriculum.") else "curriculum: "
+        raise RecipeError(f"{where}{error}") from error
     except TypeError as error:  # a setting of another type than the scheduler can work with
-        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
-
-
-def load_transfer(recipe: Recipe) -> Any:
-    """Return the probe's transfer matrix that the recipe names."""
-    path = Path(str(recipe.curriculum.transfer))
-    if not path.is_file():
-        raise RecipeError(f"curriculum.transfer: file {path} does not exist; `polyphony probe` writes it")
-    try:
-        return TransferMatrix.load(path)
-    except ValueError as error:
-        raise RecipeError(f"curriculum.transfer: {error}") from error
+        raise RecipeError(f"curriculum: scheduler {section.scheduler!r} refuses {section.settings}: {error}") from error
 
 
 def _peft_config(recipe: Recipe) -> Any:

@@ -189,15 +189,12 @@ def _one_line(error: BaseException | str) -> str:
 
 def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
     """Return the recipe of `train` or `launch`: given, or that of the folder to go on with. Raises RecipeError."""
-    from polyphony.launch.recipe import RecipeError, load_recipe
-    from polyphony.trainer.run.folder import RunFolder
+    from polyphony.launch.recipe import RecipeError, claimed_recipe, load_recipe
 
     if arguments.resume:
         if arguments.out:
             raise RecipeError("--resume goes on in its own folder; leave --out away")
-        saved = RunFolder(arguments.resume).recipe
-        if not saved.is_file():
-            raise RecipeError(f"--resume {arguments.resume}: no run there ({saved.name} is missing)")
+        saved = claimed_recipe(arguments.resume)
         return load_recipe(arguments.recipe or saved, arguments.overrides)
     if not arguments.recipe:
         raise RecipeError("give a recipe, or --resume RUN")
@@ -206,8 +203,8 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 def _train(arguments: argparse.Namespace) -> int:
     from polyphony.launch.build import check_names
-    from polyphony.launch.train import Interrupted, train
-    from polyphony.trainer.run.folder import RunFolder
+    from polyphony.launch.train import train
+    from polyphony.trainer.run.folder import Interrupted, RunFolder
 
     recipe = _recipe_to_train(arguments)
     if arguments.dry_run:

@@ -11,8 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from polyphony.trainer.run.folder import RunFolder
-
 MOVED = {
     "curricula.learnability": "polyphony.curricula.prompts.estimate",
     "curricula.schedulers.joint": "polyphony.curricula.schedulers.fixed",
@@ -51,6 +49,8 @@ def look_in_working_directory() -> None:
 
 def _origins(folder: Path) -> list[str]:
     """Return where a run imported from, by its folder; empty for any other folder."""
+    from polyphony.trainer.run.folder import RunFolder  # slow to import
+
     path = RunFolder(folder).provenance
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

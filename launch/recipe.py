@@ -5,9 +5,9 @@ No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the comm
 
 from __future__ import annotations
 
-import difflib
 import io
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,6 @@ from polyphony.curricula.records import AdvantageKind, first_problem
 from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
-    CheckpointSection,
     ClusterSection,
     CurriculumSection,
     LoraSection,
@@ -32,14 +31,18 @@ from polyphony.launch.sections import (
     RolloutsSection,
     TrackingSection,
 )
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.settings import (
+    CheckpointSettings,
     DataSettings,
     EvaluationSettings,
     FaultSettings,
     Guard,
     RftSettings,
     RowSettings,
+    TrainerSettings,
     UpdateSettings,
+    nearest,
 )
 
 KEY = {"domains": "name", "guardrails": "domain"}
@@ -78,7 +81,7 @@ class Recipe(BaseModel):
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSection = CheckpointSection()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     data: DataSettings = DataSettings()
     grpo: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's GRPOConfig, handed over untouched: `learning_rate`, `max_steps`, `num_generations`, `beta`, .."""
@@ -116,6 +119,25 @@ class Recipe(BaseModel):
         yaml.dump(self.model_dump(exclude_none=True, by_alias=True), out)
         return out.getvalue()
 
+    @property
+    def of_trainer(self) -> TrainerSettings:
+        """What the trainer is told beside TRL's arguments."""
+        return TrainerSettings.of(
+            evaluation=self.eval,
+            entropy=self.entropy,
+            pool=self.pool,
+            update=UpdateSettings(
+                advantages=self.advantages,
+                guard=self.guard,
+                rft=self.rft if self.algorithm == "rft" else None,
+                drop_dead=self.update.drop_dead,
+            ),
+            faults=self.faults,
+            checkpoint=self.checkpoint,
+            guardrails=list(self.guardrails.values()),
+            max_grader_failures=self.rollouts.max_grader_failures,
+        )
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides, check it. Paths are relative to the recipe's own folder.
@@ -127,32 +149,69 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist")
-    document = _read_yaml(path)
+    return _checked(_read_yaml(path), overrides, path.resolve().parent)
+
+
+def claimed_recipe(run: Path) -> Path:
+    """Return the file of the recipe that a run goes on with. Raises RecipeError where there is none."""
+    folder = RunFolder(run)
+    if folder.settings.is_file():
+        raise RecipeError(f"--resume {run}: a run from Python; its script goes on, train(resume_from_checkpoint=True)")
+    if not folder.recipe.is_file():
+        raise RecipeError(f"--resume {run}: no run there ({folder.recipe.name} is missing)")
+    return folder.recipe
+
+
+def recipe_of_run(folder: RunFolder, overrides: Sequence[str] = (), *, needs: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a run; of one from Python, what its settings say of one.
+
+    Of those, keys that only its script knows hold words; a scheduler of the script's is the default one. Raises RecipeError
+    where such a key is among what the caller `needs`, by the beginnings of keys.
+    """
+    if not folder.settings.is_file():
+        return load_recipe(folder.recipe, overrides)
+    try:
+        document = json.loads(folder.settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{folder.settings}: not readable as JSON: {error}") from error
+    in_words = document.pop("script", {})
+    if unsaid := [key for key in in_words if key.startswith(tuple(needs))]:
+        raise RecipeError(f"run {folder.path} is of a script, and only that knows {', '.join(unsaid)}: give a recipe")
+    if "curriculum.scheduler" in in_words:
+        del document["curriculum"]
+    for section, _, name in (key.rpartition(".") for key in in_words):  # the model, rows and rewards may stay words
+        if name not in ("model", "train", "heldout", "reward"):
+            of_domain = section.removeprefix("domains.")
+            place = document["domains"].get(of_domain) if of_domain != section else document.get(section, document)
+            (place or {}).pop(name, None)
+    document["grpo"] = {
+        name: value for name, value in document["grpo"].items() if name in GRPO_KINDS and name not in OURS
+    }
+    document["grpo"].pop("generation_batch_size", None)  # TRL takes it or steps_per_generation
+    return _checked(document, overrides, folder.path.resolve())
+
+
+def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -> Recipe:
+    """Return the recipe of a document; its paths are relative to `folder`, where its modules may be too."""
     for override in overrides:
         _apply(document, override)
-    look_in(path.resolve().parent)
+    look_in(folder)
     try:
         recipe = Recipe.model_validate(renamed(document))
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
     _check_grpo(recipe.grpo)
     _check_engine(recipe)
-    _check_entropy(recipe)
-    size = recipe.grpo.get("num_generations", GROUP_SIZE)
-    if recipe.pool is not None and recipe.pool.look is not None and recipe.pool.look >= size:
-        raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
-    if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
-        raise RecipeError("eval.greedy needs another engine: rollouts.engine transformers samples every completion")
     for key, field in KEY.items():
         for name, section in getattr(recipe, key).items():
             if (own := getattr(section, field)) != name:
                 raise RecipeError(f"{key}.{name}.{field}: its key says it, leave it out; got {own!r}")
-    by_domain = {"guardrails": recipe.guardrails, "entropy.control": recipe.entropy.control}
-    for key, named in by_domain.items():
-        for name in named if isinstance(named, Mapping) else ():
-            if name not in recipe.domains:
-                raise RecipeError(f"unknown domain '{key}.{name}'; {_nearest(name, list(recipe.domains))}")
-    return _with_absolute_paths(recipe, path.resolve().parent)
+    try:
+        of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
+        recipe.of_trainer.check(list(recipe.domains), engine=recipe.rollouts.engine, of_trl=of_trl)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return _with_absolute_paths(recipe, folder)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -190,7 +249,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields_at(first["loc"][:-1])
-        return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), known)}"
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"{where}: required, but not given"
     return first_problem(error)
@@ -207,17 +266,12 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
     return [field.validation_alias or name for name, field in kind.__pydantic_fields__.items() if name != key]
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
 def _check_grpo(grpo: Mapping[str, Any]) -> None:
     for name, value in grpo.items():
         if name in OURS:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
         if name not in GRPO_KINDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_KINDS)}")
+            raise RecipeError(f"unknown key 'grpo.{name}'; {nearest(name, GRPO_KINDS)}")
         if needed := complaint(name, value):
             raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
@@ -239,15 +293,6 @@ def _check_engine(recipe: Recipe) -> None:
             raise RecipeError(
                 f"grpo.{name} is not used by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
             )
-
-
-def _check_entropy(recipe: Recipe) -> None:
-    """Refuse two controllers of the same thing, and a loss that would not hear ours."""
-    if not recipe.entropy.held("coefficient", list(recipe.domains)):
-        return
-    for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
-        if value := recipe.grpo.get(name):
-            raise RecipeError(f"entropy.control and grpo.{name}={value} exclude each other; leave out one")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

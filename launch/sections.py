@@ -33,16 +33,6 @@ class CurriculumSection(BaseModel):
 
 
 @settings
-class CheckpointSection:
-    """Checkpoints during training; the trained policy is saved to `final/` in any case."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints; null: as often as held-out evaluations."""
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints are kept. The one whose lowest domain score is highest is kept as well."""
-
-
-@settings
 class ProbeSection:
     """`polyphony probe`: train on one domain alone and measure the change of every domain's held-out score."""
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyphony.launch.build import build_trainer, load_transfer
+from polyphony.curricula.files import replace_file
+from polyphony.launch.build import build_trainer
 from polyphony.launch.import_paths import looked_in
-from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -22,42 +22,31 @@ if TYPE_CHECKING:
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 
-class Interrupted(BaseException):
-    """A signal ended the run after its checkpoint was saved; not an error, and no handler of errors takes it."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(number, step)
-        self.number = number
-        self.step = step
-
-    def __str__(self) -> str:
-        return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
-
-
 def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | None = None) -> Engine | None:
     """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
 
-    With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none.
+    With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none. Raises Interrupted
+    where a signal ended it.
     """
     folder = RunFolder(out)
     if is_first_rank():
         claim_folder(recipe, out, resume=resume)
     try:
         trainer = start(recipe, out, engine=engine)
-        trainer.train(resume_from_checkpoint=resume)
-        for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
-            say(line)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:
+            for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
+                say(line)
     except ValueError:  # what TRL and torch refuse comes to light when training begins
         if not resume and is_first_rank() and not folder.holds_run:
             give_up_folder(folder)
         raise
-    if trainer.run is not None and trainer.run.interrupted is not None:
-        raise Interrupted(*trainer.run.interrupted)
     if trainer.accelerator.is_main_process:
         from polyphony.launch.report.report import write_report
 
         write_report([out], folder.report)
-    return trainer.engine
+    return trainer.policy.engine
 
 
 def _judged(trainer: DomainGRPOTrainer) -> list[str]:
@@ -75,20 +64,17 @@ def is_first_rank() -> bool:
 def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     """Make the run folder, or check that it is this recipe's. Raises RecipeError in one line."""
     folder = RunFolder(out)
-    saved = folder.recipe
     if resume:
-        if not saved.is_file():
-            raise RecipeError(f"--resume {out}: no run there ({saved.name} is missing)")
-        if load_recipe(saved) != recipe:
+        if load_recipe(claimed_recipe(out)) != recipe:
             raise RecipeError(
                 f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
             )
         return out
-    if out.is_dir() and any(path != folder.logs for path in out.iterdir()):
+    if out.is_dir() and not folder.is_free:
         raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder.write(saved, recipe.as_yaml())
+        replace_file(folder.recipe, recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"run folder {out} cannot be written: {error.strerror}") from error
     return out
@@ -109,27 +95,21 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> DomainG
 
     from polyphony.trainer.checkpoints import whole_checkpoints
     from polyphony.trainer.run.progress import ProgressLine
-    from polyphony.trainer.run.stopping import StopOnSignal
     from polyphony.trainer.run.tracking import WandbTracker
 
     folder = RunFolder(out)
-    trainer = build_trainer(recipe, folder.checkpoints, engine=engine, run=out)
+    trainer = build_trainer(recipe, folder.checkpoints, engine=engine, run=folder)
     run, is_main = trainer.run, trainer.accelerator.is_main_process
     assert run is not None
     trainer.remove_callback(PrinterCallback)
-    if not whole_checkpoints(folder.checkpoints):
-        if known := trainer.curriculum.known:
-            say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
-        if recipe.curriculum.transfer is not None:
-            run.recorder.adopt(load_transfer(recipe))
+    if (known := trainer.curriculum.known) and not whole_checkpoints(folder.checkpoints):
+        say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
     run.imports_from = looked_in()
     wandb = recipe.tracking.wandb
     if wandb is not None and is_main:
         run.tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
     if is_main:
         run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
-    run.stopper = StopOnSignal(trainer.plan, grace_s=recipe.faults.grace_s)
-    trainer.add_callback(run.stopper)
     for what in _slow_or_lossy(trainer) if is_main else ():
         say(what)
     return trainer

@@ -103,7 +103,7 @@ def engine(tmp_path_factory):
     from polyphony.launch.recipe import load_recipe
 
     recipe = load_recipe(RECIPES / "debug.yaml")
-    return build_trainer(recipe, tmp_path_factory.mktemp("engine")).engine
+    return build_trainer(recipe, tmp_path_factory.mktemp("engine")).policy.engine
 
 
 @pytest.fixture

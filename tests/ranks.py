@@ -47,7 +47,7 @@ def be_a_rank(folder: Path, kinds: Sequence[str], overrides: Sequence[str]) -> N
         recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *KINDS[kind]])
         trainer = build_trainer(recipe, folder / kind, engine=engine)
         seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, folder / kind / "final")}
-        engine = trainer.engine
+        engine = trainer.policy.engine
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     engine.close()
 
@@ -58,7 +58,7 @@ def trained(trainer: Any) -> dict[str, Any]:
     keep = trainer._roll_out
     trainer._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
     trainer.train()
-    check = trainer.check_weight_sync()
+    check = trainer.policy.check()
     trainer.policy.sync()
     wrapped = trainer.model_wrapped
     return {
@@ -80,7 +80,7 @@ def trained(trainer: Any) -> dict[str, Any]:
 
 def parameters(trainer: Any) -> dict[str, torch.Tensor]:
     """Return the policy's whole parameters as the engine is sent them; collective."""
-    return {name: p.detach().cpu().clone() for name, p in trainer.engine._iter_named_params()}
+    return {name: p.detach().cpu().clone() for name, p in trainer.policy.engine._iter_named_params()}
 
 
 def unlike_saved(trainer: Any, final: Path) -> list[str]:
@@ -98,9 +98,9 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
 def differing(trainer: Any) -> list[str]:
     """Return the names of engine parameters that are not bit for bit the policy's."""
     ours = parameters(trainer)
-    if not hasattr(trainer.engine, "llm"):
+    if not hasattr(trainer.policy.engine, "llm"):
         return []
-    theirs = trainer.engine.llm.apply_model(
+    theirs = trainer.policy.engine.llm.apply_model(
         lambda model: {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     )[0]
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

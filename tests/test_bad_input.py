@@ -70,7 +70,7 @@ def broken(prompts, **columns):
         (["domains.sums.train=null", "domains.words.train=null"], "no domain has `train` rows"),
         (["domains.sums.max_completion_length=9"], "max_completion_length must be in 1..8"),
         (["grpo.max_completion_length=250"], "domains.sums.train: prompt 'train-0' has 1"),
-        (["grpo.max_completion_length=null"], "grpo.max_completion_length must be a number"),
+        (["grpo.max_completion_length=null"], "max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),
         (["grpo.loss_type=gpro"], "grpo.loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, vespo"),
         (["grpo.steps_per_generation=4", "eval.every=3"], "eval.every=3 falls inside a draw; a draw spans 4 optimizer"),
@@ -332,7 +332,7 @@ def test_a_row_without_a_completion_is_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "code", "message"),
     [
-        ("one_too_few", 2, "domain 'sums': the reward returned 15 values for 16 completions"),
+        ("one_too_few", 2, "domain 'sums': the reward returned 3 values for 4 completions"),
         ("not_a_number", 2, "domain 'sums': the reward returned nan; a failed grading is None"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from polyphony.trainer.checkpoints import (
@@ -8,7 +10,6 @@ from polyphony.trainer.checkpoints import (
     load_state,
     mark_best,
     remove_unfinished,
-    save_state,
     whole_checkpoints,
 )
 from polyphony.trainer.run.folder import STATE_FILE
@@ -19,7 +20,7 @@ def folder(tmp_path):
     """Three whole checkpoints, and one that was cut off while being saved."""
     for step in (2, 10, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        save_state(tmp_path / f"checkpoint-{step}", {"draws": step})
+        (tmp_path / f"checkpoint-{step}" / STATE_FILE).write_text(json.dumps({"curriculum": {"draws": step}}))
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "model.safetensors").write_text("half")
     return tmp_path

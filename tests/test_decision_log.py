@@ -4,16 +4,24 @@ import math
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.decision_log import decision_line, evidence_as_json, evidence_from_json, replay
+from polyphony.curricula.decision_log import (
+    decision_line,
+    evidence_as_json,
+    evidence_from_json,
+    replay,
+    shortened,
+    wholes,
+)
 from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.fixed import Joint, Sequential
 
 
-def a_run(draws=4):
-    """Return the decision lines and the evaluations of a short run under `joint`."""
+def a_run(draws=4, scheduler=None):
+    """Return the decision lines and the curriculum of a short run, under `joint` if nothing else is asked for."""
     domains = [Domain(name="math", kind="structured", train=[1]), Domain(name="talk", kind="open_ended", train=[1])]
     prompts = {d.name: [f"{d.name}{n}" for n in range(9)] for d in domains}
-    curriculum = Curriculum(domains=domains, prompts=prompts, scheduler=Joint(), total_draws=draws)
+    curriculum = Curriculum(domains=domains, prompts=prompts, scheduler=scheduler or Joint(), total_draws=draws)
     lines = []
     for draw in range(draws):
         curriculum.record(Evaluation(trained=(), step=draw, seed=0, scores={"math": (0.5, 1.0), "talk": (0.0, 0.25)}))
@@ -48,6 +56,29 @@ def test_evidence_comes_back_from_its_line_as_it_was():
 def test_a_line_stays_small_however_many_evaluations_it_had_seen():
     lines, _ = a_run(draws=200)
     assert len(json.dumps(lines[-1])) < 700
+
+
+@pytest.mark.parametrize("scheduler", [Joint(), Sequential(), Adaptive()])
+def test_lines_that_leave_out_what_they_have_in_common_are_read_whole(scheduler):
+    lines, curriculum = a_run(draws=12, scheduler=scheduler)
+    ids = {name: list(sampler.ids) for name, sampler in curriculum.samplers.items()}
+    places = [[[ids[n].index(p) for p in line["prompts"] if p in ids[n]] for n in ids] for line in lines]
+    pairs = zip(lines, [None, *lines[:5], None, *lines[6:-1]], places, strict=True)  # the run went on after the sixth
+    written = json.loads(json.dumps([shortened(*of) for of in pairs]))
+    assert all(
+        len(json.dumps(short)) < len(json.dumps(line)) / 2 for short, line in zip(written[1:6], lines[1:], strict=False)
+    )
+    assert wholes(written, ids) == lines
+
+
+def test_lines_of_an_older_version_are_read_with_null_for_nan():
+    lines, curriculum = a_run()
+    old = json.loads(json.dumps(lines[1]))
+    stats = curriculum.basis.last
+    old["evidence"]["last"] = {"groups": [1, 0], "reward": [0.5, None], "pass_rate": [0.5, None], "tokens": [7, 0]}
+    assert wholes([old], {}) == [old]
+    restored = evidence_from_json(old["evidence"], curriculum.evaluations)
+    assert restored.last[0].reward == stats[0].reward and math.isnan(restored.last[1].reward)
 
 
 def test_a_line_that_saw_more_evaluations_than_the_file_has_is_refused():

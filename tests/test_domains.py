@@ -124,7 +124,7 @@ def test_held_out_rows_of_another_domain_count_too(load):
 
 
 def test_they_are_kept_where_the_user_says_so(load):
-    with pytest.warns(UserWarning, match="kept, as the recipe says"):
+    with pytest.warns(UserWarning, match="kept, as asked for"):
         data = load(domain(train=REPEATED), settings=DataSettings(overlap="keep"))
     assert (data.n_train, data.dropped) == (3, {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -49,7 +50,7 @@ def data(size=6) -> DomainData:
 class Alone:
     """What a policy is beside its engine, on one rank."""
 
-    rank, world_size, group_size = 0, 1, G
+    rank, world_size, group_size, next_step = 0, 1, G, 7
 
     def read(self, prompts, completions):
         return [replace(c, prompt=prompt) for prompt, c in zip(prompts, completions, strict=True)]
@@ -118,11 +119,14 @@ def test_a_refill_that_falls_short_ends_and_says_so():
     told = []
     engine = Engine({f"talk{k}" for k in range(6)})
     walk = draws(engine, size=3)
-    walk.refill_listeners.append(lambda n, groups, refs: told.append((n, len(groups), [r.id for r in refs])))
+    walk.recorder = SimpleNamespace(
+        record_draw=lambda step, prompts: told.append((step, len(prompts))),
+        record_refill=lambda step, n, groups, refs: told.append((step, n, len(groups), len(refs))),
+    )
     rollout = walk.roll_out(8)
     assert [g.has_signal for g in rollout.groups.values()] == [False, False, True, True]
     assert rollout.rounds == 1  # the third of three prompts was tried in vain, then there were none
-    assert [(n, dead, len(ids)) for n, dead, ids in told] == [(1, 2, 1), (2, 2, 0)]
+    assert told == [(7, 4), (7, 1, 2, 1), (7, 2, 2, 0)]
     assert len(rollout.discarded) == 1
     assert len(rollout.sampled) == 5
 

@@ -10,25 +10,24 @@ from polyphony.curricula.monitors.entropy_control import EntropySettings, contro
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
+from polyphony.trainer.settings import TrainerSettings
 from tests.conftest import RECIPES
 from tests.test_entropy import group
 
 ADAPTIVE = EntropySettings(control="adaptive")
 
 
-def args(tmp_path, **fields) -> GRPOConfig:
-    return GRPOConfig(output_dir=str(tmp_path), bf16=False, report_to="none", **fields)
-
-
 @pytest.mark.parametrize("override", ["grpo.entropy_coef=0.01", "grpo.use_adaptive_entropy=true"])
 def test_two_controllers_of_entropy_are_refused_in_one_line(override):
-    with pytest.raises(RecipeError, match=r"entropy.control and grpo\.\w+=\S+ exclude each other"):
+    with pytest.raises(RecipeError, match=r"entropy.control and \w+=\S+ exclude each other"):
         load_recipe(RECIPES / "debug.yaml", ["entropy.control={stories: coefficient}", override])
 
 
 def test_the_python_interface_refuses_them_too(tmp_path):
-    with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0.01 exclude each other"):
-        DomainEntropy(("math",), ADAPTIVE, args(tmp_path, entropy_coef=0.01))
+    arguments = GRPOConfig(output_dir=str(tmp_path), bf16=False, entropy_coef=0.01)
+    settings = TrainerSettings.of(entropy=ADAPTIVE, max_grader_failures=0.5)
+    with pytest.raises(ValueError, match=r"entropy_coef=0\.01 exclude each other"):
+        settings.check(["math"], engine="vllm", of_trl=lambda name: getattr(arguments, name))
 
 
 @pytest.mark.parametrize("band", ["[0.5, 0.9]", "[0.5]", "wide"])
@@ -90,16 +89,16 @@ def test_sampling_under_a_scheduler_that_cannot_is_a_recipe_error():
     build_scheduler(load_recipe(RECIPES / "debug.yaml", ["curriculum.scheduler=joint", "entropy.control=adaptive"]))
 
 
-def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens(tmp_path):
-    watch = DomainEntropy(("math", "stories"), ADAPTIVE, args(tmp_path))
+def test_the_term_is_the_coefficients_times_the_masked_entropies_over_all_tokens():
+    watch = DomainEntropy(("math", "stories"), ADAPTIVE)
     entropy = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     # (.1 (1 + 2) - .2 * 3) / 3 tokens
     assert watch.bonus(entropy, mask, torch.tensor([0.1, -0.2])).item() == pytest.approx(-0.1)
 
 
-def test_a_domain_that_is_not_held_has_no_coefficient(tmp_path):
-    watch = DomainEntropy(("math", "stories"), EntropySettings(control={"stories": "coefficient"}), args(tmp_path))
+def test_a_domain_that_is_not_held_has_no_coefficient():
+    watch = DomainEntropy(("math", "stories"), EntropySettings(control={"stories": "coefficient"}))
     watch.after_evaluation(0, {name: [(10.0, 10)] for name in watch.domains})
     groups = [group(0.0, 0.0), group(0.5, 0.0, domain="stories"), group(1.0, 0.0, domain="stories")]
     watch.after_draw(1, {"math": (1.0, 10.0), "stories": (4.0, 10.0)}, groups)
@@ -109,18 +108,18 @@ def test_a_domain_that_is_not_held_has_no_coefficient(tmp_path):
     assert watch.rows(groups, torch.device("cpu"))[ROW_COEFFICIENT].tolist() == pytest.approx([0.0, 0.255, 0.0])
 
 
-def test_where_only_replaced_groups_had_nothing_right_there_is_nothing_to_act_on(tmp_path):
-    watch = DomainEntropy(("math",), ADAPTIVE, args(tmp_path))
+def test_where_only_replaced_groups_had_nothing_right_there_is_nothing_to_act_on():
+    watch = DomainEntropy(("math",), ADAPTIVE)
     watch.after_evaluation(0, {"math": [(10.0, 10)]})
     watch.after_draw(1, {"math": (1.0, 10.0)}, [group(1.0, 0.0)], discarded=[group(0.0, 0.0)])
     assert watch.metrics()["domain/math/entropy_coef"] == 0.0
 
 
 @pytest.mark.parametrize("control", ["none", "sampling"])
-def test_rows_carry_a_coefficient_only_where_it_was_asked_for(tmp_path, control):
-    watch = DomainEntropy(("math",), EntropySettings(control=control), args(tmp_path))
+def test_rows_carry_a_coefficient_only_where_it_was_asked_for(control):
+    watch = DomainEntropy(("math",), EntropySettings(control=control))
     assert watch.control is None and watch.rows([group(0.0)] * 2, torch.device("cpu")) == {}
-    rows = DomainEntropy(("math",), ADAPTIVE, args(tmp_path)).rows([group(0.0)] * 2, torch.device("cpu"))
+    rows = DomainEntropy(("math",), ADAPTIVE).rows([group(0.0)] * 2, torch.device("cpu"))
     assert rows[ROW_COEFFICIENT].tolist() == [0, 0]
 
 

@@ -9,9 +9,11 @@ import pytest
 
 import polyphony.trainer.evaluation.evaluator as module
 from polyphony.curricula.records import Completion, Domain
+from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
-from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
+from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.settings import EvaluationSettings
 
 MATH = Domain(name="math", kind="structured", reward="exact")
@@ -71,6 +73,9 @@ class World:
     def rest(self):
         pass
 
+    def apart(self):
+        return self
+
 
 def evaluator(world) -> Evaluator:
     settings = EvaluationSettings(samples=4, shown=1)
@@ -92,12 +97,35 @@ def test_items_samples_and_entropies_of_all_domains_come_in_the_order_of_their_s
     assert result.entropy == {"math": 7 / 30, "stories": 3 / 60}  # nats summed, then divided by all tokens
 
 
-def test_the_first_items_of_each_domain_are_kept_to_be_read():
+def test_the_first_published_items_of_each_domain_are_kept_to_be_read():
+    first = [next(i for i, side in zip(t.ids, halves(t.ids), strict=True) if side == "report") for t in BOTH]
     shown = evaluator(World()).run().shown
-    assert [(c.prompt.domain, c.prompt.id, c.reward) for c in shown] == [
-        ("math", "4", 1.0),
-        ("stories", "0", 0.0),
-    ]
+    assert [(c.prompt.domain, c.prompt.id) for c in shown] == [("math", first[0]), ("stories", first[1])]
+
+
+class Telling(World):
+    """Remembers which items it logged."""
+
+    def __init__(self, told, quiet):
+        super().__init__()
+        self.told, self.quiet = told, quiet
+
+    def __call__(self, completions):
+        self.told += [(c.prompt.domain, c.prompt.id) for c in completions]
+        return super().__call__(completions)
+
+    def apart(self):
+        return Telling(self.quiet, [])
+
+
+def test_what_a_reward_logs_is_kept_of_the_published_items_alone():
+    world = Telling([], [])
+    evaluator(world).run()
+    published = {
+        (t.domain.name, i) for t in BOTH for i, side in zip(t.ids, halves(t.ids), strict=True) if side == "report"
+    }
+    assert set(world.told) == published
+    assert len(set(world.quiet)) == 5 - len(published)
 
 
 def test_samples_of_an_item_differ_in_their_seed_and_are_the_same_at_every_evaluation():

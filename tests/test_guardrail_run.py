@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
 from polyphony.trainer.checkpoints import roll_back
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_a_guardrail_takes_the_run_back_and_tells_the_scheduler(tmp_path, engine
     first, *_ = [
         alarm for alarm in alarms(tmp_path / "run") if alarm["message"].endswith("rolled back to checkpoint-1")
     ]
-    decisions = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
+    decisions = RunFolder(tmp_path / "run").decisions()
     (next_draw,) = [line for line in decisions if line["step"] == first["step"] + 1]
     assert next_draw["evidence"]["notes"][0].startswith("rolled back to checkpoint-1: safety lost")
     assert next_draw["evidence"]["alarms"] == ["safety"]
@@ -75,4 +76,4 @@ def test_a_rollback_restores_weights_and_optimizer_and_leaves_the_steps(tmp_path
     assert all(torch.equal(saved[name], value) for name, value in trainer.model.named_parameters())
     assert trainer.state.global_step == 4
     assert trainer.curriculum.draws == 4
-    assert trainer.check_weight_sync().is_passed
+    assert trainer.policy.check().is_passed

@@ -8,8 +8,9 @@ import pytest
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.run.callbacks import Cadence, Run
+from polyphony.trainer.run.callbacks import Cadence, Outset, Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.settings import TrainerSettings
 
 
 def row(step, trained=(), **scores):
@@ -107,9 +108,11 @@ def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, ca
         data=SimpleNamespace(domains=(), names=("safety",)),
         curriculum=None,
         args=SimpleNamespace(seed=1),
+        plan=None,
     )
     folder, control = RunFolder(tmp_path), SimpleNamespace(should_training_stop=False)
-    run = Run(trainer, folder, Cadence(evaluate_every=1, keep=1))
+    cadence, settings = Cadence(evaluate_every=1, save_every=1, keep=1), TrainerSettings.of(max_grader_failures=0.5)
+    run = Run(trainer, Outset(folder=folder, cadence=cadence, settings=settings, said=None), model="policy")
     guardrail = Guardrail(domain="safety", max_drop=0.1, action="rollback")
     lost = Verdict(guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline")
     run._act(lost, control)

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from polyphony.launch.cli import main
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import HOUSE
 
 OLD = HOUSE / "tests" / "old_run"
@@ -41,7 +42,7 @@ def processor() -> str:
 
 
 def lines(run: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    return RunFolder(run).decisions() if name == "decisions" else RunFolder(run).read(name)
 
 
 def outcome(run: Path) -> dict:

@@ -104,7 +104,7 @@ def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
     trainer = build_trainer(recipe, tmp_path, engine=engine)
     restricted = engine.sampling = trainer.policy.sampling
     try:
-        assert trainer.check_weight_sync().is_passed
+        assert trainer.policy.check().is_passed
         assert engine.sampling is restricted
     finally:
         engine.sampling = Sampling()
@@ -209,8 +209,8 @@ def test_an_engine_is_taken_by_its_import_path(name, tmp_path):
     path = f"{__name__}:{name}"
     recipe = load_recipe(DEBUG, [f"rollouts.engine={path}", "rollouts.engine_args={seeds: 3}", "tracking.wandb=null"])
     trainer = build_trainer(recipe, tmp_path)
-    assert isinstance(trainer.engine, Counting)
-    assert trainer.engine.extra == {"seeds": 3}
+    assert isinstance(trainer.policy.engine, Counting)
+    assert trainer.policy.engine.extra == {"seeds": 3}
     trainer.policy.sync()
     (completion,) = trainer.policy.complete([Request(prompt_ids=[1], seed=0, max_tokens=4)], 1)
     assert completion.ids == [1]

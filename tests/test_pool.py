@@ -348,12 +348,25 @@ def test_a_million_prompts_are_saved_and_loaded_in_two_seconds_each(tmp_path):
     assert saved - began < 2 and time.process_time() - loading < 2
 
 
-def test_a_ranked_set_finds_the_kth_member():
+def test_a_ranked_set_gives_the_kth_member_away():
+    def members(s):
+        return [RankedSet(s.member).pop(k) for k in range(len(s))]
+
     s = RankedSet(np.array([True, False, True, True, False]))
-    assert [s.find(k) for k in range(len(s))] == [0, 2, 3]
+    assert members(s) == [0, 2, 3]
     s.remove(2)
     s.add(4)
     s.add(4)
-    assert [s.find(k) for k in range(len(s))] == [0, 3, 4]
+    assert members(s) == [0, 3, 4]
+    assert [s.pop(1), s.pop(1), len(s), s.pop(0)] == [3, 4, 1, 0]
     with pytest.raises(IndexError):
-        s.find(3)
+        s.pop(0)
+
+
+def test_what_is_given_away_by_rank_leaves_a_set_as_if_it_had_been_removed():
+    rng = random.Random(1)
+    ours, plain = RankedSet(np.ones(37, dtype=bool)), list(range(37))
+    while plain:
+        rank = rng.randrange(len(plain))
+        assert ours.pop(rank) == plain.pop(rank)
+        assert ours._tree == RankedSet(ours.member)._tree

@@ -59,7 +59,7 @@ def pooled(tmp_path_factory):
     trainer = build_trainer(load_recipe(DEBUG, overrides), tmp_path_factory.mktemp("pool"))
     trainer.policy.sync()
     yield trainer
-    trainer.engine.close()
+    trainer.policy.engine.close()
 
 
 def requests(trainer, n: int = 24, *, max_tokens: int = 32) -> list[Request]:
@@ -81,16 +81,16 @@ def test_completions_are_those_of_the_in_process_engine(pooled, engine, tmp_path
     alone = build_trainer(recipe, tmp_path, engine=engine)
     alone.policy.sync()
     asked = requests(pooled)
-    ours, theirs = pooled.engine.complete(asked), alone.engine.complete(asked)
+    ours, theirs = pooled.policy.engine.complete(asked), alone.policy.engine.complete(asked)
     assert [c.ids for c in ours] == [c.ids for c in theirs]
     worst = max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.logps, y.logps, strict=True))
     assert worst < 1e-4
-    assert {c.version for c in ours} == {pooled.engine.version}
+    assert {c.version for c in ours} == {pooled.policy.engine.version}
 
 
 @pytest.mark.slow
 def test_the_check_of_weights_holds_over_workers(pooled):
-    assert pooled.check_weight_sync().is_passed
+    assert pooled.policy.check().is_passed
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_every_parameter_of_every_worker_is_the_policys(pooled):
             parameter.mul_(1.01)
     pooled.policy.sync()
     ours = {name: p.detach() for name, p in pooled.model.named_parameters()}
-    for worker in pooled.engine.pool.workers:
+    for worker in pooled.policy.engine.pool.workers:
         theirs = {name: torch.from_numpy(a.copy()) for name, a in ray.get(worker.handle.parameters.remote()).items()}
         assert compared(ours, theirs) == set(ours)
 
@@ -126,52 +126,52 @@ def compared(ours: dict, theirs: dict) -> set[str]:
 @pytest.mark.slow
 def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled):
     asked = requests(pooled, 48, max_tokens=48)
-    expected = [c.ids for c in pooled.engine.complete(asked)]
-    pooled.engine.flush_faults()
-    killer = threading.Timer(0.2, os.kill, (process_of(pooled.engine, 0), signal.SIGKILL))
+    expected = [c.ids for c in pooled.policy.engine.complete(asked)]
+    pooled.policy.engine.flush_faults()
+    killer = threading.Timer(0.2, os.kill, (process_of(pooled.policy.engine, 0), signal.SIGKILL))
     killer.start()
-    again = pooled.engine.complete(asked)
+    again = pooled.policy.engine.complete(asked)
     killer.join()
     assert [c.ids for c in again] == expected
-    faults = pooled.engine.flush_faults()
+    faults = pooled.policy.engine.flush_faults()
     if not faults.workers_restarted:  # it had answered before the signal came: the loss shows at the next call
-        assert [c.ids for c in pooled.engine.complete(asked)] == expected
-        faults = pooled.engine.flush_faults()
+        assert [c.ids for c in pooled.policy.engine.complete(asked)] == expected
+        faults = pooled.policy.engine.flush_faults()
     assert faults.workers_restarted == 1
     assert 0 < faults.regenerated < len(asked)
-    pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[0]])
+    pooled.policy.engine.pool.wait_for_one(of=[pooled.policy.engine.pool.workers[0]])
     # the replacement got the weights of the last sync by itself
-    assert [c.ids for c in pooled.engine.complete(asked)] == expected
-    assert pooled.engine.flush_faults().stale == 0
+    assert [c.ids for c in pooled.policy.engine.complete(asked)] == expected
+    assert pooled.policy.engine.flush_faults().stale == 0
 
 
 @pytest.mark.slow
 def test_a_worker_with_old_weights_is_refused_and_replaced(pooled):
     asked = requests(pooled)
-    expected = [c.ids for c in pooled.engine.complete(asked)]
-    worker = pooled.engine.pool.workers[1]
-    ray.get(worker.handle.call_it.remote(pooled.engine.version - 1))
-    pooled.engine.flush_faults()
-    assert [c.ids for c in pooled.engine.complete(asked)] == expected
-    faults = pooled.engine.flush_faults()
+    expected = [c.ids for c in pooled.policy.engine.complete(asked)]
+    worker = pooled.policy.engine.pool.workers[1]
+    ray.get(worker.handle.call_it.remote(pooled.policy.engine.version - 1))
+    pooled.policy.engine.flush_faults()
+    assert [c.ids for c in pooled.policy.engine.complete(asked)] == expected
+    faults = pooled.policy.engine.flush_faults()
     assert (faults.workers_restarted, faults.stale) == (1, faults.regenerated)
-    assert pooled.engine.pool.workers[1] is not worker
+    assert pooled.policy.engine.pool.workers[1] is not worker
 
 
 @pytest.mark.slow
 def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(pooled):
     asked = requests(pooled)
-    pooled.engine.pool.wait_for_one(of=[pooled.engine.pool.workers[1]])
-    behind = pooled.engine.version - 1
-    ray.get(pooled.engine.pool.workers[1].handle.call_it.remote(behind))
-    pooled.engine.flush_faults()
-    object.__setattr__(pooled.engine.rollouts, "max_staleness", 1)
+    pooled.policy.engine.pool.wait_for_one(of=[pooled.policy.engine.pool.workers[1]])
+    behind = pooled.policy.engine.version - 1
+    ray.get(pooled.policy.engine.pool.workers[1].handle.call_it.remote(behind))
+    pooled.policy.engine.flush_faults()
+    object.__setattr__(pooled.policy.engine.rollouts, "max_staleness", 1)
     try:
-        completions = pooled.engine.complete(asked)
+        completions = pooled.policy.engine.complete(asked)
     finally:
-        object.__setattr__(pooled.engine.rollouts, "max_staleness", 0)
+        object.__setattr__(pooled.policy.engine.rollouts, "max_staleness", 0)
         pooled.policy.sync()
-    faults = pooled.engine.flush_faults()
+    faults = pooled.policy.engine.flush_faults()
     assert faults.stale == sum(c.version == behind for c in completions) > 0
     assert faults.workers_restarted == 0
 
@@ -179,17 +179,17 @@ def test_old_weights_are_kept_where_the_recipe_allows_and_completions_say_so(poo
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
     asked = requests(pooled)
-    expected = [c.ids for c in pooled.engine.complete(asked)]
-    process = process_of(pooled.engine, 0)
+    expected = [c.ids for c in pooled.policy.engine.complete(asked)]
+    process = process_of(pooled.policy.engine, 0)
     os.kill(process, signal.SIGSTOP)
-    settings = pooled.engine.rollouts
+    settings = pooled.policy.engine.rollouts
     object.__setattr__(settings, "timeout_s", 8.0)
     try:
-        again = pooled.engine.complete(asked)
+        again = pooled.policy.engine.complete(asked)
     finally:
         object.__setattr__(settings, "timeout_s", 120.0)
     assert [c.ids for c in again] == expected
-    assert pooled.engine.flush_faults().workers_restarted >= 1
+    assert pooled.policy.engine.flush_faults().workers_restarted >= 1
     deadline = time.monotonic() + 20
     while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the hung process was left running"
@@ -199,27 +199,27 @@ def test_a_worker_that_hangs_is_replaced_after_its_time(pooled):
 @pytest.mark.slow
 def test_workers_have_the_priority_of_the_trainer(pooled):
     """Ray's own is the lowest but four: beside two busy processes a worker took five minutes to start."""
-    assert psutil.Process(process_of(pooled.engine, 0)).nice() == psutil.Process().nice()
+    assert psutil.Process(process_of(pooled.policy.engine, 0)).nice() == psutil.Process().nice()
 
 
 @pytest.mark.slow
 def test_workers_that_come_up_without_weights_are_sent_them_before_they_sample(pooled, monkeypatch):
     """As over NCCL, which keeps no copy that a replacement could be handed."""
     asked = requests(pooled)
-    expected = [c.ids for c in pooled.engine.complete(asked)]
-    pooled.engine.flush_faults()
+    expected = [c.ids for c in pooled.policy.engine.complete(asked)]
+    pooled.policy.engine.flush_faults()
     sent = []
-    send = pooled.engine._send
-    monkeypatch.setattr(pooled.engine, "_send", lambda: sent.append(pooled.engine.version) or send())
-    monkeypatch.setattr(pooled.engine.pool, "weights", None)
-    pooled.engine.pool.deaths = 0
-    for worker in list(pooled.engine.pool.workers):
+    send = pooled.policy.engine._send
+    monkeypatch.setattr(pooled.policy.engine, "_send", lambda: sent.append(pooled.policy.engine.version) or send())
+    monkeypatch.setattr(pooled.policy.engine.pool, "weights", None)
+    pooled.policy.engine.pool.deaths = 0
+    for worker in list(pooled.policy.engine.pool.workers):
         os.kill(ray.get(worker.ready)[1], signal.SIGKILL)
-    completions = pooled.engine.complete(asked)
+    completions = pooled.policy.engine.complete(asked)
     assert [c.ids for c in completions] == expected
-    assert {c.version for c in completions} == {pooled.engine.version}
-    assert set(sent) == {pooled.engine.version}
-    assert pooled.engine.flush_faults().workers_restarted == 2
+    assert {c.version for c in completions} == {pooled.policy.engine.version}
+    assert set(sent) == {pooled.policy.engine.version}
+    assert pooled.policy.engine.flush_faults().workers_restarted == 2
 
 
 @pytest.mark.slow

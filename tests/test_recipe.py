@@ -61,7 +61,7 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
         ),
         ("domains.math.kind=poem", "domains.math.kind: Input should be 'structured' or 'open_ended', got 'poem'"),
         ("eval.every=0", "eval.every: Input should be greater than or equal to 1, got 0"),
-        ("pool={look: 8}", "pool.look: must be below grpo.num_generations=8, got 8"),
+        ("pool={look: 8}", "pool.look: must be below num_generations=8, got 8"),
         ("domains.new={}", "domains.new.kind: required, but not given"),
         ("name", "override 'name': expected key.path=value"),
         ("name.x=1", "override 'name.x=1': 'name' is a value, not a section"),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import replace
 
 import pytest
 
 from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.decision_log import decision_line
 from polyphony.curricula.records import Completion, Decision, Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers.fixed import Joint, Sequential
 from polyphony.curricula.transfer.halves import halves
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.trainer.checkpoints import load_ledgers, save_ledgers
 from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.result import HeldoutResult
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, read_transfer
 from polyphony.trainer.run.recorder import Recorder
 
 DOMAINS = (
@@ -39,7 +43,7 @@ def recorder(path, *, scheduler=None, is_main=True) -> Recorder:
     )
 
 
-def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
+def result(*, steer=0.5, report=0.5, confidence=math.nan, **domains) -> HeldoutResult:
     """Every item's two samples have the score of its half; a domain may have (steer, report) of its own."""
     samples = {}
     for name in NAMES:
@@ -48,7 +52,7 @@ def result(*, steer=0.5, report=0.5, **domains) -> HeldoutResult:
     shown = Completion(prompt=Prompt(id="a", domain="math", prompt="1+1 =", columns={}), ids=[1], text="2", reward=1.0)
     answers = {
         name: tuple(
-            tuple(Answer(score=s, vote=str(s), confidence=0.75, is_valid=True, style="bare") for s in row)
+            tuple(Answer(score=s, vote=str(s), confidence=confidence, is_valid=True, style="bare") for s in row)
             for row in rows
         )
         for name, rows in samples.items()
@@ -93,7 +97,9 @@ def test_what_decides_sees_the_steer_half_and_what_is_published_is_the_report_ha
 
 
 def test_the_file_keeps_every_item_of_every_domain(tmp_path):
-    recorder(tmp_path).record_heldout(0, result(steer=1.0, report=0.25))
+    ours = recorder(tmp_path)
+    ours.record_heldout(0, result(steer=1.0, report=0.25))
+    ours.save()
     saved = TransferMatrix.load(tmp_path / "transfer.json")
     assert saved.rows[0].scores["safety"] == tuple(1.0 if is_steer else 0.25 for is_steer in STEER)
     assert saved.items == dict.fromkeys(NAMES, IDS)
@@ -117,6 +123,7 @@ def test_a_stage_stays_a_stage_with_replay_in_it_and_what_was_replayed_stays_on_
     ours = recorder(tmp_path, scheduler=Replaying())
     ours.record_heldout(0, result())
     ours.curriculum.draw(8)
+    (tmp_path / "again").mkdir()
     restored = recorder(tmp_path / "again", scheduler=Replaying())
     restored.record_heldout(0, result())
     restored.curriculum.load_state_dict(json.loads(json.dumps(ours.curriculum.state_dict())))
@@ -158,11 +165,35 @@ def test_a_draw_leaves_its_decision_with_the_prompts_it_chose(tmp_path):
     ours = recorder(tmp_path)
     refs = ours.curriculum.draw(4)
     ours.record_draw(1, refs)
-    (line,) = ours.folder.read("decisions")
+    (line,) = ours.folder.decisions()
     assert (line["step"], line["draw"], line["reason"]) == (1, 0, "fixed weights")
     assert line["mixture"] == {"math": 0.5, "stories": 0.5}
     assert line["counts"] == {"math": 2, "stories": 2}
     assert sorted(line["prompts"]) == ["m1", "m2", "s1", "s2"]
+
+
+def test_a_draw_is_written_as_what_differs_from_the_one_before_and_read_whole(tmp_path):
+    ours, whole = recorder(tmp_path, scheduler=Replaying()), []
+    for step in (1, 2, 3):
+        refs = ours.curriculum.draw(4)
+        whole.append({"step": step, **decision_line(ours.curriculum.basis, ours.curriculum.decision, refs)})
+        ours.record_draw(step, refs)
+    short = ours.folder.read("decisions")[-1]
+    assert short == {"step": 3, "draw": 2, "prompts": short["prompts"], "evidence": {}}
+    assert ours.folder.decisions() == whole
+
+
+def test_a_run_that_goes_on_begins_with_a_whole_line(tmp_path):
+    ours = recorder(tmp_path)
+    for step in (1, 2):
+        ours.record_draw(step, ours.curriculum.draw(2))
+    again = recorder(tmp_path)
+    again.curriculum.load_state_dict(ours.curriculum.state_dict())
+    again.record_draw(3, again.curriculum.draw(2))
+    lines = ours.folder.decisions()
+    assert [line["evidence"]["drawn"] for line in lines] == [[0, 0], [1, 1], [2, 2]]
+    assert "counts" in ours.folder.read("decisions")[2]
+    assert sorted(lines[0]["prompts"] + lines[1]["prompts"]) == ["m1", "m2", "s1", "s2"]
 
 
 def test_samples_are_kept_to_be_read(tmp_path):
@@ -192,21 +223,88 @@ def evaluated(path, *steps) -> Recorder:
 
 
 def test_a_restored_run_forgets_the_rows_after_its_checkpoint(tmp_path):
-    evaluated(tmp_path, 0, 2, 4)
+    evaluated(tmp_path, 0, 2, 4).folder.cut(2)
     again = recorder(tmp_path)
     again.restore(2)
     assert [row.step for row in again.matrix.rows] == [0, 2]
     again.curriculum.drawn = {"math": 2, "stories": 0}  # as the checkpoint's ledgers would say: 1 and 1 at step 2
     again.record_heldout(4, result())
     assert again.matrix.rows[-1].trained == ("math",)
+    again.save()
     assert [row["step"] for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]] == [0, 2, 4]
 
 
-def test_a_run_restored_before_its_first_row_begins_anew(tmp_path):
-    evaluated(tmp_path, 0, 2)
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    evaluated(tmp_path, 0, 2).folder.cut(-1)
+    again = evaluated(tmp_path, 0)
+    again.save()
+    assert [row["step"] for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]] == [0]
+
+
+def listing(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_verb_reads_what_a_run_has_appended_and_writes_nothing(tmp_path):
+    ours = evaluated(tmp_path, 0, 2)
+    files = listing(tmp_path)
+    assert "transfer.json" not in files
+    assert [row.step for row in read_transfer(ours.folder.transfer).rows] == [0, 2]
+    ours.save()
+    ours.record_heldout(4, result())
+    os.utime(ours.folder.transfer, ns=(0, 0))  # as a checkpoint's file is: written before the row
+    files = listing(tmp_path)
+    assert [row.step for row in read_transfer(ours.folder.transfer).rows] == [0, 2, 4]
+    assert listing(tmp_path) == files
+    os.utime(ours.folder.ledger("transfer"), ns=(0, 0))
+    assert [row.step for row in read_transfer(ours.folder.transfer).rows] == [0, 2]
+
+
+@pytest.mark.parametrize("probe_rows", [True, False])
+def test_the_file_of_a_checkpoint_is_what_its_ledger_says(tmp_path, probe_rows):
+    ours = recorder(tmp_path)
+    if probe_rows:
+        ours.adopt(probed())
+    pairs = tuple((float(n), 2) for n in range(len(IDS)))
+    for step in (0, 2):
+        ours.record_heldout(step, replace(result(), item_entropy=dict.fromkeys(NAMES, pairs)))
+        ours.curriculum.draw(2)
+    ours.save()
+    document = json.loads(ours.folder.transfer.read_text())
+    assert document == json.loads(json.dumps(read_transfer(ours.folder.transfer).as_json()))
+    assert [row["step"] for row in document["rows"]] == ([0, 9] if probe_rows else []) + [0, 2]
+    assert document["rows"][-1]["entropy_items"]["math"] == [list(pair) for pair in pairs]
+
+
+def test_a_checkpoint_holds_no_score_and_has_them_again_from_the_ledger(tmp_path):
+    ours = evaluated(tmp_path, 0, 2, 4)
+    (tmp_path / "checkpoint-4").mkdir()
+    save_ledgers(tmp_path / "checkpoint-4", ours.curriculum)
+    assert "scores" not in (tmp_path / "checkpoint-4" / "polyphony.json").read_text()
     again = recorder(tmp_path)
-    again.restore(-1)
-    assert again.matrix is None
+    again.restore(4)
+    load_ledgers(tmp_path / "checkpoint-4", again.curriculum)
+    assert again.curriculum.evaluations == ours.curriculum.evaluations
+    assert json.dumps(again.curriculum.state_dict()) == json.dumps(ours.curriculum.state_dict())
+    again.restore(2)
+    with pytest.raises(ValueError, match="checkpoint-4 had seen 3 evaluations, the ledger has 2"):
+        load_ledgers(tmp_path / "checkpoint-4", again.curriculum)
+
+
+def test_a_run_of_a_version_without_items_goes_on_with_the_entropy_of_all_of_them(tmp_path):
+    pairs = tuple((9.0 if is_steer else 1.0, 2) for is_steer in STEER)
+    said = replace(result(), item_entropy=dict.fromkeys(NAMES, pairs))
+    evaluated(tmp_path, 0).save()
+    RunFolder(tmp_path).ledger("transfer").unlink()  # as it was left: one file, entropies of all items
+    again = recorder(tmp_path)
+    again.restore(0)
+    again.curriculum.draw(2)
+    metrics = again.record_heldout(2, said)
+    assert metrics["heldout/math/entropy"] == again.curriculum.evaluations[-1].entropy["math"] == 0.7
+    assert again.steer_entropy(said)["math"] == pairs
+    once_more = recorder(tmp_path)
+    once_more.restore(2)
+    assert not once_more.is_by_item and [row.step for row in once_more.matrix.rows] == [0, 2]
 
 
 def probed() -> TransferMatrix:
@@ -238,7 +336,7 @@ def test_a_probes_rows_lie_beside_the_runs_own_and_stay_on_restore(tmp_path):
 
 def test_calibration_and_form_are_published_of_the_report_half_alone(tmp_path):
     ours = recorder(tmp_path)
-    metrics = ours.record_heldout(0, result(math=(0.0, 1.0)))
+    metrics = ours.record_heldout(0, result(math=(0.0, 1.0), confidence=0.75))
     assert metrics["heldout/math/overconfidence"] == pytest.approx(0.75 - 1.0)  # every published answer is right
     assert metrics["heldout/math/brier"] == pytest.approx(0.25**2) and "heldout/math/auroc" not in metrics
     assert metrics["heldout/math/format_share"] == 1.0

@@ -1,8 +1,10 @@
 import math
+import re
 
 import pytest
 
-from polyphony.curricula.records import Domain, Evaluation, Group
+from polyphony.curricula.prompts.pool import PoolSettings
+from polyphony.curricula.records import Domain, Evaluation, Group, as_settings
 
 
 def group(*rewards):
@@ -60,3 +62,12 @@ def test_an_evaluation_is_the_same_after_its_row_of_the_transfer_file():
 def test_a_wrong_domain_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"Domain 'math': {field}: "):
         Domain(**({"name": "math", "kind": "structured"} | {field: value}))
+
+
+@pytest.mark.parametrize("given", [False, 0, "abc", [], ["look"]])
+def test_settings_are_an_instance_a_mapping_or_nothing(given):
+    with pytest.raises(ValueError, match=re.escape(f"PoolSettings: expected a mapping of its fields, got {given!r}")):
+        as_settings(PoolSettings, given)
+    assert as_settings(PoolSettings, {"look": 4}).look == 4 and as_settings(PoolSettings, None) == PoolSettings()
+    with pytest.raises(ValueError, match="PoolSettings: 5: Unexpected keyword"):
+        as_settings(PoolSettings, {5: 4})

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from polyphony.launch.cli import main
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY, RECIPES
 from tests.forks import Fork
 
@@ -47,7 +48,7 @@ def lines(folder, name) -> list[dict]:
 
 
 def drawn(folder) -> list[tuple]:
-    return [(line["step"], line["draw"], line["mixture"], line["prompts"]) for line in lines(folder, "decisions")]
+    return [(line["step"], line["draw"], line["mixture"], line["prompts"]) for line in RunFolder(folder).decisions()]
 
 
 def numbers(folder) -> list[dict]:

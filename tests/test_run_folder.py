@@ -45,7 +45,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_nothing_is_written(fold
 def test_a_cut_keeps_the_lines_up_to_its_step_and_the_tail_as_an_attempt(folder):
     write(folder, "metrics", 0, 1, 2, 3)
     write(folder, "decisions", 1, 2)
-    folder.write(folder.transfer, "{}")
+    replace_file(folder.transfer, "{}")
     attempt = folder.cut(2)
     assert attempt == folder.path / "attempt-1"
     assert steps(folder.ledger("metrics")) == [0, 1, 2]

@@ -10,6 +10,7 @@ from polyphony.launch.cli import main
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import train
 from polyphony.launch.verbs.probe import probe
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ def moments(run) -> list[tuple]:
 def test_a_stage_is_measured_where_it_ends_though_no_evaluation_was_due(tmp_path, engine):
     sequential = "curriculum={scheduler: sequential, order: [stories, arithmetic]}"
     train(load_recipe(RECIPES / "debug.yaml", [*SPARSE, sequential]), tmp_path / "run", engine=engine)
-    decisions = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
+    decisions = RunFolder(tmp_path / "run").decisions()
     last = max(line["step"] for line in decisions if line["stage"] == "stories")
     assert 0 < last < 5
     assert moments(tmp_path / "run") == [(0, []), (last, ["stories"]), (5, ["arithmetic"])]

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from polyphony.launch.cli import main
-from polyphony.trainer.checkpoints import save_state, whole_or_none
+from polyphony.trainer.checkpoints import whole_or_none
+from polyphony.trainer.run.folder import STATE_FILE
 from polyphony.trainer.run.stopping import StopOnSignal
 from polyphony.trainer.slots import DrawPlan
 from tests.conftest import RECIPES
@@ -58,7 +59,7 @@ def test_a_run_that_is_done_anyway_is_not_called_interrupted():
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    save_state(tmp_path / "checkpoint-1", {})
+    (tmp_path / "checkpoint-1" / STATE_FILE).write_text("{}")
     with (
         pytest.raises(
             RuntimeError, match=r"checkpoint-2 could not be saved .* last complete checkpoint is checkpoint-1"

@@ -18,7 +18,7 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
-from polyphony.trainer.run.callbacks import Cadence, Run
+from polyphony.trainer.run.callbacks import Cadence, Outset, Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.tracking import (
     WandbTracker,
@@ -28,7 +28,7 @@ from polyphony.trainer.run.tracking import (
     track_transfer,
 )
 from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
-from polyphony.trainer.settings import WandbSettings
+from polyphony.trainer.settings import TrainerSettings, WandbSettings
 from tests.benchmarks.synthetic_run import write_run
 
 KEY = "0" * 40
@@ -96,8 +96,11 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=(), n_train=8),
         args=SimpleNamespace(seed=1),
+        plan=None,
     )
-    run = Run(trainer, folder, Cadence(evaluate_every=10, keep=1))  # type: ignore[arg-type]
+    cadence, settings = Cadence(evaluate_every=10, save_every=10, keep=1), TrainerSettings.of(max_grader_failures=0.5)
+    outset = Outset(folder=folder, cadence=cadence, settings=settings, said=None)
+    run = Run(trainer, outset, model="policy")  # type: ignore[arg-type]
     run.tracker = SimpleNamespace(alert=lambda *words: told.append(words))  # type: ignore[assignment]
     run.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
     assert [title for title, _ in told] == ["collapse of math", "length_collapse of talk"]

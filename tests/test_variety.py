@@ -7,7 +7,6 @@ import math
 import pytest
 
 from polyphony.curricula.records import Completion, Prompt
-from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.evaluation.answers import Variety, varieties, variety_metrics
 
@@ -51,7 +50,7 @@ def test_items_keep_their_order_over_domains():
 
 def test_one_sample_differs_from_nothing():
     assert varieties(samples("math", "1", "4"), k=1, by_domain={}) == []
-    assert variety_metrics({}, {"math": ["1", "2"]}) == {}
+    assert variety_metrics({}) == {}
 
 
 class Lost:
@@ -68,11 +67,9 @@ def test_what_the_partitioner_could_not_tell_is_undefined():
     assert math.isnan(variety.classes)
 
 
-def test_only_the_half_that_reports_is_published():
-    ids = [str(i) for i in range(8)]
+def test_the_mean_over_the_items_is_published():
     unknown = dict.fromkeys(("self_bleu", "vendi", "unique_correct", "classes"), math.nan)
     of_items = [Variety(distinct_2=float(i), **unknown) for i in range(8)]
-    reported = [i for i, side in enumerate(halves(ids)) if side == "report"]
-    metrics = variety_metrics({"math": of_items}, {"math": ids})
-    assert metrics["heldout/math/distinct_2"] == pytest.approx(sum(reported) / len(reported))
+    metrics = variety_metrics({"math": of_items})
+    assert metrics["heldout/math/distinct_2"] == 3.5
     assert math.isnan(metrics["heldout/math/classes"])

@@ -10,7 +10,7 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,33 @@ from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
 
 
-def save_state(checkpoint: Path, curriculum: Mapping[str, Any]) -> None:
-    """Write the curriculum's ledgers into a checkpoint and so mark it as whole."""
-    replace_file(checkpoint / STATE_FILE, json.dumps({"version": 1, "curriculum": curriculum}))
-
-
 def save_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
-    """Write everything that a run remembers beside its weights; `others` have state of their own, by name."""
+    """Write everything that a run remembers beside its weights, and so mark the checkpoint as whole.
+
+    `others` have state of their own, by name. Of its evaluations all but the scores, which grow with the run and are in its
+    ledger.
+    """
     if curriculum.pools:
         save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
     states = {name: ledger.state_dict() for name, ledger in others.items()}
-    save_state(checkpoint, {**curriculum.state_dict(), **states})
+    own = curriculum.state_dict()
+    rows = [{key: value for key, value in row.items() if key != "scores"} for row in own["evaluations"]]
+    document = {"version": 1, "curriculum": {**own, **states, "evaluations": rows}}
+    replace_file(checkpoint / STATE_FILE, json.dumps(document))
 
 
 def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
-    """Restore what `save_ledgers` wrote."""
+    """Restore what `save_ledgers` wrote; the curriculum has been given the run's evaluations with their scores.
+
+    Raises ValueError where these are not as many as the checkpoint had seen.
+    """
     state = load_state(checkpoint)
-    curriculum.load_state_dict(state)
+    rows, given = state["evaluations"], curriculum.evaluations
+    if not all("scores" in row for row in rows):  # older versions kept them here
+        if len(given) != len(rows):
+            raise ValueError(f"checkpoint {checkpoint} had seen {len(rows)} evaluations, the ledger has {len(given)}")
+        rows = [row | {"scores": past.scores} for row, past in zip(rows, given, strict=True)]
+    curriculum.load_state_dict(state | {"evaluations": rows})
     if curriculum.pools:
         curriculum.adopt_pools(load_pools(checkpoint / POOL_FILE))
     for name, ledger in others.items():

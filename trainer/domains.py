@@ -223,12 +223,10 @@ def _check_names(domains: Sequence[Domain]) -> None:
 
 def _limit(domain: Domain, most: int | None) -> int:
     if most is None:
-        raise ValueError("grpo.max_completion_length must be a number: completions without a limit are not supported")
+        raise ValueError("max_completion_length must be a number: completions without a limit are not supported")
     limit = domain.max_completion_length or most
     if limit > most:
-        raise ValueError(
-            f"domain {domain.name!r}: max_completion_length must be in 1..{most} (grpo.max_completion_length), got {limit}"
-        )
+        raise ValueError(f"domain {domain.name!r}: max_completion_length must be in 1..{most} (the run's), got {limit}")
     return limit
 
 
@@ -244,7 +242,7 @@ def _resolve_overlap(
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}")
         if settings.overlap == "keep":
-            warnings.warn(f"{message}; kept, as the recipe says", stacklevel=3)
+            warnings.warn(f"{message}; kept, as asked for", stacklevel=3)
             continue
         warnings.warn(f"{message}; left out", stacklevel=3)
         table.drop(found)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -24,6 +24,7 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Request, completion_seed
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import EarlyGrading, Scorer, check_failures, together
 from polyphony.trainer.shortcuts import ShortcutWatch
 
@@ -80,17 +81,15 @@ class Draws:
     """Early stop of groups: completions sampled first; the rest only if these may give a gradient. None: no early stop."""
     refill_rounds: int = 0
     """Most rounds in which groups without a gradient are replaced."""
-    listeners: list[Callable[[Sequence[Prompt]], None]] = field(default_factory=list)
-    """Called on rank 0 with the prompts of every draw before they are generated."""
-    refill_listeners: list[Callable[[int, Sequence[Group], Sequence[Prompt]], None]] = field(default_factory=list)
-    """Called on rank 0 before a refill is generated: its round, the groups to replace, the prompts found for them."""
+    recorder: Recorder | None = None
+    """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
 
     def roll_out(self, n_rows: int) -> Rollout:
         """Draw prompts for this rank's `n_rows` slots, generate their groups, score them, replace the useless ones."""
         draw = self.curriculum.draws
         prompts = self._agreed(self.curriculum.draw(n_rows * self.policy.world_size // self.policy.group_size))
-        for listen in self.listeners if self.policy.rank == 0 else ():
-            listen(prompts)
+        if self.recorder is not None and self.policy.rank == 0:
+            self.recorder.record_draw(self.policy.next_step, prompts)
         rollout = self._sample(draw, 0, dict(enumerate(prompts)), n_rows)
         check_failures(list(rollout.groups.values()), most=self.max_grader_failures)
         while rollout.rounds < self.refill_rounds and (found := self._replacements(rollout)):
@@ -107,8 +106,9 @@ class Draws:
             of_domain = [p for p in prompts if p.domain == group.domain and p not in found.values()]
             if of_domain:
                 found[k] = of_domain[0]
-        for listen in self.refill_listeners if self.policy.rank == 0 and useless else ():
-            listen(rollout.rounds + 1, list(useless.values()), list(found.values()))
+        if self.recorder is not None and self.policy.rank == 0 and useless:
+            replaced, by = list(useless.values()), list(found.values())
+            self.recorder.record_refill(self.policy.next_step, rollout.rounds + 1, replaced, by)
         return found
 
     def _sample(self, draw: int, refill_round: int, prompts: Mapping[int, Prompt], n_rows: int) -> Rollout:

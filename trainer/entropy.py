@@ -5,7 +5,7 @@ term is off unless asked for, and then, for coefficients c_i of the rows in unit
 
     loss = TRL's loss - sum_i c_i * (sum of the token entropies of row i) / (tokens of all rows) / accumulation
 
-which for equal coefficients is TRL's own bonus (`grpo.entropy_coef`), so the two exclude each other.
+which for equal coefficients is TRL's own bonus (`entropy_coef`), so the two exclude each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.entropy import EntropyMonitor, Sums
@@ -30,21 +29,16 @@ ROW_COEFFICIENT = "entropy_coefficient"
 class DomainEntropy:
     """Watch the entropy of all domains and, if asked, hold it in its band.
 
-    Raises ValueError where TRL's own entropy bonus, or a loss that bypasses ours, is switched on beside the control.
-
-    Example: `DomainEntropy(("math",), EntropySettings(control="adaptive"), args)`
+    Example: `DomainEntropy(("math",), EntropySettings(control="adaptive"))`
     """
 
-    def __init__(self, domains: Sequence[str], settings: EntropySettings, args: GRPOConfig) -> None:
+    def __init__(self, domains: Sequence[str], settings: EntropySettings) -> None:
         self.domains = tuple(domains)
         self.monitor = EntropyMonitor(domains=domains, band=settings.band)
         self.control: EntropyControl | None = None
         self.pending: list[Alarm] = []
         """Alarms that nobody has written down yet."""
         if held := settings.held("coefficient", domains):
-            for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
-                if value := getattr(args, name):
-                    raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other")
             self.control = EntropyControl(domains=held, settings=settings)
 
     def after_draw(

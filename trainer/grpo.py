@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain, Rollout, as_settings
+from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
@@ -34,17 +36,24 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
-from polyphony.trainer.engine.weight_check import WeightCheck
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
-from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
+from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
-from polyphony.trainer.run.callbacks import Cadence, Run, run_arguments
+from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, refuse_unknown, sums_by_owner
+from polyphony.trainer.run.callbacks import Outset, Run
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.run.recorder import heldout_metrics
+from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Scorer
-from polyphony.trainer.settings import MAX_GRADER_FAILURES, EvaluationSettings, FaultSettings, UpdateSettings
+from polyphony.trainer.settings import (
+    MAX_GRADER_FAILURES,
+    CheckpointSettings,
+    EvaluationSettings,
+    FaultSettings,
+    TrainerSettings,
+    UpdateSettings,
+    with_probes,
+)
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
 
@@ -62,13 +71,15 @@ class DomainGRPOTrainer(GRPOTrainer):
     of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or
     what makes one. All settings may be given as mappings, with a recipe's keys.
 
-    With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation
-    every `args.eval_steps` (50 if not given), ledgers, `guardrails`, checkpoints in the folder every `args.save_steps`, of
-    which `args.save_total_limit` (2 if not given) and the best stay, and the trained policy in `final/`. Without, nothing is
-    written that TRL would not write.
+    With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation,
+    ledgers, `guardrails`, checkpoints in the folder, of which the newest and the best stay, a checkpoint and the end at
+    SIGTERM (`Interrupted`), and the trained policy in `final/`. How often is said by `args.eval_steps` (under
+    `eval_strategy="steps"` TRL puts `logging_steps` there) or `evaluation.every`, by `args.save_steps` (500, its default,
+    counts as not given) or `checkpoint.every`, else as often, and by `args.save_total_limit` or `checkpoint.keep`. Without
+    `run`, nothing is written that TRL would not write, and TRL's arguments alone say when.
 
-    Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, and
-    evaluations or checkpoints of a run that would fall inside a draw.
+    Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, settings
+    that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw.
 
     Example:
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
@@ -95,14 +106,19 @@ class DomainGRPOTrainer(GRPOTrainer):
         pool: PoolSettings | Mapping[str, Any] | None = None,
         update: UpdateSettings | Mapping[str, Any] | None = None,
         faults: FaultSettings | Mapping[str, Any] | None = None,
+        checkpoint: CheckpointSettings | Mapping[str, Any] | None = None,
         max_grader_failures: float = MAX_GRADER_FAILURES,
-        run: str | Path | None = None,
+        run: str | Path | RunFolder | None = None,
         guardrails: Sequence[Guardrail | Mapping[str, Any]] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
     ) -> None:
+        given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
+        given |= {"checkpoint": checkpoint, "guardrails": guardrails, "max_grader_failures": max_grader_failures}
+        settings = TrainerSettings.of(**given)
+        refuse_unknown(engine)
         name = model if isinstance(model, str) else model.name_or_path
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
         self.data = (
@@ -111,17 +127,17 @@ class DomainGRPOTrainer(GRPOTrainer):
             else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
         )
         self.plan = plan_draws(args, self.data.n_train)
-        if guardrails and run is None:
-            raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
-        limits = [as_settings(Guardrail, guardrail) for guardrail in guardrails]
-        cadence = None if run is None else Cadence.of(args, self.plan)
-        pool = None if pool is None else as_settings(PoolSettings, pool)
-        self.finite = FiniteSteps(most=as_settings(FaultSettings, faults).max_skipped)
-        self._steer_and_watch(args, curriculum, as_settings(EntropySettings, entropy), pool, update)
+        settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
+        made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
+        made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
+        made |= {"optimizers": optimizers if any(optimizers) else None}
+        outset = Outset.of(run, settings, args=args, plan=self.plan, domains=self.data.domains, **made)
+        self._steer_and_watch(args, curriculum, settings)
+        slotted = slot_arguments(args, self.plan)
         super().__init__(
             model=model,
             reward_funcs=[domain],
-            args=run_arguments(slot_arguments(args, self.plan), run),
+            args=outset.arguments(slotted) if outset else slotted,
             train_dataset=slot_dataset(self.plan),
             eval_dataset=None if args.eval_strategy == "no" else slot_dataset(self.plan),  # `evaluate` knows its own
             processing_class=tokenizer,
@@ -132,29 +148,29 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy = Policy(
             self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
-        self._walk_and_evaluate(engine, pool, max_grader_failures, as_settings(EvaluationSettings, evaluation))
-        self.run: Run | None = None
-        if run is not None and cadence is not None:
-            self.run = Run(self, RunFolder(Path(run)), cadence, model=name, guardrails=limits).attach()
+        self._walk_and_evaluate(engine, settings)
+        self.run = Run(self, outset, model=name).attach() if outset else None
 
-    def _steer_and_watch(
-        self, args: GRPOConfig, curriculum: Any, entropy: EntropySettings, pool: PoolSettings | None, update: Any
-    ) -> None:
+    def _steer_and_watch(self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings) -> None:
         """Make what steers a run and what watches it: these need rows and no weights."""
+        given, self.probes = with_probes(curriculum)
+        scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
+        if not hasattr(scheduler, "decide"):
+            raise ValueError(f"curriculum: expected a scheduler, its name or a mapping of its settings, got {given!r}")
+        self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
         self.fusion = Fusion.of(self.data.domains)
         self.curriculum = Curriculum(
             domains=self.data.domains,
             prompts={name: table.ids for name, table in self.data.train.items()},
-            scheduler=as_scheduler(curriculum, entropy=entropy, domains=self.data.names),
+            scheduler=scheduler,
             total_draws=self.plan.draws,
             seed=args.seed,
-            pool=pool,
+            pool=settings.pool,
         )
         self.shortcuts = ShortcutWatch(self.data.names)
-        update = as_settings(UpdateSettings, update)
-        self.advantages = Advantages.of(update, self.data.domains, self.shortcuts.suspects)
-        self.entropy = DomainEntropy(self.data.names, entropy, args)
+        self.advantages = Advantages.of(settings.update, self.data.domains, self.shortcuts.suspects)
+        self.entropy = DomainEntropy(self.data.names, settings.entropy)
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
@@ -163,14 +179,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._without_dead: list[dict[str, Any]] | None = None
         self._resumed_from: str | None = None
 
-    def _walk_and_evaluate(
-        self,
-        engine: str | Engine | EngineFactory,
-        pool: PoolSettings | None,
-        max_grader_failures: float,
-        evaluation: EvaluationSettings,
-    ) -> None:
+    def _walk_and_evaluate(self, engine: str | Engine | EngineFactory, settings: TrainerSettings) -> None:
         """Make what samples from the policy: its engine, the walk of a draw, the held-out evaluation."""
+        pool = settings.pool
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         refuse_odd_look(self.policy, look)
         if not self.use_vllm:
@@ -185,7 +196,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             advantages=self.advantages,
             shortcuts=self.shortcuts,
             seed=self.args.seed,
-            max_grader_failures=max_grader_failures,
+            max_grader_failures=settings.max_grader_failures,
             look=look,
             refill_rounds=refill_rounds,
         )
@@ -199,19 +210,10 @@ class DomainGRPOTrainer(GRPOTrainer):
             data=self.data,
             policy=self.policy,
             scorer=self.scorer.apart(),
-            settings=evaluation,
+            settings=settings.evaluation,
             seed=self.args.seed,
             fusion=self.fusion,
         )
-
-    @property
-    def engine(self) -> Engine | None:
-        """What samples from the policy; None where TRL itself generates."""
-        return self.policy.engine
-
-    def check_weight_sync(self) -> WeightCheck | None:
-        """Check that the engine follows the policy's weights; None without an engine that keeps weights of its own."""
-        return self.policy.check()
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
@@ -365,24 +367,29 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 
-    def evaluate_heldout(self) -> HeldoutResult:
-        """Score the policy as it is now on every domain's held-out set; collective over ranks."""
-        return self.evaluator.run()
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Score the policy as it is now; return and log `eval_heldout/<domain>/<metric>`, as TRL does its own metrics.
 
-        Nothing else hears of it: a run's own evaluations are at its steps. Raises ValueError for another data set.
+        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Raises ValueError for another data
+        set.
         """
         if eval_dataset is not None:
             raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
-        found = heldout_metrics(self.evaluate_heldout())
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what TRL itself samples has no seeds
+            result = self.evaluator.run()
+        published = result.on("report")
+        answers = {name: published.read(name) for name in published.answers}
+        trained = self.run.recorder.practised_last() if self.run else ()
+        logged = self.evaluator.scorer.logged.flush("heldout", gather_object)
+        found = heldout_metrics(published, answers, trained=trained) | grader_failures(result) | logged
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         is_training = self.model.training
         self.model.eval()  # by which TRL tells the logs of an evaluation
-        super().log(metrics)
+        with self.run.aside() if self.run else nullcontext():
+            super().log(metrics)
         self.model.train(is_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -419,10 +426,17 @@ class DomainGRPOTrainer(GRPOTrainer):
     # --- the run, logs and checkpoints --------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **given: Any) -> Any:
-        """Train as TRL does. With `run`, go on from its newest checkpoint if asked to, and leave its folder complete."""
+        """Train as TRL does. With `run`, go on from its newest checkpoint if asked to, and leave its folder complete.
+
+        A signal that ends a run raises Interrupted, a SystemExit, once its checkpoint is saved.
+        """
         if self.run is None:
             return super().train(resume_from_checkpoint, **given)
-        output = super().train(self.run.begin(resume_from_checkpoint), **given)
+        checkpoint = self.run.begin(resume_from_checkpoint)
+        try:
+            output = super().train(checkpoint, **given)
+        finally:
+            self.run.stopper.rest()
         self.run.finish()
         return output
 
@@ -444,8 +458,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _faults(self) -> dict[str, float]:
         """Return the counts of recovered faults since the last log."""
         counts: dict[str, float] = {"skipped_steps": self.finite.flush()}
-        if self.engine is not None:
-            counts |= asdict(self.engine.flush_faults())
+        if self.policy.engine is not None:
+            counts |= asdict(self.policy.engine.flush_faults())
         return {key("faults", name): count for name, count in counts.items()}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

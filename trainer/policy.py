@@ -62,6 +62,11 @@ class Policy:
         self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
 
     @property
+    def next_step(self) -> int:
+        """The optimizer step that what is sampled now is for, from 1."""
+        return self.trainer.state.global_step + 1
+
+    @property
     def sampling(self) -> Sampling:
         """How completions are sampled in this run."""
         t = self.trainer
@@ -110,7 +115,7 @@ class Policy:
                 trust_remote_code=args.trust_remote_code,
             )
         if not isinstance(engine, Engine):
-            raise ValueError(f"rollouts.engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
+            raise ValueError(f"engine: {make!r:.60} returned {engine!r:.60}, which is no Engine")
         engine.max_completion_length = trainer.max_completion_length
         self.engine = trainer.vllm_generation = engine
         trainer.use_vllm, trainer._last_loaded_step = True, -1
@@ -273,6 +278,16 @@ class Policy:
         return (logps * mask).sum(1).tolist()
 
 
+def refuse_unknown(engine: Any) -> None:
+    """Raise ValueError for what names no engine, is none and makes none."""
+    if isinstance(engine, str) and engine != "transformers":
+        find_engine(engine)
+    elif not (isinstance(engine, str | Engine) or callable(engine)):
+        raise ValueError(
+            f"engine {engine!r}: expected vllm, transformers, pkg.module:name, an Engine or what makes one"
+        )
+
+
 def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
     """Raise ValueError where ranks that generate together would ask for different numbers of completions, as under refill or
     early stop.
@@ -284,15 +299,13 @@ def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
     if policy.engine is not None or not (refill_rounds or look) or trainer.accelerator.num_processes == 1:
         return
     if trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1):
-        joint = "several ranks on one engine of TRL's (grpo.use_vllm)"
+        joint = "several ranks on one engine of TRL's (use_vllm)"
     elif not trainer.use_vllm and _splits_weights(trainer):
-        joint = (
-            "rollouts.engine transformers over ranks that split the policy's weights (cluster.strategy zero3 or fsdp)"
-        )
+        joint = "engine transformers over ranks that split the policy's weights (zero3 or fsdp)"
     else:
         return
     name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
-    raise ValueError(f"pool.{name}={value} with {joint}: use rollouts.engine vllm or ray, or set it to {none}")
+    raise ValueError(f"pool.{name}={value} with {joint}: use engine vllm or ray, or set it to {none}")
 
 
 def _splits_weights(trainer: Any) -> bool:
@@ -301,21 +314,17 @@ def _splits_weights(trainer: Any) -> bool:
 
 
 def refuse_odd_look(policy: Policy, look: int | None) -> None:
-    """Raise ValueError for a `pool.look` that is no part of a group, or where ranks share groups.
+    """Raise ValueError for a `pool.look` where ranks share groups.
 
     What a rank puts in the place of what was not sampled is its own.
     """
     trainer = policy.trainer
     args, size = trainer.args, trainer.num_generations
-    if look is None:
-        return
-    if look >= size:
-        raise ValueError(f"pool.look: must be below grpo.num_generations={size}, got {look}")
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    if trainer.accelerator.num_processes > 1 and rows % size:
+    if look is not None and trainer.accelerator.num_processes > 1 and rows % size:
         raise ValueError(
-            f"pool.look={look}: a rank's {rows} rows of a draw (grpo.per_device_train_batch_size x "
-            f"grpo.steps_per_generation) must be whole groups of grpo.num_generations={size}"
+            f"pool.look={look}: a rank's {rows} rows of a draw (per_device_train_batch_size x "
+            f"steps_per_generation) must be whole groups of num_generations={size}"
         )
 
 

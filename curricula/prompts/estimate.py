@@ -43,11 +43,15 @@ class State(IntEnum):
     MASTERED = 4
 
 
-RETRIED = (State.DEFERRED, State.MASTERED, State.IMPOSSIBLE)
+UNSEEN, ACTIVE, DEFERRED, IMPOSSIBLE, MASTERED = STATES = tuple(State)
+"""By these names because a look into an Enum costs as much as a visit's arithmetic."""
+
+
+RETRIED = (DEFERRED, MASTERED, IMPOSSIBLE)
 """States that are practised by schedule only, the least bad first: nearest to a pass rate that teaches something."""
 
 
-WAITING = (State.ACTIVE, *RETRIED)
+WAITING = (ACTIVE, *RETRIED)
 """States in which a prompt may have to wait; an ACTIVE one only rests."""
 
 
@@ -72,11 +76,21 @@ class Band:
 
         a, b = 1.0 + np.asarray(successes, dtype=float), 1.0 + np.asarray(failures, dtype=float)
         mean = a / (a + b)
-        states = np.where(mean > self.mastered_above, State.MASTERED, State.ACTIVE)
-        states = np.where(mean < self.defer_below, State.DEFERRED, states)
+        states = np.where(mean > self.mastered_above, MASTERED, ACTIVE)
+        states = np.where(mean < self.defer_below, DEFERRED, states)
         hopeless = (betainc(a, b, self.impossible_below) >= CONFIDENCE) & (np.asarray(visits) >= FEWEST_VISITS)
-        states = np.where(hopeless, State.IMPOSSIBLE, states)
-        return np.where(np.asarray(visits) == 0, State.UNSEEN, states).astype(np.uint8)
+        states = np.where(hopeless, IMPOSSIBLE, states)
+        return np.where(np.asarray(visits) == 0, UNSEEN, states).astype(np.uint8)
+
+    def classify_one(self, a: float, b: float, visits: int) -> State:
+        """Return the state of one prompt that was visited, by its Beta posterior; as `classify`, without arrays."""
+        mean = a / (a + b)
+        if mean >= self.defer_below:  # of a log-concave density at most 1 - 1/e lies below its mean: not impossible
+            return MASTERED if mean > self.mastered_above else ACTIVE
+        from scipy.special import betainc  # slow to import, and settings are read without it
+
+        is_hopeless = visits >= FEWEST_VISITS and betainc(a, b, self.impossible_below) >= CONFIDENCE
+        return IMPOSSIBLE if is_hopeless else DEFERRED
 
 
 SAMPLINGS = {
@@ -143,7 +157,7 @@ def find_sampling(name: str) -> Any:
 class RankedSet:
     """Members of 0..N-1, counted and picked by rank.
 
-    Example: `RankedSet(np.array([True, False, True])).find(1)` is 2.
+    Example: `RankedSet(np.array([True, False, True])).pop(1)` is 2.
     """
 
     def __init__(self, member: np.ndarray) -> None:
@@ -167,22 +181,28 @@ class RankedSet:
         if self.member[place]:
             self._change(place, -1)
 
-    def find(self, rank: int) -> int:
-        """Return the member with `rank` smaller members. Raises IndexError for a rank that no member has."""
+    def pop(self, rank: int) -> int:
+        """Take out the member with `rank` smaller members; return it. Raises IndexError for a rank that no member has."""
         if not 0 <= rank < self._count:
             raise IndexError(f"rank {rank} in a set of {self._count}")
-        place, step = 0, self._top
+        tree, size, place, step = self._tree, len(self._tree), 0, self._top
         while step:
-            if place + step < len(self._tree) and self._tree[place + step] <= rank:
-                place += step
-                rank -= self._tree[place]
+            ahead = place + step
+            if ahead < size:
+                if tree[ahead] <= rank:
+                    place = ahead
+                    rank -= tree[ahead]
+                else:
+                    tree[ahead] -= 1  # it counts the member
             step >>= 1
+        self.member[place] = False
+        self._count -= 1
         return place
 
     def _change(self, place: int, by: int) -> None:
         self.member[place] = by > 0
         self._count += by
-        i = place + 1
-        while i < len(self._tree):
-            self._tree[i] += by
+        tree, size, i = self._tree, len(self._tree), place + 1
+        while i < size:
+            tree[i] += by
             i += i & -i

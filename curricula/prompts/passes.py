@@ -29,6 +29,8 @@ class PassSampler:
         self.cursor = 0
         self.lead: list[int] = []
         """Places that begin this pass, whatever its permutation says."""
+        self.places: list[int] = []
+        """Of the last draw."""
         self._order = self._permutation()
         self._digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
@@ -39,6 +41,7 @@ class PassSampler:
         while len(places) < n:
             self._begin_pass(begun, n - len(places))
             places += self._take(n - len(places))
+        self.places = places
         return [self.ids[place] for place in places]
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,20 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.prompts.estimate import RETRIED, WAITING, Band, RankedSet, State, find_sampling
+from polyphony.curricula.prompts.estimate import (
+    ACTIVE,
+    DEFERRED,
+    IMPOSSIBLE,
+    MASTERED,
+    RETRIED,
+    STATES,
+    UNSEEN,
+    WAITING,
+    Band,
+    RankedSet,
+    State,
+    find_sampling,
+)
 from polyphony.curricula.prompts.pool_file import Columns
 from polyphony.curricula.records import settings
 
@@ -64,15 +77,14 @@ class PoolSettings(Band):
 
     def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
         """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""
-        if state is State.DEFERRED and max(rewards) > 0:
+        if state is DEFERRED and max(rewards) > 0:
             return 1  # too hard so far, but it has just succeeded
-        backed_off = min(self.retry_impossible, int(self.retry_deferred * self.defer_below / pass_rate))
-        waits = {
-            State.DEFERRED: max(self.retry_deferred, backed_off),
-            State.MASTERED: self.retry_mastered,
-            State.IMPOSSIBLE: self.retry_impossible,
-        }
-        return waits.get(state, self.retry_deferred if min(rewards) == max(rewards) else 0)
+        if state is DEFERRED:
+            backed_off = min(self.retry_impossible, int(self.retry_deferred * self.defer_below / pass_rate))
+            return max(self.retry_deferred, backed_off)
+        if state is MASTERED or state is IMPOSSIBLE:
+            return self.retry_mastered if state is MASTERED else self.retry_impossible
+        return self.retry_deferred if min(rewards) == max(rewards) else 0
 
 
 LEARNED = 0.5
@@ -97,6 +109,8 @@ class PromptPool:
         self.seed = seed
         self.settings = settings
         self.clock = 0
+        self.places: list[int] = []
+        """Of the last draw."""
         self._sampling = find_sampling(settings.sampling)
         self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
         self._owed = 0.0
@@ -119,6 +133,7 @@ class PromptPool:
         places += self._take_waiting(n - len(places))
         while len(places) < n:  # fewer prompts than are asked for
             places += places[: n - len(places)]
+        self.places = places
         return [self.ids[place] for place in places]
 
     def refill(self, n: int) -> list[str]:
@@ -129,19 +144,16 @@ class PromptPool:
     @property
     def has_open(self) -> bool:
         """True where a prompt is UNSEEN or ACTIVE."""
-        counts = self.counts()
-        return counts[State.UNSEEN] + counts[State.ACTIVE] > 0
+        return self._counts[UNSEEN] + self._counts[ACTIVE] > 0
 
     @property
     def is_exhausted(self) -> bool:
         """True where every prompt is MASTERED or IMPOSSIBLE."""
-        counts = self.counts()
-        return counts[State.MASTERED] + counts[State.IMPOSSIBLE] == len(self.ids)
+        return self._counts[MASTERED] + self._counts[IMPOSSIBLE] == len(self.ids)
 
     def counts(self) -> dict[State, int]:
         """Return how many prompts are in each state."""
-        found = np.bincount(self.state, minlength=len(State))
-        return {state: int(found[state]) for state in State}
+        return dict(zip(STATES, self._counts, strict=True))
 
     # --- learning -------------------------------------------------------------------------------------------------
 
@@ -150,14 +162,17 @@ class PromptPool:
         if not rewards:
             return
         place = self._places[prompt_id]
-        passed = sum(min(1.0, max(0.0, reward)) for reward in rewards)
+        is_share = min(rewards) >= 0 and max(rewards) <= 1  # nearly always
+        passed = sum(rewards if is_share else [min(1.0, max(0.0, reward)) for reward in rewards])
         discount, failed = self.settings.discount, len(rewards) - passed
         self.successes[place] = discount * self.successes[place] + passed
         self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
         self.visits[place] += 1
-        state = State(int(self.settings.classify(self.successes[place], self.failures[place], self.visits[place])))
-        self.state[place] = state
         successes, failures = self._beta(place)
+        state = self.settings.classify_one(successes, failures, self.visits.item(place))
+        self._counts[self.state.item(place)] -= 1
+        self._counts[state] += 1
+        self.state[place] = int(state)  # numpy would ask an Enum for what it does not have
         self.due[place] = self.clock + self.settings.delay(state, successes / (successes + failures), rewards)
         if place not in self._taken:
             self._open.remove(place)
@@ -168,7 +183,7 @@ class PromptPool:
         return self._beta(self._places[prompt_id])
 
     def state_of(self, prompt_id: str) -> State:
-        return State(int(self.state[self._places[prompt_id]]))
+        return STATES[self.state[self._places[prompt_id]]]
 
     def place_of(self, prompt_id: str) -> int:
         """Return the row of a prompt in the columns."""
@@ -213,7 +228,8 @@ class PromptPool:
         self.successes, self.failures = columns.successes, columns.failures
         self.visits, self.due = columns.visits, columns.due
         self.state = self.settings.classify(self.successes, self.failures, self.visits)
-        self._open = RankedSet((self.state <= State.ACTIVE) & (self.due <= self.clock))
+        self._counts = np.bincount(self.state, minlength=len(STATES)).tolist()
+        self._open = RankedSet((self.state <= ACTIVE) & (self.due <= self.clock))
         self._waiting = {state: self._queue(state) for state in WAITING}
         self._taken: set[int] = set()
 
@@ -222,19 +238,19 @@ class PromptPool:
         return sorted(zip(self.due[places].tolist(), places.tolist(), strict=True))
 
     def _beta(self, place: int) -> tuple[float, float]:
-        return 1.0 + float(self.successes[place]), 1.0 + float(self.failures[place])
+        return 1.0 + self.successes.item(place), 1.0 + self.failures.item(place)
 
     def _enter(self, place: int) -> None:
-        state = State(int(self.state[place]))
-        if state <= State.ACTIVE and self.due[place] <= self.clock:
+        state, due = STATES[self.state.item(place)], self.due.item(place)
+        if state <= ACTIVE and due <= self.clock:
             self._open.add(place)
         else:
-            heapq.heappush(self._waiting[state], (int(self.due[place]), place))
+            heapq.heappush(self._waiting[state], (due, place))
 
     def _wake(self) -> None:
         """Open the ACTIVE prompts whose rest is over."""
-        while (head := self._head(State.ACTIVE)) is not None and head[0] <= self.clock:
-            self._open.add(heapq.heappop(self._waiting[State.ACTIVE])[1])
+        while (head := self._head(ACTIVE)) is not None and head[0] <= self.clock:
+            self._open.add(heapq.heappop(self._waiting[ACTIVE])[1])
 
     def _return_taken(self) -> None:
         taken, self._taken = self._taken, set()
@@ -260,7 +276,7 @@ class PromptPool:
             heads = {state: head[1] for state in WAITING if (head := self._head(state)) is not None}
             if not heads:
                 break
-            taken.append(self._pop(max(heads, key=lambda state: (state is State.ACTIVE, self._doubt(heads[state])))))
+            taken.append(self._pop(max(heads, key=lambda state: (state is ACTIVE, self._doubt(heads[state])))))
         return taken
 
     def _doubt(self, place: int) -> float:
@@ -269,11 +285,13 @@ class PromptPool:
         return successes * failures / (successes + failures) ** 2
 
     def _take_open(self, n: int) -> list[int]:
+        if n <= 0:
+            return []
         generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
         candidates = []
-        for _ in range(min(self._sampling.candidates(n), len(self._open)) if n > 0 else 0):
-            candidates.append(self._open.find(generator.randrange(len(self._open))))
-            self._open.remove(candidates[-1])
+        size = len(self._open)
+        for left in range(size, max(0, size - self._sampling.candidates(n)), -1):
+            candidates.append(self._open.pop(generator.randrange(left)))
         chosen = self._sampling.choose([self._beta(place) for place in candidates], n, generator)
         places = [candidates[i] for i in chosen]
         self._taken.update(places)
@@ -289,7 +307,7 @@ class PromptPool:
         return queue[0] if queue else None
 
     def _is_stale(self, due: int, place: int, state: State) -> bool:
-        return self.state[place] != state or self.due[place] != due or place in self._taken
+        return place in self._taken or self.due.item(place) != due or STATES[self.state.item(place)] is not state
 
     def _pop(self, state: State) -> int:
         place = heapq.heappop(self._waiting[state])[1]

@@ -1,18 +1,23 @@
 """The two halves of every held-out set: `steer` decides, `report` is published. No item is ever in both.
 
-Whatever chooses (probe, plan, scheduler, guardrail, best checkpoint) sees only `steer`; every published score and
-curve is `report`, so that no published number was picked for being high.
+Whatever chooses (probe, plan, scheduler, guardrail, entropy band, best checkpoint) sees only `steer`; every published
+score, entropy, distance and sample is `report`, so that no published number was picked for being high. Everything that
+is known item by item is split here. What acts says what it saw: an alarm, or a place in the entropy band, is of `steer`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import lru_cache
+from operator import itemgetter
+from typing import Literal, TypeVar
 
-from polyphony.curricula.records import Evaluation
+from polyphony.curricula.records import Evaluation, per_token
 
+T = TypeVar("T")
 Half = Literal["steer", "report"]
 
 
@@ -41,11 +46,32 @@ def halves(ids: Sequence[str]) -> tuple[Half, ...]:
     return tuple(other if item_id == moved else side for item_id, side in zip(ids, sides, strict=True))
 
 
+def taken(values: Sequence[T], ids: Sequence[str], which: Half) -> tuple[T, ...]:
+    """Return what belongs to the items of one half; `values` has an entry an item, in the order of `ids`."""
+    return _taker(tuple(ids), which)(values)
+
+
+@lru_cache(maxsize=4096)
+def _taker(ids: tuple[str, ...], which: Half) -> Callable[[Sequence[T]], tuple[T, ...]]:
+    """Return what takes one half out of a set's values: an id is hashed once, however many evaluations there are."""
+    places = [i for i, side in enumerate(halves(ids)) if side == which]
+    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+
+
 def on_half(evaluation: Evaluation, items: Mapping[str, Sequence[str]], which: Half) -> Evaluation:
-    """Return the evaluation with only the items of one half; `items` names each domain's ids in the scores' order."""
+    """Return the evaluation of one half of the items; `items` names each domain's ids in the scores' order.
+
+    Scores item by item, entropy as one number a domain: of that half where the row has it by item, else of all.
+    """
     scores = {}
     for name, values in evaluation.scores.items():
         if len(items[name]) != len(values):
             raise ValueError(f"domain {name!r}: {len(values)} scores for {len(items[name])} item ids")
-        scores[name] = tuple(v for v, side in zip(values, halves(items[name]), strict=True) if side == which)
-    return replace(evaluation, scores=scores)
+        scores[name] = taken(values, items[name], which)
+    by_item = evaluation.entropy_items
+    entropy = {
+        name: per_token(taken(by_item[name], items[name], which)) if name in by_item else nats
+        for name, nats in evaluation.entropy.items()
+    }
+    measured = {name: nats for name, nats in entropy.items() if not math.isnan(nats)}
+    return replace(evaluation, scores=scores, entropy=measured, entropy_items={}, kl_items={})

@@ -7,12 +7,14 @@ Each check of what makes a matrix valid names the offender: no wrong file may be
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.records import Evaluation, Kind
@@ -66,13 +68,25 @@ class TransferMatrix:
             provenance=dict(document.get("provenance", {})),
         )
 
+    @classmethod
+    def from_lines(cls, lines: Sequence[Mapping[str, Any]], *, until: float = math.inf) -> TransferMatrix:
+        """Build from the lines of a run's ledger, up to a step; see `head_line`. Raises ValueError for a wrong one."""
+        if not lines or "domains" not in lines[0]:
+            raise ValueError("its first line is no head: an object with domains, kinds and rows")
+        head = {key: value for key, value in lines[0].items() if key != "step"}
+        return cls.from_json(head | {"rows": [*head["rows"], *(line for line in lines[1:] if line["step"] <= until)]})
+
+    def head_line(self) -> dict[str, Any]:
+        """Return the first line of a run's ledger: the document with a probe's rows; the run's own follow, a line each."""
+        probed = replace(self, rows=self.rows[:1]).as_json() | {"rows": [r.as_row() for r in self.rows if r.probe]}
+        return {"step": 0, **probed}
+
     def as_json(self) -> dict[str, Any]:
         """Return the document that `from_json` reads."""
         document: dict[str, Any] = {
             "version": VERSION,
             "domains": list(self.domains),
             "kinds": dict(self.kinds),
-            "rows": [row.as_row() for row in self.rows],
         }
         if self.items is not None:
             document["items"] = {name: list(ids) for name, ids in self.items.items()}
@@ -80,7 +94,7 @@ class TransferMatrix:
             document["watch_only"] = list(self.watch_only)
         if self.provenance:
             document["provenance"] = dict(self.provenance)
-        return document
+        return document | {"rows": [row.as_row() for row in self.rows]}
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all: a killed process leaves the previous version in place."""
@@ -95,8 +109,23 @@ class TransferMatrix:
         return replace(self, rows=tuple(on_half(row, self.items, which) for row in self.rows), items=None)
 
     def with_row(self, row: Evaluation) -> TransferMatrix:
-        """Return the matrix with one more row, checked against the others."""
-        return replace(self, rows=(*self.rows, row))
+        """Return the matrix with one more row, checked against the others, which are not checked again."""
+        n = len(self.rows)
+        _check_row(row, self, where=f"row {n}")
+        _check_lengths(row, self.rows[0], where=f"row {n}")
+        grown = copy.copy(self)
+        object.__setattr__(grown, "rows", (*self.rows, row))
+        _check_duplicates(grown.rows)
+        return grown
+
+    @property
+    def unsplit(self) -> str:
+        """What both halves have in common, because the file does not tell it item by item; empty where that is nothing."""
+        if self.items is None:
+            return "names no items: both halves are all items"
+        if any(set(row.entropy) - set(row.entropy_items) for row in self.rows):
+            return "has no entropy_items in some rows: their entropy is of all items in both halves"
+        return ""
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -130,6 +159,26 @@ class TransferMatrix:
             yield (own or list(baselines))[0], *sorted((r for r in moments if r.seed == seed), key=lambda r: r.step)
 
 
+_ROW, _BY_ITEM = b'{"trained":', b',"entropy_items":'
+
+
+def without_items(line: bytes) -> bytes:
+    """Return a row's line without what it says item by item beside the scores, which stands last and is most of it."""
+    head, is_there, _ = line.partition(_BY_ITEM)
+    return head + _BY_ITEM + b"{}}" if is_there and line.startswith(_ROW) else line
+
+
+def copy_document(ledger: IO[bytes], out: IO[bytes]) -> None:
+    """Write the document, as `as_json` has it, of a run's ledger: its lines as they are, none of them parsed."""
+    head = ledger.readline().replace(b'"step":0,', b"", 1).removesuffix(b"]}\n")
+    out.write(head)
+    between = b"" if head.endswith(b"[") else b",\n"
+    for line in ledger:
+        out.write(between + line.removesuffix(b"\n"))
+        between = b",\n"
+    out.write(b"]}")
+
+
 DOCUMENT = {
     "version": int,
     "domains": list,
@@ -143,7 +192,7 @@ DOCUMENT = {
 
 
 ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
-       "rolled_back": bool}  # fmt: skip
+       "rolled_back": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
 """Keys of a row, likewise."""
 
 
@@ -165,6 +214,10 @@ def read_row(row: Any, *, where: str) -> Evaluation:
     for name, items in found["scores"].items():
         if not isinstance(items, list):
             raise ValueError(f"{where}: scores of {name!r} must be a list, one score an item, got {_short(items)}")
+    for key in ("entropy_items", "kl_items"):
+        for name, pairs in found.get(key, {}).items():
+            if not isinstance(pairs, list) or not all(pair is None or isinstance(pair, list) for pair in pairs):
+                raise ValueError(f"{where}: {key} of {name!r} must be a list of [nats, tokens], got {_short(pairs)}")
     return Evaluation.from_row(found)
 
 
@@ -225,6 +278,7 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
         raise ValueError(f"{where}: scores must name each of {list(matrix.domains)} once, got {sorted(row.scores)}")
     for name, items in row.scores.items():
         _check_scores(items, where=f"{where}, domain {name!r}")
+    _check_pairs(row, where=where)
     _check_known(row.entropy, matrix.domains, where=f"{where}: entropy")
     for name, nats in row.entropy.items():
         if not (_is_number(nats) and nats >= 0):
@@ -238,20 +292,45 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
 def _check_scores(items: Sequence[Any], *, where: str) -> None:
     if not items:
         raise ValueError(f"{where}: no scores; a held-out set needs at least one item")
+    if set(map(type, items)) == {float} and not math.isnan(sum(items)) and min(items) >= 0 and max(items) <= 1:
+        return  # the usual case, fast
     for n, value in enumerate(items):
         if not (_is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], got {value!r}")
 
 
+def _check_pairs(row: Evaluation, *, where: str) -> None:
+    """See that what is told item by item beside the scores is (nats, tokens), an entry a score."""
+    for key, of in (("entropy_items", row.entropy_items), ("kl_items", row.kl_items)):
+        _check_known(of, tuple(row.scores), where=f"{where}: {key}")
+        for name, pairs in of.items():
+            if len(pairs) != len(row.scores[name]):
+                raise ValueError(f"{where}, domain {name!r}: {len(pairs)} {key} for {len(row.scores[name])} scores")
+            for n, pair in enumerate(pairs):
+                if not (_is_pair(pair) if key == "kl_items" else pair is not None and _is_pair(pair) and pair[0] >= 0):
+                    raise ValueError(f"{where}, domain {name!r}, item {n}: {key} holds [nats, tokens], got {pair!r}")
+
+
+def _is_pair(pair: Any) -> bool:
+    """Whether it is (nats, tokens), or None for an item that was not measured."""
+    if pair is None:
+        return True
+    return len(pair) == 2 and _is_number(pair[0]) and type(pair[1]) is int and pair[1] >= 0
+
+
+def _check_lengths(row: Evaluation, first: Evaluation, *, where: str) -> None:
+    for name, items in row.scores.items():
+        if len(items) != len(first.scores[name]):
+            raise ValueError(
+                f"{where}, domain {name!r}: {len(items)} items, but row 0 has {len(first.scores[name])}; "
+                "scores are compared item by item"
+            )
+
+
 def _check_items(matrix: TransferMatrix) -> None:
     first = matrix.rows[0]
     for n, row in enumerate(matrix.rows):
-        for name, items in row.scores.items():
-            if len(items) != len(first.scores[name]):
-                raise ValueError(
-                    f"row {n}, domain {name!r}: {len(items)} items, but row 0 has {len(first.scores[name])}; "
-                    "scores are compared item by item"
-                )
+        _check_lengths(row, first, where=f"row {n}")
     if matrix.items is None:
         return
     if set(matrix.items) != set(matrix.domains):

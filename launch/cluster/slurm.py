@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from polyphony.curricula.files import replace_file
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.trainer.run.folder import RunFolder
 
@@ -64,7 +65,7 @@ def submit(text: str, out: Path) -> str:
     logs = RunFolder(out).logs
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / "job.sbatch"
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, text)
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RecipeError(f"sbatch refused {path}: {' '.join(done.stderr.split())}")

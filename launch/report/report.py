@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from polyphony.curricula.files import replace_file
 from polyphony.launch.report import sections
 from polyphony.launch.report.charts import place_whisker
 from polyphony.launch.report.numbers import as_json, find
@@ -136,7 +137,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     sheet = Sheet(findings=tuple(find(read_run(path)) for path in runs))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(sheet), encoding="utf-8")
+    replace_file(out, _page(sheet))
     return out
 
 
@@ -150,7 +151,7 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
     sheet = Sheet(findings=(find(ran), find(other)))
     only = [chapter for chapter in CHAPTERS if chapter.id == "mixture"]
     out = Path(out)
-    out.write_text(_page(sheet, chapters=only, replayed=scheduler), encoding="utf-8")
+    replace_file(out, _page(sheet, chapters=only, replayed=scheduler))
     return out
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 
 
 class Series(NamedTuple):
@@ -37,7 +37,10 @@ class LoadedRun:
     name: str
     path: Path
     recipe: Mapping[str, Any]
+    """Of a run from Python its settings, which have a recipe's keys."""
     recipe_text: str
+    recipe_name: str
+    """Of the file that they are in."""
     provenance: Mapping[str, Any]
     metrics: Mapping[str, Series]
     transfer: TransferMatrix | None
@@ -110,20 +113,23 @@ def read_run(path: str | Path) -> LoadedRun:
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
     folder = RunFolder(path)
-    known = (folder.recipe, folder.ledger("metrics"), folder.transfer, folder.ledger("decisions"))
+    known = (folder.recipe, folder.settings, folder.ledger("metrics"), folder.transfer, folder.ledger("decisions"))
     if not any(file.is_file() for file in known):
         names = ", ".join(file.name for file in known)
         raise ValueError(f"{path} is no run folder: expected at least one of {names} in it")
     missing: list[str] = []
-    recipe_text, recipe = _read_recipe(folder.recipe, missing)
+    of_script = folder.settings.is_file() and not folder.recipe.is_file()
+    recipe_text, recipe = _read_recipe(folder.settings if of_script else folder.recipe, missing)
     transfer = _read_transfer(folder.transfer, missing)
     metrics = _columns(_read_lines(folder, "metrics", missing, gives="training curves"))
+    provenance = _mapping(_read_json(folder.provenance, missing))
     return LoadedRun(
         name=path.resolve().name,
         path=path,
         recipe=recipe,
         recipe_text=recipe_text,
-        provenance=_mapping(_read_json(folder.provenance, missing)),
+        recipe_name=(folder.settings if of_script else folder.recipe).name,
+        provenance=provenance,
         metrics=metrics,
         transfer=transfer.on("report") if transfer else None,
         item_ids=(transfer.items if transfer else None) or {},
@@ -132,7 +138,7 @@ def read_run(path: str | Path) -> LoadedRun:
         alarms=_read_optional(folder, "alarms", missing, gives="alarms"),
         evaluations=_read_optional(folder, "evaluations", missing, gives="intervals beyond the score"),
         predicted=_read_predicted(folder.predicted, missing),
-        is_finished=folder.has_ended or folder.final.is_dir(),  # older versions left no other sign
+        is_finished=folder.has_ended or ("end" not in provenance and folder.final.is_dir()),  # of older versions
         missing=tuple(missing),
     )
 
@@ -161,11 +167,11 @@ def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]
 
 
 def _read_transfer(path: Path, missing: list[str]) -> TransferMatrix | None:
-    if not path.is_file():
+    if not holds_transfer(path):
         missing.append(f"{path.name} is absent: no evaluation yet, so no held-out scores and no transfer")
         return None
     try:
-        return TransferMatrix.load(path)
+        return read_transfer(path)
     except ValueError as error:
         missing.append(f"{path.name} cannot be used: {str(error).removeprefix(f'{path}: ')[:160]}")
         return None
@@ -196,7 +202,7 @@ def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: st
         missing.append(f"{path.name} is absent: no {gives}")
         return []
     broken: list[int] = []
-    rows = folder.read(ledger, broken)
+    rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
     if broken == [len(rows) + 1]:
         missing.append(f"{path.name}: its last line is cut off")
     elif broken:

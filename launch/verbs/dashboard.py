@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.files import replace_file
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.report.run import read_run
 from polyphony.trainer.run.folder import RunFolder
@@ -31,8 +32,7 @@ def specify(run: Path) -> tuple[Any, str | None]:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
     )
-    folder = RunFolder(run)
-    folder.write(folder.dashboard, json.dumps(specification(workspace), indent=1))
+    replace_file(RunFolder(run).dashboard, json.dumps(specification(workspace), indent=1))
     return workspace, missing
 
 

@@ -325,7 +325,7 @@ def weight_sync() -> list[Finding]:
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "debug.yaml")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            check = build_trainer(recipe, Path(scratch)).check_weight_sync()
+            check = build_trainer(recipe, Path(scratch)).policy.check()
         except Exception as error:  # whatever keeps the engine from starting is the finding
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return [Finding(name="weight sync", verdict="broken", what=what, fix="the engine does not start")]

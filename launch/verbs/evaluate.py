@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.launch.recipe import Recipe, RecipeError, load_recipe, recipe_of_run
 from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
 from polyphony.trainer.run.folder import RunFolder
@@ -41,10 +41,14 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
     overrides = [*(name for name in names if "=" in name), *overrides]
     if len(files) > 1 or not 1 <= len(models) <= 2:
         raise RecipeError(f"expected one or two models and one recipe, got {', '.join(models + files) or 'nothing'}")
-    recipe = files[0] if files else next(filter(None, map(_recipe_of, models)), None)
-    if recipe is None:
+    run = next(filter(None, map(_run_of, models)), None)
+    if files:
+        recipe = load_recipe(files[0], overrides)
+    elif run is not None:
+        recipe = recipe_of_run(run, overrides, needs=("domains.", "model", "processing_class"))
+    else:
         raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
-    return Asked(models=tuple(map(_weights_of, models)), recipe=load_recipe(recipe, overrides))
+    return Asked(models=tuple(map(_weights_of, models)), recipe=recipe)
 
 
 def evaluate(question: Asked) -> list[HeldoutResult]:
@@ -97,7 +101,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
     """
     from polyphony.launch.build import build_trainer  # slow to import
 
-    greedy = recipe.rollouts.engine != "transformers"
+    greedy = recipe.rollouts.engine != "transformers" and not recipe.grpo.get("use_vllm")
     settings = replace(recipe.eval, greedy=greedy)
     local = Path(model)
     name = str(local.resolve()) if local.is_dir() else model
@@ -105,10 +109,10 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
         trainer = build_trainer(
             recipe.model_copy(update={"model": name, "eval": settings}), Path(scratch), engine=engine
         )
-        result = trainer.evaluate_heldout()
+        result = trainer.evaluator.run()
     if name != recipe.model and settings.kl_items:
         result = replace(result, base_kl=_distance(trainer, recipe.model))
-    return result, trainer.engine
+    return result, trainer.policy.engine
 
 
 def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, dict[str, Interval]]:
@@ -156,12 +160,11 @@ def _same_shape(first: str, second: str) -> bool:
     return all(sizes[0].get(k) == sizes[1].get(k) for k in sizes[0] | sizes[1] if k not in apart)
 
 
-def _recipe_of(model: str) -> str | None:
-    """Return the recipe of the run folder that a model is, or lies in; None outside of one."""
+def _run_of(model: str) -> RunFolder | None:
+    """Return the run folder that a model is, or lies in; None outside of one."""
     folder = Path(model)
-    recipes = (RunFolder(place).recipe for place in (folder, folder.parent, folder.parent.parent))
-    found = [recipe for recipe in recipes if recipe.is_file()]
-    return str(found[0]) if folder.is_dir() and found else None
+    runs = (RunFolder(place) for place in (folder, folder.parent, folder.parent.parent) if folder.is_dir())
+    return next((run for run in runs if run.recipe.is_file() or run.settings.is_file()), None)
 
 
 def _weights_of(model: str) -> str:

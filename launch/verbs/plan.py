@@ -14,17 +14,22 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import Plan, make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
-from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.recipe import RecipeError, recipe_of_run
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 
 
 def plan(path: Path) -> Plan:
-    """Return what a transfer file recommends; says on standard error where its graders have other versions now."""
-    if not path.is_file():
+    """Return what a transfer file recommends.
+
+    Says on standard error where its graders have other versions now, and what its halves have in common.
+    """
+    if not holds_transfer(path):
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
-    matrix = TransferMatrix.load(path)
+    matrix = read_transfer(path)
+    if matrix.unsplit:
+        print(f"{path} {matrix.unsplit}", file=sys.stderr)
     for line in other_versions(matrix.provenance.get("graders", {})):
         print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
     return make_plan(matrix)
@@ -57,15 +62,15 @@ def replay_run(
 ) -> list[Replayed]:
     """Return every draw of a saved run with the mixture that `scheduler` gives for the same evidence.
 
-    The run's own scheduler keeps the settings of its recipe, another has its defaults; `overrides` of the recipe change
+    The run's own scheduler keeps its settings, another has its defaults; `overrides` of the recipe change
     either. One that plans starts from the probes in `transfer`, by default from those in the run's own file.
     """
     folder = RunFolder(run)
-    lines = folder.read("decisions")
+    lines = folder.decisions()
     if not lines:
         name = folder.ledger("decisions").name
         raise RecipeError(f"{run} holds no {name} with a draw in it: not a run folder, or one just begun")
-    matrix = TransferMatrix.load(folder.transfer)
+    matrix = read_transfer(folder.transfer)
     rows = [row for row in matrix.on("steer").rows if not row.probe]
     return replay(lines, _scheduler_of(run, matrix, scheduler, transfer, overrides), rows)
 
@@ -74,10 +79,10 @@ def _scheduler_of(
     run: Path, matrix: TransferMatrix, name: str, transfer: Path | None, overrides: Sequence[str]
 ) -> Scheduler:
     name, folder = renamed(name), RunFolder(run)
-    recipe = load_recipe(folder.recipe)
+    recipe = recipe_of_run(folder)
     if recipe.curriculum.scheduler != name:
         overrides = [f"curriculum={{scheduler: {json.dumps(name)}}}", *overrides]
-    recipe = load_recipe(folder.recipe, overrides)
+    recipe = recipe_of_run(folder, overrides)
     source = folder.transfer if transfer is None and matrix.probes else transfer
     section = recipe.curriculum.model_copy(update={"transfer": None if source is None else str(source)})
     try:

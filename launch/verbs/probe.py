@@ -16,8 +16,10 @@ from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.sections import CurriculumSection
@@ -94,21 +96,17 @@ class Probe:
         return sum(len(table) for table in data.heldout.values())
 
     def _measure(self, arm: Arm) -> Evaluation:
-        """Train one arm from the start, evaluate it, and add its row to the file."""
+        """Train one arm from the start, evaluate it, and add its row to the file; return what is published of it."""
         trainer = self._train(arm, self._start(arm.seed))
-        result = trainer.evaluate_heldout()
-        row = Evaluation(
-            trained=arm.trained,
-            step=arm.steps,
-            seed=arm.seed,
-            scores=result.scores(),
-            entropy=result.entropy,
-            exposure=dict(trainer.curriculum.drawn),
-            probe=True,
+        result = trainer.evaluator.run()
+        row = result.as_evaluation(
+            trained=arm.trained, step=arm.steps, seed=arm.seed, exposure=dict(trainer.curriculum.drawn), probe=True
         )
+        if self.matrix is not None and self.matrix.unsplit:  # begun by a version that kept no entropy item by item
+            row = replace(row, entropy_items={}, kl_items={})
         self.matrix = self._first(row, result.items) if self.matrix is None else self.matrix.with_row(row)
         self.matrix.save(self.file)
-        return row
+        return on_half(row, result.items, "report")
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
         from polyphony.launch.build import build_trainer  # slow to import
@@ -116,9 +114,9 @@ class Probe:
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
         trainer.remove_callback(PrinterCallback)
-        self.engine = trainer.engine
+        self.engine = trainer.policy.engine
         if arm.steps and not self.is_checked:
-            trainer.add_callback(CheckWeights(trainer.check_weight_sync))
+            trainer.add_callback(CheckWeights(trainer.policy.check))
             self.is_checked = True
         if arm.steps:
             trainer.train()
@@ -182,7 +180,7 @@ def claim_probe(recipe: Recipe, out: Path) -> bool:
         raise RecipeError(f"folder {out} is not empty and holds no probe; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder.write(saved, recipe.as_yaml())
+        replace_file(saved, recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"folder {out} cannot be written: {error.strerror}") from error
     return True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyphony.curricula.files import replacing
+from polyphony.curricula.files import replace_file, replacing
 from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
@@ -58,7 +58,7 @@ def screen(
     screening.resume()
     screening.run(recipe.name)
     summary = {"domains": {name: describe(pool) for name, pool in trainer.curriculum.pools.items()}}
-    folder.write(folder.screened, json.dumps(summary, indent=1))
+    replace_file(folder.screened, json.dumps(summary, indent=1))
     screening.write_impossible()
     return summary
 

@@ -80,7 +80,8 @@ def _loud(sides: SideBySide, shares: list[float]) -> Block:
     spent: list[float] = []
     assert trainer.run is not None
     trainer.run.on_log = _timed(trainer.run.on_log, spent)
-    trainer.draws.listeners = [_timed(listen, spent) for listen in trainer.draws.listeners]
+    recorder: Any = trainer.draws.recorder
+    recorder.record_draw = _timed(recorder.record_draw, spent)
     trainer.entropy.after_draw = _timed(trainer.entropy.after_draw, spent)
     trainer.shortcuts.inspect = _timed(trainer.shortcuts.inspect, spent)
     trainer.shortcuts.observe = _timed(trainer.shortcuts.observe, spent)

@@ -19,10 +19,10 @@ from tests.benchmarks.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
+MODULES = ("books", "commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
            "workers")  # fmt: skip
 """Those that list benchmarks."""
-ON_REQUEST = ("demo", "gpu")
+ON_REQUEST = ("books", "demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""
 
 

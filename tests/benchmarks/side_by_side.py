@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
@@ -142,16 +143,18 @@ class SideBySide:
         folder = claim_folder(self.recipe, self.next_folder(), resume=False)
         trainer = start(self.recipe, folder, engine=self.engine)
         self.prompts, self.seeds = [], []
-        draws = itertools.count()
+        draws, recorder = itertools.count(), trainer.draws.recorder
+        assert recorder is not None
 
-        def keep(refs: Sequence[Prompt]) -> None:
+        def keep(step: int, refs: Sequence[Prompt]) -> None:
+            recorder.record_draw(step, refs)
             draw = next(draws)
             for ref in refs:
                 self.prompts.append(trainer.data.train[ref.domain][ref.id])
                 copies: int = trainer.num_generations  # type: ignore[assignment]
                 self.seeds += [completion_seed(trainer.args.seed, draw, ref.id, 0, k) for k in range(copies)]
 
-        trainer.draws.listeners.append(keep)
+        trainer.draws.recorder = SimpleNamespace(record_draw=keep, record_refill=recorder.record_refill)  # type: ignore
         return trainer
 
     def stock_trainer(self) -> GRPOTrainer:

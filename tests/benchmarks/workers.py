@@ -54,7 +54,7 @@ def _running() -> tuple[DomainGRPOTrainer, RayEngine]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(RECIPES / "demo.yaml", ["rollouts={engine: ray, workers: 2}"])
         trainer = build_trainer(recipe, Path(folder))
-    return trainer, trainer.engine  # type: ignore[return-value]
+    return trainer, trainer.policy.engine  # type: ignore[return-value]
 
 
 BENCHMARKS = {"workers": bench_workers, "worker sync": bench_worker_sync}

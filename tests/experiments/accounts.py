@@ -47,7 +47,7 @@ def errors(run: Path, *, group_size: int) -> list[str]:
     Each draw is decided once, in order; in each step as many completions came back as were asked for, groups that a
     refill replaced included; and the pool, where there is one, has seen each prompt as often as it was asked for.
     """
-    decisions, refills = RunFolder(run).read("decisions"), RunFolder(run).read("refills")
+    decisions, refills = RunFolder(run).decisions(), RunFolder(run).read("refills")
     found = []
     if [line["draw"] for line in decisions] != list(range(len(decisions))):
         found.append(f"draws are not 0 to {len(decisions) - 1}, each once and in order")
@@ -85,7 +85,7 @@ def _unseen(run: Path, asked: Counter[str]) -> list[str]:
 def _stream(run: Path) -> list[Any]:
     """Return what was drawn and by which mixture, without the evidence: its floats carry the rounding of a batch."""
     drawn: list[Any] = [
-        (line["step"], line["draw"], line["mixture"], line["prompts"]) for line in RunFolder(run).read("decisions")
+        (line["step"], line["draw"], line["mixture"], line["prompts"]) for line in RunFolder(run).decisions()
     ]
     return drawn + [(line["step"], line["round"], line["prompts"]) for line in RunFolder(run).read("refills")]
 

@@ -28,7 +28,7 @@ from tests.experiments.trials import over_seeds
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
-    from polyphony.trainer.evaluation.evaluator import HeldoutResult
+    from polyphony.trainer.evaluation.result import HeldoutResult
 
 RECIPE = Path(__file__).parent / "stories.yaml"
 DOMAIN = "stories"
@@ -101,8 +101,8 @@ class Effect:
         recipe = recipe.model_copy(update={"eval": replace(recipe.eval, samples=SAMPLES)})
         with tempfile.TemporaryDirectory() as scratch:
             trainer = build_trainer(recipe, Path(scratch), engine=self.engine)
-            self.engine = trainer.engine
-            return measure(trainer.evaluate_heldout())
+            self.engine = trainer.policy.engine
+            return measure(trainer.evaluator.run())
 
 
 def summary(base: Numbers, found: Mapping[str, Sequence[Numbers]], seeds: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ class Orders(Probe):
     def _end(self, order: tuple[str, ...], steps: int, names: Sequence[str]) -> dict[str, float]:
         seed = int(self.recipe.grpo.get("seed", 42))
         trainer = self._train(Arm(trained=order[-1:], steps=steps, seed=seed), self._weights(order[:-1], steps, seed))
-        result = trainer.evaluate_heldout()
+        result = trainer.evaluator.run()
         row = on_half(Evaluation(trained=order, step=0, seed=seed, scores=result.scores()), result.items, "report")
         scores = {name: np.array(row.scores[name]) for name in names}
         variance = sum(items.var(ddof=1) / len(items) for items in scores.values()) / len(names) ** 2

@@ -49,7 +49,7 @@ def test_half_a_billion_parameters_in_bf16_train(tmp_path, half_billion, more):
 
 def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
     trainer = build_trainer(load_recipe(DEBUG, QUICK), tmp_path)
-    assert trainer.check_weight_sync().is_passed
+    assert trainer.policy.check().is_passed
     trainer.policy.sync()
     assert differing(trainer) == []
 
@@ -59,12 +59,12 @@ def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
 def test_weights_reach_a_worker_over_nccl(tmp_path, more):
     trainer = build_trainer(load_recipe(DEBUG, [*QUICK, "rollouts={engine: ray, workers: 1}", *more]), tmp_path)
     try:
-        assert trainer.check_weight_sync().is_passed
+        assert trainer.policy.check().is_passed
         # as after training: an adapter that changes nothing would hide weights that were sent without it
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if "lora_B" in name:
                     parameter.fill_(0.1)
-        assert trainer.check_weight_sync().is_passed
+        assert trainer.policy.check().is_passed
     finally:
-        trainer.engine.close()
+        trainer.policy.engine.close()

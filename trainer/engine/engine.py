@@ -192,7 +192,7 @@ class InProcessEngine(Engine):
         self.accelerator.wait_for_everyone()
 
     def rest(self) -> None:
-        """Give back the memory of weights, keys and values until the next sync (`grpo.vllm_enable_sleep_mode`)."""
+        """Give back the memory of weights, keys and values until the next sync (`vllm_enable_sleep_mode`)."""
         if self.enable_sleep_mode and not self.is_asleep:
             self.llm.sleep(level=2)
             self.is_asleep = True
@@ -227,15 +227,15 @@ def find_engine(name: str) -> EngineFactory:
     if name == "vllm":
         return InProcessEngine
     if ":" not in name:
-        raise ValueError(f"rollouts.engine {name!r} does not exist; known: vllm, transformers, or pkg.module:name")
+        raise ValueError(f"engine {name!r} does not exist; known: vllm, transformers, or pkg.module:name")
     try:
         found: Any = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"rollouts.engine {name!r} cannot be imported: {error}") from error
+        raise ValueError(f"engine {name!r} cannot be imported: {error}") from error
     makes_one = issubclass(found, Engine) if isinstance(found, type) else callable(found)
     if not makes_one:
         raise ValueError(
-            f"rollouts.engine {name!r}: expected a subclass of polyphony.trainer.engine.engine:Engine, or a function that "
+            f"engine {name!r}: expected a subclass of polyphony.trainer.engine.engine:Engine, or a function that "
             f"returns an Engine, got {found!r:.60}"
         )
     return found

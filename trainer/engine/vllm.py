@@ -147,7 +147,7 @@ def sample(
         _abort(llm)
         raise RuntimeError(
             f"the rollout engine ran out of memory on {len(requests)} completions and again on half of them: lower "
-            "grpo.max_completion_length or the generation batch, or change grpo.vllm_gpu_memory_utilization"
+            "max_completion_length or the generation batch, or change vllm_gpu_memory_utilization"
         ) from error
 
 
@@ -200,7 +200,7 @@ def _check_room(llm: Any, longest: int) -> None:
     if longest > room:
         raise ValueError(
             f"the rollout engine has room for {room} tokens of prompt and completion, {longest} are asked for: raise "
-            "grpo.vllm_gpu_memory_utilization or grpo.vllm_max_model_length, or lower grpo.max_completion_length"
+            "vllm_gpu_memory_utilization or vllm_max_model_length, or lower max_completion_length"
         )
 
 

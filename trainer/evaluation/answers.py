@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from polyphony.curricula.records import Completion, mean, passed
-from polyphony.curricula.transfer.halves import halves
 from polyphony.rewards.answers import final_answer
 from polyphony.rewards.diversity import Diversity, distinct_n, self_bleu, unique_classes, vendi
 from polyphony.rewards.partitions import Same, answer_signature, connected
@@ -123,13 +122,12 @@ def varieties(completions: Sequence[Completion], *, k: int, by_domain: Mapping[s
     return [_variety([c.text for c in item], [c.reward for c in item], told, i) for i, item in enumerate(items)]
 
 
-def variety_metrics(variety: Mapping[str, Sequence[Variety]], items: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return the means over the `report` half; `items` names each domain's ids in order. NaN where nothing was told."""
+def variety_metrics(variety: Mapping[str, Sequence[Variety]]) -> dict[str, float]:
+    """Return the means over the items. NaN where nothing was told."""
     metrics = {}
     for name, of_items in variety.items():
-        published = [v for v, side in zip(of_items, halves(items[name]), strict=True) if side == "report"]
         for metric in (f.name for f in fields(Variety)):
-            known = [value for v in published if not math.isnan(value := getattr(v, metric))]
+            known = [value for v in of_items if not math.isnan(value := getattr(v, metric))]
             metrics[key("heldout", metric, name)] = mean(known)
     return metrics
 

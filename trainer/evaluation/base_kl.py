@@ -10,8 +10,11 @@ policy's completions, needs the base model itself: `polyphony eval` loads it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+
+from polyphony.curricula.records import mean, per_token
 
 LogProbabilities = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[float]]
 """Summed log-probability of each completion after its prompt, under the policy as it is; collective over ranks."""
@@ -58,9 +61,5 @@ class BaseReference:
 
 def mean_kl(kl: Mapping[str, Mapping[str, tuple[float, int]]], domains: Sequence[str]) -> float:
     """Return the mean over these domains of nats per token; NaN where none of them was measured."""
-    per_domain = [
-        sum(nats for nats, _ in items.values()) / sum(tokens for _, tokens in items.values())
-        for name, items in kl.items()
-        if name in domains
-    ]
-    return sum(per_domain) / len(per_domain) if per_domain else float("nan")
+    per_domain = [per_token(items.values()) for name, items in kl.items() if name in domains]
+    return mean([nats for nats in per_domain if not math.isnan(nats)])

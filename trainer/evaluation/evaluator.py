@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Prompt
+from polyphony.curricula.transfer.halves import taken
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Request, completion_seed
@@ -64,6 +65,7 @@ class Evaluator:
         entropies = self.policy.entropy_sums(sampled[::k])
         variety = varieties(sampled, k=k, by_domain=self.fusion.by_domain) or [None] * len(self._mine)
         answers = [self._answer(c) for c in sampled]
+        shown = {name: self._published(name)[: self.settings.shown] for name in self.data.heldout}
         greedy = self._greedy([prompt for _, prompt in self._mine], requests[::k])
         records = [
             Record(
@@ -75,10 +77,10 @@ class Evaluator:
                 answers=tuple(answers[j * k : (j + 1) * k]),
                 greedy=greedy[j] if greedy else None,
                 variety=variety[j],
-                shown=_to_be_read(sampled[j * k]) if self._is_among_first(prompt, self.settings.shown) else None,
+                shown=_to_be_read(sampled[j * k]) if prompt.id in shown[prompt.domain] else None,
                 ids=(
                     (list(prompt.ids), list(sampled[j * k].ids))
-                    if self._is_among_first(prompt, self.settings.kl_items)
+                    if prompt.id in self.data.heldout[prompt.domain].ids[: self.settings.kl_items]
                     else None
                 ),
             )
@@ -90,8 +92,20 @@ class Evaluator:
         return join(self._records, list(self.data.heldout), kl)
 
     def _graded(self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int) -> list[Completion]:
+        """Return the completions with their rewards; what a reward logs is kept of the items that are published alone."""
         completions = self.policy.read(prompts, self.policy.complete(requests, copies))
-        rewards = together(lambda: self.scorer(completions), self.scorer.slow, gather_object)
+        published = {name: set(self._published(name)) for name in self.data.heldout}
+        halves: tuple[list[int], list[int]] = ([], [])
+        for i, prompt in enumerate(prompts):
+            halves[prompt.id not in published[prompt.domain]].append(i)
+
+        def score() -> list[float | None]:
+            rewards: dict[int, float | None] = {}
+            for scorer, places in zip((self.scorer, self.scorer.apart()), halves, strict=True):
+                rewards |= zip(places, scorer([completions[i] for i in places]), strict=True)
+            return [rewards[i] for i in range(len(completions))]
+
+        rewards = together(score, self.scorer.slow, gather_object)
         return [replace(c, reward=reward) for c, reward in zip(completions, rewards, strict=True)]
 
     def _answer(self, completion: Completion) -> Answer:
@@ -151,8 +165,10 @@ class Evaluator:
         asked = self.data.tokenized(prompt for _, prompt in mine)
         return [(place, prompt) for (place, _), prompt in zip(mine, asked, strict=True)]
 
-    def _is_among_first(self, prompt: Prompt, n: int) -> bool:
-        return prompt.id in self.data.heldout[prompt.domain].ids[:n]
+    def _published(self, domain: str) -> tuple[str, ...]:
+        """Return the ids of the domain's items that are published."""
+        ids = self.data.heldout[domain].ids
+        return taken(ids, ids, "report")
 
 
 def _to_be_read(completion: Completion) -> Completion:

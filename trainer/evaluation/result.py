@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from polyphony.curricula.records import Completion, mean, passed
+from polyphony.curricula.records import Completion, Evaluation, mean, passed, per_token
+from polyphony.curricula.transfer.halves import Half, taken
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
 
@@ -32,6 +35,36 @@ class HeldoutResult:
     """Per domain and item id, (nats, tokens) of KL(base || policy); empty until the base model was remembered."""
     shown: tuple[Completion, ...] = ()
     """A few of each domain, graded, for people to read; without their tokens."""
+
+    def on(self, which: Half) -> HeldoutResult:
+        """Return what it says of one half of the items."""
+
+        def half(by_domain: Mapping[str, Sequence]) -> dict[str, Any]:
+            return {name: taken(values, self.items[name], which) for name, values in by_domain.items() if values}
+
+        items, pairs = half(self.items), half(self.item_entropy)
+        measured = dict(self.entropy) | {name: per_token(of) for name, of in pairs.items()}
+        return HeldoutResult(
+            items=items,
+            samples=half(self.samples),
+            entropy={name: nats for name, nats in measured.items() if not math.isnan(nats)},
+            variety=half(self.variety),
+            item_entropy=pairs,
+            answers=half(self.answers),
+            greedy=half(self.greedy),
+            base_kl={name: {i: kl[i] for i in items[name] if i in kl} for name, kl in self.base_kl.items()},
+            shown=tuple(c for c in self.shown if c.prompt.id in items[c.prompt.domain]),
+        )
+
+    def as_evaluation(self, **about: Any) -> Evaluation:
+        """Return the row of the transfer matrix, of all items; `about` are its other fields."""
+        return Evaluation(
+            scores=self.scores(),
+            entropy=dict(self.entropy),
+            entropy_items=dict(self.item_entropy),
+            kl_items={name: tuple(kl.get(item) for item in self.items[name]) for name, kl in self.base_kl.items()},
+            **about,
+        )
 
     def read(self, domain: str) -> Answers:
         """Return a domain's answers, ready for statistics, in the order of its items."""
@@ -98,11 +131,7 @@ def join(
     return HeldoutResult(
         items={name: tuple(r.item for r in rs) for name, rs in of.items()},
         samples={name: tuple(r.scores for r in rs) for name, rs in of.items()},
-        entropy={
-            name: sum(r.entropy[0] for r in rs) / tokens
-            for name, rs in of.items()
-            if (tokens := sum(r.entropy[1] for r in rs))
-        },
+        entropy={name: nats for name, rs in of.items() if not math.isnan(nats := per_token([r.entropy for r in rs]))},
         item_entropy={name: tuple(r.entropy for r in rs) for name, rs in of.items()},
         answers={name: tuple(r.answers for r in rs) for name, rs in of.items()},
         greedy={name: tuple(r.greedy for r in rs if r.greedy) for name, rs in of.items()} if is_greedy else {},

@@ -1,6 +1,6 @@
 """A run and its folder: evaluations, ledgers, guardrails, trackers, retention of checkpoints, and how it ended.
 
-The same whether a recipe or a script trains. A recipe adds what only it knows: progress, our W&B tables, a probe's rows.
+The same whether a recipe or a script trains. A recipe adds what only it knows: progress and our W&B tables.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +20,11 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors import Alarm
-from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
+from polyphony.curricula.monitors.guardrails import Verdict, check, exceeded
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.registry import other_versions
 from polyphony.trainer.checkpoints import (
     best_checkpoint,
@@ -39,23 +42,20 @@ from polyphony.trainer.engine.weight_check import WeightCheck
 from polyphony.trainer.entropy import DomainEntropy
 from polyphony.trainer.evaluation.base_kl import BaseReference
 from polyphony.trainer.evaluation.evaluator import Evaluator
-from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import Interrupted, RunFolder
 from polyphony.trainer.run.progress import ProgressLine
-from polyphony.trainer.run.provenance import provenance
+from polyphony.trainer.run.provenance import provenance, settings_of_script
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.run.stopping import StopOnSignal, largest, say
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.settings import CheckpointSettings, EvaluationSettings, TrainerSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import DrawPlan
 
 logger = logging.getLogger(__name__)
-
-EVALUATE_EVERY, KEEP = 50, 2
-"""Where nothing is said: steps between evaluations, and newest checkpoints kept; as in a recipe."""
 
 
 class Trained(Protocol):
@@ -68,6 +68,7 @@ class Trained(Protocol):
     data: DomainData
     plan: DrawPlan
     curriculum: Curriculum
+    probes: TransferMatrix | None
     draws: Draws
     scorer: Scorer
     policy: Policy
@@ -76,14 +77,6 @@ class Trained(Protocol):
     shortcuts: ShortcutWatch
     pending_metrics: dict[str, float]
 
-    def evaluate_heldout(self) -> HeldoutResult:
-        """Score the policy as it is now."""
-        ...
-
-    def check_weight_sync(self) -> WeightCheck | None:
-        """Check that the engine follows the policy's weights."""
-        ...
-
     def add_callback(self, callback: Any) -> None:
         """Have Transformers call it."""
         ...
@@ -91,19 +84,24 @@ class Trained(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cadence:
-    """How often a run evaluates, and what it keeps.
+    """How often a run evaluates and saves, and what it keeps.
 
-    Example: `Cadence.of(GRPOConfig(eval_steps=20, save_steps=20, save_total_limit=3), plan).keep` is 3.
+    Example: `Cadence.of(GRPOConfig(eval_steps=20, save_total_limit=3), plan, settings).save_every` is 20.
     """
 
     evaluate_every: int
     """Optimizer steps; there is always an evaluation before the first step and one after the last."""
+    save_every: int
     keep: int
     """Newest checkpoints; the best by worst domain is kept as well."""
 
     @classmethod
-    def of(cls, args: GRPOConfig, plan: DrawPlan) -> Cadence:
-        """Read TRL's `eval_steps`, `save_steps` and `save_total_limit`. Raises ValueError for what a run cannot keep to."""
+    def of(cls, args: GRPOConfig, plan: DrawPlan, settings: TrainerSettings) -> Cadence:
+        """Read TRL's arguments, and our settings for what these do not say. Raises ValueError for what a run cannot keep to.
+
+        `eval_steps` or `evaluation.every`, `save_steps` or `checkpoint.every`, `save_total_limit` or `checkpoint.keep`;
+        TRL's default of `save_steps`, 500, counts as not given.
+        """
         for name in ("eval_strategy", "save_strategy"):
             if (value := getattr(getattr(args, name), "value", getattr(args, name))) not in ("no", "steps"):
                 raise ValueError(f"{name}={value!r} with run=: expected 'steps' or 'no'")
@@ -111,27 +109,97 @@ class Cadence:
             raise ValueError(
                 "load_best_model_at_end with run=: leave it out, the best checkpoint by worst domain is kept"
             )
-        every = _steps(args.eval_steps or EVALUATE_EVERY, plan.steps)
-        plan.check_boundary("eval_steps", every)
-        saves = _steps(args.save_steps, plan.steps)
-        if args.save_strategy != "no" and saves <= plan.steps:
-            plan.check_boundary("save_steps", saves)
-        return cls(evaluate_every=every, keep=args.save_total_limit or KEEP)
+        evaluation, checkpoint = settings.evaluation, settings.checkpoint
+        saves = None if args.save_steps == GRPOConfig.save_steps else args.save_steps
+        name, value = _once(
+            "eval_steps", args.eval_steps, "evaluation.every", evaluation.every, EvaluationSettings().every
+        )
+        every = _steps(name, value, plan)
+        plan.check_boundary(name, every)
+        name, value = _once("save_steps", saves, "checkpoint.every", checkpoint.every, None)
+        save_every = every if value is None or args.save_strategy == "no" else _steps(name, value, plan)
+        if save_every <= plan.steps:
+            plan.check_boundary(name, save_every)
+        _, keep = _once(
+            "save_total_limit", args.save_total_limit, "checkpoint.keep", checkpoint.keep, CheckpointSettings().keep
+        )
+        if keep < 1:
+            raise ValueError(f"save_total_limit={keep} with run=: expected at least 1")
+        return cls(evaluate_every=every, save_every=save_every, keep=keep)
 
 
-def run_arguments(args: GRPOConfig, run: str | Path | None) -> GRPOConfig:
-    """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder; as they are without."""
-    if run is None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outset:
+    """What is settled of a run before weights are loaded."""
+
+    folder: RunFolder
+    cadence: Cadence
+    settings: TrainerSettings
+    said: Mapping[str, Any] | None
+    """What a script made the run with, for `RunFolder.settings`; None where the folder holds the recipe."""
+
+    @classmethod
+    def of(
+        cls,
+        run: str | Path | RunFolder | None,
+        settings: TrainerSettings,
+        *,
+        args: GRPOConfig,
+        plan: DrawPlan,
+        **made: Any,
+    ) -> Outset | None:
+        """Return it for a folder, as a `RunFolder` one that a recipe has claimed; `made` as for `settings_of_script`.
+
+        Raises ValueError for a folder that is of another run, and for a cadence that cannot be kept.
+        """
+        if run is None:
+            if settings.guardrails:
+                raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
+            return None
+        folder, cadence = as_folder(run), Cadence.of(args, plan, settings)
+        said = None
+        if not isinstance(run, RunFolder):
+            said = {"name": folder.path.name} | settings_of_script(settings, args=args, cadence=asdict(cadence), **made)
+            folder.refuse_other(said)
+        return cls(folder=folder, cadence=cadence, settings=settings, said=said)
+
+    def arguments(self, args: GRPOConfig) -> GRPOConfig:
+        """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder."""
+        args = copy.copy(args)
+        args.output_dir, args.save_steps = str(self.folder.checkpoints), self.cadence.save_every
+        args.eval_strategy, args.eval_on_start, args.save_total_limit = "no", False, None
         return args
-    args = copy.copy(args)
-    args.output_dir = str(RunFolder(Path(run)).checkpoints)
-    args.eval_strategy, args.eval_on_start, args.save_total_limit = "no", False, None
-    return args
 
 
-def _steps(every: float, total: int) -> int:
+def _once(name: str, value: Any, ours: str, our_value: Any, default: Any) -> tuple[str, Any]:
+    """Return what was given of TRL's argument and our setting for one thing, and its name; both only where they agree."""
+    if value is None:
+        return ours, our_value
+    if our_value not in (default, value):
+        raise ValueError(f"{name}={value} and {ours}={our_value}: say one of them")
+    return name, value
+
+
+def _steps(name: str, every: float, plan: DrawPlan) -> int:
     """Return steps for a number of them or, below 1, a share of all, as Transformers has it."""
-    return math.ceil(total * every) if every < 1 else int(every)
+    if not every > 0 or (every >= 1 and every != int(every)):
+        raise ValueError(
+            f"{name}={every} with run=: expected a whole number of steps, or a share of all between 0 and 1"
+        )
+    return math.ceil(plan.steps * every) if every < 1 else int(every)
+
+
+def as_folder(run: str | Path | RunFolder) -> RunFolder:
+    """Return the folder of a run. Raises ValueError for what can be none."""
+    if isinstance(run, RunFolder):
+        return run
+    if not isinstance(run, str | Path) or not str(run).strip():
+        raise ValueError(f"run={run!r}: expected a folder")
+    path = Path(run)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"run={str(run)!r}: {there} is a file, expected a folder")
+    return RunFolder(path)
 
 
 class CheckWeights(TrainerCallback):
@@ -162,24 +230,14 @@ class Run(TrainerCallback):
     Example: `DomainGRPOTrainer(.., run="runs/mine").run.folder.read("metrics")`
     """
 
-    def __init__(
-        self,
-        trainer: Trained,
-        folder: RunFolder,
-        cadence: Cadence,
-        *,
-        model: str = "",
-        guardrails: Sequence[Guardrail] = (),
-    ) -> None:
-        self.trainer, self.folder, self.cadence, self.model = trainer, folder, cadence, model
+    def __init__(self, trainer: Trained, outset: Outset, *, model: str) -> None:
+        self.trainer, self.model = trainer, model
+        self.folder, self.cadence, self.said = outset.folder, outset.cadence, outset.said
         self.is_main: bool = trainer.accelerator.is_main_process
-        self.guardrails = guardrails
-        for guardrail in guardrails:
-            if guardrail.domain not in trainer.data.names:
-                known = ", ".join(trainer.data.names)
-                raise ValueError(f"guardrails: there is no domain {guardrail.domain!r}; known: {known}")
+        self.guardrails = outset.settings.guardrails
+        self.stopper = StopOnSignal(trainer.plan, grace_s=outset.settings.faults.grace_s)
         self.recorder = Recorder(
-            folder=folder,
+            folder=self.folder,
             domains=trainer.data.domains,
             curriculum=trainer.curriculum,
             seed=trainer.args.seed,
@@ -191,21 +249,26 @@ class Run(TrainerCallback):
         """Folders where modules of the user's were found."""
         self.tracker: WandbTracker | None = None
         self.progress: ProgressLine | None = None
-        self.stopper: StopOnSignal | None = None
+        self._is_aside = False
         self._stopped_by = ""
         self._evaluated_at: int | None = None
         self._rolled_back_at: int | None = None
 
     def attach(self) -> Run:
         """Listen to the trainer: what it draws, and what Transformers calls; the engine's weights are checked first."""
-        trainer, recorder = self.trainer, self.recorder
-        trainer.draws.refill_listeners.append(
-            lambda n, groups, refs: recorder.record_refill(trainer.state.global_step + 1, n, groups, refs)
-        )
-        trainer.draws.listeners.append(lambda refs: recorder.record_draw(trainer.state.global_step + 1, refs))
-        trainer.add_callback(CheckWeights(trainer.check_weight_sync))
-        trainer.add_callback(self)
+        self.trainer.draws.recorder = self.recorder
+        for callback in (CheckWeights(self.trainer.policy.check), self, self.stopper):
+            self.trainer.add_callback(callback)
         return self
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Hear no log meanwhile: what a person asks between is none of the run's."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
 
     # --- before and after the loop ------------------------------------------------------------------------------------
 
@@ -230,10 +293,14 @@ class Run(TrainerCallback):
             self.folder.cut(-1 if newest is None else checkpoint_step(newest))
             tables = self.trainer.data.train
             own_pool(self.folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
+            if self.said is not None:
+                replace_file(self.folder.settings, json.dumps(self.said, indent=1))
         self.trainer.accelerator.wait_for_everyone()
         self._record_origin()
         if newest is not None:
             self.recorder.restore(checkpoint_step(newest))
+        elif self.trainer.probes is not None:
+            self.recorder.adopt(self.trainer.probes)
         return None if newest is None else str(newest)
 
     def _record_origin(self) -> None:
@@ -249,17 +316,15 @@ class Run(TrainerCallback):
         for line in other_versions(known):
             self.say(f"--resume {self.folder.path}: {line}; its scores before and from now on are not comparable")
         found = {"imports_from": list(self.imports_from)} if self.imports_from else {}
-        self.folder.write(path, json.dumps({**origin, **found}, indent=1))
-
-    @property
-    def interrupted(self) -> tuple[int, int] | None:
-        """Signal and step of the checkpoint, where a signal ended the run."""
-        return None if self.stopper is None else self.stopper.stopped
+        replace_file(path, json.dumps({**origin, **found, "end": self.folder.end.name}, indent=1))
 
     def finish(self) -> None:
-        """Save the policy and say that the run is over, unless a signal ended it: then it can go on. Collective."""
-        if self.interrupted is not None:
-            return
+        """Save the policy and say that the run is over; collective. Raises Interrupted where a signal ended it."""
+        if self.stopper.stopped is not None:
+            interrupted = Interrupted(*self.stopper.stopped)
+            if self.said is not None and self.is_main:
+                self.say(f"{interrupted}; go on with train(resume_from_checkpoint=True)")
+            raise interrupted
         save_final(self.trainer.policy, self.folder.final)
         if not self.is_main:
             return
@@ -279,7 +344,7 @@ class Run(TrainerCallback):
             self.trainer.callback_handler.on_log(args, state, control, self._evaluate(0))
             base = evaluator.remember_base()
             if self.is_main:
-                self.folder.write(self.folder.base, base.to_json())
+                replace_file(self.folder.base, base.to_json())
         elif self.folder.base.is_file():
             evaluator.base = BaseReference.from_json(self.folder.base.read_text())
 
@@ -296,6 +361,8 @@ class Run(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._is_aside:
+            return
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
         self._write(state.global_step, numbers)
         if self.progress is not None and state.global_step:
@@ -306,15 +373,17 @@ class Run(TrainerCallback):
         if state.is_world_process_zero:
             best = self._best(self.folder.checkpoints, state.global_step)
             keep_newest(self.folder.checkpoints, self.cadence.keep, also=best)
+            self.recorder.save()
             if self.trainer.curriculum.pools:
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.record_end()
+        self.recorder.save()
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
-            track_decisions(self.tracker, state.global_step, self.folder.read("decisions"))
+            track_decisions(self.tracker, state.global_step, self.folder.decisions())
             if self.recorder.matrix is not None:
                 track_transfer(self.tracker, state.global_step, self.recorder.matrix)
             self.tracker.finish()
@@ -331,8 +400,8 @@ class Run(TrainerCallback):
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
-        result = self.trainer.evaluate_heldout()
-        self.trainer.entropy.after_evaluation(step, result.item_entropy)
+        result = self.trainer.evaluator.run()
+        self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
         logged = self.trainer.evaluator.scorer.logged.flush("heldout", gather_object)

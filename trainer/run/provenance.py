@@ -1,20 +1,26 @@
-"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data."""
+"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data, a script's settings."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.curricula.records import Domain
+from polyphony.curricula.schedulers import REGISTRY
 from polyphony.rewards.registry import Reward, version_of
 from polyphony.trainer.data import PromptTable
+from polyphony.trainer.settings import TrainerSettings
 
 PACKAGES = (
     "polyphony-rl",
@@ -41,6 +47,128 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
         "graders": {name: version_of(reward) for name, reward in rewards.items()},
         "data": {place: _data(table) for place, table in tables.items()},
     }
+
+
+UNTOLD = tuple(
+    """
+    accelerator_config disable_tqdm eval_ hub_ load_best log output_dir project push_to_hub report_to run_name save_ trackio_
+    """.split()  # noqa: SIM905
+)
+"""Beginnings of TRL's arguments that a run's settings leave out: where it is told, and what its cadence says."""
+
+
+def settings_of_script(
+    settings: TrainerSettings,
+    *,
+    model: Any,
+    args: GRPOConfig,
+    domains: Sequence[Domain],
+    curriculum: Any,
+    engine: Any,
+    cadence: Mapping[str, int],
+    **others: Any,
+) -> dict[str, Any]:
+    """Return what a script's run is made with, under a recipe's keys. JSON-able.
+
+    What a recipe cannot say (rows in memory, a function of the script, `others` that are given at all) stands in words, and
+    under `script` by its key. Of `cadence`: `evaluate_every`, `save_every`, `keep`.
+    """
+    in_words: dict[str, str] = {name: _words(value) for name, value in others.items() if value is not None}
+
+    def told(key: str, value: Any, plain: Callable[[Any], Any]) -> Any:
+        try:
+            return plain(value)
+        except TypeError:
+            in_words[key] = _words(value)
+            return in_words[key]
+
+    def told_domain(domain: Domain) -> dict[str, Any]:
+        how = {"train": _source, "heldout": _source, "reward": _part}
+        given = {f.name: getattr(domain, f.name) for f in fields(Domain) if f.name != "name"}  # type: ignore[arg-type]
+        key = f"domains.{domain.name}"
+        return {n: told(f"{key}.{n}", v, how.get(n, _plain)) for n, v in given.items() if v is not None}
+
+    update = settings.update
+    trl = {f.name: (getattr(args, f.name), f.default) for f in fields(args) if f.init and not f.name.startswith(UNTOLD)}
+    grpo = {name: value for name, (value, default) in trl.items() if name == "seed" or value not in (default, None, [])}
+    of_scheduler = {name: value for name, value in _scheduler(curriculum).items() if value is not None}
+    sections = {"advantages": update.advantages, "guard": update.guard, "rft": update.rft, "pool": settings.pool}
+    sections |= {"entropy": settings.entropy, "faults": settings.faults}
+    return {
+        "model": told("model", str(Path(model).resolve()) if _is_folder(model) else model, _plain),
+        "algorithm": "grpo" if update.rft is None else "rft",
+        "domains": {domain.name: told_domain(domain) for domain in domains},
+        "curriculum": {
+            n: told(f"curriculum.{n}", v, _source if n == "transfer" else _plain) for n, v in of_scheduler.items()
+        },
+        **{name: told(name, section, _plain) for name, section in sections.items() if section is not None},
+        "update": {"drop_dead": update.drop_dead},
+        "rollouts": {
+            "engine": told("rollouts.engine", engine, _plain),
+            "max_grader_failures": settings.max_grader_failures,
+        },
+        "eval": _plain(settings.evaluation) | {"every": cadence["evaluate_every"]},
+        "checkpoint": {"every": cadence["save_every"], "keep": cadence["keep"]},
+        "grpo": {name: told(f"grpo.{name}", value, _plain) for name, value in grpo.items()},
+        "guardrails": {g.domain: {"max_drop": g.max_drop, "action": g.action} for g in settings.guardrails},
+        "script": in_words,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can say: settings by their names in a recipe, unset ones left out. Raises TypeError for the rest."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return getattr(value, "value", value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if not hasattr(type(value), "__pydantic_fields__"):
+        raise TypeError(type(value))
+    said = {f.serialization_alias or name: getattr(value, name) for name, f in type(value).__pydantic_fields__.items()}
+    return {name: _plain(part) for name, part in said.items() if part is not None}
+
+
+def _is_folder(model: Any) -> bool:
+    return isinstance(model, str) and Path(model).is_dir()
+
+
+def _source(rows: Any) -> Any:
+    """Return where rows come from, files by their whole path."""
+    if isinstance(rows, Mapping):
+        return _plain({**rows, "path": _source(rows["path"])} if "path" in rows else rows)
+    if not isinstance(rows, str | Path):
+        raise TypeError(type(rows))
+    return str(rows) if str(rows).startswith("hf://") else str(Path(rows).resolve())
+
+
+def _part(part: Any) -> Any:
+    """Return a reward's name, or the import path of a function."""
+    if isinstance(part, str | Mapping):
+        return _plain(part)
+    if inspect.isfunction(part) and part.__module__ != "__main__" and part.__qualname__.isidentifier():
+        return f"{part.__module__}:{part.__qualname__}"
+    raise TypeError(type(part))
+
+
+def _scheduler(given: Any) -> Mapping[str, Any]:
+    """Return a scheduler's name or import path, and its settings."""
+    if isinstance(given, str | Mapping):
+        return {"scheduler": given} if isinstance(given, str) else {"scheduler": "auto", **given}
+    if not is_dataclass(given) or type(given).__module__ == "__main__":
+        return {"scheduler": given}
+    path = f"{type(given).__module__}:{type(given).__qualname__}"
+    name = next((name for name, known in REGISTRY.items() if known == path), path)
+    return {"scheduler": name} | {f.name: getattr(given, f.name) for f in fields(given)}
+
+
+def _words(value: Any) -> str:
+    """Return what a thing of the script's is, the same in every process."""
+    count = f"{len(value)} x " if isinstance(value, Sequence) and not isinstance(value, str) else ""
+    kind = value if inspect.isfunction(value) else type(value)
+    return f"{count}{kind.__module__}.{kind.__qualname__}"
 
 
 def _version(name: str) -> str | None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.decision_log import decision_line
+from polyphony.curricula.decision_log import decision_line, shortened
+from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
 from polyphony.curricula.transfer.forgetting import moment
-from polyphony.curricula.transfer.halves import halves, on_half
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.halves import on_half
+from polyphony.curricula.transfer.matrix import TransferMatrix, without_items
 from polyphony.trainer.evaluation.answers import variety_metrics
 from polyphony.trainer.evaluation.base_kl import mean_kl
 from polyphony.trainer.evaluation.result import HeldoutResult
@@ -43,24 +44,51 @@ class Recorder:
     is_main: bool = True
     """False on ranks other than 0: they keep the same memory and write nothing."""
     matrix: TransferMatrix | None = None
+    """A probe's rows and this run's, with scores item by item; what else is told item by item is in the ledger alone."""
+    is_by_item: bool = True
+    """False in a run of a version that kept no entropy item by item: it goes on with that of all items in both halves."""
+    _published: list[Evaluation] = field(default_factory=list)
+    """The `report` half of the run's rows."""
+    _last_line: dict[str, Any] | None = None
+    """Of the decisions, whole: the next one is written as what differs from it."""
 
     def restore(self, step: int) -> None:
-        """Go on with a folder: keep the probe's rows and the run's own up to `step`."""
-        if self.folder.transfer.exists():
+        """Go on with a folder: keep the probe's rows and the run's own up to `step`, as the curriculum does."""
+        if lines := self.folder.read("transfer", cut=without_items):
+            self.matrix = TransferMatrix.from_lines(lines, until=step)
+            self.is_by_item = all("entropy_items" in line for line in lines[1:])
+        elif self.folder.transfer.exists():
             saved = TransferMatrix.load(self.folder.transfer)
-            kept = tuple(row for row in saved.rows if row.probe or row.step <= step)
-            self.matrix = replace(saved, rows=kept) if kept else None
+            self.matrix = replace(saved, rows=tuple(row for row in saved.rows if row.probe or row.step <= step))
+            self.is_by_item = False
+            if self.is_main:
+                self.folder.begin("transfer", self.matrix.head_line(), *(row.as_row() for row in self._run))
+        if self.matrix is not None and self.matrix.items is not None:
+            items = self.matrix.items
+            self._published = [on_half(row, items, "report") for row in self._run]
+            self.curriculum.evaluations = [on_half(row, items, "steer") for row in self._run]
 
     def adopt(self, probe: TransferMatrix) -> None:
         """Begin with the rows of a probe of the same held-out items, so that prediction and outcome lie side by side."""
         self.matrix = replace(probe, rows=tuple(row for row in probe.rows if row.probe))
+
+    def save(self) -> None:
+        """Bring the transfer file up to its ledger."""
+        if self.is_main:
+            self.folder.save_transfer()
 
     def record_draw(self, step: int, refs: Sequence[Prompt]) -> None:
         """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
         self._write_reviews(self.curriculum.decision.state.get("reviews", []))
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
-        self.folder.append("decisions", {"step": step, **line, "prompts": [ref.id for ref in refs]})
+        samplers = self.curriculum.samplers
+        if self._last_line is None:
+            ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
+            replace_file(self.folder.prompts, json.dumps(ids, ensure_ascii=False))
+        places = [samplers[name].places for name in self.curriculum.names]
+        self.folder.append("decisions", {"step": step, **shortened(line, self._last_line, places)})
+        self._last_line = line
 
     def record_end(self) -> None:
         """Put what the last stage was expected to reach beside what the last evaluation measured."""
@@ -68,7 +96,7 @@ class Recorder:
 
     def _write_reviews(self, reviews: Sequence[Mapping[str, Any]]) -> None:
         if reviews and self.is_main:
-            self.folder.write(self.folder.predicted, json.dumps(list(reviews)))
+            replace_file(self.folder.predicted, json.dumps(list(reviews)))
 
     def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
@@ -81,28 +109,37 @@ class Recorder:
 
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""
-        row = Evaluation(
+        row = result.as_evaluation(
             trained=self._trained_since_last(),
             step=step,
             seed=self.seed,
-            scores=result.scores(),
-            entropy=result.entropy,
             exposure=dict(self.curriculum.drawn),
             rolled_back=self.curriculum.rolled_back,
         )
-        self._note_unmeasured(row)
+        if not self.is_by_item:
+            row = replace(row, entropy_items={}, kl_items={})
+        steer, report = (on_half(row, result.items, which) for which in ("steer", "report"))
+        self._note_unmeasured(steer)
         self._add(row, result.items)
-        self.curriculum.record(on_half(row, result.items, "steer"))
-        for c in result.shown if self.is_main else ():
+        self._published.append(report)
+        self.curriculum.record(steer)
+        published = replace(result.on("report"), entropy=report.entropy)
+        answers = {name: published.read(name) for name in published.answers}
+        for c in published.shown if self.is_main else ():
             shown = {"domain": c.prompt.domain, "prompt": c.prompt.prompt, "completion": c.text, "score": c.reward}
             self.folder.append("samples", {"step": step, **shown})
         if self.is_main:
-            self.folder.append("evaluations", {"step": step, "domains": _details(result)})
-        return self._metrics(row, result)
+            self.folder.append("evaluations", {"step": step, "domains": _details(answers)})
+        return self._metrics(row.trained, published, answers) | grader_failures(result)
+
+    def steer_entropy(self, result: HeldoutResult) -> Mapping[str, Sequence[tuple[float, int]]]:
+        """Return, per domain, (nats, tokens) of each item that decides."""
+        return (result.on("steer") if self.is_by_item else result).item_entropy
 
     def _note_unmeasured(self, row: Evaluation) -> None:
         """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
-        for name in sorted(set(self._run[0].entropy) - set(row.entropy)) if self._run and self.is_main else ():
+        past = self.curriculum.evaluations
+        for name in sorted(set(past[0].entropy) - set(row.entropy)) if past and self.is_main else ():
             message = "its held-out entropy was not measured; a scheduler that holds it takes it as inside its band"
             alarm = Alarm(step=row.step, domain=name, kind="entropy_unmeasured", message=message)
             self.folder.append("alarms", alarm.as_line())
@@ -118,6 +155,10 @@ class Recorder:
         """The rows of this run, oldest first."""
         return tuple(row for row in self.matrix.rows if not row.probe) if self.matrix else ()
 
+    def practised_last(self) -> tuple[str, ...]:
+        """Return what was practised since the last evaluation; where nothing was, what was before it."""
+        return self._trained_since_last() or (self._run[-1].trained if self._run else ())
+
     def _trained_since_last(self) -> tuple[str, ...]:
         """Return the scheduler's stage, where there was one (what it replays is in `exposure`), else all drawn from."""
         if self.curriculum.stage is not None:
@@ -126,31 +167,31 @@ class Recorder:
         return tuple(name for name, n in self.curriculum.drawn.items() if n > before.get(name, 0))
 
     def _add(self, row: Evaluation, items: Mapping[str, Sequence[str]]) -> None:
+        kept = replace(row, entropy_items={}, kl_items={})
+        is_first = not self._run
         if self.matrix is None:
             self.matrix = TransferMatrix(
                 domains=tuple(d.name for d in self.domains),
                 kinds={d.name: d.kind for d in self.domains},
-                rows=(row,),
+                rows=(kept,),
                 items={name: tuple(ids) for name, ids in items.items()},
                 watch_only=tuple(d.name for d in self.domains if d.is_watch_only),
                 provenance=dict(self.provenance),
             )
         else:
-            self.matrix = self.matrix.with_row(row)
+            self.matrix = self.matrix.with_row(kept)
         if self.is_main:
-            self.matrix.save(self.folder.transfer)
+            head = [self.matrix.head_line()] if is_first else []
+            self.folder.append("transfer", *head, row.as_row())
 
-    def _metrics(self, row: Evaluation, result: HeldoutResult) -> dict[str, float]:
+    def _metrics(
+        self, trained: Sequence[str], published: HeldoutResult, answers: Mapping[str, Answers]
+    ) -> dict[str, float]:
         assert self.matrix is not None
-        metrics = heldout_metrics(result)
-        if result.base_kl:
-            others = [name for name in result.base_kl if name not in row.trained]
-            metrics[key("heldout", "kl_current")] = mean_kl(result.base_kl, row.trained)
-            metrics[key("heldout", "kl_others")] = mean_kl(result.base_kl, others)
-        if len(self._run) > 1:
-            run = [on_half(past, result.items, "report") for past in self._run]
-            now = moment(run, watch_only=self.matrix.watch_only)
-            for name in row.scores:
+        metrics = heldout_metrics(published, answers, trained=trained)
+        if len(self._published) > 1:
+            now = moment(self._published, watch_only=self.matrix.watch_only)
+            for name in published.items:
                 for metric, interval in (("bwt", now.bwt[name]), ("drawdown", now.drawdown[name])):
                     metrics[key("transfer", metric, name)] = interval.mid
                     metrics[key("transfer", f"{metric}_low", name)] = interval.low
@@ -161,38 +202,41 @@ class Recorder:
         return defined(metrics)
 
 
-def heldout_metrics(result: HeldoutResult) -> dict[str, float]:
-    """Return the `heldout/<d>` metrics of one evaluation, of the items that are published.
+def heldout_metrics(
+    published: HeldoutResult, answers: Mapping[str, Answers], *, trained: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the `heldout/<d>` metrics of what is published of one evaluation, and of its answers.
 
-    Raises ValueError for scores that are none, see `HeldoutResult.scores`.
+    `trained` are the domains trained since the one before: their distance to the base model is told apart.
     """
-    published, passed = (
-        on_half(Evaluation(trained=(), step=0, seed=0, scores=scores), result.items, "report").scores
-        for scores in (result.scores(), result.passed())
-    )
-    metrics = variety_metrics(result.variety, result.items)
-    for name in published:
-        metrics[key("heldout", "score", name)] = mean(published[name])
+    metrics = variety_metrics(published.variety)
+    scores, passed = published.scores(), published.passed()
+    for name in published.samples:
+        metrics[key("heldout", "score", name)] = mean(scores[name])
         metrics[key("heldout", "pass_at_k", name)] = mean(passed[name])
-        metrics[key("heldout", "grader_failures", name)] = sum(s is None for i in result.samples[name] for s in i)
-        if name in result.entropy:
-            metrics[key("heldout", "entropy", name)] = result.entropy[name]
-        for metric, value in _report_half(result, name).values().items():
+        if name in published.entropy:
+            metrics[key("heldout", "entropy", name)] = published.entropy[name]
+        for metric, value in answers[name].values().items():
             if metric in READ:
                 metrics[key("heldout", READ[metric], name)] = value
+    if published.base_kl:
+        others = [name for name in published.base_kl if name not in trained]
+        metrics[key("heldout", "kl_current")] = mean_kl(published.base_kl, trained)
+        metrics[key("heldout", "kl_others")] = mean_kl(published.base_kl, others)
     return defined(metrics)
 
 
-def _report_half(result: HeldoutResult, domain: str) -> Answers:
-    """Return a domain's answers to the items that are published."""
-    sides = halves(result.items[domain])
-    return result.read(domain).take([i for i, side in enumerate(sides) if side == "report"])
+def grader_failures(result: HeldoutResult) -> dict[str, float]:
+    """Return how many samples could not be graded, of all items: what a grader fails on is no score of either half."""
+    return {
+        key("heldout", "grader_failures", name): float(sum(s is None for item in items for s in item))
+        for name, items in result.samples.items()
+    }
 
 
-def _details(result: HeldoutResult) -> dict[str, Any]:
-    """Return, per domain, every statistic with its interval and the share of each output style, `report` half."""
-    details = {}
-    for name in result.answers:
-        answers = _report_half(result, name)
-        details[name] = as_lists(answers.intervals(resamples=RESAMPLES)) | {"styles": answers.styles()}
-    return details
+def _details(answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """Return, per domain, every statistic with its interval and the share of each output style."""
+    return {
+        name: as_lists(read.intervals(resamples=RESAMPLES)) | {"styles": read.styles()}
+        for name, read in answers.items()
+    }

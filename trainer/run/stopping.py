@@ -43,6 +43,7 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.received, self.stopped = 0, None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
@@ -54,6 +55,10 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rest()
+
+    def rest(self) -> None:
+        """Leave signals to whom they were left before; also where training failed."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -16,6 +16,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
+from polyphony.curricula.files import replace_file
 from polyphony.trainer.metrics import METRICS, key
 from polyphony.trainer.run.tracking import is_reachable, server_url
 
@@ -77,7 +78,7 @@ def save_workspace(workspace: ws.Workspace, place: Path) -> str:
         known.name, known.sections = workspace.name, workspace.sections
         workspace = known
     url = workspace.save().url
-    place.write_text(url, encoding="utf-8")
+    replace_file(place, url)
     return url
 
 
