@@ -7,40 +7,48 @@ Undefined is NaN, never 0; a grader's failure is None.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, Strict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as checked
+from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
 def settings(kind: type[T]) -> type[T]:
     """Make a class of settings: a frozen dataclass that checks its fields, for recipes and scripts alike.
 
     Raises ValueError, in one line, for a name that it does not have and for a value of another type, out of its range,
-    infinite or NaN. What holds such a class takes a mapping of its fields as well.
+    infinite or NaN; a number that has a range is no text and no truth value. What holds such a class takes a mapping of its
+    fields as well.
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
+    for given in vars(kind).values():
+        if isinstance(given, FieldInfo) and given.metadata:
+            given.metadata.append(Strict())
     config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
     made: Any = checked(frozen=True, kw_only=True, slots=True, config=config)(kind)
     init = made.__init__
+    owner = next((name for name in ("name", "domain") if name in made.__pydantic_fields__), "")
 
     @functools.wraps(init)
     def __init__(self: Any, **given: Any) -> None:  # noqa: N807
         try:
             init(self, **given)
         except ValidationError as error:
-            of = given.get("name", given.get("domain"))
-            raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {first_problem(error)}") from error
+            of = given.get(owner)
+            what = first_problem(error, lambda where: [n for names in keys_at(made, where).items() for n in names])
+            raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {what}") from error
 
     made.__init__ = __init__
     return made
@@ -48,18 +56,49 @@ def settings(kind: type[T]) -> type[T]:
 
 def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
     """Return settings that may be given as a mapping of their fields, or not at all."""
-    return given if isinstance(given, kind) else kind(**(given or {}))  # type: ignore[arg-type]
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping | None):
+        raise ValueError(f"{kind.__name__}: expected a mapping of its fields, got {shortened(given)}")
+    return kind(**{str(name): value for name, value in (given or {}).items()})
 
 
-def first_problem(error: ValidationError) -> str:
-    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given."""
+def first_problem(error: ValidationError, known: Callable[[Sequence[Any]], Collection[str]]) -> str:
+    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given.
+
+    `known` tells the keys that exist at a place, the nearest of which is named for one that does not.
+    """
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("missing", "unexpected_keyword_argument"):
-        return f"{where}: {first['msg']}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), known(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: required, but not given"
     given = getattr(first["input"], "kwargs", first["input"])  # of the class as a whole: what it was called with
-    message = f"{first['msg'].removeprefix('Value error, ')}, got {given!r}"
+    message = f"{first['msg'].removeprefix('Value error, ')}, got {shortened(given)}"
     return f"{where}: {message}" if where else message
+
+
+def shortened(given: Any, most: int = 200) -> str:
+    """Return how something is written, in one line of bounded length."""
+    text = " ".join(repr(given).split())
+    return text if len(text) <= most else f"{text[:most]}.."
+
+
+def keys_at(kind: Any, place: Sequence[Any]) -> dict[str, str]:
+    """Return the fields of the settings at a place within settings, each with the name that a recipe has for it."""
+    for part in place:
+        annotation = kind.__pydantic_fields__[part].annotation if isinstance(kind, type) else get_args(kind)[1]
+        of_dict = getattr(annotation, "__origin__", None) is dict
+        kinds = (annotation, *get_args(annotation))
+        kind = annotation if of_dict else next(k for k in kinds if hasattr(k, "__pydantic_fields__"))
+    return {name: field.validation_alias or name for name, field in kind.__pydantic_fields__.items()}
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return, in words, which of the names is meant by one that is not among them; all where none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(set(known)))}"
 
 
 Kind = Literal["structured", "open_ended"]

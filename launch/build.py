@@ -162,17 +162,13 @@ def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
 
 def build_scheduler(recipe: Recipe) -> Any:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    given, name = recipe.curriculum.settings, recipe.curriculum.scheduler
+    given = recipe.curriculum.model_dump(exclude_unset=True, exclude={"transfer"})
     try:
-        takes = getattr(schedulers.find_scheduler(name), "__dataclass_fields__", {})
+        takes = getattr(schedulers.find_scheduler(recipe.curriculum.scheduler), "__dataclass_fields__", {})
         probes = {"transfer": load_transfer(recipe)} if recipe.curriculum.transfer and "transfer" in takes else {}
-        return schedulers.as_scheduler(
-            {"scheduler": name, **given, **probes}, entropy=recipe.entropy, domains=list(recipe.domains)
-        )
+        return schedulers.as_scheduler(given | probes, entropy=recipe.entropy, domains=list(recipe.domains))
     except ValueError as error:
         raise RecipeError(f"curriculum: {error}") from error
-    except TypeError as error:  # a setting of another type than the scheduler can work with
-        raise RecipeError(f"curriculum: scheduler {name!r} refuses {given}: {error}") from error
 
 
 def load_transfer(recipe: Recipe) -> Any:

@@ -5,12 +5,11 @@ No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the comm
 
 from __future__ import annotations
 
-import difflib
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from ruamel.yaml import YAML
@@ -19,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import AdvantageKind, first_problem
+from polyphony.curricula.records import AdvantageKind, first_problem, keys_at, nearest
 from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
@@ -126,9 +125,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(document, override)
     look_in(path.resolve().parent)
     try:
-        recipe = Recipe.model_validate(renamed(document))
+        recipe = Recipe.model_validate(renamed(document), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(first_problem(error, _keys_at)) from error
     _check_grpo(recipe.grpo)
     _check_engine(recipe)
     _check_entropy(recipe)
@@ -145,7 +144,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, named in by_domain.items():
         for name in named if isinstance(named, Mapping) else ():
             if name not in recipe.domains:
-                raise RecipeError(f"unknown domain '{key}.{name}'; {_nearest(name, list(recipe.domains))}")
+                raise RecipeError(f"unknown domain '{key}.{name}'; {nearest(name, list(recipe.domains))}")
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -178,32 +177,9 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _explain(error: ValidationError) -> str:
-    """Return the first problem in one line, with the nearest valid key for an unknown one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _fields_at(first["loc"][:-1])
-        return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), known)}"
-    if first["type"] == "missing":
-        return f"{where}: required, but not given"
-    return first_problem(error)
-
-
-def _fields_at(location: Sequence[Any]) -> list[str]:
-    kind: Any = Recipe
-    for part in location:
-        annotation = kind.__pydantic_fields__[part].annotation if isinstance(kind, type) else get_args(kind)[1]
-        of_dict = getattr(annotation, "__origin__", None) is dict
-        kinds = (annotation, *get_args(annotation))
-        kind = annotation if of_dict else next(k for k in kinds if hasattr(k, "__pydantic_fields__"))
-    key = KEY.get(str(location[0])) if location else None
-    return [field.validation_alias or name for name, field in kind.__pydantic_fields__.items() if name != key]
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+def _keys_at(place: Sequence[Any]) -> list[str]:
+    said_by_key = KEY.get(str(place[0])) if place else None
+    return [key for key in keys_at(Recipe, place).values() if key != said_by_key]
 
 
 def _check_grpo(grpo: Mapping[str, Any]) -> None:
@@ -211,7 +187,7 @@ def _check_grpo(grpo: Mapping[str, Any]) -> None:
         if name in OURS:
             raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
         if name not in GRPO_KINDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {_nearest(name, GRPO_KINDS)}")
+            raise RecipeError(f"unknown key 'grpo.{name}'; {nearest(name, GRPO_KINDS)}")
         if needed := complaint(name, value):
             raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
     if grpo.get("use_cpu") and grpo.get("deepspeed"):

@@ -24,10 +24,6 @@ class CurriculumSection(BaseModel):
     transfer: str | None = None
     """A probe's `transfer.json`: what schedulers that plan start from, and what the report draws."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
 
 @settings
 class CheckpointSection:

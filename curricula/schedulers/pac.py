@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, mean
-from polyphony.curricula.schedulers.shares import check_counts, check_numbers, listed, uniform
+from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, settings
+from polyphony.curricula.schedulers.shares import listed, uniform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class PAC:
     """p_k = share of `samples` draws theta ~ N(mu, v) in which theta_k is the largest; after each draw of domain k
 
@@ -30,20 +30,16 @@ class PAC:
     grows by the drift, so it is tried again. Whether the paper learns during its cold start we could not read.
     """
 
-    window: int = 16
+    window: int = Field(default=16, ge=2)
     """Draws; 16 as in the paper."""
-    drift: float = 0.02
+    drift: float = Field(default=0.02, ge=0)
     """Variance added each draw, 0.02 as in the paper: at a steady rho of 1 the posterior keeps v near 0.15."""
-    cold_start: int = 50
+    cold_start: int = Field(default=50, ge=1)
     """Uniform draws; 50 as in the paper, capped at a quarter of the run."""
-    samples: int = 256
+    samples: int = Field(default=256, ge=1)
     """Draws of theta: the paper's 256 prompts a batch; a share of .25 is then known to .03."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the draws of theta, with the index of the draw: the same on every rank and after a restore."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, window=2, cold_start=1, samples=1, seed=0)
-        check_numbers(self, drift="[0, inf)")
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         k = len(evidence.domains)

@@ -83,7 +83,7 @@ def _scheduler_of(
     try:
         return build_scheduler(recipe.model_copy(update={"curriculum": section}))
     except RecipeError as error:
-        if source is not None or "transfer is missing" not in str(error):
+        if source is not None or "transfer: " not in str(error):
             raise
         told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {name}"
         raise RecipeError(f"{name} starts from probes, and {run} holds none; name their file: {told}") from error
