@@ -134,7 +134,7 @@ class Domain:
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
     diversity: Any = None
-    """None, or how answers that differ from their siblings are rewarded: a `rewards.diversity.Diversity` or its fields."""
+    """None, or how answers that differ from their siblings are rewarded: a `trainer.settings.Diversity` or its fields."""
 
     @field_validator("name")
     @classmethod

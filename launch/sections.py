@@ -11,9 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from polyphony.curricula.records import Domain, settings
-from polyphony.rewards.diversity import Diversity
 from polyphony.rewards.registry import named
-from polyphony.trainer.settings import MAX_GRADER_FAILURES, WandbSettings
+from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 
 
 class CurriculumSection(BaseModel):
