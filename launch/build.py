@@ -43,6 +43,17 @@ def check_pool(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from error
 
 
+def check_probe(recipe: Recipe) -> None:
+    """Raise RecipeError where `probe.from` names no place to start from."""
+    start = recipe.probe.start
+    if start.startswith("joint:"):
+        steps = start.removeprefix("joint:")
+        if not steps.isdecimal() or int(steps) < 1:
+            raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
+    elif start != "base" and not Path(start).is_dir():
+        raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
+
+
 def update_settings(recipe: Recipe) -> UpdateSettings:
     """Return how the recipe's rewards become an update."""
     return UpdateSettings(
@@ -57,6 +68,7 @@ def check_names(recipe: Recipe) -> None:
     """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
     build_scheduler(recipe)
     check_pool(recipe)
+    check_probe(recipe)
     for name, section in recipe.domains.items():
         for key in ("train", "heldout", "reward", "diversity"):
             value, where = getattr(section, key), f"domains.{name}.{key}"

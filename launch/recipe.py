@@ -6,6 +6,7 @@ No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the comm
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,15 @@ class Recipe(BaseModel):
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
+
+    @field_validator("name")
+    @classmethod
+    def _fits_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w .,+=@()-]*", name):
+            raise ValueError(
+                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no other sign first than _"
+            )
+        return name
 
     @field_validator("domains", "guardrails", mode="before")
     @classmethod

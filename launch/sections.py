@@ -6,6 +6,7 @@ where, and with which weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -66,6 +67,13 @@ class RecipeDomain(Domain):
     heldout: Any  # type: ignore[reportGeneralTypeIssues]  # required here
     reward: Any  # type: ignore[reportGeneralTypeIssues]
     diversity: Diversity | None = None
+
+    @field_validator("heldout")
+    @classmethod
+    def _is_scored(cls, heldout: Any) -> Any:
+        if heldout is None:
+            raise ValueError("expected rows to be scored on")
+        return heldout
 
     @field_validator("reward")
     @classmethod
@@ -155,6 +163,13 @@ class SlurmSection:
     """Shell lines before anything else: `module load ..`, `source venv/bin/activate`."""
     options: list[str] = Field(default_factory=list)
     """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
+
+    @field_validator("time")
+    @classmethod
+    def _is_slurms(cls, time: str) -> str:
+        if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", time):
+            raise ValueError("expected minutes, hours:minutes:seconds or days-hours, as sbatch takes them")
+        return time
 
 
 @settings

@@ -63,7 +63,7 @@ def broken(prompts, **columns):
         (["domains.sums.advantages=std"], "domains.sums.advantages: Input should be 'group' or 'mean_only'"),
         (["domains.sums.reward=5"], "domains.sums.reward: expected a name"),
         (["domains.sums.reward=nowhere:f"], "domains.sums.reward: reward 'nowhere:f' cannot be imported"),
-        (["domains.sums.heldout=null"], "domain 'sums' has no `heldout` rows"),
+        (["domains.sums.heldout=null"], "domains.sums.heldout: expected rows to be scored on, got None"),
         (["domains.sums.heldout={path: sums-heldout.jsonl, limit: 1}"], "domains.sums.heldout: 1 item; at least 2"),
         (["domains.sums.train=gone.jsonl"], "domains.sums.train: file "),
         (["domains.sums.train={path: sums-train.jsonl, limit: -1}"], "domains.sums.train: limit must be a whole"),
