@@ -6,13 +6,12 @@ a line stays about as long as its numbers: some 100 bytes a domain.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt
+from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of, null_of
 from polyphony.curricula.schedulers import Scheduler
 
 
@@ -43,7 +42,7 @@ def decision_line(evidence: Evidence, decision: Decision, refs: Sequence[Prompt]
 
 def evidence_as_json(evidence: Evidence) -> dict[str, Any]:
     """Return the evidence by columns, evaluations as their number."""
-    columns = {f.name: [_null(getattr(stats, f.name)) for stats in evidence.last] for f in fields(DomainStats)}
+    columns = {f.name: [null_of(getattr(stats, f.name)) for stats in evidence.last] for f in fields(DomainStats)}
     document: dict[str, Any] = {f.name: getattr(evidence, f.name) for f in fields(Evidence)}
     for name, value in document.items():
         if isinstance(value, tuple):
@@ -61,7 +60,7 @@ def evidence_from_json(document: Mapping[str, Any], evaluations: Sequence[Evalua
         raise ValueError(f"draw {document['draw']} had seen {seen} evaluations, the run's file has {len(evaluations)}")
     columns = document["last"]
     rows = zip(*columns.values(), strict=True)
-    named: list[dict[str, Any]] = [{k: _nan(v) for k, v in zip(columns, row, strict=True)} for row in rows]
+    named: list[dict[str, Any]] = [{k: nan_of(v) for k, v in zip(columns, row, strict=True)} for row in rows]
     last = tuple(DomainStats(**stats) for stats in named)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in document.items()}
     return Evidence(**values | {"last": last, "evaluations": tuple(evaluations[:seen])})
@@ -90,11 +89,3 @@ def replay(
             )
         )
     return replayed
-
-
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value

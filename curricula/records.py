@@ -279,7 +279,7 @@ class Group:
         """Return the group as its rows of the update are: its completions repeated until there are `size`."""
         if len(self.rewards) == size:
             return self
-        return replace(self, **{name: tuple(islice(cycle(getattr(self, name)), size)) for name in COLUMNS})
+        return replace(self, **{name: repeated(getattr(self, name), size) for name in COLUMNS})
 
     @property
     def learned(self) -> tuple[float | None, ...]:
@@ -338,6 +338,11 @@ class Group:
         centre = mean(learned)
         distances = [abs(r - centre) for r in learned]
         return mean(distances) / math.sqrt(mean([d * d for d in distances]))
+
+
+def repeated(items: Sequence[T], size: int) -> tuple[T, ...]:
+    """Return `size` items, by beginning again: how what was not sampled of a group is stood for."""
+    return tuple(islice(cycle(items), size))
 
 
 COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts")
@@ -504,6 +509,16 @@ class Decision:
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
+
+
+def null_of(value: float) -> float | None:
+    """Return a number as JSON has it: null for NaN."""
+    return None if math.isnan(value) else value
+
+
+def nan_of(value: float | None) -> float:
+    """Return a number as JSON had it."""
+    return math.nan if value is None else value
 
 
 FULL_REWARD = 1.0

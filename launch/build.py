@@ -7,15 +7,16 @@ What needs torch, TRL or vLLM is imported inside functions, late: a recipe and i
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula import schedulers
-from polyphony.curricula.prompts.estimate import find_sampling
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.grpo_fields import OURS
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
     from polyphony.trainer.domains import DomainData
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from polyphony.trainer.slots import DrawPlan
-
-
-def check_pool(recipe: Recipe) -> None:
-    """Raise RecipeError for an unknown sampling of prompts, or a file to start from that is not there."""
-    if recipe.pool is None:
-        return
-    if recipe.pool.start is not None and not Path(recipe.pool.start).is_file():
-        raise RecipeError(f"pool.from: file {recipe.pool.start} does not exist; `polyphony screen` writes it")
-    try:
-        find_sampling(recipe.pool.sampling)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
 
 
 def check_probe(recipe: Recipe) -> None:
@@ -67,8 +55,12 @@ def update_settings(recipe: Recipe) -> UpdateSettings:
 def check_names(recipe: Recipe) -> None:
     """Raise RecipeError for a scheduler, reward, partitioner, pool or file that does not exist; imports no torch."""
     build_scheduler(recipe)
-    check_pool(recipe)
     check_probe(recipe)
+    try:
+        if recipe.pool is not None:
+            recipe.pool.check_parts()
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     for name, section in recipe.domains.items():
         for key in ("train", "heldout", "reward", "diversity"):
             value, where = getattr(section, key), f"domains.{name}.{key}"
@@ -90,15 +82,11 @@ def build_trainer(
 
     Checkpoints go to `output`, or into the folder `run`, which is then kept as a run's.
     """
-    from polyphony.trainer.slots import plan_draws
-
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
     scheduler = build_scheduler(recipe)
-    check_pool(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
-    check_boundaries(recipe, plan_draws(args, data.n_train))
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
@@ -120,8 +108,8 @@ def build_trainer(
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
-    except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
+    except (ValueError, OSError) as error:  # what TRL's arguments are called where they are checked
+        raise RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error))) from error
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
@@ -160,16 +148,6 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-
-
-def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
-    """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
-    checkpoints = recipe.checkpoint.every or recipe.eval.every
-    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
-        try:
-            plan.check_boundary(name, every)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
 
 
 def build_scheduler(recipe: Recipe) -> Any:

@@ -140,10 +140,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(first_problem(error, _keys_at)) from error
     _check_grpo(recipe.grpo)
     _check_engine(recipe)
-    _check_entropy(recipe)
-    size = recipe.grpo.get("num_generations", GROUP_SIZE)
-    if recipe.pool is not None and recipe.pool.look is not None and recipe.pool.look >= size:
-        raise RecipeError(f"pool.look: must be below grpo.num_generations={size}, got {recipe.pool.look}")
+    try:
+        recipe.entropy.refuse_rivals(recipe.grpo, list(recipe.domains))
+        if recipe.pool is not None:
+            recipe.pool.check_look(recipe.grpo.get("num_generations", GROUP_SIZE))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if recipe.eval.greedy and recipe.rollouts.engine == "transformers":
         raise RecipeError("eval.greedy needs an engine of ours; rollouts.engine transformers samples everything alike")
     for key, field in KEY.items():
@@ -219,15 +221,6 @@ def _check_engine(recipe: Recipe) -> None:
             raise RecipeError(
                 f"grpo.{name} is not heard by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
             )
-
-
-def _check_entropy(recipe: Recipe) -> None:
-    """Refuse two controllers of the same thing, and a loss that would not hear ours."""
-    if not recipe.entropy.held("coefficient", list(recipe.domains)):
-        return
-    for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
-        if value := recipe.grpo.get(name):
-            raise RecipeError(f"entropy.control and grpo.{name}={value} exclude each other; leave out one")
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyphony.launch.build import build_trainer, load_transfer
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -152,8 +152,3 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
     if trainer.accelerator.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
         found.append(f"one of {gpus} GPUs trains: more with `polyphony launch local` and cluster.processes")
     return found
-
-
-def say(text: str) -> None:
-    """Tell the person who runs the command; results go to standard output, this does not."""
-    print(text, file=sys.stderr, flush=True)

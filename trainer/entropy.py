@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.monitors import Alarm
+from polyphony.curricula.monitors import Ringing
 from polyphony.curricula.monitors.entropy import EntropyMonitor, Sums
 from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
@@ -27,7 +27,7 @@ ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
 
 
-class DomainEntropy:
+class DomainEntropy(Ringing):
     """Watch the entropy of all domains and, if asked, hold it in its band.
 
     Raises ValueError where TRL's own entropy bonus, or a loss that bypasses ours, is switched on beside the control.
@@ -36,15 +36,12 @@ class DomainEntropy:
     """
 
     def __init__(self, domains: Sequence[str], settings: EntropySettings, args: GRPOConfig) -> None:
+        super().__init__()
         self.domains = tuple(domains)
         self.monitor = EntropyMonitor(domains=domains, band=settings.band)
         self.control: EntropyControl | None = None
-        self.pending: list[Alarm] = []
-        """Alarms that nobody has written down yet."""
         if held := settings.held("coefficient", domains):
-            for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
-                if value := getattr(args, name):
-                    raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other")
+            settings.refuse_rivals(vars(args), domains)
             self.control = EntropyControl(domains=held, settings=settings)
 
     def after_draw(
@@ -95,11 +92,6 @@ class DomainEntropy:
             if self.control is not None and name in self.control.domains:
                 found[key("domain", "entropy_coef", name)] = self.control.coefficients[name]
         return defined(found)
-
-    def take_alarms(self) -> list[Alarm]:
-        """Return the alarms since the last call."""
-        alarms, self.pending = self.pending, []
-        return alarms
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on; JSON-able."""

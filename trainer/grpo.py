@@ -39,7 +39,7 @@ from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator, HeldoutResult
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, sums_by_owner
+from polyphony.trainer.policy import Policy, sums_by_owner
 from polyphony.trainer.run.callbacks import Cadence, Run, run_arguments
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.recorder import heldout_metrics
@@ -171,10 +171,12 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> None:
         """Make what samples from the policy: its engine, the walk of a draw, the held-out evaluation."""
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
-        refuse_odd_look(self.policy, look)
+        if pool:
+            pool.check_look(self.num_generations, rank_rows=self.policy.rank_rows)
         if not self.use_vllm:
             self.policy.attach(engine)
-        refuse_uneven(self.policy, refill_rounds, look)
+        if pool:
+            pool.check_uneven(self.policy.joint)
         self.draws = Draws(
             data=self.data,
             curriculum=self.curriculum,

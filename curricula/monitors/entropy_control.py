@@ -30,6 +30,8 @@ Means = Literal["coefficient", "sampling"]
 Control = Literal["none", "adaptive", "coefficient", "sampling"]
 """What a recipe asks for; `adaptive` is both means."""
 
+RIVALS = ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel")
+
 MARGIN = 0.15
 """Share of the band's width that the control begins before each edge: a push needs time to be felt."""
 DECAY = 0.98
@@ -68,6 +70,12 @@ class EntropySettings:
     def held(self, means: Means, domains: Sequence[str]) -> tuple[str, ...]:
         """Return the domains whose entropy is held by these means."""
         return controlled(self.control, means, domains)
+
+    def refuse_rivals(self, grpo: Mapping[str, Any], domains: Sequence[str]) -> None:
+        """Raise ValueError for a second controller of the same among GRPO's arguments, or a loss that would not hear it."""
+        for name in RIVALS if self.held("coefficient", domains) else ():
+            if value := grpo.get(name):
+                raise ValueError(f"entropy.control and grpo.{name}={value} exclude each other; leave out one")
 
     @property
     def asks_for_sampling(self) -> bool:

@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -83,19 +83,8 @@ SAMPLINGS = {
     "uniform": "polyphony.curricula.prompts.estimate:Uniform",
     "thompson": "polyphony.curricula.prompts.estimate:Thompson",
 }
-"""Registry name to `module:Class`."""
-
-
-class PromptSampling(Protocol):
-    """Chooses among candidates that were drawn uniformly from the open prompts of a domain."""
-
-    def candidates(self, n: int) -> int:
-        """Return how many candidates it wants to see to choose `n`."""
-        ...
-
-    def choose(self, posteriors: Sequence[tuple[float, float]], n: int, generator: random.Random) -> list[int]:
-        """Return the places of `n` candidates, given the Beta parameters of each."""
-        ...
+"""Registry name to `module:Class`. One says by `candidates(n)` how many it wants to see, drawn uniformly from the open
+prompts of a domain, to choose `n`; it chooses by `choose(posteriors, n, generator)`, their places by each one's Beta."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, settings
+from polyphony.curricula.records import Decision, DomainStats, Evidence, nan_of, settings
 from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 
 
@@ -57,7 +57,7 @@ class MTGRPO:
         mixture = normalised([z * m for z, m in zip(wanted, factors, strict=True)])
         names = evidence.domains
         reason = (
-            f"wanted shares {listed(names, wanted)}: more to low reward ({listed(names, map(_or_nan, reward))}) and low "
+            f"wanted shares {listed(names, wanted)}: more to low reward ({listed(names, map(nan_of, reward))}) and low "
             f"improvement ({listed(names, change)}); oversampled for dead groups (share {listed(names, rates)})"
         )
         return Decision(
@@ -105,7 +105,3 @@ def _adam(gradient: Sequence[float], state: Mapping[str, Any] | None) -> tuple[l
         m / (1 - 0.9**count) / (math.sqrt(v / (1 - 0.999**count)) + 1e-8) for m, v in zip(first, second, strict=True)
     ]
     return steps, {"count": count, "first": first, "second": second}
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, settings
+from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, null_of, settings
 from polyphony.curricula.schedulers.shares import listed, uniform
 
 
@@ -63,8 +63,8 @@ class PAC:
         """Return what the draws in the window showed, oldest first; None where a domain was not drawn or graded."""
         now = {
             "draw": evidence.draw - 1,
-            "advantage": [_or_none(stats.abs_advantage) for stats in evidence.last],
-            "reward": [_or_none(stats.reward) for stats in evidence.last],
+            "advantage": [null_of(stats.abs_advantage) for stats in evidence.last],
+            "reward": [null_of(stats.reward) for stats in evidence.last],
         }
         kept = [old for old in history if old["draw"] >= evidence.draw - self.window]
         return [*kept, now] if any(a is not None for a in now["advantage"]) else kept
@@ -109,7 +109,3 @@ def _rates(last: Sequence[DomainStats]) -> list[float]:
     """Return rho [K]: groups over the mean per domain; 0 where nothing was graded."""
     groups = [0 if math.isnan(stats.abs_advantage) else stats.groups for stats in last]
     return [n * len(groups) / max(1, sum(groups)) for n in groups]
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, Evidence, settings
+from polyphony.curricula.records import Decision, Evidence, nan_of, settings
 from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 
@@ -38,7 +38,7 @@ class SEC:
         if all(value is None for value in values):
             reason = "no draw has been graded yet: uniform"
             return Decision(mixture=uniform(len(values)), reason=reason, state=new_state)
-        seen = [math.nan if value is None else value for value in values]
+        seen = [nan_of(value) for value in values]
         reason = f"more to domains with larger |advantage|, smoothed: {listed(evidence.domains, seen)}"
         if unseen := [name for name, value in zip(evidence.domains, values, strict=True) if value is None]:
             reason += f"; not seen yet, counted as 0: {', '.join(unseen)}"

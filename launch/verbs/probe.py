@@ -22,10 +22,10 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.build import build_trainer, check_probe, grpo_config, load_data
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.sections import CurriculumSection
-from polyphony.launch.train import say
 from polyphony.rewards.registry import find_reward, version_of
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.run import say
 from polyphony.trainer.run.callbacks import CheckWeights
 from polyphony.trainer.run.folder import RunFolder
 

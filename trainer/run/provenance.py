@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,15 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
     """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {
+            name: found.version for name in PACKAGES for found in islice(metadata.distributions(name=name), 1)
+        },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
         "model": {"name": model, "sha256": _weights_hash(Path(model))},
         "graders": {name: version_of(reward) for name, reward in rewards.items()},
         "data": {place: _data(table) for place, table in tables.items()},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
