@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import pkgutil
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,6 +100,17 @@ def nearest(name: str, known: Collection[str]) -> str:
     """Return, in words, which of the names is meant by one that is not among them; all where none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(set(known)))}"
+
+
+def find_class(what: str, registry: Mapping[str, str], name: Any) -> Any:
+    """Return the class of a registry name or of an import path `pkg.module:Class`; ValueError lists the known names."""
+    path = registry.get(name, name) if isinstance(name, str) else ""
+    if ":" not in path:
+        raise ValueError(f"{what} {name!r} does not exist; known: {', '.join(registry)}, or pkg.module:Class")
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
 
 
 Kind = Literal["structured", "open_ended"]
@@ -387,10 +399,10 @@ class Rollout:
         groups = {k: fresh.groups[k] for k in better}
         replaced = [self.groups[k] for k in better]
         in_vain = [group for k, group in fresh.groups.items() if k not in groups]
-        return Rollout(
+        return replace(
+            self,
             rows=dict(sorted((dict(self.rows) | rows).items())),
             groups=dict(sorted((dict(self.groups) | groups).items())),
-            size=self.size,
             seconds=self.seconds + fresh.seconds,
             discarded=(*self.discarded, *replaced, *in_vain),
             rounds=self.rounds + 1,

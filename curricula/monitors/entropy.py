@@ -137,16 +137,7 @@ class EntropyMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on watching; JSON-able, an unmeasured base as null."""
-        return {
-            name: {
-                "base": null_of(w.base),
-                "looks": w.looks,
-                "window": list(w.window),
-                "recent": list(w.recent),
-                "excursions": {source: asdict(excursion) for source, excursion in w.excursions.items()},
-            }
-            for name, w in self.watches.items()
-        }
+        return {name: asdict(watch) | {"base": null_of(watch.base)} for name, watch in self.watches.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. Raises ValueError where the domains are not those that were saved."""

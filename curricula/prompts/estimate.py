@@ -11,7 +11,6 @@ happened before, so that a set rebuilt after a restart picks alike.
 
 from __future__ import annotations
 
-import pkgutil
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.records import settings
+from polyphony.curricula.records import find_class, settings
 
 CONFIDENCE = 0.95
 """One-sided confidence that a pass rate lies below `impossible_below`."""
@@ -120,12 +119,9 @@ class Thompson:
 
 def find_sampling(name: str) -> Any:
     """Return the sampling of a registry name or an import path `pkg.module:Class`."""
-    path = SAMPLINGS.get(name, name)
-    if ":" not in path:
-        raise ValueError(f"pool.sampling {name!r} does not exist; known: {', '.join(SAMPLINGS)}, or pkg.module:Class")
     try:
-        return pkgutil.resolve_name(path)()
-    except (ImportError, AttributeError, TypeError) as error:
+        return find_class("pool.sampling", SAMPLINGS, name)()
+    except TypeError as error:
         raise ValueError(f"pool.sampling {name!r} cannot be used: {error}") from error
 
 

@@ -6,12 +6,11 @@ so it can be saved, restored and replayed offline. Add your own without a patch:
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence, find_class
 
 REGISTRY = {
     "auto": "polyphony.curricula.schedulers.auto:Auto",
@@ -46,13 +45,7 @@ def find_scheduler(name: str) -> type:
 
     Raises ValueError that lists the known names.
     """
-    path = REGISTRY.get(name, name) if isinstance(name, str) else ""
-    if ":" not in path:
-        raise ValueError(f"scheduler {name!r} does not exist; known: {', '.join(REGISTRY)}, or pkg.module:Class")
-    try:
-        found: Any = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
+    found = find_class("scheduler", REGISTRY, name)
     if not (isinstance(found, type) and hasattr(found, "decide")):
         raise ValueError(f"scheduler {name!r} is no class with a method `decide`")
     return found

@@ -48,8 +48,7 @@ class Auto:
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         decision = self.inner.decide(evidence, state)
-        reason = f"{self.why}; {decision.reason}"
-        return Decision(mixture=decision.mixture, reason=reason, state=decision.state, stage=decision.stage)
+        return replace(decision, reason=f"{self.why}; {decision.reason}")
 
     def reviews(self, evidence: Evidence, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the reviews of a planned sequence; empty under `adaptive`."""

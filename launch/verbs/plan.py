@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 
@@ -26,7 +26,7 @@ def plan(path: Path) -> Plan:
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
     matrix = TransferMatrix.load(path)
     for line in other_versions(matrix.provenance.get("graders", {})):
-        print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
+        say(f"{line}; scores measured now are not comparable with the file's")
     return make_plan(matrix)
 
 
