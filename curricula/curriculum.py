@@ -86,6 +86,8 @@ class Curriculum:
         self.scheduler = scheduler
         self.total_draws = total_draws
         self.pool = pool
+        if pool:
+            pool.check_parts()
         self.pools = {
             name: PromptPool(prompts[name], name=name, seed=seed, settings=pool) for name in self.names if pool
         }

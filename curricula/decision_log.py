@@ -7,7 +7,6 @@ disk leaves out what is as in the line before it (`shortened`, `wholes`), so tha
 from __future__ import annotations
 
 import base64
-import math
 import re
 import zlib
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt
+from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of
 from polyphony.curricula.schedulers import Scheduler
 
 
@@ -171,5 +170,5 @@ def _unpacked(last: str | Mapping[str, Sequence[float | None]]) -> tuple[DomainS
         columns = dict(zip(_COLUMNS, numbers.tolist(), strict=True))
         columns |= {name: list(map(int, columns[name])) for name in ("groups", "tokens")}
     else:
-        columns = {name: [math.nan if v is None else v for v in values] for name, values in last.items()}
+        columns = {name: [nan_of(v) for v in values] for name, values in last.items()}
     return tuple(DomainStats(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))

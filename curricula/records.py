@@ -6,40 +6,49 @@ completions a group. Undefined is NaN, never 0; a grader's failure is None.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
+import pkgutil
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, Strict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as checked
+from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
 def settings(kind: type[T]) -> type[T]:
     """Make a class of settings: a frozen dataclass that checks its fields, for recipes and scripts alike.
 
     Raises ValueError, in one line, for a name that it does not have and for a value of another type, out of its range,
-    infinite or NaN. What holds such a class takes a mapping of its fields as well.
+    infinite or NaN; a number that has a range is no text and no truth value. What holds such a class takes a mapping of its
+    fields as well.
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
+    for given in vars(kind).values():
+        if isinstance(given, FieldInfo) and given.metadata:
+            given.metadata.append(Strict())
     config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
     made: Any = checked(frozen=True, kw_only=True, slots=True, config=config)(kind)
     init = made.__init__
+    owner = next((name for name in ("name", "domain") if name in made.__pydantic_fields__), "")
 
     @functools.wraps(init)
     def __init__(self: Any, **given: Any) -> None:  # noqa: N807
         try:
             init(self, **given)
         except ValidationError as error:
-            of = given.get("name", given.get("domain"))
-            raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {first_problem(error)}") from error
+            of = given.get(owner)
+            what = first_problem(error, lambda where: [n for names in keys_at(made, where).items() for n in names])
+            raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {what}") from error
 
     made.__init__ = __init__
     return made
@@ -49,20 +58,58 @@ def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
     """Return settings that may be given as a mapping of their fields, or not at all. Raises ValueError for anything else."""
     if isinstance(given, kind):
         return given
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{kind.__name__}: expected a mapping of its fields, got {given!r}")
+    if not isinstance(given, Mapping | None):
+        raise ValueError(f"{kind.__name__}: expected a mapping of its fields, got {shortened(given)}")
     return kind(**{str(name): value for name, value in (given or {}).items()})
 
 
-def first_problem(error: ValidationError) -> str:
-    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given."""
+def first_problem(error: ValidationError, known: Callable[[Sequence[Any]], Collection[str]]) -> str:
+    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given.
+
+    `known` tells the keys that exist at a place, the nearest of which is named for one that does not.
+    """
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("missing", "unexpected_keyword_argument"):
-        return f"{where}: {first['msg']}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), known(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: required, but not given"
     given = getattr(first["input"], "kwargs", first["input"])  # of the class as a whole: what it was called with
-    message = f"{first['msg'].removeprefix('Value error, ')}, got {given!r}"
+    message = f"{first['msg'].removeprefix('Value error, ')}, got {shortened(given)}"
     return f"{where}: {message}" if where else message
+
+
+def shortened(given: Any, most: int = 200) -> str:
+    """Return how something is written, in one line of bounded length."""
+    text = " ".join(repr(given).split())
+    return text if len(text) <= most else f"{text[:most]}.."
+
+
+def keys_at(kind: Any, place: Sequence[Any]) -> dict[str, str]:
+    """Return the fields of the settings at a place within settings, each with the name that a recipe has for it."""
+    for part in place:
+        annotation = kind.__pydantic_fields__[part].annotation if isinstance(kind, type) else get_args(kind)[1]
+        of_dict = getattr(annotation, "__origin__", None) is dict
+        kinds = (annotation, *get_args(annotation))
+        kind = annotation if of_dict else next(k for k in kinds if hasattr(k, "__pydantic_fields__"))
+    return {name: field.validation_alias or name for name, field in kind.__pydantic_fields__.items()}
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return, in words, which of the names is meant by one that is not among them; all where none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(set(known)))}"
+
+
+def find_class(what: str, registry: Mapping[str, str], name: Any) -> Any:
+    """Return the class of a registry name or of an import path `pkg.module:Class`; ValueError lists the known names."""
+    path = registry.get(name, name) if isinstance(name, str) else ""
+    if ":" not in path:
+        raise ValueError(f"{what} {name!r} does not exist; known: {', '.join(registry)}, or pkg.module:Class")
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
 
 
 Kind = Literal["structured", "open_ended"]
@@ -102,7 +149,7 @@ class Domain:
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template for this domain's prompts, such as `{enable_thinking: false}`."""
     diversity: Any = None
-    """None, or a `rewards.diversity.Diversity` or its fields: reward answers that differ within their group."""
+    """None, or a `trainer.settings.Diversity` or its fields: reward answers that differ within their group."""
 
     @field_validator("name")
     @classmethod
@@ -250,7 +297,7 @@ class Group:
         """Return the group as its rows of the update are: its completions repeated until there are `size`."""
         if len(self.rewards) == size:
             return self
-        return replace(self, **{name: tuple(islice(cycle(getattr(self, name)), size)) for name in COLUMNS})
+        return replace(self, **{name: repeated(getattr(self, name), size) for name in COLUMNS})
 
     @property
     def learned(self) -> tuple[float | None, ...]:
@@ -311,6 +358,11 @@ class Group:
         return mean(distances) / math.sqrt(mean([d * d for d in distances]))
 
 
+def repeated(items: Sequence[T], size: int) -> tuple[T, ...]:
+    """Return `size` items, by beginning again: how what was not sampled of a group is stood for."""
+    return tuple(islice(cycle(items), size))
+
+
 COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts")
 """The fields of a group that have an entry a completion."""
 
@@ -353,10 +405,10 @@ class Rollout:
         groups = {k: fresh.groups[k] for k in better}
         replaced = [self.groups[k] for k in better]
         in_vain = [group for k, group in fresh.groups.items() if k not in groups]
-        return Rollout(
+        return replace(
+            self,
             rows=dict(sorted((dict(self.rows) | rows).items())),
             groups=dict(sorted((dict(self.groups) | groups).items())),
-            size=self.size,
             seconds=self.seconds + fresh.seconds,
             discarded=(*self.discarded, *replaced, *in_vain),
             rounds=self.rounds + 1,
@@ -494,6 +546,16 @@ def per_token(pairs: Iterable[tuple[float, float]]) -> float:
     """Return the sum of (nats, tokens) in nats per token; NaN without tokens."""
     nats, tokens = map(sum, zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0)
     return nats / tokens if tokens else math.nan
+
+
+def null_of(value: float) -> float | None:
+    """Return a number as JSON has it: null for NaN."""
+    return None if math.isnan(value) else value
+
+
+def nan_of(value: float | None) -> float:
+    """Return a number as JSON had it."""
+    return math.nan if value is None else value
 
 
 FULL_REWARD = 1.0

@@ -7,14 +7,15 @@ What needs torch, TRL or vLLM is imported inside functions, late: a recipe and i
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula.prompts.estimate import find_sampling
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.grpo_fields import OURS
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
@@ -28,19 +29,17 @@ if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
     from polyphony.trainer.run.folder import RunFolder
-    from polyphony.trainer.slots import DrawPlan
 
 
-def check_pool(recipe: Recipe) -> None:
-    """Raise RecipeError for an unknown sampling of prompts, or a file to start from that is not there."""
-    if recipe.pool is None:
-        return
-    if recipe.pool.start is not None and not Path(recipe.pool.start).is_file():
-        raise RecipeError(f"pool.from: file {recipe.pool.start} does not exist; `polyphony screen` writes it")
-    try:
-        find_sampling(recipe.pool.sampling)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+def check_probe(recipe: Recipe) -> None:
+    """Raise RecipeError where `probe.from` names no place to start from."""
+    start = recipe.probe.start
+    if start.startswith("joint:"):
+        steps = start.removeprefix("joint:")
+        if not steps.isdecimal() or int(steps) < 1:
+            raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
+    elif start != "base" and not Path(start).is_dir():
+        raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
 
 
 def check_names(recipe: Recipe) -> None:
@@ -49,9 +48,14 @@ def check_names(recipe: Recipe) -> None:
     Imports no torch but for an engine of the recipe's own.
     """
     build_scheduler(recipe)
-    check_pool(recipe)
+    check_probe(recipe)
     if recipe.rollouts.is_imported:
         rollout_engine(recipe)
+    try:
+        if recipe.pool is not None:
+            recipe.pool.check_parts()
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     for name, section in recipe.domains.items():
         for key in ("train", "heldout", "reward", "diversity"):
             value, where = getattr(section, key), f"domains.{name}.{key}"
@@ -73,15 +77,11 @@ def build_trainer(
 
     Checkpoints go to `output`, or into the folder `run`, which was claimed for the recipe and is then kept as a run's.
     """
-    from polyphony.trainer.slots import plan_draws
-
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
     build_scheduler(recipe)
-    check_pool(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
-    check_boundaries(recipe, plan_draws(args, data.n_train))
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
@@ -91,7 +91,7 @@ def build_trainer(
             recipe.model,
             args,
             domains=data,
-            curriculum=recipe.curriculum.model_dump(),
+            curriculum=recipe.curriculum.model_dump(exclude_unset=True),
             engine=engine or rollout_engine(recipe),
             evaluation=ours.evaluation,
             entropy=ours.entropy,
@@ -105,8 +105,8 @@ def build_trainer(
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
-    except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
+    except (ValueError, OSError) as error:  # what TRL's arguments are called where they are checked
+        raise RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error))) from error
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
@@ -151,27 +151,14 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
         raise RecipeError(str(error)) from error
 
 
-def check_boundaries(recipe: Recipe, plan: DrawPlan) -> None:
-    """Raise RecipeError where an evaluation or a checkpoint would fall inside a draw."""
-    checkpoints = recipe.checkpoint.every or recipe.eval.every
-    for name, every in (("eval.every", recipe.eval.every), ("checkpoint.every", checkpoints)):
-        try:
-            plan.check_boundary(name, every)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
-
-
 def build_scheduler(recipe: Recipe) -> Scheduler:
     """Return the recipe's scheduler; one that has a field `transfer` gets the probe's matrix."""
-    section = recipe.curriculum
     try:
-        given, _ = with_probes(section.model_dump())
+        given, _ = with_probes(recipe.curriculum.model_dump(exclude_unset=True))
         return as_scheduler(given, entropy=recipe.entropy, domains=list(recipe.domains))
     except ValueError as error:
         where = "" if str(error).startswith("curriculum.") else "curriculum: "
         raise RecipeError(f"{where}{error}") from error
-    except TypeError as error:  # a setting of another type than the scheduler can work with
-        raise RecipeError(f"curriculum: scheduler {section.scheduler!r} refuses {section.settings}: {error}") from error
 
 
 def _peft_config(recipe: Recipe) -> Any:

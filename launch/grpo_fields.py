@@ -5,6 +5,8 @@ A contract test compares the list with the installed TRL.
 
 from __future__ import annotations
 
+import math
+
 OURS = {
     "output_dir": "--out",
     "resume_from_checkpoint": "--resume",
@@ -78,7 +80,7 @@ _OTHER = """
 
 GRPO_KINDS: dict[str, tuple[str, bool]] = {
     name.rstrip("?"): (kind, name.endswith("?"))
-    for kind, names in (("a whole number", _WHOLE), ("a number", _REAL), ("true or false", _TRUTH), ("", _OTHER))
+    for kind, names in (("a whole number", _WHOLE), ("a finite number", _REAL), ("true or false", _TRUTH), ("", _OTHER))
     for name in names.split()
 }
 """What each field takes, in words, and whether null as well; no words: left to TRL. `?` marks null in the lists."""
@@ -113,8 +115,8 @@ def complaint(name: str, value: object) -> str | None:
     kind, may_be_null = GRPO_KINDS[name]
     if not kind or (value is None and may_be_null):
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    fits = {"a whole number": is_number and isinstance(value, int), "a number": is_number}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = {"a whole number": is_number and isinstance(value, int), "a finite number": is_number}
     if not fits.get(kind, isinstance(value, bool)):
         return f"{kind}{' or null' if may_be_null else ''}"
     return "above 0" if name in ABOVE_ZERO and not value > 0 else None  # type: ignore[operator]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from ruamel.yaml import YAML
@@ -19,7 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import AdvantageKind, first_problem
+from polyphony.curricula.records import AdvantageKind, first_problem, keys_at, nearest
 from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
@@ -42,7 +43,6 @@ from polyphony.trainer.settings import (
     RowSettings,
     TrainerSettings,
     UpdateSettings,
-    nearest,
 )
 
 KEY = {"domains": "name", "guardrails": "domain"}
@@ -93,6 +93,15 @@ class Recipe(BaseModel):
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
+
+    @field_validator("name")
+    @classmethod
+    def _fits_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w .,+=@()-]*", name):
+            raise ValueError(
+                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no other sign first than _"
+            )
+        return name
 
     @field_validator("domains", "guardrails", mode="before")
     @classmethod
@@ -197,9 +206,9 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
         _apply(document, override)
     look_in(folder)
     try:
-        recipe = Recipe.model_validate(renamed(document))
+        recipe = Recipe.model_validate(renamed(document), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(first_problem(error, _keys_at)) from error
     _check_grpo(recipe.grpo)
     _check_engine(recipe)
     for key, field in KEY.items():
@@ -243,27 +252,9 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _explain(error: ValidationError) -> str:
-    """Return the first problem in one line, with the nearest valid key for an unknown one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _fields_at(first["loc"][:-1])
-        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), known)}"
-    if first["type"] == "missing":
-        return f"{where}: required, but not given"
-    return first_problem(error)
-
-
-def _fields_at(location: Sequence[Any]) -> list[str]:
-    kind: Any = Recipe
-    for part in location:
-        annotation = kind.__pydantic_fields__[part].annotation if isinstance(kind, type) else get_args(kind)[1]
-        of_dict = getattr(annotation, "__origin__", None) is dict
-        kinds = (annotation, *get_args(annotation))
-        kind = annotation if of_dict else next(k for k in kinds if hasattr(k, "__pydantic_fields__"))
-    key = KEY.get(str(location[0])) if location else None
-    return [field.validation_alias or name for name, field in kind.__pydantic_fields__.items() if name != key]
+def _keys_at(place: Sequence[Any]) -> list[str]:
+    said_by_key = KEY.get(str(place[0])) if place else None
+    return [key for key in keys_at(Recipe, place).values() if key != said_by_key]
 
 
 def _check_grpo(grpo: Mapping[str, Any]) -> None:

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from polyphony.curricula.records import Domain, settings
-from polyphony.rewards.diversity import Diversity
 from polyphony.rewards.registry import named
-from polyphony.trainer.settings import MAX_GRADER_FAILURES, WandbSettings
+from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 
 
 class CurriculumSection(BaseModel):
@@ -26,10 +25,6 @@ class CurriculumSection(BaseModel):
     transfer: str | None = None
     """`transfer.json` of `polyphony probe`: measured transfer between domains, for schedulers that plan and for the
     report."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 @settings
@@ -68,6 +63,13 @@ class RecipeDomain(Domain):
     """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`."""
     diversity: Diversity | None = None
     """Without it the reward alone counts."""
+
+    @field_validator("heldout")
+    @classmethod
+    def _is_scored(cls, heldout: Any) -> Any:
+        if heldout is None:
+            raise ValueError("expected rows to be scored on")
+        return heldout
 
     @field_validator("reward")
     @classmethod
@@ -176,6 +178,13 @@ class SlurmSection:
     """Shell lines run first: `module load ..`, `source venv/bin/activate`."""
     options: list[str] = Field(default_factory=list)
     """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
+
+    @field_validator("time")
+    @classmethod
+    def _is_slurms(cls, time: str) -> str:
+        if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", time):
+            raise ValueError("expected minutes, hours:minutes:seconds or days-hours, as sbatch takes them")
+        return time
 
 
 @settings

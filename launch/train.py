@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from polyphony.curricula.files import replace_file
 from polyphony.launch.build import build_trainer
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -132,8 +132,3 @@ def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
     if trainer.accelerator.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
         found.append(f"one of {gpus} GPUs trains: more with `polyphony launch local` and cluster.processes")
     return found
-
-
-def say(text: str) -> None:
-    """Tell the person who runs the command; results go to standard output, this does not."""
-    print(text, file=sys.stderr, flush=True)

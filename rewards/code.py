@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
 from polyphony.rewards.code_cases import MAX_OUTPUT_BYTES, Altered, Case, altered, read_checks
-from polyphony.rewards.registry import tell
+from polyphony.rewards.registry import refusal, tell
 from polyphony.rewards.sandbox.calls import TOLERANCE
 from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, require_isolation
 
@@ -130,11 +130,7 @@ class Code:
 
     def unreadable(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
         """Return why a row's reference can not be read; None where it can."""
-        try:
-            read_checks(tests, test_code)
-        except ValueError as error:
-            return str(error)
-        return None
+        return refusal(read_checks, tests, test_code)
 
     def remark(self, tests: Any = None, test_code: Any = None, **columns: Any) -> str | None:
         """Return that a row's tests have no constant to alter; None where they have, or are no assertions.

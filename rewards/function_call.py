@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from jsonschema import Draft202012Validator, SchemaError
 
 from polyphony.rewards.answers import answer_region, completion_text
+from polyphony.rewards.registry import refusal
 from polyphony.rewards.tool_calls import MAX_DEPTH, Untyped, calls_in, calls_of, unwrapped_all
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,7 @@ class FunctionCall:
 
     def unreadable(self, answer: Any = None, **columns: Any) -> str | None:
         """Return why a row's reference can not be read; None where it can."""
-        try:
-            reference_calls(answer)
-        except ValueError as error:
-            return str(error)
-        return None
+        return refusal(reference_calls, answer)
 
     def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> tuple[str, ...] | None:
         """Return the calls of a completion, whatever their order; None where one can not be read, or there is no text."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from polyphony.rewards.answers import answer_region, final_answer, unlatexed
+from polyphony.rewards.registry import refusal
 from polyphony.rewards.short_answer import normalise
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,7 @@ class MultipleChoice:
 
     def unreadable(self, answer: Any = None, choices: Any = None, **columns: Any) -> str | None:
         """Return why a row's reference can not be read; None where it can."""
-        try:
-            right_letter(answer, choices)
-        except ValueError as error:
-            return str(error)
-        return None
+        return refusal(right_letter, answer, choices)
 
     def reads(self, completion: Any, prompt: Any = None, /, **columns: Any) -> str | None:
         """Return the letter that a completion commits to."""

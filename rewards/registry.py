@@ -100,6 +100,15 @@ def named(spec: Any, *, method: str = "__call__") -> Any:
     return spec
 
 
+def refusal(read: Callable[..., Any], *given: Any) -> str | None:
+    """Return why a function refuses what it is to read, by its ValueError; None where it reads it."""
+    try:
+        read(*given)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def version_of(reward: Reward) -> dict[str, Any]:
     """Return which reward this is, and by which version of its rules it grades (its attribute `version`; 1 without)."""
     kind = reward if inspect.isfunction(reward) else type(reward)

@@ -10,7 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -73,7 +73,7 @@ def _takes(field: FieldInfo) -> str:
 
 def written(value: Any) -> str:
     """Return a default as a recipe would say it."""
-    if value in (PydanticUndefined, MISSING):
+    if value is PydanticUndefined:
         return "required"
     if isinstance(value, bool) or value is None:
         return str(value).replace("None", "null").lower()
@@ -121,30 +121,21 @@ def rule_of(name: str, kind: type) -> str:
     return of_file.removeprefix(": ") if of_file.startswith(": ") else summary_of(kind)
 
 
-def ranges(kind: type) -> dict[str, str]:
-    """Return what a scheduler checks of its settings, by field: its calls of `check_numbers` and `check_counts`."""
-    found = {}
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_numbers", "check_counts"):
-            for keyword in node.keywords:
-                limit = eval(ast.unparse(keyword.value), vars(inspect.getmodule(kind)))
-                found[str(keyword.arg)] = f"number in {limit}" if isinstance(limit, str) else f"whole number ≥ {limit}"
-    return found
-
-
 def settings_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """Yield a row for each setting of a scheduler; settings that are a class of their own with a dot."""
-    said, limits, types = meanings(kind), ranges(kind), inspect.get_annotations(kind, eval_str=True)
-    for field in fields(kind):  # type: ignore[arg-type]
-        if not field.init:
+    """Yield a row for each setting of a scheduler; settings that are a class of their own with a dot.
+
+    Those of another scheduler stand under that one's name.
+    """
+    said = meanings(kind)
+    for name, field in kind.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        if field.init is False:
             continue
-        made = field.default_factory is not MISSING and field.default_factory()
-        default = field.default if made is False else made
-        takes = limits.get(field.name) or ("mapping" if is_dataclass(made) else allowed(types[field.name]))
-        row = (f"`{prefix}{field.name}`", "below" if is_dataclass(made) else written(default), takes, said[field.name])
-        yield row
-        if is_dataclass(made):
-            yield from settings_rows(type(made), f"{prefix}{field.name}.")
+        default = field.get_default(call_default_factory=True)
+        is_class = is_dataclass(default)
+        shown = ("`{}`" if hasattr(default, "decide") else "below") if is_class else written(default)
+        yield (f"`{prefix}{name}`", shown, _takes(field), said[name])
+        if shown == "below":
+            yield from settings_rows(type(default), f"{prefix}{name}.")
 
 
 def grpo() -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.engine.engine import Request
+from polyphony.trainer.engine.vllm import Request
 from polyphony.trainer.scoring import EarlyGrading, Scorer
 
 

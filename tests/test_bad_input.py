@@ -63,7 +63,7 @@ def broken(prompts, **columns):
         (["domains.sums.advantages=std"], "domains.sums.advantages: Input should be 'group' or 'mean_only'"),
         (["domains.sums.reward=5"], "domains.sums.reward: expected a name"),
         (["domains.sums.reward=nowhere:f"], "domains.sums.reward: reward 'nowhere:f' cannot be imported"),
-        (["domains.sums.heldout=null"], "domain 'sums' has no `heldout` rows"),
+        (["domains.sums.heldout=null"], "domains.sums.heldout: expected rows to be scored on, got None"),
         (["domains.sums.heldout={path: sums-heldout.jsonl, limit: 1}"], "domains.sums.heldout: 1 item; at least 2"),
         (["domains.sums.train=gone.jsonl"], "domains.sums.train: file "),
         (["domains.sums.train={path: sums-train.jsonl, limit: -1}"], "domains.sums.train: limit must be a whole"),
@@ -75,13 +75,28 @@ def broken(prompts, **columns):
         (["grpo.loss_type=gpro"], "grpo.loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, vespo"),
         (["grpo.steps_per_generation=4", "eval.every=3"], "eval.every=3 falls inside a draw; a draw spans 4 optimizer"),
         (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
-        (["curriculum.ordr=[sums]"], "scheduler 'auto' has no setting ['ordr']"),
+        (["curriculum.ordr=[sums]"], "curriculum: Auto: unknown key 'ordr'; known: adaptive, "),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
-        (["curriculum.replay=3"], "curriculum: replay: expected a mapping of settings, got 3"),
-        (["curriculum.replay={fractoin: 0.1}"], "curriculum: replay has no setting ['fractoin']; it has ['kind', "),
-        (["curriculum.replay={fraction: much}"], "Replay: fraction must be a number in [0, 0.5], got 'much'"),
-        (["curriculum.adaptive={floor: x}"], "curriculum: Adaptive: floor must be a number in [0, 1], got 'x'"),
-        (["curriculum.scheduler=sequential", "curriculum.order=5"], "scheduler 'sequential' refuses {'order': 5}"),
+        (
+            ["curriculum.replay=3"],
+            "curriculum: Auto: replay: Input should be a dictionary or an instance of Replay, got 3",
+        ),
+        (
+            ["curriculum.replay={fractoin: 0.1}"],
+            "curriculum: Auto: unknown key 'replay.fractoin'; did you mean 'fraction'?",
+        ),
+        (
+            ["curriculum.replay={fraction: much}"],
+            "Auto: replay.fraction: Input should be a valid number, got 'much'",
+        ),
+        (
+            ["curriculum.adaptive={floor: x}"],
+            "curriculum: Auto: adaptive.floor: Input should be a valid number, got 'x'",
+        ),
+        (
+            ["curriculum.scheduler=sequential", "curriculum.order=5"],
+            "Sequential: order: Input should be a valid tuple",
+        ),
         (
             ["curriculum.scheduler=joint", "domains.sums.weight=0", "domains.words.weight=0"],
             "joint: the weight of every domain is 0: ['sums', 'words']",

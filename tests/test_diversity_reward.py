@@ -13,13 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Domain, Fused, Group, Prompt, mean
-from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.metrics import Meter
 from polyphony.trainer.scoring import Scorer, check_failures
-from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.settings import Diversity, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.forks import forked_ranks
 
@@ -236,8 +235,9 @@ def test_difference_never_decides_about_an_answer_that_is_right_or_wrong(setting
 @pytest.mark.parametrize("settings", [{"shape": (1, 0)}, {"shape": (1, -1)}, {"shape": (2, 1), "floor": 0.6}])
 def test_where_a_structured_domain_asks_for_it_every_right_answer_outscores_every_wrong_one(settings):
     found = find_diversity(domain("math", "structured", **settings))
-    result = found([["r"] * 7 + ["w"], ["r"] + ["w"] * 7], [[1.0] * 7 + [0.0], [1.0] + [0.0] * 7], ["p", "q"])
-    for rewards, right in zip(result.rewards, (7, 1), strict=True):
+    for right in (7, 1):
+        (same,) = found.found.same([["r"] * right + ["w"] * (8 - right)], ["p"])
+        rewards = found.fused(same, [1.0] * right + [0.0] * (8 - right)).rewards
         assert min(rewards[:right]) > max(rewards[right:])
 
 

@@ -17,7 +17,7 @@ from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.draws import Draws
-from polyphony.trainer.engine.engine import completion_seed
+from polyphony.trainer.engine.vllm import completion_seed
 from polyphony.trainer.metrics import DomainSums
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import UpdateSettings

@@ -63,6 +63,17 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
         ("eval.every=0", "eval.every: Input should be greater than or equal to 1, got 0"),
         ("pool={look: 8}", "pool.look: must be below num_generations=8, got 8"),
         ("domains.new={}", "domains.new.kind: required, but not given"),
+        ("eval.every=true", "eval.every: Input should be a valid integer, got True"),
+        ("eval.every='3'", "eval.every: Input should be a valid integer, got '3'"),
+        ("faults.grace_s='3'", "faults.grace_s: Input should be a valid number, got '3'"),
+        ("grpo.learning_rate=.inf", "grpo.learning_rate must be a finite number, got inf"),
+        ("pool.start=x", "unknown key 'pool.start'; known: "),
+        ("probe.start=base", "unknown key 'probe.start'; "),
+        ("domains.math.heldout=null", "domains.math.heldout: expected rows to be scored on, got None"),
+        ("cluster.slurm.time=later", "cluster.slurm.time: expected minutes, hours:minutes:seconds or days-hours, "),
+        ("name=../../x", "name: a run's folder is called so: "),
+        ('name="a\\0b"', "name: a run's folder is called so: "),
+        ("name=<b>", "name: a run's folder is called so: "),
         ("name", "override 'name': expected key.path=value"),
         ("name.x=1", "override 'name.x=1': 'name' is a value, not a section"),
     ],
@@ -70,7 +81,8 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
 def test_a_wrong_key_is_named_with_its_path_and_what_was_meant(recipe_file, override, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_file, [override])
-    assert str(error.value) == message
+    assert str(error.value) == message or (message.endswith(" ") and str(error.value).startswith(message))
+    assert "\n" not in str(error.value)
 
 
 def test_broken_yaml_is_named_with_its_line(tmp_path):

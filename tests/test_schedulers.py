@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from polyphony.curricula.decision_log import decision_line, replay
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY, as_scheduler, build_scheduler, find_scheduler
+from polyphony.curricula.schedulers.fixed import Joint
 from tests.toy_world import ToyWorld
 
 HARM = [[0, 0.2, -0.3, -0.6], [0, 0, 0, -0.6], [0, 0, 0, -0.6], [0, 0, 0, 0]]
@@ -130,13 +133,13 @@ def test_an_unknown_scheduler_is_refused_with_those_that_exist():
 
 
 def test_an_unknown_setting_is_refused_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"'sec' has no setting \['tau'\]; it has \['step_size', 'temperature'\]"):
+    with pytest.raises(ValueError, match=r"SEC: unknown key 'tau'; known: step_size, temperature"):
         build_scheduler("sec", tau=0.2)
 
 
 @pytest.mark.parametrize("name", NEEDS_TRANSFER)
 def test_a_missing_transfer_file_is_named(name):
-    with pytest.raises(ValueError, match=f"(?i){name}: transfer "):
+    with pytest.raises(ValueError, match=f"(?i){name}: transfer: expected a TransferMatrix or the path .*, got None"):
         build_scheduler(name)
 
 
@@ -168,3 +171,49 @@ def test_a_transfer_file_of_other_domains_is_refused_before_the_first_draw(name)
 def test_a_setting_out_of_range_is_refused(name, settings):
     with pytest.raises(ValueError):
         build_scheduler(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scheduler": "adaptive", "seed": "x"}, "Adaptive: seed: Input should be a valid integer, got 'x'"),
+        (
+            {"scheduler": "sequential", "order": "arithmetic"},
+            "Sequential: order: Input should be a valid tuple, got 'ari",
+        ),
+        ({"adaptive": {"flor": 0.2}}, "Auto: unknown key 'adaptive.flor'; did you mean 'floor'?"),
+        ({"adaptive": 3}, "Auto: adaptive: Input should be a dictionary or an instance of Adaptive, got 3"),
+        ({"name": "sec"}, "Auto: unknown key 'name'; known: .. (`scheduler` is not given, so it is auto)"),
+        ({"scheduler": Joint}, "scheduler <class .. does not exist; known: auto, joint"),
+        ({"scheduler": "bwt", "transfer": "gone.json"}, "Bwt: transfer: the file does not exist; .. got 'gone.json'"),
+        (
+            {"scheduler": "tests.test_schedulers:Mine", "frist": True},
+            "scheduler 'tests.test_schedulers:Mine' refuses {'fr",
+        ),
+        (None, "expected a scheduler, its name, or a mapping of `scheduler` and settings, got None"),
+        (Joint, "expected a scheduler, its name, or a mapping of `scheduler` and settings, got <class "),
+    ],
+    ids=str,
+)
+def test_what_is_no_scheduler_or_no_setting_of_one_is_named_in_one_line(given, message):
+    with pytest.raises(ValueError) as error:
+        as_scheduler(given, entropy=EntropySettings(), domains=("math",))
+    assert all(part in str(error.value) for part in message.split(" .. ")) and "\n" not in str(error.value)
+
+
+@dataclass
+class Mine:
+    """A user's own, of their own making."""
+
+    first: bool = True
+
+    def decide(self, evidence, state):
+        return Joint().decide(evidence, state)
+
+
+def test_a_users_own_scheduler_needs_nothing_but_decide():
+    asked = {"entropy": EntropySettings(), "domains": ("math",)}
+    mine = {"scheduler": "tests.test_schedulers:Mine", "first": False}
+    assert type(as_scheduler(mine, **asked)).__name__ == "Mine" and not as_scheduler(mine, **asked).first
+    anything = SimpleNamespace(decide=Joint().decide)
+    assert as_scheduler(anything, **asked) is anything

@@ -19,7 +19,7 @@ from polyphony.launch.lab.world import rows
 from polyphony.rewards.short_answer import Exact
 from polyphony.trainer.engine.engine import InProcessEngine
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from polyphony.trainer.policy import refuse_odd_look, refuse_uneven
+from polyphony.trainer.policy import Policy
 from tests.conftest import HOUSE
 
 pytestmark = pytest.mark.slow
@@ -118,12 +118,18 @@ def test_a_prompt_longer_than_the_context_is_refused_from_python_too(tmp_path):
         DomainGRPOTrainer(POLICY, config(tmp_path, max_completion_length=250), domains=both())
 
 
-def test_a_look_where_ranks_share_groups_is_refused():
-    arguments = SimpleNamespace(per_device_train_batch_size=12, steps_per_generation=1)
-    ranked = SimpleNamespace(args=arguments, num_generations=8, accelerator=SimpleNamespace(num_processes=2))
-    message = r"pool\.look=4: a rank's 12 rows of a draw .* must be whole groups of num_generations=8"
+@pytest.mark.parametrize(
+    ("look", "batch", "ranks", "message"),
+    [
+        (8, 16, 1, r"pool\.look: must be below num_generations=8, got 8"),
+        (4, 12, 2, r"pool\.look=4: a rank's 12 rows of a draw .* must be whole groups of num_generations=8"),
+    ],
+)
+def test_a_look_that_is_no_part_of_a_group_is_refused(look, batch, ranks, message):
+    arguments = SimpleNamespace(per_device_train_batch_size=batch, steps_per_generation=1)
+    policy = SimpleNamespace(trainer=SimpleNamespace(args=arguments), world_size=ranks)
     with pytest.raises(ValueError, match=message):
-        refuse_odd_look(SimpleNamespace(trainer=ranked), 4)  # type: ignore[arg-type]
+        PoolSettings(look=look).check_look(8, rank_rows=Policy.rank_rows.fget(policy))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +147,13 @@ def test_a_look_where_ranks_share_groups_is_refused():
 def test_ranks_that_generate_together_are_asked_for_like_numbers(changes, message):
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     settings = {"use_vllm": False, "vllm_mode": "colocate", "is_fsdp_enabled": False}
-    settings |= {"is_deepspeed_enabled": False, "accelerator": SimpleNamespace(num_processes=2, state=state)}
+    settings |= {"is_deepspeed_enabled": False, "accelerator": SimpleNamespace(state=state)}
     settings |= {"args": SimpleNamespace(vllm_tensor_parallel_size=1)}
-    policy = SimpleNamespace(engine=None, trainer=SimpleNamespace(**{**settings, **changes}))
+    policy = SimpleNamespace(engine=None, world_size=2, trainer=SimpleNamespace(**{**settings, **changes}))
+    joint = Policy.joint.fget(policy)  # type: ignore[misc]
     with pytest.raises(ValueError, match=message) if message else nullcontext():
-        refuse_uneven(policy, 2, None)  # type: ignore[arg-type]
-    refuse_uneven(policy, 0, None)  # type: ignore[arg-type]
+        PoolSettings(refill={"max_rounds": 2}).check_uneven(joint)
+    PoolSettings(refill={"max_rounds": 0}).check_uneven(joint)
 
 
 @pytest.mark.parametrize("look", [None, 4])

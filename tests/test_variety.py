@@ -7,8 +7,8 @@ import math
 import pytest
 
 from polyphony.curricula.records import Completion, Prompt
-from polyphony.rewards.diversity import Diversity
 from polyphony.trainer.evaluation.answers import Variety, varieties, variety_metrics
+from polyphony.trainer.settings import Diversity
 
 
 def samples(domain, item, *texts, scores=()) -> list[Completion]:

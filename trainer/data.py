@@ -183,7 +183,7 @@ def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) ->
         raise ValueError(f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}")
     path, limit = str(source["path"]), source.get("limit")
     split = source.get("split", "train")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
     is_hub = path.startswith("hf://")
     if not is_hub and split != "train":

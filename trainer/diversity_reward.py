@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import gather_object
-from pydantic import ValidationError
 
-from polyphony.curricula.records import Domain, Fused, Group, as_settings, first_problem
-from polyphony.rewards.diversity import Diversity, DiversityResult
+from polyphony.curricula.records import Domain, Group, as_settings
 from polyphony.rewards.partitions import Same
 from polyphony.trainer.scoring import is_unreachable
+from polyphony.trainer.settings import Diversity
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +29,10 @@ def find_diversity(domain: Domain) -> Diversity | None:
     try:
         if spec is None:
             return None
-        if not isinstance(spec, Mapping | Diversity):
-            raise ValueError(f"expected a mapping of settings, got {spec!r}")
         diversity = as_settings(Diversity, spec)
         if domain.kind == "structured":
             diversity.check_verifiable()
         return replace(diversity, partitioner=diversity.found)  # found once: it may hold a model
-    except ValidationError as error:
-        raise ValueError(f"domains.{domain.name}.diversity: {first_problem(error)}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"domains.{domain.name}.diversity: {error}") from error
 
@@ -100,10 +95,10 @@ class Fusion:
 
     def _fused(self, group: Group, same: Same | None) -> Group:
         try:
-            result = self.by_domain[group.domain].fuse_groups([same], [group.rewards])
+            fused = self.by_domain[group.domain].fused(same, group.rewards)
         except ValueError as error:
             raise ValueError(f"domain {group.domain!r}: {error}") from error
-        return replace(group, fused=_record(result))
+        return replace(group, fused=fused)
 
 
 def compared(
@@ -137,12 +132,3 @@ def _texts(group: Group) -> list[str]:
             f"domain {group.domain!r}: {len(group.texts)} of {len(group.rewards)} texts of a group were gathered"
         )
     return list(group.texts)
-
-
-def _record(result: DiversityResult) -> Fused:
-    diversity, classes = result.diversity[0], result.classes[0]
-    return Fused(
-        rewards=tuple(result.rewards[0]),
-        diversity=None if diversity is None else tuple(diversity),
-        classes=None if classes is None else tuple(classes),
-    )

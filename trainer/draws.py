@@ -18,11 +18,11 @@ from itertools import groupby
 from accelerate.utils import broadcast_object_list, gather_object
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.records import Completion, Group, Prompt, Rollout
+from polyphony.curricula.records import Completion, Group, Prompt, Rollout, repeated
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Request, completion_seed
+from polyphony.trainer.engine.vllm import Request, completion_seed
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import EarlyGrading, Scorer, check_failures, together
@@ -35,10 +35,13 @@ def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, siz
     TRL needs whole groups. Copies have advantage 0, and stand for what was not sampled wherever a loss, a penalty or an
     entropy is averaged over all rows.
     """
-    copies = {
-        k * size + n: rows[k * size + n % look] for k in left for n in range(look, size) if k * size + n % look in rows
+    whole = {
+        k * size + n: row
+        for k in left
+        if look < size and k * size in rows  # with a look, a rank has whole groups
+        for n, row in enumerate(repeated([rows[k * size + n] for n in range(look)], size))
     }
-    return dict(sorted((dict(rows) | copies).items()))
+    return dict(sorted((dict(rows) | whole).items()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from polyphony.curricula.monitors import Alarm
+from polyphony.curricula.monitors import Ringing
 from polyphony.curricula.monitors.entropy import EntropyMonitor, Sums
 from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
@@ -26,18 +26,17 @@ ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
 
 
-class DomainEntropy:
+class DomainEntropy(Ringing):
     """Watch the entropy of all domains and, if asked, hold it in its band.
 
     Example: `DomainEntropy(("math",), EntropySettings(control="adaptive"))`
     """
 
     def __init__(self, domains: Sequence[str], settings: EntropySettings) -> None:
+        super().__init__()
         self.domains = tuple(domains)
         self.monitor = EntropyMonitor(domains=domains, band=settings.band)
         self.control: EntropyControl | None = None
-        self.pending: list[Alarm] = []
-        """Alarms that nobody has written down yet."""
         if held := settings.held("coefficient", domains):
             self.control = EntropyControl(domains=held, settings=settings)
 
@@ -89,11 +88,6 @@ class DomainEntropy:
             if self.control is not None and name in self.control.domains:
                 found[key("domain", "entropy_coef", name)] = self.control.coefficients[name]
         return defined(found)
-
-    def take_alarms(self) -> list[Alarm]:
-        """Return the alarms since the last call."""
-        alarms, self.pending = self.pending, []
-        return alarms
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on; JSON-able."""

@@ -40,7 +40,7 @@ from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, refuse_odd_look, refuse_uneven, refuse_unknown, sums_by_owner
+from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
 from polyphony.trainer.run.callbacks import Outset, Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
@@ -155,8 +155,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Make what steers a run and what watches it: these need rows and no weights."""
         given, self.probes = with_probes(curriculum)
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
-        if not hasattr(scheduler, "decide"):
-            raise ValueError(f"curriculum: expected a scheduler, its name or a mapping of its settings, got {given!r}")
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
         self.fusion = Fusion.of(self.data.domains)
@@ -183,10 +181,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Make what samples from the policy: its engine, the walk of a draw, the held-out evaluation."""
         pool = settings.pool
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
-        refuse_odd_look(self.policy, look)
+        if pool:
+            pool.check_look(self.num_generations, rank_rows=self.policy.rank_rows)
         if not self.use_vllm:
             self.policy.attach(engine)
-        refuse_uneven(self.policy, refill_rounds, look)
+        if pool:
+            pool.check_uneven(self.policy.joint)
         self.draws = Draws(
             data=self.data,
             curriculum=self.curriculum,

@@ -20,8 +20,8 @@ from trl.trainer.utils import pad
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Engine, EngineFactory, Request, Sampling, find_engine
-from polyphony.trainer.engine.vllm import OnFinished
+from polyphony.trainer.engine.engine import Engine, EngineFactory, find_engine
+from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 
 Rows = Sequence[Sequence[int]]
@@ -145,7 +145,7 @@ class Policy:
             if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
                 self.sync()
             return self.engine.complete(requests, on_finished)
-        if not requests:  # a rank without a row in this round; `refuse_uneven` has seen to it that none waits for it
+        if not requests:  # a rank without a row in this round; by `joint` none waits for it
             return []
         if any(r.is_greedy for r in requests):
             raise ValueError("greedy decoding needs an engine of ours: TRL's own generation samples every completion")
@@ -159,6 +159,30 @@ class Policy:
         """Let go of what the engine holds outside this process."""
         if self.engine is not None:
             self.engine.close()
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of a draw that each of several ranks has; 0 where there is one rank."""
+        args = self.trainer.args
+        return args.per_device_train_batch_size * args.steps_per_generation if self.world_size > 1 else 0
+
+    @property
+    def joint(self) -> str:
+        """In words, what makes ranks generate together, so that all have to ask for as much; empty where nothing does.
+
+        TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where
+        Transformers generates and the policy's weights are split over the ranks, every token is made by all of them.
+        """
+        trainer = self.trainer
+        if self.engine is not None or self.world_size == 1:
+            return ""
+        if trainer.use_vllm:
+            is_one = trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1
+            return "several ranks on one engine of TRL's (use_vllm)" if is_one else ""
+        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+        is_zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+        split = "over ranks that split the policy's weights (zero3 or fsdp)"
+        return f"engine transformers {split}" if trainer.is_fsdp_enabled or is_zero3 else ""
 
     # --- what token ids say -----------------------------------------------------------------------------------------
 
@@ -285,46 +309,6 @@ def refuse_unknown(engine: Any) -> None:
     elif not (isinstance(engine, str | Engine) or callable(engine)):
         raise ValueError(
             f"engine {engine!r}: expected vllm, transformers, pkg.module:name, an Engine or what makes one"
-        )
-
-
-def refuse_uneven(policy: Policy, refill_rounds: int, look: int | None) -> None:
-    """Raise ValueError where ranks that generate together would ask for different numbers of completions, as under refill or
-    early stop.
-
-    TRL cuts the joint answer of one engine into equal parts, and waits for a rank that asks for nothing. Where Transformers
-    generates and the policy's weights are split over the ranks, every token is made by all of them.
-    """
-    trainer = policy.trainer
-    if policy.engine is not None or not (refill_rounds or look) or trainer.accelerator.num_processes == 1:
-        return
-    if trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1):
-        joint = "several ranks on one engine of TRL's (use_vllm)"
-    elif not trainer.use_vllm and _splits_weights(trainer):
-        joint = "engine transformers over ranks that split the policy's weights (zero3 or fsdp)"
-    else:
-        return
-    name, value, none = ("look", look, "null") if look else ("refill.max_rounds", refill_rounds, "0")
-    raise ValueError(f"pool.{name}={value} with {joint}: use engine vllm or ray, or set it to {none}")
-
-
-def _splits_weights(trainer: Any) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3)
-
-
-def refuse_odd_look(policy: Policy, look: int | None) -> None:
-    """Raise ValueError for a `pool.look` where ranks share groups.
-
-    What a rank puts in the place of what was not sampled is its own.
-    """
-    trainer = policy.trainer
-    args, size = trainer.args, trainer.num_generations
-    rows = args.per_device_train_batch_size * args.steps_per_generation
-    if look is not None and trainer.accelerator.num_processes > 1 and rows % size:
-        raise ValueError(
-            f"pool.look={look}: a rank's {rows} rows of a draw (per_device_train_batch_size x "
-            f"steps_per_generation) must be whole groups of num_generations={size}"
         )
 
 

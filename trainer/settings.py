@@ -1,17 +1,16 @@
-"""Settings of data, evaluation, checkpoints, update and faults, as a recipe or a script gives them. Imports no torch.
+"""Settings of data, evaluation, diversity, checkpoints, update and faults, as a recipe or a script gives them.
 
-`TrainerSettings` has all of a trainer together, and refuses what contradicts.
+`TrainerSettings` has all of a trainer together, and refuses what contradicts. Imports no torch.
 
 Settings of what needs no torch stand beside the code that reads them: `curricula.records.Domain`,
-`curricula.prompts.pool.PoolSettings`, `curricula.monitors.entropy_control.EntropySettings` and `guardrails.Guardrail`,
-`rewards.diversity.Diversity`.
+`curricula.prompts.pool.PoolSettings`, `curricula.monitors.entropy_control.EntropySettings` and `guardrails.Guardrail`.
 """
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +20,10 @@ from pydantic import Field, field_validator
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Group, as_settings, settings
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Fused, Group, as_settings, nearest, settings
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
 
@@ -64,6 +64,106 @@ class CheckpointSettings:
     """Optimizer steps between checkpoints; null: as often as held-out evaluations."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints are kept. The one whose lowest domain score is highest is kept as well."""
+
+
+@settings
+class Diversity:
+    """Reward a good answer more if others of its group say something else: quality fused with difference (DARLING).
+
+        div_i = (n - |class of i|) / (n - 1), at least `floor`;    r_i = shape(q_i) * div_i
+
+    For open-ended domains: whole groups, gathered across ranks, with the qualities q that the domain's reward gave. Where
+    answers are right or wrong, correctness is never traded for difference: `check_verifiable`. Source: arXiv:2509.02534.
+
+    Example: `Diversity(floor=0.2).fused([[True, True], [True, True]], (1.0, 0.5)).rewards == (0.2, 0.1)`
+    """
+
+    partitioner: Any = "embedding"
+    """Tells which answers say the same: `embedding` (needs the extra `diversity`), `exact`, `normalised`,
+    `answer_signature`, `classifier`, `judge`, an import path, or `{name: .., **arguments}`."""
+    fuse: Literal["mul", "add"] = "mul"
+    """`mul`: quality times difference. `add`: quality, standardised within the group, plus `coefficient` times
+    difference."""
+    distance: Literal["classes", "pairs"] = "classes"
+    """`classes`: difference is the share of other answers outside one's own class; classes are transitively closed, as in
+    DARLING's code. `pairs`: the mean over pairs, as in its paper; one false "same" then merges no classes."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Smallest difference, which a group whose answers all say the same keeps (0.1 in DARLING's code); 1 measures
+    difference without rewarding it."""
+    shape: tuple[float, float] | None = None
+    """What qualities 1 and 0 become before `mul`. [1, 0], which null stands for, gives a wrong answer nothing, [1, -1]
+    discourages different wrong answers, [2, 1] encourages them. A structured domain must say it, and is refused if a
+    different wrong answer could earn as much as a right one."""
+    coefficient: float = Field(default=0.5, ge=0)
+    """Under `add`: full difference in standard deviations of quality."""
+    add_bias: bool = False
+    """Subtract the group's lowest quality before `mul`: for reward models, whose scores may be negative."""
+
+    @field_validator("partitioner")
+    @classmethod
+    def _may_be_one(cls, partitioner: Any) -> Any:
+        return named(partitioner, method="same")
+
+    @property
+    def found(self) -> Partitioner:
+        """The partitioner. Raises ValueError for one that does not exist."""
+        return find_partitioner(self.partitioner)
+
+    def fused(self, same: Same | None, qualities: Sequence[float | None]) -> Fused:
+        """Return what becomes of one group; `same` says which texts say the same, None where that could not be told.
+
+        A text alone keeps its quality. Raises ValueError on a negative quality under `mul` without `add_bias`.
+        """
+        if same is None:
+            return Fused(rewards=(None,) * len(qualities), diversity=None, classes=None)
+        diversity = self._diversity_of(same)
+        return Fused(rewards=self._fuse(qualities, diversity), diversity=diversity, classes=tuple(connected(same)))
+
+    def check_verifiable(self) -> None:
+        """Raise ValueError where a wrong answer could earn as much as a right one by being different.
+
+        For domains whose answers are right or wrong: they have to say what becomes of either, by `mul` and `shape`.
+        """
+        if self.shape is None or self.fuse != "mul":
+            raise ValueError(
+                "answers that are right or wrong need fuse: mul and an explicit shape, as [1, 0]: what right and wrong "
+                "become before difference is multiplied in"
+            )
+        right, wrong = self.shape
+        if not right * self.floor > max(wrong, 0.0):
+            raise ValueError(
+                f"shape [{right:g}, {wrong:g}] with floor {self.floor} lets a different wrong answer earn as much as a "
+                "right one: right x floor must exceed wrong, and 0"
+            )
+
+    def _diversity_of(self, same: Same) -> tuple[float, ...]:
+        """Return `div_i` of each text of a group."""
+        n = len(same)
+        if n == 1:
+            return (1.0,)
+        classes = connected(same)
+        alike = [classes.count(c) for c in classes] if self.distance == "classes" else [sum(row) for row in same]
+        return tuple(max((n - count) / (n - 1), self.floor) for count in alike)
+
+    def _fuse(self, qualities: Sequence[float | None], diversity: Sequence[float]) -> tuple[float | None, ...]:
+        known = [q for q in qualities if q is not None]
+        if not known:
+            return tuple(qualities)
+        if self.fuse == "add":
+            mean = sum(known) / len(known)
+            std = math.sqrt(sum((q - mean) ** 2 for q in known) / len(known))
+            scaled = [None if q is None else (q - mean) / std if std else 0.0 for q in qualities]
+            return tuple(
+                None if q is None else q + self.coefficient * d for q, d in zip(scaled, diversity, strict=True)
+            )
+        base = min(known) if self.add_bias else 0.0
+        if min(known) < base:
+            raise ValueError(f"diversity: mul needs qualities >= 0, got {min(known)}; use fuse: add, or add_bias")
+        right, wrong = self.shape or (1.0, 0.0)
+        return tuple(
+            None if q is None else (wrong + (right - wrong) * (q - base)) * d
+            for q, d in zip(qualities, diversity, strict=True)
+        )
 
 
 @settings
@@ -150,12 +250,6 @@ class WandbSettings:
     """W&B user or team; null: your default."""
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Say which of the known names was meant, or list them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSettings:
     """All that is set of a trainer beside TRL's arguments.
@@ -206,9 +300,8 @@ class TrainerSettings:
         for name in ("entropy_coef", "use_adaptive_entropy", "use_liger_kernel"):
             if self.entropy.held("coefficient", names) and (value := of_trl(name)):
                 raise ValueError(f"entropy.control and {name}={value} exclude each other; leave out one")
-        look, size = self.pool and self.pool.look, of_trl("num_generations")
-        if look is not None and look >= size:
-            raise ValueError(f"pool.look: must be below num_generations={size}, got {look}")
+        if self.pool is not None:
+            self.pool.check_look(of_trl("num_generations"))
         if self.evaluation.greedy and (engine == "transformers" or of_trl("use_vllm")):
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")

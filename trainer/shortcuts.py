@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polyphony.curricula.monitors import Alarm
+from polyphony.curricula.monitors import Alarm, Ringing
 from polyphony.curricula.monitors.signs import (
     COUNTED,
     ENOUGH_CORRECT,
@@ -24,7 +24,7 @@ from polyphony.curricula.monitors.signs import (
     SIGNS,
     STYLE_SHARE,
     DomainSigns,
-    _add,
+    tally,
 )
 from polyphony.curricula.records import Completion, Group, passed
 from polyphony.rewards.style import degeneration
@@ -32,15 +32,15 @@ from polyphony.trainer.advantages import rare_successes
 from polyphony.trainer.metrics import key
 
 
-class ShortcutWatch:
+class ShortcutWatch(Ringing):
     """Monitor the signs of every completion of a run.
 
     Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns.
     """
 
     def __init__(self, domains: Sequence[str]) -> None:
+        super().__init__()
         self.domains = {name: DomainSigns() for name in domains}
-        self.pending: list[Alarm] = []
         self._since: dict[str, dict[str, int]] = {}  # counts since the last log
 
     def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:
@@ -75,7 +75,7 @@ class ShortcutWatch:
             since = self._since.setdefault(name, {})
             signs = [shown for group in of_domain for shown in group.signs]
             watch.count(signs)
-            _add(since, signs, COUNTED)
+            tally(since, signs)
             for group in of_domain:
                 self._learn(watch, since, group)
             self.pending += [
@@ -92,7 +92,7 @@ class ShortcutWatch:
         right = [i for i in successes if i not in rare and i not in suspects]  # lengths of the others are no standard
         watch.lengths = [*watch.lengths, *(group.lengths[i] for i in right)][-ENOUGH_CORRECT:]
         if len(right) > len(group.rewards) / 2 and watch.style.get("n", 0) < ENOUGH_CORRECT:
-            _add(watch.style, [group.signs[i] for i in right], COUNTED)
+            tally(watch.style, [group.signs[i] for i in right])
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last flush, by full name."""
@@ -106,11 +106,6 @@ class ShortcutWatch:
             last = self.domains[name].last_lengths
             metrics[key("shortcuts", "correct_length", name)] = statistics.median(last) if last else math.nan
         return metrics
-
-    def take_alarms(self) -> list[Alarm]:
-        """Return the alarms since the last call."""
-        alarms, self.pending = self.pending, []
-        return alarms
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on; JSON-able."""

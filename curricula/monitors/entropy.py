@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from polyphony.curricula.intervals import ratio
 from polyphony.curricula.monitors import Alarm
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import mean, nan_of, null_of
 
 Sums = tuple[float, float]
 """Summed token entropy in nats, and the tokens it was summed over."""
@@ -139,7 +139,7 @@ class EntropyMonitor:
         """Return everything needed to go on watching; JSON-able, an unmeasured base as null."""
         return {
             name: {
-                "base": None if math.isnan(w.base) else w.base,
+                "base": null_of(w.base),
                 "looks": w.tests,
                 "window": list(w.window),
                 "recent": list(w.recent),
@@ -154,7 +154,7 @@ class EntropyMonitor:
             raise ValueError(f"saved entropies are of {sorted(state)}, this run has {sorted(self.watches)}")
         self.watches = {
             name: Watch(
-                base=math.nan if saved["base"] is None else saved["base"],
+                base=nan_of(saved["base"]),
                 tests=saved["looks"],
                 window=[(nats, tokens) for nats, tokens in saved["window"]],
                 recent=[(step, nats, tokens) for step, nats, tokens in saved["recent"]],

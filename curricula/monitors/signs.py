@@ -70,7 +70,7 @@ class DomainSigns:
             share = sum(sign in found for found in signs) / n
             self.level[sign] = (1 - weight) * self.level.get(sign, share) + weight * share
         if self.first.get("n", 0) < ENOUGH_COMPLETIONS:
-            _add(self.first, signs, COUNTED)
+            tally(self.first, signs)
 
     def alarms(self) -> dict[str, str]:
         """Return new alarms by kind, each with its message."""
@@ -104,7 +104,8 @@ class DomainSigns:
         return {}
 
 
-def _add(counts: dict[str, int], signs: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+def tally(counts: dict[str, int], signs: Sequence[Sequence[str]]) -> None:
+    """Add the signs of some completions to counts, and how many these were (`n`)."""
     counts["n"] = counts.get("n", 0) + len(signs)
-    for sign in names:
+    for sign in COUNTED:
         counts[sign] = counts.get(sign, 0) + sum(sign in found for found in signs)

@@ -11,17 +11,16 @@ whatever happened before, so that a set rebuilt after a restart picks alike.
 
 from __future__ import annotations
 
-import pkgutil
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.records import settings
+from polyphony.curricula.records import find_class, settings
 
 CONFIDENCE = 0.95
 """One-sided confidence that a pass rate lies below `impossible_below`."""
@@ -97,19 +96,8 @@ SAMPLINGS = {
     "uniform": "polyphony.curricula.prompts.estimate:Uniform",
     "thompson": "polyphony.curricula.prompts.estimate:Thompson",
 }
-"""Registry name to `module:Class`."""
-
-
-class PromptSampling(Protocol):
-    """Chooses among candidates that were drawn uniformly from the open prompts of a domain."""
-
-    def candidates(self, n: int) -> int:
-        """Return how many candidates it wants to see to choose `n`."""
-        ...
-
-    def choose(self, posteriors: Sequence[tuple[float, float]], n: int, generator: random.Random) -> list[int]:
-        """Return the places of `n` candidates, given the Beta parameters of each."""
-        ...
+"""Registry name to `module:Class`. One says by `candidates(n)` how many it wants to see, drawn uniformly from the open
+prompts of a domain, to choose `n`; it chooses by `choose(posteriors, n, generator)`, their places by each one's Beta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +133,9 @@ class Thompson:
 
 def find_sampling(name: str) -> Any:
     """Return the sampling of a registry name or an import path `pkg.module:Class`."""
-    path = SAMPLINGS.get(name, name)
-    if ":" not in path:
-        raise ValueError(f"pool.sampling {name!r} does not exist; known: {', '.join(SAMPLINGS)}, or pkg.module:Class")
     try:
-        return pkgutil.resolve_name(path)()
-    except (ImportError, AttributeError, TypeError) as error:
+        return find_class("pool.sampling", SAMPLINGS, name)()
+    except TypeError as error:
         raise ValueError(f"pool.sampling {name!r} cannot be used: {error}") from error
 
 

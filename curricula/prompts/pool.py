@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -74,6 +75,36 @@ class PoolSettings(Band):
     refill: Refill = Refill()
     start: str | None = Field(default=None, validation_alias="from", serialization_alias="from")
     """`pool.npz` of `polyphony screen`, or of an earlier run: pass rates to start from, matched by the prompts' ids."""
+
+    def check_parts(self) -> None:
+        """Raise ValueError for a sampling that does not exist, or a file to start from that is not there."""
+        find_sampling(self.sampling)
+        if self.start is not None and not Path(self.start).is_file():
+            raise ValueError(f"pool.from: file {self.start} does not exist; `polyphony screen` writes it")
+
+    def check_look(self, group_size: int, *, rank_rows: int = 0) -> None:
+        """Raise ValueError for a `look` that is no part of a group, or where ranks share groups.
+
+        `rank_rows` are those of a draw that each of several ranks has: a rank fills in what was not sampled from its own
+        rows.
+        """
+        if self.look is None:
+            return
+        if self.look >= group_size:
+            raise ValueError(f"pool.look: must be below num_generations={group_size}, got {self.look}")
+        if rank_rows % group_size:
+            raise ValueError(
+                f"pool.look={self.look}: a rank's {rank_rows} rows of a draw (per_device_train_batch_size x "
+                f"steps_per_generation) must be whole groups of num_generations={group_size}"
+            )
+
+    def check_uneven(self, joint: str) -> None:
+        """Raise ValueError where ranks that generate together (`joint` says by what) would ask for unlike numbers."""
+        asked, none = (
+            (f"look={self.look}", "null") if self.look else (f"refill.max_rounds={self.refill.max_rounds}", "0")
+        )
+        if joint and (self.look or self.refill.max_rounds):
+            raise ValueError(f"pool.{asked} with {joint}: use engine vllm or ray, or set it to {none}")
 
     def delay(self, state: State, pass_rate: float, rewards: Sequence[float]) -> int:
         """Return the draws that a prompt of this state and posterior mean waits after a group with these rewards."""

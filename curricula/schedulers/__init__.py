@@ -6,13 +6,11 @@ so it can be saved, restored and replayed offline. Add your own without a patch:
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence, find_class
 
 REGISTRY = {
     "auto": "polyphony.curricula.schedulers.auto:Auto",
@@ -47,13 +45,7 @@ def find_scheduler(name: str) -> type:
 
     Raises ValueError that lists the known names.
     """
-    path = REGISTRY.get(name, name)
-    if ":" not in path:
-        raise ValueError(f"scheduler {name!r} does not exist; known: {', '.join(REGISTRY)}, or pkg.module:Class")
-    try:
-        found: Any = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"scheduler {name!r} cannot be imported: {error}") from error
+    found = find_class("scheduler", REGISTRY, name)
     if not (isinstance(found, type) and hasattr(found, "decide")):
         raise ValueError(f"scheduler {name!r}: expected a class with a method `decide`, got {found!r:.60}")
     return found
@@ -67,24 +59,33 @@ def as_scheduler(
     One that can move entropy is told which of the `domains` it holds, and in which band.
     """
     if not isinstance(given, str | Mapping):
+        if isinstance(given, type) or not hasattr(given, "decide"):
+            raise ValueError(f"curriculum: expected a scheduler, its name or a mapping of its settings, got {given!r}")
         return given
-    settings: dict[str, Any] = {"scheduler": given} if isinstance(given, str) else dict(given)
+    mapping: Mapping[Any, Any] = {"scheduler": given} if isinstance(given, str) else given
+    settings = {str(key): value for key, value in mapping.items()}
     name = settings.pop("scheduler", "auto")
     fields = getattr(find_scheduler(name), "__dataclass_fields__", {})
     told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}
     if set(told) <= set(fields):
         settings = told | settings
     elif "adaptive" in fields:  # `auto` hands these on
-        settings["adaptive"] = told | settings.get("adaptive", {})
+        inner = settings.get("adaptive", {})
+        settings["adaptive"] = told | dict(inner) if isinstance(inner, Mapping) else inner
     elif entropy.asks_for_sampling:
         raise ValueError(f"scheduler {name!r} does not support `entropy.control: sampling`; adaptive and auto do")
-    return build_scheduler(name, **settings)
+    try:
+        return build_scheduler(name, **settings)
+    except ValueError as error:
+        if isinstance(given, str) or "scheduler" in given:
+            raise
+        raise ValueError(f"{error} (`scheduler` is not given, so it is {name})") from error
 
 
-def build_scheduler(name: str, **settings: Any) -> Scheduler:
-    """Return a scheduler with its settings. Raises ValueError for a setting it does not have, and lists its own."""
+def build_scheduler(name: str, /, **settings: Any) -> Scheduler:
+    """Return a scheduler with its settings. Raises ValueError for a setting it does not have, or of another type."""
     kind = find_scheduler(name)
-    allowed = list(inspect.signature(kind).parameters)
-    if unknown := set(settings) - set(allowed):
-        raise ValueError(f"scheduler {name!r} has no setting {sorted(unknown)}; it has {allowed or 'none'}")
-    return kind(**settings)
+    try:
+        return kind(**settings)
+    except TypeError as error:  # of a user's own class
+        raise ValueError(f"scheduler {name!r} refuses {settings}: {error}") from error

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import field
 from typing import Any
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence, settings
 from polyphony.curricula.schedulers.learnability import Learnability
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
-from polyphony.curricula.schedulers.shares import check_counts, check_numbers
 from polyphony.curricula.schedulers.transfer_value import TransferValue
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.matrix import Probes
 
 UNSEEN = (1.0, 0.04)
 """Mean and variance of learnability before a domain was drawn: the largest there is, so that each is tried."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Adaptive:
     """p_k = (1 - floor) u_k / sum_j u_j + floor / K with the utility
 
@@ -44,41 +43,42 @@ class Adaptive:
     No source has the four together; the product is ours.
     """
 
-    transfer: Any = None
+    transfer: Probes = None
     """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None: transfer is estimated from this
     run's evaluations alone."""
-    floor: float = 0.1
+    floor: float = Field(default=0.1, ge=0, le=1)
     """Share of a draw spread evenly over the domains, so that each keeps being measured."""
-    strength: float = 0.9
+    strength: float = Field(default=0.9, ge=0, lt=1)
     """Weight of transfer; below 1, so that transfer alone never takes a domain's share to 0."""
-    focus: float = 0.2
+    focus: float = Field(default=0.2, gt=0)
     """Difference in score over which a domain's weight grows e times: with .2 a domain at .3 weighs 3 times one at .5."""
-    alarm: float = 0.05
+    alarm: float = Field(default=0.05, gt=0)
     """Drawdown that doubles a domain's weight: two standard errors of a paired difference of about 200 items."""
-    window: int = 16
+    window: int = Field(default=16, ge=3)
     """Draws over which the slope of the mean reward is fitted (PAC's W)."""
     entropy_band: tuple[float, float] = EntropySettings().band
     """Multiples of a domain's entropy at the run's first evaluation; a recipe says it in `entropy.band`."""
     entropy_control: tuple[str, ...] = ()
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the posterior samples, together with the draw's index."""
     values: TransferValue = field(init=False, repr=False, compare=False)
 
+    @field_validator("entropy_band")
+    @classmethod
+    def _is_a_band(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= band[0] < band[1]:
+            raise ValueError("expected low < high, both >= 0")
+        return band
+
     def __post_init__(self) -> None:
-        check_numbers(self, floor="[0, 1]", strength="[0, 1)", focus="(0, inf)", alarm="(0, inf)")
-        check_counts(self, window=3)
-        low, high = self.entropy_band
-        if not 0 <= low < high:
-            raise ValueError(f"adaptive: entropy_band must be low < high, both >= 0, got {self.entropy_band}")
-        matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
         values = TransferValue(
-            scores=None if matrix is None else score_prior(matrix),
-            entropies=None if matrix is None else entropy_prior(matrix),
+            scores=None if self.transfer is None else score_prior(self.transfer),
+            entropies=None if self.transfer is None else entropy_prior(self.transfer),
             focus=self.focus,
             alarm=self.alarm,
-            band=(low, high),
-            held=tuple(self.entropy_control),
+            band=self.entropy_band,
+            held=self.entropy_control,
         )
         object.__setattr__(self, "values", values)
 

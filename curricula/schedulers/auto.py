@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import field, replace
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence, settings
 from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.bwt import Bwt
-from polyphony.curricula.schedulers.replay import Replay, read_settings
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.schedulers.replay import Replay
+from polyphony.curricula.transfer.matrix import Probes
 from polyphony.curricula.transfer.planner import make_plan
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Auto:
     """The plan's decision: `sequence` is `bwt`, `mix` is `adaptive`; without a transfer file, `adaptive`.
 
@@ -24,35 +23,32 @@ class Auto:
     ten to twenty points while the best one with replay only came near joint training.
     """
 
-    transfer: Any = None
+    transfer: Probes = None
     """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None."""
-    replay: Any = None
+    replay: Replay | None = None
     """`replay` of `bwt`, used where the plan says `sequence`; None: its defaults."""
-    adaptive: Mapping[str, Any] = field(default_factory=dict)
+    adaptive: Adaptive = Adaptive()
     """Settings of `adaptive`, used where the plan says `mix`."""
     why: str = field(init=False, repr=False, compare=False)
     inner: Bwt | Adaptive = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        replay = Replay() if self.replay is None else read_settings(Replay, self.replay, where="replay")
-        matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
-        if matrix is None:
-            inner, why = Adaptive(**self.adaptive), "adaptive, for no transfer file was given"
-        elif (plan := make_plan(matrix)).decision == "sequence":
-            inner = Bwt(transfer=matrix, replay=replay)
+        if self.transfer is None:
+            inner, why = self.adaptive, "adaptive, for no transfer file was given"
+        elif (plan := make_plan(self.transfer)).decision == "sequence":
+            inner = Bwt(transfer=self.transfer, replay=self.replay or Replay())
             why = f"bwt, for the plan says sequence (gain {_signed(plan.over_mean_order)} over a random order)"
-            if self.adaptive.get("entropy_control"):
+            if self.adaptive.entropy_control:
                 why += ", so that entropy moves no shares"
         else:
-            inner = Adaptive(transfer=matrix, **self.adaptive)
+            inner = replace(self.adaptive, transfer=self.transfer)
             why = f"adaptive, for the plan says mix (gain {_signed(plan.over_mean_order)} over a random order)"
         object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "why", why)
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         decision = self.inner.decide(evidence, state)
-        reason = f"{self.why}; {decision.reason}"
-        return Decision(mixture=decision.mixture, reason=reason, state=decision.state, stage=decision.stage)
+        return replace(decision, reason=f"{self.why}; {decision.reason}")
 
     def reviews(self, evidence: Evidence, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the reviews of a planned sequence; empty under `adaptive`."""

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from polyphony.curricula.intervals import paired
-from polyphony.curricula.records import Decision, Evidence, mean
+from polyphony.curricula.records import Decision, Evidence, mean, settings
 from polyphony.curricula.schedulers.online_transfer import Prior, Regression, score_prior
-from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine, read_settings
+from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine
 from polyphony.curricula.transfer.forgetting import moment
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.matrix import NeededProbes
 from polyphony.curricula.transfer.planner import Solver
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Bwt:
     """Within stage s on domain d:  p = q on earlier domains,  1 - sum q on d,  0 on later ones.
 
@@ -34,28 +34,21 @@ class Bwt:
         under those to come, and moves later.
     """
 
-    transfer: Any = None
+    transfer: NeededProbes = Field(default=None, validate_default=True)
     """Needed: a `TransferMatrix` or the path of a `transfer.json` (`curriculum.transfer`), which `polyphony probe`
     writes."""
-    replay: Any = field(default_factory=Replay)
+    replay: Replay = Replay()
     """Share of a draw for domains whose stage is over: `{kind: power_law, fraction: 0.25, exponent: 1.0}`."""
-    protect: Any = field(default_factory=Protection)
+    protect: Protection = Protection()
     """Additional replay of a domain that is being forgotten: `{max_drop: 0.02, share: 0.25}`."""
-    plateau: Any = field(default_factory=Plateau)
+    plateau: Plateau | None = Plateau()
     """When a stage ends early: `{window: 2, gain: 0.01}`; None: every stage has its full length."""
     solver: Solver = field(init=False, repr=False, compare=False)
     prior: Prior = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.transfer is None:
-            raise ValueError("bwt: transfer is missing; run `polyphony probe` and give the path of its transfer.json")
-        for name, kind in (("replay", Replay), ("protect", Protection), ("plateau", Plateau)):
-            given = getattr(self, name)
-            if given is not None or name != "plateau":
-                object.__setattr__(self, name, read_settings(kind, given, where=name))
-        matrix = TransferMatrix.load(self.transfer) if isinstance(self.transfer, (str, Path)) else self.transfer
-        object.__setattr__(self, "solver", Solver(matrix.on("steer")))
-        object.__setattr__(self, "prior", score_prior(matrix))
+        object.__setattr__(self, "solver", Solver(self.transfer.on("steer")))
+        object.__setattr__(self, "prior", score_prior(self.transfer))
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         run = _Run.from_json(state) if state else self._begin(evidence)
@@ -182,7 +175,7 @@ class Bwt:
 
     def _earlier_shares(self, run: _Run, evidence: Evidence) -> dict[str, float]:
         ages = {name: evidence.draw - end + 1 for name, end in run.ends.items()}
-        return combine(self.replay.shares(ages), {name: float(self.protect.share) for name in run.protected})
+        return combine(self.replay.shares(ages), dict.fromkeys(run.protected, self.protect.share))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

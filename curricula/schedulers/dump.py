@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence
-from polyphony.curricula.schedulers.shares import check_counts, check_numbers, listed, softmax, uniform
+from pydantic import Field
+
+from polyphony.curricula.records import Decision, DomainStats, Evidence, settings
+from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class DUMP:
     """p = softmax(U / tau) with U_k = A_k + sqrt(2 ln(N + 1) / (n_k + 1)).
 
@@ -25,16 +26,12 @@ class DUMP:
     and takes nearly the whole next draw, as intended by the bound.
     """
 
-    window: int = 300
+    window: int = Field(default=300, ge=1)
     """Completions a domain's mean |advantage| is taken over; 300 as in the released code."""
-    group_size: int = 16
+    group_size: int = Field(default=16, ge=1)
     """Completions a group; 16 in the paper. Give your `num_generations` for the paper's bonus at your group size."""
-    temperature: float = 0.1
+    temperature: float = Field(default=0.1, gt=0)
     """tau; 0.1 as in the released code: a U larger by 0.07 doubles a domain's share."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, window=1, group_size=1)
-        check_numbers(self, temperature="(0, inf)")
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         k = len(evidence.domains)

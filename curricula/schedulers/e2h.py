@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyphony.curricula.records import Decision, Evidence
+from pydantic import Field
+
+from polyphony.curricula.records import Decision, Evidence, settings
 from polyphony.curricula.schedulers.fixed import Sequential
-from polyphony.curricula.schedulers.shares import check_numbers, listed, normalised
+from polyphony.curricula.schedulers.shares import listed, normalised
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class E2H:
     """Level i = 0 .. K-1 of an order, at draw t of T, with S = K (K + 1) / 2:
 
@@ -31,17 +32,10 @@ class E2H:
     """`gaussian` fades easy levels out, which the paper finds to matter; `cosine` keeps more of all."""
     order: tuple[str, ...] | None = None
     """Domains from first to last; None puts structured before open-ended, each in the recipe's order."""
-    exponent: float = 0.5
+    exponent: float = Field(default=0.5, gt=0)
     """b; 0.5 as released: the focus moves fast at first, and half of the levels are passed in a quarter of the run."""
-    sigma: float = 0.5
+    sigma: float = Field(default=0.5, gt=0)
     """Width of the focus, in levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, exponent="(0, inf)", sigma="(0, inf)")
-        if self.kind not in ("cosine", "gaussian"):
-            raise ValueError(f"E2H: kind must be cosine or gaussian, got {self.kind!r}")
-        if self.order is not None:
-            object.__setattr__(self, "order", tuple(self.order))
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         order = Sequential(order=self.order).resolve_order(evidence)

@@ -7,13 +7,12 @@ prompts they have. `sequential`: one domain after the other, each for an equal s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence
+from polyphony.curricula.records import Decision, Evidence, settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Joint:
     """p_k = w_k / sum_j w_j, with w the recipe's domain weights (all 1 by default: uniform over domains).
 
@@ -28,7 +27,7 @@ class Joint:
         return Decision(mixture=tuple(w / total for w in evidence.weights), reason="fixed weights")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Proportional:
     """p_k = n_k / sum_j n_j, with n the number of training prompts: what concatenating the datasets would do."""
 
@@ -37,7 +36,7 @@ class Proportional:
         return Decision(mixture=tuple(n / total for n in evidence.sizes), reason="in proportion to dataset sizes")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class Sequential:
     """Stage s of K lasts draws [floor(s D / K), floor((s + 1) D / K)) of D; within it p is 1 on the stage's domain.
 
@@ -47,10 +46,6 @@ class Sequential:
 
     order: tuple[str, ...] | None = None
     """Domains from first to last; None puts structured before open-ended, each in the recipe's order."""
-
-    def __post_init__(self) -> None:
-        if self.order is not None:
-            object.__setattr__(self, "order", tuple(self.order))
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         order = self.resolve_order(evidence)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.records import Evidence
+from polyphony.curricula.records import Evidence, null_of
 
 INFLATION = 0.02
 """Variance added to every domain at each draw (PAC)."""
@@ -72,9 +72,7 @@ class Learnability:
 
 
 def _push(history: list[list[float | None]], newest: list[float], window: int) -> list[list[float | None]]:
-    return [
-        [*each, None if math.isnan(value) else value][-window:] for each, value in zip(history, newest, strict=True)
-    ]
+    return [[*each, null_of(value)][-window:] for each, value in zip(history, newest, strict=True)]
 
 
 def _slope(values: list[float | None]) -> float:

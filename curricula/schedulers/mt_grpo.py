@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence
-from polyphony.curricula.schedulers.shares import check_numbers, listed, normalised, softmax, uniform
+from pydantic import Field
+
+from polyphony.curricula.records import Decision, DomainStats, Evidence, nan_of, settings
+from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class MTGRPO:
     """p_k = z_k m_k / sum_j z_j m_j, with z = softmax(xi) what the update should see, m what filtering will take away:
 
@@ -31,17 +32,14 @@ class MTGRPO:
     Rewards are expected in [0, 1].
     """
 
-    balance: float = 0.2
+    balance: float = Field(default=0.2, ge=0)
     """lam; 0.2 in the paper's main run with 3 tasks, up to 1.2 with 9: larger weighs the level more than the change."""
-    step_size: float = 0.025
+    step_size: float = Field(default=0.025, gt=0)
     """beta, Adam's rate for xi; 0.025 as released: under a steady g a logit moves by that much a draw."""
-    cap: float = 5.0
+    cap: float = Field(default=5.0, ge=1)
     """Largest oversampling; 5 as released. 1 turns it off: where dead groups are refilled within their domain."""
-    smoothing: float = 0.9
+    smoothing: float = Field(default=0.9, ge=0, lt=1)
     """Discount of dead and total groups per draw of a domain; 0.9 as released: the last ten draws count."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, balance="[0, inf)", step_size="(0, inf)", cap="[1, inf)", smoothing="[0, 1)")
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         k = len(evidence.domains)
@@ -59,7 +57,7 @@ class MTGRPO:
         mixture = normalised([z * m for z, m in zip(wanted, factors, strict=True)])
         names = evidence.domains
         reason = (
-            f"wanted shares {listed(names, wanted)}: more to low reward ({listed(names, map(_or_nan, reward))}) and low "
+            f"wanted shares {listed(names, wanted)}: more to low reward ({listed(names, map(nan_of, reward))}) and low "
             f"improvement ({listed(names, change)}); oversampled for dead groups (share {listed(names, rates)})"
         )
         return Decision(
@@ -107,7 +105,3 @@ def _adam(gradient: Sequence[float], state: Mapping[str, Any] | None) -> tuple[l
         m / (1 - 0.9**count) / (math.sqrt(v / (1 - 0.999**count)) + 1e-8) for m, v in zip(first, second, strict=True)
     ]
     return steps, {"count": count, "first": first, "second": second}
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

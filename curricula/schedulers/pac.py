@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, mean
-from polyphony.curricula.schedulers.shares import check_counts, check_numbers, listed, uniform
+from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, null_of, settings
+from polyphony.curricula.schedulers.shares import listed, uniform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class PAC:
     """p_k = share of `samples` draws theta ~ N(mu, v) in which theta_k is the largest; after each draw of domain k
 
@@ -30,20 +30,16 @@ class PAC:
     grows by the drift, so it is tried again. Whether the paper learns during its cold start we could not read.
     """
 
-    window: int = 16
+    window: int = Field(default=16, ge=2)
     """Draws over which advantage and slope are taken; 16 as in the paper."""
-    drift: float = 0.02
+    drift: float = Field(default=0.02, ge=0)
     """Variance added each draw, 0.02 as in the paper: at a steady rho of 1 the posterior keeps v near 0.15."""
-    cold_start: int = 50
+    cold_start: int = Field(default=50, ge=1)
     """Uniform draws at the start; 50 as in the paper, capped at a quarter of the run."""
-    samples: int = 256
+    samples: int = Field(default=256, ge=1)
     """Samples of theta per draw: the paper's 256 prompts a batch; a share of .25 then has a standard error of .03."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the samples of theta, together with the draw's index."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, window=2, cold_start=1, samples=1, seed=0)
-        check_numbers(self, drift="[0, inf)")
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         k = len(evidence.domains)
@@ -67,8 +63,8 @@ class PAC:
         """Return what the draws in the window showed, oldest first; None where a domain was not drawn or graded."""
         now = {
             "draw": evidence.draw - 1,
-            "advantage": [_or_none(stats.abs_advantage) for stats in evidence.last],
-            "reward": [_or_none(stats.reward) for stats in evidence.last],
+            "advantage": [null_of(stats.abs_advantage) for stats in evidence.last],
+            "reward": [null_of(stats.reward) for stats in evidence.last],
         }
         kept = [old for old in history if old["draw"] >= evidence.draw - self.window]
         return [*kept, now] if any(a is not None for a in now["advantage"]) else kept
@@ -113,7 +109,3 @@ def _rates(last: Sequence[DomainStats]) -> list[float]:
     """Return rho [K]: groups over the mean per domain; 0 where nothing was graded."""
     groups = [0 if math.isnan(stats.abs_advantage) else stats.groups for stats in last]
     return [n * len(groups) / max(1, sum(groups)) for n in groups]
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

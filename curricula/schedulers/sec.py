@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.shares import check_numbers, listed, softmax, uniform
+from pydantic import Field
+
+from polyphony.curricula.records import Decision, Evidence, nan_of, settings
+from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class SEC:
     """A bandit over domains: after each draw Q_k <- (1 - a) Q_k + a A_k; the next draw has p = softmax(Q / tau).
 
@@ -23,13 +24,10 @@ class SEC:
     paper: the released code moves it towards 0 as if nothing could be learned there, which we do not copy.
     """
 
-    step_size: float = 0.5
+    step_size: float = Field(default=0.5, gt=0, le=1)
     """a; 0.5 as in the released runs: an observation's weight halves with every draw of its domain."""
-    temperature: float = 0.2
+    temperature: float = Field(default=0.2, gt=0)
     """tau; 0.2 as in the released runs: a Q larger by 0.14 doubles a domain's share."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, step_size="(0, 1]", temperature="(0, inf)")
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         values: list[float | None] = list(state.get("values", [None] * len(evidence.domains)))
@@ -40,7 +38,7 @@ class SEC:
         if all(value is None for value in values):
             reason = "no draw has been graded yet: uniform"
             return Decision(mixture=uniform(len(values)), reason=reason, state=new_state)
-        seen = [math.nan if value is None else value for value in values]
+        seen = [nan_of(value) for value in values]
         reason = f"more to domains with larger |advantage|, smoothed: {listed(evidence.domains, seen)}"
         if unseen := [name for name, value in zip(evidence.domains, values, strict=True) if value is None]:
             reason += f"; not seen yet, counted as 0: {', '.join(unseen)}"

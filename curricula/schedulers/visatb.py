@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence, mean
-from polyphony.curricula.schedulers.shares import check_numbers, listed, softmax
+from pydantic import Field
+
+from polyphony.curricula.records import Decision, Evidence, mean, settings
+from polyphony.curricula.schedulers.shares import listed, softmax
 from polyphony.curricula.transfer.effects import Effects
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.matrix import NeededProbes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class VisATB:
     """p = ((softmax(out / tau) + softmax(-in / tau)) / 2 + softmax((1 - d) / tau)) / 2, the same for the whole run.
 
@@ -25,26 +26,17 @@ class VisATB:
     on the `steer` half. It is static: rewards are not used, and the mixture of the first draw is that of all.
     """
 
-    transfer: TransferMatrix | None = None
-    """Needed: what `polyphony probe` measured (`curriculum.transfer`)."""
-    temperature: float = 0.5
+    transfer: NeededProbes = Field(default=None, validate_default=True)
+    """Needed: a `TransferMatrix` or the path of a `transfer.json` (`curriculum.transfer`), which `polyphony probe`
+    writes."""
+    temperature: float = Field(default=0.5, gt=0)
     """tau; 0.5 as in the code: a contribution larger by 0.35 doubles its term."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, temperature="(0, inf)")
-        if not isinstance(self.transfer, TransferMatrix):
-            raise ValueError(
-                f"VisATB: transfer must be a TransferMatrix, got {self.transfer!r}; `polyphony probe RECIPE` measures "
-                "one and writes transfer.json: name that file as curriculum.transfer in the recipe, or in Python give "
-                "transfer=TransferMatrix.load(path)"
-            )
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         state = state or self._weigh(evidence.domains)  # worked out once: the matrix does not change
         return Decision(mixture=tuple(state["mixture"]), reason=state["reason"], state=dict(state))
 
     def _weigh(self, domains: tuple[str, ...]) -> dict[str, Any]:
-        assert self.transfer is not None  # __post_init__ saw to it
         effects = Effects(self.transfer.on("steer"))
         if missing := [name for name in domains if name not in effects.trained]:
             raise ValueError(

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.records import Evaluation, Kind
@@ -369,3 +371,18 @@ def _is_number(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_probes(given: Any) -> TransferMatrix:
+    """Return what settings of a scheduler name: a matrix, or the path of one. Raises ValueError for anything else."""
+    if isinstance(given, str | Path):
+        if not Path(given).is_file():
+            raise ValueError("the file does not exist; `polyphony probe` writes it")
+        return TransferMatrix.load(given)
+    if not isinstance(given, TransferMatrix):
+        raise ValueError("expected a TransferMatrix or the path of a transfer.json, which `polyphony probe` writes")
+    return given
+
+
+NeededProbes = Annotated[Any, BeforeValidator(read_probes)]
+Probes = Annotated[Any, BeforeValidator(lambda given: None if given is None else read_probes(given))]

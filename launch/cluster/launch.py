@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyphony.launch.cluster import local as here
-from polyphony.launch.cluster import local as kernels
 from polyphony.launch.cluster import ray_job as jobs
 from polyphony.launch.cluster import slurm as queue
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 
@@ -42,7 +42,7 @@ def local(run: Job, machine: here.Machine) -> int:
     if run.recipe.cluster.processes > 1 and machine.rank == 0:
         here.check_port(run.recipe.cluster.port, key="cluster.port")
     if run.recipe.cluster.strategy.startswith("zero"):
-        kernels.leave_no_killed_build(here.say)
+        here.leave_no_killed_build(say)
     return here.run(command, run_folder=run.out)
 
 

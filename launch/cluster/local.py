@@ -23,6 +23,7 @@ import psutil
 
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.launch.sections import ClusterSection
+from polyphony.trainer.run import say
 
 DATA = Path(__file__).resolve().parent.parent
 """Where the configurations of accelerate and DeepSpeed are."""
@@ -200,11 +201,6 @@ def leave_nothing(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def say(text: str) -> None:
-    """Tell the person who launched."""
-    print(text, file=sys.stderr, flush=True)
 
 
 BUILD_S = 600.0

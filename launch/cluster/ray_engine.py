@@ -22,8 +22,8 @@ from polyphony.curricula.records import Completion
 from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, last_line
 from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
 from polyphony.launch.sections import RolloutsSection
-from polyphony.trainer.engine.engine import Engine, Request
-from polyphony.trainer.engine.vllm import OnFinished
+from polyphony.trainer.engine.engine import Engine
+from polyphony.trainer.engine.vllm import OnFinished, Request
 
 
 def whole_groups(requests: Sequence[Request]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from polyphony.launch.cluster.local import Command
 from polyphony.launch.cluster.ray_cluster import ANSWER_S, NEEDS_TOKEN, reason, staged_package, wait_for_port
 from polyphony.launch.recipe import RecipeError
+from polyphony.trainer.run import say
 
 
 def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
@@ -36,10 +37,7 @@ def submit(command: Command, address: str) -> int:
     check_dashboard(address, timeout_s=ANSWER_S)
     done = subprocess.run(command.words, check=False)
     if done.returncode:
-        print(
-            f"polyphony launch ray: the job ended with exit code {done.returncode}",
-            file=sys.stderr,
-        )
+        say(f"polyphony launch ray: the job ended with exit code {done.returncode}")
     return done.returncode
 
 

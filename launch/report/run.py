@@ -60,7 +60,7 @@ class LoadedRun:
     @property
     def domains(self) -> tuple[str, ...]:
         """Names in the recipe's order; without a recipe those of the transfer file, then those that were logged."""
-        listed = tuple(_mapping(self.recipe.get("domains"))) or (self.transfer.domains if self.transfer else ())
+        listed = tuple(as_mapping(self.recipe.get("domains"))) or (self.transfer.domains if self.transfer else ())
         if listed:
             return tuple(str(name) for name in listed)
         logged = [key.split("/", 1)[1].rpartition("/")[0] for key in self.metrics if key.startswith("domain/")]
@@ -69,10 +69,10 @@ class LoadedRun:
     @property
     def watch_only(self) -> tuple[str, ...]:
         """Domains without training rows; without a recipe, those the transfer file names."""
-        domains = _mapping(self.recipe.get("domains"))
+        domains = as_mapping(self.recipe.get("domains"))
         if not domains:
             return self.transfer.watch_only if self.transfer else ()
-        return tuple(str(name) for name, fields in domains.items() if not _mapping(fields).get("train"))
+        return tuple(str(name) for name, fields in domains.items() if not as_mapping(fields).get("train"))
 
     @property
     def scheduler(self) -> str:
@@ -103,7 +103,7 @@ class LoadedRun:
         """Return a value of the recipe by its key path; None where it is not set."""
         value: Any = self.recipe
         for key in keys:
-            value = _mapping(value).get(key)
+            value = as_mapping(value).get(key)
         return value
 
 
@@ -122,7 +122,7 @@ def read_run(path: str | Path) -> LoadedRun:
     recipe_text, recipe = _read_recipe(folder.settings if of_script else folder.recipe, missing)
     transfer = _read_transfer(folder.transfer, missing)
     metrics = _columns(_read_lines(folder, "metrics", missing, gives="training curves"))
-    provenance = _mapping(_read_json(folder.provenance, missing))
+    provenance = as_mapping(_read_json(folder.provenance, missing))
     return LoadedRun(
         name=path.resolve().name,
         path=path,
@@ -160,7 +160,7 @@ def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]
         return "", {}
     text = path.read_text(errors="replace")
     try:
-        return text, _mapping(YAML(typ="safe", pure=True).load(text))
+        return text, as_mapping(YAML(typ="safe", pure=True).load(text))
     except YAMLError as error:
         missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:120]}")
         return text, {}
@@ -237,5 +237,6 @@ def _series(points: Mapping[float, float]) -> Series:
     return Series(steps[order], values[order])
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return what a file should have as a mapping; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}

@@ -16,7 +16,7 @@ from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.launch.report.charts import Figure, Layer, Line, Mark, draw_stack
 from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, fit_exchange
-from polyphony.launch.report.run import LoadedRun
+from polyphony.launch.report.run import LoadedRun, as_mapping
 from polyphony.launch.report.story import bounds, signed
 from polyphony.launch.report.theme import Panels, Sheet
 
@@ -370,7 +370,7 @@ def _with_intervals(sheet: Sheet, n: int, findings: Findings, name: str, metric:
         (line["step"], bounds)
         for line in findings.run.evaluations
         if isinstance(line.get("step"), (int, float))
-        and (bounds := _bounds_of(_mapping(_mapping(line.get("domains")).get(name)), metric)) is not None
+        and (bounds := _bounds_of(as_mapping(as_mapping(line.get("domains")).get(name)), metric)) is not None
     ]
     if not points:
         return None
@@ -391,9 +391,9 @@ def _bounds_of(statistics: Mapping[str, Any], metric: str) -> Sequence[float] | 
 
 def _styles(findings: Findings) -> Iterable[tuple[str, str, str]]:
     """Yield (domain, output styles at the first evaluation, at the last)."""
-    lines = [line for line in findings.run.evaluations if _mapping(line.get("domains"))]
+    lines = [line for line in findings.run.evaluations if as_mapping(line.get("domains"))]
     for name in findings.run.domains if lines else ():
-        first, last = (_mapping(_mapping(lines[k]["domains"].get(name)).get("styles")) for k in (0, -1))
+        first, last = (as_mapping(as_mapping(lines[k]["domains"].get(name)).get("styles")) for k in (0, -1))
         if last:
             yield name, _shares(first), _shares(last)
 
@@ -442,7 +442,3 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
 
 def _keys(run: LoadedRun, prefix: str) -> list[str]:
     return [key for key in run.metrics if key.startswith(prefix)]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

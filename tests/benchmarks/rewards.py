@@ -11,8 +11,8 @@ from collections.abc import Callable
 import psutil
 
 from polyphony.rewards import find_reward
-from polyphony.rewards.diversity import Diversity
 from polyphony.rewards.partitions import Embedding
+from polyphony.trainer.settings import Diversity
 from tests.benchmarks.result import Result, Target, repeated, timed, tree_cpu_s
 
 REPETITIONS = 3
@@ -84,22 +84,11 @@ def _embeddings() -> Callable[[], object]:
     return lambda: _embedding().same([texts], ["p"])
 
 
-class _Embedded:
-    """Hands out matrices that were computed before, so that only the fusion is timed."""
-
-    def __init__(self, groups: list[list[str]]) -> None:
-        self.matrices = _embedding().same(groups, ["p"] * len(groups))
-
-    def same(self, groups: object, prompts: object) -> list:
-        return self.matrices
-
-
 def _diversity_beyond_embeddings() -> Result:
     texts = _texts()
     groups = [texts[i : i + GROUP] for i in range(0, TEXTS, GROUP)]
-    diversity = Diversity(partitioner=_Embedded(groups))
-    qualities: list[list[float | None]] = [[0.5] * GROUP for _ in groups]
-    fused = [timed(lambda: diversity(groups, qualities, ["p"] * len(groups))) for _ in range(20)]
+    matrices, diversity = _embedding().same(groups, ["p"] * len(groups)), Diversity()
+    fused = [timed(lambda: [diversity.fused(same, [0.5] * GROUP) for same in matrices]) for _ in range(20)]
     took = [seconds.scaled(1000 / len(groups)) for seconds in fused]
     return repeated("diversity_group_of_8", "ms", took, target=Target(relation="<=", limit=2), note="beside embeddings")
 

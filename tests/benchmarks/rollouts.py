@@ -14,7 +14,8 @@ from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
 
 if TYPE_CHECKING:
-    from polyphony.trainer.engine.engine import InProcessEngine, Request
+    from polyphony.trainer.engine.engine import InProcessEngine
+    from polyphony.trainer.engine.vllm import Request
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 PROMPTS = 64
@@ -79,7 +80,7 @@ def _attached() -> tuple[DomainGRPOTrainer, InProcessEngine]:
 
 def requests_of(trainer: DomainGRPOTrainer) -> list[Request]:
     """Return the same number of prompts of each domain, every one `COPIES` times, each copy with a seed of its own."""
-    from polyphony.trainer.engine.engine import Request
+    from polyphony.trainer.engine.vllm import Request
 
     share = PROMPTS // len(trainer.data.train)
     prompts = [prompt for table in trainer.data.train.values() for prompt in [table[i] for i in table.ids[:share]]]

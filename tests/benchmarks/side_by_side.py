@@ -27,8 +27,8 @@ from polyphony.launch.build import build_trainer, grpo_config
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
-from polyphony.trainer.engine.engine import InProcessEngine, Request, completion_seed
-from polyphony.trainer.engine.vllm import OnFinished
+from polyphony.trainer.engine.engine import InProcessEngine
+from polyphony.trainer.engine.vllm import OnFinished, Request, completion_seed
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.benchmarks.commands import RECIPES
 from tests.benchmarks.result import Timing

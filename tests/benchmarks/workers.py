@@ -14,7 +14,7 @@ from tests.benchmarks.rollouts import rate_of, requests_of, sync_seconds
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.ray_engine import RayEngine
-    from polyphony.trainer.engine.engine import Request
+    from polyphony.trainer.engine.vllm import Request
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 PAIRS = 5

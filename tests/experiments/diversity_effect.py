@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from polyphony.curricula.records import mean
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, load_recipe
-from polyphony.launch.train import say, train
+from polyphony.launch.train import train
+from polyphony.trainer.run import say
 from tests.experiments.trials import over_seeds
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from polyphony.curricula.intervals import Interval, student
 from polyphony.curricula.records import mean
 from polyphony.launch.recipe import load_recipe
-from polyphony.launch.train import say, train
+from polyphony.launch.train import train
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:

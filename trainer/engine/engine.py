@@ -29,18 +29,6 @@ from polyphony.trainer.engine.vllm import (
     start_llm,
 )
 
-__all__ = [
-    "Engine",
-    "EngineFactory",
-    "EngineFaults",
-    "InProcessEngine",
-    "Request",
-    "Sampling",
-    "completion_seed",
-    "find_engine",
-]
-
-
 MOST_TOKENS_A_STEP = 4096
 
 

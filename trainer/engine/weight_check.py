@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from polyphony.trainer.engine.engine import Completion, reshard
+from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.engine import reshard
 
 SCALE = 0.1
 """Factor on the final norm, and so on every logit: near-uniform sampling, which no policy's own log-probabilities are

@@ -14,11 +14,12 @@ from typing import Any
 
 from polyphony.curricula.records import Completion, mean, passed
 from polyphony.rewards.answers import final_answer
-from polyphony.rewards.diversity import Diversity, distinct_n, self_bleu, unique_classes, vendi
+from polyphony.rewards.diversity import distinct_n, self_bleu, unique_classes, vendi
 from polyphony.rewards.partitions import Same, answer_signature, connected
 from polyphony.rewards.style import is_valid, style
 from polyphony.trainer.diversity_reward import compared
 from polyphony.trainer.metrics import key
+from polyphony.trainer.settings import Diversity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.halves import taken
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.engine import Request, completion_seed
+from polyphony.trainer.engine.vllm import Request, completion_seed
 from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once

@@ -20,7 +20,7 @@ from scipy.special import ndtr
 from scipy.stats import rankdata
 
 from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, changed_ratio, ratio, student
-from polyphony.curricula.records import passed, passes
+from polyphony.curricula.records import nan_of, passed, passes
 from polyphony.trainer.evaluation.answers import Answer
 
 
@@ -187,7 +187,7 @@ class Answers:
         if k == 1:
             del columns["majority"]
         if self.greedy is not None:
-            columns["greedy"] = [math.nan if a.score is None else a.score for a in self.greedy]
+            columns["greedy"] = [nan_of(a.score) for a in self.greedy]
         return {name: np.array(values, dtype=float) for name, values in columns.items()}
 
     def _ratios(self) -> dict[str, np.ndarray]:

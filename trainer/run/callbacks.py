@@ -44,11 +44,12 @@ from polyphony.trainer.evaluation.base_kl import BaseReference
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import Interrupted, RunFolder
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, settings_of_script
 from polyphony.trainer.run.recorder import Recorder
-from polyphony.trainer.run.stopping import StopOnSignal, largest, say
+from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.settings import CheckpointSettings, EvaluationSettings, TrainerSettings

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
     """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {
+            name: found.version for name in PACKAGES for found in islice(metadata.distributions(name=name), 1)
+        },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
         "model": {"name": model, "sha256": _weights_hash(Path(model))},
@@ -127,7 +130,8 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if not hasattr(type(value), "__pydantic_fields__"):
         raise TypeError(type(value))
-    said = {f.serialization_alias or name: getattr(value, name) for name, f in type(value).__pydantic_fields__.items()}
+    given = {name: f for name, f in type(value).__pydantic_fields__.items() if f.init is not False}
+    said = {f.serialization_alias or name: getattr(value, name) for name, f in given.items()}
     return {name: _plain(part) for name, part in said.items() if part is not None}
 
 
@@ -161,7 +165,7 @@ def _scheduler(given: Any) -> Mapping[str, Any]:
         return {"scheduler": given}
     path = f"{type(given).__module__}:{type(given).__qualname__}"
     name = next((name for name, known in REGISTRY.items() if known == path), path)
-    return {"scheduler": name} | {f.name: getattr(given, f.name) for f in fields(given)}
+    return {"scheduler": name} | {f.name: getattr(given, f.name) for f in fields(given) if f.init}
 
 
 def _words(value: Any) -> str:
@@ -169,13 +173,6 @@ def _words(value: Any) -> str:
     count = f"{len(value)} x " if isinstance(value, Sequence) and not isinstance(value, str) else ""
     kind = value if inspect.isfunction(value) else type(value)
     return f"{count}{kind.__module__}.{kind.__qualname__}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -17,6 +16,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from polyphony.trainer.run import say
 from polyphony.trainer.slots import DrawPlan
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -79,8 +79,3 @@ class StopOnSignal(TrainerCallback):
         if self._before:  # still training
             say(f"SIGTERM: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
             os._exit(128 + signal.SIGTERM)
-
-
-def say(text: str) -> None:
-    """Tell the person who runs this, on standard error."""
-    print(text, file=sys.stderr, flush=True)
