@@ -190,8 +190,8 @@ def test_a_setting_out_of_range_is_refused(name, settings):
             {"scheduler": "tests.test_schedulers:Mine", "frist": True},
             "scheduler 'tests.test_schedulers:Mine' refuses {'fr",
         ),
-        (None, "expected a scheduler, its name, or a mapping of `scheduler` and settings, got None"),
-        (Joint, "expected a scheduler, its name, or a mapping of `scheduler` and settings, got <class "),
+        (None, "expected a scheduler, its name or a mapping of its settings, got None"),
+        (Joint, "expected a scheduler, its name or a mapping of its settings, got <class "),
     ],
     ids=str,
 )
