@@ -97,7 +97,7 @@ ATTACKS = {
     "reads its parent's memory": "import os; open(f'/proc/{os.getppid() or 2}/mem', 'rb').read(1)",
     "reads its parent's environment": "import os; open(f'/proc/{os.getppid() or 2}/environ').read()",
     "takes memory": "x = 'x' * (1 << 30)",
-    "takes memory in steps": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "takes memory in steps": "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 1 << 20))",
     "fills the disk": "f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1 << 20))",
     "fills the disk in pieces": "for i in range(10**9): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))",
     "signals through a pipe": "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid() or 2)",
@@ -134,6 +134,22 @@ def test_a_program_that_does_not_end_is_ended(source, ended, level):
     assert result.ended == ended or result.ended in ended
     assert len(result.stdout) <= 1 << 12
     assert time.monotonic() - start < 3
+
+
+def test_a_deadline_holds_for_a_program_that_asks_without_end():
+    asked, ask = os.pipe()
+    os.write(ask, b"x")  # never read: there is always a next question
+    nothing, _ = os.pipe()
+    watch = confine.Listener()
+    watch._listeners.add(asked)
+    watch._poll.register(asked)
+    assert not watch.wait(nothing, time.monotonic() + 0.1)
+    assert not watch.has_begun(1, time.monotonic() + 0.1)
+    watch.theirs.send(b"+")
+    assert watch.has_begun(1, 0.0)
+    watch.close()
+    for fd in (ask, nothing, _):
+        os.close(fd)
 
 
 def test_processor_time_ends_before_the_clock_does():

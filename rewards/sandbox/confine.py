@@ -199,7 +199,11 @@ _CHECKED = (
 _UNKNOWN = "clone3:435/435 openat2:437/437 mbind:237/235 get_mempolicy:239/236 sched_setaffinity:203/122"
 _OURS = "mount_setattr:442/442 seccomp:317/277"
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_CLONE_THREAD, _OPEN_FOR_WRITING, _DATAGRAMS = 0x00010000, 0o1 | 0o2 | 0o100 | 0o1000, 2
+_OPEN_FOR_WRITING = 0o1 | 0o2 | 0o100 | 0o1000
+_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000
+"""What a thread shares with its process: memory, folders, descriptors, handlers. With descriptors of its own each could open
+as many files as all others."""
+_NEW_NAMESPACES = 0x7E020000
 _OF_A_DESCRIPTOR = (0, 1, 2, 3, 4, 1030, 1032)  # fcntl: duplicates, flags, a pipe's size; no locks, leases, owners
 _OF_A_STREAM = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # ioctl: is it a terminal, how much waits, blocking
 _OF_A_NAME = (15, 16, 0x53564D41)  # prctl: names of a thread and of memory
@@ -219,7 +223,7 @@ def _numbers(names: str) -> dict[str, int]:
 
 _SYSCALLS = _numbers(f"{_CHECKED} {_OURS}")
 
-_LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
+_LOAD, _MASK, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _REFUSE, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 
 
@@ -262,31 +266,39 @@ def _filter(own_pid: int, may_write: bool, *, is_watched: bool) -> list[bytes]:
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _ALLOW)]
     for number in _numbers(_UNKNOWN).values():
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]
+    every = 0xFFFFFFFF
+    may_open = [] if may_write else [_OPEN_FOR_WRITING]
     checks = [
-        ("clone", 0, _IF_ANY_BIT, (_CLONE_THREAD,), True),
-        ("kill", 0, _IF_EQUAL, (own_pid,), True),
-        ("tgkill", 0, _IF_EQUAL, (own_pid,), True),
-        ("prlimit64", 0, _IF_EQUAL, (0,), True),
-        ("prctl", 0, _IF_EQUAL, _OF_A_NAME, True),
-        ("fcntl", 1, _IF_EQUAL, _OF_A_DESCRIPTOR, True),
-        ("ioctl", 1, _IF_EQUAL, _OF_A_STREAM, True),
-        ("socketpair", 1, _IF_ANY_BIT, (_DATAGRAMS,), False),  # which could be sent to any name
-        ("open", 1, _IF_ANY_BIT, () if may_write else (_OPEN_FOR_WRITING,), False),
-        ("openat", 2, _IF_ANY_BIT, () if may_write else (_OPEN_FOR_WRITING,), False),
+        ("clone", (0, _THREAD | _NEW_NAMESPACES, (_THREAD,))),
+        ("kill", (0, every, (own_pid,))),
+        ("tgkill", (0, every, (own_pid,))),
+        ("prlimit64", (0, every, (0,))),
+        ("prctl", (0, every, _OF_A_NAME)),
+        ("fcntl", (1, every, _OF_A_DESCRIPTOR)),
+        ("ioctl", (1, every, _OF_A_STREAM)),
+        # of datagrams one could be sent to any name
+        ("socketpair", (0, every, (socket.AF_UNIX,)), (1, 0xF, (socket.SOCK_STREAM, socket.SOCK_SEQPACKET))),
+        ("open", *((1, writing, (0,)) for writing in may_open)),
+        ("openat", *((2, writing, (0,)) for writing in may_open)),
     ]
-    for name, argument, test, values, allowed in checks:
+    for name, *conditions in checks:
         if name in _SYSCALLS:
             answer = _ASK if name == "clone" and is_watched else _ALLOW
-            program += _check(_SYSCALLS[name], argument, test, values, allowed, answer)
+            program += _check(_SYSCALLS[name], conditions, answer)
     return [*program, _op(_RETURN, unlisted)]
 
 
-def _check(number: int, argument: int, test: int, values: tuple[int, ...], allowed: bool, answer: int) -> list[bytes]:
-    """Return the block that answers a call so (or refuses it) if its argument meets the test for any of `values`."""
-    block = [_op(_IF_EQUAL, number, 0, len(values) + 3), _op(_LOAD, 16 + 8 * argument)]
-    for left in reversed(range(len(values))):
-        block.append(_op(test, values[0 - left - 1], left + (not allowed), int(allowed and left == 0)))
-    return [*block, _op(_RETURN, answer), _op(_RETURN, _REFUSE | _EPERM)]
+def _check(number: int, conditions: list[tuple[int, int, tuple[int, ...]]], answer: int) -> list[bytes]:
+    """Return the block that answers a call so where all conditions hold, and refuses it else.
+
+    One holds where the bits of an argument that a mask leaves are one of the values.
+    """
+    block = []
+    for argument, mask, values in conditions:
+        block += [_op(_LOAD, 16 + 8 * argument), _op(_MASK, mask)]
+        block += [_op(_IF_EQUAL, value, len(values) - place) for place, value in enumerate(values)]
+        block.append(_op(_RETURN, _REFUSE | _EPERM))
+    return [_op(_IF_EQUAL, number, 0, len(block) + 1), *block, _op(_RETURN, answer)]
 
 
 MOST_THREADS = 1024
@@ -319,7 +331,9 @@ class Listener:
     def has_begun(self, processes, deadline):
         """Wait until so many processes have begun; say whether they have, as soon as none can any more."""
         while self._may_begin and self.begun < processes:
-            found = self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
+            found = self._ready(deadline)
+            if time.monotonic() >= deadline:  # what has been said is heard; what a program asks without end is not
+                found = [one for one in found if one[0] == self._mine.fileno()]
             if not found:
                 break
             for ready, event in found:
@@ -327,17 +341,25 @@ class Listener:
         return self.begun >= processes
 
     def wait(self, fd, deadline):
-        """Answer until `fd` can be read or `time.monotonic()` reaches the deadline; say whether it can."""
+        """Answer until `fd` can be read or `time.monotonic()` reaches the deadline; say whether it can.
+
+        The deadline holds whatever is asked meanwhile: who asks without end would wait without one.
+        """
         self._poll.register(fd, select.POLLIN)
         try:
             while True:
-                found = self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
-                if not found or any(ready == fd for ready, _ in found):
-                    return bool(found)
+                found = self._ready(deadline)
+                if any(ready == fd for ready, _ in found):
+                    return True
+                if not found or time.monotonic() > deadline:
+                    return False
                 for ready, event in found:
                     self._serve(ready, event)
         finally:
             self._poll.unregister(fd)
+
+    def _ready(self, deadline):
+        return self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
 
     def _serve(self, fd, event):
         if fd in self._listeners:

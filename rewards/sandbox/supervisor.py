@@ -235,9 +235,9 @@ class Supervisor:
 
     def _end(self, pids, watch, *, kill):
         """End what was forked, and keep what was seen of it; return as `_end` does."""
-        found = _end(pids, kill=kill)
         self.unlisted += watch.unlisted
-        watch.close()
+        watch.close()  # first: one that had not begun when its time was over can not begin any more
+        found = _end(pids, kill=kill)
         if self.level == "bubblewrap":
             _empty("/tmp", [sys.base_prefix, *self.packages])
         return found

@@ -122,6 +122,10 @@ _RESOURCES = {
     "the kernel's rings (io_uring)": "b = ctypes.create_string_buffer(256)\nassert libc.syscall(425, 8, b) >= 0",
     "a program in the kernel (bpf)": "assert libc.syscall(321, 0, ctypes.create_string_buffer(128), 128) >= 0",
     "locked memory": "assert libc.mlockall(3) == 0",
+    "a thread with descriptors of its own": (  # a kernel that is asked says that it makes no sense, and not that it may not
+        "assert libc.syscall(56, 0x10100, 0, 0, 0, 0) == -1 and ctypes.get_errno() not in (1, 38)"
+    ),
+    "sockets of another family": "import socket\nsocket.socketpair(30, socket.SOCK_SEQPACKET)",
 }
 _PERSISTENCE = {
     "a process that outlives its case": "if not os.fork():\n    time.sleep(30)",
@@ -183,6 +187,23 @@ _FORGED = {
     "another module in the tests' place": (
         "import types\nsys.modules['tests'] = sys.modules['running'] = types.ModuleType('running')\ndef f(x): return 0"
     ),
+    "a message of an object that equals everything": (
+        "def f(x):\n    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'channel'): frame = frame.f_back\n"
+        "    channel = frame.f_locals['self'].channel\n    while True:\n"
+        "        channel.send({'value': {'named': ['unittest.mock', 'ANY']}, 'changed': []})\n        channel.receive()"
+    ),
+    "a message of an exception that ends the tests": (
+        "def f(x):\n    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'channel'): frame = frame.f_back\n"
+        "    channel = frame.f_locals['self'].channel\n    while True:\n"
+        "        channel.send({'raise': ['SystemExit', 'BaseException'], 'text': '', 'args': []})\n"
+        "        channel.receive()"
+    ),
+    "an answer that is no message": (
+        "def f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, b'{' * (1 << 20) + b'\\n')\n"
+        "        except OSError: pass\n    time.sleep(9)"
+    ),
     "a signal to the tests": "import signal\ndef f(x):\n    for p in [os.getppid(), *pids()]: os.kill(p, signal.SIGKILL)",
 }
 _PRELUDE = (
@@ -214,8 +235,8 @@ class Attack:
                     has_reached = bool(verdict.total) and verdict.passed == verdict.total
                 else:
                     has_reached = any(b"REACHED" in program.run("").stdout for _ in range(2))
-        except SandboxError:
-            has_reached = False
+        except SandboxError:  # who breaks his jail has no verdict where he would have had a wrong answer
+            has_reached = True
         return self._leaves(before) or has_reached
 
     def _leaves(self, before: set[psutil.Process]) -> bool:
