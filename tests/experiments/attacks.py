@@ -226,31 +226,42 @@ class Attack:
     tests: str | None = None
 
     def reaches(self, level: client.Level) -> bool:
-        """Say whether it gets what it wants at this level, twice asked in one jail, or leaves anything behind."""
-        before = set(psutil.Process().children(recursive=True))
+        """Say whether it gets what it wants at this level, or leaves a file behind; what persists is asked for twice."""
         try:
             with Program(self.source, level=level, limits=LIMITS) as program:
                 if self.tests is not None:
                     verdict = program.test(self.tests)
                     has_reached = bool(verdict.total) and verdict.passed == verdict.total
                 else:
-                    has_reached = any(b"REACHED" in program.run("").stdout for _ in range(2))
-        except SandboxError:  # who breaks his jail has no verdict where he would have had a wrong answer
+                    said = [program.run("").stdout for _ in range(2 if self.kind == "persistence" else 1)]
+                    has_reached = any(b"REACHED" in text for text in said)
+        except SandboxError:  # a program that breaks its sandbox would have no verdict in place of a wrong answer
             has_reached = True
-        return self._leaves(before) or has_reached
+        return self._leaves_a_file() or (self.kind == "persistence" and self._leaves_a_process()) or has_reached
 
-    def _leaves(self, before: set[psutil.Process]) -> bool:
-        deadline = time.monotonic() + 2
-        while set(psutil.Process().children(recursive=True)) - before:
-            if time.monotonic() > deadline:
-                return True
-            time.sleep(0.01)
+    def _leaves_a_file(self) -> bool:
         left = [LEFT, *map(Path, ("/dev/shm/polyphony-attack", sys.base_prefix + "/polyphony-attack"))]
         found = [path for path in left if path.exists() or path.is_symlink()] or MARK.read_text() != SECRET
         for path in left:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         return bool(found)
+
+    def _leaves_a_process(self) -> bool:
+        """Say whether anything is left of the supervisor that served it, which ends with all it started."""
+        deadline = time.monotonic() + 5
+        while any(process.children() for process in psutil.Process().children() if _is_server(process)):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.002)
+        return False
+
+
+def _is_server(process: psutil.Process) -> bool:
+    try:
+        return any("sandbox/__main__.py" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _programs(kind: str, sources: dict[str, str]) -> list[Attack]:
@@ -296,13 +307,13 @@ def levels() -> list[client.Level]:
 
 
 def table(
-    here: Sequence[client.Level], report: Callable[[str], None] = print
+    here: Sequence[client.Level], report: Callable[[str], None] = print, *, but: Sequence[str] = ()
 ) -> dict[tuple[str, str], set[client.Level]]:
-    """Run all attacks at these levels, report a line each; return by attack the levels at which it reached its aim."""
+    """Run all attacks but those of some kinds, report a line each; return by attack the levels where it reached its aim."""
     report("| kind | attack | " + " | ".join(here) + " |")
     report("|---|---|" + "---|" * len(here))
     open_to: dict[tuple[str, str], set[client.Level]] = {}
-    for attack in ATTACKS:
+    for attack in (attack for attack in ATTACKS if attack.kind not in but):
         reached: set[client.Level] = {level for level in here if attack.reaches(level)}
         open_to[attack.kind, attack.name] = reached
         report(
