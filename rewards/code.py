@@ -80,8 +80,8 @@ class Code:
     site_packages: bool = False
     """Let programs import what is installed beside Python (numpy, ..): starts are slower."""
     sandbox: Literal["limits"] | None = None
-    """`limits` runs programs even where a host offers no namespaces, no bubblewrap and no Landlock; the strongest jail that
-    there is is taken all the same. `polyphony doctor` says what stays open."""
+    """`limits` runs programs even where a host offers no namespaces, no bubblewrap and no Landlock; the strongest level
+    that there is is taken all the same. `polyphony doctor` says what stays open."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limits, dict):
@@ -95,7 +95,7 @@ class Code:
             raise ValueError(f"code: sandbox is limits or left out, got {self.sandbox!r}")
 
     def check_host(self) -> None:
-        """Raise ValueError where this host has no jail that this reward may use."""
+        """Raise ValueError where this host has no sandbox that this reward may use."""
         try:
             require_isolation(may_be_limits=self.sandbox == "limits")
         except SandboxError as error:
@@ -232,7 +232,7 @@ class _Count:
     is_trick: bool = False
     """Whether it passed altered tests too."""
     unlisted: int = 0
-    """System calls that the jail does not know."""
+    """System calls that are not on the sandbox's allow-list."""
 
 
 _told: set[str] = set()

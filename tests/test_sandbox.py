@@ -47,7 +47,7 @@ def run(source, stdin="", level=None, limits=SHORT):
         return program.run(stdin)
 
 
-def test_the_host_has_a_jail_that_says_what_it_keeps():
+def test_the_host_has_a_sandbox_that_says_what_it_keeps():
     assert isolation().level in sandbox.LEVELS
     assert "network no" in str(isolation())
 
@@ -213,7 +213,7 @@ def test_doctor_names_the_isolation_of_this_host():
 @pytest.mark.parametrize(
     ("level", "verdict"), [("namespaces", "ok"), ("bubblewrap", "ok"), ("landlock", "ok"), ("limits", "slow")]
 )
-def test_doctor_says_what_would_make_the_jail_stronger(level, verdict, monkeypatch):
+def test_doctor_says_what_would_make_the_sandbox_stronger(level, verdict, monkeypatch):
     found = sandbox.Isolation(level=level, network="none", processes="..", files="..")
     monkeypatch.setattr(sandbox, "isolation", lambda: found)
     (finding,) = doctor.sandbox()
@@ -221,13 +221,13 @@ def test_doctor_says_what_would_make_the_jail_stronger(level, verdict, monkeypat
     assert ("bubblewrap" in finding.fix) == (verdict == "slow")
 
 
-def test_doctor_goes_on_where_no_jail_works(monkeypatch):
+def test_doctor_goes_on_where_no_sandbox_works(monkeypatch):
     def none():
-        raise sandbox.SandboxError("no jail works on this host")
+        raise sandbox.SandboxError("no sandbox works on this host")
 
     monkeypatch.setattr(sandbox, "isolation", none)
     (finding,) = doctor.sandbox()
-    assert (finding.verdict, finding.what) == ("slow", "no jail works on this host")
+    assert (finding.verdict, finding.what) == ("slow", "no sandbox works on this host")
     assert "`code`" in finding.fix
 
 

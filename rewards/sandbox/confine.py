@@ -1,4 +1,4 @@
-"""What a process gives up before it runs code that nobody has read: its view of the host, resources, system calls.
+"""Isolate this process before it runs untrusted code: namespaces, Landlock, resource limits, a seccomp filter.
 
 Linux only, standard library only, and no import of ours: this file runs in a bare interpreter whose start-up time is
 paid for every graded program (so no pathlib either). Each step raises OSError where the host refuses it.
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
     _checked(_libc.prctl(_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
 
 
-def leave_host() -> None:
+def enter_namespaces() -> None:
     """Enter new user, process, network, IPC and host-name namespaces; children are in them, nobody of the host is."""
     user, group = os.geteuid(), os.getegid()
     _checked(_libc.unshare(_NEW_USER | _NEW_PIDS | _NEW_NET | _NEW_IPC | _NEW_UTS), "unshare")
@@ -59,7 +59,7 @@ def leave_host() -> None:
             file.write(content)
 
 
-def private_root(readable: list[str], size_bytes: int) -> None:
+def mount_private_root(readable: list[str], size_bytes: int) -> None:
     """Exchange the file system for an empty one in memory, with `readable` mounted read-only and a private /tmp."""
     _checked(_libc.unshare(_NEW_MOUNTS), "unshare")
     _checked(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None), "mount")
@@ -114,12 +114,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int, file_bytes: int, open_file
         resource.setrlimit(kind, (most, most))
 
 
-def can_hide_files() -> bool:
-    """Say whether the kernel has Landlock."""
-    return _libc.syscall(444, None, 0, 1) > 0
-
-
-def hide_files(readable: list[str]) -> None:
+def restrict_files(readable: list[str]) -> None:
     """Refuse to open any file outside `readable` for this process (Landlock); other processes' memory is a file too."""
     every_access = struct.pack("=Q", (1 << 13) - 1)
     ruleset = _libc.syscall(444, every_access, len(every_access), 0)
@@ -135,19 +130,19 @@ def hide_files(readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def become(user: int) -> None:
-    """Be another user for good, whom files and processes of this one are closed to."""
+def change_user(user: int) -> None:
+    """Become another user for good, without access to files and processes of this one."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
 
 
-def hide_memory() -> None:
+def disable_dumps() -> None:
     """Keep processes of the same user from reading this one's memory."""
     _checked(_libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """Become the parent of what this process's children leave behind, to be waited for here."""
     _checked(_libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
 
@@ -227,13 +222,13 @@ _LOAD, _MASK, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _REFUSE, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 
 
-def seal(*, may_write: bool, is_watched: bool = False) -> int | None:
+def filter_system_calls(*, may_write: bool, is_watched: bool = False) -> int | None:
     """Allow, from now on and for good, only system calls that reach nothing but this process and what it has open.
 
     No process can be started and none signalled but this one, no connection made, no lock put on a file; without
     `may_write` no file can be created, changed or removed either. What is not listed is answered as a call that this kernel
     does not have. `is_watched`: return the descriptor of a listener that is asked about those, and about each new thread
-    (`Listener`); None where the kernel has none to give. It must be closed here before anything runs that nobody has read.
+    (`Listener`); None where the kernel has none to give. It must be closed here before untrusted code runs.
     """
     if os.uname().machine not in _AUDIT_ARCH:
         raise OSError(_ENOSYS, f"no system call filter for {os.uname().machine}")
@@ -307,7 +302,7 @@ _RECEIVE, _ANSWER, _GO_ON = 0xC0502100, 0xC0182101, 1  # <linux/seccomp.h>
 
 
 class Listener:
-    """Answers what a filter leaves open: counts the threads that are started, and the calls that are not listed."""
+    """Answers calls that the filter does not decide: counts threads that start, and calls off the allow-list."""
 
     def __init__(self):
         self.begun = 0
@@ -320,7 +315,7 @@ class Listener:
         self._may_begin = True
 
     def begin(self, listener):
-        """Tell, from the sealed process, that it is about to begin, and hand over its listener, if it has one."""
+        """Tell, from the isolated process, that it is about to begin, and hand over its listener, if it has one."""
         if listener is None:
             self.theirs.send(b"+")
         else:

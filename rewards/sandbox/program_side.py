@@ -1,4 +1,4 @@
-"""The candidate's side: answers requests about what the code that nobody has read defines."""
+"""The candidate's side: answers requests about what the untrusted code defines."""
 
 from __future__ import annotations
 

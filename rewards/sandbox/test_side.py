@@ -1,6 +1,6 @@
 """The tests' side: assertions about objects that live in another process.
 
-The candidate's process runs the code that nobody has read and answers requests (`program_side.py`). The tests' process
+The candidate's process runs the untrusted code and answers requests (`program_side.py`). The tests' process
 holds the assertions and sees a `Remote` for everything of the candidate's that is not plain data. So the candidate can
 not patch the tests, read what they expect, or end them; and what it returns is compared here, with Python's own `==`.
 
@@ -85,7 +85,7 @@ class Link:
         return found
 
     def _builtin_type(self, module, name):
-        """Return one of Python's own types, which is all that is told by name: who forges messages could have named an
+        """Return one of Python's own types, which is all that is told by name: a forged message could name an
         object that equals everything (`unittest.mock.ANY`)."""
         found = getattr(builtins, name, None)
         if module != "builtins" or not isinstance(found, type):

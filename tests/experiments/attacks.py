@@ -1,4 +1,4 @@
-"""What stays open in each jail: attacks of five kinds, run at every level that this host has.
+"""What stays open at each level of the sandbox: attacks of five kinds, run at every level that this host has.
 
 `python -m tests.experiments.attacks` prints the table that stands in `rewards/README.md`. A program says REACHED where it
 got at what it wanted; what it leaves behind is looked for from outside; a forged verdict is one that tests give it.
