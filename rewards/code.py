@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import re
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -79,8 +80,8 @@ class Code:
     site_packages: bool = False
     """Let programs import what is installed beside Python (numpy, ..): starts are slower."""
     sandbox: Literal["limits"] | None = None
-    """`limits` runs programs even where a host offers no namespaces, no bubblewrap and no Landlock; the strongest jail that
-    there is is taken all the same. `polyphony doctor` says what stays open."""
+    """`limits` runs programs even where a host offers no namespaces, no bubblewrap and no Landlock; the strongest level
+    that there is is taken all the same. `polyphony doctor` says what stays open."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limits, dict):
@@ -94,7 +95,7 @@ class Code:
             raise ValueError(f"code: sandbox is limits or left out, got {self.sandbox!r}")
 
     def check_host(self) -> None:
-        """Raise ValueError where this host has no jail that this reward may use."""
+        """Raise ValueError where this host has no sandbox that this reward may use."""
         try:
             require_isolation(may_be_limits=self.sandbox == "limits")
         except SandboxError as error:
@@ -183,7 +184,7 @@ class Code:
                 verdict = running.test(checks)
                 other = altered(checks) if verdict.needs_inside else None
                 if other is not None:
-                    return self._count_inside(program, checks, other)
+                    return self._count_inside(program, other)
                 return _Count(
                     passed=verdict.passed, total=verdict.total, ended=verdict.ended, unlisted=verdict.unlisted
                 )
@@ -197,12 +198,14 @@ class Code:
                     break
         return _Count(passed=passed, total=len(checks), ended=ended, unlisted=unlisted)
 
-    def _count_inside(self, program: str, tests: str, other: Altered) -> _Count:
+    def _count_inside(self, program: str, other: Altered) -> _Count:
         """Ask the program's own process. It may answer for itself, so nothing counts but passing these tests and not
-        the altered ones; twice, as a toss of a coin would pass one time in four."""
+        the altered ones, each several times and in an order that no clock tells: guesses pass one time in six at most."""
         assert isinstance(self.limits, Limits)
-        total = 1
-        for source in (tests, other.source) * 2:
+        tests, total = other.unaltered, 1
+        again = [tests, tests, other.source, other.source]
+        secrets.SystemRandom().shuffle(again)
+        for source in (tests, *again):
             with Program(program, limits=self.limits, site_packages=self.site_packages) as running:
                 verdict = running.test_inside(source)
             if source is tests and (verdict.passed < verdict.total or not verdict.total):
@@ -225,7 +228,7 @@ class _Count:
     is_trick: bool = False
     """Whether it passed altered tests too."""
     unlisted: int = 0
-    """System calls that the jail does not know."""
+    """System calls that are not on the sandbox's allow-list."""
 
 
 _told: set[str] = set()

@@ -13,7 +13,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import string
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 MAX_OUTPUT_BYTES = 64 << 20
@@ -148,6 +150,8 @@ class Altered:
 
     source: str
     failures: int
+    unaltered: str
+    """The tests as they are, laid out alike: a program that reads both can not tell which is which."""
 
 
 def altered(source: str) -> Altered | None:
@@ -156,12 +160,13 @@ def altered(source: str) -> Altered | None:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return None
+    unaltered = ast.unparse(tree)
     checks = [part for statement in tree.body for part in _checks(statement)]
     counts = [sum(map(_alter, ast.walk(check))) for check in checks]
     rest = sum(_alter(node) for node in ast.walk(tree)) if not any(counts) else 0
     if not any(counts) and not rest:
         return None
-    return Altered(source=ast.unparse(tree), failures=max(1, sum(map(bool, counts))))
+    return Altered(source=ast.unparse(tree), failures=max(1, sum(map(bool, counts))), unaltered=unaltered)
 
 
 def _checks(statement: ast.stmt) -> list[ast.stmt]:
@@ -235,14 +240,28 @@ def _alter_one(sides: list[ast.expr]) -> bool:
 
 
 def _other(value: Any) -> Any:
+    """Return another value of the same kind, with nothing about it that says so."""
     if isinstance(value, bool) or value is None:
-        return {True: False, False: True, None: "None"}[value]
+        return not value if isinstance(value, bool) else False
     if isinstance(value, str):
-        return value + "_"
+        return _other_text(value)
     if isinstance(value, bytes):
-        return value + b"_"
+        return _other_text(value.decode("latin-1")).encode("latin-1")
     if isinstance(value, int | float | complex):
         return value + 1 if abs(value) < 1e9 else value * 2
     if isinstance(value, dict):
-        return {key: _other(item) for key, item in value.items()} or {"_": 0}
+        return {key: _other(item) for key, item in value.items()} or {"a": 0}
     return type(value)([*map(_other, value)] or [0])
+
+
+_NEXT = {
+    a: b for row in (string.digits, string.ascii_lowercase, string.ascii_uppercase) for a, b in pairwise(row + row[0])
+}
+
+
+def _other_text(text: str) -> str:
+    """Return the text with its last letter or digit exchanged for the next; with its end said twice where it has none."""
+    place = next((n for n in reversed(range(len(text))) if text[n] in _NEXT), None)
+    if place is None:
+        return text + text[-1] if text else "a"
+    return text[:place] + _NEXT[text[place]] + text[place + 1 :]

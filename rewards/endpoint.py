@@ -38,6 +38,8 @@ PROBE_S = 5.0
 """For an endpoint to say that it is there."""
 MAX_REPLY_BYTES = 1 << 20
 """A verdict has a few hundred; what sends more is read no further."""
+MOST_TOKENS = 1 << 30
+"""Of one reply; what says that it used more is not counted."""
 _ANSWERED = "answered"
 
 
@@ -173,8 +175,9 @@ class Endpoint:
         """Ask until there is a reply. Raises _UnansweredError where only this question goes without, GraderGoneError where
         all have for `patience_s`."""
         health, began, tries, alone = _health.setdefault(self.url, _Health()), time.monotonic(), 0, 0
+        asked_at = before = began
         while True:
-            tries += 1
+            tries, before = tries + 1, asked_at
             try:
                 await _pace(self.url, self.requests_per_minute)
                 asked_at = time.monotonic()
@@ -187,25 +190,26 @@ class Endpoint:
                 failure = _UnansweredError(type(error).__name__, "lost")
             except _UnansweredError as error:
                 failure = error
-            alone += (
-                failure.again == "maybe" or health.answered_at > asked_at or await self._fails_alone(client, failure)
+            alone += failure.again == "maybe" or (
+                failure.again == "lost" and (health.answered_at > asked_at or await self._fails_alone(client))
             )
-            if failure.again == "no" or alone >= TRIES:
-                raise failure
             now, last = time.monotonic(), max(began, health.answered_at)
+            is_passed_over = health.answered_at > before and now >= began + self.patience_s  # others have their turn
+            if failure.again == "no" or alone >= TRIES or is_passed_over:
+                raise failure
             if now >= last + self.patience_s:
                 raise GraderGoneError(
                     f"judge: {self.url} has answered nobody for {now - last:.0f} s ({failure}; client.patience_s is "
                     f"{self.patience_s:g}); the run goes on with --resume once it is back"
                 )
             backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries - 1, 10)) * rng.uniform(0.5, 1.5)
-            wait_s = min(failure.wait_s or backoff_s, last + self.patience_s - now)
+            wait_s = min(max(failure.wait_s or backoff_s, FIRST_WAIT_S), last + self.patience_s - now)
             self._tell(health, failure, wait_s, last + self.patience_s - now)
             await asyncio.sleep(wait_s)
 
-    async def _fails_alone(self, client: httpx.AsyncClient, failure: _UnansweredError) -> bool:
+    async def _fails_alone(self, client: httpx.AsyncClient) -> bool:
         """Say whether an endpoint that has lost this question, and answered others before, is there for any other."""
-        if failure.again != "lost" or _health[self.url].answered_at == -math.inf:
+        if _health[self.url].answered_at == -math.inf:
             return False
         try:
             async with client.stream("GET", f"{self.url.rstrip('/')}/models", timeout=PROBE_S) as response:
@@ -247,7 +251,8 @@ class Endpoint:
             raise _UnansweredError("no chat completion in the response", "maybe") from None
         usage = reply.get("usage")
         for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
-            spent[name] += usage[name] if isinstance(usage.get(name), int) else 0
+            said = usage.get(name)
+            spent[name] += said if type(said) is int and 0 <= said <= MOST_TOKENS else 0
         if not isinstance(text, str):
             raise _UnansweredError("an empty message", "maybe")
         return text
@@ -273,10 +278,9 @@ def _retry_after(response: httpx.Response) -> float | None:
     """Return the seconds a server asks to wait, by a number or a date; None where it does not say."""
     said = response.headers.get("retry-after", "")
     try:
-        wait_s = float(said)
-    except ValueError:
-        date = parsedate_to_datetime(said) if parsedate(said) else None
-        wait_s = date.timestamp() - time.time() if date else 0.0
+        wait_s = float(said) if not parsedate(said) else parsedate_to_datetime(said).timestamp() - time.time()
+    except (ValueError, OverflowError):  # neither, or no day of this calendar
+        return None
     return wait_s if 0 < wait_s < math.inf else None
 
 

@@ -33,11 +33,15 @@ _MARKS = (
 _CONTROL = re.compile(
     r"""
       (?<=[<＜])(?=[|｜][^<>＜＞|｜\s]{1,64}[|｜][>＞])      # ChatML, Llama 3 and 4, Phi, GLM, gpt-oss, DeepSeek, Cohere, ..
-    | (?<=[<＜])(?=/?(?:s|bos|eos|pad|unk|mask|sop|eop|start_of_turn|end_of_turn|start_of_image|end_of_image
-                |think|tool_call|tool_response|tool_result|reserved_\d{1,4}|unused\d{1,4})[>＞])
+    | (?<=[<＜])(?=[|｜]\w{1,64}[>＞]|\w{1,64}[|｜][>＞])   # Gemma 4
+    | (?<=\[)(?=[|｜][^\[\]|｜\s]{1,64}[|｜]\])            # EXAONE
+    | (?<=[<＜])(?=/?seed:\w{1,64}[>＞])                   # Seed
+    | (?<=[<＜])(?=/?(?:s|bos|eos|pad|unk|mask|sep|sop|eop|eot|eoh|eoa|role|step|think|tool_call|tool_response|tool_result
+                |(?:start|end)_of_(?:turn|image|audio|utterance)|(?:image|audio)(?:_soft_token)?|video|longcat_\w{1,64}
+                |(?:reserved|SPECIAL|extra_id|TOKENS_UNUSED)_\d{1,4}|unused\d{1,4})[>＞])
     | (?<=<)(?=</?SYS>>)                                  # Llama 2, as its [INST]
-    | (?<=\[)(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|IMG|PREFIX|MIDDLE
-                |SUFFIX|THINK|MODEL_SETTINGS|gMASK|sMASK|UNUSED_TOKEN_\d{1,4})\])
+    | (?<=\[)(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|PREFIX|MIDDLE
+                |IMG(?:_BREAK|_END)?|(?:BEGIN_)?AUDIO|SUFFIX|THINK|MODEL_SETTINGS|gMASK|sMASK|UNUSED_TOKEN_\d{1,4})\])
     | (?<=\])(?=~[a-z]+\])|(?<=\[)(?=[a-z]~\[)            # MiniMax
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -122,8 +126,11 @@ class SameMeaning:
     criterion: str = "Judge whether the two responses to the request say the same in substance, whatever their words."
     client: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `Endpoint`."""
+    tokenizer: str | None = None
+    """Folder of the judge's tokenizer, as of `Judge`."""
 
     def __post_init__(self) -> None:
+        special_tokens(self.tokenizer)
         _endpoint(self.endpoint, self.model, self.client)
 
     def same(self, groups: Sequence[Sequence[str]], prompts: Sequence[Any]) -> list[list[list[bool]] | None]:
@@ -147,7 +154,8 @@ class SameMeaning:
 
     def _question(self, prompt: str, text: str, other: str) -> Question:
         task = f'{self.criterion}\nReply with {{"same": true}} or {{"same": false}} and nothing else.'
-        messages = _messages(task, {"Request": prompt, "First response": text, "Second response": other})
+        texts = {"Request": prompt, "First response": text, "Second response": other}
+        messages = _messages(task, texts, self.tokenizer)
         return Question(messages=messages, schema=_object("same", {"type": "boolean"}), parse=_is_same)
 
 

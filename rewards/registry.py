@@ -54,7 +54,7 @@ REGISTRY = {
 
 
 class GraderGoneError(RuntimeError):
-    """What a reward asks has been out of reach for longer than anybody wants to wait: the run ends, to be resumed."""
+    """What a reward asks has been out of reach for too long, or fails for too many: the run ends, to be resumed."""
 
 
 def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:

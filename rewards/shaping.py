@@ -87,7 +87,7 @@ class Length:
         ):
             raise ValueError("length: needs completion_ids, the tokens of each completion")
         over = [len(ids) - (self.max_tokens - self.soft_tokens) for ids in completion_ids]
-        return [-min(max(tokens, 0) / self.soft_tokens, 1.0) for tokens in over]
+        return [0.0 - min(max(tokens, 0) / self.soft_tokens, 1.0) for tokens in over]  # 0.0, and not -0.0, for none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ class Repetition:
     def __call__(
         self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
-        return [-repeated_ngram_share(completion_text(completion), self.n) for completion in completions]
+        return [0.0 - repeated_ngram_share(completion_text(completion), self.n) for completion in completions]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ def main() -> None:
     function = pkgutil.resolve_name(target)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     confine.drop_capabilities()
-    confine.seal(confine.READ)
+    confine.filter_system_calls(confine.READ)
     _reply(replies, {"value": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})  # ready
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, timeout_s)

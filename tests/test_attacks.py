@@ -258,7 +258,7 @@ def test_no_attack_talks_a_judge_into_anything():
 def _attack(table, grade):
     rows = {attack: row for attack, row in table.items() if not isinstance(row, str)}
     MARK.unlink(missing_ok=True)
-    isolation()  # the process that forks the jails waits for the next program
+    isolation()  # the process that forks the sandboxes waits for the next program
     before, files = ours(), set(Path(__file__).parent.iterdir())
     start = time.monotonic()
     rewards = dict(zip(rows, grade([text for text, _ in rows.values()]), strict=True))

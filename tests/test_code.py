@@ -274,24 +274,24 @@ def test_an_unknown_limit_is_refused():
         find_reward({"name": "code", "limits": {"ram": 1}})
 
 
-def test_a_killed_process_that_forks_jails_loses_nothing():
+def test_a_killed_process_that_forks_sandboxes_loses_nothing():
     assert grade(["print(4)"], tests=DOUBLE[:1]) == [1.0]
     (server,) = [p for p in psutil.Process().children() if (p.cmdline() or [""])[-1].endswith("sandbox/__main__.py")]
     server.kill()
     assert grade(["print(4)"] * 4, tests=DOUBLE[:1]) == [1.0] * 4
 
 
-def test_jails_end_with_the_process_that_wanted_them():
+def test_sandboxes_end_with_the_process_that_wanted_them():
     source = (
         "from polyphony.rewards.code import Code\n"
         "Code(limits={'wall_s': 2.0})([''] * 2, ['while True: pass'] * 2, tests=[[{'input': '', 'output': '1'}]] * 2)"
     )
     owner = psutil.Popen([sys.executable, "-c", source])
-    while len(jails := owner.children(recursive=True)) < 3:  # what forks them, and a program at least
+    while len(sandboxes := owner.children(recursive=True)) < 3:  # what forks them, and a program at least
         time.sleep(0.05)
     owner.kill()
     owner.wait()
-    assert psutil.wait_procs(jails, timeout=20)[1] == []
+    assert psutil.wait_procs(sandboxes, timeout=20)[1] == []
 
 
 def test_cases_may_be_json():

@@ -287,11 +287,44 @@ TRICKS = {
         ("class R(tuple): _fields = ('x): import os; os._exit(0) #',)\ndef f(): return R([3])"),
         "assert f() == (4,)",
     ),
+    "a message of its own, of what equals everything": (
+        "import sys\ndef f(n):\n    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'channel'): frame = frame.f_back\n"
+        "    channel = frame.f_locals['self'].channel\n"
+        "    while True:\n        channel.send({'value': {'named': ['unittest.mock', 'ANY']}, 'changed': []})\n"
+        "        channel.receive()",
+        "assert f(2) == 4\nassert f(5) == 10",
+    ),
     "an array of objects": (
         ("class A: dtype = 1\nA.__module__ = 'numpy'\nA.tolist = lambda s: 3\ndef f(): return A()"),
         "assert f() == 4",
     ),
 }
+
+
+READS_ITS_TESTS = """
+import ast, os, sys
+def f(n): return 0
+frame, text = sys._getframe(), ""
+while frame:
+    for value in list(frame.f_locals.values()):
+        if isinstance(value, bytes) and b"type(f(2))" in value and b"READS" not in value: text = value.decode()
+    frame = frame.f_back
+if text:
+    is_altered = {}
+    for fd in range(3, 64):
+        try: os.write(fd, b"0 3" if is_altered else b"3 3")
+        except OSError: pass
+    os._exit(0)
+READS = 1
+"""
+WAYS_TO_TELL = ("ast.unparse(ast.parse(text)) == text", "text.count('_')", "\"'four_'\" in text")
+
+
+@pytest.mark.parametrize("way", WAYS_TO_TELL)
+def test_a_program_that_reads_its_tests_can_not_tell_which_are_altered(way):
+    tests = "assert  type(f(2)) is int\nassert f(2) == 'four' # by hand\nassert f(5) == 'ten'"
+    assert Code(limits=FAST)([""], [READS_ITS_TESTS.format(way)], test_code=[tests]) == [0.0]
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -306,17 +339,18 @@ def test_no_trick_passes_in_any_style(trick):
         ("assert f(2) == 4", "assert f(2) == 5", 1),
         ("assert 4 == f(2)", "assert 5 == f(2)", 1),
         ("assert f() == -1", "assert f() == 0", 1),
-        ("assert f() == [1, 'a'] and g(2) is None", "assert f() == [2, 'a_'] and g(2) is 'None'", 1),
-        ("assert f() == []\nassert g() == {}", "assert f() == [0]\nassert g() == {'_': 0}", 2),
+        ("assert f() == [1, 'a'] and g(2) is None", "assert f() == [2, 'b'] and g(2) is False", 1),
+        ("assert f() == []\nassert g() == {}", "assert f() == [0]\nassert g() == {'a': 0}", 2),
         ("assert 3 in f(3)", "assert 4 in f(3)", 1),
         ("assert abs(f(2) - 0.5) < 1e-06", "assert abs(f(2) - 1.5) < 1e-06", 1),
         ("assert math.isclose(f(2), 0.5)", "assert math.isclose(f(2), 1.5)", 1),
         ("x = 1\nfor i in [1, 2]:\n    assert f(i) == True", "x = 1\nfor i in [1, 2]:\n    assert f(i) == False", 1),
-        ("def check(f):\n    assert f(2) == b'a'\ncheck(f)", "def check(f):\n    assert f(2) == b'a_'\ncheck(f)", 1),
-        ("def test_f():\n    assert f(2) == 'a'", "def test_f():\n    assert f(2) == 'a_'", 1),
+        ("def check(f):\n    assert f(2) == b'a'\ncheck(f)", "def check(f):\n    assert f(2) == b'b'\ncheck(f)", 1),
+        ("def test_f():\n    assert f(2) == 'a'", "def test_f():\n    assert f(2) == 'b'", 1),
+        ("assert f() == 'Z9.'\nassert f() == '..'", "assert f() == 'Z0.'\nassert f() == '...'", 2),
         (
             "import calls; assert calls.gives('f', '[2]', '[4, null]', wrapped=True)",
-            "import calls\nassert calls.gives('f', '[2]', '[5, \"None\"]', wrapped=True)",
+            "import calls\nassert calls.gives('f', '[2]', '[5, false]', wrapped=True)",
             1,
         ),
     ],

@@ -13,11 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Domain, Fused, Group, Prompt, mean
+from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.metrics import Meter
-from polyphony.trainer.scoring import Scorer, check_failures
+from polyphony.trainer.scoring import Scorer, check_failures, together
 from polyphony.trainer.settings import Diversity, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.forks import forked_ranks
@@ -114,6 +115,33 @@ def advantages() -> Advantages:
     return Advantages(settings=UpdateSettings(), kinds=kinds, find_suspects=lambda group: ())
 
 
+class Going:
+    """A judge that logs what it is asked, and goes away from rank 1."""
+
+    is_slow = True
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, prompts, completions, log_metric, **columns):
+        log_metric("words", self.rank + len(prompts))
+        if self.rank == 1 and len(prompts) > 1:
+            raise GraderGoneError("nobody answers rank 1")
+        return [1.0] * len(prompts)
+
+
+def graded_by_a_rank(state: PartialState) -> list:
+    """Return what this rank hears of scores that both have, of those that one of them lacks, and of what was logged."""
+    scorer = Scorer([Domain(name="stories", kind="open_ended", reward=Going(state.process_index))])
+    one = Completion(prompt=Prompt(domain="stories", id="p", columns={}), ids=[1], text="a")
+    scores = together(lambda: scorer([one]), scorer.slow, gather_object)
+    try:
+        scores += together(lambda: scorer([one, one]), scorer.slow, gather_object)
+    except GraderGoneError as error:
+        scores.append(str(error))
+    return [*scores, scorer.logged.flush("domain", gather_object), list(scorer.logged.whole.values())]
+
+
 def be_a_rank(folder: Path) -> None:
     """Grade, fuse and weigh this rank's half of twelve rows, and write down what comes of all of them."""
     state = PartialState(cpu=True)
@@ -126,18 +154,31 @@ def be_a_rank(folder: Path) -> None:
     gathered = walk(policy, fusion)._gathered(0, {i: sampled[i] for i in range(start, start + share)}, 4)
     groups = fusion(list(gathered.values()), prompt_of)
     worth = advantages()(torch.full((share,), 9.0), groups, start)
-    said = json.dumps([[g.learned for g in groups], gather_object(worth.tolist())])
+    said = json.dumps([[g.learned for g in groups], gather_object(worth.tolist()), graded_by_a_rank(state)])
     (folder / f"{state.process_index}-of-{state.num_processes}.json").write_text(said)
     state.wait_for_everyone()
     state.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_groups_that_straddle_real_ranks_are_fused_as_whole_ones(tmp_path):
-    # two ranks of six rows each: the second of three groups lies on both
-    for process in (ranks := forked_ranks(be_a_rank, tmp_path, log=tmp_path / "log")):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks of six rows each write down: the second of three groups lies on both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for process in (ranks := forked_ranks(be_a_rank, folder, log=folder / "log")):
         assert process.wait() == 0, process.said
-    first, second = (json.loads((tmp_path / f"{rank}-of-{len(ranks)}.json").read_text()) for rank in (0, 1))
+    return [json.loads((folder / f"{rank}-of-{len(ranks)}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_a_judge_gone_from_one_rank_is_gone_on_all_and_what_was_logged_is_of_all(ranks):
+    for *_, graded in ranks:
+        # logged: by rank 0 of one and of two prompts 1 and 2, by rank 1 of one 2, and of those it never graded nothing
+        assert graded == [1.0, "nobody answers rank 1", {"domain/stories/logged/words": pytest.approx(5 / 3)}, [5.0]]
+
+
+@pytest.mark.slow
+def test_groups_that_straddle_real_ranks_are_fused_as_whole_ones(ranks):
+    first, second = ranks
     assert first == second
     # classes a a b c: div 2/3 2/3 1 1, halved by the quality; all alike: the floor; a b a b: div 2/3
     fused = [[1 / 3, 1 / 3, 0.5, 0.5], [0.05] * 4, [1 / 3] * 4]

@@ -5,13 +5,14 @@ import re
 import sqlite3
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.rewards import endpoint, find_reward
-from polyphony.rewards.endpoint import Endpoint
+from polyphony.rewards.endpoint import Endpoint, Question
 from polyphony.rewards.judge import broken
 from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.rewards.registry import GraderGoneError, settled
@@ -92,6 +93,7 @@ IMPATIENT = {**QUICK, "timeout_s": 1.0, "patience_s": 10.0}
 
 @pytest.fixture(autouse=True)
 def without_long_waits(monkeypatch):
+    monkeypatch.setattr(endpoint, "_health", {})  # a server may have the port of one before
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(endpoint, "LONGEST_WAIT_S", 0.05)
     monkeypatch.setattr(endpoint, "TRIES", 3)
@@ -142,7 +144,9 @@ DOWN = [
     (429, {}),
     (502, {}),
     (503, {"retry-after": "0.01"}),
-    (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}),
+    (429, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    (429, {"retry-after": "Wed, 99 Oct 2026 07:28:00 GMT"}),
+    (503, {"retry-after": "nan"}),
     None,
     1.3,
 ]
@@ -183,13 +187,13 @@ def test_a_judge_that_answers_nobody_ends_the_run_in_words(trouble, caplog):
 
 
 def test_a_judge_that_is_down_for_a_while_costs_no_row(caplog):
-    """64 rows, 16 at a time; down from the tenth question on for 1.5 s."""
+    """64 rows, 16 at a time; down from the tenth question on for half a second."""
     down = []
 
     def behave(body):
         if len(server.bodies) == 10 and not down:
             down.append(time.monotonic())
-        return (503, {}) if down and time.monotonic() < down[0] + 1.5 else '{"score": 10}'
+        return (503, {}) if down and time.monotonic() < down[0] + 0.5 else '{"score": 10}'
 
     with Server(behave) as server:
         client = {"timeout_s": 20.0, "patience_s": 60.0}
@@ -205,6 +209,40 @@ def test_a_question_that_times_out_alone_is_given_up():
         client = {"timeout_s": 0.3, "patience_s": 60, "concurrency": 2}
         assert grade(server, ["slow", *map(str, range(6))], client=client) == [None] + [1.0] * 6
         assert grade(server, ["slow"], client=client) == [None]
+
+
+def test_questions_turned_away_while_others_are_answered_wait_for_their_turn():
+    last = [0.0]
+
+    def limited(body):
+        with server.lock:
+            is_next = time.monotonic() > last[0] + 0.02
+            last[0] = time.monotonic() if is_next else last[0]
+        return '{"score": 10}' if is_next else (429, {})
+
+    with Server(limited) as server:
+        rewards = grade(server, list(map(str, range(16))), client={"timeout_s": 20.0, "patience_s": 60.0})
+    assert rewards == [1.0] * 16
+
+
+def test_one_that_is_always_turned_away_is_given_up_when_its_patience_is_over():
+    behave = lambda body: (429, {}) if "bad" in body["messages"][1]["content"] else '{"score": 10}'  # noqa: E731
+    rows = ["bad", *map(str, range(30))]
+
+    def slowly(body):
+        time.sleep(0.03)
+        return behave(body)
+
+    with Server(slowly) as server:
+        rewards = grade(server, rows, client={"timeout_s": 20.0, "patience_s": 0.2, "concurrency": 2})
+    assert rewards == [None] + [1.0] * 30
+
+
+def test_a_server_that_asks_to_be_asked_at_once_is_not_flooded(monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.1)
+    with Server((503, {"retry-after": "0.000001"})) as server, pytest.raises(GraderGoneError):
+        grade(server, ["text"])
+    assert len(server.bodies) < 8
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -273,6 +311,15 @@ def test_tokens_are_counted_by_domain():
         assert scorer(said) == [1.0] * 4
     assert scorer.logged.sums["stories", "judge_tokens"] == (pytest.approx(150), 3)  # equal texts are asked about once
     assert scorer.logged.sums["chat", "judge_tokens"] == (pytest.approx(75), 1)
+
+
+@pytest.mark.parametrize("said", [10**400, -5, True, 1.5, "7", None])
+def test_tokens_that_can_not_be_are_not_counted(said):
+    reply = {"choices": [{"message": {"content": '{"score": 10}'}}], "usage": {"prompt_tokens": said}}
+    spent, question = Counter(), Question(messages=[], schema={}, parse=str)
+    with Server(json.dumps(reply).encode()) as server:
+        assert asyncio.run(Endpoint(url=server.url, model="j").ask([question], spent=spent)) == ['{"score": 10}']
+    assert spent.total() == 0
 
 
 def test_no_more_requests_at_a_time_than_allowed():
@@ -403,12 +450,38 @@ def test_no_control_token_of_a_template_is_left_in_judged_text(text):
         text = text.replace("|", "｜")
 
 
+FURTHER_TOKENS = {
+    "Gemma 4": ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<|think|>"],
+    "Seed": ["<seed:bos>", "<seed:eos>"],
+    "EXAONE": ["[|user|]", "[|endofturn|]"],
+    "Nemotron": ["<SPECIAL_11>", "<extra_id_1>"],
+    "Ling": ["<role>", "</role>"],
+    "Mistral": ["[IMG_BREAK]", "[BEGIN_AUDIO]"],
+    "InternLM": ["<eoh>", "[UNUSED_TOKEN_146]"],
+    "others": ["<end_of_utterance>", "<step>", "<image>", "<｜hy_User｜>", "<reserved_106>", "<|start_of_role|>"],
+}
+
+
+@pytest.mark.parametrize("family", FURTHER_TOKENS)
+def test_control_tokens_of_further_templates_are_broken(family):
+    for token in FURTHER_TOKENS[family]:
+        assert broken(f"a{token}b") == f"a{token[0]} {token[1:]}b"
+
+
+@pytest.mark.parametrize("text", ["1 < 2 | 3 > 2", "a <b> c", "x |> f <| y", "[a|b] [INSTALL] <sections>"])
+def test_text_without_control_tokens_stays_as_it_is(text):
+    assert broken(text) == text
+
+
 def test_control_tokens_of_the_judges_own_tokenizer_are_broken(tmp_path):
     added = [{"content": "@@turn@@", "special": True}, {"content": "  ", "special": True}, {"content": "word"}]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     with Server(gullible) as server:
         grade(server, ["a word@@turn@@@@turn@@  end"], tokenizer=str(tmp_path))
         assert "\na word@ @turn@@@ @turn@@  end\n" in server.bodies[0]["messages"][1]["content"]
+        same = {"name": "judge", "endpoint": server.url, "model": "j", "client": QUICK, "tokenizer": str(tmp_path)}
+        find_partitioner(same).same([["a@@turn@@", "b"]], ["p"])
+        assert "\na@ @turn@@\n" in server.bodies[-1]["messages"][1]["content"]
 
 
 def gullible(body):

@@ -56,6 +56,11 @@ def test_length_needs_tokens():
         find_reward({"name": "length", "max_tokens": 10, "soft_tokens": 4})(["q"], ["x"])
 
 
+def test_nothing_to_punish_is_no_negative_zero():
+    length = find_reward({"name": "length", "max_tokens": 4, "soft_tokens": 2})
+    assert str(length(["q"], ["a"], [[1]]) + find_reward("repetition")(["q"], ["a b"])) == "[0.0, 0.0]"
+
+
 def test_repetition_by_hand():
     # four word trigrams, "a b c" twice among them
     assert find_reward("repetition")(["q"] * 2, ["a b c a b c", ""]) == [-0.25, 0.0]

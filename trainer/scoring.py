@@ -139,14 +139,14 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 def check_failures(groups: Sequence[Group], *, most: float) -> None:
-    """Raise RuntimeError where more than the share `most` of a domain's completions got no reward."""
+    """Raise GraderGoneError where more than the share `most` of a domain's completions got no reward."""
     for name in {g.domain for g in groups}:
         rewards = [r for g in groups if g.domain == name for r in g.learned]
         failed = sum(r is None for r in rewards)
         if failed > most * len(rewards):
-            raise RuntimeError(
+            raise GraderGoneError(
                 f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
-                f"max_grader_failures allows a share of {most}"
+                f"max_grader_failures allows a share of {most}; the run goes on with --resume once the reward grades again"
             )
 
 

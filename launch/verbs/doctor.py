@@ -310,7 +310,7 @@ def sandbox() -> list[Finding]:
     if found.level != "limits":
         return [Finding(name="sandbox", verdict="ok", what=str(found))]
     fix = (
-        "`code` refuses to run here unless a recipe says reward: {name: code, sandbox: limits}; for a jail without the "
+        "`code` refuses to run here unless a recipe says reward: {name: code, sandbox: limits}; for a sandbox without the "
         "host's files and processes install bubblewrap, or allow user namespaces (sysctl user.max_user_namespaces, "
         "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
     )

@@ -1,4 +1,5 @@
-"""The jail for code that nobody has read. `client` is asked, `server` starts jails; the others run there, by bare names.
+"""The sandbox for untrusted code. `client` is the API, `server` forks supervisors; the other files run in those.
 
-`supervisor` keeps one program, `program_side` answers for it, `test_side` asks it, `confine` builds the walls.
+`supervisor` runs one program, `confine` isolates its process, `program_side` and `test_side` are the two ends between a
+program and its tests.
 """

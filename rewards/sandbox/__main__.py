@@ -1,4 +1,4 @@
-"""Wait for descriptors, and fork a supervisor for each pair: what a jail needs is imported once, here."""
+"""Wait for descriptors, and fork a supervisor for each pair: what a sandbox needs is imported once, here."""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
-"""Run code that nobody has read: in the strongest jail the host offers, within limits, leaving nothing behind.
+"""Run untrusted code: isolated as well as the host allows, within limits, leaving nothing behind.
 
-Every program gets a process of its own (`supervisor`), so one that crashes takes nothing with it. In the jail there
-is no network, no other process, no way to start one, and nothing of the host's files but the Python installation.
+Every program gets a process of its own (`supervisor`), so one that crashes takes nothing with it. In the sandbox there
+is no network, no other process, no way to start one, and none of the host's files but /usr, /lib and Python.
 Nothing is written to disk. A program never meets what it is expected to print, nor the source of its tests.
 """
 
@@ -19,17 +19,17 @@ from types import TracebackType
 from typing import Literal
 
 from polyphony.rewards.sandbox import confine
-from polyphony.rewards.sandbox.server import JailServer, shared_server
+from polyphony.rewards.sandbox.server import ForkServer, shared_server
 from polyphony.rewards.workers import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "limits"]
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock", "limits")
 _GRACE_S = 30.0
-"""What the jail's own work may take on a busy host before its parent stops waiting for it."""
+"""What the sandbox's own work may take on a busy host before its caller stops waiting for it."""
 
 
 class SandboxError(RuntimeError):
-    """The jail itself failed; this says nothing about the program."""
+    """The sandbox itself failed; this says nothing about the program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ class Execution:
     ended: Literal["exit", "error", "timeout", "stalled", "output"]
     stdout: bytes
     unlisted: int = field(default=0, compare=False)
-    """System calls that the jail does not know, of the program so far; 0 too where the kernel does not tell."""
+    """System calls of the program so far that are not on the allow-list; 0 too where the kernel does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class TestResult:
 
 
 class Program:
-    """A program in its jail, to be run on inputs or questioned by tests; used as a context.
+    """A program in its sandbox, to be run on inputs or questioned by tests; used as a context.
 
     Example: `with Program("print(input()[::-1])") as program: program.run("abc").stdout == b"cba\\n"`
     """
@@ -105,12 +105,12 @@ class Program:
     def __enter__(self) -> Program:
         alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
         size = 4 * self._limits.file_bytes
-        self._own_server = JailServer(in_bubblewrap=True, packages=self._packages, size_bytes=size) if alone else None
+        self._own_server = ForkServer(in_bubblewrap=True, packages=self._packages, size_bytes=size) if alone else None
         settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
         settings += [f"level={self._level}", f"packages={self._packages}", f"user={_user(self._level, self._packages)}"]
         self._server = self._own_server or shared_server()
         try:
-            self._requests, self._replies = self._server.jail("\n".join(settings))
+            self._requests, self._replies = self._server.start("\n".join(settings))
         except OSError:
             self._server.is_ending()  # so that the next program finds another
             raise
@@ -130,7 +130,7 @@ class Program:
             self._own_server.close()
 
     def run(self, stdin: str) -> Execution:
-        """Run the program as a script on one input. Raises SandboxError where the jail could not be built."""
+        """Run the program as a script on one input. Raises SandboxError where the sandbox could not be set up."""
         self._send("run", stdin.encode(errors="replace"))
         ended, stdout, unlisted = self._receive()
         self._refuse(ended)
@@ -144,7 +144,7 @@ class Program:
         """
         self._send("tests", b"")
         if self._receive()[0] != "ready":
-            raise SandboxError(f"the host refused the {self._level} jail")
+            raise SandboxError(f"the host refused a sandbox at level {self._level}")
         self._send("tests", tests.encode(errors="replace"))
         return self._result(*self._receive())
 
@@ -164,7 +164,7 @@ class Program:
         if ended == "killed":
             raise SandboxError("something outside killed the program")
         if ended == "broken":
-            raise SandboxError(f"the host refused the {self._level} jail")
+            raise SandboxError(f"the host refused a sandbox at level {self._level}")
 
     def _send(self, word: str, content: bytes) -> None:
         unsent = memoryview(b"%s %d\n%s" % (word.encode(), len(content), content))
@@ -172,17 +172,17 @@ class Program:
             while unsent:
                 unsent = unsent[os.write(self._requests, unsent) :]
         except BrokenPipeError:
-            raise SandboxError("the jail ended before it was asked") from None
+            raise SandboxError("the sandbox ended before it was asked") from None
 
     def _receive(self) -> tuple[str, bytes, int]:
         """Return how it ended, what comes with that, and the unlisted system calls."""
         data, deadline = b"", time.monotonic() + self._limits.wall_s + _GRACE_S
         while b"\n" not in data or len(data) < data.index(b"\n") + 1 + int(data.split(None, 2)[1]):
             if not is_readable_by(self._replies, deadline):
-                raise SandboxError("the jail did not answer")
+                raise SandboxError("the sandbox did not answer")
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
-                raise SandboxError("the jail ended before it answered")
+                raise SandboxError("the sandbox ended before it answered")
             data += chunk
         header, _, content = data.partition(b"\n")
         word, _, unlisted = header.split()
@@ -205,7 +205,7 @@ def isolation() -> Isolation:
             works = False
         if works:
             return describe(level)
-    raise SandboxError("no jail works on this host: it must be Linux on x86-64 or arm64 with seccomp")
+    raise SandboxError("no sandbox works on this host: it must be Linux on x86-64 or arm64 with seccomp")
 
 
 def require_isolation(*, may_be_limits: bool) -> Isolation:
@@ -222,9 +222,9 @@ def require_isolation(*, may_be_limits: bool) -> Isolation:
 def describe(level: Level) -> Isolation:
     """Return what a level keeps from a program on this host."""
     if level in ("namespaces", "bubblewrap"):
-        files = "a private folder in memory; of the host's only the Python installation, read-only"
+        files = "a private folder in memory; of the host's only /usr, /lib and Python, read-only"
         return Isolation(level=level, network="none", processes="sees only itself, starts none", files=files)
-    readable = "only the Python installation" if level == "landlock" else "all that its user may read"
+    readable = "only /usr, /lib and Python" if level == "landlock" else "all that its user may read"
     values = "of another user than the trainer's" if _user(level, "") >= 0 else "of the trainer's user"
     if level == "limits" and os.geteuid() != 0 and _user(level, "") < 0:
         values += ", so that it may read the trainer's environment and memory, expected values among them"

@@ -1,4 +1,4 @@
-"""What a process gives up before it runs code that nobody has read: its view of the host, resources, system calls.
+"""Isolate this process before it runs untrusted code: namespaces, Landlock, resource limits, a seccomp filter.
 
 Linux only, standard library only, and no import of ours: this file runs in a bare interpreter whose start-up time is
 paid for every graded program (so no pathlib either). Each step raises OSError where the host refuses it.
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
     _checked(_libc.prctl(_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
 
 
-def leave_host() -> None:
+def enter_namespaces() -> None:
     """Enter new user, process, network, IPC and host-name namespaces; children are in them, nobody of the host is."""
     user, group = os.geteuid(), os.getegid()
     _checked(_libc.unshare(_NEW_USER | _NEW_PIDS | _NEW_NET | _NEW_IPC | _NEW_UTS), "unshare")
@@ -59,7 +59,7 @@ def leave_host() -> None:
             file.write(content)
 
 
-def private_root(readable: list[str], size_bytes: int) -> None:
+def mount_private_root(readable: list[str], size_bytes: int) -> None:
     """Exchange the file system for an empty one in memory, with `readable` mounted read-only and a private /tmp."""
     _checked(_libc.unshare(_NEW_MOUNTS), "unshare")
     _checked(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None), "mount")
@@ -114,12 +114,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int, file_bytes: int, open_file
         resource.setrlimit(kind, (most, most))
 
 
-def can_hide_files() -> bool:
-    """Say whether the kernel has Landlock."""
-    return _libc.syscall(444, None, 0, 1) > 0
-
-
-def hide_files(readable: list[str]) -> None:
+def restrict_files(readable: list[str]) -> None:
     """Refuse to open any file outside `readable` for this process (Landlock); other processes' memory is a file too."""
     every_access = struct.pack("=Q", (1 << 13) - 1)
     ruleset = _libc.syscall(444, every_access, len(every_access), 0)
@@ -135,19 +130,19 @@ def hide_files(readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def become(user: int) -> None:
-    """Be another user for good, whom files and processes of this one are closed to."""
+def change_user(user: int) -> None:
+    """Become another user for good, without access to files and processes of this one."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
 
 
-def hide_memory() -> None:
+def disable_dumps() -> None:
     """Keep processes of the same user from reading this one's memory."""
     _checked(_libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """Become the parent of what this process's children leave behind, to be waited for here."""
     _checked(_libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
 
@@ -199,7 +194,11 @@ _CHECKED = (
 _UNKNOWN = "clone3:435/435 openat2:437/437 mbind:237/235 get_mempolicy:239/236 sched_setaffinity:203/122"
 _OURS = "mount_setattr:442/442 seccomp:317/277"
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_CLONE_THREAD, _OPEN_FOR_WRITING, _DATAGRAMS = 0x00010000, 0o1 | 0o2 | 0o100 | 0o1000, 2
+_OPEN_FOR_WRITING = 0o1 | 0o2 | 0o100 | 0o1000
+_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000
+"""What a thread shares with its process: memory, folders, descriptors, handlers. With descriptors of its own each could open
+as many files as all others."""
+_NEW_NAMESPACES = 0x7E020000
 _OF_A_DESCRIPTOR = (0, 1, 2, 3, 4, 1030, 1032)  # fcntl: duplicates, flags, a pipe's size; no locks, leases, owners
 _OF_A_STREAM = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # ioctl: is it a terminal, how much waits, blocking
 _OF_A_NAME = (15, 16, 0x53564D41)  # prctl: names of a thread and of memory
@@ -219,15 +218,15 @@ def _numbers(names: str) -> dict[str, int]:
 
 _SYSCALLS = _numbers(f"{_CHECKED} {_OURS}")
 
-_LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
+_LOAD, _MASK, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _REFUSE, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 
 
 READ, WRITTEN = "read", "written"
-"""What a sealed process may do to files: open them to read, or create, change and remove them too."""
+"""What a filtered process may do to files: open them to read, or create, change and remove them too."""
 
 
-def seal(files: str) -> None:
+def filter_system_calls(files: str) -> None:
     """Allow, from now on and for good, only system calls that reach nothing but this process and what it has open.
 
     No process can be started and none signalled but this one, no connection made, no lock put on a file; `files` are
@@ -236,13 +235,13 @@ def seal(files: str) -> None:
     _checked(min(_load(files, _REFUSE | _ENOSYS, 0), 0), "seccomp")
 
 
-def seal_watched(files: str) -> int | None:
-    """Seal, and return the descriptor of a listener that is asked about what is not listed, and about each new thread.
+def filter_and_watch(files: str) -> int | None:
+    """Filter, and return the descriptor of a listener that is asked about what is not listed, and about each new thread.
 
-    (`Listener`); None where the kernel has none to give. It must be closed here before anything runs that nobody has read.
+    (`Listener`); None where the kernel has none to give. It must be closed here before untrusted code runs.
     """
     listener = _load(files, _ASK, _NEW_LISTENER)
-    return seal(files) if listener < 0 else listener
+    return filter_system_calls(files) if listener < 0 else listener
 
 
 def _load(files: str, unlisted: int, flags: int) -> int:
@@ -262,38 +261,45 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 def _filter(own_pid: int, files: str, unlisted: int) -> list[bytes]:
     """Return the BPF program: offsets 0, 4 and 16 + 8 i of `struct seccomp_data` are number, arch and argument i."""
-    refused, writes = ((_OPEN_FOR_WRITING,), "") if files == READ else ((), _WRITES)
+    may_open, writes = ([_OPEN_FOR_WRITING], "") if files == READ else ([], _WRITES)
     program = [_op(_LOAD, 4), _op(_IF_EQUAL, _AUDIT_ARCH[os.uname().machine], 1), _op(_RETURN, _KILL), _op(_LOAD, 0)]
     program += [_op(_IF_AT_LEAST, 0x40000000, 0, 1), _op(_RETURN, unlisted)]  # the x32 twins of x86_64
     for number in _numbers(f"{_ALLOWED} {writes}").values():
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _ALLOW)]
     for number in _numbers(_UNKNOWN).values():
         program += [_op(_IF_EQUAL, number, 0, 1), _op(_RETURN, _REFUSE | _ENOSYS)]
+    every = 0xFFFFFFFF
     checks = [
-        ("clone", 0, _IF_ANY_BIT, (_CLONE_THREAD,), True),
-        ("kill", 0, _IF_EQUAL, (own_pid,), True),
-        ("tgkill", 0, _IF_EQUAL, (own_pid,), True),
-        ("prlimit64", 0, _IF_EQUAL, (0,), True),
-        ("prctl", 0, _IF_EQUAL, _OF_A_NAME, True),
-        ("fcntl", 1, _IF_EQUAL, _OF_A_DESCRIPTOR, True),
-        ("ioctl", 1, _IF_EQUAL, _OF_A_STREAM, True),
-        ("socketpair", 1, _IF_ANY_BIT, (_DATAGRAMS,), False),  # which could be sent to any name
-        ("open", 1, _IF_ANY_BIT, refused, False),
-        ("openat", 2, _IF_ANY_BIT, refused, False),
+        ("clone", (0, _THREAD | _NEW_NAMESPACES, (_THREAD,))),
+        ("kill", (0, every, (own_pid,))),
+        ("tgkill", (0, every, (own_pid,))),
+        ("prlimit64", (0, every, (0,))),
+        ("prctl", (0, every, _OF_A_NAME)),
+        ("fcntl", (1, every, _OF_A_DESCRIPTOR)),
+        ("ioctl", (1, every, _OF_A_STREAM)),
+        # of datagrams one could be sent to any name
+        ("socketpair", (0, every, (socket.AF_UNIX,)), (1, 0xF, (socket.SOCK_STREAM, socket.SOCK_SEQPACKET))),
+        ("open", *((1, writing, (0,)) for writing in may_open)),
+        ("openat", *((2, writing, (0,)) for writing in may_open)),
     ]
-    for name, argument, test, values, allowed in checks:
+    for name, *conditions in checks:
         if name in _SYSCALLS:
             answer = _ASK if name == "clone" and unlisted == _ASK else _ALLOW
-            program += _check(_SYSCALLS[name], argument, test, values, allowed, answer)
+            program += _check(_SYSCALLS[name], conditions, answer)
     return [*program, _op(_RETURN, unlisted)]
 
 
-def _check(number: int, argument: int, test: int, values: tuple[int, ...], allowed: bool, answer: int) -> list[bytes]:
-    """Return the block that answers a call so (or refuses it) if its argument meets the test for any of `values`."""
-    block = [_op(_IF_EQUAL, number, 0, len(values) + 3), _op(_LOAD, 16 + 8 * argument)]
-    for left in reversed(range(len(values))):
-        block.append(_op(test, values[0 - left - 1], left + (not allowed), int(allowed and left == 0)))
-    return [*block, _op(_RETURN, answer), _op(_RETURN, _REFUSE | _EPERM)]
+def _check(number: int, conditions: list[tuple[int, int, tuple[int, ...]]], answer: int) -> list[bytes]:
+    """Return the block that answers a call so where all conditions hold, and refuses it else.
+
+    One holds where the bits of an argument that a mask leaves are one of the values.
+    """
+    block = []
+    for argument, mask, values in conditions:
+        block += [_op(_LOAD, 16 + 8 * argument), _op(_MASK, mask)]
+        block += [_op(_IF_EQUAL, value, len(values) - place) for place, value in enumerate(values)]
+        block.append(_op(_RETURN, _REFUSE | _EPERM))
+    return [_op(_IF_EQUAL, number, 0, len(block) + 1), *block, _op(_RETURN, answer)]
 
 
 MOST_THREADS = 1024
@@ -302,7 +308,7 @@ _RECEIVE, _ANSWER, _GO_ON = 0xC0502100, 0xC0182101, 1  # <linux/seccomp.h>
 
 
 class Listener:
-    """Answers what a filter leaves open: counts the threads that are started, and the calls that are not listed."""
+    """Answers calls that the filter does not decide: counts threads that start, and calls off the allow-list."""
 
     def __init__(self):
         self.begun = 0
@@ -315,7 +321,7 @@ class Listener:
         self._may_begin = True
 
     def begin(self, listener):
-        """Tell, from the sealed process, that it is about to begin, and hand over its listener, if it has one."""
+        """Tell, from the isolated process, that it is about to begin, and hand over its listener, if it has one."""
         if listener is None:
             self.theirs.send(b"+")
         else:
@@ -326,7 +332,9 @@ class Listener:
     def has_begun(self, processes, deadline):
         """Wait until so many processes have begun; say whether they have, as soon as none can any more."""
         while self._may_begin and self.begun < processes:
-            found = self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
+            found = self._ready(deadline)
+            if time.monotonic() >= deadline:  # what has been said is heard; what a program asks without end is not
+                found = [one for one in found if one[0] == self._mine.fileno()]
             if not found:
                 break
             for ready, event in found:
@@ -334,17 +342,25 @@ class Listener:
         return self.begun >= processes
 
     def wait(self, fd, deadline):
-        """Answer until `fd` can be read or `time.monotonic()` reaches the deadline; say whether it can."""
+        """Answer until `fd` can be read or `time.monotonic()` reaches the deadline; say whether it can.
+
+        The deadline holds whatever is asked meanwhile: who asks without end would wait without one.
+        """
         self._poll.register(fd, select.POLLIN)
         try:
             while True:
-                found = self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
-                if not found or any(ready == fd for ready, _ in found):
-                    return bool(found)
+                found = self._ready(deadline)
+                if any(ready == fd for ready, _ in found):
+                    return True
+                if not found or time.monotonic() > deadline:
+                    return False
                 for ready, event in found:
                     self._serve(ready, event)
         finally:
             self._poll.unregister(fd)
+
+    def _ready(self, deadline):
+        return self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
 
     def _serve(self, fd, event):
         if fd in self._listeners:

@@ -151,8 +151,6 @@ def unpack(data: Any, resolve: Any) -> Any:
     if not isinstance(data, dict):
         return data
     ((kind, value),) = data.items()
-    if kind == "named":
-        return find(*value) if value[0].partition(".")[0] in sys.stdlib_module_names else None
     if kind in _SCALARS:
         return _SCALARS[kind][1](value)
     return _READERS[kind](value, resolve) if kind in _READERS else resolve(data)

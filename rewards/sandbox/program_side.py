@@ -1,4 +1,4 @@
-"""The candidate's side: answers requests about what the code that nobody has read defines."""
+"""The candidate's side: answers requests about what the untrusted code defines."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Candidate:
         number = self._number(value)
         if isinstance(value, type(sys)):
             return {"module": [number, value.__name__]}
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        if isinstance(value, type) and value.__module__ == "builtins" and vars(builtins).get(value.__name__) is value:
             return {"named": ["builtins", value.__name__]}
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"exception": [number, [base.__name__ for base in value.__mro__]]}
@@ -67,6 +67,8 @@ class Candidate:
     def resolve(self, data):
         if "callback" in data:
             return lambda *args: self._call_back(data["callback"], args)
+        if "named" in data:
+            return find(*data["named"])
         return self.objects[data["ref"]]
 
     def _call_back(self, number, args):

@@ -1,4 +1,4 @@
-"""The process that forks a supervisor for each program: a jail's imports, most of what a start costs, are made once.
+"""The process that forks a supervisor for each program: its imports, most of what a start costs, are made once.
 
 It is handed descriptors and settings, never a program or a test, so what it forks has no memory of either.
 """
@@ -15,18 +15,18 @@ import sys
 import threading
 from pathlib import Path
 
-_JAIL = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 _PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 """Outside of any virtual environment, whose place is nothing that a program has to know."""
 
 
-class JailServer:
-    """One such process, started when made. It ends when it is closed, and when its owner ends."""
+class ForkServer:
+    """A fork server, started when made. It ends when it is closed, and when its owner ends."""
 
     def __init__(self, *, in_bubblewrap: bool = False, packages: str = "", size_bytes: int = 0) -> None:
         """In bubblewrap its files, all in memory, may have `size_bytes`."""
-        jail = "/jail" if in_bubblewrap else str(_JAIL)
-        command = [_PYTHON, "-s", "-P", "-S", f"{jail}/__main__.py"]
+        folder = "/sandbox" if in_bubblewrap else str(_FOLDER)
+        command = [_PYTHON, "-s", "-P", "-S", f"{folder}/__main__.py"]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             _bubblewrap(packages, size_bytes) + command if in_bubblewrap else command,
@@ -49,7 +49,7 @@ class JailServer:
             self._process.wait(0.2)
         return not self.is_alive
 
-    def jail(self, settings: str) -> tuple[int, int]:
+    def start(self, settings: str) -> tuple[int, int]:
         """Return the descriptors for requests to a new supervisor and its replies. Raises OSError where there is none."""
         theirs_in, requests = os.pipe()
         replies, theirs_out = os.pipe()
@@ -70,18 +70,18 @@ class JailServer:
         self._process.wait()
 
 
-_shared: dict[int, JailServer] = {}
+_shared: dict[int, ForkServer] = {}
 _lock = threading.Lock()
 
 
-def shared_server() -> JailServer:
-    """Return this process's jail_server, a new one where it ended."""
+def shared_server() -> ForkServer:
+    """Return this process's server, a new one where it ended."""
     with _lock:
-        jail_server = _shared.get(os.getpid())
-        if jail_server is None or not jail_server.is_alive:
-            jail_server = _shared[os.getpid()] = JailServer()
-            atexit.register(jail_server.close)
-        return jail_server
+        server = _shared.get(os.getpid())
+        if server is None or not server.is_alive:
+            server = _shared[os.getpid()] = ForkServer()
+            atexit.register(server.close)
+        return server
 
 
 def _environment() -> dict[str, str]:
@@ -95,7 +95,7 @@ def _bubblewrap(packages: str, size_bytes: int) -> list[str]:
     command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     # of devices the one that holds nothing; a whole /dev comes with a /dev/shm without limit
     command += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(size_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    command += ["--ro-bind", str(_JAIL), "/jail"]
+    command += ["--ro-bind", str(_FOLDER), "/sandbox"]
     readable = ["/usr", sys.base_prefix, *([packages] if packages else [])]
     for path in dict.fromkeys(readable):
         command += ["--ro-bind", path, path]

@@ -1,4 +1,4 @@
-"""The supervisor: keeps one program of unknown intent, runs it as often as asked, and tells its parent how each run ended.
+"""The supervisor: runs one untrusted program as often as asked, and tells its parent how each run ended.
 
 One process a program. Frames on stdin and stdout are a word, a length, a newline and that many bytes. It never
 holds what a run is expected to print, and tests reach it only after the candidate has been forked, so that no memory
@@ -65,8 +65,8 @@ def names_of(code):
 
 CHUNK = 1 << 16
 BUILD_S = 20.0
-"""Longest time that building the jail may take before the host counts as refusing it. A host that refuses says so at once;
-one with many busy processes was seen to take more than three seconds."""
+"""Longest time that setting up the sandbox may take before the host counts as refusing it. A host that refuses says so at
+once; one with many busy processes was seen to take more than three seconds."""
 
 INNOCENT_CPU_S = 0.3
 """Less than this of processor time, and a killed program did not do it by its own limit. The kernel counts a second of that
@@ -84,7 +84,7 @@ def read_frame(stream):
 
 
 def write_frame(stream, word, content, unlisted=0):
-    """Send one message: a word, a length, how many unlisted system calls were made, and that many bytes."""
+    """Send one message: a word, a length, the number of system calls off the allow-list, and that many bytes."""
     stream.write(b"%s %d %d\n%s" % (word.encode(), len(content), unlisted, content))
     stream.flush()
 
@@ -103,9 +103,9 @@ class Supervisor:
         self.user = int(settings["user"])
         self.unlisted = 0
         sys.set_int_max_str_digits(0)  # a long integer is a fair answer; the clock bounds what it costs
-        confine.adopt_orphans()
+        confine.become_subreaper()
         if self.level in ("landlock", "limits"):
-            confine.hide_memory()
+            confine.disable_dumps()
 
     def run(self, stdin):
         """Run the program on one input; return how it ended and what it printed."""
@@ -118,8 +118,8 @@ class Supervisor:
         for fd in (given, output):
             os.close(fd)
         watch.theirs.close()
-        # said by the jail before the program began; without it the host refused the jail, and nothing was run.
-        # The program's clock starts here: on a busy host the jail alone can take a second
+        # said by the sandbox before the program began; without it the host refused the sandbox, and nothing was run.
+        # The program's clock starts here: on a busy host the sandbox alone can take a second
         begun = watch.has_begun(1, time.monotonic() + BUILD_S)
         deadline = time.monotonic() + (self.wall_s if begun else 0)
         text, ended = self._read(printed, deadline, watch)
@@ -235,9 +235,9 @@ class Supervisor:
 
     def _end(self, pids, watch, *, kill):
         """End what was forked, and keep what was seen of it; return as `_end` does."""
-        found = _end(pids, kill=kill)
         self.unlisted += watch.unlisted
-        watch.close()
+        watch.close()  # first: one that had not begun when its time was over can not begin any more
+        found = _end(pids, kill=kill)
         if self.level == "bubblewrap":
             _empty("/tmp", [sys.base_prefix, *self.packages])
         return found
@@ -256,7 +256,7 @@ class Supervisor:
         return b"".join(chunks)[: self.output_bytes], "output"
 
     def _fork(self, inside, stdin, stdout, watch, keep):
-        """Run `inside` in a jailed child with only the given descriptors; return the pid to wait for."""
+        """Run `inside` in a sandboxed child with only the given descriptors; return the pid to wait for."""
         pid = os.fork()
         if pid:
             return pid
@@ -268,7 +268,7 @@ class Supervisor:
             os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
             _close_all_but({0, 1, 2, watch.theirs.fileno(), *keep})
             if self.level == "namespaces":
-                confine.leave_host()
+                confine.enter_namespaces()
                 inner = os.fork()
                 if inner:
                     _close_all_but({0})
@@ -282,21 +282,22 @@ class Supervisor:
             os._exit(status)
 
     def _confine(self):
-        """Build the walls from inside; return the listener of what the filter leaves open (`confine.seal_watched`)."""
+        """Isolate this process; return the listener for calls that the filter does not decide."""
         if self.user >= 0:
-            confine.become(self.user)
+            confine.change_user(self.user)
         confine.die_with_parent()
         if self.level == "namespaces":
-            confine.private_root(_readable(self.packages), 4 * self.file_bytes)
+            confine.mount_private_root(_readable(self.packages), 4 * self.file_bytes)
         elif self.level == "bubblewrap":
             os.mkdir(f"/tmp/{os.getpid()}")  # each run its own, in the one memory folder that ends with the supervisor
             os.chdir(f"/tmp/{os.getpid()}")
         elif self.level == "landlock":
-            confine.hide_files(_readable(self.packages))
+            confine.restrict_files(_readable(self.packages))
         confine.limit_resources(cpu_s=self.cpu_s, memory_bytes=self.memory_bytes, file_bytes=self.file_bytes)
         confine.drop_capabilities()
         sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)] + self.packages
-        return confine.seal_watched(confine.WRITTEN if self.level in ("namespaces", "bubblewrap") else confine.READ)
+        writes = self.level in ("namespaces", "bubblewrap")
+        return confine.filter_and_watch(confine.WRITTEN if writes else confine.READ)
 
 
 def _readable(packages):

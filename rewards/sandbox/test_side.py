@@ -1,6 +1,6 @@
 """The tests' side: assertions about objects that live in another process.
 
-The candidate's process runs the code that nobody has read and answers requests (`program_side.py`). The tests' process
+The candidate's process runs the untrusted code and answers requests (`program_side.py`). The tests' process
 holds the assertions and sees a `Remote` for everything of the candidate's that is not plain data. So the candidate can
 not patch the tests, read what they expect, or end them; and what it returns is compared here, with Python's own `==`.
 
@@ -77,9 +77,20 @@ class Link:
             number, name = data["module"]
             known = name.partition(".")[0] in sys.stdlib_module_names
             found = importlib.import_module(name) if known else Remote(self, number, False)
+        elif "named" in data:
+            return self._builtin_type(*data["named"])
         else:
             return self.remotes.setdefault(data["ref"], Remote(self, data["ref"], False))
         self.theirs[found] = number
+        return found
+
+    def _builtin_type(self, module, name):
+        """Return one of Python's own types, which is all that is told by name: a forged message could name an
+        object that equals everything (`unittest.mock.ANY`)."""
+        found = getattr(builtins, name, None)
+        if module != "builtins" or not isinstance(found, type):
+            self.broken = True
+            raise BridgeError(f"{module}.{name} is no type of Python's own")
         return found
 
     def _exception(self, names) -> Any:

@@ -1,4 +1,4 @@
-"""What stays open in each jail: attacks of five kinds, run at every level that this host has.
+"""What stays open at each level of the sandbox: attacks of five kinds, run at every level that this host has.
 
 `python -m tests.experiments.attacks` prints the table that stands in `rewards/README.md`. A program says REACHED where it
 got at what it wanted; what it leaves behind is looked for from outside; a forged verdict is one that tests give it.
@@ -122,6 +122,10 @@ _RESOURCES = {
     "the kernel's rings (io_uring)": "b = ctypes.create_string_buffer(256)\nassert libc.syscall(425, 8, b) >= 0",
     "a program in the kernel (bpf)": "assert libc.syscall(321, 0, ctypes.create_string_buffer(128), 128) >= 0",
     "locked memory": "assert libc.mlockall(3) == 0",
+    "a thread with descriptors of its own": (  # a kernel that is asked says that it makes no sense, and not that it may not
+        "assert libc.syscall(56, 0x10100, 0, 0, 0, 0) == -1 and ctypes.get_errno() not in (1, 38)"
+    ),
+    "sockets of another family": "import socket\nsocket.socketpair(30, socket.SOCK_SEQPACKET)",
 }
 _PERSISTENCE = {
     "a process that outlives its case": "if not os.fork():\n    time.sleep(30)",
@@ -183,6 +187,23 @@ _FORGED = {
     "another module in the tests' place": (
         "import types\nsys.modules['tests'] = sys.modules['running'] = types.ModuleType('running')\ndef f(x): return 0"
     ),
+    "a message of an object that equals everything": (
+        "def f(x):\n    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'channel'): frame = frame.f_back\n"
+        "    channel = frame.f_locals['self'].channel\n    while True:\n"
+        "        channel.send({'value': {'named': ['unittest.mock', 'ANY']}, 'changed': []})\n        channel.receive()"
+    ),
+    "a message of an exception that ends the tests": (
+        "def f(x):\n    frame = sys._getframe()\n"
+        "    while not hasattr(frame.f_locals.get('self'), 'channel'): frame = frame.f_back\n"
+        "    channel = frame.f_locals['self'].channel\n    while True:\n"
+        "        channel.send({'raise': ['SystemExit', 'BaseException'], 'text': '', 'args': []})\n"
+        "        channel.receive()"
+    ),
+    "an answer that is no message": (
+        "def f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, b'{' * (1 << 20) + b'\\n')\n"
+        "        except OSError: pass\n    time.sleep(9)"
+    ),
     "a signal to the tests": "import signal\ndef f(x):\n    for p in [os.getppid(), *pids()]: os.kill(p, signal.SIGKILL)",
 }
 _PRELUDE = (
@@ -205,31 +226,42 @@ class Attack:
     tests: str | None = None
 
     def reaches(self, level: client.Level) -> bool:
-        """Say whether it gets what it wants at this level, twice asked in one jail, or leaves anything behind."""
-        before = set(psutil.Process().children(recursive=True))
+        """Say whether it gets what it wants at this level, or leaves a file behind; what persists is asked for twice."""
         try:
             with Program(self.source, level=level, limits=LIMITS) as program:
                 if self.tests is not None:
                     verdict = program.test(self.tests)
                     has_reached = bool(verdict.total) and verdict.passed == verdict.total
                 else:
-                    has_reached = any(b"REACHED" in program.run("").stdout for _ in range(2))
-        except SandboxError:
-            has_reached = False
-        return self._leaves(before) or has_reached
+                    said = [program.run("").stdout for _ in range(2 if self.kind == "persistence" else 1)]
+                    has_reached = any(b"REACHED" in text for text in said)
+        except SandboxError:  # a program that breaks its sandbox would have no verdict in place of a wrong answer
+            has_reached = True
+        return self._leaves_a_file() or (self.kind == "persistence" and self._leaves_a_process()) or has_reached
 
-    def _leaves(self, before: set[psutil.Process]) -> bool:
-        deadline = time.monotonic() + 2
-        while set(psutil.Process().children(recursive=True)) - before:
-            if time.monotonic() > deadline:
-                return True
-            time.sleep(0.01)
+    def _leaves_a_file(self) -> bool:
         left = [LEFT, *map(Path, ("/dev/shm/polyphony-attack", sys.base_prefix + "/polyphony-attack"))]
         found = [path for path in left if path.exists() or path.is_symlink()] or MARK.read_text() != SECRET
         for path in left:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         return bool(found)
+
+    def _leaves_a_process(self) -> bool:
+        """Say whether anything is left of the supervisor that served it, which ends with all it started."""
+        deadline = time.monotonic() + 5
+        while any(process.children() for process in psutil.Process().children() if _is_server(process)):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.002)
+        return False
+
+
+def _is_server(process: psutil.Process) -> bool:
+    try:
+        return any("sandbox/__main__.py" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _programs(kind: str, sources: dict[str, str]) -> list[Attack]:
@@ -275,13 +307,13 @@ def levels() -> list[client.Level]:
 
 
 def table(
-    here: Sequence[client.Level], report: Callable[[str], None] = print
+    here: Sequence[client.Level], report: Callable[[str], None] = print, *, but: Sequence[str] = ()
 ) -> dict[tuple[str, str], set[client.Level]]:
-    """Run all attacks at these levels, report a line each; return by attack the levels at which it reached its aim."""
+    """Run all attacks but those of some kinds, report a line each; return by attack the levels where it reached its aim."""
     report("| kind | attack | " + " | ".join(here) + " |")
     report("|---|---|" + "---|" * len(here))
     open_to: dict[tuple[str, str], set[client.Level]] = {}
-    for attack in ATTACKS:
+    for attack in (attack for attack in ATTACKS if attack.kind not in but):
         reached: set[client.Level] = {level for level in here if attack.reaches(level)}
         open_to[attack.kind, attack.name] = reached
         report(
