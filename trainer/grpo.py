@@ -36,6 +36,7 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
+from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
@@ -184,7 +185,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         pool = settings.pool
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         refuse_odd_look(self.policy, look)
-        if not self.use_vllm:
+        refuse_unmergeable(self.model, self.accelerator)
+        if self.use_vllm:
+            self.policy.keep_base()
+        else:
             self.policy.attach(engine)
         refuse_uneven(self.policy, refill_rounds, look)
         self.draws = Draws(
