@@ -152,12 +152,19 @@ def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
+def name_cpu(args: Any) -> None:
+    """Call a rank's CPU `cpu`, not `cpu:0`, a location that torch.load does not know."""
+    if args.device.type == "cpu":
+        args.__dict__["_setup_devices"] = torch.device("cpu")
+
+
 def roll_back(trainer: Any, checkpoint: Path) -> None:
     """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on. Collective over ranks.
 
     What was spent stays spent and what was learned about the domains stays known. DeepSpeed and FSDP, which hold weights
     and optimizer themselves, load with their own loaders, as on resume.
     """
+    name_cpu(trainer.args)
     lr_state, rates = trainer.lr_scheduler.state_dict(), [group["lr"] for group in trainer.optimizer.param_groups]
     if trainer.is_deepspeed_enabled:
         whole = not isinstance(trainer.model, PeftModel)  # else only the adapter was saved

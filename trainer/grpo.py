@@ -30,7 +30,14 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import BeforeDraw, load_ledgers, save_ledgers, whole_checkpoints, whole_or_none
+from polyphony.trainer.checkpoints import (
+    BeforeDraw,
+    load_ledgers,
+    name_cpu,
+    save_ledgers,
+    whole_checkpoints,
+    whole_or_none,
+)
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
@@ -483,8 +490,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
-        if self.args.device.type == "cpu":  # a rank's CPU is called cpu:0, a location that torch.load does not know
-            self.args.__dict__["_setup_devices"] = torch.device("cpu")
+        name_cpu(self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ledgers(Path(checkpoint), self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
