@@ -116,12 +116,12 @@ def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group):
 
 
 @pytest.mark.slow
-def test_the_saved_policy_is_whole_and_has_its_adapter_merged_and_beside_it(group):
-    for seen in (seen for rank in group[1] for seen in rank.values()):
+def test_the_saved_policy_is_whole_and_has_its_adapter_merged_and_beside_it(alone, group):
+    for seen in (seen for rank in [alone, *group[1]] for seen in rank.values()):
         assert seen["unlike_saved"] == []
         assert seen["written"] == []  # of the base, from before the first step to after the last
-    for kind in {"lora", "dora"} & group[1][0].keys():
-        final = Path(group[1][0][kind]["final"])
+    for seen in (rank[kind] for rank in (alone, group[1][0]) for kind in ("lora", "dora") if kind in rank):
+        final = Path(seen["final"])
         merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(POLICY), final / "adapter")
         assert unlike(dict(merged.merge_and_unload().named_parameters()), load_file(final / "model.safetensors")) == []
 
