@@ -87,7 +87,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     `run`, nothing is written that TRL would not write, and TRL's arguments alone say when.
 
     Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, settings
-    that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw.
+    that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw;
+    before an engine is started, for an adapter that cannot be merged for it (LoRA, rsLoRA and DoRA can).
 
     Example:
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
