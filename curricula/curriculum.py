@@ -26,6 +26,7 @@ from polyphony.curricula.records import (
     Prompt,
     mean,
     passed,
+    rounded,
 )
 from polyphony.curricula.schedulers import Scheduler
 
@@ -287,10 +288,10 @@ def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
     graded = [(g, g.unselected) for g in groups if g.graded]
     return DomainStats(
         groups=len(groups),
-        reward=mean([r for _, rewards in graded for r in rewards]),
-        pass_rate=mean([len(passed(rewards)) / len(rewards) for _, rewards in graded if rewards]),
-        abs_advantage=mean([g.abs_advantage for g, _ in graded]),
-        frac_dead=mean([float(not g.has_signal) for g in groups]),
-        entropy=entropy,
+        reward=rounded(mean([r for _, rewards in graded for r in rewards])),
+        pass_rate=rounded(mean([len(passed(rewards)) / len(rewards) for _, rewards in graded if rewards])),
+        abs_advantage=rounded(mean([g.abs_advantage for g, _ in graded])),
+        frac_dead=rounded(mean([float(not g.has_signal) for g in groups])),
+        entropy=rounded(entropy),
         tokens=sum(sum(g.lengths) for g in groups),
     )

@@ -1,21 +1,16 @@
 """`decisions.jsonl`: one line a draw with the evidence that was decided from, and replay of a scheduler on it.
 
 Evaluations are named by number (line `n` had seen the first `evaluations` rows of the run's `transfer.json`), and a line on
-disk leaves out what is as in the line before it (`shortened`, `wholes`), so that it stays below 100 bytes a domain.
+disk leaves out what is as in the line before it (`shortened`, `wholes`): about 100 bytes a domain.
 """
 
 from __future__ import annotations
 
-import base64
 import math
-import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
-
-import numpy as np
 
 from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt
 from polyphony.curricula.schedulers import Scheduler
@@ -48,12 +43,13 @@ def decision_line(evidence: Evidence, decision: Decision, refs: Sequence[Prompt]
 
 
 def evidence_as_json(evidence: Evidence) -> dict[str, Any]:
-    """Return the evidence with evaluations as their number, and what the draw before showed packed, bit for bit."""
+    """Return the evidence with evaluations as their number, the last draw by column, and NaN as None."""
     document: dict[str, Any] = {f.name: getattr(evidence, f.name) for f in fields(Evidence)}
     for name, value in document.items():
         if isinstance(value, tuple):
             document[name] = list(value)
-    return document | {"last": _packed(evidence.last), "evaluations": len(evidence.evaluations)}
+    last = {f.name: [_or_none(getattr(stats, f.name)) for stats in evidence.last] for f in fields(DomainStats)}
+    return document | {"last": last, "evaluations": len(evidence.evaluations)}
 
 
 def evidence_from_json(document: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> Evidence:
@@ -64,7 +60,8 @@ def evidence_from_json(document: Mapping[str, Any], evaluations: Sequence[Evalua
     seen = document["evaluations"]
     if seen > len(evaluations):
         raise ValueError(f"draw {document['draw']} had seen {seen} evaluations, the run's file has {len(evaluations)}")
-    last = _unpacked(document["last"])
+    columns = {name: [math.nan if v is None else v for v in values] for name, values in document["last"].items()}
+    last = tuple(DomainStats(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in document.items()}
     return Evidence(**values | {"last": last, "evaluations": tuple(evaluations[:seen])})
 
@@ -94,10 +91,6 @@ def replay(
     return replayed
 
 
-NUMBER = re.compile(r"(?<=[ x])[+-]?\d+(?:\.\d+)?")
-"""What changes in a reason while its words stay: after a space, or a times sign."""
-
-
 def shortened(line: Mapping[str, Any], before: Mapping[str, Any] | None, places: Sequence[Sequence[int]]) -> dict:
     """Return a draw's line without what it has in common with the one `before` it; whole where there is none.
 
@@ -108,11 +101,7 @@ def shortened(line: Mapping[str, Any], before: Mapping[str, Any] | None, places:
     short = {"draw": line["draw"], "prompts": places}
     if line["mixture"] != before["mixture"]:
         short["mixture"] = list(line["mixture"].values())
-    if line["stage"] != before["stage"]:
-        short["stage"] = line["stage"]
-    if line["reason"] != before["reason"]:
-        is_worded_alike = NUMBER.split(line["reason"]) == NUMBER.split(before["reason"])
-        short["reason"] = [" ".join(NUMBER.findall(line["reason"]))] if is_worded_alike else line["reason"]
+    short |= {key: line[key] for key in ("stage", "reason") if line[key] != before[key]}
     now, past = line["evidence"], before["evidence"] | {"draw": line["draw"], "drawn": _drawn_by(before)}
     return short | {"evidence": {key: value for key, value in now.items() if value != past[key]}}
 
@@ -141,10 +130,6 @@ def _whole(short: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     line = {"stage": before["stage"], "reason": before["reason"], "mixture": names, **short}
     if line["mixture"] is not names:
         line["mixture"] = dict(zip(names, line["mixture"], strict=True))
-    if isinstance(line["reason"], list):
-        numbers = line["reason"][0].split(" ")
-        words = NUMBER.split(before["reason"])
-        line["reason"] = words[0] + "".join([n + word for n, word in zip(numbers, words[1:], strict=True)])
     line["counts"] = dict(zip(names, map(len, line["prompts"]), strict=True))
     given = {"draw": line["draw"], "drawn": _drawn_by(before)}
     line["evidence"] = before["evidence"] | given | short["evidence"]
@@ -156,20 +141,5 @@ def _drawn_by(line: Mapping[str, Any]) -> list[int]:
     return [n + more for n, more in zip(line["evidence"]["drawn"], line["counts"].values(), strict=True)]
 
 
-_COLUMNS = tuple(f.name for f in fields(DomainStats))
-
-
-def _packed(last: Sequence[DomainStats]) -> str:
-    columns = np.array([[getattr(stats, name) for stats in last] for name in _COLUMNS], dtype="<f8")
-    return base64.b64encode(zlib.compress(columns.tobytes())).decode()
-
-
-def _unpacked(last: str | Mapping[str, Sequence[float | None]]) -> tuple[DomainStats, ...]:
-    """Return what `_packed` made, or an older version's columns with NaN as null."""
-    if isinstance(last, str):
-        numbers = np.frombuffer(zlib.decompress(base64.b64decode(last)), dtype="<f8").reshape(len(_COLUMNS), -1)
-        columns = dict(zip(_COLUMNS, numbers.tolist(), strict=True))
-        columns |= {name: list(map(int, columns[name])) for name in ("groups", "tokens")}
-    else:
-        columns = {name: [math.nan if v is None else v for v in values] for name, values in last.items()}
-    return tuple(DomainStats(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -428,7 +428,7 @@ def _pairs(by_domain: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainStats:
-    """What one draw showed of one domain."""
+    """What one draw showed of one domain; means are `rounded`, so that the log of decisions has what was decided from."""
 
     groups: int = 0
     reward: float = math.nan
@@ -488,6 +488,11 @@ class Decision:
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
+
+
+def rounded(value: float) -> float:
+    """Return the value to four significant digits, which is finer than the noise of anything that one draw shows."""
+    return float(f"{value:.4g}")
 
 
 def per_token(pairs: Iterable[tuple[float, float]]) -> float:

@@ -94,11 +94,10 @@ class Adaptive:
         utility = learnability * (1 + np.abs(progress)) * (1 + self.strength * transfer) * entropy
         size = len(evidence.domains)
         mixture = (1 - self.floor) * utility / utility.sum() + self.floor / size
-        factors = zip(evidence.domains, mixture, learnability, progress, transfer, entropy, strict=True)
-        reason = "; ".join(
-            f"{name} {p:.2f}: learnability {a:.2f}, progress {b:+.2f}, transfer {c:+.2f}, entropy x{d:.2f}"
-            for name, p, a, b, c, d in factors
-        )
+        factors = {"learnability": learnability, "progress": progress, "transfer": transfer, "entropy": entropy}
+        if (entropy == 1).all():
+            del factors["entropy"]
+        reason = "; ".join(f"{name} " + " ".join(f"{value:.2f}" for value in of) for name, of in factors.items())
         next_state = {"arms": known.as_json(), "worth": assessed}  # names of saved states, which old runs have too
         return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
 
