@@ -208,7 +208,7 @@ class ClusterSection:
 
 @settings
 class LoraSection:
-    """Train low-rank adapters instead of all weights (PEFT); `final/` is merged."""
+    """Train low-rank adapters instead of all weights (PEFT); `final/` is merged, `final/adapter/` has the adapter alone."""
 
     r: int = Field(default=16, ge=1)
     """Rank of the adapters."""

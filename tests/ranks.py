@@ -1,4 +1,7 @@
-"""One trainer rank of tests/test_training_group.py: train with full weights, then with LoRA, and write down what it saw."""
+"""One trainer rank of tests/test_training_group.py: train with full weights, then with LoRA, and write down what it saw.
+
+Each run goes back to its first checkpoint after its second step.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from transformers import TrainerCallback
 
-from polyphony.launch.recipe import load_recipe
+from polyphony.launch.recipe import Recipe, load_recipe
 from tests.conftest import RECIPES
 
-STEPS = 2
+STEPS = 3
 # 24 rows a step, three groups of eight: over two ranks the middle group straddles
 COMMON = [
     "tracking.wandb=null",
@@ -24,19 +28,20 @@ COMMON = [
     f"grpo.max_steps={STEPS}",
     "grpo.gradient_accumulation_steps=3",
     "eval.every=100",
+    "checkpoint.every=1",
 ]
 KINDS = {
     "full": [],
     "lora": ["lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}", "grpo.learning_rate=1e-2"],
     # a rank has whole groups, as a look asks for
-    "look": ["pool.look=4", "grpo.gradient_accumulation_steps=4"],
+    "look": ["pool.look=4", "grpo.gradient_accumulation_steps=4", "grpo.max_steps=2"],
+    # its adapter is of Python's, see `built`
+    "dora": ["grpo.learning_rate=1e-2", "grpo.max_steps=2"],
 }
 
 
 def be_a_rank(folder: Path, kinds: Sequence[str], overrides: Sequence[str]) -> None:
     """Train once for each kind over one engine; write `rank-<n>.json`."""
-    from polyphony.launch.build import build_trainer
-
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         let_fsdp_start_on_cpus()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -45,11 +50,85 @@ def be_a_rank(folder: Path, kinds: Sequence[str], overrides: Sequence[str]) -> N
     engine = None
     for kind in kinds:
         recipe = load_recipe(RECIPES / "debug.yaml", [*COMMON, *overrides, *KINDS[kind]])
-        trainer = build_trainer(recipe, folder / kind, engine=engine)
-        seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, folder / kind / "final")}
+        trainer = built(recipe, folder / kind, kind=kind, engine=engine)
+        final = folder / kind / "final"
+        seen[kind] = {**trained(trainer), "unlike_saved": unlike_saved(trainer, final), "final": str(final)}
         engine = trainer.policy.engine
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     engine.close()
+
+
+def built(recipe: Recipe, out: Path, *, kind: str, engine: Any) -> Any:
+    """Return the recipe's trainer, or one with a kind of adapter that no recipe has."""
+    from polyphony.launch.build import build_trainer, grpo_config, load_data
+
+    if kind != "dora":
+        return build_trainer(recipe, out, engine=engine)
+    from peft import LoraConfig
+
+    from polyphony.trainer.grpo import DomainGRPOTrainer
+
+    modules = ["q_proj", "down_proj"]
+    adapter = LoraConfig(r=4, target_modules=modules, use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
+    args = grpo_config(recipe, out)
+    return DomainGRPOTrainer(recipe.model, args, domains=load_data(recipe, args), engine=engine, peft_config=adapter)
+
+
+class TakeBack(TrainerCallback):
+    """Keep weights and optimizer as they are at the first checkpoint, and go back to it after the second step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.base = frozen(self.trainer)  # not earlier: under FSDP the second rank loads nothing itself
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.kept = held(self.trainer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 2:
+            return
+        from polyphony.trainer.checkpoints import roll_back
+
+        moved, rate = unlike(held(self.trainer), self.kept), self.rate
+        roll_back(self.trainer, Path(args.output_dir) / "checkpoint-1")
+        differing = unlike(held(self.trainer), self.kept)
+        self.found = {"moved": len(moved), "differing": differing, "rates": [rate, self.rate]}
+
+    @property
+    def rate(self) -> float:
+        return self.trainer.optimizer.param_groups[0]["lr"]
+
+
+def held(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return the policy's whole parameters, and what this rank's optimizer holds; collective."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    states = [t for p, moments in optimizer.state.items() for t in (p, *moments.values()) if torch.is_tensor(t)]
+    own = {f"optimizer {n}": getattr(t, "to_local", t.detach)().detach().clone() for n, t in enumerate(states)}
+    return parameters(trainer) | own
+
+
+def unlike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    return [n for n in left | right if n not in left or n not in right or not torch.equal(left[n], right[n])]
+
+
+def frozen(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return whole copies of what an adapter leaves untrained; collective."""
+    from trl.distributed import DistributedBackend
+
+    from polyphony.trainer.engine.engine import reshard
+
+    reshard(trainer.model)
+    found = {}
+    for name, p in trainer.model.named_parameters():
+        if not p.requires_grad:
+            with DistributedBackend(trainer.accelerator).gather_params([p]):
+                found[name] = getattr(p, "full_tensor", p.detach)().detach().clone()
+    return found
 
 
 def trained(trainer: Any) -> dict[str, Any]:
@@ -57,11 +136,14 @@ def trained(trainer: Any) -> dict[str, Any]:
     rollouts: list[Any] = []
     keep = trainer._roll_out
     trainer._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
+    watch = TakeBack(trainer)
+    trainer.add_callback(watch)
     trainer.train()
     check = trainer.policy.check()
     trainer.policy.sync()
     wrapped = trainer.model_wrapped
     return {
+        "rolled_back": watch.found,
         "rank": trainer.accelerator.process_index,
         "ranks": trainer.accelerator.num_processes,
         "wrapper": type(wrapped).__name__,
@@ -75,6 +157,7 @@ def trained(trainer: Any) -> dict[str, Any]:
         "check": check.is_passed,
         "differing": differing(trainer),
         "compared": len(parameters(trainer)),
+        "written": unlike(frozen(trainer), watch.base),
     }
 
 
@@ -92,7 +175,7 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
     save_final(trainer.policy, final)
     trainer.accelerator.wait_for_everyone()
     saved, ours = load_file(final / "model.safetensors"), parameters(trainer)
-    return [name for name in ours if name not in saved or not torch.equal(saved[name], ours[name])]
+    return unlike({name: tensor for name, tensor in saved.items() if name in ours}, ours)  # a head may be there twice
 
 
 def differing(trainer: Any) -> list[str]:

@@ -348,3 +348,27 @@ def test_lora_weights_reach_the_engine_merged(tmp_path, engine):
         max(entry["sampling/sampling_logp_difference/max"] for entry in trainer.state.log_history if "loss" in entry)
         < 1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_with_lora_that_goes_on_from_a_checkpoint_ends_bit_for_bit_alike(tmp_path, engine, dtype):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    changes = {"learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    changes |= {"model_init_kwargs": {"dtype": dtype}}
+
+    def run(folder, resume=None):
+        args = config(folder, **changes)
+        trainer = DomainGRPOTrainer(POLICY, args, domains=both(), engine=engine, peft_config=lora)
+        trainer.train(resume_from_checkpoint=resume)
+        logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+        return {n: p.clone() for n, p in engine._iter_named_params()}, [
+            (logs[n]["loss"], logs[n]["reward"]) for n in (3, 4)
+        ]
+
+    weights, seen = run(tmp_path / "whole")
+    other_weights, other_seen = run(tmp_path / "second half", str(tmp_path / "whole" / "checkpoint-2"))
+    assert seen == other_seen
+    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())

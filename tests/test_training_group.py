@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from polyphony.launch.cluster import local
 from polyphony.launch.cluster.local import Machine, group_words, plan
 from polyphony.launch.recipe import load_recipe
-from tests.conftest import RECIPES
+from tests.conftest import POLICY, RECIPES
 from tests.forks import Fork, forked_ranks, free_port
-from tests.ranks import be_a_rank
+from tests.ranks import be_a_rank, unlike
 
 WRAPPER = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
-KINDS = {"ddp": ("full", "lora", "look")}
+KINDS = {"ddp": ("full", "lora", "look"), "fsdp": ("full", "lora")}
 TELL = "import json, os, sys; json.dump(dict(os.environ), open(f'{sys.argv[1]}/told-{os.environ[\"RANK\"]}.json', 'w'))"
 """What a rank is started with in the place of ours: a program that writes down what it is told of its group."""
 
@@ -64,7 +67,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module", params=WRAPPER)
 def group(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    kinds = KINDS.get(request.param, ("full", "lora"))
+    kinds = KINDS.get(request.param, ("full", "lora", "dora"))
     arguments = (folder, kinds, ["grpo.per_device_train_batch_size=4"])
     told = told_to_ranks(request.param, folder)
     return request.param, seen_by(forked_ranks(be_a_rank, *arguments, log=folder / "log", **told), folder)
@@ -105,19 +108,31 @@ def test_two_ranks_look_and_refill_as_one_does(alone, group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group, kind):
-    for rank in [alone, *group[1]]:
-        assert rank[kind]["check"]
-        assert rank[kind]["compared"] > 10
-        assert rank[kind]["differing"] == []
+def test_every_parameter_of_each_ranks_engine_is_the_policys(alone, group):
+    for seen in (seen for rank in [alone, *group[1]] for seen in rank.values()):
+        assert seen["check"]
+        assert seen["compared"] > 10
+        assert seen["differing"] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_saved_policy_is_whole_and_has_its_adapter_merged(group, kind):
-    for rank in group[1]:
-        assert rank[kind]["unlike_saved"] == []
+def test_the_saved_policy_is_whole_and_has_its_adapter_merged_and_beside_it(alone, group):
+    for seen in (seen for rank in [alone, *group[1]] for seen in rank.values()):
+        assert seen["unlike_saved"] == []
+        assert seen["written"] == []  # of the base, from before the first step to after the last
+    for seen in (rank[kind] for rank in (alone, group[1][0]) for kind in ("lora", "dora") if kind in rank):
+        final = Path(seen["final"])
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(POLICY), final / "adapter")
+        assert unlike(dict(merged.merge_and_unload().named_parameters()), load_file(final / "model.safetensors")) == []
+
+
+@pytest.mark.slow
+def test_a_rollback_brings_back_weights_and_optimizer_on_every_rank_and_leaves_the_learning_rate(alone, group):
+    for seen in (seen for rank in [alone, *group[1]] for seen in rank.values()):
+        back = seen["rolled_back"]
+        assert back["moved"] > 6
+        assert back["differing"] == []
+        assert back["rates"][0] == back["rates"][1]
 
 
 def test_zero1_differs_from_zero2_in_nothing_but_its_stage():

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or do not count, kept in number, and found again on resume.
 
-`save_final` makes the policy an ordinary Hugging Face folder: whole, its adapter merged, however it is spread over the
-ranks.
+`save_final` makes the policy an ordinary Hugging Face folder: whole, its adapter merged and also beside it, however it is
+spread over the ranks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from trl.generation.vllm_generation import VLLMGeneration
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.prompts.pool_file import load_pools, save_pools
 from polyphony.trainer.engine.engine import reshard
+from polyphony.trainer.engine.merge import adapter_parameters, merged_parameters
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
 
@@ -151,40 +152,53 @@ def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
-def roll_back(trainer: Any, checkpoint: Path) -> None:
-    """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on.
+def name_cpu(args: Any) -> None:
+    """Call a rank's CPU `cpu`, not `cpu:0`, a location that torch.load does not know."""
+    if args.device.type == "cpu":
+        args.__dict__["_setup_devices"] = torch.device("cpu")
 
-    What was spent stays spent and what was learned about the domains stays known. Not for DeepSpeed or FSDP, whose
-    engines hold the weights themselves.
+
+def roll_back(trainer: Any, checkpoint: Path) -> None:
+    """Go back to the weights and optimizer of a checkpoint; steps, learning rate and ledgers go on. Collective over ranks.
+
+    What was spent stays spent and what was learned about the domains stays known. DeepSpeed and FSDP, which hold weights
+    and optimizer themselves, load with their own loaders, as on resume.
     """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise RuntimeError("guardrails: rollback is not available under DeepSpeed or FSDP; use stop and --resume")
-    lr_state = trainer.lr_scheduler.state_dict()
-    trainer._load_from_checkpoint(str(checkpoint))
+    name_cpu(trainer.args)
+    lr_state, rates = trainer.lr_scheduler.state_dict(), [group["lr"] for group in trainer.optimizer.param_groups]
+    if trainer.is_deepspeed_enabled:
+        whole = not isinstance(trainer.model, PeftModel)  # else only the adapter was saved
+        deepspeed_load_checkpoint(trainer.model_wrapped, str(checkpoint), load_module_strict=whole)
+    else:
+        trainer._load_from_checkpoint(str(checkpoint), trainer.model_wrapped if trainer.is_fsdp_enabled else None)
     GRPOTrainer._load_optimizer_and_scheduler(trainer, str(checkpoint))  # ours would load the ledgers too
     trainer.lr_scheduler.load_state_dict(lr_state)
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # the scheduler sets it only after the next step
     trainer._last_loaded_step, trainer._buffered_inputs = -1, None
 
 
-class Walk(VLLMGeneration):
-    """TRL's walk over whole parameters (ZeRO-3, FSDP and PEFT gathers) without an engine at its end."""
-
-    def _init_vllm(self) -> None:
-        """Start nothing."""
-
-
 def save_final(policy: Policy, out: Path) -> None:
-    """Save policy and tokenizer for `from_pretrained`; collective over ranks."""
+    """Save policy and tokenizer for `from_pretrained`; collective over ranks.
+
+    Of a policy with an adapter the tensors that the engine is sent, and the adapter alone in `adapter/`: merged into the
+    base read from disk, it gives the same bits.
+    """
     trainer = policy.trainer
     model, is_main = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.is_main_process
     if isinstance(model, PeftModel):
         reshard(model)
-        whole = {}
-        for name, parameter in Walk(model, trainer.accelerator, trainer.processing_class)._iter_named_params():
-            if is_main:
-                whole[name] = parameter.detach().cpu().clone()  # merged and gathered only until the next one
+        merged = merged_parameters(model, trainer.accelerator)  # which every rank walks
+        whole = {name: parameter.to("cpu", copy=True) for name, parameter in merged if is_main}
+        adapter = adapter_parameters(model, trainer.accelerator)
         if is_main:
             model.get_base_model().save_pretrained(out, state_dict=whole)  # type: ignore[operator]
+            model.save_pretrained(
+                str(out / "adapter"),
+                state_dict=adapter,
+                selected_adapters=model.active_adapters,
+                save_embedding_layers=False,
+            )
     else:
         trainer.save_model(str(out))
     if is_main:

@@ -30,12 +30,20 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.checkpoints import BeforeDraw, load_ledgers, save_ledgers, whole_checkpoints, whole_or_none
+from polyphony.trainer.checkpoints import (
+    BeforeDraw,
+    load_ledgers,
+    name_cpu,
+    save_ledgers,
+    whole_checkpoints,
+    whole_or_none,
+)
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, context_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
+from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
@@ -79,7 +87,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     `run`, nothing is written that TRL would not write, and TRL's arguments alone say when.
 
     Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, settings
-    that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw.
+    that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw;
+    before an engine is started, for an adapter that cannot be merged for it (LoRA, rsLoRA and DoRA can).
 
     Example:
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
@@ -183,7 +192,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         if pool:
             pool.check_look(self.num_generations, rank_rows=self.policy.rank_rows)
-        if not self.use_vllm:
+        refuse_unmergeable(self.model, self.accelerator)
+        if self.use_vllm:
+            self.policy.keep_base()
+        else:
             self.policy.attach(engine)
         if pool:
             pool.check_uneven(self.policy.joint)
@@ -479,8 +491,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""
-        if self.args.device.type == "cpu":  # a rank's CPU is called cpu:0, a location that torch.load does not know
-            self.args.__dict__["_setup_devices"] = torch.device("cpu")
+        name_cpu(self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ledgers(Path(checkpoint), self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)

@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
+from peft import PeftModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Engine, EngineFactory, find_engine
+from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 
@@ -120,6 +123,13 @@ class Policy:
         self.engine = trainer.vllm_generation = engine
         trainer.use_vllm, trainer._last_loaded_step = True, -1
         set_seed(args.seed, device_specific=True)  # starting vLLM reseeds the process's generators
+
+    def keep_base(self) -> None:
+        """Have TRL's own engine, too, be sent merged copies of an adapter's base, not the base written and restored."""
+        trainer = self.trainer
+        if isinstance(trainer.model, PeftModel):
+            walk = partial(merged_parameters, trainer.model, trainer.accelerator)
+            trainer.vllm_generation._iter_named_params = walk
 
     def sync(self) -> None:
         """Load the policy's present weights into the engine, whatever was loaded before."""

@@ -1,7 +1,7 @@
 """Engines that sample completions, behind TRL's interface: a seed for every completion, a number for every weight sync.
 
-Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3, FSDP and
-PEFT gathers) stay TRL's. The same code drives the CPU and the CUDA build of vLLM.
+Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3 and FSDP
+gathers) stay TRL's; adapters are merged by ours, into copies. The same code drives the CPU and the CUDA build of vLLM.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
 from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.vllm import (
     EngineSettings,
     OnFinished,
@@ -107,8 +109,10 @@ class Engine(VLLMGeneration):
         self.accelerator = accelerator
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return TRL's iteration, which expects FSDP2's parameters split, as they are not after a mere forward pass."""
+        """Return TRL's iteration, but for adapters, which TRL merges into the base itself and takes out again, rounding."""
         reshard(self.model)
+        if isinstance(self.model, PeftModel):
+            return merged_parameters(self.model, self.accelerator)
         return super()._iter_named_params()
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
@@ -149,7 +153,10 @@ class Engine(VLLMGeneration):
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Split again what FSDP2 has left whole: after a forward pass without a backward pass it keeps and uses a copy."""
+    """Split again what FSDP2 has left whole: after a forward pass without a backward pass it keeps and uses a copy.
+
+    TRL's iteration expects it split.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
