@@ -166,7 +166,7 @@ def test_threads_are_bounded_by_the_address_space():
         "    while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\n"
         "except Exception: print(n < 1000, flush=True); import os; os._exit(0)"
     )
-    assert run(source).stdout == b"True\n"
+    assert run(source, limits=PATIENT).stdout == b"True\n"
 
 
 @pytest.mark.parametrize("level", PRIVATE)
@@ -321,7 +321,7 @@ def test_threads_are_counted_ended_ones_too(level):
         "import threading\nn = 0\ntry:\n    while n < 3000:\n        t = threading.Thread(target=int)\n        t.start()\n"
         "        t.join()\n        n += 1\nexcept RuntimeError: print(n)"
     )
-    assert run(source, level=level, limits=Limits()).stdout == f"{confine.MOST_THREADS}\n".encode()
+    assert run(source, level=level, limits=Limits(wall_s=60.0, cpu_s=20)).stdout == f"{confine.MOST_THREADS}\n".encode()
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -117,11 +117,7 @@ class Supervisor:
         pid = self._fork(lambda: _run_main(self.source), given, output, watch, [])
         for fd in (given, output):
             os.close(fd)
-        watch.theirs.close()
-        # said by the sandbox before the program began; without it the host refused the sandbox, and nothing was run.
-        # The program's clock starts here: on a busy host the sandbox alone can take a second
-        begun = watch.has_begun(1, time.monotonic() + BUILD_S)
-        deadline = time.monotonic() + (self.wall_s if begun else 0)
+        begun, deadline = self._begin(1, watch)
         text, ended = self._read(printed, deadline, watch)
         if ended == "exit" and not _ends_by(pid, deadline, watch):
             ended = "timeout"  # it closed its output and went on
@@ -137,6 +133,16 @@ class Supervisor:
             return "timeout", text
         return (ended if ended != "exit" or codes == [0] else "error"), text
 
+    def _begin(self, processes, watch):
+        """Wait until so many processes have begun; say whether they have, and when their time is over.
+
+        Said by the sandbox before untrusted code runs; without it the host refused the sandbox, and nothing was run. The
+        clock starts only then: on a busy host the sandbox alone can take seconds.
+        """
+        watch.theirs.close()
+        begun = watch.has_begun(processes, time.monotonic() + BUILD_S)
+        return begun, time.monotonic() + (self.wall_s if begun else 0)
+
     def _late(self, cpu_s):
         return "stalled" if cpu_s < CPU_SHARE * min(self.cpu_s, self.wall_s) else "timeout"
 
@@ -151,7 +157,6 @@ class Supervisor:
 
     def tests(self, read_tests):
         """Let tests, read once the candidate is alone with its code, question it; return how it ended and the count."""
-        deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         theirs, ours = os.pipe(), os.pipe()
         watch = confine.Listener()
@@ -176,11 +181,10 @@ class Supervisor:
         second = self._fork(question, nothing, nothing, watch, [theirs[0], ours[1], written])
         for fd in (theirs[0], ours[1], written, nothing):
             os.close(fd)
-        watch.theirs.close()
+        begun, deadline = self._begin(2, watch)
         text, ended = self._read(verdict, deadline, watch)
         if ended == "exit":
             _ends_by(first, time.monotonic() + LEAVE_S, watch)  # at the tests' end, if nobody killed it before
-        begun = watch.has_begun(2, 0.0)
         codes, cpu_s = self._end([second, first], watch, kill=True)
         os.close(verdict)
         if ended == "exit" and self._is_killed(codes, cpu_s):
@@ -196,7 +200,6 @@ class Supervisor:
 
     def inside(self, tests):
         """Run tests in the process of the code that they question, which may answer for itself; return as `tests` does."""
-        deadline = time.monotonic() + self.wall_s
         nothing = os.open("/dev/null", os.O_RDWR)
         watch = confine.Listener()
         verdict, written = os.pipe()
@@ -208,9 +211,8 @@ class Supervisor:
         pid = self._fork(answer, nothing, nothing, watch, [written])
         for fd in (nothing, written):
             os.close(fd)
-        watch.theirs.close()
+        begun, deadline = self._begin(1, watch)
         text, ended = self._read(verdict, deadline, watch)
-        begun = watch.has_begun(1, 0.0)
         codes, cpu_s = self._end([pid], watch, kill=ended != "exit")
         os.close(verdict)
         count = text.split()
