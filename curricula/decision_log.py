@@ -105,15 +105,24 @@ def shortened(line: Mapping[str, Any], before: Mapping[str, Any] | None, places:
     return short | {"evidence": {key: value for key, value in now.items() if value != past[key]}}
 
 
-def wholes(lines: Iterable[dict[str, Any]], ids: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def wholes(
+    lines: Iterable[dict[str, Any]], ids: Mapping[str, Sequence[str]], *, is_lenient: bool = False
+) -> list[dict[str, Any]]:
     """Return the lines as `decision_line` made them; `ids` name each domain's training rows in order.
 
-    Lines that are whole, and those of older versions, come back as they are.
+    Lines that are whole, and those of older versions, come back as they are. Raises ValueError for one that leaves out what
+    stands in a line which is not there; with `is_lenient` it is left out.
     """
     found: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
     for line in lines:
-        if "counts" not in line and before:
+        if "counts" not in line and line.get("prompts") and isinstance(line["prompts"][0], list):
+            if line.get("draw") != before.get("draw", -2) + 1:
+                if is_lenient:
+                    continue
+                raise ValueError(
+                    f"draw {line.get('draw')} is told by what differs from the one before, which is missing"
+                )
             line = _whole(line, before)
         if line.get("prompts") and isinstance(line["prompts"][0], list):
             places = zip(line["mixture"], line["prompts"], strict=True)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
+from polyphony.curricula.records import graded
+
 
 class Interval(NamedTuple):
     """A value between its bounds; all three NaN where it is undefined."""
@@ -31,15 +33,24 @@ class Interval(NamedTuple):
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
-def paired(now: Sequence[float], before: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Return the mean difference `now - before` over the same items, with its interval; UNDEFINED without items.
+def on_both(now: Sequence[float | None], before: Sequence[float | None]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the scores of the items that were graded on both sides. Raises ValueError unless these are the same items."""
+    if len(now) != len(before):
+        raise ValueError(f"paired scores must come from the same items, got {len(now)} and {len(before)}")
+    if None not in now and None not in before:
+        return now, before  # type: ignore[return-value]
+    pairs = [(a, b) for a, b in zip(now, before, strict=True) if a is not None and b is not None]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def paired(now: Sequence[float | None], before: Sequence[float | None], *, level: float = 0.95) -> Interval:
+    """Return the mean difference `now - before` over the items graded on both sides, with its interval; UNDEFINED without.
 
     Scores lie in [0, 1]. The interval is Agresti and Min's for matched pairs (Statistics in Medicine 24, 2005): two
     pseudo-items with differences -1, +1 and 0 (weights 1/2, 1/2, 1) join the n real ones, so that ten items which did
     not move are not taken for certainty. `mid` is the plain mean.
     """
-    if len(now) != len(before):
-        raise ValueError(f"paired scores must come from the same items, got {len(now)} and {len(before)}")
+    now, before = on_both(now, before)
     n = len(now)
     if n == 0:
         return UNDEFINED
@@ -51,14 +62,15 @@ def paired(now: Sequence[float], before: Sequence[float], *, level: float = 0.95
     return Interval(centre - z * spread, total / n, centre + z * spread)
 
 
-def bounded_mean(scores: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Return the mean of independent items' scores in [0, 1] with its interval; UNDEFINED without items.
+def bounded_mean(scores: Sequence[float | None], *, level: float = 0.95) -> Interval:
+    """Return the mean of independent items' scores in [0, 1], those that were graded, with its interval; UNDEFINED without.
 
     Agresti and Coull's (The American Statistician 52, 1998): t^2 / 2 pseudo-items at 0 and as many at 1 join the n real
     ones, so that ten items that agree are not taken for certainty. Two things are ours: the items' own variance in place
     of p (1 - p), to which it is equal for scores of 0 and 1, and Student's t with n degrees of freedom, without which
     coverage falls below .93 for few items. `mid` is the plain mean.
     """
+    scores = graded(scores)
     if not len(scores):
         return UNDEFINED
     t = student(level, len(scores))
@@ -66,15 +78,14 @@ def bounded_mean(scores: Sequence[float], *, level: float = 0.95) -> Interval:
     return Interval(max(0.0, found.low), found.mid, min(1.0, found.high))
 
 
-def changed(now: Sequence[float], before: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Return the mean difference `now - before` over the same items, with its interval; UNDEFINED without items.
+def changed(now: Sequence[float | None], before: Sequence[float | None], *, level: float = 0.95) -> Interval:
+    """Return the mean difference `now - before` over the items graded on both sides, with its interval; UNDEFINED without.
 
     As `bounded_mean`, with t^2 / 4 pseudo-items on each side of 0, as far from it as the geometric mean of the largest
     difference seen and the largest possible, 1; at 1 where no item moved. Wider than `paired`, whose coverage is .87
     where of twenty items one in ten truly moved.
     """
-    if len(now) != len(before):
-        raise ValueError(f"paired scores must come from the same items, got {len(now)} and {len(before)}")
+    now, before = on_both(now, before)
     if not len(now):
         return UNDEFINED
     differences = [a - b for a, b in zip(now, before, strict=True)]

@@ -427,8 +427,8 @@ class Evaluation:
     step: int
     """Optimizer steps done when this was measured."""
     seed: int
-    scores: Mapping[str, tuple[float, ...]]
-    """Per domain, one score in [0, 1] an item, in the order of the held-out set."""
+    scores: Mapping[str, tuple[float | None, ...]]
+    """Per domain, one score in [0, 1] an item, in the order of the held-out set; None where it could not be graded."""
     entropy: Mapping[str, float] = field(default_factory=dict)
     """Per domain, mean token entropy in nats at the run's temperature; absent where it was not measured."""
     entropy_items: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
@@ -440,6 +440,15 @@ class Evaluation:
     probe: bool = False
     rolled_back: bool = False
     """Since the row before, a guardrail took the weights back to a checkpoint: the change is not of practice alone."""
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether an item could not be graded."""
+        return any(None in items for items in self.scores.values())
+
+    def mean_score(self, domain: str) -> float:
+        """Return the mean over a domain's graded items; NaN if there are none."""
+        return mean(graded(self.scores[domain]))
 
     def as_row(self) -> dict[str, Any]:
         """Return the row of `transfer.json`."""
@@ -540,6 +549,11 @@ class Decision:
 def mean(values: Sequence[float]) -> float:
     """Return the arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
+
+
+def graded(scores: Sequence[float | None]) -> Sequence[float]:
+    """Return the scores that exist, in order."""
+    return [score for score in scores if score is not None] if None in scores else scores  # type: ignore[return-value]
 
 
 def rounded(value: float) -> float:

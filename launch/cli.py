@@ -194,6 +194,8 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
     if arguments.resume:
         if arguments.out:
             raise RecipeError("--resume goes on in its own folder; leave --out away")
+        if arguments.recipe and "=" in arguments.recipe:  # the first override stands in the recipe's place
+            arguments.overrides, arguments.recipe = [arguments.recipe, *arguments.overrides], None
         saved = claimed_recipe(arguments.resume)
         return load_recipe(arguments.recipe or saved, arguments.overrides)
     if not arguments.recipe:

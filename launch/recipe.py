@@ -6,7 +6,6 @@ No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the comm
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from polyphony.launch.sections import (
     RolloutsSection,
     TrackingSection,
 )
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, read_object
 from polyphony.trainer.settings import (
     CheckpointSettings,
     DataSettings,
@@ -168,7 +167,7 @@ def claimed_recipe(run: Path) -> Path:
         raise RecipeError(f"--resume {run}: a run from Python; its script goes on, train(resume_from_checkpoint=True)")
     if not folder.recipe.is_file():
         raise RecipeError(f"--resume {run}: no run there ({folder.recipe.name} is missing)")
-    return folder.recipe
+    return _as_written(folder)
 
 
 def recipe_of_run(folder: RunFolder, overrides: Sequence[str] = (), *, needs: Sequence[str] = ()) -> Recipe:
@@ -178,11 +177,11 @@ def recipe_of_run(folder: RunFolder, overrides: Sequence[str] = (), *, needs: Se
     where such a key is among what the caller `needs`, by the beginnings of keys.
     """
     if not folder.settings.is_file():
-        return load_recipe(folder.recipe, overrides)
+        return load_recipe(_as_written(folder), overrides)
     try:
-        document = json.loads(folder.settings.read_text(encoding="utf-8"))
+        document = read_object(folder.settings)
     except ValueError as error:
-        raise RecipeError(f"{folder.settings}: not readable as JSON: {error}") from error
+        raise RecipeError(str(error)) from error
     in_words = document.pop("script", {})
     if unsaid := [key for key in in_words if key.startswith(tuple(needs))]:
         raise RecipeError(f"run {folder.path} is of a script, and only that knows {', '.join(unsaid)}: give a recipe")
@@ -198,6 +197,14 @@ def recipe_of_run(folder: RunFolder, overrides: Sequence[str] = (), *, needs: Se
     }
     document["grpo"].pop("generation_batch_size", None)  # TRL takes it or steps_per_generation
     return _checked(document, overrides, folder.path.resolve())
+
+
+def _as_written(folder: RunFolder) -> Path:
+    try:
+        folder.check_recipe()
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return folder.recipe
 
 
 def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -> Recipe:

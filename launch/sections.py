@@ -129,7 +129,8 @@ class RolloutsSection:
     `kv_cache_dtype`, `quantization`. Memory, length and sleep have TRL's names: `grpo.vllm_gpu_memory_utilization`,
     `grpo.vllm_max_model_length`, `grpo.vllm_enable_sleep_mode`."""
     max_grader_failures: float = Field(default=MAX_GRADER_FAILURES, ge=0, le=1)
-    """Largest share of a domain's completions in one draw whose grading may fail; past it the run stops."""
+    """Largest share of a domain's last 256 completions whose grading may fail, and of its held-out items; past it the run
+    stops, though not before 64 completions. What could not be graded is left out, counted and named."""
 
     @property
     def is_imported(self) -> bool:

@@ -6,11 +6,11 @@ What needs torch is imported inside functions: the folder is claimed, or refused
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula.files import replace_file
 from polyphony.launch.build import build_trainer
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
@@ -29,23 +29,17 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     where a signal ended it.
     """
     folder = RunFolder(out)
-    if is_first_rank():
-        claim_folder(recipe, out, resume=resume)
-    try:
-        trainer = start(recipe, out, engine=engine)
+    with claimed(recipe, out, resume=resume) as changed:
+        trainer = start(recipe, out, engine=engine, changed=changed)
         try:
             trainer.train(resume_from_checkpoint=resume)
         finally:
             for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
                 say(line)
-    except ValueError:  # what TRL and torch refuse comes to light when training begins
-        if not resume and is_first_rank() and not folder.holds_run:
-            give_up_folder(folder)
-        raise
-    if trainer.accelerator.is_main_process:
-        from polyphony.launch.report.report import write_report
+        if trainer.accelerator.is_main_process:
+            from polyphony.launch.report.report import write_report
 
-        write_report([out], folder.report)
+            write_report([out], folder.report)
     return trainer.policy.engine
 
 
@@ -61,35 +55,75 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def claimed(recipe: Recipe, out: Path, *, resume: bool) -> Iterator[Mapping[str, tuple[Any, Any]]]:
+    """Have the run folder to oneself meanwhile; yields the keys that are others than they were, `changed_keys`.
+
+    Of a run that never began, nothing stays but logs. Only the first rank acts. Raises RecipeError, ValueError.
+    """
+    folder = RunFolder(out)
+    if not is_first_rank():
+        yield {}
+        return
+    _check_free(folder, resume=resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = folder.locked(say=say)
+        lock.__enter__()
+    except OSError as error:
+        raise RecipeError(f"run folder {out} cannot be written: {error.strerror}") from error
+    try:
+        claim_folder(recipe, out, resume=resume)
+        yield changed_keys(recipe, folder) if resume else {}
+    except BaseException:
+        if not resume and not folder.holds_run:
+            folder.give_up()
+        raise
+    finally:
+        lock.__exit__(None, None, None)
+
+
 def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     """Make the run folder, or check that it is this recipe's. Raises RecipeError in one line."""
     folder = RunFolder(out)
+    _check_free(folder, resume=resume)
     if resume:
-        if load_recipe(claimed_recipe(out)) != recipe:
-            raise RecipeError(
-                f"--resume {out}: its recipe differs from this one; resume without overrides, or start anew"
-            )
+        changed_keys(recipe, folder)
         return out
-    if out.is_dir() and not folder.is_free:
-        raise RecipeError(f"run folder {out} is not empty; choose another --out, or go on with --resume {out}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(folder.recipe, recipe.as_yaml())
+        folder.claim(recipe.as_yaml())
     except OSError as error:
         raise RecipeError(f"run folder {out} cannot be written: {error.strerror}") from error
     return out
 
 
-def give_up_folder(folder: RunFolder) -> None:
-    """Take a folder away in which nothing was trained: the corrected recipe finds the name free. Logs stay."""
-    for path in folder.path.iterdir():
-        if path != folder.logs:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not any(folder.path.iterdir()):
-        folder.path.rmdir()
+def _check_free(folder: RunFolder, *, resume: bool) -> None:
+    if not resume and folder.path.is_dir() and not folder.is_free:
+        raise RecipeError(
+            f"run folder {folder.path} is not empty; choose another --out, or go on with --resume {folder.path}"
+        )
 
 
-def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> DomainGRPOTrainer:
+def changed_keys(recipe: Recipe, folder: RunFolder) -> dict[str, tuple[Any, Any]]:
+    """Return the keys by which a recipe differs from that of the folder's run, with both values.
+
+    Raises RecipeError for one that shaped what the run has practised and measured.
+    """
+    then = load_recipe(claimed_recipe(folder.path))
+    try:
+        return folder.changed(then.model_dump(by_alias=True), recipe.model_dump(by_alias=True))
+    except ValueError as error:
+        raise RecipeError(f"--resume: {error}") from error
+
+
+def start(
+    recipe: Recipe,
+    out: Path,
+    *,
+    engine: Engine | None = None,
+    changed: Mapping[str, tuple[Any, Any]] | None = None,
+) -> DomainGRPOTrainer:
     """Return a recipe's trainer, ready to train, whose run has what only a recipe knows."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -104,7 +138,7 @@ def start(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> DomainG
     trainer.remove_callback(PrinterCallback)
     if (known := trainer.curriculum.known) and not whole_checkpoints(folder.checkpoints):
         say(f"pool.from: {known} of {trainer.data.n_train} training prompts are known")
-    run.imports_from = looked_in()
+    run.imports_from, run.recipe, run.changed = looked_in(), recipe.as_yaml(), changed or {}
     wandb = recipe.tracking.wandb
     if wandb is not None and is_main:
         run.tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())

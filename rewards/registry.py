@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,10 +63,36 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
 
     Raises ValueError that names the reward and, for an unknown one, lists those that exist.
     """
+    range_of(spec)
+    if isinstance(spec, Mapping):
+        spec = {name: value for name, value in spec.items() if name != "range"}
     reward = find("reward", REGISTRY, spec)
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward
+
+
+def range_of(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float]:
+    """Return the lowest and the highest reward, as declared by a key `range` or an object's attribute; 0 and 1 without.
+
+    Raises ValueError for anything but two rising numbers.
+    """
+    given = spec.get("range") if isinstance(spec, Mapping) else getattr(spec, "range", None)
+    if given is None:
+        return 0.0, 1.0
+    try:
+        low, high = (float(bound) for bound in given)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"range: expected [lowest, highest], two finite numbers, got {given!r}")
+    return low, high
+
+
+def as_score(spec: str | Mapping[str, Any] | Reward, reward: float | None) -> float | None:
+    """Return where in its declared range a reward lies, from 0 at the low end to 1 at the high one."""
+    low, high = range_of(spec)
+    return reward if reward is None or (low, high) == (0.0, 1.0) else (reward - low) / (high - low)
 
 
 def ask(reward: Reward, arguments: Mapping[str, Any]) -> Any:

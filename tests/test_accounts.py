@@ -25,7 +25,7 @@ def run(tmp_path):
 
 def written(run, *, entropy: float = 0.5):
     (run / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-    (run / "checkpoints" / "checkpoint-2" / "polyphony.json").write_text(json.dumps({"last": entropy}))
+    (run / "checkpoints" / "checkpoint-2" / "polyphony.json").write_text(json.dumps({"curriculum": {"last": entropy}}))
     (run / "final").mkdir()
     (run / "final" / "model.safetensors").write_bytes(b"weights")
     for step, prompts in ((1, ["a", "b"]), (2, ["a", "c"])):

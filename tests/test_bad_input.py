@@ -12,6 +12,7 @@ from polyphony.curricula.records import Domain
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import claim_folder
+from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY, write_rows
 
 
@@ -69,7 +70,10 @@ def broken(prompts, **columns):
         (["domains.sums.train={path: sums-train.jsonl, limit: -1}"], "domains.sums.train: limit must be a whole"),
         (["domains.sums.train=null", "domains.words.train=null"], "no domain has `train` rows"),
         (["domains.sums.max_completion_length=9"], "max_completion_length must be in 1..8"),
-        (["grpo.max_completion_length=250"], "domains.sums.train: prompt 'train-0' has 1"),
+        (
+            ["grpo.max_completion_length=250"],
+            "domains.sums.train: 4 of 4 rows with completions of 250 tokens exceed the context of 256",
+        ),
         (["grpo.max_completion_length=null"], "max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),
         (["grpo.loss_type=gpro"], "grpo.loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, vespo"),
@@ -220,8 +224,8 @@ def test_an_order_of_other_domains_is_refused_before_any_weight_is_loaded(capsys
 def test_a_resumed_run_must_be_of_the_same_recipe(tmp_path, recipe):
     run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
     assert claim_folder(load_recipe(recipe), run, resume=True) == run
-    with pytest.raises(RecipeError, match="its recipe differs from this one"):
-        claim_folder(load_recipe(recipe, ["grpo.max_steps=3"]), run, resume=True)
+    with pytest.raises(RecipeError, match=r"holds a run with grpo.seed=None, now it is 3: go on with"):
+        claim_folder(load_recipe(recipe, ["grpo.seed=3"]), run, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +244,8 @@ def test_a_recipe_beside_resume_must_be_the_runs_own(capsys, tmp_path, recipe):
     run = claim_folder(load_recipe(recipe), tmp_path / "run", resume=False)
     assert main(["train", str(recipe), "--resume", str(run), "--dry-run"]) == 0
     capsys.readouterr()
-    assert "its recipe differs" in fails(capsys, "train", recipe, "grpo.max_steps=3", "--resume", run)
+    said = fails(capsys, "train", recipe, "grpo.max_steps=3", "grpo.num_generations=8", "--resume", run)
+    assert "holds a run with grpo.num_generations=4, now it is 8" in said
 
 
 def test_a_failed_resume_keeps_its_folder(capsys, tmp_path, recipe):
@@ -380,4 +385,51 @@ def test_rows_that_changed_since_the_checkpoint_are_refused_on_resume(capsys, tm
     write_rows(tmp_path / "words-train.jsonl", [{"prompt": "other words", "answer": "1"}])
     assert main(["train", "--resume", run]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "domain 'words': the training rows differ from those of the saved run" in last
+    assert (
+        "domains.words.train: its rows are not those that the run has practised and measured (4 then, 1 now, " in last
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_goes_on_with_more_steps_and_from_the_checkpoint_before_a_damaged_one(
+    capsys, tmp_path, recipe
+):
+    overrides = [f"model={POLICY}", "rollouts.engine=transformers", "checkpoint.every=1", "eval.every=1"]
+    folder = RunFolder(tmp_path / "run")
+    run = ["train", "--resume", str(folder.path)]
+    assert main(["train", str(recipe), *overrides, "--out", str(folder.path)]) == 0
+    capsys.readouterr()
+    (folder.checkpoints / "best.json").unlink()  # as where a kill came before it was written
+    (folder.checkpoints / "mine").mkdir()
+    assert "holds a run with grpo.seed=None, now it is 2" in fails(capsys, *run, "grpo.seed=2")
+    assert main([*run, "grpo.max_steps=3", "rollouts.max_grader_failures=0.9"]) == 0
+    told = "grpo.max_steps: 2 until step 2, 3 from there on; so are the learning-rate curve"
+    assert told in capsys.readouterr().err and load_recipe(folder.recipe).grpo["max_steps"] == 3
+    assert f"Changed on the way: {told}" in folder.report.read_text()
+    assert {path.name for path in folder.checkpoints.iterdir()} >= {"best.json", "checkpoint-3", "mine"}
+    before = [folder.read("metrics"), (folder.final / "model.safetensors").read_bytes()]
+    assert [line["step"] for line in before[0]] == [0, 1, 2, 3, 3]  # the last is the summary, and the only one
+    state = folder.checkpoints / "checkpoint-3" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    with folder.ledger("samples").open("ab") as file:
+        file.write(b'{"step": 3, "cut')
+    assert main(run) == 0
+    said = capsys.readouterr().err
+    assert "checkpoint-3: optimizer.pt is damaged; moved to checkpoint-3.aside-1" in said and "was cut off" in said
+    after = [folder.read("metrics"), (folder.final / "model.safetensors").read_bytes()]
+    assert after[1] == before[1] and [line.get("loss") for line in after[0]] == [line.get("loss") for line in before[0]]
+
+
+def test_whatever_ends_a_run_before_it_began_leaves_no_folder(monkeypatch, tmp_path, recipe):
+    def fail(*_, **__):
+        raise RuntimeError("TensorBoard is not here")
+
+    monkeypatch.setattr("polyphony.launch.train.start", fail)
+    for _ in range(2):
+        assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+        assert not (tmp_path / "run").exists()
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    with run.locked(say=print):
+        run.claim("name: killed while it loaded")
+    assert main(["train", str(recipe), "--out", str(run.path)]) == 1 and not run.path.exists()

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Domain
+from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.trainer.checkpoints import (
     best_checkpoint,
+    damage,
+    forget_damaged_best,
     keep_newest,
     load_state,
     mark_best,
+    newest_whole,
     remove_unfinished,
+    save_ledgers,
     whole_checkpoints,
 )
 from polyphony.trainer.run.folder import STATE_FILE
+from tests.experiments.damage import damages
 
 
 @pytest.fixture
@@ -80,3 +89,73 @@ def test_the_best_is_the_first_with_the_highest_score(folder):
 def test_a_best_that_is_gone_is_none(folder):
     mark_best(folder, folder / "checkpoint-12", 0.9)
     assert best_checkpoint(folder) is None
+
+
+FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "scheduler.pt": b"rate", "rng_state.pth": b"dice",
+         "trainer_state.json": b"{}", "global_step4/shard.pt": b"shard"}  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two checkpoints as they are saved now."""
+    curriculum = Curriculum(
+        domains=[Domain(name="a", kind="structured", train=[{}])],
+        prompts={"a": ["p"]},
+        scheduler=Joint(),
+        total_draws=9,
+    )
+    for step in (2, 4):
+        for name, content in FILES.items():
+            path = tmp_path / f"checkpoint-{step}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        save_ledgers(tmp_path / f"checkpoint-{step}", curriculum, sizes={"metrics": 10})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [*FILES, STATE_FILE])
+def test_any_damage_of_any_file_is_named_and_the_run_goes_on_from_the_checkpoint_before(saved, name):
+    path = saved / "checkpoint-4" / name
+    whole = path.read_bytes()
+    assert damage(saved / "checkpoint-4") == ""
+    for kind, content in damages(whole, name, rng=random.Random(1), flips=40):
+        path.unlink() if content is None else path.write_bytes(content)
+        assert name in damage(saved / "checkpoint-4"), kind
+        path.write_bytes(whole)
+    path.write_bytes(whole[:-2])
+    said: list[str] = []
+    assert newest_whole(saved, say=said.append) == saved / "checkpoint-2"
+    assert len(said) == 1 and said[0].startswith("checkpoint-4: ") and name in said[0] and "moved to" in said[0]
+    assert names(saved) == ["checkpoint-2", "checkpoint-4.aside-1"]
+    (saved / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-2: optimizer.pt is missing\)"):
+        newest_whole(saved, say=said.append)
+    assert "checkpoint-2" in names(saved)  # nothing is moved where nothing is left
+
+
+def test_a_checkpoint_of_an_older_version_is_whole_where_nothing_is_missing(folder):
+    for name in ("trainer_state.json", "scheduler.pt", "rng_state_0.pth", "optimizer.bin"):
+        assert "is missing" in damage(folder / "checkpoint-10")
+        (folder / "checkpoint-10" / name).write_text("")
+    assert damage(folder / "checkpoint-10") == ""
+
+
+def test_folders_of_the_users_own_are_left_alone(folder):
+    for name in ("checkpoint-good", "checkpoint-4-copy", "best"):
+        (folder / name).mkdir()
+    (folder / "checkpoint-4-copy" / STATE_FILE).write_text("{}")
+    remove_unfinished(folder)
+    keep_newest(folder, 1)
+    assert names(folder) == ["best", "checkpoint-10", "checkpoint-4-copy", "checkpoint-good"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"checkpoint": 4}', '{"checkpoint": "checkpoint-4", "worst_domain_'])
+def test_a_note_of_the_best_that_cannot_be_read_is_moved_aside(folder, text):
+    (folder / "best.json").write_text(text)
+    with pytest.raises(ValueError, match=r"best\.json"):
+        best_checkpoint(folder)
+    said: list[str] = []
+    forget_damaged_best(folder, say=said.append)
+    assert "best.json" in said[0] and "best.json.aside-1" in names(folder)
+    mark_best(folder, folder / "checkpoint-4", 0.5)
+    assert best_checkpoint(folder) == folder / "checkpoint-4"

@@ -18,7 +18,7 @@ from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.metrics import Meter
-from polyphony.trainer.scoring import Scorer, check_failures, together
+from polyphony.trainer.scoring import Failures, Scorer, together
 from polyphony.trainer.settings import Diversity, UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.forks import forked_ranks
@@ -224,8 +224,8 @@ def test_a_partitioner_whose_judge_is_silent_is_asked_once(caplog):
 
 def test_a_partitioner_that_fails_too_often_stops_the_run():
     groups = Fusion.of([domain(partitioner=Noting())])([group((1.0, 1.0), texts="?c")], prompt_of)
-    with pytest.raises(RuntimeError, match="domain 'stories': the reward failed on 2 of 2 completions"):
-        check_failures(groups, most=0.5)
+    with pytest.raises(RuntimeError, match="domain 'stories': the reward failed on 64 of the last 64 completions"):
+        Failures(most=0.5).see(groups * 32)
 
 
 class Broken:
@@ -357,7 +357,7 @@ def walk(policy, fusion, letters="") -> Draws:
         advantages=advantages(),
         shortcuts=ShortcutWatch(["stories"]),
         seed=1,
-        max_grader_failures=0.5,
+        failures=Failures(most=0.5),
     )
 
 

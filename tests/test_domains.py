@@ -165,15 +165,27 @@ def test_a_run_that_only_watches_is_an_error(load):
 def test_prompt_and_completion_must_fit_the_context(load):
     # <|begin|> <|user|> 3 + 3 space = <|end|> <|assistant|>: 9 tokens, and 8 for the completion
     assert load(domain(), context=17).context == 17
-    with pytest.raises(ValueError, match=r"domains\.math\.train: prompt '3\+3 =' has 9 tokens; .* context of 16"):
+    with pytest.raises(
+        ValueError, match=r"domains\.math\.train: 2 of 2 rows .* context of 16 \(row 1: 9 tokens; row 2"
+    ):
         load(domain(), context=16)
     assert load(domain(max_completion_length=7), context=16).limits == {"math": 7}
 
 
 def test_a_held_out_prompt_must_fit_the_context_too(load):
     long = rows("1+1 =", "11+11 =")
-    with pytest.raises(ValueError, match=r"domains\.math\.heldout: prompt '11\+11 =' has 11 tokens"):
+    with (
+        pytest.warns(UserWarning, match=r"domains\.math\.heldout: 1 of 2 rows with .* \(row 2: 11 tokens\); left out"),
+        pytest.raises(ValueError, match=r"domains\.math\.heldout: 1 item; at least 2 are needed"),
+    ):
         load(domain(heldout=long), context=17)
+
+
+def test_a_prompt_that_does_not_fit_is_left_out_counted_and_named(load):
+    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows with completions of 8 tokens exceed"):
+        data = load(domain(train=["3+3 =", "44444+4 =", "5+5 ="]), context=17)
+    assert (data.train["math"].ids, data.train["math"].left_out) == (["3+3 =", "5+5 ="], ["44444+4 ="])
+    assert data.longest == 17
 
 
 class NoSevens:

@@ -19,7 +19,7 @@ from polyphony.trainer.domains import DomainData
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.vllm import completion_seed
 from polyphony.trainer.metrics import DomainSums
-from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.scoring import Failures, Scorer
 from polyphony.trainer.settings import UpdateSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from tests.conftest import POLICY
@@ -91,7 +91,7 @@ def draws(engine, *, size=6, refill_rounds=2, **settings) -> Draws:
         advantages=Advantages.of(UpdateSettings(), rows.domains, lambda group: ()),
         shortcuts=ShortcutWatch(rows.names),
         seed=1,
-        max_grader_failures=0.5,
+        failures=Failures(most=0.5),
         refill_rounds=refill_rounds,
     )
 
@@ -256,7 +256,7 @@ def test_a_completion_without_a_grade_is_no_reason_to_leave_a_group():
     walk.scorer.rewards = dict.fromkeys(
         walk.scorer.rewards, lambda completion_ids, **columns: [None] + [0.0] * (len(completion_ids) - 1)
     )
-    walk.max_grader_failures = 1.0
+    walk.failures = Failures(most=1.0)
     rollout = walk.roll_out(16)
     # one completion of each domain's first batch has no grade: its group goes on
     assert sorted(len(g.rewards) for g in rollout.groups.values()) == [2, 2, 4, 4]

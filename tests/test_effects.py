@@ -8,6 +8,7 @@ c       .1   .4   .8
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,3 +136,12 @@ def test_intervals_hold_the_noise_between_seeds():
         bounds = two_seed_world(rng, sd=0.1, names=("a", "b", "c", "d")).intervals(resamples=400)
         inside.append(((bounds.low <= 0) & (bounds.high >= 0)).mean())
     assert np.mean(inside) > 0.9
+
+
+def test_only_items_that_were_graded_in_every_row_are_compared_and_how_many_is_told():
+    rows = probes()
+    holes = replace(rows[1], scores={**rows[1].scores, "b": (None, *rows[1].scores["b"][1:])})
+    found = effects([rows[0], holes, *rows[2:]])
+    assert found.gaps == {"b": "9 of 10 items"} and effects(rows).gaps == {}
+    np.testing.assert_allclose(found.transfer()[:, 1], [(1 - 3) / 9, (7 - 3) / 9, 0], atol=1e-12)
+    np.testing.assert_allclose(found.transfer()[:, [0, 2]], T[:, [0, 2]], atol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 
 import polyphony.trainer.evaluation.evaluator as module
 from polyphony.curricula.records import Completion, Domain
-from polyphony.curricula.transfer.halves import halves
+from polyphony.curricula.transfer.halves import halves, taken
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.evaluation.base_kl import BaseReference, mean_kl
 from polyphony.trainer.evaluation.evaluator import Evaluator
@@ -172,9 +172,19 @@ def test_a_sample_that_was_not_graded_leaves_the_mean_of_the_others():
     assert result(math=((None, 1.0), (None, 0.5))).passed() == {"math": (1.0, 0.0)}
 
 
-def test_an_item_that_nobody_could_grade_is_an_error_not_a_zero():
-    with pytest.raises(ValueError, match="domain 'math': 1 of 2 held-out items could not be graded"):
-        result(math=((1.0, 0.0), (None, None))).scores()
+def test_an_item_that_nobody_could_grade_is_none_and_not_a_zero_and_is_named(caplog):
+    items = {"math": ("a", "b", "c", "d", "e", "f")}
+    one = HeldoutResult(items=items, samples={"math": ((1.0, 0.0), (None, None), *[(1.0, 1.0)] * 4)}, entropy={})
+    assert one.scores() == {"math": (0.5, None, 1.0, 1.0, 1.0, 1.0)}
+    assert one.passed() == {"math": (1.0, None, 1.0, 1.0, 1.0, 1.0)}
+    one.check_failures(most=0.2)
+    assert "domain 'math': 1 of 6 held-out items could not be graded (b)" in caplog.text
+    with pytest.raises(RuntimeError, match=r"\(b\); max_grader_failures allows a share of 0.1"):
+        one.check_failures(most=0.1)
+    steer = taken(items["math"], items["math"], "steer")
+    lost = tuple((None,) if i in steer else (1.0,) for i in items["math"])
+    with pytest.raises(RuntimeError, match="none is left in one half"):
+        HeldoutResult(items=items, samples={"math": lost}, entropy={}).check_failures(most=1.0)
 
 
 @pytest.mark.parametrize(("samples", "message"), [((2.0, 1.0), "0 to 1.5"), ((-1.0, 0.0), "-0.5 to 0")])

@@ -9,6 +9,7 @@ R3  .7  .5  .8            of c undefined: it was trained last
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -166,3 +167,18 @@ def test_forward_transfer_ends_where_the_domain_is_first_practised():
     # practised before anything else was measured: nothing to tell from
     at_once = [rows[0], at(10, "a", (0.5, 0.3), a=8, b=1), rows[3]]
     assert math.isnan(moment(at_once).fwt["b"].mid)
+
+
+def test_what_was_not_graded_is_compared_on_the_items_graded_on_both_sides():
+    gone = (None, *ones(0.6)[1:])
+    assert paired(gone, ones(0.2)).mid == pytest.approx((5 - 1) / 9)
+    assert math.isnan(paired((None, None), (1.0, 0.0)).mid)
+    # chosen on the even places, where the second is best by .5 or .4, and valued on the odd ones; and the other way round
+    history = [(1.0, 0.0) * 4, (1.0, 1.0) * 4, (0.0, 0.0) * 4]
+    holes = [(None, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0), (1.0, 1.0) * 4, (0.0, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    assert drawdown(history).mid == drawdown(holes).mid == -1.0
+    assert math.isnan(drawdown([(1.0, 1.0), (None, None)]).mid)
+    rows = run()
+    without = [replace(r, scores={n: (None, *items[1:]) for n, items in r.scores.items()}) for r in rows]
+    assert measure(matrix(without)).average == pytest.approx((6 + 4 + 7) / 27)
+    assert moment(without).bwt["a"].mid == pytest.approx((6 - 7) / 9)

@@ -114,7 +114,9 @@ def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, ca
     cadence, settings = Cadence(evaluate_every=1, save_every=1, keep=1), TrainerSettings.of(max_grader_failures=0.5)
     run = Run(trainer, Outset(folder=folder, cadence=cadence, settings=settings, said=None), model="policy")
     guardrail = Guardrail(domain="safety", max_drop=0.1, action="rollback")
-    lost = Verdict(guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline")
+    lost = Verdict(
+        guardrail=guardrail, step=3, change=Interval(-0.6, -0.5, -0.4), since="since the baseline", items=(4, 4)
+    )
     run._act(lost, control)
     assert control.should_training_stop
     (alarm,) = folder.read("alarms")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import math
 import pickle
 import socket
@@ -13,8 +14,8 @@ import pytest
 
 from polyphony.curricula.monitors.signs import COUNTED
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
-from polyphony.rewards.registry import HOOKS, GraderGoneError, find_reward
-from polyphony.trainer.scoring import Scorer, check_failures, is_unreachable
+from polyphony.rewards.registry import HOOKS, GraderGoneError, as_score, find_reward
+from polyphony.trainer.scoring import Failures, Scorer, is_unreachable
 
 
 class Recording:
@@ -281,12 +282,32 @@ def test_a_group_is_filled_with_its_own_completions_once_more():
     assert (group.rewards, group.lengths, group.texts) == ((1.0, 0.0, 1.0, 0.0, 1.0), (3, 4, 3, 4, 3), ())
 
 
-def test_failures_are_counted_against_the_completions_of_their_own_domain():
+def test_failures_are_counted_against_the_last_completions_of_their_own_domain_and_one_bad_row_is_none(caplog):
     half = [Group.of([graded("a", None), graded("a", 1.0)], draw=0)]
-    check_failures(half, most=0.5)
-    failed = "domain 'math': the reward failed on 1 of 2 completions in one draw; .* goes on with --resume once"
-    with pytest.raises(GraderGoneError, match=failed):
-        check_failures(half, most=0.49)
+    Failures(most=0.5).see(half * 200)
+    strict = Failures(most=0.49)
+    strict.see(half * 31)  # 62 completions
+    again = Failures(most=0.49)
+    again.load_state_dict(json.loads(json.dumps(strict.state_dict())))
+    for failures in (strict, again):
+        with pytest.raises(GraderGoneError, match="domain 'math': the reward failed on 32 of the last 64 completions"):
+            failures.see(half)
+    good, bad = ([Group.of([graded("b", r), graded("b", r)], draw=0)] for r in (1.0, None))
+    forgets = Failures(most=0.49)
+    forgets.see(bad * 30 + good * 98)
+    forgets.see(good * 30 + bad * 62)  # of the last 256 none of the first 30
+    assert caplog.text.count("domain 'math': prompt 'b' could not be graded: its group is left out") == 1
+    with pytest.raises(GraderGoneError, match="failed on 126 of the last 256"):
+        forgets.see(bad)
+
+
+def test_a_range_maps_held_out_scores_to_0_to_1():
+    declared = {"name": "exact", "range": [-1, 1]}
+    assert [as_score(declared, r) for r in (-1.0, 0.5, 1.0, None)] == [0.0, 0.75, 1.0, None]
+    assert [as_score("exact", r) for r in (-1.0, 0.5)] == [-1.0, 0.5]
+    for wrong in ([1, -1], [0], "high", [0, float("nan")], 3):
+        with pytest.raises(ValueError, match=r"domains\.sums\.reward: range: expected \[lowest, highest\]"):
+            Scorer([Domain(name="sums", kind="structured", reward={"name": "exact", "range": wrong})])
 
 
 def test_a_thought_that_the_template_began_and_the_policy_never_ended_earns_nothing():

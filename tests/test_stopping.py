@@ -13,7 +13,7 @@ import pytest
 from polyphony.launch.cli import main
 from polyphony.trainer.checkpoints import whole_or_none
 from polyphony.trainer.run.folder import STATE_FILE
-from polyphony.trainer.run.stopping import StopOnSignal
+from polyphony.trainer.run.stopping import StopOnSignal, say
 from polyphony.trainer.slots import DrawPlan
 from tests.conftest import RECIPES
 from tests.forks import Fork
@@ -142,8 +142,41 @@ def test_a_second_interrupt_ends_at_once_and_so_does_a_draw_that_takes_too_long(
     assert ended == [] and "once more to end at once" in capsys.readouterr().err
     listener._hear(signal.SIGINT, None)
     assert ended == [128 + signal.SIGINT]
-    listener._give_up()
+    listener._give_up(signal.SIGTERM)
     assert len(ended) == 1  # it no longer trains
     listener._before = {signal.SIGTERM: signal.SIG_DFL}
-    listener._give_up()
+    listener._give_up(signal.SIGTERM)
     assert ended[1:] == [128 + signal.SIGTERM] and "ending without a new checkpoint" in capsys.readouterr().err
+
+
+def test_a_terminals_end_is_heard_unless_it_was_ignored_and_a_second_sigterm_changes_nothing(monkeypatch, capsys):
+    timers = []
+    monkeypatch.setattr("threading.Timer", lambda *given: timers.append(given) or SimpleNamespace(start=lambda: None))
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for own, is_heard in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, own)
+            listener = stopper()
+            listener.on_train_begin(None, None, None)
+            assert (signal.getsignal(signal.SIGHUP) == listener._hear) is is_heard
+            listener.rest()
+            assert signal.getsignal(signal.SIGHUP) == own
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    listener._hear(signal.SIGTERM, None)
+    listener._hear(signal.SIGTERM, None)
+    listener._hear(signal.SIGHUP, None)
+    assert len(timers) == 1 and listener.received == signal.SIGHUP
+    assert capsys.readouterr().err.count("saving a checkpoint after this draw, then ending") == 3
+
+
+def test_nobody_to_tell_is_no_reason_to_fail(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    say("it goes on")

@@ -23,6 +23,7 @@ from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.tracking import (
     WandbTracker,
     is_reachable,
+    known_as,
     track_completions,
     track_decisions,
     track_transfer,
@@ -272,3 +273,15 @@ def test_completions_and_decisions_are_tables_a_row_each():
     track_decisions(heard, 3, [line] * 5000)
     assert heard.tables["decisions"][2][0] == [1, 0, 1.0, "", "only one"]
     assert len(heard.tables["decisions"][2]) == 1667  # every third
+
+
+def test_a_resumed_run_is_the_same_run_for_wandb_with_its_group_and_tags(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_GROUP", "ablation")
+    monkeypatch.setenv("WANDB_TAGS", "first,second")
+    first = known_as(RunFolder(tmp_path))
+    assert (len(first["id"]), first["group"], first["tags"]) == (8, "ablation", ["first", "second"])
+    assert "resume" not in first
+    monkeypatch.delenv("WANDB_RUN_GROUP")
+    monkeypatch.setenv("WANDB_TAGS", "third")
+    assert known_as(RunFolder(tmp_path)) == first | {"tags": ["third"], "resume": "allow"}
+    assert known_as(RunFolder(tmp_path))["group"] == "ablation"

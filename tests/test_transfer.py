@@ -1,11 +1,13 @@
 import copy
+import io
 import json
 import math
+import random
 
 import pytest
 
 from polyphony.curricula.transfer.halves import half
-from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 
 IDS = ["abc", "", "hello", "x"]  # by sha256: report, report, steer, and "x" is report
 
@@ -107,7 +109,7 @@ def test_with_row_checks_the_row_against_the_others():
 
 
 BAD = [
-    (("version",), 2, "version 2"),
+    (("version",), 3, "version 3"),
     (("rows",), KeyError, "an object with version, domains, kinds, rows"),
     (("itmes",), {}, r"unknown keys \['itmes'\]"),
     (("rows", 0, "trained"), ["math"], "no baseline"),
@@ -117,9 +119,9 @@ BAD = [
     (("rows", 1, "scores", "math"), [1, 1, 1], "row 1, domain 'math': 3 items, but row 0 has 4"),
     (("rows", 1, "scores", "math"), [], "row 1, domain 'math': no scores"),
     (("rows", 1, "scores", "math"), [1, 1, 1, math.nan], "row 1, domain 'math', item 3: .* got nan"),
-    (("rows", 1, "scores", "math"), [1, 1, 1, None], "item 3: .* got None"),
+    (("rows", 1, "scores", "math"), [1, 1, 1, None], "row 1, domain 'math', item 3: version 1 .* got None"),
     (("rows", 1, "scores", "math"), [1, 1, 1, "1"], "item 3: .* got '1'"),
-    (("rows", 1, "scores", "math"), [1, 1, 1.5, 1], r"item 2: a score must be a number in \[0, 1\], got 1.5"),
+    (("rows", 1, "scores", "math"), [1, 1, 1.5, 1], r"item 2: a score must be a number in \[0, 1\], or null, got 1.5"),
     (("rows", 1, "scores", "math"), 0.7, "must be a list"),
     (("rows", 1, "scores", "math"), KeyError, "scores must name each of"),
     (("rows", 1, "scores", "code"), [1, 1, 1, 1], "scores must name each of"),
@@ -183,3 +185,42 @@ def test_a_file_cut_in_the_middle_is_refused_by_name(tmp_path):
     file.write_text(json.dumps(document())[:-20])
     with pytest.raises(ValueError, match=r"transfer\.json"):
         TransferMatrix.load(file)
+
+
+def gappy() -> TransferMatrix:
+    whole = document() | {"version": 2, "items": {"math": IDS, "writing": IDS}}
+    whole["rows"][1]["scores"]["math"] = [1, None, 1, 1]
+    return TransferMatrix.from_json(whole)
+
+
+def test_an_item_without_a_verdict_is_null_in_a_file_of_version_2_and_in_no_other(tmp_path):
+    path = tmp_path / "transfer.json"
+    for matrix, version in ((gappy(), 2), (TransferMatrix.from_json(document()), 1)):
+        matrix.save(path)
+        assert TransferMatrix.load(path) == matrix and json.loads(path.read_text())["version"] == version
+    assert gappy().on("report").rows[1].scores["math"] == (1, None, 1) and gappy().rows[1].mean_score("math") == 1
+
+
+def test_a_ledger_whose_head_was_written_before_becomes_a_file_of_version_2():
+    run = [row | {"probe": False} for row in document()["rows"][:2]]
+    run[1]["scores"] = {"math": [1, 1, None, 1], "writing": [0, 0, 0, 0]}
+    whole = TransferMatrix.from_json(document() | {"version": 2, "rows": run})
+    lines = [
+        TransferMatrix.from_json(document() | {"rows": run[:1]}).head_line(),
+        *(row.as_row() for row in whole.rows),
+    ]
+    out = io.BytesIO()
+    compact = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    copy_document(io.BytesIO(compact.encode()), out)
+    assert json.loads(out.getvalue())["version"] == 2
+    assert TransferMatrix.from_lines(lines).rows == whole.rows
+
+
+def test_any_byte_of_a_file_that_changes_is_seen(tmp_path):
+    path = tmp_path / "transfer.json"
+    gappy().save(path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"transfer\.json: "):
+            TransferMatrix.load(path)

@@ -7,10 +7,14 @@ spread over the ranks.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,27 +27,61 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.files import replace_file
-from polyphony.curricula.prompts.pool_file import load_pools, save_pools
+from polyphony.curricula.files import replace_file, sealed
+from polyphony.curricula.prompts.pool_file import load_pools, move_aside, save_pools
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.engine.merge import adapter_parameters, merged_parameters
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, read_object, write_object
+
+VERSION = 2
+"""Of `STATE_FILE`; version 1 had no digests."""
 
 
-def save_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
+def save_ledgers(
+    checkpoint: Path, curriculum: Curriculum, *, sizes: Mapping[str, int] | None = None, **others: Any
+) -> None:
     """Write everything that a run remembers beside its weights, and so mark the checkpoint as whole.
 
-    `others` have state of their own, by name. Of its evaluations all but the scores, which grow with the run and are in its
-    ledger.
+    `others` have state of their own, by name; `sizes` are those of the run's ledgers. Of its evaluations all but the scores,
+    which grow with the run and are in its ledger. All files are on the disk, and their digests taken, before the mark is.
     """
     if curriculum.pools:
         save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
     states = {name: ledger.state_dict() for name, ledger in others.items()}
     own = curriculum.state_dict()
     rows = [{key: value for key, value in row.items() if key != "scores"} for row in own["evaluations"]]
-    document = {"version": 1, "curriculum": {**own, **states, "evaluations": rows}}
-    replace_file(checkpoint / STATE_FILE, json.dumps(document))
+    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    document = {
+        "version": VERSION,
+        "files": dict(zip(files, _digests(files.values(), flush=True), strict=True)),
+        "ledgers": dict(sizes or {}),
+        "curriculum": {**own, **states, "evaluations": rows},
+    }
+    for folder in {path.parent for path in files.values()}:
+        _flush(folder)
+    replace_file(checkpoint / STATE_FILE, sealed(json.dumps(document)))
+    _flush(checkpoint)
+
+
+def _digests(paths: Iterable[Path], *, flush: bool = False) -> list[str]:
+    def of(path: Path) -> str:
+        with path.open("rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(4) as threads:
+        return list(threads.map(of, paths))
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk know which files a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
@@ -55,13 +93,17 @@ def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> Non
     rows, given = state["evaluations"], curriculum.evaluations
     if not all("scores" in row for row in rows):  # older versions kept them here
         if len(given) != len(rows):
-            raise ValueError(f"checkpoint {checkpoint} had seen {len(rows)} evaluations, the ledger has {len(given)}")
+            raise ValueError(
+                f"checkpoint {checkpoint} had seen {len(rows)} evaluations, the ledger has {len(given)}: "
+                "lines of it are lost"
+            )
         rows = [row | {"scores": past.scores} for row, past in zip(rows, given, strict=True)]
     curriculum.load_state_dict(state | {"evaluations": rows})
     if curriculum.pools:
         curriculum.adopt_pools(load_pools(checkpoint / POOL_FILE))
     for name, ledger in others.items():
-        ledger.load_state_dict(state[name])
+        if name in state:  # older versions had fewer
+            ledger.load_state_dict(state[name])
 
 
 @contextmanager
@@ -83,18 +125,77 @@ def whole_or_none(checkpoint: Path) -> Iterator[None]:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the ledgers of a checkpoint. Raises ValueError for one that is not whole."""
+    return read_mark(checkpoint)["curriculum"]
+
+
+def read_mark(checkpoint: Path) -> dict[str, Any]:
+    """Return what marks a checkpoint as whole. Raises ValueError that names it where it is missing or damaged."""
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(
             f"checkpoint {checkpoint} has no {STATE_FILE}: it was not saved to the end, or not by Polyphony"
         )
-    return json.loads(path.read_text())["curriculum"]
+    document = read_object(path)
+    version = document.get("version", 1)
+    known = {1: {"curriculum"}, VERSION: {"files", "ledgers", "curriculum"}}
+    if version not in known:
+        raise ValueError(f"{path}: version {version!r} is not read here, only {', '.join(map(str, known))}")
+    if set(document) - {"version"} != known[version]:
+        raise ValueError(f"{path}: expected {', '.join(sorted(known[version]))}, got {', '.join(sorted(document))}")
+    return document
+
+
+def damage(checkpoint: Path) -> str:
+    """Return what of a checkpoint is not as it was saved; empty where all is."""
+    try:
+        digests = read_mark(checkpoint).get("files")
+    except ValueError as error:
+        return str(error)
+    if digests is None:
+        return _lack(checkpoint)
+    for name in digests:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    now = _digests([checkpoint / name for name in digests])
+    changed = [name for name, digest in zip(digests, now, strict=True) if digest != digests[name]]
+    return f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} damaged" if changed else ""
+
+
+def _lack(checkpoint: Path) -> str:
+    """Return what is missing of a checkpoint without digests, that Transformers would go on without."""
+    sharded = any(checkpoint.glob("global_step*"))  # by DeepSpeed, which knows its files itself
+    needed = ("trainer_state.json", "scheduler.pt", "rng_state*.pth", *(() if sharded else ("optimizer*",)))
+    return next((f"{name} is missing" for name in needed if not any(checkpoint.glob(name))), "")
+
+
+def newest_whole(folder: Path, *, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is as it was saved, None where there is none at all; say which newer ones are not,
+    and move them aside. Raises ValueError where all are damaged."""
+    found = whole_checkpoints(folder)
+    broken: dict[Path, str] = {}
+    for path in reversed(found):
+        if not (why := damage(path)):
+            break
+        broken[path] = why
+    told = [f"{path.name}: {why.removeprefix(f'{path}/')}" for path, why in broken.items()]
+    if found and len(broken) == len(found):
+        raise ValueError(
+            f"{folder}: no checkpoint is whole ({'; '.join(told)}); start anew, or give back what is missing"
+        )
+    for line, path in zip(told, broken, strict=True):
+        say(f"{line}; moved to {move_aside(path).name}, the run goes on from an older checkpoint")
+    return next((path for path in reversed(found) if path not in broken), None)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=checkpoint_step)
+    """Return the complete checkpoints of a run, oldest first; folders of another name are the user's own."""
+    return sorted((path for path in _named(folder) if (path / STATE_FILE).is_file()), key=checkpoint_step)
+
+
+def _named(folder: Path) -> list[Path]:
+    return [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
 
 
 def checkpoint_step(path: Path) -> int:
@@ -104,7 +205,7 @@ def checkpoint_step(path: Path) -> int:
 
 def remove_unfinished(folder: Path) -> list[Path]:
     """Delete checkpoints that were cut off while being saved; return what was deleted."""
-    removed = [path for path in folder.glob("checkpoint-*") if not (path / STATE_FILE).is_file()]
+    removed = [path for path in _named(folder) if not (path / STATE_FILE).is_file()]
     for path in removed:
         shutil.rmtree(path)
     return removed
@@ -132,8 +233,26 @@ class BeforeDraw:
 def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
     """Note `checkpoint` as the best of the run if its worst trained domain beats every one before."""
     mark = folder / BEST_FILE
-    if not mark.exists() or score > json.loads(mark.read_text())["worst_domain_score"]:
-        replace_file(mark, json.dumps({"checkpoint": checkpoint.name, "worst_domain_score": score}))
+    if not mark.exists() or score > _read_best(mark)[1]:
+        write_object(mark, {"checkpoint": checkpoint.name, "worst_domain_score": score})
+
+
+def forget_damaged_best(folder: Path, *, say: Callable[[str], None]) -> None:
+    """Move the note of the best checkpoint aside where it cannot be read, and say so."""
+    mark = folder / BEST_FILE
+    try:
+        _read_best(mark) if mark.exists() else None
+    except ValueError as error:
+        say(f"{error}; moved to {move_aside(mark).name}: the best is sought anew from here on")
+
+
+def _read_best(mark: Path) -> tuple[str, float]:
+    """Return the name of the best checkpoint and its score. Raises ValueError that names the file."""
+    noted = read_object(mark)
+    name, score = noted.get("checkpoint"), noted.get("worst_domain_score")
+    if not isinstance(name, str) or not isinstance(score, int | float):
+        raise ValueError(f"{mark}: expected checkpoint and worst_domain_score, got {noted}")
+    return name, score
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -141,7 +260,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     mark = folder / BEST_FILE
     if not mark.exists():
         return None
-    best = folder / json.loads(mark.read_text())["checkpoint"]
+    best = folder / _read_best(mark)[0]
     return best if (best / STATE_FILE).is_file() else None
 
 

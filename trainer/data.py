@@ -41,7 +41,7 @@ class PromptTable:
         self.repeated = 0
         """Rows left out because an identical one without an `id` of its own came before."""
         self.left_out: list[str] = []
-        """Ids of rows whose reference the domain's reward cannot read."""
+        """Ids of rows whose reference the domain's reward cannot read, and of those that are too long."""
         self._position: dict[str, int] = {}
         for i, row in enumerate(rows):
             self._add(i, row)
@@ -73,11 +73,21 @@ class PromptTable:
             message = f"{self._named(reasons)} have a reference that the reward cannot read ({self._shown(reasons)})"
             if len(reasons) > most * len(self):
                 raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
-            warnings.warn(f"{message}; left out", stacklevel=2)
-            self.left_out = sorted(reasons)
-            self.drop(set(reasons))
+            self._leave_out(reasons, message)
         if remarks := self._said(getattr(reward, "remark", None)):
             warnings.warn(f"{self._named(remarks)} are kept with a reservation ({self._shown(remarks)})", stacklevel=2)
+
+    def leave_out(self, reasons: Mapping[str, str], what: str) -> None:
+        """Leave out rows, by id with the reason of each; `what` they do. Raises ValueError where none would stay."""
+        message = f"{self._named(reasons)} {what} ({self._shown(reasons)})"
+        if len(reasons) == len(self):
+            raise ValueError(f"{message}: nothing is left")
+        self._leave_out(reasons, message)
+
+    def _leave_out(self, reasons: Mapping[str, str], message: str) -> None:
+        warnings.warn(f"{message}; left out", stacklevel=3)
+        self.left_out = sorted({*self.left_out, *reasons})
+        self.drop(set(reasons))
 
     def _said(self, ask: Callable[..., str | None] | None) -> dict[str, str]:
         return {prompt.id: why for prompt in self if (why := ask(**prompt.columns)) is not None} if ask else {}

@@ -104,9 +104,6 @@ class DomainData:
             return found
 
         heldout, train = tables("heldout"), tables("train")
-        for table in heldout.values():
-            if len(table) < 2:
-                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
@@ -117,13 +114,21 @@ class DomainData:
             limits=limits,
             tokenizer=tokenizer,
             context=context,
-            dropped=_resolve_overlap(train, heldout, taken),
         )
-        return replace(data, longest=data._longest())
+        longest = data._leave_out_overlong()
+        for table in heldout.values():
+            if len(table) < 2:
+                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
+        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken))
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(d.name for d in self.domains)
+
+    @property
+    def tables(self) -> dict[str, PromptTable]:
+        """All rows, by their place in a recipe."""
+        return {table.where: table for tables in (self.train, self.heldout) for table in tables.values()}
 
     @property
     def openings(self) -> dict[str, str]:
@@ -182,18 +187,21 @@ class DomainData:
             ) from error
         return encoded["input_ids"]  # type: ignore[index,return-value]
 
-    def _longest(self) -> int:
+    def _leave_out_overlong(self) -> int:
+        """Leave out prompts that the context does not hold with their completions; return the longest that stay, in tokens.
+
+        Warns with their number and the first three. Raises ValueError where a table has no others.
+        """
         longest = 0
-        for tables in (self.train, self.heldout):
-            for name, table in tables.items():
-                for prompt in self.tokenized(table):
-                    length = len(prompt.ids)
-                    longest = max(longest, length + self.limits[name])
-                    if self.context is not None and longest > self.context:
-                        raise ValueError(
-                            f"{table.where}: prompt {prompt.id!r} has {length} tokens; with completions of "
-                            f"{self.limits[name]} that is more than the context of {self.context}"
-                        )
+        for name, table in ((name, table) for tables in (self.train, self.heldout) for name, table in tables.items()):
+            lengths = {prompt.id: len(prompt.ids) + self.limits[name] for prompt in self.tokenized(table)}
+            most = self.context or max(lengths.values())
+            too_long = {i: f"{n - self.limits[name]} tokens" for i, n in lengths.items() if n > most}
+            longest = max([longest, *(n for n in lengths.values() if n <= most)])
+            if too_long:
+                table.leave_out(
+                    too_long, f"with completions of {self.limits[name]} tokens exceed the context of {self.context}"
+                )
         return longest
 
 

@@ -25,7 +25,7 @@ from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.recorder import Recorder
-from polyphony.trainer.scoring import EarlyGrading, Scorer, check_failures, together
+from polyphony.trainer.scoring import EarlyGrading, Failures, Scorer, together
 from polyphony.trainer.shortcuts import ShortcutWatch
 
 
@@ -79,7 +79,8 @@ class Draws:
     shortcuts: ShortcutWatch
     """Finds signs of shortcuts in completions."""
     seed: int
-    max_grader_failures: float
+    failures: Failures
+    """Stops a run whose grader fails too often."""
     look: int | None = None
     """Early stop of groups: completions sampled first; the rest only if these may give a gradient. None: no early stop."""
     refill_rounds: int = 0
@@ -94,10 +95,10 @@ class Draws:
         if self.recorder is not None and self.policy.rank == 0:
             self.recorder.record_draw(self.policy.next_step, prompts)
         rollout = self._sample(draw, 0, dict(enumerate(prompts)), n_rows)
-        check_failures(list(rollout.groups.values()), most=self.max_grader_failures)
         while rollout.rounds < self.refill_rounds and (found := self._replacements(rollout)):
             fresh = self._sample(draw, rollout.rounds + 1, found, n_rows)
             rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
+        self.failures.see(rollout.sampled)
         return rollout
 
     def _replacements(self, rollout: Rollout) -> dict[int, Prompt]:

@@ -52,7 +52,7 @@ from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
 from polyphony.trainer.run.callbacks import Outset, Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
-from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.scoring import Failures, Scorer
 from polyphony.trainer.settings import (
     MAX_GRADER_FAILURES,
     CheckpointSettings,
@@ -140,7 +140,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
         made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
         made |= {"optimizers": optimizers if any(optimizers) else None}
-        outset = Outset.of(run, settings, args=args, plan=self.plan, domains=self.data.domains, **made)
+        outset = Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
         self._steer_and_watch(args, curriculum, settings)
         slotted = slot_arguments(args, self.plan)
         super().__init__(
@@ -208,7 +208,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             advantages=self.advantages,
             shortcuts=self.shortcuts,
             seed=self.args.seed,
-            max_grader_failures=settings.max_grader_failures,
+            failures=Failures(most=settings.max_grader_failures),
             look=look,
             refill_rounds=refill_rounds,
         )
@@ -444,12 +444,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         """
         if self.run is None:
             return super().train(resume_from_checkpoint, **given)
-        checkpoint = self.run.begin(resume_from_checkpoint)
-        try:
-            output = super().train(checkpoint, **given)
-        finally:
-            self.run.stopper.rest()
-        self.run.finish()
+        with self.run.owned():
+            checkpoint = self.run.begin(resume_from_checkpoint)
+            try:
+                output = super().train(checkpoint, **given)
+            finally:
+                self.run.stopper.rest()
+            self.run.finish()
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -482,7 +483,13 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:
                 return
-            save_ledgers(folder, self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
+            sizes = self.run.folder.sizes() if self.run else {}
+            save_ledgers(folder, self.curriculum, sizes=sizes, **self._remembering)
+
+    @property
+    def _remembering(self) -> dict[str, Any]:
+        """What has a state of its own beside the curriculum's."""
+        return {"entropy": self.entropy, "shortcuts": self.shortcuts, "failures": self.draws.failures}
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
@@ -494,5 +501,5 @@ class DomainGRPOTrainer(GRPOTrainer):
         name_cpu(self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_ledgers(Path(checkpoint), self.curriculum, entropy=self.entropy, shortcuts=self.shortcuts)
+            load_ledgers(Path(checkpoint), self.curriculum, **self._remembering)
             self._resumed_from = checkpoint

@@ -17,6 +17,7 @@ import queue
 import socket
 import threading
 import urllib.error
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -138,16 +139,42 @@ def is_unreachable(error: BaseException | None) -> bool:
     return known or is_off or not names.isdisjoint(_UNREACHABLE) or is_unreachable(error.__cause__)
 
 
-def check_failures(groups: Sequence[Group], *, most: float) -> None:
-    """Raise GraderGoneError where more than the share `most` of a domain's completions got no reward."""
-    for name in {g.domain for g in groups}:
-        rewards = [r for g in groups if g.domain == name for r in g.learned]
-        failed = sum(r is None for r in rewards)
-        if failed > most * len(rewards):
-            raise GraderGoneError(
-                f"domain {name!r}: the reward failed on {failed} of {len(rewards)} completions in one draw; "
-                f"max_grader_failures allows a share of {most}; the run goes on with --resume once the reward grades again"
-            )
+LAST, FEWEST = 256, 64
+"""Completions of a domain that are looked back at, and how many there must be before a run is stopped for them: one bad row
+is none, a grader that is broken is seen within a few draws."""
+
+
+class Failures:
+    """The share of each domain's last completions that got no reward; names the prompts that got none at all."""
+
+    def __init__(self, *, most: float) -> None:
+        self.most = most
+        """The largest share that a run goes on with."""
+        self._last: dict[str, deque[bool]] = {}
+        self._named: set[tuple[str, str]] = set()
+
+    def see(self, groups: Sequence[Group]) -> None:
+        """Take in a draw's groups. Raises GraderGoneError where a domain's share is past the largest."""
+        for group in groups:
+            self._last.setdefault(group.domain, deque(maxlen=LAST)).extend(r is None for r in group.learned)
+            if not group.graded and (name := (group.domain, group.prompt_id)) not in self._named:
+                self._named.add(name)
+                logger.warning("domain %r: prompt %r could not be graded: its group is left out", *name)
+        for domain, last in self._last.items():
+            if len(last) >= FEWEST and sum(last) > self.most * len(last):
+                raise GraderGoneError(
+                    f"domain {domain!r}: the reward failed on {sum(last)} of the last {len(last)} completions; "
+                    f"max_grader_failures allows a share of {self.most:g}; the run goes on with --resume once the reward "
+                    "grades again"
+                )
+
+    def state_dict(self) -> dict[str, str]:
+        """Return what a checkpoint keeps: by domain, oldest first, 1 for a completion without a reward."""
+        return {domain: "".join(str(int(failed)) for failed in last) for domain, last in self._last.items()}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Restore `state_dict`."""
+        self._last = {domain: deque((c == "1" for c in text), maxlen=LAST) for domain, text in state.items()}
 
 
 def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any], *, opening: str) -> list[Any]:

@@ -223,7 +223,7 @@ class UpdateSettings(RowSettings):
 
 
 MAX_GRADER_FAILURES = 0.5
-"""Largest share of a domain's completions in one draw whose grading may fail; past it the run stops."""
+"""Largest share of a domain's last 256 completions whose grading may fail, and of its held-out items."""
 
 
 @settings

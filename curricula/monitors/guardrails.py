@@ -14,7 +14,7 @@ from pydantic import Field
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors import Alarm
-from polyphony.curricula.records import Evaluation, settings
+from polyphony.curricula.records import Evaluation, graded, settings
 from polyphony.curricula.transfer.forgetting import moment
 
 
@@ -44,6 +44,8 @@ class Verdict:
     """Score now minus score at the anchor, with an interval at this evaluation's share of the error rate."""
     since: str
     """What the anchor is, in words."""
+    items: tuple[int, int]
+    """How many of the domain's items were graded at this evaluation, and how many there are."""
 
     def alarm(self, done: str) -> Alarm:
         """Return the alarm that says so, and what was done."""
@@ -53,7 +55,7 @@ class Verdict:
         return (
             f"{self.guardrail.domain} lost {-self.change.mid:.3f} {self.since} (at least {-self.change.high:.3f}, with "
             f"95 % confidence over all evaluations); {self.guardrail.max_drop:g} is allowed"
-        )
+        ) + (f"; {self.items[0]} of {self.items[1]} items were graded" if self.items[0] < self.items[1] else "")
 
 
 def check(
@@ -75,7 +77,9 @@ def check(
     for guardrail in guardrails:
         change, since = _change(guardrail.domain, now.bwt, now.drawdown, watch_only)
         if change.high < -guardrail.max_drop:
-            verdicts.append(Verdict(guardrail=guardrail, step=run[-1].step, change=change, since=since))
+            scores = run[-1].scores[guardrail.domain]
+            items = len(graded(scores)), len(scores)
+            verdicts.append(Verdict(guardrail=guardrail, step=run[-1].step, change=change, since=since, items=items))
     return verdicts
 
 

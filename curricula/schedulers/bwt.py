@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from polyphony.curricula.intervals import paired
-from polyphony.curricula.records import Decision, Evidence, mean, settings
+from polyphony.curricula.records import Decision, Evidence, graded, mean, settings
 from polyphony.curricula.schedulers.online_transfer import Prior, Regression, score_prior
 from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine
 from polyphony.curricula.transfer.forgetting import moment
@@ -129,7 +129,7 @@ class Bwt:
         own = [row.scores[domain] for row in evidence.evaluations[run.first :] if row.trained == (domain,)]
         if self.plateau is None or not own:
             return ""
-        if self.plateau.is_reached([mean(items) for items in own]):
+        if self.plateau.is_reached([mean(graded(items)) for items in own]):
             return "its score has stopped rising"
         before = evidence.evaluations[max(run.first - 1, 0)].scores[domain]
         if paired(own[-1], before).high < 0:
@@ -145,11 +145,12 @@ class Bwt:
             news += f"; the plan of the rest {'stays' if rest == left else 'becomes'} {', '.join(rest)}"
         review: dict[str, Any] = {"stage": ended, "draw": evidence.draw, "why": why, "rest": list(rest)}
         if evidence.evaluations:
-            now = evidence.evaluations[-1].scores
+            last = evidence.evaluations[-1]
+            now = {name: last.mean_score(name) for name in last.scores}
             predicted = dict(zip(self.solver.effects.domains, self.solver.predict(done)[0].tolist(), strict=True))
             review["predicted"] = {name: predicted[name] for name in now}
-            review["measured"] = {name: mean(items) for name, items in now.items()}
-            pairs = ", ".join(f"{name} {predicted[name]:.2f}/{mean(items):.2f}" for name, items in now.items())
+            review["measured"] = now
+            pairs = ", ".join(f"{name} {predicted[name]:.2f}/{score:.2f}" for name, score in now.items())
             news += f"; predicted/measured {pairs}"
         following = replace(
             run,

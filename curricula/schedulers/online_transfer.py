@@ -193,6 +193,8 @@ class Regression:
         if steps is None:
             return self
         changes = [paired(now.scores[name], before.scores[name]) for name in now.scores]
+        if any(math.isnan(change.mid) for change in changes):  # no item of a domain was graded at both ends
+            return self
         deviations = np.array([(change.high - change.low) / 2 / quantile(0.95) for change in changes])
         return self.add(steps, np.array([change.mid for change in changes]), deviations**2)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.records import Evaluation, Evidence, mean
+from polyphony.curricula.records import Evaluation, Evidence
 from polyphony.curricula.schedulers.online_transfer import Prior, Regression, flat_prior
 from polyphony.curricula.transfer.forgetting import drawdown
 
@@ -81,7 +81,7 @@ class TransferValue:
         }
 
     def _need(self, rows: tuple[Evaluation, ...], alarms: list[str]) -> np.ndarray:
-        now = {name: mean(items) for name, items in rows[-1].scores.items()}
+        now = {name: rows[-1].mean_score(name) for name in rows[-1].scores}
         lowest = min(now.values())
         need = []
         for name, score in now.items():

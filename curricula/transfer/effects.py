@@ -149,10 +149,28 @@ class Effects:
         self.rows = tuple(after for *_, after in found)
         self._base_rows = matrix.baselines(probe=True)
         self.before_rows = tuple(before for _, _, before, _ in found)
-        self.base = [_item_means(self._base_rows, name) for name in self.domains]
-        self.before = [np.array([_item_means(before, name) for before in self.before_rows]) for name in self.domains]
-        self.after = [np.array([row.scores[name] for row in self.rows], dtype=float) for name in self.domains]
+        compared = [*self._base_rows, *self.rows, *(row for rows in self.before_rows for row in rows)]
+        self._places = {name: _graded_in_all(compared, name) for name in self.domains}
+        self.base = [self._item_means(self._base_rows, name) for name in self.domains]
+        self.before = [
+            np.array([self._item_means(before, name) for before in self.before_rows]) for name in self.domains
+        ]
+        self.after = [np.array([self._scores(row, name) for row in self.rows]) for name in self.domains]
         self.noise = self._seed_noise(matrix.trainable)
+
+    @property
+    def gaps(self) -> dict[str, str]:
+        """Of domains with items that could not be graded in some row: how many are compared, in words."""
+        of = {name: len(self._base_rows[0].scores[name]) for name in self.domains}
+        return {n: f"{len(at)} of {of[n]} items" for n, at in self._places.items() if len(at) < of[n]}
+
+    def _scores(self, row: Evaluation, name: str) -> np.ndarray:
+        """Return the scores of the items that were graded in all rows; one that is NaN where there are none."""
+        places = self._places[name]
+        return np.array([row.scores[name][i] for i in places] if places else [math.nan], dtype=float)
+
+    def _item_means(self, rows: Sequence[Evaluation], name: str) -> np.ndarray:
+        return np.mean([self._scores(row, name) for row in rows], axis=0)
 
     def means(self, part: Part | None = None) -> Means:
         """Return the mean scores, B = 1, over all items or a part of them."""
@@ -266,8 +284,11 @@ def bootstrap_weights(size: int, shares: np.ndarray, *, rng: np.random.Generator
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _item_means(rows: Sequence[Evaluation], name: str) -> np.ndarray:
-    return np.mean([row.scores[name] for row in rows], axis=0)
+def _graded_in_all(rows: Sequence[Evaluation], name: str) -> range | list[int]:
+    items = range(len(rows[0].scores[name]))
+    if not any(None in row.scores[name] for row in rows):
+        return items
+    return [i for i in items if all(row.scores[name][i] is not None for row in rows)]
 
 
 def _entropy(rows: Sequence[Evaluation], name: str) -> float:

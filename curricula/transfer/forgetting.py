@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from polyphony.curricula.intervals import UNDEFINED, Interval, average, paired
+from polyphony.curricula.intervals import UNDEFINED, Interval, average, on_both, paired
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
 
@@ -107,7 +107,7 @@ def moment(run: Sequence[Evaluation], *, watch_only: Sequence[str] = (), level: 
     )
 
 
-def drawdown(history: Sequence[Sequence[float]], *, level: float = 0.95) -> Interval:
+def drawdown(history: Sequence[Sequence[float | None]], *, level: float = 0.95) -> Interval:
     """Return the last row of `history` [evaluations, items] minus the cross-fitted best; UNDEFINED below two items.
 
     The best evaluation is chosen on every other item and valued on the rest, both ways, and the two are averaged:
@@ -119,8 +119,13 @@ def drawdown(history: Sequence[Sequence[float]], *, level: float = 0.95) -> Inte
     return average(_loss(folds[0], folds[1], level), _loss(folds[1], folds[0], level))
 
 
-def _loss(choose: Sequence[Sequence[float]], value: Sequence[Sequence[float]], level: float) -> Interval:
-    best = max(range(len(choose)), key=lambda n: (mean(choose[n]), n))
+def _loss(choose: Sequence[Sequence[float | None]], value: Sequence[Sequence[float | None]], level: float) -> Interval:
+    if any(None in row for row in choose):  # each is compared with the last on the items graded at both
+        pairs = [on_both(row, choose[-1]) for row in choose]
+        heights = [mean(then) - mean(now) if now else -math.inf for then, now in pairs]
+    else:
+        heights = [mean(row) for row in choose]  # type: ignore[arg-type]
+    best = max(range(len(choose)), key=lambda n: (heights[n], n))
     return paired(value[-1], value[best], level=level)
 
 
@@ -152,13 +157,17 @@ def _measure_run(run: Sequence[Evaluation], names: Sequence[str]) -> Measured:
     earlier = [name for name, end in ends.items() if end < last]
     forward = [_forward(run, past, name, 0.95).mid for name in ends]
     return Measured(
-        average=mean([mean(run[last].scores[name]) for name in names]),
-        bwt=mean([mean(run[last].scores[name]) - mean(run[ends[name]].scores[name]) for name in earlier]),
+        average=mean([run[last].mean_score(name) for name in names]),
+        bwt=mean([_change(run[last], run[ends[name]], name) for name in earlier]),
         fwt=mean([value for value in forward if not math.isnan(value)]),
         forgetting={name: _forgetting(run, past, name) if name in earlier else math.nan for name in names},
     )
 
 
 def _forgetting(run: Sequence[Evaluation], past: Sequence[Stage], name: str) -> float:
-    at_ends = [mean(run[stage.end].scores[name]) for stage in past if stage.end < len(run) - 1]
-    return max(at_ends) - mean(run[-1].scores[name])
+    return max(-_change(run[-1], run[stage.end], name) for stage in past if stage.end < len(run) - 1)
+
+
+def _change(now: Evaluation, before: Evaluation, name: str) -> float:
+    scores = on_both(now.scores[name], before.scores[name])
+    return mean(scores[0]) - mean(scores[1])

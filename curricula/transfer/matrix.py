@@ -8,6 +8,7 @@ Each check of what makes a matrix valid names the offender: no wrong file may be
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import sys
@@ -18,11 +19,12 @@ from typing import IO, Annotated, Any
 
 from pydantic import BeforeValidator
 
-from polyphony.curricula.files import replace_file
+from polyphony.curricula.files import replace_file, seal_of, sealed, unsealed
 from polyphony.curricula.records import Evaluation, Kind
 from polyphony.curricula.transfer.halves import Half, on_half
 
-VERSION = 1
+VERSION = 2
+"""The newest that is read: of a file in which an item that could not be graded is null. All others are of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class TransferMatrix:
     def load(cls, path: str | Path) -> TransferMatrix:
         """Read `transfer.json`. Raises ValueError that names the file, the row and the value where it is not valid."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
+            return cls.from_json(json.loads(unsealed(Path(path).read_bytes())))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -58,10 +60,12 @@ class TransferMatrix:
     def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
         """Build from the document whose keys `DOCUMENT` and `ROW` list."""
         document = read_document(document)
-        if document["version"] != VERSION:
-            raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only {VERSION}")
+        if document["version"] not in (1, VERSION):
+            raise ValueError(
+                f"version {document['version']!r} of the transfer file is not supported, only 1 and {VERSION}"
+            )
         items = document.get("items")
-        return cls(
+        matrix = cls(
             domains=tuple(document["domains"]),
             kinds=dict(document["kinds"]),
             rows=tuple(read_row(row, where=f"row {n}") for n, row in enumerate(document["rows"])),
@@ -69,6 +73,14 @@ class TransferMatrix:
             watch_only=tuple(document.get("watch_only", ())),
             provenance=dict(document.get("provenance", {})),
         )
+        if document["version"] == 1:
+            for n, row in enumerate(matrix.rows):
+                if gaps := [(name, items.index(None)) for name, items in row.scores.items() if None in items]:
+                    (name, item), *_ = gaps
+                    raise ValueError(
+                        f"row {n}, domain {name!r}, item {item}: version 1 of the file has a score for every item, got None"
+                    )
+        return matrix
 
     @classmethod
     def from_lines(cls, lines: Sequence[Mapping[str, Any]], *, until: float = math.inf) -> TransferMatrix:
@@ -76,6 +88,8 @@ class TransferMatrix:
         if not lines or "domains" not in lines[0]:
             raise ValueError("its first line is no head: an object with domains, kinds and rows")
         head = {key: value for key, value in lines[0].items() if key != "step"}
+        if head.get("version") == 1:
+            head["version"] = VERSION  # it was written before the rows were
         return cls.from_json(head | {"rows": [*head["rows"], *(line for line in lines[1:] if line["step"] <= until)]})
 
     def head_line(self) -> dict[str, Any]:
@@ -86,7 +100,7 @@ class TransferMatrix:
     def as_json(self) -> dict[str, Any]:
         """Return the document that `from_json` reads."""
         document: dict[str, Any] = {
-            "version": VERSION,
+            "version": VERSION if self.has_gaps else 1,
             "domains": list(self.domains),
             "kinds": dict(self.kinds),
         }
@@ -102,7 +116,7 @@ class TransferMatrix:
         """Write the file whole or not at all: a killed process leaves the previous version in place."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(self.as_json(), allow_nan=False))
+        replace_file(path, sealed(json.dumps(self.as_json(), allow_nan=False)))
 
     def on(self, which: Half) -> TransferMatrix:
         """Return the matrix over one half of the items, or itself where the file names no items."""
@@ -119,6 +133,11 @@ class TransferMatrix:
         object.__setattr__(grown, "rows", (*self.rows, row))
         _check_duplicates(grown.rows)
         return grown
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether an item in some row could not be graded."""
+        return any(row.has_gaps for row in self.rows)
 
     @property
     def unsplit(self) -> str:
@@ -165,20 +184,36 @@ _ROW, _BY_ITEM = b'{"trained":', b',"entropy_items":'
 
 
 def without_items(line: bytes) -> bytes:
-    """Return a row's line without what it says item by item beside the scores, which stands last and is most of it."""
+    """Return a row's line without its seal, and without what it says item by item beside the scores, which stands last and
+    is most of it. Raises ValueError where the seal is broken."""
+    line = unsealed(line)
     head, is_there, _ = line.partition(_BY_ITEM)
     return head + _BY_ITEM + b"{}}" if is_there and line.startswith(_ROW) else line
 
 
 def copy_document(ledger: IO[bytes], out: IO[bytes]) -> None:
-    """Write the document, as `as_json` has it, of a run's ledger: its lines as they are, none of them parsed."""
-    head = ledger.readline().replace(b'"step":0,', b"", 1).removesuffix(b"]}\n")
-    out.write(head)
+    """Write the document, as `as_json` has it, of a run's ledger: its lines as they are, none of them parsed.
+
+    Raises ValueError where the seal of a line is broken: the document's own would hide it.
+    """
+    digest = hashlib.sha256()
+
+    def write(part: bytes) -> None:
+        digest.update(part)
+        out.write(part)
+
+    scores = (without_items(line).partition(b'"scores":')[2] for line in ledger)
+    has_gaps = any(b"null" in text for text in scores)
+    ledger.seek(0)
+    head = unsealed(ledger.readline()).replace(b'"step":0,', b"", 1).rstrip(b"\n").removesuffix(b"]}")
+    write(head.replace(b'"version":1,', b'"version":%d,' % VERSION, 1) if has_gaps else head)
     between = b"" if head.endswith(b"[") else b",\n"
     for line in ledger:
-        out.write(between + line.removesuffix(b"\n"))
+        write(between + unsealed(line).rstrip(b"\n"))
         between = b",\n"
-    out.write(b"]}")
+    write(b"]")
+    digest.update(b"}")
+    out.write(seal_of(digest))
 
 
 DOCUMENT = {
@@ -297,8 +332,8 @@ def _check_scores(items: Sequence[Any], *, where: str) -> None:
     if set(map(type, items)) == {float} and not math.isnan(sum(items)) and min(items) >= 0 and max(items) <= 1:
         return  # the usual case, fast
     for n, value in enumerate(items):
-        if not (_is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], got {value!r}")
+        if value is not None and not (_is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], or null, got {value!r}")
 
 
 def _check_pairs(row: Evaluation, *, where: str) -> None:

@@ -72,6 +72,10 @@ class Solver:
     def __init__(self, matrix: TransferMatrix, settings: PlanSettings | None = None) -> None:
         self.settings = settings or PlanSettings()
         self.effects = Effects(matrix)
+        if bare := [name for name, held in self.effects.gaps.items() if held.startswith("0 ")]:
+            raise ValueError(
+                f"domains {bare}: no held-out item was graded in every row, so that nothing can be compared"
+            )
         if missing := [name for name in matrix.trainable if name not in self.effects.trained]:
             raise ValueError(
                 f"domains {missing} have neither a probe nor a stage: probe them, or list them under watch_only"
@@ -205,6 +209,7 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
         items = effects.after[effects.domains.index(name)].shape[1]
         if items < FEW_ITEMS:
             notes.append(f"Domain {name} is decided by {items} items: its intervals are too narrow for so few.")
+    notes += [f"Of {name} {held} are compared, those graded in every row." for name, held in effects.gaps.items()]
     notes += _search_note(len(effects.trained))
     ran, total = _steps(matrix)
     if ran is not None and ran != total:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, student
+from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, on_both, student
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.forgetting import Moment, curves, moment
@@ -82,6 +82,14 @@ class Findings:
         """Return a domain's `change`, `bwt` or `drawdown` at the last evaluation; UNDEFINED where it has none."""
         found = self.change if of == "change" else getattr(self.moments[-1], of) if self.moments else {}
         return found.get(name, UNDEFINED)
+
+    @property
+    def compared(self) -> dict[str, tuple[int, int]]:
+        """Of each domain's held-out items, how many were graded both at the baseline and at the last evaluation, and all."""
+        if not self.evaluations:
+            return {}
+        first, last = self.evaluations[0].scores, self.evaluations[-1].scores
+        return {name: (len(on_both(last[name], first[name])[0]), len(first[name])) for name in first}
 
     def claims(self, of: str) -> dict[str, Interval]:
         """Return `change`, `bwt` or `drawdown` at the end, widened so that all of them hold together (Bonferroni)."""
@@ -183,6 +191,7 @@ def _domain_json(findings: Findings, name: str) -> dict[str, Any]:
         "watch_only": name in findings.run.watch_only,
         "score": {"before": _bounds(scores[0]) if scores else None, "after": _bounds(scores[-1]) if scores else None},
         "change": _bounds(findings.final("change", name)),
+        "items": dict(zip(("compared", "of"), findings.compared.get(name, (0, 0)), strict=True)),
         "bwt": _bounds(findings.final("bwt", name)),
         "drawdown": _bounds(findings.final("drawdown", name)),
         "entropy": {

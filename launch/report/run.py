@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
+from polyphony.curricula.files import unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_object, read_transfer
 
 
 class Series(NamedTuple):
@@ -160,6 +161,10 @@ def _read_recipe(path: Path, missing: list[str]) -> tuple[str, Mapping[str, Any]
         return "", {}
     text = path.read_text(errors="replace")
     try:
+        RunFolder(path.parent).check_recipe() if path.name == RunFolder(path.parent).recipe.name else read_object(path)
+    except ValueError as error:
+        missing.append(f"{path.name} is read as it is: {str(error).removeprefix(f'{path}: ')}")
+    try:
         return text, as_mapping(YAML(typ="safe", pure=True).load(text))
     except YAMLError as error:
         missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:120]}")
@@ -189,9 +194,9 @@ def _read_json(path: Path, missing: list[str]) -> Any:
         missing.append(f"{path.name} is absent")
         return None
     try:
-        return json.loads(path.read_text(errors="replace"))
-    except ValueError:
-        missing.append(f"{path.name} is not whole JSON")
+        return json.loads(unsealed(path.read_bytes()))
+    except ValueError as error:
+        missing.append(f"{path.name} {'is ' + str(error) if 'sha256' in str(error) else 'is not whole JSON'}")
         return None
 
 
@@ -202,7 +207,11 @@ def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: st
         missing.append(f"{path.name} is absent: no {gives}")
         return []
     broken: list[int] = []
-    rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
+    try:
+        rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
+    except ValueError as error:
+        missing.append(f"{path.name} cannot be used: {str(error).removeprefix(f'{folder.path}/')}")
+        return []
     if broken == [len(rows) + 1]:
         missing.append(f"{path.name}: its last line is cut off")
     elif broken:

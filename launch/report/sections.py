@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyphony.curricula.intervals import Interval
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import graded
 from polyphony.launch.report.charts import Figure, Layer, Line, Mark, draw_stack
 from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, fit_exchange
 from polyphony.launch.report.run import LoadedRun, as_mapping
@@ -345,8 +345,8 @@ def exchange(sheet: Sheet) -> list[list[tuple[str, Exchange | None, str]]]:
 
 def fit_domain(findings: Findings, name: str) -> Exchange | None:
     """Fit the law to a domain's evaluations; None where there are too few, or entropy stood still."""
-    rows = [row for row in findings.evaluations if name in row.entropy and name in row.scores]
-    return fit_exchange([row.entropy[name] for row in rows], [mean(row.scores[name]) for row in rows])
+    rows = [row for row in findings.evaluations if name in row.entropy and graded(row.scores.get(name, ()))]
+    return fit_exchange([row.entropy[name] for row in rows], [row.mean_score(name) for row in rows])
 
 
 def verdict(found: Exchange | None) -> str:
@@ -437,7 +437,9 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+            lines = isinstance(value, list) and value and all(isinstance(line, str) for line in value)
+            text = "; ".join(value) if lines else json.dumps(value)
+            yield f"{prefix}{key}", value if isinstance(value, str) else text
 
 
 def _keys(run: LoadedRun, prefix: str) -> list[str]:

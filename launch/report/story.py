@@ -47,10 +47,20 @@ def _ran(findings: Findings) -> str:
     text += (
         f", watching {_list(watched)} without training on {'it' if len(watched) == 1 else 'them'}" if watched else ""
     )
-    return text + ("." if run.is_finished else "; it is still being written, or was stopped before its end.")
+    text += "." if run.is_finished else "; it is still being written, or was stopped before its end."
+    since = [str(line) for line in run.provenance.get("since") or ()]
+    if since:
+        text += f" Changed on the way: {'; '.join(since[:NAMED])}{' and more' if len(since) > NAMED else ''}."
+    return text
 
 
 def _learned(findings: Findings) -> str:
+    gaps = [f"{name} {n} of {of} items" for name, (n, of) in findings.compared.items() if n < of]
+    told = f" Compared are those graded at both ends: {_list(gaps)}." if gaps else ""
+    return _change(findings) + told
+
+
+def _change(findings: Findings) -> str:
     claims = findings.claims("change")
     if not claims:
         return "There is no second evaluation with per-item scores yet, so what was learned cannot be said."

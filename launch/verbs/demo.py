@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from polyphony.curricula.records import Evaluation, mean
+from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import train
@@ -57,7 +57,7 @@ def table(matrix: TransferMatrix) -> str:
 
 
 def _change(before: Evaluation, after: Evaluation, name: str) -> str:
-    return f"{mean(before.scores[name]):>11.2f} → {mean(after.scores[name]):.2f}"
+    return f"{before.mean_score(name):>11.2f} → {after.mean_score(name):.2f}"
 
 
 def _entropy(before: Evaluation, after: Evaluation, name: str) -> str:

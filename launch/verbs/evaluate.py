@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyphony.curricula.records import graded, mean
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe, recipe_of_run
 from polyphony.launch.verbs.tables import changes_table, statistics_table
 from polyphony.trainer.evaluation.statistics import as_lists, compare
@@ -68,7 +69,7 @@ def results_table(question: Asked, results: Sequence[HeldoutResult]) -> str:
     if len(results) == 2:
         first, second = question.models
         head = f"{second} minus {first}, paired by item; * where the 95 % interval excludes zero (each by itself)"
-        return f"{head}\n{changes_table(compare_results(*results))}"
+        return "\n".join([head, changes_table(compare_results(*results)), *_gaps(*results)])
     answers = {name: results[0].read(name) for name in results[0].answers}
     styles = [
         f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
@@ -120,6 +121,16 @@ def compare_results(first: HeldoutResult, second: HeldoutResult) -> dict[str, di
     return {name: compare(first.read(name), second.read(name)) for name in first.answers}
 
 
+def _gaps(first: HeldoutResult, second: HeldoutResult) -> list[str]:
+    """Return a line for each domain of which not all items have a score on both sides."""
+    known = {name: first.read(name).graded_with(second.read(name)) for name in first.answers}
+    return [
+        f"{name}: {n} of {len(first.items[name])} items were graded on both sides"
+        for name, n in known.items()
+        if n < len(first.items[name])
+    ]
+
+
 def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
     """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
     tokens."""
@@ -139,12 +150,12 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
 def _as_dict(result: HeldoutResult, name: str) -> dict[str, Any]:
     read = result.read(name)
     statistics = as_lists(read.intervals())
-    low, score, high = statistics["score"]
+    low, score, high = statistics.get("score", (None, None, None))  # none where no item could be graded
     return {
         "items": len(result.items[name]),
         "score": score,
         "interval": [low, high],
-        "pass_at_k": sum(result.passed()[name]) / len(result.items[name]),
+        "pass_at_k": mean(graded(result.passed()[name])),
         "entropy": result.entropy[name],
         "statistics": statistics,
         "styles": read.styles(),

@@ -55,7 +55,8 @@ def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine 
     check_probe(recipe)
     is_new = claim_probe(recipe, out)
     try:
-        return Probe(recipe, out, engine).run(plan_arms(recipe, names))
+        with RunFolder(out).locked(say=say):
+            return Probe(recipe, out, engine).run(plan_arms(recipe, names))
     except RecipeError:
         if is_new and not RunFolder(out).transfer.exists():
             shutil.rmtree(out)  # nothing was measured: the corrected recipe finds the name free
@@ -98,6 +99,7 @@ class Probe:
         """Train one arm from the start, evaluate it, and add its row to the file; return what is published of it."""
         trainer = self._train(arm, self._start(arm.seed))
         result = trainer.evaluator.run()
+        result.check_failures(most=self.recipe.rollouts.max_grader_failures)
         row = result.as_evaluation(
             trained=arm.trained, step=arm.steps, seed=arm.seed, exposure=dict(trainer.curriculum.drawn), probe=True
         )
@@ -220,4 +222,4 @@ def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
 
 
 def _scores(row: Evaluation) -> str:
-    return "  ".join(f"{name} {sum(items) / len(items):.3f}" for name, items in row.scores.items())
+    return "  ".join(f"{name} {row.mean_score(name):.3f}" for name in row.scores)

@@ -52,15 +52,16 @@ def screen(
     recipe = recipe.model_copy(update={"pool": pool})  # that file is made here
     folder = RunFolder(out)
     claim_folder(recipe, out, resume=folder.recipe.is_file())
-    trainer = build_trainer(recipe, out, engine=engine)
-    if trainer.accelerator.num_processes > 1:
-        raise RecipeError("screen runs in one process; give its engine more devices instead")
-    screening = Screening(trainer=trainer, folder=folder, most_visits=most_visits)
-    screening.resume()
-    screening.run(recipe.name)
-    summary = {"domains": {name: describe(pool) for name, pool in trainer.curriculum.pools.items()}}
-    replace_file(folder.screened, json.dumps(summary, indent=1))
-    screening.write_impossible()
+    with folder.locked(say=say):
+        trainer = build_trainer(recipe, out, engine=engine)
+        if trainer.accelerator.num_processes > 1:
+            raise RecipeError("screen runs in one process; give its engine more devices instead")
+        screening = Screening(trainer=trainer, folder=folder, most_visits=most_visits)
+        screening.resume()
+        screening.run(recipe.name)
+        summary = {"domains": {name: describe(pool) for name, pool in trainer.curriculum.pools.items()}}
+        replace_file(folder.screened, json.dumps(summary, indent=1))
+        screening.write_impossible()
     return summary
 
 

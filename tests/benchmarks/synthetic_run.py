@@ -47,7 +47,7 @@ def write_run(
         if step % eval_every == 0 or step == steps:
             trained = (stage,) if stage else tuple(domains)
             evaluations.append(world.evaluate(trained, step, items, seed))
-            metrics[-1] |= {f"heldout/{d}/score": mean(s) for d, s in evaluations[-1].scores.items()}
+            metrics[-1] |= {f"heldout/{d}/score": evaluations[-1].mean_score(d) for d in names}
             samples += _samples(names, step, world)
     _write_lines(folder / "metrics.jsonl", metrics)
     _write_lines(folder / "decisions.jsonl", decisions)

@@ -98,4 +98,4 @@ def _numbers(run: Path) -> list[Any]:
         for line in RunFolder(run).read("metrics")
     ]
     weights = hashlib.sha256((folder.final / "model.safetensors").read_bytes()).hexdigest()
-    return [metrics, json.loads((newest / STATE_FILE).read_text()), weights]
+    return [metrics, json.loads((newest / STATE_FILE).read_text())["curriculum"], weights]

@@ -1,13 +1,15 @@
-"""`python -m tests.experiments.chaos FOLDER [--kills 30]`: kill workers and trainer at random, compare with a quiet run.
+"""`python -m tests.experiments.chaos FOLDER [--kills 40]`: kill workers and trainer at random, compare with a quiet run.
 
-A third of the kills goes to each arm. Processes get SIGKILL some seconds after a sign of life, and what ended is resumed,
-until the arm has its kills. Each run that ends is then laid beside one that was left alone. What is promised:
+The kills are shared out evenly over the arms. Processes get SIGKILL some seconds after a sign of life, and what ended is
+resumed, until the arm has its kills. Each run that ends is then laid beside one that was left alone. What is promised:
 
 - `trainer` (only the trainer is killed; pool and adaptive curriculum): the run is the quiet one bit for bit, prompts,
   metrics, ledgers and final weights. Each worker samples what it would have; all that decides is in the checkpoint.
 - `worker` (only rollout workers; fixed mixture, no pool): the prompt stream and mixtures are the quiet one's. Metrics and
   weights are its up to rounding: a lost worker's groups are sampled, with their own seeds, beside others than before, and a
   batch's make-up shows in the last digits of a log-probability.
+- `moments` (the trainer, in one process with its engine, while a checkpoint is written, the best one is marked, or the final
+  weights are written; pool and adaptive curriculum): as `trainer`.
 - `both` (pool and adaptive curriculum): such digits may turn a reward, hence a decision, so that only the run's own books
   have to agree: no group lost, none counted twice, each prompt seen by the pool as often as it was drawn.
 
@@ -21,17 +23,18 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import BEST_FILE, STATE_FILE, RunFolder
 from tests.experiments.accounts import compare
 
 RECIPE = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "debug.yaml"
@@ -55,6 +58,11 @@ ADAPTIVE = ("curriculum.scheduler=adaptive", "pool={}")
 ARMS = {
     "trainer": Variant(victims=("trainer",), changes=ADAPTIVE, promised=("accounted", "prompts", "numbers")),
     "worker": Variant(victims=("worker",), changes=(), promised=("accounted", "prompts")),
+    "moments": Variant(
+        victims=("saving", "marking", "ending"),
+        changes=(*ADAPTIVE, "rollouts={engine: transformers}"),
+        promised=("accounted", "prompts", "numbers"),
+    ),
     "both": Variant(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
 }
 
@@ -66,6 +74,24 @@ class Kill:
     victim: str
     after_step: int
     """Last step that the run had logged by then."""
+
+
+def _is_saving(folder: RunFolder) -> bool:
+    return any(not (path / STATE_FILE).exists() for path in folder.checkpoints.glob("checkpoint-*"))
+
+
+def _is_marking(folder: RunFolder) -> bool:
+    newest = max((path.stat().st_mtime_ns for path in folder.checkpoints.glob(f"*/{STATE_FILE}")), default=0)
+    mark = folder.checkpoints / BEST_FILE
+    return newest > (mark.stat().st_mtime_ns if mark.exists() else 0)
+
+
+def _is_ending(folder: RunFolder) -> bool:
+    return folder.final.exists() and not folder.has_ended
+
+
+MOMENTS: dict[str, Callable[[RunFolder], bool]] = {"saving": _is_saving, "marking": _is_marking, "ending": _is_ending}
+"""When the trainer is killed, for victims that are moments of it."""
 
 
 def overrides(arm: Variant, steps: int, workers: int) -> list[str]:
@@ -95,11 +121,14 @@ def disturb(
     """Bring a run to its end through at most `kills` kills of such processes; return them."""
     done: list[Kill] = []
     while not RunFolder(run).has_ended:
+        shutil.rmtree(RunFolder(run).final, ignore_errors=True)  # half of it says nothing of when it is written next
         with (run.parent / f"{run.name}.log").open("a") as log:
             trainer = subprocess.Popen(command(run, changes), stdout=log, stderr=log, start_new_session=True)
             try:
+                if victims and victims[0] in MOMENTS and len(done) < kills:
+                    done += _kill_at(rng.choice(victims), trainer, run, rng)
                 while _is_moving(trainer, run):
-                    if len(done) == kills or not _wait(trainer, rng.uniform(0, delay_s)):
+                    if len(done) == kills or victims[0] in MOMENTS or not _wait(trainer, rng.uniform(0, delay_s)):
                         continue
                     victim = rng.choice(victims)
                     if _kill(trainer, victim, rng):
@@ -109,6 +138,20 @@ def disturb(
         if trainer.returncode not in (0, -9):
             raise RuntimeError(f"{run.name} ended with exit code {trainer.returncode}, see {run.parent / run.name}.log")
     return done
+
+
+def _kill_at(moment: str, trainer: subprocess.Popen, run: Path, rng: random.Random) -> list[Kill]:
+    """Kill the trainer once it is where it should be; nothing where it ends before."""
+    while trainer.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # renamed while one looks
+            if MOMENTS[moment](RunFolder(run)):
+                time.sleep(rng.uniform(0, 0.02))
+                if trainer.poll() is None:
+                    trainer.kill()
+                    trainer.wait()
+                    return [Kill(victim=moment, after_step=last_step(run))]
+        time.sleep(0.001)
+    return []
 
 
 def _is_moving(trainer: subprocess.Popen, run: Path) -> bool:
@@ -151,7 +194,8 @@ def _end(trainer: subprocess.Popen) -> None:
 
 def quiet_run(folder: Path, arm: Variant, changes: Sequence[str]) -> Path:
     """Return an undisturbed run of an arm's recipe, which arms with the same recipe share."""
-    run = folder / ("quiet-adaptive" if arm.changes else "quiet-joint")
+    name = "adaptive" if arm.changes == ADAPTIVE else "in-process" if arm.changes else "joint"
+    run = folder / f"quiet-{name}"
     disturb(run, changes, (), kills=0, rng=random.Random(0), delay_s=0)
     return run
 
@@ -162,19 +206,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tests.experiments.chaos", description="Kill workers and trainer at random."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--delay", type=float, default=4.0, help="longest wait in seconds between a step and a kill")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     broken = 0
-    for name, arm in ARMS.items():
+    for name, arm in ((name, ARMS[name]) for name in arguments.arms):
         changes = overrides(arm, arguments.steps, arguments.workers)
         quiet = quiet_run(folder, arm, changes)
-        share, turn = arguments.kills // len(ARMS), 0
+        share, turn = arguments.kills // len(arguments.arms), 0
         while share > 0:
             kills = _run(folder / f"{name}-{turn}", arm, changes, kills=share, arguments=arguments)
             if not kills:

@@ -72,9 +72,9 @@ def outcome(folder: Path) -> Outcome:
         entropy=mean(levels[-LAST:].tolist()) / base,
         inside=mean([float(band[0] <= level <= band[1]) for level in smooth]),
         reward=mean(run.metrics[f"domain/{name}/reward"].values[-LAST:].tolist()),
-        score=mean(run.moments[-1].scores[name]),
+        score=run.moments[-1].mean_score(name),
         passed=float(run.metrics[f"heldout/{name}/pass_at_k"].values[-1]),
-        watched=mean([mean(run.moments[-1].scores[watched]) for watched in run.watch_only]),
+        watched=mean([run.moments[-1].mean_score(watched) for watched in run.watch_only]),
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import graded, mean
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import train
@@ -51,8 +51,8 @@ def measure(result: HeldoutResult) -> Numbers:
     samples, variety = result.samples[DOMAIN], result.variety[DOMAIN]
     return {
         "classes": mean([v.classes for v in variety]),
-        "quality": mean(result.scores()[DOMAIN]),
-        "pass_at_k": mean(result.passed()[DOMAIN]),
+        "quality": mean(graded(result.scores()[DOMAIN])),
+        "pass_at_k": mean(graded(result.passed()[DOMAIN])),
         "best_of_k": mean([max(s for s in item if s is not None) for item in samples]),
         "unique_correct": mean([v.unique_correct for v in variety]),
         "distinct_2": mean([v.distinct_2 for v in variety]),

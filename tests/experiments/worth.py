@@ -66,7 +66,7 @@ def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         tokens += sum(line[f"domain/{d}/n"] * line[f"domain/{d}/mean_length"] for d in names)
         spent[line["step"]] = tokens
     rows = TransferMatrix.load(RunFolder(folder).transfer).rows
-    scores = [mean([mean(items) for items in row.scores.values()]) for row in rows]
+    scores = [mean([row.mean_score(name) for name in row.scores]) for row in rows]
     return np.array([spent[row.step] for row in rows]), np.array(scores)
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.halves import taken
+from polyphony.rewards.registry import as_score
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
@@ -106,7 +107,9 @@ class Evaluator:
             return [rewards[i] for i in range(len(completions))]
 
         rewards = together(score, self.scorer.slow, gather_object)
-        return [replace(c, reward=reward) for c, reward in zip(completions, rewards, strict=True)]
+        of = {name: table.domain.reward for name, table in self.data.heldout.items()}
+        scores = [as_score(of[c.prompt.domain], r) for c, r in zip(completions, rewards, strict=True)]
+        return [replace(c, reward=score) for c, score in zip(completions, scores, strict=True)]
 
     def _answer(self, completion: Completion) -> Answer:
         name = completion.prompt.domain

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyphony.curricula.records import Completion, Evaluation, mean, passed, per_token
+from polyphony.curricula.records import Completion, Evaluation, graded, mean, passed, per_token
 from polyphony.curricula.transfer.halves import Half, taken
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
+
+logger = logging.getLogger(__name__)
+
+HALVES: tuple[Half, Half] = ("steer", "report")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,26 +81,45 @@ class HeldoutResult:
             kl=None if kl is None else [kl.get(item, (0.0, 0)) for item in self.items[domain]],
         )
 
-    def scores(self) -> dict[str, tuple[float, ...]]:
-        """Return the mean score of each item over its graded samples, in [0, 1].
+    def scores(self) -> dict[str, tuple[float | None, ...]]:
+        """Return the mean score of each item over its graded samples, in [0, 1]; None where none of them was.
 
-        Raises ValueError for a domain with an item that could not be graded at all, or a score outside [0, 1].
+        Raises ValueError for a score outside [0, 1].
         """
         scores = {}
         for name, items in self.samples.items():
-            graded = [[s for s in item if s is not None] for item in items]
-            if not all(graded):
-                failed = sum(not g for g in graded)
-                raise ValueError(f"domain {name!r}: {failed} of {len(items)} held-out items could not be graded")
-            scores[name] = tuple(mean(g) for g in graded)
-            low, high = min(scores[name]), max(scores[name])
-            if low < 0 or high > 1:
-                raise ValueError(f"domain {name!r}: held-out scores must lie in [0, 1], got {low:g} to {high:g}")
+            means = (mean(graded(item)) for item in items)
+            scores[name] = tuple(None if math.isnan(score) else score for score in means)
+            known = graded(scores[name])
+            if known and (min(known) < 0 or max(known) > 1):
+                raise ValueError(
+                    f"domain {name!r}: held-out scores must lie in [0, 1], got {min(known):g} to {max(known):g}: say "
+                    f"domains.{name}.reward.range: [lowest, highest], and it is mapped to that"
+                )
         return scores
 
-    def passed(self) -> dict[str, tuple[float, ...]]:
-        """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples."""
-        return {name: tuple(float(bool(passed(item))) for item in items) for name, items in self.samples.items()}
+    def passed(self) -> dict[str, tuple[float | None, ...]]:
+        """Return, per item, 1.0 if any sample has the full score, else 0.0: pass@k at k = all samples; None where no sample
+        was graded."""
+        return {
+            name: tuple(float(bool(passed(item))) if any(s is not None for s in item) else None for item in items)
+            for name, items in self.samples.items()
+        }
+
+    def check_failures(self, *, most: float) -> None:
+        """Raise RuntimeError where more than the share `most` of a domain's items could not be graded, or all of a half.
+
+        Without such items it returns; with fewer, they are named to the log.
+        """
+        for name, items in self.samples.items():
+            lost = [i for i, item in zip(self.items[name], items, strict=True) if all(s is None for s in item)]
+            bare = lost and any(not set(taken(self.items[name], self.items[name], h)) - {*lost} for h in HALVES)
+            told = f"domain {name!r}: {len(lost)} of {len(items)} held-out items could not be graded ({_few(lost)})"
+            if bare or len(lost) > most * len(items):
+                why = "none is left in one half" if bare else f"max_grader_failures allows a share of {most:g}"
+                raise RuntimeError(f"{told}; {why}")
+            if lost:
+                logger.warning("%s; their scores are null in this evaluation", told)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +138,10 @@ class Record:
     shown: Completion | None
     ids: tuple[list[int], list[int]] | None
     """Prompt and first completion, where the distance to the base model is measured."""
+
+
+def _few(ids: Sequence[str], most: int = 3) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def once(records: Sequence[Record]) -> list[Record]:

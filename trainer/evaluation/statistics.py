@@ -147,6 +147,10 @@ class Answers:
             kl=chosen(self.kl),
         )
 
+    def graded_with(self, other: Answers) -> int:
+        """Return how many items have a score on both sides."""
+        return int((~np.isnan(self.means["score"]) & ~np.isnan(other.means["score"])).sum())
+
     def values(self) -> dict[str, float]:
         """Return every statistic of all items; NaN where it is undefined."""
         n = len(self.sampled)

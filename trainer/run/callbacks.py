@@ -6,16 +6,15 @@ The same whether a recipe or a script trains. A recipe adds what only it knows: 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -25,12 +24,14 @@ from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.guardrails import Verdict, check, exceeded
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.rewards.registry import other_versions
 from polyphony.trainer.checkpoints import (
     best_checkpoint,
     checkpoint_step,
+    forget_damaged_best,
     keep_newest,
     mark_best,
+    newest_whole,
+    read_mark,
     remove_unfinished,
     roll_back,
     save_final,
@@ -45,9 +46,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
-from polyphony.trainer.run.folder import Interrupted, RunFolder
+from polyphony.trainer.run.folder import Interrupted, RunFolder, from_now_on, read_object, write_object
 from polyphony.trainer.run.progress import ProgressLine
-from polyphony.trainer.run.provenance import provenance, settings_of_script
+from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
@@ -138,6 +139,8 @@ class Outset:
     settings: TrainerSettings
     said: Mapping[str, Any] | None
     """What a script made the run with, for `RunFolder.settings`; None where the folder holds the recipe."""
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """By key path, what the run in the folder was made with and what is given now."""
 
     @classmethod
     def of(
@@ -147,6 +150,7 @@ class Outset:
         *,
         args: GRPOConfig,
         plan: DrawPlan,
+        data: DomainData,
         **made: Any,
     ) -> Outset | None:
         """Return it for a folder, as a `RunFolder` one that a recipe has claimed; `made` as for `settings_of_script`.
@@ -158,11 +162,14 @@ class Outset:
                 raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
             return None
         folder, cadence = as_folder(run), Cadence.of(args, plan, settings)
-        said = None
+        said, changed = None, {}
         if not isinstance(run, RunFolder):
+            made["domains"] = data.domains
             said = {"name": folder.path.name} | settings_of_script(settings, args=args, cadence=asdict(cadence), **made)
-            folder.refuse_other(said)
-        return cls(folder=folder, cadence=cadence, settings=settings, said=said)
+            changed = folder.refuse_other(said)
+        if folder.holds_run and folder.provenance.is_file():
+            refuse_other_data(read_object(folder.provenance), data.tables, model=made["model"])
+        return cls(folder=folder, cadence=cadence, settings=settings, said=said, changed=changed)
 
     def arguments(self, args: GRPOConfig) -> GRPOConfig:
         """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder."""
@@ -234,6 +241,7 @@ class Run(TrainerCallback):
     def __init__(self, trainer: Trained, outset: Outset, *, model: str) -> None:
         self.trainer, self.model = trainer, model
         self.folder, self.cadence, self.said = outset.folder, outset.cadence, outset.said
+        self.changed = outset.changed
         self.is_main: bool = trainer.accelerator.is_main_process
         self.guardrails = outset.settings.guardrails
         self.stopper = StopOnSignal(trainer.plan, grace_s=outset.settings.faults.grace_s)
@@ -248,6 +256,8 @@ class Run(TrainerCallback):
         self.say: Callable[[str], None] = say
         self.imports_from: Sequence[str] = ()
         """Folders where modules of the user's were found."""
+        self.recipe = ""
+        """Its text, to be written where it changed."""
         self.tracker: WandbTracker | None = None
         self.progress: ProgressLine | None = None
         self._is_aside = False
@@ -273,6 +283,22 @@ class Run(TrainerCallback):
 
     # --- before and after the loop ------------------------------------------------------------------------------------
 
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Have the folder to oneself, and leave none behind of a run that never began."""
+        if not self.is_main or self.said is None:  # a recipe has seen to it
+            yield
+            return
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        with self.folder.locked(say=self.say):
+            has_begun = self.folder.holds_run
+            try:
+                yield
+            except BaseException:
+                if not has_begun and not self.folder.holds_run:
+                    self.folder.give_up()
+                raise
+
     def begin(self, resume: str | bool | None = None) -> str | None:
         """Make the folder ready; return the checkpoint to go on from, None for a start. Collective over ranks.
 
@@ -287,37 +313,81 @@ class Run(TrainerCallback):
         if isinstance(resume, (str, Path)) and (newest is None or Path(resume).resolve() != newest.resolve()):
             raise ValueError(f"resume_from_checkpoint={str(resume)!r}: a run goes on from its newest, {newest}")
         self.trainer.accelerator.wait_for_everyone()
+        newest = self._agreed_newest()
+        step = -1 if newest is None else checkpoint_step(newest)
         if self.is_main:
-            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.folder.end.unlink(missing_ok=True)
-            remove_unfinished(self.folder.checkpoints)
-            self.folder.cut(-1 if newest is None else checkpoint_step(newest))
-            tables = self.trainer.data.train
-            own_pool(self.folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
-            if self.said is not None:
-                replace_file(self.folder.settings, json.dumps(self.said, indent=1))
+            self._tidy(newest, step)
         self.trainer.accelerator.wait_for_everyone()
-        self._record_origin()
+        self._record_origin(max(step, 0), is_going_on=newest is not None)
         if newest is not None:
-            self.recorder.restore(checkpoint_step(newest))
+            self.recorder.restore(step, say=self.say)
         elif self.trainer.probes is not None:
             self.recorder.adopt(self.trainer.probes)
         return None if newest is None else str(newest)
 
-    def _record_origin(self) -> None:
-        """Write where the numbers come from; say which graders were of another version before."""
-        data = self.trainer.data
-        places = {t.where: t for tables in (data.train, data.heldout) for t in tables.values()}
-        origin = provenance(model=self.model, tables=places, rewards=self.trainer.scorer.rewards)
+    def _agreed_newest(self) -> Path | None:
+        """Return the newest whole checkpoint on every rank, as rank 0 has found it. Raises its ValueError on all."""
+        found: list[tuple[Path | None, str]] = [(None, "")]
+        if self.is_main:
+            try:
+                found = [(newest_whole(self.folder.checkpoints, say=self.say), "")]
+            except ValueError as error:
+                found = [(None, str(error))]
+        broadcast_object_list(found, from_process=0)
+        newest, why = found[0]
+        if why:
+            raise ValueError(why)
+        return newest
+
+    def _tidy(self, newest: Path | None, step: int) -> None:
+        """Bring the folder to where it was at a checkpoint; say what is missing and what is taken away."""
+        folder, tables = self.folder, self.trainer.data.train
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        folder.end.unlink(missing_ok=True)
+        for path in remove_unfinished(folder.checkpoints):
+            self.say(f"{path.name} was not saved to its end: removed")
+        if newest is not None:
+            self._say_lost(newest)
+        folder.cut(step, say=self.say)
+        forget_damaged_best(folder.checkpoints, say=self.say)
+        own_pool(folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
+        if self.said is not None:
+            write_object(folder.settings, self.said)
+        elif self.recipe and self.changed:
+            folder.claim(self.recipe)
+
+    def _say_lost(self, newest: Path) -> None:
+        """Say what the checkpoint's ledgers have lost since, and which files will be written anew from them."""
+        folder, sizes = self.folder, self.folder.sizes()
+        for name, size in read_mark(newest).get("ledgers", {}).items():
+            if sizes.get(name, 0) < size:
+                self.say(f"{folder.ledger(name)} has lost lines: {newest.name} knew {size} bytes of it")
+        if "transfer" in sizes:
+            try:
+                TransferMatrix.load(folder.transfer)
+            except (ValueError, FileNotFoundError) as error:
+                why = f"{folder.transfer} is missing" if isinstance(error, FileNotFoundError) else str(error)
+                self.say(f"{why}: written anew from its ledger")
+        if self.trainer.curriculum.pools and not folder.pool.exists():
+            self.say(f"{folder.pool} is missing: written anew from {newest.name}")
+
+    def _record_origin(self, step: int, *, is_going_on: bool) -> None:
+        """Write where the numbers come from; say what is another version or another setting than before this step."""
+        origin = provenance(model=self.model, tables=self.trainer.data.tables, rewards=self.trainer.scorer.rewards)
         self.recorder.provenance = origin
         if not self.is_main:
             return
         path = self.folder.provenance
-        known = json.loads(path.read_text()).get("graders", {}) if path.is_file() else {}
-        for line in other_versions(known):
-            self.say(f"--resume {self.folder.path}: {line}; its scores before and from now on are not comparable")
+        known = read_object(path) if path.is_file() else {}
+        told = [*from_now_on(self.changed, step=step), *versions_since(known, origin, step=step)] if known else []
+        for line in told:
+            self.say(f"--resume {self.folder.path}: {line}")
+        if is_going_on and not known:
+            self.say(f"{path} is missing: that rows and versions are those from before cannot be seen")
+        since = [*known.get("since", []), *told]
         found = {"imports_from": list(self.imports_from)} if self.imports_from else {}
-        replace_file(path, json.dumps({**origin, **found, "end": self.folder.end.name}, indent=1))
+        found |= {"since": since} if since else {}
+        write_object(path, {**origin, **found, "end": self.folder.end.name})
 
     def finish(self) -> None:
         """Save the policy and say that the run is over; collective. Raises Interrupted where a signal ended it."""
@@ -346,8 +416,22 @@ class Run(TrainerCallback):
             base = evaluator.remember_base()
             if self.is_main:
                 replace_file(self.folder.base, base.to_json())
-        elif self.folder.base.is_file():
-            evaluator.base = BaseReference.from_json(self.folder.base.read_text())
+        else:
+            self._remember_base()
+            self._evaluated_at = max((row.step for row in self.trainer.curriculum.evaluations), default=None)
+            if self.is_main and not self.trainer.curriculum.rolled_back:
+                self._best(
+                    self.folder.checkpoints, state.global_step
+                )  # a kill may have come between checkpoint and mark
+
+    def _remember_base(self) -> None:
+        path, why = self.folder.base, "is missing"
+        try:
+            self.trainer.evaluator.base = BaseReference.from_json(path.read_text())
+        except (ValueError, TypeError, OSError) as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            if self.is_main and self.trainer.evaluator.settings.kl_items:
+                self.say(f"{path} {why}: the distance to the base model is not measured from here on")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         drawn = sum(self.trainer.curriculum.drawn.values())
@@ -402,6 +486,7 @@ class Run(TrainerCallback):
     def _evaluate(self, step: int) -> dict[str, float]:
         self._evaluated_at = step
         result = self.trainer.evaluator.run()
+        result.check_failures(most=self.trainer.draws.failures.most)
         self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)

@@ -5,16 +5,23 @@ No other file knows these names. Imports no torch: the folder is claimed, read a
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
+import os
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from polyphony.curricula.decision_log import wholes
-from polyphony.curricula.files import replace_file, replacing
+from polyphony.curricula.files import replace_file, replacing, sealed, unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 
 LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations", "transfer")
@@ -23,8 +30,31 @@ STATE_FILE = "polyphony.json"
 """Written last into a checkpoint; a folder without it was cut off while being saved."""
 BEST_FILE = "best.json"
 """Beside the checkpoints: which one is best."""
-MAY_CHANGE = ("name", "checkpoint", "faults", "guardrails", "rollouts.max_grader_failures")
-"""Settings with other values of which a run from Python may go on: what it practised and measured was not made by them."""
+MAY_CHANGE = {
+    "name": "",
+    "checkpoint.": "",
+    "faults.": "",
+    "guardrails.": "what may be lost",
+    "tracking.": "",
+    "eval.shown": "",
+    "rollouts.max_grader_failures": "",
+    "rollouts.workers": "",
+    "rollouts.timeout_s": "",
+    "rollouts.start_timeout_s": "",
+    "rollouts.address": "",
+    "cluster.slurm.": "",
+    "cluster.port": "",
+    "cluster.ray_port": "",
+    "grpo.max_steps": "the learning-rate curve, and the lengths of stages",
+    "grpo.num_train_epochs": "the learning-rate curve, and the lengths of stages",
+    "grpo.vllm_gpu_memory_utilization": "",
+    "grpo.report_to": "",
+    "grpo.run_name": "",
+    "grpo.project": "",
+    "grpo.logging_": "",
+}
+"""Beginnings of the settings with other values of which a run may go on, as they change nothing of what was practised and
+measured; and what they change from there on, beside themselves."""
 POOL_FILE = "pool.npz"
 """What is known of the training prompts: in a run's folder, in its checkpoints, and in the folder of a screen."""
 
@@ -59,6 +89,11 @@ class RunFolder:
     def settings(self) -> Path:
         """What a run from Python was made with, under a recipe's keys; under `script` those that only its script knows."""
         return self.path / "settings.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that writes here; where it is, the folder was claimed for a run."""
+        return self.path / ".lock"
 
     @property
     def provenance(self) -> Path:
@@ -123,6 +158,11 @@ class RunFolder:
         return self.path / "wandb"
 
     @property
+    def tracked(self) -> Path:
+        """The id, group and tags by which W&B knows the run, however often it is resumed."""
+        return self.path / "wandb.json"
+
+    @property
     def dashboard(self) -> Path:
         """The specification of the run's W&B dashboard; beside it, with another suffix, its URL."""
         return self.path / "dashboard.json"
@@ -144,35 +184,112 @@ class RunFolder:
 
     @property
     def is_free(self) -> bool:
-        """Whether there is nothing but what a batch system writes and, of a trainer that never trained, empty folders."""
-        return not any(path.is_file() for path in self.path.rglob("*") if self.logs not in path.parents)
+        """Whether there is nothing but what a batch system writes, and what a trainer leaves that never trained."""
+        of_claim = self._of_claim if self.lock.is_file() and not self.holds_run else ()
+        found = (path for path in self.path.rglob("*") if path.is_file() and self.logs not in path.parents)
+        return not any(path not in of_claim and not {self.wandb, *of_claim} & {*path.parents} for path in found)
 
-    def refuse_other(self, settings: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the folder is free, or of a run from Python with these `settings`: it can go on."""
+    @property
+    def _of_claim(self) -> tuple[Path, ...]:
+        """What is written before a run begins."""
+        return (self.lock, self.recipe, self.settings, self.provenance, self.prompts, self.tracked, self.wandb)
+
+    def give_up(self) -> None:
+        """Take away what was written for a run that never began, so that the name is free; all else stays."""
+        for path in reversed(self._of_claim):  # the lock last
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in (self.checkpoints, self.path):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    @contextmanager
+    def locked(self, *, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep other processes from writing here meanwhile, those of other machines too; readers need not ask.
+
+        The system unlocks when the process ends, however it ends. Within one process a second lock is the first. Raises
+        ValueError where another process has it.
+        """
+        place = self.path.resolve()
+        if place in _LOCKED:
+            yield
+            return
+        with self.lock.open("a+") as file:
+            self._take_lock(file.fileno(), say)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            _LOCKED[place] = file.fileno()
+            try:
+                yield
+            finally:
+                del _LOCKED[place]
+
+    def _take_lock(self, descriptor: int, say: Callable[[str], None]) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            by = self.lock.read_text() or "another process"
+            raise ValueError(
+                f"run folder {self.path} is in use by {by}: wait for its end, or choose another"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            say(f"run folder {self.path}: its file system has no locks; see to it that no second process writes there")
+        if not os.fstat(descriptor).st_nlink:  # given up between opening and locking
+            raise ValueError(f"run folder {self.path} was in use until just now: start again")
+
+    def claim(self, recipe: str) -> None:
+        """Write a run's recipe, with its digest."""
+        self.settings.unlink(missing_ok=True)  # of a script whose run never began
+        digest = hashlib.sha256(recipe.encode()).hexdigest()
+        replace_file(self.recipe, f"{_DIGEST}{digest}\n{recipe}")
+
+    def check_recipe(self) -> None:
+        """Raise ValueError where the recipe is not what was written; without a digest, of older versions, it is taken."""
+        text = self.recipe.read_bytes()
+        first, _, rest = text.partition(b"\n")
+        if first.startswith(_DIGEST.encode()) and first != _DIGEST.encode() + hashlib.sha256(rest).hexdigest().encode():
+            raise ValueError(
+                f"{self.recipe} is not as the run wrote it: damaged, or edited; what may change goes on the command line, "
+                f"--resume {self.path} key=value"
+            )
+
+    def refuse_other(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return which settings of a run from Python are others now; none for a free folder.
+
+        Raises ValueError for a folder that holds anything else, and where they may not change.
+        """
         if not self.settings.is_file():
-            if not self.is_free:
+            if self.recipe.is_file() or not self.is_free:
                 what = (
                     "holds the run of a recipe: --resume goes on with it;" if self.recipe.is_file() else "is not empty;"
                 )
                 raise ValueError(f"run folder {self.path} {what} choose another")
-            return
-        then, now = flat(json.loads(self.settings.read_text())), flat(settings)
-        for key in sorted(then | now) if self.holds_run else ():
-            if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+            return {}
+        return self.changed(read_object(self.settings), settings) if self.holds_run else {}
+
+    def changed(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that differ, by their key paths. Raises ValueError for one that may not."""
+        before, after = flat(then), flat(now)
+        keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+        for key in keys:
+            if _may_change(key) is None:
                 raise ValueError(
-                    f"run folder {self.path} holds a run with {key}={then.get(key)!r}, now it is {now.get(key)!r}: "
+                    f"run folder {self.path} holds a run with {key}={before.get(key)!r}, now it is {after.get(key)!r}: "
                     "go on with what it was made with, or choose another"
                 )
+        return {key: (before.get(key), after.get(key)) for key in keys}
 
     def append(self, name: str, *entries: Mapping[str, Any]) -> None:
         """Add lines to a ledger; they are in the system's hands when this returns, so a kill loses nothing."""
-        lines = _lines(entries)
+        lines = _lines(name, entries)
         with self.ledger(name).open("a", encoding="utf-8") as file:
             file.write(lines)
 
     def begin(self, name: str, *entries: Mapping[str, Any]) -> None:
         """Write a ledger anew."""
-        replace_file(self.ledger(name), _lines(entries))
+        replace_file(self.ledger(name), _lines(name, entries))
 
     def read(
         self, name: str, broken: list[int] | None = None, cut: Callable[[bytes], bytes] = bytes
@@ -183,14 +300,26 @@ class RunFolder:
 
     def decisions(self, broken: list[int] | None = None) -> list[dict[str, Any]]:
         """Return a whole line a draw, as `decision_log.decision_line` made it; `broken` as for `read_lines`."""
-        ids = json.loads(self.prompts.read_text(encoding="utf-8")) if self.prompts.is_file() else {}
-        return wholes(self.read("decisions", broken), ids)
+        ids = read_object(self.prompts) if self.prompts.is_file() else {}
+        try:
+            return wholes(self.read("decisions", broken), ids, is_lenient=broken is not None)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            path = self.ledger("decisions")
+            if isinstance(error, ValueError) and str(path) in str(error):
+                raise
+            raise ValueError(
+                f"{path}: {error if isinstance(error, ValueError) else f'a line lacks {error}'}"
+            ) from error
 
     def save_transfer(self) -> None:
         """Bring `transfer` up to its ledger, where there is one."""
         if _holds_lines(self.ledger("transfer")):
-            with self.ledger("transfer").open("rb") as ledger, replacing(self.transfer, "wb") as out:
-                copy_document(ledger, out)
+            path = self.ledger("transfer")
+            try:
+                with path.open("rb") as ledger, replacing(self.transfer, "wb") as out:
+                    copy_document(ledger, out)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
     def record_end(self, how: Literal["finished", "stopped"], *, why: str, step: int) -> None:
         """Say that the run is over, after which step, and why."""
@@ -202,14 +331,28 @@ class RunFolder:
         """Whether the run is over; one that was interrupted or killed is not, nor is one that has been taken up again."""
         return self.end.is_file()
 
-    def cut(self, step: int) -> Path | None:
-        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any."""
+    def sizes(self) -> dict[str, int]:
+        """Return how many bytes each ledger has."""
+        return {name: path.stat().st_size for name in LEDGERS if (path := self.ledger(name)).exists()}
+
+    def cut(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> Path | None:
+        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any.
+
+        So too the summary of a training that ended: it is written after the last checkpoint. Says which last line had been
+        cut off. Raises ValueError that names the file and the line.
+        """
         tails = {}
         for name in LEDGERS:
             path = self.ledger(name)
             text = path.read_bytes() if path.exists() else b""
-            lines = zip(whole_lines(text), self.read(name), strict=True)
-            kept = [line for line, entry in lines if entry["step"] <= step]
+            whole, entries = whole_lines(text), self.read(name)
+            kept = [
+                line
+                for n, (line, entry) in enumerate(zip(whole, entries, strict=True), 1)
+                if _step(entry, f"{path}: line {n}") <= step and SUMMARY not in entry
+            ]
+            if len(whole) < len(lines := [line for line in text.split(b"\n") if line.strip()]):
+                say(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
             head = b"".join(line + b"\n" for line in kept)
             if head != text:
                 tails[name] = (head, text[len(head) :] if text.startswith(head) else text)
@@ -221,14 +364,64 @@ class RunFolder:
             replace_file(self.ledger(name), head)
         if self.transfer.exists() and not _holds_lines(self.ledger("transfer")):
             # of a version that kept no ledger of it, or of rows that are all gone
-            replace_file(attempt.transfer, self.transfer.read_text(encoding="utf-8"))
+            replace_file(attempt.transfer, self.transfer.read_bytes())
         return attempt.path
 
     def _new_attempt(self) -> Path:
-        n = max((int(path.name.removeprefix("attempt-")) for path in self.path.glob("attempt-*")), default=0)
+        numbers = [path.name.removeprefix("attempt-") for path in self.path.glob("attempt-*")]
+        n = max((int(number) for number in numbers if number.isdecimal()), default=0)
         attempt = self.path / f"attempt-{n + 1}"
         attempt.mkdir()
         return attempt
+
+
+_LOCKED: dict[Path, int] = {}
+"""Folders that this process has locked, and by which descriptors."""
+# a fork would hold the lock after its parent's end
+os.register_at_fork(after_in_child=lambda: [os.close(_LOCKED.pop(place)) for place in [*_LOCKED]])
+_DIGEST = "# of the lines below: sha256 "
+_SEALED = ("transfer",)
+"""The ledgers that a run decides by: each of their lines has its digest."""
+SUMMARY = "train_runtime"
+"""What tells the line in which Transformers sums up a training that ended."""
+
+
+def _may_change(key: str) -> str | None:
+    """Return what another value of a setting changes from now on; None where that would be what was, too."""
+    begins = {begin if begin[-1] in "._" else f"{begin}.": words for begin, words in MAY_CHANGE.items()}
+    return next((words for begin, words in begins.items() if f"{key}.".startswith(begin)), None)
+
+
+def from_now_on(changes: Mapping[str, tuple[Any, Any]], *, step: int) -> list[str]:
+    """Return a line for each setting that is another one after this step, with what else that changes."""
+    found = []
+    for key, (then, now) in changes.items():
+        also = _may_change(key)
+        found.append(f"{key}: {then!r} until step {step}, {now!r} from there on" + (f"; so are {also}" if also else ""))
+    return found
+
+
+def _step(entry: Mapping[str, Any], where: str) -> float:
+    step = entry.get("step")
+    if not isinstance(step, int | float) or isinstance(step, bool):
+        raise ValueError(f"{where} has no step, got {step!r}")
+    return step
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object, its seal checked where it has one. Raises ValueError that names the file."""
+    try:
+        document = json.loads(unsealed(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: expected an object, got {document!r:.60}")
+    return document
+
+
+def write_object(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON object with its seal."""
+    replace_file(path, sealed(json.dumps(document, indent=1, ensure_ascii=False)))
 
 
 def flat(document: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -250,10 +443,10 @@ def read_transfer(path: Path) -> TransferMatrix:
     """
     folder = RunFolder(path.parent)
     ledger = folder.ledger("transfer")
-    if path.name != folder.transfer.name or not _holds_lines(ledger) or not _is_newer(ledger, path):
+    if path.name != folder.transfer.name or not _holds_lines(ledger):
         return TransferMatrix.load(path)
     try:
-        return TransferMatrix.from_lines(read_lines(ledger))
+        return TransferMatrix.from_lines(read_lines(ledger, cut=unsealed))
     except ValueError as error:
         raise ValueError(str(error) if str(ledger) in str(error) else f"{ledger}: {error}") from error
 
@@ -266,10 +459,6 @@ def holds_transfer(path: Path) -> bool:
 
 def _holds_lines(ledger: Path) -> bool:
     return ledger.is_file() and ledger.stat().st_size > 0
-
-
-def _is_newer(path: Path, than: Path) -> bool:
-    return not than.exists() or path.stat().st_mtime_ns > than.stat().st_mtime_ns
 
 
 def read_lines(
@@ -286,19 +475,24 @@ def read_lines(
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            entry = _object(cut(line), errors="strict" if broken is None else "replace")
+            entry, why = None, "is no JSON object"
+            try:
+                entry = _object(cut(line), errors="strict" if broken is None else "replace")
+            except ValueError as error:
+                why = f"is {error}"
             if entry is not None:
                 found.append(entry)
             elif broken is not None:
                 broken.append(number)
             elif line.endswith(b"\n"):
-                raise ValueError(f"{path}: line {number} is no JSON object")
+                raise ValueError(f"{path}: line {number} {why}")
     return found
 
 
-def _lines(entries: Iterable[Mapping[str, Any]]) -> str:
+def _lines(name: str, entries: Iterable[Mapping[str, Any]]) -> str:
     compact = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    return "".join(json.dumps(entry, **compact) + "\n" for entry in entries)
+    lines = (json.dumps(entry, **compact) for entry in entries)
+    return "".join((sealed(line) if name in _SEALED else line) + "\n" for line in lines)
 
 
 def whole_lines(text: bytes) -> list[bytes]:

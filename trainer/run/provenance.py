@@ -1,10 +1,15 @@
-"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data, a script's settings."""
+"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data, a script's settings.
+
+A run that goes on is refused where what it practised is another now; where it is computed by other versions, that is told.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +24,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY
-from polyphony.rewards.registry import Reward, version_of
+from polyphony.rewards.registry import Reward, other_versions, version_of
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.settings import TrainerSettings
 
@@ -50,6 +55,40 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
         "graders": {name: version_of(reward) for name, reward in rewards.items()},
         "data": {place: _data(table) for place, table in tables.items()},
     }
+
+
+def refuse_other_data(known: Mapping[str, Any], tables: Mapping[str, PromptTable], *, model: Any) -> None:
+    """Raise ValueError, naming what it is, where rows or starting weights are not those that a run began with.
+
+    `known` is what `provenance` said then. What an older version did not note is not compared.
+    """
+    for place, table in tables.items():
+        then, now = known.get("data", {}).get(place, {}), _data(table)
+        if any(then[key] != now[key] for key in ("rows", "sha256", "content") if key in then):
+            raise ValueError(
+                f"{place}: its rows are not those that the run has practised and measured ({then.get('rows')} then, "
+                f"{now['rows']} now, and their digests differ): give them back, or start anew"
+            )
+    then, now = known.get("model", {}).get("sha256"), _weights_hash(Path(model)) if isinstance(model, str) else None
+    if then is not None and now is not None and then != now:
+        raise ValueError(
+            f"model {model}: its weights are not those that the run began with; give them back, or start anew"
+        )
+
+
+def versions_since(known: Mapping[str, Any], now: Mapping[str, Any], *, step: int) -> list[str]:
+    """Return a line for each thing that had another version before this step; both as `provenance` says them."""
+    then, after = (
+        {**p.get("packages", {}), **{k: p.get(k) for k in ("python", "device")}, "commit": str(p.get("commit"))[:12]}
+        for p in (known, now)
+    )
+    names = [name for name in sorted(then | after) if then.get(name) != after.get(name)]
+    told = [f"{name}: {then.get(name)} until step {step}, {after.get(name)} from there on" for name in names]
+    graders = [
+        f"{line}; its scores before and from step {step} on are not comparable"
+        for line in other_versions(known.get("graders", {}))
+    ]
+    return told + graders
 
 
 UNTOLD = tuple(
@@ -200,9 +239,18 @@ def _weights_hash(folder: Path) -> str | None:
 
 
 def _data(table: PromptTable) -> dict[str, Any]:
-    """Rows, their hash, and the ids of those that were left out because their reward could not read them."""
+    """Rows, the hash of their ids and that of all that is in them, and the ids of those that were left out."""
+    content = hashlib.sha256()
+    for prompt in table:
+        content.update(json.dumps([prompt.id, prompt.prompt, prompt.columns], sort_keys=True, default=_stable).encode())
     found: dict[str, Any] = {"rows": len(table), "sha256": _digest("\n".join(table.ids).encode())}
+    found["content"] = content.hexdigest()
     return found | ({"left_out": table.left_out} if table.left_out else {})
+
+
+def _stable(value: Any) -> str:
+    """Return what stands for a value that JSON does not know, the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _digest(content: bytes) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
-from polyphony.curricula.files import replace_file
+from polyphony.curricula.files import replace_file, sealed
 from polyphony.curricula.monitors import Alarm
-from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, mean
+from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix, without_items
@@ -52,7 +52,7 @@ class Recorder:
     _last_line: dict[str, Any] | None = None
     """Of the decisions, whole: the next one is written as what differs from it."""
 
-    def restore(self, step: int) -> None:
+    def restore(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> None:
         """Go on with a folder: keep the probe's rows and the run's own up to `step`, as the curriculum does."""
         if lines := self.folder.read("transfer", cut=without_items):
             self.matrix = TransferMatrix.from_lines(lines, until=step)
@@ -60,8 +60,10 @@ class Recorder:
         elif self.folder.transfer.exists():
             saved = TransferMatrix.load(self.folder.transfer)
             self.matrix = replace(saved, rows=tuple(row for row in saved.rows if row.probe or row.step <= step))
-            self.is_by_item = False
+            self.is_by_item = all(row.entropy_items for row in self._run)
             if self.is_main:
+                if self.is_by_item:  # an older version kept no ledger of it
+                    say(f"{self.folder.ledger('transfer')} is missing: written anew from {self.folder.transfer.name}")
                 self.folder.begin("transfer", self.matrix.head_line(), *(row.as_row() for row in self._run))
         if self.matrix is not None and self.matrix.items is not None:
             items = self.matrix.items
@@ -85,7 +87,7 @@ class Recorder:
         samplers = self.curriculum.samplers
         if self._last_line is None:
             ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
-            replace_file(self.folder.prompts, json.dumps(ids, ensure_ascii=False))
+            replace_file(self.folder.prompts, sealed(json.dumps(ids, ensure_ascii=False)))
         places = [samplers[name].places for name in self.curriculum.names]
         self.folder.append("decisions", {"step": step, **shortened(line, self._last_line, places)})
         self._last_line = line
@@ -148,7 +150,7 @@ class Recorder:
     def worst_steer_score(self) -> float:
         """The lowest mean score of a trainable domain at the last evaluation, on the half that decides."""
         last = self.curriculum.evaluations[-1]
-        return min(mean(last.scores[d.name]) for d in self.domains if not d.is_watch_only)
+        return min(last.mean_score(d.name) for d in self.domains if not d.is_watch_only)
 
     @property
     def _run(self) -> tuple[Evaluation, ...]:
@@ -212,8 +214,8 @@ def heldout_metrics(
     metrics = variety_metrics(published.variety)
     scores, passed = published.scores(), published.passed()
     for name in published.samples:
-        metrics[key("heldout", "score", name)] = mean(scores[name])
-        metrics[key("heldout", "pass_at_k", name)] = mean(passed[name])
+        metrics[key("heldout", "score", name)] = mean(graded(scores[name]))
+        metrics[key("heldout", "pass_at_k", name)] = mean(graded(passed[name]))
         if name in published.entropy:
             metrics[key("heldout", "entropy", name)] = published.entropy[name]
         for metric, value in answers[name].values().items():

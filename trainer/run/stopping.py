@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT: a checkpoint at the next draw's boundary, then the end; SIGINT twice: at once.
+"""SIGTERM, SIGHUP and SIGINT: a checkpoint at the next draw's boundary, then the end; SIGINT twice: at once.
 
 Slurm and Kubernetes send SIGTERM and, some seconds later, SIGKILL. Where the boundary does not come in time, the run ends
-without a new checkpoint rather than in the middle of one.
+without a new checkpoint rather than in the middle of one. More of the same change nothing. SIGHUP, the end of a terminal, is
+heard unless it was ignored at the start (`nohup`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 from polyphony.trainer.run import say
 from polyphony.trainer.slots import DrawPlan
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def largest(number: int) -> int:
@@ -41,11 +42,15 @@ class StopOnSignal(TrainerCallback):
         self.stopped: tuple[int, int] | None = None
         """Signal and step of the checkpoint, once a signal has ended the run."""
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+        self._timer: threading.Timer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.received, self.stopped = 0, None
+        self.received, self.stopped, self._timer = 0, None, None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            heard = [n for n in SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
+            self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         number = self.agree(self.received)
@@ -67,15 +72,19 @@ class StopOnSignal(TrainerCallback):
         if number == signal.SIGINT and self.received == signal.SIGINT:
             say("second interrupt: ending at once")
             os._exit(128 + number)
+        if number == signal.SIGHUP:  # whoever writes to a terminal that is gone fails
+            for descriptor in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         again = "; once more to end at once" if number == signal.SIGINT else ""
         say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
         self.received = number
-        if number == signal.SIGTERM:
-            timer = threading.Timer(self.grace_s, self._give_up)
-            timer.daemon = True
-            timer.start()
+        if number != signal.SIGINT and self._timer is None:
+            self._timer = threading.Timer(self.grace_s, self._give_up, [number])
+            self._timer.daemon = True
+            self._timer.start()
 
-    def _give_up(self) -> None:
+    def _give_up(self, number: int) -> None:
         if self._before:  # still training
-            say(f"SIGTERM: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
-            os._exit(128 + signal.SIGTERM)
+            name = signal.Signals(number).name
+            say(f"{name}: no draw ended within {self.grace_s:g} s; ending without a new checkpoint")
+            os._exit(128 + number)

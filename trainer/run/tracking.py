@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import secrets
 import threading
 import urllib.error
 import urllib.request
@@ -24,7 +25,7 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import RunFolder, read_object, write_object
 from polyphony.trainer.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.settings = settings
         self._given = {"project": settings.project, "entity": settings.entity, "name": name, "config": dict(config)}
+        self._given |= known_as(RunFolder(folder))
         self._folder = folder
         self._has_failed = False
         self._tasks: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
@@ -169,6 +171,23 @@ class WandbTracker:
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Any:
         settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_S)
         return wandb.init(mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given)
+
+
+def known_as(folder: RunFolder) -> dict[str, Any]:
+    """Return id, group and tags of a run for W&B: those of its first start, kept in its folder, else as W&B's variables say.
+
+    So a resumed run is the same run there, and its steps that were discarded are not told twice.
+    """
+    path, env = folder.tracked, os.environ
+    kept = read_object(path) if path.is_file() else {}
+    tags = [tag for tag in env.get("WANDB_TAGS", "").split(",") if tag]
+    now = {
+        "id": kept.get("id") or env.get("WANDB_RUN_ID") or secrets.token_hex(4),
+        "group": env.get("WANDB_RUN_GROUP") or kept.get("group"),
+        "tags": tags or kept.get("tags"),
+    }
+    write_object(path, now)
+    return now | ({"resume": "allow"} if kept else {})
 
 
 def server_url() -> str:
