@@ -32,7 +32,7 @@ def merged_parameters(model: PeftModel, accelerator: Any) -> Iterator[tuple[str,
     """
     of_ranks = DistributedBackend(accelerator)
     adapter = model.active_adapters[0]
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, parameter in model.named_parameters():
         owner = name.rpartition(f".{BASE}")[0]
         if owner in layers:
@@ -62,7 +62,7 @@ def refuse_unmergeable(model: Any, accelerator: Any) -> None:
         return
     if len(model.active_adapters) != 1:
         raise ValueError(f"peft_config: active adapters {model.active_adapters}: expected one")
-    config = model.peft_config[model.active_adapters[0]]
+    config: Any = model.peft_config[model.active_adapters[0]]
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"peft_config: peft_type={config.peft_type.value}: expected LORA, merged at each weight sync")
     if config.init_lora_weights not in INITS:
@@ -144,7 +144,8 @@ def _read_as(dtype: torch.dtype) -> torch.dtype:
 def _full(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a parameter's whole tensor: FSDP2 splits it; what ZeRO-3 splits has been gathered."""
     if isinstance(parameter, DTensor):
-        return parameter.to(device).full_tensor().detach()
+        split: Any = parameter.to(device)
+        return split.full_tensor().detach()
     return parameter.data
 
 
