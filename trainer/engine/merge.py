@@ -144,8 +144,8 @@ def _read_as(dtype: torch.dtype) -> torch.dtype:
 def _full(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a parameter's whole tensor: FSDP2 splits it; what ZeRO-3 splits has been gathered."""
     if isinstance(parameter, DTensor):
-        whole: Any = parameter.to(device)
-        return whole.full_tensor().detach()
+        split: Any = parameter.to(device)
+        return split.full_tensor().detach()
     return parameter.data
 
 
