@@ -91,8 +91,8 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     notes: list[str] = []
     folder = RunFolder(tmp_path)
     trainer = SimpleNamespace(
-        entropy=SimpleNamespace(take_alarms=lambda: [entropy]),
-        shortcuts=SimpleNamespace(take_alarms=lambda: [shortcut]),
+        entropy=SimpleNamespace(pending=[entropy]),
+        shortcuts=SimpleNamespace(pending=[shortcut]),
         curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=(), n_train=8),

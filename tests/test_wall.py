@@ -83,14 +83,14 @@ def run(folder, steer: Told, report: Told) -> tuple[str, str]:
     scheduler = Adaptive(entropy_control=NAMES)
     curriculum = Curriculum(domains=domains, prompts={n: ["p", "q"] for n in NAMES}, scheduler=scheduler, total_draws=9)
     ours = Recorder(folder=RunFolder(folder), domains=domains, curriculum=curriculum, seed=0)
-    monitor = DomainEntropy(NAMES, EntropySettings(), None)
+    monitor = DomainEntropy(NAMES, EntropySettings())
     decided, published = [], []
     for n in range(3):
         said = result(steer, report, n)
         published.append(ours.record_heldout(n, said))
         monitor.after_evaluation(n, ours.steer_entropy(said))
         curriculum.draw(3 + n)
-        alarms = [asdict(alarm) for alarm in monitor.take_alarms()]
+        alarms, monitor.pending = [asdict(alarm) for alarm in monitor.pending], []
         verdicts = check([Guardrail(domain="math", max_drop=0.0)], curriculum.evaluations)
         decided += [asdict(curriculum.decision), alarms, list(map(str, verdicts)), ours.worst_steer_score]
     decided += [curriculum.state_dict(), monitor.state_dict()]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from polyphony.curricula.monitors import Ringing
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.entropy import EntropyMonitor, Sums
 from polyphony.curricula.monitors.entropy_control import EntropyControl, EntropySettings
 from polyphony.curricula.records import Group
@@ -26,17 +26,18 @@ ROW_COEFFICIENT = "entropy_coefficient"
 """Key of the rows' coefficients in TRL's batch, which it shuffles and splits like every tensor of one entry a row."""
 
 
-class DomainEntropy(Ringing):
+class DomainEntropy:
     """Watch the entropy of all domains and, if asked, hold it in its band.
 
     Example: `DomainEntropy(("math",), EntropySettings(control="adaptive"))`
     """
 
     def __init__(self, domains: Sequence[str], settings: EntropySettings) -> None:
-        super().__init__()
         self.domains = tuple(domains)
         self.monitor = EntropyMonitor(domains=domains, band=settings.band)
         self.control: EntropyControl | None = None
+        self.pending: list[Alarm] = []
+        """Alarms that nobody has written down yet."""
         if held := settings.held("coefficient", domains):
             self.control = EntropyControl(domains=held, settings=settings)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polyphony.curricula.monitors import Alarm, Ringing
+from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.signs import (
     COUNTED,
     ENOUGH_CORRECT,
@@ -32,15 +32,16 @@ from polyphony.trainer.advantages import rare_successes
 from polyphony.trainer.metrics import key
 
 
-class ShortcutWatch(Ringing):
+class ShortcutWatch:
     """Monitor the signs of every completion of a run.
 
     Example: `watch.inspect([completion])` gives signs like `[("bare_answer",)]`; `watch.observe(step, groups)` learns.
     """
 
     def __init__(self, domains: Sequence[str]) -> None:
-        super().__init__()
         self.domains = {name: DomainSigns() for name in domains}
+        self.pending: list[Alarm] = []
+        """Alarms that nobody has written down yet."""
         self._since: dict[str, dict[str, int]] = {}  # counts since the last log
 
     def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:

@@ -25,15 +25,3 @@ class Alarm:
         """Return the alarm's line of the run's ledger."""
         line = {"step": self.step, "domain": self.domain, "kind": self.kind, "message": self.message}
         return line if self.drawn is None else line | {"drawn": dict(self.drawn)}
-
-
-class Ringing:
-    """What rings, and remembers the alarms that nobody has written down yet."""
-
-    def __init__(self) -> None:
-        self.pending: list[Alarm] = []
-
-    def take_alarms(self) -> list[Alarm]:
-        """Return the alarms since the last call."""
-        alarms, self.pending = self.pending, []
-        return alarms

@@ -440,9 +440,11 @@ class Run(TrainerCallback):
             self._look(state, control)
         if self._stage_ends(state.global_step):
             self._look(state, control)
-        for alarm in (*self.trainer.entropy.take_alarms(), *self.trainer.shortcuts.take_alarms()):
-            self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")  # every rank's own copy
-            self._ring(alarm)
+        for pending in (self.trainer.entropy.pending, self.trainer.shortcuts.pending):
+            for alarm in pending:
+                self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")  # every rank's own copy
+                self._ring(alarm)
+            pending.clear()
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
