@@ -10,6 +10,7 @@ resumed, until the arm has its kills. Each run that ends is then laid beside one
   batch's make-up shows in the last digits of a log-probability.
 - `moments` (the trainer, in one process with its engine, while a checkpoint is written, the best one is marked, or the final
   weights are written; pool and adaptive curriculum): as `trainer`.
+- `lora`, `lora-bfloat16` (the trainer, adapters alone being trained, vLLM in its process, in either type): as `trainer`.
 - `both` (pool and adaptive curriculum): such digits may turn a reward, hence a decision, so that only the run's own books
   have to agree: no group lost, none counted twice, each prompt seen by the pool as often as it was drawn.
 
@@ -55,12 +56,19 @@ class Variant:
 
 
 ADAPTIVE = ("curriculum.scheduler=adaptive", "pool={}")
+LORA = (*ADAPTIVE, "rollouts={}", "lora={r: 4, target_modules: [q_proj, v_proj]}", "grpo.learning_rate=2e-3")
 ARMS = {
     "trainer": Variant(victims=("trainer",), changes=ADAPTIVE, promised=("accounted", "prompts", "numbers")),
     "worker": Variant(victims=("worker",), changes=(), promised=("accounted", "prompts")),
     "moments": Variant(
         victims=("saving", "marking", "ending"),
         changes=(*ADAPTIVE, "rollouts={engine: transformers}"),
+        promised=("accounted", "prompts", "numbers"),
+    ),
+    "lora": Variant(victims=("trainer",), changes=LORA, promised=("accounted", "prompts", "numbers")),
+    "lora-bfloat16": Variant(
+        victims=("trainer",),
+        changes=(*LORA, "grpo.model_init_kwargs={dtype: bfloat16}"),
         promised=("accounted", "prompts", "numbers"),
     ),
     "both": Variant(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
@@ -194,7 +202,7 @@ def _end(trainer: subprocess.Popen) -> None:
 
 def quiet_run(folder: Path, arm: Variant, changes: Sequence[str]) -> Path:
     """Return an undisturbed run of an arm's recipe, which arms with the same recipe share."""
-    name = "adaptive" if arm.changes == ADAPTIVE else "in-process" if arm.changes else "joint"
+    name = next(name for name, other in ARMS.items() if other.changes == arm.changes)
     run = folder / f"quiet-{name}"
     disturb(run, changes, (), kills=0, rng=random.Random(0), delay_s=0)
     return run
