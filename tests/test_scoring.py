@@ -292,6 +292,7 @@ def test_failures_are_counted_against_the_last_completions_of_their_own_domain_a
     for failures in (strict, again):
         with pytest.raises(GraderGoneError, match="domain 'math': the reward failed on 32 of the last 64 completions"):
             failures.see(half)
+        assert failures.state_dict() == {"math": ""}  # a run that is resumed after the grader was mended goes on
     good, bad = ([Group.of([graded("b", r), graded("b", r)], draw=0)] for r in (1.0, None))
     forgets = Failures(most=0.49)
     forgets.see(bad * 30 + good * 98)

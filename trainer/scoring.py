@@ -161,9 +161,11 @@ class Failures:
                 self._named.add(name)
                 logger.warning("domain %r: prompt %r could not be graded: its group is left out", *name)
         for domain, last in self._last.items():
-            if len(last) >= FEWEST and sum(last) > self.most * len(last):
+            failed, seen = sum(last), len(last)
+            if seen >= FEWEST and failed > self.most * seen:
+                last.clear()  # once it is mended and the run resumed, a grader is not held to what it failed on before
                 raise GraderGoneError(
-                    f"domain {domain!r}: the reward failed on {sum(last)} of the last {len(last)} completions; "
+                    f"domain {domain!r}: the reward failed on {failed} of the last {seen} completions; "
                     f"max_grader_failures allows a share of {self.most:g}; the run goes on with --resume once the reward "
                     "grades again"
                 )
