@@ -45,7 +45,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
 
 def _judged(trainer: DomainGRPOTrainer) -> list[str]:
     """Return what judges read and wrote for each domain, training and held-out samples together."""
-    whole = trainer.scorer.logged.whole + trainer.evaluator.scorer.logged.whole
+    whole = trainer.scorer.logged.whole + trainer.evaluator.logged_totals()
     tokens = {domain: total for (domain, name), total in sorted(whole.items()) if name == "judge_tokens"}
     return [f"judge: {total:,.0f} tokens for {domain}" for domain, total in tokens.items()]
 

@@ -395,7 +395,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         published = result.on("report")
         answers = {name: published.read(name) for name in published.answers}
         trained = self.run.recorder.practised_last() if self.run else ()
-        logged = self.evaluator.scorer.logged.flush("heldout", gather_object)
+        logged = self.evaluator.flush_logged()
         found = heldout_metrics(published, answers, trained=trained) | grader_failures(result) | logged
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         is_training = self.model.training

@@ -6,6 +6,7 @@ The same item gets the same sampling seeds at every evaluation, which makes diff
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,10 +45,15 @@ class Evaluator:
     """What tells the answers of a domain apart, where it rewards difference."""
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
+    _unpublished: Scorer = field(init=False)
+    """Grades the items that decide, so that what its rewards log stays apart."""
     _mine: list[tuple[int, Prompt]] = field(default_factory=list)
     """This rank's items with their places among all; held-out prompts never change, so each is tokenised once."""
     _records: list[Record] = field(default_factory=list)
     """Of the last run, of all ranks."""
+
+    def __post_init__(self) -> None:
+        self._unpublished = self.scorer.apart()
 
     def run(self) -> HeldoutResult:
         """Evaluate all domains; collective over ranks, and every rank gets the whole result."""
@@ -102,7 +108,7 @@ class Evaluator:
 
         def score() -> list[float | None]:
             rewards: dict[int, float | None] = {}
-            for scorer, places in zip((self.scorer, self.scorer.apart()), halves, strict=True):
+            for scorer, places in zip((self.scorer, self._unpublished), halves, strict=True):
                 rewards |= zip(places, scorer([completions[i] for i in places]), strict=True)
             return [rewards[i] for i in range(len(completions))]
 
@@ -110,6 +116,15 @@ class Evaluator:
         of = {name: table.domain.reward for name, table in self.data.heldout.items()}
         scores = [as_score(of[c.prompt.domain], r) for c, r in zip(completions, rewards, strict=True)]
         return [replace(c, reward=score) for c, score in zip(completions, scores, strict=True)]
+
+    def flush_logged(self) -> dict[str, float]:
+        """Return what rewards logged of published items since the last call, as metrics; collective over ranks."""
+        self._unpublished.logged.flush("heldout", gather_object)
+        return self.scorer.logged.flush("heldout", gather_object)
+
+    def logged_totals(self) -> Counter[tuple[str, str]]:
+        """Return the sums of what was logged by domain and name, of all items, as far as flushed."""
+        return self.scorer.logged.whole + self._unpublished.logged.whole
 
     def _answer(self, completion: Completion) -> Answer:
         name = completion.prompt.domain

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -492,7 +492,7 @@ class Run(TrainerCallback):
         self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
-        logged = self.trainer.evaluator.scorer.logged.flush("heldout", gather_object)
+        logged = self.trainer.evaluator.flush_logged()
         return {**self.recorder.record_heldout(step, result), **logged}
 
     def _stage_ends(self, step: int) -> bool:
