@@ -59,17 +59,23 @@ class Verl:
             return None
 
 
+def _called(found: Any) -> Callable[..., Any]:
+    if not callable(found):
+        raise ValueError(f"a {type(found).__name__} cannot be called")
+    return found
+
+
 @functools.cache
 def _load(function: str) -> Callable[..., Any]:
     place, _, name = function.rpartition(":")
     try:
         if not place.endswith(".py"):
-            return pkgutil.resolve_name(function)
+            return _called(pkgutil.resolve_name(function))
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, name)
+        return _called(getattr(module, name))
     except (ImportError, AttributeError, OSError, ValueError) as error:
         raise ValueError(f"verl: {function!r} is no function to be found: {error}") from error
 

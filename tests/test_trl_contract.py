@@ -31,7 +31,7 @@ def test_the_committed_fields_are_those_of_grpo_config():
     assert GRPOConfig.num_generations == GROUP_SIZE
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false"}
 
 
 def test_the_committed_kinds_are_those_of_grpo_config():

@@ -118,7 +118,9 @@ def test_a_row_without_a_truth_has_no_verdict(columns, reward):
     assert grade(["q"] * 2, ["4", "None"], **rows) == [reward, other]
 
 
-@pytest.mark.parametrize("function", ["nowhere.py:compute_score", "no.module:f", f"{__file__}:missing", "words"])
+@pytest.mark.parametrize(
+    "function", ["nowhere.py:compute_score", "no.module:f", f"{__file__}:missing", "words", "json"]
+)
 def test_a_function_that_is_not_there_is_refused(function):
     with pytest.raises(ValueError, match="is no function to be found"):
         find_reward({"name": "verl", "function": function})
