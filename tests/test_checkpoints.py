@@ -10,6 +10,7 @@ from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.trainer.checkpoints import (
     best_checkpoint,
+    best_to_go_back_to,
     damage,
     forget_damaged_best,
     keep_newest,
@@ -159,3 +160,23 @@ def test_a_note_of_the_best_that_cannot_be_read_is_moved_aside(folder, text):
     assert "best.json" in said[0] and "best.json.aside-1" in names(folder)
     mark_best(folder, folder / "checkpoint-4", 0.5)
     assert best_checkpoint(folder) == folder / "checkpoint-4"
+
+
+def test_a_rollback_goes_to_a_best_checkpoint_that_is_whole_or_says_why_to_none(saved):
+    assert best_to_go_back_to(saved) == (None, "no checkpoint to go back to")
+    best = saved / "checkpoint-2"
+    mark_best(saved, best, 0.5)
+    assert best_to_go_back_to(saved) == (best, "")
+    (best / "optimizer.pt").write_bytes(b"0")
+    assert best_to_go_back_to(saved) == (None, "checkpoint-2, the best checkpoint: optimizer.pt is damaged")
+    (best / STATE_FILE).write_text("{}")
+    assert f"checkpoint-2, the best checkpoint: {STATE_FILE}: " in best_to_go_back_to(saved)[1]
+    (saved / "best.json").write_text("")
+    assert str(saved / "best.json") in best_to_go_back_to(saved)[1]
+
+
+def test_a_note_of_a_best_that_is_gone_is_moved_aside_so_that_another_can_be_best(folder):
+    mark_best(folder, folder / "checkpoint-12", 0.9)
+    said = []
+    forget_damaged_best(folder, say=said.append)
+    assert "checkpoint-12 is gone" in said[0] and not (folder / "best.json").exists()

@@ -238,10 +238,11 @@ def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
 
 
 def forget_damaged_best(folder: Path, *, say: Callable[[str], None]) -> None:
-    """Move the note of the best checkpoint aside where it cannot be read, and say so."""
+    """Move the note of the best checkpoint aside where it cannot be read, or what it names is gone, and say so."""
     mark = folder / BEST_FILE
     try:
-        _read_best(mark) if mark.exists() else None
+        if mark.exists() and not (folder / (name := _read_best(mark)[0]) / STATE_FILE).is_file():
+            raise ValueError(f"{mark}: {name} is gone")
     except ValueError as error:
         say(f"{error}; moved to {move_aside(mark).name}: the best is sought anew from here on")
 
@@ -262,6 +263,18 @@ def best_checkpoint(folder: Path) -> Path | None:
         return None
     best = folder / _read_best(mark)[0]
     return best if (best / STATE_FILE).is_file() else None
+
+
+def best_to_go_back_to(folder: Path) -> tuple[Path | None, str]:
+    """Return the best checkpoint where it is as it was saved; else None, and why not."""
+    try:
+        best = best_checkpoint(folder)
+    except ValueError as error:
+        return None, str(error)
+    if best is None:
+        return None, "no checkpoint to go back to"
+    why = damage(best).removeprefix(f"{best}/")
+    return (None, f"{best.name}, the best checkpoint: {why}") if why else (best, "")
 
 
 def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:

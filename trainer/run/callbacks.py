@@ -26,6 +26,7 @@ from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.checkpoints import (
     best_checkpoint,
+    best_to_go_back_to,
     checkpoint_step,
     forget_damaged_best,
     keep_newest,
@@ -348,7 +349,11 @@ class Run(TrainerCallback):
             self.say(f"{path.name} was not saved to its end: removed")
         if newest is not None:
             self._say_lost(newest)
-        folder.cut(step, say=self.say)
+        attempt = folder.cut(step, say=self.say)
+        if newest is None and attempt is not None:
+            self.say(
+                f"{folder.checkpoints} has no whole checkpoint: the run starts anew; {attempt.name} keeps its lines"
+            )
         forget_damaged_best(folder.checkpoints, say=self.say)
         own_pool(folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
         if self.said is not None:
@@ -509,8 +514,8 @@ class Run(TrainerCallback):
     def _act(self, verdict: Verdict, control: Any) -> None:
         """Warn, stop, or go back to the best checkpoint; in every case say so among the alarms."""
         action, domain = verdict.guardrail.action, verdict.guardrail.domain
-        best = best_checkpoint(self.folder.checkpoints) if action == "rollback" else None
-        done = {"warn": "warned", "stop": "stopped the run"}.get(action, "stopped the run: no checkpoint to go back to")
+        best, why = self._agreed_best() if action == "rollback" else (None, "")
+        done = {"warn": "warned", "stop": "stopped the run"}.get(action, f"stopped the run: {why}")
         if best is not None:
             roll_back(self.trainer, best)
             self.trainer.curriculum.note(f"rolled back to {best.name}: {verdict}", domain=domain)
@@ -520,6 +525,13 @@ class Run(TrainerCallback):
             control.should_training_stop = True
             self._stopped_by = str(verdict)
         self._ring(verdict.alarm(done))
+
+    def _agreed_best(self) -> tuple[Path | None, str]:
+        """Return the best checkpoint on every rank, as rank 0 has found it; None where there is none to go to, and why."""
+        found: list[tuple[Path | None, str]]
+        found = [best_to_go_back_to(self.folder.checkpoints) if self.is_main else (None, "")]
+        broadcast_object_list(found, from_process=0)
+        return found[0]
 
     def _ring(self, alarm: Alarm) -> None:
         """Write an alarm down, and tell whoever watches."""
