@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import math
 import pickle
 import socket
@@ -287,12 +286,8 @@ def test_failures_are_counted_against_the_last_completions_of_their_own_domain_a
     Failures(most=0.5).see(half * 200)
     strict = Failures(most=0.49)
     strict.see(half * 31)  # 62 completions
-    again = Failures(most=0.49)
-    again.load_state_dict(json.loads(json.dumps(strict.state_dict())))
-    for failures in (strict, again):
-        with pytest.raises(GraderGoneError, match="domain 'math': the reward failed on 32 of the last 64 completions"):
-            failures.see(half)
-        assert failures.state_dict() == {"math": ""}  # a run that is resumed after the grader was mended goes on
+    with pytest.raises(GraderGoneError, match="domain 'math': the reward failed on 32 of the last 64 completions"):
+        strict.see(half)
     good, bad = ([Group.of([graded("b", r), graded("b", r)], draw=0)] for r in (1.0, None))
     forgets = Failures(most=0.49)
     forgets.see(bad * 30 + good * 98)

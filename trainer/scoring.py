@@ -145,7 +145,10 @@ is none, a grader that is broken is seen within a few draws."""
 
 
 class Failures:
-    """The share of each domain's last completions that got no reward; names the prompts that got none at all."""
+    """The share of each domain's last completions that got no reward; names the prompts that got none at all.
+
+    No checkpoint keeps it: a run that goes on once its grader is mended is not held to what that failed on before.
+    """
 
     def __init__(self, *, most: float) -> None:
         self.most = most
@@ -163,20 +166,11 @@ class Failures:
         for domain, last in self._last.items():
             failed, seen = sum(last), len(last)
             if seen >= FEWEST and failed > self.most * seen:
-                last.clear()  # once it is mended and the run resumed, a grader is not held to what it failed on before
                 raise GraderGoneError(
                     f"domain {domain!r}: the reward failed on {failed} of the last {seen} completions; "
                     f"max_grader_failures allows a share of {self.most:g}; the run goes on with --resume once the reward "
                     "grades again"
                 )
-
-    def state_dict(self) -> dict[str, str]:
-        """Return what a checkpoint keeps: by domain, oldest first, 1 for a completion without a reward."""
-        return {domain: "".join(str(int(failed)) for failed in last) for domain, last in self._last.items()}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Restore `state_dict`."""
-        self._last = {domain: deque((c == "1" for c in text), maxlen=LAST) for domain, text in state.items()}
 
 
 def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any], *, opening: str) -> list[Any]:
