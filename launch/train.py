@@ -68,6 +68,7 @@ def claimed(recipe: Recipe, out: Path, *, resume: bool) -> Iterator[Mapping[str,
     _check_free(folder, resume=resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        own = folder.users_own
         lock = folder.locked(say=say)
         lock.__enter__()
     except OSError as error:
@@ -77,7 +78,7 @@ def claimed(recipe: Recipe, out: Path, *, resume: bool) -> Iterator[Mapping[str,
         yield changed_keys(recipe, folder) if resume else {}
     except BaseException:
         if not resume and not folder.holds_run:
-            folder.give_up()
+            folder.give_up(keep=own)
         raise
     finally:
         lock.__exit__(None, None, None)

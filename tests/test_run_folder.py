@@ -197,6 +197,21 @@ def test_what_was_claimed_for_a_run_that_never_began_is_free_and_is_given_up(tmp
     assert not folder.path.exists()
 
 
+def test_what_is_the_users_own_is_neither_written_over_nor_given_up(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    (folder.wandb / "run-1").mkdir(parents=True)
+    (folder.wandb / "run-1" / "log").write_text("of another run")
+    assert folder.refuse_other({}) == {} and folder.users_own == [folder.wandb]
+    own = folder.users_own
+    with folder.locked(say=print):
+        folder.claim("name: x\n")
+    folder.give_up(keep=own)
+    assert [path.name for path in folder.path.rglob("*")] == ["wandb", "run-1", "log"]
+    folder.settings.write_text('{"editor": "mine"}')
+    with pytest.raises(ValueError, match="is not empty; choose another"):
+        folder.refuse_other({})
+
+
 def test_a_recipe_that_was_edited_or_damaged_in_a_run_is_refused(folder):
     text = "name: x\nmodel: größer\n"
     folder.claim(text)

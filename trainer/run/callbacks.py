@@ -291,13 +291,14 @@ class Run(TrainerCallback):
             yield
             return
         self.folder.path.mkdir(parents=True, exist_ok=True)
+        own = self.folder.users_own
         with self.folder.locked(say=self.say):
             has_begun = self.folder.holds_run
             try:
                 yield
             except BaseException:
                 if not has_begun and not self.folder.holds_run:
-                    self.folder.give_up()
+                    self.folder.give_up(keep=own)
                 raise
 
     def begin(self, resume: str | bool | None = None) -> str | None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -194,9 +194,14 @@ class RunFolder:
         """What is written before a run begins."""
         return (self.lock, self.recipe, self.settings, self.provenance, self.prompts, self.tracked, self.wandb)
 
-    def give_up(self) -> None:
-        """Take away what was written for a run that never began, so that the name is free; all else stays."""
-        for path in reversed(self._of_claim):  # the lock last
+    @property
+    def users_own(self) -> list[Path]:
+        """What is of the user's own in a folder that nobody has claimed: other runs' files of W&B."""
+        return [] if self.lock.exists() else [path for path in self._of_claim if path.exists()]
+
+    def give_up(self, *, keep: Collection[Path] = ()) -> None:
+        """Take away what was written for a run that never began, so that the name is free; all else stays, and `keep`."""
+        for path in (path for path in reversed(self._of_claim) if path not in keep):  # the lock last
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in (self.checkpoints, self.path):
             if path.is_dir() and not any(path.iterdir()):
@@ -260,14 +265,12 @@ class RunFolder:
 
         Raises ValueError for a folder that holds anything else, and where they may not change.
         """
-        if not self.settings.is_file():
-            if self.recipe.is_file() or not self.is_free:
-                what = (
-                    "holds the run of a recipe: --resume goes on with it;" if self.recipe.is_file() else "is not empty;"
-                )
-                raise ValueError(f"run folder {self.path} {what} choose another")
-            return {}
-        return self.changed(read_object(self.settings), settings) if self.holds_run else {}
+        if self.holds_run and self.settings.is_file():
+            return self.changed(read_object(self.settings), settings)
+        if self.recipe.is_file() or not self.is_free:
+            what = "holds the run of a recipe: --resume goes on with it;" if self.recipe.is_file() else "is not empty;"
+            raise ValueError(f"run folder {self.path} {what} choose another")
+        return {}
 
     def changed(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the settings that differ, by their key paths. Raises ValueError for one that may not."""
