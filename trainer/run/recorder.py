@@ -55,7 +55,10 @@ class Recorder:
     def restore(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> None:
         """Go on with a folder: keep the probe's rows and the run's own up to `step`, as the curriculum does."""
         if lines := self.folder.read("transfer", cut=without_items):
-            self.matrix = TransferMatrix.from_lines(lines, until=step)
+            try:
+                self.matrix = TransferMatrix.from_lines(lines, until=step)
+            except ValueError as error:
+                raise ValueError(f"{self.folder.ledger('transfer')}: {error}") from error
             self.is_by_item = all("entropy_items" in line for line in lines[1:])
         elif self.folder.transfer.exists():
             saved = TransferMatrix.load(self.folder.transfer)
