@@ -263,7 +263,7 @@ def test_too_many_failures_of_a_grader_stop_the_run_with_the_domains_name(tmp_pa
         raise ZeroDivisionError
 
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path), domains=[domain("arithmetic", reward=broken)], engine=engine)
-    with pytest.raises(RuntimeError, match="domain 'arithmetic': the reward failed on 32 of 32 completions"):
+    with pytest.raises(RuntimeError, match="domain 'arithmetic': the reward failed on 64 of the last 64 completions"):
         trainer.train()
 
 
