@@ -84,13 +84,13 @@ class HeldoutResult:
     def scores(self) -> dict[str, tuple[float | None, ...]]:
         """Return the mean score of each item over its graded samples, in [0, 1]; None where none of them was.
 
-        Raises ValueError for a score outside [0, 1].
+        Raises ValueError for a sample's score outside [0, 1].
         """
         scores = {}
         for name, items in self.samples.items():
             means = (mean(graded(item)) for item in items)
             scores[name] = tuple(None if math.isnan(score) else score for score in means)
-            known = graded(scores[name])
+            known = [score for item in items for score in graded(item)]  # means would hide -1 and 1
             if known and (min(known) < 0 or max(known) > 1):
                 raise ValueError(
                     f"domain {name!r}: held-out scores must lie in [0, 1], got {min(known):g} to {max(known):g}: say "
