@@ -422,7 +422,7 @@ class Evaluation:
     """What every domain's held-out set said at one moment: one row of the transfer matrix.
 
     `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint
-    arm; one name without `probe` is a moment in that domain's stage of a run.
+    run; one name without `probe` is a moment in that domain's stage of a run.
     """
 
     trained: tuple[str, ...]

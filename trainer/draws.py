@@ -38,7 +38,7 @@ def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, siz
     whole = {
         k * size + n: row
         for k in left
-        if look < size and k * size in rows  # with a look, a rank has whole groups
+        if look < size and k * size in rows  # with early stop, a rank has whole groups
         for n, row in enumerate(repeated([rows[k * size + n] for n in range(look)], size))
     }
     return dict(sorted((dict(rows) | whole).items()))
