@@ -177,7 +177,7 @@ class Curriculum:
     def note(self, text: str, *, domain: str | None = None) -> None:
         """Tell the scheduler, at its next decision, about something that happened to the run.
 
-        With a `domain`: that it was hurt so much that the run was taken back (call it after a rollback's restore).
+        With a `domain`: that the run was rolled back because of it (call it after a rollback's restore).
         """
         self._notes.append(text)
         if domain is not None:

@@ -189,13 +189,14 @@ UNNAMED = Prompt(domain="", id="")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What came back to one prompt; filled in as it walks, by `replace`.
+    """What came back to one prompt; filled in step by step, by `replace`.
 
     The engine gives token ids, log-probabilities and the version of the weights; the policy the prompt, the text and
-    whether it was cut off; the reward a number. In training, what the ranks tell each other of it is a place in a `Group`;
-    at an evaluation they also send the few texts that people are shown, and the token ids of the items on which the
-    distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A completion of several turns will hold
-    all tokens after the prompt, and a mask of those that the policy wrote.
+    whether it was cut off; the reward a number; in training, the shortcut watch its signs. There, what the ranks tell each
+    other of it is a place in a `Group`; at an evaluation they also send the few texts that people are shown, and the token
+    ids of the items on which the distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A
+    completion of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote; a
+    teacher's log-probabilities will be a field beside `logps`, one a token.
     """
 
     ids: Sequence[int]
@@ -210,6 +211,8 @@ class Completion:
     """Whether it ran into the length limit."""
     reward: float | None = None
     """None until it was graded, and where the grader failed."""
+    signs: tuple[str, ...] = ()
+    """Of shortcuts and loops, see `polyphony.trainer.shortcuts`; looked for in training alone."""
 
     @property
     def surprisal(self) -> float | None:
@@ -249,7 +252,7 @@ class Group:
     surprisals: tuple[float | None, ...] = ()
     """[G]; `Completion.surprisal`."""
     signs: tuple[tuple[str, ...], ...] = ()
-    """[G]; of shortcuts and loops, see `polyphony.trainer.shortcuts`."""
+    """[G]; `Completion.signs`."""
     texts: tuple[str, ...] = ()
     """[G] where texts of a group are compared with each other, else empty."""
     fused: Fused | None = None
@@ -264,10 +267,9 @@ class Group:
         completions: Sequence[Completion],
         *,
         draw: int,
-        signs: Sequence[tuple[str, ...]] = (),
         with_texts: bool = False,
     ) -> Group:
-        """Return completions of one prompt as a group, or as a rank's part of one; `signs` [G] that they show.
+        """Return completions of one prompt as a group, or as a rank's part of one.
 
         Raises ValueError where they are of more than one prompt.
         """
@@ -283,7 +285,7 @@ class Group:
             lengths=tuple(len(c.ids) for c in completions),
             truncated=tuple(c.truncated for c in completions),
             surprisals=tuple(c.surprisal for c in completions),
-            signs=tuple(signs),
+            signs=tuple(c.signs for c in completions),
             texts=tuple(c.text for c in completions) if with_texts else (),
         )
 
@@ -380,7 +382,7 @@ class Rollout:
     seconds: float
     """Spent generating."""
     discarded: tuple[Group, ...] = ()
-    """Groups that taught nothing and were replaced, or came in vain as replacements."""
+    """Groups that taught nothing and were replaced, or came as replacements and taught nothing either."""
     rounds: int = 0
     """Refill rounds made."""
 
@@ -420,7 +422,7 @@ class Evaluation:
     """What every domain's held-out set said at one moment: one row of the transfer matrix.
 
     `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint
-    arm; one name without `probe` is a moment in that domain's stage of a run.
+    run; one name without `probe` is a moment in that domain's stage of a run.
     """
 
     trained: tuple[str, ...]

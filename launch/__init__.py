@@ -1,1 +1,1 @@
-"""The door: the command, the recipes, and everything that starts processes. Nothing imports this package."""
+"""The command line, the recipes, and everything that starts processes. Nothing imports this package."""

@@ -1,4 +1,4 @@
-"""The recipe's sections that only the launch wing acts on; those that others act on are declared there.
+"""The recipe's sections that only launch acts on; those that others act on are declared there.
 
 In order: what is practised when, what is kept and who is told; what a recipe says of a domain; who generates, who trains
 where, and with which weights.

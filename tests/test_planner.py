@@ -64,7 +64,7 @@ def test_the_fragile_domain_goes_last_and_the_prediction_adds_what_comes_after()
 
 def test_gain_over_the_joint_arm_decides_too():
     names = ("w", "a", "b")
-    # the order reaches .8 everywhere; a joint arm at .7 is worse, one at .9 better
+    # the order reaches .8 everywhere; a joint run at .7 is worse, one at .9 better
     worse = [*fragile_writing(), row(names, dict.fromkeys(names, 0.7), step=3)]
     better = [*fragile_writing(), row(names, dict.fromkeys(names, 0.9), step=3)]
     assert make_plan(matrix(worse), QUICK).over_joint.mid == pytest.approx(0.1)
@@ -221,7 +221,7 @@ def test_the_explanation_says_what_to_do_why_and_how_sure_it_is():
         "takes 0.300 from w",
         "Least certain",
         "One seed a probe",
-        "joint arm",
+        "joint run",
     ):
         assert said in text
 

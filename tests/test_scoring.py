@@ -243,7 +243,7 @@ def graded(prompt, reward=1.0, length=3, truncated=False, text="") -> Completion
 
 def test_a_group_keeps_what_other_ranks_need_to_know():
     told = replace(graded("a", 0.5, length=2, text="4"), logps=[-0.5, -0.25])
-    group = Group.of([told, graded("a", None, 5, True)], draw=7, signs=[(), ("truncation",)])
+    group = Group.of([told, replace(graded("a", None, 5, True), signs=("truncation",))], draw=7)
     assert group == Group(
         prompt_id="a",
         domain="math",
@@ -260,10 +260,10 @@ def test_a_group_keeps_what_other_ranks_need_to_know():
 def test_what_ranks_tell_each_other_is_light():
     """200 bytes a completion beside compared text, whatever its length, its prompt and its columns."""
     asked = Prompt(domain="math", id="9f" * 8, prompt="q" * 9000, columns={"answer": "a" * 9000}, ids=range(9000))
-    long = Completion(prompt=asked, ids=[7] * 9000, logps=[-0.1] * 9000, text="t" * 9000, reward=0.5)
-    groups = [(k, Group.of([long] * 8, draw=3, signs=[COUNTED] * 8)) for k in range(64)]
+    long = Completion(prompt=asked, ids=[7] * 9000, logps=[-0.1] * 9000, text="t" * 9000, reward=0.5, signs=COUNTED)
+    groups = [(k, Group.of([long] * 8, draw=3)) for k in range(64)]
     assert len(pickle.dumps(groups)) / (64 * 8) < 200
-    texts = [(k, Group.of([long] * 8, draw=3, signs=[COUNTED] * 8, with_texts=True)) for k in range(64)]
+    texts = [(k, Group.of([long] * 8, draw=3, with_texts=True)) for k in range(64)]
     assert (len(pickle.dumps(texts)) - 9000) / (64 * 8) < 200  # one text, said 512 times, is sent once
 
 

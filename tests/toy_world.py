@@ -48,7 +48,7 @@ class ToyWorld:
         )  # fmt: skip
 
     def probe(self, draws=15, seeds=2):
-        """Measure the transfer matrix as `polyphony probe` does: K runs and a joint arm, restored in between."""
+        """Measure the transfer matrix as `polyphony probe` does: K runs and a joint run, restored in between."""
         names, size = self.names, len(self.names)
         rows = [self.evaluate(probe=True, seed=0)]
         for seed in range(seeds):

@@ -38,7 +38,7 @@ def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, siz
     whole = {
         k * size + n: row
         for k in left
-        if look < size and k * size in rows  # with a look, a rank has whole groups
+        if look < size and k * size in rows  # with early stop, a rank has whole groups
         for n, row in enumerate(repeated([rows[k * size + n] for n in range(look)], size))
     }
     return dict(sorted((dict(rows) | whole).items()))
@@ -168,7 +168,8 @@ class Draws:
         seconds = time.perf_counter() - started
         read = self.policy.read(asked, completions)
         rewards = together(lambda: ahead.scores(read), self.scorer.slow, gather_object)
-        graded = [replace(c, reward=reward) for c, reward in zip(read, rewards, strict=True)]
+        signs = self.shortcuts.inspect(read)
+        graded = [replace(c, reward=r, signs=s) for c, r, s in zip(read, rewards, signs, strict=True)]
         rows = dict(zip(places, graded, strict=True))
         return rows, self._gathered(this.draw, rows, len(members)), seconds
 
@@ -178,17 +179,11 @@ class Draws:
         Raises ValueError where one is not whole.
         """
         size = self.policy.group_size
-        signs = dict(zip(rows, self.shortcuts.inspect(list(rows.values())), strict=True))
         compared = self.data.names if self.advantages.partitioner else self.fusion.domains
         parts = [
             (
                 k,
-                Group.of(
-                    [rows[i] for i in places],
-                    draw=draw,
-                    signs=[signs[i] for i in places],
-                    with_texts=rows[places[0]].prompt.domain in compared,
-                ),
+                Group.of([rows[i] for i in places], draw=draw, with_texts=rows[places[0]].prompt.domain in compared),
             )
             for k, group in groupby(rows, key=lambda i: i // size)
             for places in [list(group)]

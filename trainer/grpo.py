@@ -187,7 +187,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._resumed_from: str | None = None
 
     def _walk_and_evaluate(self, engine: str | Engine | EngineFactory, settings: TrainerSettings) -> None:
-        """Make what samples from the policy: its engine, the walk of a draw, the held-out evaluation."""
+        """Make what samples from the policy: its engine, the draws, the held-out evaluation."""
         pool = settings.pool
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         if pool:

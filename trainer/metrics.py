@@ -3,7 +3,8 @@
 TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
 `heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and
 `faults/<metric>`. What a reward logs under a name of its own is `domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`.
-Undefined values are absent, never 0.
+Undefined values are absent, never 0. To add one: its name and meaning here, then its value where it is known: `Meter` for
+`domain/..`, `run/recorder.py` for `heldout/..` and `transfer/..`, the owner's `metrics` or `flush` for the others.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
         "grader_failures": "held-out samples whose grading failed, all items: left out of scores, not correct in pass_at_k",
-        "exhausted": "share of held-out samples that ran into a limit of their grader, all items",
-        "suspected_tricks": "share whose program passes its tests whatever they expect, all items",
-        "refused_calls": "share whose program made a system call that the sandbox does not list, all items",
-        "judge_tokens": "tokens that the judge read and wrote per sample",
+        "exhausted": "share of held-out samples that ran into a limit of their grader, `report` half",
+        "suspected_tricks": "share whose program passes its tests whatever they expect, `report` half",
+        "refused_calls": "share whose program made a system call that the sandbox does not list, `report` half",
+        "judge_tokens": "tokens that the judge read and wrote per sample, `report` half",
         "majority": "score of the majority vote over an item's samples, ties shared",
         "greedy": "score of greedy decoding, with `eval.greedy`",
         "format_valid": "share of samples that are finished, not empty, and in the format their grader asks for",

@@ -124,7 +124,7 @@ def together(
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Say whether a connection failed or timed out: that is no row's fault, and to ask row by row would ask in vain.
+    """Say whether a connection failed or timed out: that is no row's fault, and asking row by row would not help.
 
     So one row that takes too long costs its whole batch. What an error was raised from, and what a group of errors holds,
     count as well. A process of a row's own that it killed, and a judge that answers with an error, are reachable.

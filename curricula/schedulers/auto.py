@@ -18,7 +18,7 @@ from polyphony.curricula.transfer.planner import make_plan
 class Auto:
     """The plan's decision: `sequence` is `bwt`, `mix` is `adaptive`; without a transfer file, `adaptive`.
 
-    A sequence is chosen only where it is shown to beat a random order, and the joint arm where one was measured: in a
+    A sequence is chosen only where it is shown to beat a random order, and the joint run where one was measured: in a
     study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.06107), and in our lab a bad order cost
     ten to twenty points while the best one with replay only came near joint training.
     """

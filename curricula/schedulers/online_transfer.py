@@ -90,7 +90,7 @@ ENTROPY_NOISE = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prior:
-    """What is believed about B before the run: normal, per step of training on one domain alone."""
+    """The prior of B before the run: normal, per step of training on one domain alone."""
 
     trained: tuple[str, ...]
     measured: tuple[str, ...]
@@ -214,9 +214,9 @@ class Regression:
         mean, sd = prior.mean.copy(), prior.sd.copy()
         for i in range(len(mean)) if self.weight else ():
             noise = self.variance[i] / self.weight
-            believed = prior.precision(i)
-            covariance = np.linalg.inv(believed + self.gram / noise)
-            mean[i] = covariance @ (believed @ prior.mean[i] + self.cross[i] / noise)
+            precision = prior.precision(i)
+            covariance = np.linalg.inv(precision + self.gram / noise)
+            mean[i] = covariance @ (precision @ prior.mean[i] + self.cross[i] / noise)
             sd[i] = np.sqrt(np.diag(covariance))
         return mean, sd
 

@@ -54,7 +54,7 @@ class PAC:
             return Decision(mixture=uniform(k), reason=reason, state=new_state)
         mixture = self._share_of_wins(means, variances, draw=evidence.draw)
         reason = (
-            f"how often each domain came out best in {self.samples} draws from what is believed of (1 + progress) x "
+            f"how often each domain was best in {self.samples} samples from the posterior of (1 + progress) x "
             f"|advantage|: mean {listed(evidence.domains, means)}, sd {listed(evidence.domains, map(math.sqrt, variances))}"
         )
         return Decision(mixture=mixture, reason=reason, state=new_state)

@@ -93,7 +93,7 @@ def _item_variance(each: np.ndarray) -> float:
 
 
 JOINT = ""
-"""Stands for the joint arm where a training is named by its domain."""
+"""Stands for the joint run where a training is named by its domain."""
 
 
 LEVELS = (0.025, 0.975)
@@ -187,7 +187,7 @@ class Effects:
         return replace(drawn, after=drawn.after + self.noise.draws(drawn.after.shape, rng=rng))
 
     def rows_of(self, label: str, seeds: Sequence[int] | None = None) -> list[int]:
-        """Return the positions of a domain's trainings (or of the `JOINT` arm), of all seeds or of those given."""
+        """Return the positions of a domain's trainings (or of the `JOINT` run), of all seeds or of those given."""
         pairs = enumerate(zip(self.labels, self.seeds, strict=True))
         return [n for n, (name, seed) in pairs if name == label and (seeds is None or seed in seeds)]
 

@@ -111,7 +111,7 @@ def drawdown(history: Sequence[Sequence[float | None]], *, level: float = 0.95) 
     """Return the last row of `history` [evaluations, items] minus the cross-fitted best; UNDEFINED below two items.
 
     The best evaluation is chosen on every other item and valued on the rest, both ways, and the two are averaged:
-    a plain best-so-far minus now grows with the number of looks under noise alone. The last row may be the best.
+    a plain best-so-far minus now grows with the number of evaluations under noise alone. The last row may be the best.
     """
     if len(history[0]) < 2:
         return UNDEFINED

@@ -1,7 +1,7 @@
 """What the chosen order gains, with bounds that hold whichever order had been chosen.
 
     g(o) = 1/J sum_i sum_{j after i} T[j -> i]  -  the same for the mean order,        over a random order
-    h(o) = 1/J sum_i [ s_i + sum_{j after i} T[j -> i] - joint_i ],                    over the joint arm
+    h(o) = 1/J sum_i [ s_i + sum_{j after i} T[j -> i] - joint_i ],                    over the joint run
     q    = 95 % point of max_o g(o) under the noise of T alone (items and seeds drawn anew)
 
 g(o) +- q holds for all orders at once with 95 % confidence, and so for the one that was chosen because its g looked best;
@@ -41,7 +41,7 @@ TIE_RESAMPLES = 200
 def crossfitted(effects: Effects, chooser: Chooser, *, rng: np.random.Generator) -> tuple[float, float]:
     """Return what the chosen order gains over the mean order and over joint training, in the mean score of J domains.
 
-    NaN where a domain has fewer than two items; the second also where the file has no joint arm.
+    NaN where a domain has fewer than two items; the second also where the file has no joint run.
     """
     folds = min(FOLDS, *(items.shape[1] for items in effects.after))
     if folds < 2:
@@ -120,7 +120,7 @@ class Gains:
 
     over_mean_order: Interval
     over_joint: Interval | None
-    """None where the file has no joint arm."""
+    """None where the file has no joint run."""
 
     @property
     def are_shown(self) -> bool:

@@ -3,6 +3,8 @@
 Whatever chooses (probe, plan, scheduler, guardrail, entropy band, best checkpoint) sees only `steer`; every published
 score, entropy, distance and sample is `report`, so that no published number was picked for being high. Everything that
 is known item by item is split here. What acts says what it saw: an alarm, or a place in the entropy band, is of `steer`.
+`polyphony eval` and the counts of failed gradings are of all items: the score that it gives of a checkpoint which was
+chosen as the best is a little high.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class TransferMatrix:
     domains: tuple[str, ...]
     kinds: Mapping[str, Kind]
     rows: tuple[Evaluation, ...]
-    """Baseline (`trained` empty), probes and joint arm (`probe`), and moments of a run, in the order of the file."""
+    """Baseline (`trained` empty), probes and joint run (`probe`), and moments of a run, in the order of the file."""
     items: Mapping[str, tuple[str, ...]] | None = None
     """Ids of the held-out items in the scores' order; None where the file has none, then both halves are all items."""
     watch_only: tuple[str, ...] = ()
@@ -304,7 +304,7 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
         raise ValueError(f"{where}: trained on watch-only domains {sorted(watched)}")
     if row.probe and len(row.trained) > 1 and set(row.trained) != set(matrix.trainable):
         raise ValueError(
-            f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint arm; "
+            f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint run; "
             f"got {list(row.trained)}"
         )
     for key in ("step", "seed"):

@@ -73,13 +73,13 @@ class Plan:
 
     def _advice(self) -> str:
         gain = f"The best order by measured transfer is {', '.join(self.order)}. "
-        gain += f"It is worth {_signed(self.over_mean_order)} in mean score against a random order"
+        gain += f"It gains {_signed(self.over_mean_order)} in mean score over a random order"
         if self.over_joint is not None:
-            gain += f" and {_signed(self.over_joint)} against training on all domains at once"
+            gain += f" and {_signed(self.over_joint)} over training on all domains at once"
         if self.decision == "sequence":
             return f"{gain}. Train in this order (scheduler: bwt)."
-        silent = "that is not shown to be better than nothing" if self.over_joint is None else "not both are above zero"
-        return f"{gain}; {silent}, so train on all domains together (scheduler: adaptive)."
+        doubt = "that is not shown to be better than nothing" if self.over_joint is None else "not both are above zero"
+        return f"{gain}; {doubt}, so train on all domains together (scheduler: adaptive)."
 
     def _reason(self) -> str:
         """Name the largest transfer between two domains and what the order makes of it."""
@@ -95,7 +95,7 @@ class Plan:
         neighbours = list(zip(self.order, self.order[1:], strict=False))
         first, second = min(neighbours, key=lambda pair: self.precedence[pair[0]][pair[1]])
         share = self.precedence[first][second]
-        regret = f"choosing it now instead of knowing better is expected to cost {self.expected_regret:.3f}"
+        regret = f"the expected regret of choosing this order now is {self.expected_regret:.3f} in mean score"
         return f"Least certain is {first} before {second} ({share:.0%} of resamples); {regret}."
 
     def _prediction(self) -> str:

@@ -7,7 +7,7 @@ does not depend on where training starts, and a domain's own stage brings it to 
 
 What we change: the entropy of the domains is part of the objective; every number has an interval, the gain one that
 holds whichever order was chosen; and a sequence is recommended only where it is shown to beat a random order and the
-joint arm, because in a study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.06107).
+joint run, because in a study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.06107).
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
     if effects.noise.seeds == 1:
         notes.append("One seed a probe: the intervals hold evaluation noise only, a second seed would say more.")
     if not matrix.joint_arm:
-        notes.append("No joint arm was measured, so mixing has not been given its chance in this comparison.")
+        notes.append("No joint run was measured, so mixing is not among what is compared.")
     if {row.trained[0] for row in matrix.probes} != set(matrix.trainable):
         notes.append("Some domains were never probed: their transfer is that of the run's stages.")
     for name in effects.domains:
@@ -214,7 +214,7 @@ def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:
     ran, total = _steps(matrix)
     if ran is not None and ran != total:
         what = "too few to compare with, so it was left out" if ran < total else "not the same"
-        notes.append(f"The joint arm ran {ran} steps and the probes {total} together: {what}.")
+        notes.append(f"The joint run ran {ran} steps and the probes {total} together: {what}.")
     return tuple(notes)
 
 
@@ -230,7 +230,7 @@ def _search_note(size: int) -> list[str]:
 
 
 def _steps(matrix: TransferMatrix) -> tuple[int | None, int]:
-    """Return the steps of the shortest joint arm, None without one, and those of all domains' probes together."""
+    """Return the steps of the shortest joint run, None without one, and those of all domains' probes together."""
     start = matrix.baselines(probe=True)[0].step
     alone = {row.trained[0]: row.step - start for row in matrix.probes}
     ran = min((row.step - start for row in matrix.joint_arm), default=None)
@@ -238,7 +238,7 @@ def _steps(matrix: TransferMatrix) -> tuple[int | None, int]:
 
 
 def _without_short_joint_arm(matrix: TransferMatrix) -> TransferMatrix:
-    """Return the matrix without a joint arm that had less training than the probes: any order would beat it."""
+    """Return the matrix without a joint run that had less training than the probes: any order would beat it."""
     ran, total = _steps(matrix)
     if ran is None or ran >= total:
         return matrix

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from polyphony.launch.cluster.local import RAY_GPUS, gpus_here, names_of_gpus
 from polyphony.launch.recipe import RecipeError
 
-WINGS = ("curricula", "launch", "rewards", "trainer")
+PACKAGES = ("curricula", "launch", "rewards", "trainer")
 POLL_S = 0.5
 RAY_NICENESS = "RAY_worker_niceness"
 """Variable for the priority of a cluster's workers. Ray's own lets anything else on the machine go first; the trainer waits
@@ -80,10 +80,10 @@ def staged_package() -> Path:
     """
     folder = Path(tempfile.mkdtemp(prefix="polyphony-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    wings = Path(__file__).resolve().parents[2]
-    for wing in WINGS:
+    house = Path(__file__).resolve().parents[2]
+    for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(wings / wing, folder / "polyphony" / wing, ignore=ignored)
+        shutil.copytree(house / package, folder / "polyphony" / package, ignore=ignored)
     return folder / "polyphony"
 
 

@@ -1,4 +1,4 @@
-"""`rollouts: {engine: ray}`: the trainer's engine seam over a pool of rollout workers.
+"""`rollouts: {engine: ray}`: the trainer's engine, over a pool of rollout workers.
 
 Rank 0 holds the pool; the other trainer ranks hand it their requests and get their completions back. Seeds belong to
 completions, so who samples what changes nothing but rounding. Groups stay whole, and the longest work is dealt out first.

@@ -76,7 +76,7 @@ class Probe:
         self.matrix = TransferMatrix.load(self.file) if self.file.exists() else None
 
     def run(self, arms: list[Arm]) -> Engine | None:
-        """Run every arm that the file does not hold; each adds one row."""
+        """Make every run that the file does not hold; each adds one row."""
         rows = self.matrix.rows if self.matrix is not None else ()
         held = {(row.trained, row.seed) for row in rows}
         arms = [arm for arm in arms if (arm.trained, arm.seed) not in held]
@@ -96,7 +96,7 @@ class Probe:
         return sum(len(table) for table in data.heldout.values())
 
     def _measure(self, arm: Arm) -> Evaluation:
-        """Train one arm from the start, evaluate it, and add its row to the file; return what is published of it."""
+        """Train one run from the start, evaluate it, and add its row to the file; return what is published of it."""
         trainer = self._train(arm, self._start(arm.seed))
         result = trainer.evaluator.run()
         result.check_failures(most=self.recipe.rollouts.max_grader_failures)
@@ -207,7 +207,7 @@ def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
 
 
 def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
-    """Return the recipe of one arm: the other domains are only watched; shares are equal, whatever the scheduler.
+    """Return the recipe of one run: the other domains are only watched; shares are equal, whatever the scheduler.
 
     Entropy is not controlled, and no prompt is known from before: what training does by itself is what a probe measures.
     """

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Literal
 
 from polyphony.rewards.sandbox import confine
-from polyphony.rewards.sandbox.server import ForkServer, shared_server
+from polyphony.rewards.sandbox.server import ForkServer, in_bubblewrap, shared_server
 from polyphony.rewards.workers import is_readable_by
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "limits"]
@@ -103,9 +103,10 @@ class Program:
         self._packages = sysconfig.get_path("purelib") if site_packages else ""
 
     def __enter__(self) -> Program:
-        alone = self._level == "bubblewrap"  # its folder in memory must not outlive the program
-        size = 4 * self._limits.file_bytes
-        self._own_server = ForkServer(in_bubblewrap=True, packages=self._packages, size_bytes=size) if alone else None
+        self._own_server: ForkServer | None = None
+        if self._level == "bubblewrap":  # its folder in memory must not outlive the program
+            size = 4 * self._limits.file_bytes
+            self._own_server = ForkServer(in_bubblewrap(packages=self._packages, size_bytes=size))
         settings = [f"{name}={getattr(self._limits, name)}" for name in Limits.__slots__]
         settings += [f"level={self._level}", f"packages={self._packages}", f"user={_user(self._level, self._packages)}"]
         self._server = self._own_server or shared_server()

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -23,13 +24,11 @@ _PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 class ForkServer:
     """A fork server, started when made. It ends when it is closed, and when its owner ends."""
 
-    def __init__(self, *, in_bubblewrap: bool = False, packages: str = "", size_bytes: int = 0) -> None:
-        """In bubblewrap its files, all in memory, may have `size_bytes`."""
-        folder = "/sandbox" if in_bubblewrap else str(_FOLDER)
-        command = [_PYTHON, "-s", "-P", "-S", f"{folder}/__main__.py"]
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it by what `on_host` or `in_bubblewrap` returns."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            _bubblewrap(packages, size_bytes) + command if in_bubblewrap else command,
+            command,
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -79,7 +78,7 @@ def shared_server() -> ForkServer:
     with _lock:
         server = _shared.get(os.getpid())
         if server is None or not server.is_alive:
-            server = _shared[os.getpid()] = ForkServer()
+            server = _shared[os.getpid()] = ForkServer(on_host())
             atexit.register(server.close)
         return server
 
@@ -90,7 +89,13 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", **threads}
 
 
-def _bubblewrap(packages: str, size_bytes: int) -> list[str]:
+def on_host() -> list[str]:
+    """Return the command of a server whose supervisors isolate their programs by themselves."""
+    return _python(str(_FOLDER))
+
+
+def in_bubblewrap(*, packages: str, size_bytes: int) -> list[str]:
+    """Return the command of a server inside bubblewrap; its files, all in memory, may have `size_bytes`."""
     found = shutil.which("bwrap") or "bwrap"
     command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     # of devices the one that holds nothing; a whole /dev comes with a /dev/shm without limit
@@ -104,4 +109,8 @@ def _bubblewrap(packages: str, size_bytes: int) -> list[str]:
             command += ["--symlink", str(Path(link).readlink()), link]
         elif Path(link).exists():
             command += ["--ro-bind", link, link]
-    return [*command, "--remount-ro", "/", "--"]
+    return [*command, "--remount-ro", "/", "--", *_python("/sandbox")]
+
+
+def _python(folder: str) -> list[str]:
+    return [_PYTHON, "-s", "-P", "-S", f"{folder}/__main__.py"]

@@ -22,7 +22,7 @@ LARGEST_GAP = 0.002
 
 
 def bench_plan(*, short: bool = False) -> list[Result]:
-    """Time the command for probes of two seeds, a joint arm and 1,000 resamples; compare the search with exact search."""
+    """Time the command for probes of two seeds, a joint run and 1,000 resamples; compare the search with exact search."""
     sizes, problems, size = ((3,), 2, 6) if short else (SIZES, PROBLEMS, PROBLEM_SIZE)
     return [*(_seconds(each) for each in sizes), *_gaps(problems, size)]
 

@@ -49,7 +49,7 @@ class World:
     luck: float = 0.03
     """Standard deviation of a domain's score between two trainings that differ in their seed."""
     joint: float | None = None
-    """What the joint arm adds to every domain; None: there is no such arm."""
+    """What the joint run adds to every domain; None: there is none."""
 
     def matrix(self, rng: np.random.Generator, transfer: np.ndarray) -> TransferMatrix:
         """Return probes under a true T [K, K]."""

@@ -145,7 +145,7 @@ class Recorder:
         """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
         past = self.curriculum.evaluations
         for name in sorted(set(past[0].entropy) - set(row.entropy)) if past and self.is_main else ():
-            message = "its held-out entropy was not measured; a scheduler that holds it takes it as inside its band"
+            message = "its held-out entropy was not measured; a scheduler that controls it counts it as inside its band"
             alarm = Alarm(step=row.step, domain=name, kind="entropy_unmeasured", message=message)
             self.folder.append("alarms", alarm.as_line())
 
