@@ -22,20 +22,26 @@ from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
+MOST = 10**9
+"""No number of a recipe is larger: what is, was meant otherwise, and overflows where it is multiplied."""
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
 def settings(kind: type[T]) -> type[T]:
     """Make a class of settings: a frozen dataclass that checks its fields, for recipes and scripts alike.
 
     Raises ValueError, in one line, for a name that it does not have and for a value of another type, out of its range,
-    infinite or NaN; a number that has a range is no text and no truth value. What holds such a class takes a mapping of its
-    fields as well.
+    infinite or NaN; a number that has a range is no text, no truth value and at most `MOST`. What holds such a class takes a
+    mapping of its fields as well.
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
     for given in vars(kind).values():
         if isinstance(given, FieldInfo) and given.metadata:
             given.metadata.append(Strict())
+            bounds = {name for limit in given.metadata for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+            if bounds and not bounds & {"le", "lt"}:
+                given.metadata.extend(Field(le=MOST).metadata)
     config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
     made: Any = checked(frozen=True, kw_only=True, slots=True, config=config)(kind)
     init = made.__init__
@@ -128,7 +134,7 @@ class Domain:
     """
 
     name: str
-    """Stands in metric keys: no spaces, no slash."""
+    """Stands in metric keys: no spaces, slashes, quotes or brackets."""
     kind: Kind
     """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
@@ -154,8 +160,10 @@ class Domain:
     @field_validator("name")
     @classmethod
     def _fits_a_metric_key(cls, name: str) -> str:
-        if not re.fullmatch(r"[^\s/]+", name):
-            raise ValueError("a name is part of metric keys: no spaces, no slash, not empty")
+        if not re.fullmatch(r"[^\s/\\\[\]<>&\"'`]+", name) or not name.isprintable() or ".." in f"{name}.":
+            raise ValueError(
+                "a name is part of metric keys: no spaces, no slash, not empty; nor quotes, brackets, '..'"
+            )
         return name
 
     @property

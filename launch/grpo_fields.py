@@ -6,6 +6,9 @@ A contract test compares the list with the installed TRL.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+from polyphony.curricula.records import MOST
 
 OURS = {
     "output_dir": "--out",
@@ -85,13 +88,42 @@ GRPO_KINDS: dict[str, tuple[str, bool]] = {
 }
 """What each field takes, in words, and whether null as well; no words: left to TRL. `?` marks null in the lists."""
 
-ABOVE_ZERO = frozenset(
-    {
-        *("generation_batch_size", "gradient_accumulation_steps", "max_completion_length", "num_generations"),
-        *("num_iterations", "per_device_train_batch_size", "steps_per_generation", "temperature"),
-    }
+_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "above 0",
+        lambda v: v > 0,
+        """
+        ddp_bucket_cap_mb ddp_timeout delta dataloader_prefetch_factor eval_accumulation_steps generation_batch_size
+        gradient_accumulation_steps logging_steps max_completion_length num_generations num_iterations num_train_epochs
+        off_policy_mask_threshold per_device_eval_batch_size per_device_train_batch_size ref_model_sync_steps
+        repetition_penalty sapo_temperature_neg sapo_temperature_pos steps_per_generation temperature
+        torch_empty_cache_steps vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_max_model_length
+        vllm_server_timeout vllm_tensor_parallel_size
+        """,
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        """
+        adam_epsilon beta data_seed dataloader_num_workers entropy_coef_delta entropy_target epsilon epsilon_high
+        eval_delay max_grad_norm max_tool_calling_iterations neftune_noise_alpha num_completions_to_print
+        router_aux_loss_coef seed vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
+        vllm_importance_sampling_clip_min warmup_steps weight_decay
+        """,
+    ),
+    (
+        "in [0, 1]",
+        lambda v: 0 <= v <= 1,
+        "label_smoothing_factor learning_rate min_p ref_model_mixup_alpha top_entropy_quantile",
+    ),
+    ("in (0, 1]", lambda v: 0 < v <= 1, "top_p vllm_gpu_memory_utilization"),
+    ("in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
+    ("at least -1", lambda v: v >= -1, "local_rank top_k"),
+    ("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1, "max_steps"),
+    ("in 1..65535", lambda v: 1 <= v <= 65535, "vllm_group_port vllm_server_port"),
 )
-"""Fields that something is divided by, or that nothing could be generated with."""
+LIMITS = {name: (words, fits) for words, fits, names in _LIMITS for name in names.split()}
+"""The range of each number that has one beside `MOST`, in words and as a test."""
 
 ONE_OF = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
@@ -119,4 +151,8 @@ def complaint(name: str, value: object) -> str | None:
     fits = {"a whole number": is_number and isinstance(value, int), "a finite number": is_number}
     if not fits.get(kind, isinstance(value, bool)):
         return f"{kind}{' or null' if may_be_null else ''}"
-    return "above 0" if name in ABOVE_ZERO and not value > 0 else None  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if name in LIMITS and not LIMITS[name][1](value):
+        return LIMITS[name][0]
+    return f"at most {MOST:,}" if abs(value) > MOST else None

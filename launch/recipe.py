@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
     `mean_only` is r - mean."""
     domains: dict[str, RecipeDomain] = Field(min_length=1)
-    """A domain's key is its name, which stands in metric keys: no spaces, no slash."""
+    """A domain's key is its name, which stands in metric keys: no spaces, slashes, quotes or brackets."""
     curriculum: CurriculumSection = CurriculumSection()
     pool: PoolSettings | None = None
     """`pool: {}` turns it on; without it every prompt is drawn once a pass."""
@@ -96,11 +96,18 @@ class Recipe(BaseModel):
     @field_validator("name")
     @classmethod
     def _fits_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w .,+=@()-]*", name):
+        if not re.fullmatch(r"\w[\w .,+=@()-]*", name) or ".." in name:
             raise ValueError(
-                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no other sign first than _"
+                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no '..', no other sign first than _"
             )
         return name
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_name(cls, model: str) -> str:
+        if not model.strip() or not model.isprintable():
+            raise ValueError("expected a name on the Hugging Face hub, or a folder")
+        return model
 
     @field_validator("domains", "guardrails", mode="before")
     @classmethod
@@ -299,7 +306,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         for name, domain in recipe.domains.items()
     }
     model = recipe.model
-    if model.startswith(("./", "../", "/")) or (folder / model).is_dir():
+    if model.startswith((".", "/")) or (folder / model).is_dir():
         if not (folder / model).is_dir():
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
