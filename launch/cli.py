@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         is_input = isinstance(error, ValueError)
-        print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(error)}", file=sys.stderr)
+        for line in getattr(error, "problems", [error]):
+            print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(line)}", file=sys.stderr)
         return USAGE_ERROR if is_input else 1
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)

@@ -88,6 +88,33 @@ GRPO_KINDS: dict[str, tuple[str, bool]] = {
 }
 """What each field takes, in words, and whether null as well; no words: left to TRL. `?` marks null in the lists."""
 
+_MEANT = """
+    learning_rate lr; num_train_epochs epochs num_epochs n_epochs; max_steps steps num_steps
+    total_steps train_steps; per_device_train_batch_size batch_size train_batch_size mini_batch_size micro_batch_size bs
+    per_gpu_train_batch_size per_device_batch_size; gradient_accumulation_steps ga grad_accum grad_accumulation_steps
+    accumulation_steps gradient_accumulation; num_generations group_size n_samples rollout_n n num_samples num_rollouts;
+    max_completion_length max_new_tokens max_tokens max_length response_length max_response_length; beta kl kl_coef kl_coeff
+    kl_beta init_kl_coef; epsilon epsilon_low clip cliprange clip_range clip_ratio clip_eps clip_epsilon; epsilon_high
+    clip_high clip_ratio_high; temperature temp; max_grad_norm grad_clip clip_grad clip_grad_norm gradient_clipping;
+    warmup_steps warmup warmup_ratio num_warmup_steps; weight_decay wd; lr_scheduler_type lr_scheduler schedule; optim
+    optimizer; entropy_coef ent_coef entropy_bonus; use_cpu no_cuda; seed random_seed; vllm_max_model_length max_model_len
+    vllm_max_model_len; vllm_gpu_memory_utilization gpu_memory_utilization vllm_gpu_memory; eval.every evaluation_strategy
+    eval_every eval_interval; eval.samples eval_samples num_generations_eval; checkpoint.every save_every save_interval;
+    checkpoint.keep save_total; domains.<name>.reward reward_funcs reward_func reward_fn reward_model; domains.<name>.train
+    train_dataset dataset dataset_name train_file; domains.<name>.heldout eval_dataset test_dataset eval_file;
+    tracking.wandb.project wandb_project; lora peft_config peft lora_config; lora.r lora_r lora_rank; lora.alpha lora_alpha;
+    domains.<name>.system_prompt system_prompt; scale_rewards normalize_rewards; model model_name_or_path model_name
+    model_id; rollouts.tensor_parallel tensor_parallel_size
+"""
+MEANT = {name: key for line in _MEANT.split(";") for key, *names in [line.split()] for name in names}
+"""What others, or TRL once, call a key, and what it is here; one without a dot or of TRL stands in `grpo`."""
+
+GONE = {
+    "max_prompt_length": "TRL has it no more: no prompt is cut, one that does not fit into the context is refused",
+    "truncate_prompt": "no prompt is cut, one that does not fit into the context is refused",
+}
+"""Fields that TRL once had and that nothing stands for."""
+
 _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
