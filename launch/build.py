@@ -20,6 +20,7 @@ from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
+from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def build_trainer(
     build_scheduler(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
+    if args.process_index == 0:
+        for line in remarks(recipe, args):
+            say(line)
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
@@ -161,6 +165,34 @@ def build_scheduler(recipe: Recipe) -> Scheduler:
         raise RecipeError(f"{where}{error}") from error
 
 
+def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
+    """Return what works, but was hardly meant so: a line for each with its number and a remedy."""
+    found, grpo = [], recipe.grpo
+    trained = sum(not domain.is_watch_only for domain in recipe.domains.values())
+    prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+    if not args.bf16 and grpo.get("bf16") is None and not grpo.get("fp16"):
+        found.append("no GPU here: the policy takes float32")
+    if prompts < max(2, trained):
+        found.append(
+            f"a draw holds {prompts} prompt{'s' if prompts > 1 else ''} ({args.generation_batch_size} completions in groups "
+            f"of {args.num_generations}) for {trained} trained domain{'s' if trained > 1 else ''}: raise "
+            "grpo.gradient_accumulation_steps or per_device_train_batch_size"
+        )
+    for name, (most, used) in USUAL.items():
+        if (value := getattr(args, name)) is not None and value > most:
+            found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
+    return found
+
+
+USUAL = {
+    "beta": (1, "0 to 0.1: the KL term would outweigh every reward"),
+    "epsilon": (1, "0.1 to 0.3: from 1 on no ratio is clipped from below"),
+    "learning_rate": (1e-3, "1e-6 for all weights to 1e-4 for adapters: one step would move the policy too far"),
+    "temperature": (2, "0.6 to 1.2: completions would be noise"),
+}
+"""Largest value of a field that is no surprise, and what is used."""
+
+
 def _peft_config(recipe: Recipe) -> Any:
     if recipe.lora is None:
         return None
@@ -188,8 +220,11 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and not torch.cuda.is_available():
         ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
+    if not recipe.grpo.get("fp16") and (recipe.grpo.get("use_cpu") or not torch.accelerator.is_available()):
+        ours["bf16"] = False  # which TRL takes for granted, and Transformers refuses here
+    said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
     try:
-        config = GRPOConfig(**{**ours, **recipe.grpo})
+        config = GRPOConfig(**{**ours, **said})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
     if started == 1 and config.n_gpu > 1:
