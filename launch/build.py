@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,31 +45,45 @@ def check_probe(recipe: Recipe) -> None:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for a scheduler, reward, partitioner, engine, pool or file that does not exist.
+    """Raise RecipeError for a scheduler, reward, partitioner, engine, pool or file that does not exist, with all of them.
 
     Imports no torch but for an engine of the recipe's own.
     """
-    build_scheduler(recipe)
-    check_probe(recipe)
+    if found := [line for lines in missing_names(recipe).values() for line in lines]:
+        raise RecipeError(*found)
+
+
+def missing_names(recipe: Recipe) -> dict[str, list[str]]:
+    """Return what a recipe names and there is not, a line each, by domain; under no name what belongs to none."""
+    found: dict[str, list[str]] = {"": [*_refused(build_scheduler, recipe), *_refused(check_probe, recipe)]}
     if recipe.rollouts.is_imported:
-        rollout_engine(recipe)
-    try:
-        if recipe.pool is not None:
-            recipe.pool.check_parts()
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+        found[""] += _refused(rollout_engine, recipe)
+    if recipe.pool is not None:
+        found[""] += _refused(recipe.pool.check_parts)
     for name, section in recipe.domains.items():
-        for key in ("train", "heldout", "reward", "diversity"):
-            value, where = getattr(section, key), f"domains.{name}.{key}"
-            try:
-                if key in ("train", "heldout"):
-                    check_source(value, where=where)
-                elif key == "reward":
-                    find_reward(value)
-                elif value is not None:
-                    find_partitioner(value.partitioner)
-            except ValueError as error:
-                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+        for key, check in _CHECKS.items():
+            if (value := getattr(section, key)) is not None:
+                where = f"domains.{name}.{key}"
+                lines = _refused(check, value, where)
+                found.setdefault(name, []).extend(f"{where}: {line.removeprefix(f'{where}: ')}" for line in lines)
+    return found
+
+
+def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
+    try:
+        check(*given)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "train": lambda source, where: check_source(source, where=where),
+    "heldout": lambda source, where: check_source(source, where=where),
+    "reward": lambda reward, where: find_reward(reward),
+    "diversity": lambda diversity, where: find_partitioner(diversity.partitioner),
+}
+"""What of a domain names something that has to be there."""
 
 
 def build_trainer(
