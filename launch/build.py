@@ -44,17 +44,11 @@ def check_probe(recipe: Recipe) -> None:
         raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
 
 
-def check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for a scheduler, reward, partitioner, engine, pool or file that does not exist, with all of them.
-
-    Imports no torch but for an engine of the recipe's own.
-    """
-    if found := [line for lines in missing_names(recipe).values() for line in lines]:
-        raise RecipeError(*found)
-
-
 def missing_names(recipe: Recipe) -> dict[str, list[str]]:
-    """Return what a recipe names and there is not, a line each, by domain; under no name what belongs to none."""
+    """Return what a recipe names and there is not, a line each, by domain; under no name what belongs to none.
+
+    A scheduler, reward, partitioner, engine, pool, file. Imports no torch but for an engine of the recipe's own.
+    """
     found: dict[str, list[str]] = {"": [*_refused(build_scheduler, recipe), *_refused(check_probe, recipe)]}
     if recipe.rollouts.is_imported:
         found[""] += _refused(rollout_engine, recipe)
