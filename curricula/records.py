@@ -22,20 +22,26 @@ from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
+MOST = 10**9
+"""No number of a recipe is larger: what is, was meant otherwise, and overflows where it is multiplied."""
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
 def settings(kind: type[T]) -> type[T]:
     """Make a class of settings: a frozen dataclass that checks its fields, for recipes and scripts alike.
 
     Raises ValueError, in one line, for a name that it does not have and for a value of another type, out of its range,
-    infinite or NaN; a number that has a range is no text and no truth value. What holds such a class takes a mapping of its
-    fields as well.
+    infinite or NaN; a number that has a range is no text, no truth value and at most `MOST`. What holds such a class takes a
+    mapping of its fields as well.
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
     for given in vars(kind).values():
         if isinstance(given, FieldInfo) and given.metadata:
             given.metadata.append(Strict())
+            bounds = {name for limit in given.metadata for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+            if bounds and not bounds & {"le", "lt"}:
+                given.metadata.extend(Field(le=MOST).metadata)
     config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True)
     made: Any = checked(frozen=True, kw_only=True, slots=True, config=config)(kind)
     init = made.__init__
@@ -47,7 +53,7 @@ def settings(kind: type[T]) -> type[T]:
             init(self, **given)
         except ValidationError as error:
             of = given.get(owner)
-            what = first_problem(error, lambda where: [n for names in keys_at(made, where).items() for n in names])
+            what = problem(error.errors()[0], functools.partial(_meant_in, made))
             raise ValueError(f"{made.__name__}{'' if of is None else f' {of!r}'}: {what}") from error
 
     made.__init__ = __init__
@@ -63,20 +69,23 @@ def as_settings(kind: type[T], given: T | Mapping[str, Any] | None) -> T:
     return kind(**{str(name): value for name, value in (given or {}).items()})
 
 
-def first_problem(error: ValidationError, known: Callable[[Sequence[Any]], Collection[str]]) -> str:
-    """Return the first thing that was wrong with settings, in one line: which field, what is allowed, what was given.
+def problem(error: Mapping[str, Any], meant: Callable[[Sequence[Any]], str]) -> str:
+    """Return one of the errors of a ValidationError in one line: which field, what is allowed, what was given.
 
-    `known` tells the keys that exist at a place, the nearest of which is named for one that does not.
+    `meant` returns, in words, which key was meant by one that does not exist, from its place.
     """
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), known(first['loc'][:-1]))}"
-    if first["type"] == "missing":
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {where!r}; {meant(error['loc'])}"
+    if error["type"] == "missing":
         return f"{where}: required, but not given"
-    given = getattr(first["input"], "kwargs", first["input"])  # of the class as a whole: what it was called with
-    message = f"{first['msg'].removeprefix('Value error, ')}, got {shortened(given)}"
+    given = getattr(error["input"], "kwargs", error["input"])  # of the class as a whole: what it was called with
+    message = f"{error['msg'].removeprefix('Value error, ')}, got {shortened(given)}"
     return f"{where}: {message}" if where else message
+
+
+def _meant_in(kind: type, place: Sequence[Any]) -> str:
+    return nearest(str(place[-1]), [name for names in keys_at(kind, place[:-1]).items() for name in names])
 
 
 def shortened(given: Any, most: int = 200) -> str:
@@ -97,7 +106,9 @@ def keys_at(kind: Any, place: Sequence[Any]) -> dict[str, str]:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """Return, in words, which of the names is meant by one that is not among them; all where none is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    if not known:
+        return "there are no keys here"
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(set(known)))}"
 
 
@@ -128,7 +139,7 @@ class Domain:
     """
 
     name: str
-    """Stands in metric keys: no spaces, no slash."""
+    """Stands in metric keys: no spaces, slashes, quotes or brackets."""
     kind: Kind
     """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
@@ -154,8 +165,10 @@ class Domain:
     @field_validator("name")
     @classmethod
     def _fits_a_metric_key(cls, name: str) -> str:
-        if not re.fullmatch(r"[^\s/]+", name):
-            raise ValueError("a name is part of metric keys: no spaces, no slash, not empty")
+        if not re.fullmatch(r"[^\s/\\\[\]<>&\"'`]+", name) or not name.isprintable() or ".." in f"{name}.":
+            raise ValueError(
+                "a name is part of metric keys: no spaces, no slash, not empty; nor quotes, brackets, '..'"
+            )
         return name
 
     @property

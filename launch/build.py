@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.data import check_source
+from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
 
 if TYPE_CHECKING:
@@ -42,32 +44,40 @@ def check_probe(recipe: Recipe) -> None:
         raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
 
 
-def check_names(recipe: Recipe) -> None:
-    """Raise RecipeError for a scheduler, reward, partitioner, engine, pool or file that does not exist.
+def missing_names(recipe: Recipe) -> dict[str, list[str]]:
+    """Return what a recipe names and there is not, a line each, by domain; under no name what belongs to none.
 
-    Imports no torch but for an engine of the recipe's own.
+    A scheduler, reward, partitioner, engine, pool, file. Imports no torch but for an engine of the recipe's own.
     """
-    build_scheduler(recipe)
-    check_probe(recipe)
+    found: dict[str, list[str]] = {"": [*_refused(build_scheduler, recipe), *_refused(check_probe, recipe)]}
     if recipe.rollouts.is_imported:
-        rollout_engine(recipe)
-    try:
-        if recipe.pool is not None:
-            recipe.pool.check_parts()
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+        found[""] += _refused(rollout_engine, recipe)
+    if recipe.pool is not None:
+        found[""] += _refused(recipe.pool.check_parts)
     for name, section in recipe.domains.items():
-        for key in ("train", "heldout", "reward", "diversity"):
-            value, where = getattr(section, key), f"domains.{name}.{key}"
-            try:
-                if key in ("train", "heldout"):
-                    check_source(value, where=where)
-                elif key == "reward":
-                    find_reward(value)
-                elif value is not None:
-                    find_partitioner(value.partitioner)
-            except ValueError as error:
-                raise RecipeError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+        for key, check in _CHECKS.items():
+            if (value := getattr(section, key)) is not None:
+                where = f"domains.{name}.{key}"
+                lines = _refused(check, value, where)
+                found.setdefault(name, []).extend(f"{where}: {line.removeprefix(f'{where}: ')}" for line in lines)
+    return found
+
+
+def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
+    try:
+        check(*given)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "train": lambda source, where: check_source(source, where=where),
+    "heldout": lambda source, where: check_source(source, where=where),
+    "reward": lambda reward, where: find_reward(reward),
+    "diversity": lambda diversity, where: find_partitioner(diversity.partitioner),
+}
+"""What of a domain names something that has to be there."""
 
 
 def build_trainer(
@@ -82,6 +92,9 @@ def build_trainer(
     build_scheduler(recipe)
     check_heads(recipe)
     data = load_data(recipe, args)
+    if args.process_index == 0:
+        for line in remarks(recipe, args):
+            say(line)
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
@@ -161,6 +174,34 @@ def build_scheduler(recipe: Recipe) -> Scheduler:
         raise RecipeError(f"{where}{error}") from error
 
 
+def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
+    """Return what works, but was hardly meant so: a line for each with its number and a remedy."""
+    found, grpo = [], recipe.grpo
+    trained = sum(not domain.is_watch_only for domain in recipe.domains.values())
+    prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+    if not args.bf16 and grpo.get("bf16") is None and not grpo.get("fp16"):
+        found.append("no GPU here: the policy takes float32")
+    if prompts < max(2, trained):
+        found.append(
+            f"a draw holds {prompts} prompt{'s' if prompts > 1 else ''} ({args.generation_batch_size} completions in groups "
+            f"of {args.num_generations}) for {trained} trained domain{'s' if trained > 1 else ''}: raise "
+            "grpo.gradient_accumulation_steps or per_device_train_batch_size"
+        )
+    for name, (most, used) in USUAL.items():
+        if (value := getattr(args, name)) is not None and value > most:
+            found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
+    return found
+
+
+USUAL = {
+    "beta": (1, "0 to 0.1: the KL term would outweigh every reward"),
+    "epsilon": (1, "0.1 to 0.3: from 1 on no ratio is clipped from below"),
+    "learning_rate": (1e-3, "1e-6 for all weights to 1e-4 for adapters: one step would move the policy too far"),
+    "temperature": (2, "0.6 to 1.2: completions would be noise"),
+}
+"""Largest value of a field that is no surprise, and what is used."""
+
+
 def _peft_config(recipe: Recipe) -> Any:
     if recipe.lora is None:
         return None
@@ -188,8 +229,11 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and not torch.cuda.is_available():
         ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
+    if not recipe.grpo.get("fp16") and (recipe.grpo.get("use_cpu") or not torch.accelerator.is_available()):
+        ours["bf16"] = False  # which TRL takes for granted, and Transformers refuses here
+    said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
     try:
-        config = GRPOConfig(**{**ours, **recipe.grpo})
+        config = GRPOConfig(**{**ours, **said})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"grpo: {error}") from error
     if started == 1 and config.n_gpu > 1:

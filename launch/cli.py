@@ -61,7 +61,8 @@ def _json(verb: argparse.ArgumentParser, text: str = "print one JSON object") ->
 
 def _add_train(train: argparse.ArgumentParser) -> None:
     _recipe(train, nargs="?")
-    _run_folder(train, "check and print the resolved recipe, then stop")
+    _run_folder(train, "check all that a run will meet but for weights, print the resolved recipe, then stop")
+    train.add_argument("--offline", action="store_true", help="with --dry-run: ask no judge")
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -154,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         is_input = isinstance(error, ValueError)
-        print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(error)}", file=sys.stderr)
+        for line in getattr(error, "problems", [error]):
+            print(f"polyphony {arguments.verb}: {'' if is_input else 'stopped: '}{_one_line(line)}", file=sys.stderr)
         return USAGE_ERROR if is_input else 1
     except KeyboardInterrupt:
         print(f"polyphony {arguments.verb}: interrupted", file=sys.stderr)
@@ -204,15 +206,12 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from polyphony.launch.build import check_names
+    if arguments.dry_run:
+        return _check_before(arguments)
     from polyphony.launch.train import train
     from polyphony.trainer.run.folder import Interrupted, RunFolder
 
     recipe = _recipe_to_train(arguments)
-    if arguments.dry_run:
-        check_names(recipe)
-        print(recipe.as_yaml(), end="")
-        return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
     try:
         train(recipe, out, resume=arguments.resume is not None)
@@ -226,6 +225,28 @@ def _train(arguments: argparse.Namespace) -> int:
         print(predicted_table(json.loads(folder.predicted.read_text())))
     if os.environ.get("RANK", "0") == "0":
         print(folder.report)
+    return 0
+
+
+def _check_before(arguments: argparse.Namespace) -> int:
+    """Say all that is wrong, each as soon as it is found; print the recipe where nothing is."""
+    from polyphony.launch.recipe import RecipeError
+    from polyphony.launch.train import preflight
+
+    recipe, problems = None, ()
+    try:
+        recipe = _recipe_to_train(arguments)
+    except RecipeError as error:
+        recipe, problems = error.rest, error.problems
+        if recipe is None:
+            raise
+    is_wrong = False
+    for line in preflight(recipe, problems=problems, offline=arguments.offline):
+        print(f"polyphony train: {_one_line(line)}", file=sys.stderr)
+        is_wrong = True
+    if is_wrong:
+        return USAGE_ERROR
+    print(recipe.as_yaml(), end="")
     return 0
 
 

@@ -6,6 +6,9 @@ A contract test compares the list with the installed TRL.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+from polyphony.curricula.records import MOST
 
 OURS = {
     "output_dir": "--out",
@@ -85,13 +88,69 @@ GRPO_KINDS: dict[str, tuple[str, bool]] = {
 }
 """What each field takes, in words, and whether null as well; no words: left to TRL. `?` marks null in the lists."""
 
-ABOVE_ZERO = frozenset(
-    {
-        *("generation_batch_size", "gradient_accumulation_steps", "max_completion_length", "num_generations"),
-        *("num_iterations", "per_device_train_batch_size", "steps_per_generation", "temperature"),
-    }
+_MEANT = """
+    learning_rate lr; num_train_epochs epochs num_epochs n_epochs; max_steps steps num_steps
+    total_steps train_steps; per_device_train_batch_size batch_size train_batch_size mini_batch_size micro_batch_size bs
+    per_gpu_train_batch_size per_device_batch_size; gradient_accumulation_steps ga grad_accum grad_accumulation_steps
+    accumulation_steps gradient_accumulation; num_generations group_size n_samples rollout_n n num_samples num_rollouts;
+    max_completion_length max_new_tokens max_tokens max_length response_length max_response_length; beta kl kl_coef kl_coeff
+    kl_beta init_kl_coef; epsilon epsilon_low clip cliprange clip_range clip_ratio clip_eps clip_epsilon; epsilon_high
+    clip_high clip_ratio_high; temperature temp; max_grad_norm grad_clip clip_grad clip_grad_norm gradient_clipping;
+    warmup_steps warmup warmup_ratio num_warmup_steps; weight_decay wd; lr_scheduler_type lr_scheduler schedule; optim
+    optimizer; entropy_coef ent_coef entropy_bonus; use_cpu no_cuda; seed random_seed; vllm_max_model_length max_model_len
+    vllm_max_model_len; vllm_gpu_memory_utilization gpu_memory_utilization vllm_gpu_memory; eval.every evaluation_strategy
+    eval_every eval_interval; eval.samples eval_samples num_generations_eval; checkpoint.every save_every save_interval;
+    checkpoint.keep save_total; domains.<name>.reward reward_funcs reward_func reward_fn reward_model; domains.<name>.train
+    train_dataset dataset dataset_name train_file; domains.<name>.heldout eval_dataset test_dataset eval_file;
+    tracking.wandb.project wandb_project; lora peft_config peft lora_config; lora.r lora_r lora_rank; lora.alpha lora_alpha;
+    domains.<name>.system_prompt system_prompt; scale_rewards normalize_rewards; model model_name_or_path model_name
+    model_id; rollouts.tensor_parallel tensor_parallel_size
+"""
+MEANT = {name: key for line in _MEANT.split(";") for key, *names in [line.split()] for name in names}
+"""What others, or TRL once, call a key, and what it is here; one without a dot or of TRL stands in `grpo`."""
+
+GONE = {
+    "max_prompt_length": "TRL has it no more: no prompt is cut, one that does not fit into the context is refused",
+    "truncate_prompt": "no prompt is cut, one that does not fit into the context is refused",
+}
+"""Fields that TRL once had and that nothing stands for."""
+
+_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "above 0",
+        lambda v: v > 0,
+        """
+        ddp_bucket_cap_mb ddp_timeout delta dataloader_prefetch_factor eval_accumulation_steps generation_batch_size
+        gradient_accumulation_steps logging_steps max_completion_length num_generations num_iterations num_train_epochs
+        off_policy_mask_threshold per_device_eval_batch_size per_device_train_batch_size ref_model_sync_steps
+        repetition_penalty sapo_temperature_neg sapo_temperature_pos steps_per_generation temperature
+        torch_empty_cache_steps vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_max_model_length
+        vllm_server_timeout vllm_tensor_parallel_size
+        """,
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        """
+        adam_epsilon beta data_seed dataloader_num_workers entropy_coef_delta entropy_target epsilon epsilon_high
+        eval_delay max_grad_norm max_tool_calling_iterations neftune_noise_alpha num_completions_to_print
+        router_aux_loss_coef seed vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
+        vllm_importance_sampling_clip_min warmup_steps weight_decay
+        """,
+    ),
+    (
+        "in [0, 1]",
+        lambda v: 0 <= v <= 1,
+        "label_smoothing_factor learning_rate min_p ref_model_mixup_alpha top_entropy_quantile",
+    ),
+    ("in (0, 1]", lambda v: 0 < v <= 1, "top_p vllm_gpu_memory_utilization"),
+    ("in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
+    ("at least -1", lambda v: v >= -1, "local_rank top_k"),
+    ("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1, "max_steps"),
+    ("in 1..65535", lambda v: 1 <= v <= 65535, "vllm_group_port vllm_server_port"),
 )
-"""Fields that something is divided by, or that nothing could be generated with."""
+LIMITS = {name: (words, fits) for words, fits, names in _LIMITS for name in names.split()}
+"""The range of each number that has one beside `MOST`, in words and as a test."""
 
 ONE_OF = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
@@ -119,4 +178,8 @@ def complaint(name: str, value: object) -> str | None:
     fits = {"a whole number": is_number and isinstance(value, int), "a finite number": is_number}
     if not fits.get(kind, isinstance(value, bool)):
         return f"{kind}{' or null' if may_be_null else ''}"
-    return "above 0" if name in ABOVE_ZERO and not value > 0 else None  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if name in LIMITS and not LIMITS[name][1](value):
+        return LIMITS[name][0]
+    return f"at most {MOST:,}" if abs(value) > MOST else None

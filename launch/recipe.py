@@ -5,12 +5,13 @@ No torch, no TRL: a recipe is checked in milliseconds, `grpo.*` against the comm
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from ruamel.yaml import YAML
@@ -19,8 +20,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import AdvantageKind, first_problem, keys_at, nearest
-from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, OURS, TRL_ENGINE, complaint
+from polyphony.curricula.records import AdvantageKind, keys_at, nearest, problem, shortened
+from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, TRL_ENGINE, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
     ClusterSection,
@@ -49,7 +50,13 @@ KEY = {"domains": "name", "guardrails": "domain"}
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run, in one line."""
+    """A recipe that cannot be run, in one line; `problems` has all that was found, a line each."""
+
+    def __init__(self, *problems: str, rest: Recipe | None = None) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
+        self.rest = rest
+        """The recipe without what is wrong with it, so that the rest can be checked; None where nothing is left."""
 
 
 class Recipe(BaseModel):
@@ -70,7 +77,7 @@ class Recipe(BaseModel):
     """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
     `mean_only` is r - mean."""
     domains: dict[str, RecipeDomain] = Field(min_length=1)
-    """A domain's key is its name, which stands in metric keys: no spaces, no slash."""
+    """A domain's key is its name, which stands in metric keys: no spaces, slashes, quotes or brackets."""
     curriculum: CurriculumSection = CurriculumSection()
     pool: PoolSettings | None = None
     """`pool: {}` turns it on; without it every prompt is drawn once a pass."""
@@ -96,11 +103,18 @@ class Recipe(BaseModel):
     @field_validator("name")
     @classmethod
     def _fits_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w .,+=@()-]*", name):
+        if not re.fullmatch(r"\w[\w .,+=@()-]*", name) or ".." in name:
             raise ValueError(
-                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no other sign first than _"
+                "a run's folder is called so: letters, digits, spaces and _.,+=@()-, no '..', no other sign first than _"
             )
         return name
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_name(cls, model: str) -> str:
+        if not model.strip() or not model.isprintable():
+            raise ValueError("expected a name on the Hugging Face hub, or a folder")
+        return model
 
     @field_validator("domains", "guardrails", mode="before")
     @classmethod
@@ -208,26 +222,77 @@ def _as_written(folder: RunFolder) -> Path:
 
 
 def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -> Recipe:
-    """Return the recipe of a document; its paths are relative to `folder`, where its modules may be too."""
-    for override in overrides:
-        _apply(document, override)
+    """Return the recipe of a document; its paths are relative to `folder`, where its modules may be too.
+
+    Raises RecipeError with all that is wrong.
+    """
+    problems = [said for override in overrides for said in _refused(_apply, document, override)]
     look_in(folder)
+    recipe, invalid = _valid_part(renamed(document))
+    problems += invalid
+    if recipe is None:
+        grpo = document.get("grpo")
+        raise RecipeError(*problems, *(_grpo_problems(grpo).values() if isinstance(grpo, Mapping) else ()))
+    bad = _grpo_problems(recipe.grpo)
+    recipe = recipe.model_copy(update={"grpo": {name: v for name, v in recipe.grpo.items() if name not in bad}})
+    problems += bad.values()
+    for check in (_check_engine, _check_keys, _check_trainer):
+        problems += _refused(check, recipe)
     try:
-        recipe = Recipe.model_validate(renamed(document), by_alias=True, by_name=False)
-    except ValidationError as error:
-        raise RecipeError(first_problem(error, _keys_at)) from error
-    _check_grpo(recipe.grpo)
-    _check_engine(recipe)
-    for key, field in KEY.items():
-        for name, section in getattr(recipe, key).items():
-            if (own := getattr(section, field)) != name:
-                raise RecipeError(f"{key}.{name}.{field}: its key says it, leave it out; got {own!r}")
+        recipe = _with_absolute_paths(recipe, folder)
+    except RecipeError as error:
+        raise RecipeError(*problems, str(error)) from error
+    if problems:
+        raise RecipeError(*problems, rest=recipe)
+    return recipe
+
+
+def _refused(check: Callable[..., None], *given: Any) -> list[str]:
     try:
-        of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
-        recipe.of_trainer.check(list(recipe.domains), engine=recipe.rollouts.engine, of_trl=of_trl)
+        check(*given)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
-    return _with_absolute_paths(recipe, folder)
+        return [str(error)]
+    return []
+
+
+def _valid_part(document: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe of what is valid, None where too little is, and a line for each key that is not."""
+    found: dict[tuple[Any, ...], str] = {}
+    while True:
+        try:
+            return Recipe.model_validate(document, by_alias=True, by_name=False), list(found.values())
+        except ValidationError as error:
+            wrong = {_within(document, each): each for each in reversed(error.errors())}
+        for place, each in reversed(wrong.items()):
+            if each["loc"] not in found:  # else it is missing because it was taken out
+                found.setdefault(place, problem(each, _meant))
+        if () in wrong:
+            return None, list(found.values())
+        for place in wrong:
+            document = _without(document, place)
+        if any(place[0] == "domains" and len(place) == 2 for place in wrong):  # who names it is not at fault
+            document = {k: v for k, v in document.items() if k not in ("curriculum", "guardrails", "entropy")}
+        if not document.get("domains"):
+            return None, list(found.values())
+
+
+def _within(document: Any, error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the place of an error as far as the document has it."""
+    place: list[Any] = []
+    for part in error["loc"]:
+        if not isinstance(document, Mapping) or part not in document:
+            break
+        place.append(part)
+        document = document[part]
+    return tuple(place)
+
+
+def _without(document: dict[str, Any], place: Sequence[Any]) -> dict[str, Any]:
+    """Return a document without what stands at a place."""
+    first, *rest = place
+    if not rest:
+        return {key: value for key, value in document.items() if key != first}
+    return {key: _without(value, rest) if key == first else value for key, value in document.items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -259,21 +324,65 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _keys_at(place: Sequence[Any]) -> list[str]:
-    said_by_key = KEY.get(str(place[0])) if place else None
-    return [key for key in keys_at(Recipe, place).values() if key != said_by_key]
+def _meant(place: Sequence[Any]) -> str:
+    """Return, in words, which key of a recipe was meant by one that does not exist: here, elsewhere, or by another name."""
+    *parents, name = map(str, place)
+    said_by_key = KEY.get(parents[0]) if parents else None
+    here = (
+        [key for key in keys_at(Recipe, parents).values() if key != said_by_key] if parents != ["grpo"] else GRPO_KINDS
+    )
+    if name in GONE:
+        return GONE[name]
+    key = MEANT.get(name, name)
+    if key in here:
+        return nearest(key, here)
+    path = (
+        f"grpo.{key}"
+        if key in GRPO_KINDS
+        else key
+        if "." in key or key in Recipe.model_fields
+        else _elsewhere().get(key)
+    )
+    return f"did you mean {path!r}?" if path else nearest(name, here)
 
 
-def _check_grpo(grpo: Mapping[str, Any]) -> None:
+@functools.cache
+def _elsewhere() -> dict[str, str]:
+    """Return the paths of the keys in sections, by their last part; of several the first."""
+    found: dict[str, str] = {}
+    for section, field in Recipe.model_fields.items():
+        path = f"{section}.<name>" if section in KEY else section
+        held = [k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "__pydantic_fields__")]
+        for key in keys_at(held[0], ()).values() if held else ():
+            found.setdefault(key, f"{path}.{key}")
+    return found
+
+
+def _grpo_problems(grpo: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong with fields of TRL's, by field."""
+    found = {}
     for name, value in grpo.items():
         if name in OURS:
-            raise RecipeError(f"grpo.{name} is set by Polyphony: use {OURS[name]}")
-        if name not in GRPO_KINDS:
-            raise RecipeError(f"unknown key 'grpo.{name}'; {nearest(name, GRPO_KINDS)}")
-        if needed := complaint(name, value):
-            raise RecipeError(f"grpo.{name} must be {needed}, got {value!r}")
+            found[name] = f"grpo.{name} is set by Polyphony: use {OURS[name]}"
+        elif name not in GRPO_KINDS:
+            found[name] = f"unknown key 'grpo.{name}'; {_meant(('grpo', name))}"
+        elif needed := complaint(name, value):
+            found[name] = f"grpo.{name} must be {needed}, got {shortened(value)}"
     if grpo.get("use_cpu") and grpo.get("deepspeed"):
-        raise RecipeError("grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two")
+        found["deepspeed"] = "grpo.use_cpu makes accelerate drop DeepSpeed without a word: leave out one of the two"
+    return found
+
+
+def _check_keys(recipe: Recipe) -> None:
+    for key, field in KEY.items():
+        for name, section in getattr(recipe, key).items():
+            if (own := getattr(section, field)) != name:
+                raise RecipeError(f"{key}.{name}.{field}: its key says it, leave it out; got {own!r}")
+
+
+def _check_trainer(recipe: Recipe) -> None:
+    of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
+    recipe.of_trainer.check(list(recipe.domains), engine=recipe.rollouts.engine, of_trl=of_trl)
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -299,7 +408,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         for name, domain in recipe.domains.items()
     }
     model = recipe.model
-    if model.startswith(("./", "../", "/")) or (folder / model).is_dir():
+    if model.startswith((".", "/")) or (folder / model).is_dir():
         if not (folder / model).is_dir():
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())

@@ -18,8 +18,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from polyphony.curricula.records import MOST
 from polyphony.curricula.schedulers import REGISTRY, find_scheduler
-from polyphony.launch.grpo_fields import GRPO_KINDS, OURS
+from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe
 from polyphony.trainer.metrics import METRICS, OF_THE_RUN
 
@@ -28,7 +29,8 @@ HEAD = """# Reference
 
 Every key of a recipe, every scheduler's settings, every metric. Written by `make reference` from the declarations in the
 code; `tests/test_reference.py` fails where it is behind them. A key's path is written with dots, as on the command line:
-`rollouts.engine=ray`. `<name>` is a name that the recipe chooses; `null` is Python's None. Numbers are finite.
+`rollouts.engine=ray`. `<name>` is a name that the recipe chooses; `null` is Python's None. Numbers are finite, and at most
+a thousand million.
 """
 PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", Any: "any"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -65,7 +67,7 @@ def allowed(annotation: Any) -> str:
 
 def _takes(field: FieldInfo) -> str:
     limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in SIGNS.items()]
-    bounds = ", ".join(f"{sign} {value:g}" for sign, value in limits if value is not None)
+    bounds = ", ".join(f"{sign} {value:g}" for sign, value in limits if value not in (None, MOST, -MOST))
     kind, _, null = allowed(field.annotation).partition(" or null")
     is_optional = NoneType in get_args(field.annotation)
     return f"{kind}{null} {bounds}".strip() + (" or null" if is_optional else "")
@@ -143,7 +145,8 @@ def grpo() -> Iterator[str]:
     by_kind: dict[str, list[str]] = {}
     for name, (kind, may_be_null) in sorted(GRPO_KINDS.items()):
         if name not in OURS:
-            takes = f"{kind or 'as in TRL'}{' or null' if kind and may_be_null else ''}"
+            limits = f" {LIMITS[name][0]}" if name in LIMITS else ""
+            takes = f"{kind or 'as in TRL'}{limits}{' or null' if kind and may_be_null else ''}"
             by_kind.setdefault(takes, []).append(f"`{name}`")
     fields_ = [(takes, ", ".join(names)) for takes, names in sorted(by_kind.items())]
     elsewhere = [(f"`grpo.{name}`", re.sub(r"^(--\w+|\w+\.[\w.<>]+)", r"`\1`", place)) for name, place in OURS.items()]

@@ -64,8 +64,14 @@ def test_a_grader_is_run_without_torch(completions):
     assert not modules_after("score", completions, "--reward", "exact") & {"torch", "trl", "transformers", "vllm"}
 
 
-def test_a_dry_run_imports_no_torch():
-    assert not modules_after("train", RECIPES / "debug.yaml", "--dry-run") & {"torch", "trl", "transformers", "vllm"}
+def test_names_values_and_files_are_checked_without_torch():
+    program = (
+        "import sys\nfrom polyphony.launch.build import missing_names\nfrom polyphony.launch.recipe import load_recipe\n"
+        f"import polyphony.launch.train\nfound = missing_names(load_recipe({str(RECIPES / 'debug.yaml')!r}))\n"
+        "assert not any(found.values())\n"
+        "assert not {'torch', 'trl', 'transformers', 'vllm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_dry_run_prints_a_recipe_that_loads_back_and_makes_no_folder(capsys, tmp_path, recipe, monkeypatch):

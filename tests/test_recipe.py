@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.grpo_fields import GRPO_KINDS, MEANT, OURS
+from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 
 RECIPE = """
 name: two
@@ -67,6 +68,36 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
         ("eval.every='3'", "eval.every: Input should be a valid integer, got '3'"),
         ("faults.grace_s='3'", "faults.grace_s: Input should be a valid number, got '3'"),
         ("grpo.learning_rate=.inf", "grpo.learning_rate must be a finite number, got inf"),
+        ("domans={}", "unknown key 'domans'; did you mean 'domains'?"),
+        ("max_steps=3", "unknown key 'max_steps'; did you mean 'grpo.max_steps'?"),
+        ("lr=1e-6", "unknown key 'lr'; did you mean 'grpo.learning_rate'?"),
+        ("grpo.lr=1e-6", "unknown key 'grpo.lr'; did you mean 'learning_rate'?"),
+        ("grpo.kl_coef=0", "unknown key 'grpo.kl_coef'; did you mean 'beta'?"),
+        ("grpo.Learning-Rate=1e-6", "unknown key 'grpo.Learning-Rate'; did you mean 'learning_rate'?"),
+        ("grpo.eval_every=5", "unknown key 'grpo.eval_every'; did you mean 'eval.every'?"),
+        ("reward=exact", "unknown key 'reward'; did you mean 'domains.<name>.reward'?"),
+        (
+            "grpo.max_prompt_length=512",
+            "unknown key 'grpo.max_prompt_length'; TRL has it no more: no prompt is cut, one that does not fit into the "
+            "context is refused",
+        ),
+        ("grpo.beta=-1", "grpo.beta must be at least 0, got -1"),
+        ("grpo.epsilon=-0.2", "grpo.epsilon must be at least 0, got -0.2"),
+        ("grpo.max_steps=0", "grpo.max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        ("grpo.max_steps=-5", "grpo.max_steps must be at least 1, or -1 for num_train_epochs, got -5"),
+        ("grpo.temperature=.inf", "grpo.temperature must be a finite number, got inf"),
+        ("grpo.temperature=1e300", "grpo.temperature must be at most 1,000,000,000, got 1e+300"),
+        ("grpo.top_p=0", "grpo.top_p must be in (0, 1], got 0"),
+        ("entropy.max_coefficient=.inf", "entropy.max_coefficient: Input should be a finite number, got inf"),
+        ("entropy.band=[0.5, 1e308]", "entropy.band: expected multiples 0 <= low < 1 < high <= 1000 of the base "),
+        ("faults.grace_s=.inf", "faults.grace_s: Input should be a finite number, got inf"),
+        ("faults.grace_s=1e300", "faults.grace_s: Input should be less than or equal to 1000000000, got 1e+300"),
+        ("checkpoint.keep=true", "checkpoint.keep: Input should be a valid integer, got True"),
+        ("rft.accept_from=true", "rft.accept_from: Input should be a valid number, got True"),
+        ("domains.math.weight=1e308", "domains.math.weight: Input should be less than or equal to 1000000000, "),
+        ("model=''", "model: expected a name on the Hugging Face hub, or a folder, got ''"),
+        ('model="a\\0b"', "model: expected a name on the Hugging Face hub, or a folder, got 'a\\x00b'"),
+        ("name=a..b", "name: a run's folder is called so: "),
         ("pool.start=x", "unknown key 'pool.start'; known: "),
         ("probe.start=base", "unknown key 'probe.start'; "),
         ("domains.math.heldout=null", "domains.math.heldout: expected rows to be scored on, got None"),
@@ -83,6 +114,27 @@ def test_a_wrong_key_is_named_with_its_path_and_what_was_meant(recipe_file, over
         load_recipe(recipe_file, [override])
     assert str(error.value) == message or (message.endswith(" ") and str(error.value).startswith(message))
     assert "\n" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_found_at_once_and_what_follows_from_it_is_not_said(recipe_file):
+    wrong = ["domains.math.reward=5", "eval.every=0", "grpo.lr=1", "grpo.beta=-1", "guardrails.math.max_drop=0.1", "x"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_file, wrong)
+    first, *rest = error.value.problems
+    assert (str(error.value), first) == ("override 'x': expected key.path=value",) * 2
+    assert [said.partition(" got ")[0].partition(";")[0] for said in rest] == [
+        "domains.math.reward: expected a name, pkg.module:name, or a mapping with `name`,",
+        "eval.every: Input should be greater than or equal to 1,",
+        "unknown key 'grpo.lr'",
+        "grpo.beta must be at least 0,",
+    ]
+    assert list(error.value.rest.domains) == ["watched"]
+
+
+def test_every_other_name_of_a_key_leads_to_one_that_exists():
+    keys = {path for path in MEANT.values() if "." not in path}
+    assert keys <= set(GRPO_KINDS) | set(Recipe.model_fields)
+    assert not set(MEANT) & (set(GRPO_KINDS) - set(OURS))
 
 
 def test_broken_yaml_is_named_with_its_line(tmp_path):

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
-from polyphony.launch.grpo_fields import ABOVE_ZERO, GROUP_SIZE, GRPO_KINDS, ONE_OF, OURS, complaint
+from polyphony.launch.grpo_fields import GROUP_SIZE, GRPO_KINDS, LIMITS, ONE_OF, OURS, complaint
 from polyphony.rewards.registry import HOOKS
 
 
@@ -27,7 +27,7 @@ def test_the_pinned_minor_version_is_installed():
 
 def test_the_committed_fields_are_those_of_grpo_config():
     assert {field.name for field in dataclasses.fields(GRPOConfig) if field.init} == set(GRPO_KINDS)
-    assert set(OURS) | ABOVE_ZERO <= set(GRPO_KINDS)
+    assert set(OURS) | set(LIMITS) <= set(GRPO_KINDS)
     assert GRPOConfig.num_generations == GROUP_SIZE
 
 

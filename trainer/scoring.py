@@ -96,14 +96,16 @@ class Scorer:
                 logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
                 return [None] * len(completions)
             return [self._score(name, [completion])[0] for completion in completions]
-        if not hasattr(values, "__len__"):
-            raise ValueError(f"domain {name!r}: the reward returned {values!r} for {len(completions)} completions")
-        if len(values) != len(completions):
-            raise ValueError(
-                f"domain {name!r}: the reward returned {len(values)} values for {len(completions)} completions"
-            )
+        scores = _as_scores(name, values, len(completions))
         self.logged.add(name, logged)
-        return [_checked(name, value) for value in values]
+        return scores
+
+    def tried(self, completion: Completion) -> float | None:
+        """Return the score of one completion and log nothing; what the reward raises is raised: for a look before a run."""
+        name = completion.prompt.domain
+        hooks = {"log_metric": lambda metric, value: None, "log_extra": lambda column, values: None}
+        values = _call(self.rewards[name], [completion], hooks, opening=self.openings.get(name, ""))
+        return _as_scores(name, values, 1)[0]
 
 
 def together(
@@ -193,6 +195,14 @@ def _ignore(column: str, values: Sequence[Any]) -> None:
 @functools.cache
 def _say_ignored(column: str) -> None:
     logger.warning("log_extra: column %r of a reward is not kept; numbers are, by log_metric", column)
+
+
+def _as_scores(name: str, values: Any, number: int) -> list[float | None]:
+    if not hasattr(values, "__len__"):
+        raise ValueError(f"domain {name!r}: the reward returned {values!r} for {number} completions")
+    if len(values) != number:
+        raise ValueError(f"domain {name!r}: the reward returned {len(values)} values for {number} completions")
+    return [_checked(name, value) for value in values]
 
 
 def _checked(name: str, value: Any) -> float | None:

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Fused, Group, as_settings, nearest, settings
+from polyphony.curricula.records import FULL_REWARD, MOST, AdvantageKind, Fused, Group, as_settings, nearest, settings
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
@@ -184,7 +184,7 @@ class Guard:
 class RftSettings:
     """Rejection-sampling fine-tuning (`algorithm: rft`): train on accepted samples only."""
 
-    accept_from: float = FULL_REWARD
+    accept_from: float = Field(default=FULL_REWARD, ge=-MOST)
     """Smallest reward of an accepted sample; 1 is the full reward."""
     top_k: int | None = Field(default=None, ge=1)
     """Most accepted samples of a prompt, best first; null: all."""

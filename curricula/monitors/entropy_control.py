@@ -32,6 +32,8 @@ Control = Literal["none", "adaptive", "coefficient", "sampling"]
 
 MARGIN = 0.15
 """Share of the band's width that the control begins before each edge: a push needs time to be felt."""
+WIDEST = 1000
+"""Largest upper edge of a band: beyond that no policy comes."""
 DECAY = 0.98
 """Of the sum, per draw inside: half is gone in 34. What held a domain inside is still needed there; 0.9 swung."""
 
@@ -87,8 +89,8 @@ class EntropySettings:
     @field_validator("band")
     @classmethod
     def _holds_the_base_model(cls, band: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= band[0] < 1 < band[1]:
-            raise ValueError("expected multiples low < 1 < high of the base model's entropy")
+        if not 0 <= band[0] < 1 < band[1] <= WIDEST:
+            raise ValueError(f"expected multiples 0 <= low < 1 < high <= {WIDEST} of the base model's entropy")
         return band
 
 

@@ -1,0 +1,86 @@
+"""What is said before a run begins: of values that were hardly meant so, and by `--dry-run` of all that a run will meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polyphony.launch.build import grpo_config, remarks
+from polyphony.launch.cli import main
+from polyphony.launch.recipe import load_recipe
+from polyphony.launch.train import preflight
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_the_policy_takes_float32_and_it_is_said(tmp_path, recipe):
+    told = load_recipe(recipe, ["grpo.bf16=null"])
+    args = grpo_config(told, tmp_path)
+    assert (args.bf16, args.fp16) == (False, False)
+    assert remarks(told, args) == ["no GPU here: the policy takes float32"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], []),
+        (["grpo.num_generations=8"], ["a draw holds 1 prompt (8 completions in groups of 8) for 2 trained domains: "]),
+        (["grpo.beta=5"], ["grpo.beta=5 is far outside what is used, 0 to 0.1: "]),
+        (
+            ["grpo.learning_rate=0.1", "grpo.temperature=9"],
+            ["grpo.learning_rate=0.1 is ", "grpo.temperature=9 is far "],
+        ),
+    ],
+)
+def test_what_was_hardly_meant_so_is_said(tmp_path, recipe, overrides, said):
+    told = load_recipe(recipe, overrides)
+    found = remarks(told, grpo_config(told, tmp_path))
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True)), found
+
+
+def raises(prompts, **columns):
+    return [1 / len(columns["nothing"])]
+
+
+def test_one_dry_run_finds_all_mistakes_cheap_ones_first(capsys, tmp_path, recipe):
+    (tmp_path / "words-train.jsonl").write_text('{"question": "1"}\n')
+    wrong = ["evl.every=3", "grpo.num_generations=3", "grpo.beta=-1", "domains.sums.reward=exactt"]
+    assert main(["train", str(recipe), *wrong, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    starts = [
+        "unknown key 'evl'; did you mean 'eval'?",
+        "grpo.beta must be at least 0, got -1",
+        "domains.sums.reward: reward 'exactt' does not exist; ",
+        "grpo: generation_batch_size (8) must be divisible by num_generations (3).",
+        "domains.words.train: row 1 has no `prompt`",
+    ]
+    found = said.err.splitlines()
+    assert (said.out, len(found)) == ("", len(starts)), found
+    for line, start in zip(found, starts, strict=True):
+        assert line.startswith(f"polyphony train: {start}"), line
+
+
+def test_every_domain_with_rows_that_cannot_be_read_is_named(tmp_path, recipe):
+    for name in ("sums-train", "words-heldout"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1"}\n')
+    found = sorted(line.partition(":")[0] for line in preflight(load_recipe(recipe)))
+    assert found == ["domains.sums.train", "domains.words.heldout"]
+
+
+def test_rewards_are_called_on_one_row_each_and_no_judge_when_offline(capsys, recipe):
+    judge = "domains.words.reward={name: judge, endpoint: 'http://127.0.0.1:9/v1', model: m}"
+    told = load_recipe(recipe, ["domains.sums.reward=tests.test_preflight:raises", judge])
+    (line,) = preflight(told, offline=True)
+    assert line == "domains.sums.reward: on row 'heldout-0' it raised KeyError: 'nothing'"
+    assert "rows, training" not in capsys.readouterr().err
+
+
+def test_the_size_of_a_run_is_said(capsys, recipe):
+    assert list(preflight(load_recipe(recipe, ["eval.every=1"]))) == []
+    # 2 steps of 8 completions of 8 tokens; 3 evaluations of 8 items by 4 samples of 8 tokens: 768 of 896
+    assert capsys.readouterr().err.splitlines()[-4:] == [
+        "rows, training + held-out: sums 4 + 4, words 4 + 4",
+        "training: 2 steps, 2 draws of 2 prompts, 16 completions, at most 128 tokens",
+        "evaluation: 96 completions, at most 768 tokens, 86% of all",
+        "more is sampled for evaluation than for training: raise eval.every, or limit held-out rows",
+    ]
