@@ -62,6 +62,12 @@ def _json(verb: argparse.ArgumentParser, text: str = "print one JSON object") ->
 def _add_train(train: argparse.ArgumentParser) -> None:
     _recipe(train, nargs="?")
     _run_folder(train, "check and print the resolved recipe, then stop")
+    train.add_argument(
+        "--show-prompts",
+        type=int,
+        metavar="N",
+        help="print N rows of each domain as the policy will read them, then stop",
+    )
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -205,10 +211,14 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 
 def _train(arguments: argparse.Namespace) -> int:
     from polyphony.launch.build import check_names
-    from polyphony.launch.train import train
+    from polyphony.launch.train import shown_prompts, train
     from polyphony.trainer.run.folder import Interrupted, RunFolder
 
     recipe = _recipe_to_train(arguments)
+    if arguments.show_prompts is not None:
+        check_names(recipe)
+        print(shown_prompts(recipe, arguments.show_prompts))
+        return 0
     if arguments.dry_run:
         check_names(recipe)
         print(recipe.as_yaml(), end="")

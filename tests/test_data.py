@@ -41,6 +41,43 @@ def test_parquet_and_jsonl_give_the_same_prompts(tmp_path):
     assert list(first) == list(second)
 
 
+def test_nulls_that_a_file_format_puts_in_are_not_the_rows_own(tmp_path):
+    from datasets import Dataset
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "2"}}}
+    rows = [
+        {"prompt": [{"role": "user", "content": "1"}], "tools": [call]},
+        {
+            "prompt": [{"role": "user", "content": "2"}, {"role": "assistant", "tool_calls": [other, call]}],
+            "tools": None,
+        },
+    ]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    first, second = table(rows), table(load_rows("rows.parquet", where="x", folder=tmp_path))
+    assert (first.ids, [p.prompt for p in first]) == (second.ids, [p.prompt for p in second])
+    assert [p.tools for p in first] == [p.tools for p in second] == [[call], []]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of parts of text, got a part {'type'"),
+        ({"prompt": "1", "tools": "hammer"}, "`tools` is a list of functions' schemas, or JSON text"),
+        ({"prompt": "1", "tools": [5]}, "`tools` is a list of functions' schemas, got 5 among them"),
+    ],
+)
+def test_what_a_policy_cannot_be_asked_is_refused_by_row(row, message):
+    with pytest.raises(ValueError, match=rf"domains\.math\.train: row 1: .*{message}"):
+        table([row])
+
+
+def test_under_as_chat_false_rows_are_of_one_kind():
+    as_text = Domain(name="math", kind="structured", reward="exact", as_chat=False)
+    with pytest.raises(ValueError, match="row 2: under as_chat: false all rows are text, or all are conversations"):
+        table([{"prompt": "1"}, {"prompt": [{"role": "user", "content": "1"}]}], domain=as_text)
+
+
 def test_a_limit_takes_the_first_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(5)))
     assert len(load_rows({"path": "rows.jsonl", "limit": 2}, where="x", folder=tmp_path)) == 2

@@ -42,6 +42,7 @@ class PromptTable:
         """Rows left out because an identical one without an `id` of its own came before."""
         self.left_out: list[str] = []
         """Ids of rows whose reference the domain's reward cannot read, and of those that are too long."""
+        self._with_nulls = hasattr(rows, "features")  # Arrow's: what one row has, the others have as null
         self._position: dict[str, int] = {}
         for i, row in enumerate(rows):
             self._add(i, row)
@@ -55,12 +56,23 @@ class PromptTable:
 
     def __getitem__(self, prompt_id: str) -> Prompt:
         row = self.rows[self._position[prompt_id]]
+        prompt = _as_written(row["prompt"], with_nulls=self._with_nulls)
         return Prompt(
             id=prompt_id,
             domain=self.domain.name,
-            prompt=_as_prompt(row["prompt"], self.domain, is_chat=self.is_chat),
+            prompt=_as_prompt(prompt, self.domain, is_chat=self.is_chat),
             columns=_columns(row),
+            tools=_tools(row, with_nulls=self._with_nulls),
         )
+
+    def row_of(self, prompt_id: str) -> str:
+        """Return where a prompt stands, in words."""
+        return f"{self.where}: row {self._position[prompt_id] + 1}"
+
+    def text_of(self, prompt_id: str) -> str | None:
+        """Return a prompt that is text in its row; None for a conversation."""
+        prompt = self.rows[self._position[prompt_id]]["prompt"]
+        return prompt if isinstance(prompt, str) else None
 
     def leave_out_unreadable(self, reward: Any, *, most: float) -> None:
         """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None), and
@@ -112,18 +124,26 @@ class PromptTable:
             raise ValueError(
                 f"{self.where}: row {i + 1}: column {taken[0]!r} needs another name: a reward is called with one of its own"
             )
-        prompt = row["prompt"]
+        if not row["prompt"]:
+            raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
+        try:
+            prompt = _as_written(row["prompt"], with_nulls=self._with_nulls)
+            tools = _tools(row, with_nulls=self._with_nulls)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: row {i + 1}: {error}") from error
         if not self.is_chat and not isinstance(prompt, str):
             raise ValueError(f"{self.where}: row {i + 1} is a conversation, but the tokenizer has no chat template")
-        if not prompt:
-            raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
-        if not _is_prompt(prompt):
+        if self.domain.system_prompt and not self.domain.as_chat and isinstance(prompt, str):
             raise ValueError(
-                f"{self.where}: row {i + 1}: a prompt is text or a list of messages with role and content, "
-                f"got {prompt!r:.60}"
+                f"{self.where}: row {i + 1} is text, and under as_chat: false no system_prompt goes before it"
+            )
+        self._is_text = isinstance(prompt, str) if i == 0 else self._is_text
+        if not self.domain.as_chat and isinstance(prompt, str) != self._is_text:
+            raise ValueError(
+                f"{self.where}: row {i + 1}: under as_chat: false all rows are text, or all are conversations"
             )
         given = row.get("id")
-        prompt_id = content_id(row) if given is None else str(given)
+        prompt_id = content_id({**row, "prompt": prompt, "tools": tools}) if given is None else str(given)
         if prompt_id not in self._position:
             self._position[prompt_id] = i
         elif given is None:
@@ -134,8 +154,9 @@ class PromptTable:
 
 
 def content_id(row: Mapping[str, Any]) -> str:
-    """Return 16 hex digits of the row's prompt and answer: the same on every machine and after every restart."""
-    content = json.dumps([row["prompt"], _answer(row)], sort_keys=True, ensure_ascii=False, default=str)
+    """Return 16 hex digits of the row's prompt, answer and tools: the same on every machine and after every restart."""
+    said = [row["prompt"], _answer(row), *([tools] if (tools := row.get("tools")) else [])]
+    content = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -250,24 +271,73 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _is_prompt(prompt: Any) -> bool:
-    return isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_message, prompt)))
+def _as_written(prompt: Any, *, with_nulls: bool) -> str | list[dict[str, Any]]:
+    """The prompt as its writer meant it: keys that are null left out of messages, content as text.
 
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
-    # an assistant that only calls tools says nothing
-    return isinstance(message.get("content"), (str, list)) or bool(message.get("tool_calls"))
-
-
-def _as_prompt(prompt: Any, domain: Domain, *, is_chat: bool) -> str | list[dict[str, Any]]:
-    if not is_chat:
+    A file format that gives every row the keys of all (`with_nulls`) has nulls at any depth. Raises ValueError.
+    """
+    if isinstance(prompt, str):
         return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if domain.system_prompt and messages[0].get("role") != "system":
-        messages.insert(0, {"role": "system", "content": domain.system_prompt})
-    return messages
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in prompt)
+    ):
+        return [_message(_without_nulls(message) if with_nulls else message) for message in prompt]
+    raise ValueError(f"a prompt is text or a list of messages with role and content, got {prompt!r:.60}")
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in message.items() if value is not None}
+    content = found.get("content")
+    if content is None and found.get("tool_calls"):
+        return {**found, "content": ""}  # an assistant that only calls tools says nothing; a template would print None
+    if isinstance(content, str):
+        return found
+    if isinstance(content, list):
+        return {**found, "content": "\n".join(map(_text, content))}  # as vLLM gives parts to templates that take text
+    raise ValueError(
+        f"a prompt is text or a list of messages with role and content, got a message {dict(message)!r:.60}"
+    )
+
+
+def _text(part: Any) -> str:
+    """The text of one part of a message's content; a template for text would print the part as Python does."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        raise ValueError(f"a message's content is text or a list of parts of text, got a part {part!r:.60}")
+    return text
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _tools(row: Mapping[str, Any], *, with_nulls: bool) -> list[Any]:
+    """The functions of the row's column `tools`: schemas, or JSON text of them. Raises ValueError for anything else."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = [tools] if isinstance(tools, Mapping) else list(tools or [])
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`tools` is a list of functions' schemas, or JSON text of one, got {tools!r:.60}") from error
+    for tool in tools:
+        if not isinstance(tool, Mapping) and not callable(tool):
+            raise ValueError(f"`tools` is a list of functions' schemas, got {tool!r:.60} among them")
+    return [_without_nulls(tool) for tool in tools] if with_nulls else tools
+
+
+def _as_prompt(prompt: str | list[dict[str, Any]], domain: Domain, *, is_chat: bool) -> str | list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        if not is_chat or not domain.as_chat:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    if domain.system_prompt and prompt[0]["role"] != "system":
+        return [{"role": "system", "content": domain.system_prompt}, *prompt]
+    return prompt
 
 
 def _answer(row: Mapping[str, Any]) -> Any:
