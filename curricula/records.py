@@ -132,8 +132,9 @@ class Domain:
     kind: Kind
     """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
-    """Training rows: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, **arguments}`; in
-    Python also a list of dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
+    """Training rows: a path (of a file, of a folder, a glob) or a list of paths, `hf://org/name`, `{path, name, split,
+    revision, limit}` (`name`: a hub set's config), `{generator: pkg.module:function, **arguments}`; in Python also a list of
+    dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
     heldout: Any = None
     """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None

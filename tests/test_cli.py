@@ -71,7 +71,7 @@ def test_a_dry_run_imports_no_torch():
 def test_rows_are_shown_as_the_policy_will_read_them(capsys, recipe):
     assert main(["train", str(recipe), "--show-prompts", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "--- domains.sums.train: row 1, id train-0, " in shown
+    assert "sums-train.jsonl:1), id train-0, " in shown
     assert "<|begin|><|user|>train sums 0 =<|end|><|assistant|>\n--- its answer: '0'" in shown.replace(
         "<|unknown|>", ""
     )
