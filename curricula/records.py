@@ -143,8 +143,9 @@ class Domain:
     kind: Kind
     """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
-    """Training rows: a path, `hf://org/name`, `{path, split, limit}`, `{generator: pkg.module:function, **arguments}`; in
-    Python also a list of dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
+    """Training rows: a path (of a file, of a folder, a glob) or a list of paths, `hf://org/name`, `{path, name, split,
+    revision, limit}` (`name`: a hub set's config), `{generator: pkg.module:function, **arguments}`; in Python also a list of
+    dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
     heldout: Any = None
     """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None
@@ -157,6 +158,9 @@ class Domain:
     """Tokens; null: `grpo.max_completion_length`, which it must not exceed."""
     system_prompt: str | None = None
     """Put before every prompt of the domain as a system message."""
+    as_chat: bool = True
+    """Rows that are text become a user's message where the tokenizer has a chat template; false: they are asked as they
+    stand, and rewards get text."""
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template for this domain's prompts, such as `{enable_thinking: false}`."""
     diversity: Any = None
@@ -189,9 +193,11 @@ class Prompt:
     id: str
     """A content hash, or the row's own `id`: stable across machines."""
     prompt: str | list[dict[str, Any]] = field(default="", compare=False)
-    """Messages where the tokenizer has a chat template, else plain text."""
+    """Messages, or plain text: without a chat template, and under `as_chat: false`."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Every other column of the row (`answer` among them): what the reward gets to see."""
+    tools: Sequence[Any] = field(default=(), compare=False)
+    """Schemas of the functions in the row's column `tools`, which the chat template shows."""
     ids: Sequence[int] = field(default=(), compare=False)
     """Token ids, through the chat template with the domain's arguments."""
 

@@ -63,6 +63,12 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     _recipe(train, nargs="?")
     _run_folder(train, "check all that a run will meet but for weights, print the resolved recipe, then stop")
     train.add_argument("--offline", action="store_true", help="with --dry-run: ask no judge")
+    train.add_argument(
+        "--show-prompts",
+        type=int,
+        metavar="N",
+        help="print N rows of each domain as the policy will read them, then stop",
+    )
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -208,10 +214,15 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _check_before(arguments)
-    from polyphony.launch.train import train
+    from polyphony.launch.build import check_names
+    from polyphony.launch.train import shown_prompts, train
     from polyphony.trainer.run.folder import Interrupted, RunFolder
 
     recipe = _recipe_to_train(arguments)
+    if arguments.show_prompts is not None:
+        check_names(recipe)
+        print(shown_prompts(recipe, arguments.show_prompts))
+        return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name
     try:
         train(recipe, out, resume=arguments.resume is not None)

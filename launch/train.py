@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,28 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
 
             write_report([out], folder.report)
     return trainer.policy.engine
+
+
+def shown_prompts(recipe: Recipe, most: int) -> str:
+    """Return up to `most` rows of each of a recipe's tables as the policy will read them, special tokens visible.
+
+    Loads no weights. Raises RecipeError.
+    """
+    if most < 1:
+        raise RecipeError(f"--show-prompts must be at least 1, got {most}")
+    from trl.trainer.grpo_config import GRPOConfig
+
+    limits = {name: value for name, value in recipe.grpo.items() if name == "max_completion_length"}
+    data = load_data(recipe, GRPOConfig(bf16=False, report_to="none", **limits))
+    lines = []
+    for where, table in data.tables.items():
+        asked = data.tokenized(islice(table, most))
+        lines.append(f"{where}: {len(table)} rows, completions of at most {data.limits[table.domain.name]} tokens")
+        for prompt in asked:
+            lines += [f"--- {table.row_of(prompt.id)}, id {prompt.id}, {len(prompt.ids)} tokens"]
+            lines += [str(data.tokenizer.decode(prompt.ids, skip_special_tokens=False))]
+            lines += [f"--- its answer: {prompt.columns['answer']!r:.200}"]
+    return "\n".join(lines)
 
 
 def _judged(trainer: DomainGRPOTrainer) -> list[str]:

@@ -74,6 +74,17 @@ def test_names_values_and_files_are_checked_without_torch():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_rows_are_shown_as_the_policy_will_read_them(capsys, recipe):
+    assert main(["train", str(recipe), "--show-prompts", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "sums-train.jsonl:1), id train-0, " in shown
+    assert "<|begin|><|user|>train sums 0 =<|end|><|assistant|>\n--- its answer: '0'" in shown.replace(
+        "<|unknown|>", ""
+    )
+    assert main(["train", str(recipe), "--show-prompts", "0"]) == 2
+    assert "--show-prompts must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_a_recipe_that_loads_back_and_makes_no_folder(capsys, tmp_path, recipe, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())

@@ -41,6 +41,43 @@ def test_parquet_and_jsonl_give_the_same_prompts(tmp_path):
     assert list(first) == list(second)
 
 
+def test_nulls_that_a_file_format_puts_in_are_not_the_rows_own(tmp_path):
+    from datasets import Dataset
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "2"}}}
+    rows = [
+        {"prompt": [{"role": "user", "content": "1"}], "tools": [call]},
+        {
+            "prompt": [{"role": "user", "content": "2"}, {"role": "assistant", "tool_calls": [other, call]}],
+            "tools": None,
+        },
+    ]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    first, second = table(rows), table(load_rows("rows.parquet", where="x", folder=tmp_path))
+    assert (first.ids, [p.prompt for p in first]) == (second.ids, [p.prompt for p in second])
+    assert [p.tools for p in first] == [p.tools for p in second] == [[call], []]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of parts of text, got a part {'type'"),
+        ({"prompt": "1", "tools": "hammer"}, "`tools` is a list of functions' schemas, or JSON text"),
+        ({"prompt": "1", "tools": [5]}, "`tools` is a list of functions' schemas, got 5 among them"),
+    ],
+)
+def test_what_a_policy_cannot_be_asked_is_refused_by_row(row, message):
+    with pytest.raises(ValueError, match=rf"domains\.math\.train: row 1: .*{message}"):
+        table([row])
+
+
+def test_under_as_chat_false_rows_are_of_one_kind():
+    as_text = Domain(name="math", kind="structured", reward="exact", as_chat=False)
+    with pytest.raises(ValueError, match="row 2: under as_chat: false all rows are text, or all are conversations"):
+        table([{"prompt": "1"}, {"prompt": [{"role": "user", "content": "1"}]}], domain=as_text)
+
+
 def test_a_limit_takes_the_first_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(5)))
     assert len(load_rows({"path": "rows.jsonl", "limit": 2}, where="x", folder=tmp_path)) == 2
@@ -53,7 +90,7 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"generator": "builtins:len", "wrong": 1}, "generator 'builtins:len'"),
         ({"file": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
         ({"path": "x.jsonl", "lmit": 1}, "expected `path`"),
-        ({"path": "x.jsonl", "split": "test"}, "split 'test' is for hf:// sources"),
+        ({"path": "x.jsonl", "split": "test"}, "split 'test' is for hf:// sources and folders"),
         ({"generator": 5}, "generator '5' cannot be imported"),
         ({"generator": "math:sqrt", "x": 4}, "generator 'math:sqrt'"),
         ({"generator": "time:time"}, "expected rows, a path, hf://org/name or a generator, got generator 'time:time'"),
@@ -166,3 +203,97 @@ def test_a_hub_source_that_cannot_be_loaded_is_named_with_its_place(monkeypatch)
     with pytest.raises(ValueError, match=r"domains\.d\.train: hf://a/b \(split 'test'\) cannot be loaded: no such set"):
         load_rows({"path": "hf://a/b", "split": "test"}, where="domains.d.train")
     assert asked == [("a/b", "test")]
+
+
+LINES = b'{"prompt": "1"}\n\n{"prompt": "2"}\n'
+
+
+@pytest.fixture
+def files(tmp_path):
+    import pyarrow
+
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"))
+    (tmp_path / "b.json").write_text('[{"prompt": "3"},\n{"prompt": "4"}]')
+    for name, codec in (("c.jsonl.gz", "gzip"), ("d.jsonl.zst", "zstd")):
+        with pyarrow.output_stream(str(tmp_path / name), compression=codec) as packed:
+            packed.write(LINES)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "prompts"),
+    [
+        ("a.jsonl", "12"),
+        ("b.json", "34"),
+        ("c.jsonl.gz", "12"),
+        ("d.jsonl.zst", "12"),
+        (["b.json", "a.jsonl"], "3412"),
+        ("*.js*", "12341212"),
+        (".", "12341212"),
+        ({"path": ["b.json", "a.jsonl"], "limit": 3}, "341"),
+    ],
+)
+def test_files_are_read_as_users_have_them(files, source, prompts):
+    found = load_rows(source, where="x", folder=files)
+    assert [row["prompt"] for row in found] == [found[i]["prompt"] for i in range(len(found))] == list(prompts)
+
+
+def test_a_row_is_known_by_its_file_and_line(files):
+    rows = load_rows(["b.json", "a.jsonl"], where="x", folder=files)
+    with pytest.raises(ValueError, match=r"row 1 is text: as_chat.*\(.*b\.json\)"):
+        table(rows, domain=Domain(name="math", kind="structured", as_chat=False, system_prompt="be brief"))
+    assert rows.place(3).endswith("a.jsonl:3")
+
+
+def test_files_of_a_folder_are_split_by_their_names(files):
+    for name in ("train-0.jsonl", "test.jsonl", "validation/x.jsonl"):
+        (files / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / "set" / name).write_text(json.dumps({"prompt": name}) + "\n")
+    (files / "set" / "again").symlink_to(files / "set")
+    read = {s: load_rows({"path": "set", "split": s}, where="x", folder=files) for s in ("train", "test", "validation")}
+    assert [[row["prompt"] for row in rows] for rows in read.values()] == [
+        ["train-0.jsonl"],
+        ["test.jsonl"],
+        ["validation/x.jsonl"],
+    ]
+    with pytest.raises(ValueError, match="no rows of split 'dev'; its splits are test, train, validation"):
+        load_rows({"path": "set", "split": "dev"}, where="x", folder=files)
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    kept = Dataset.from_list([{"prompt": "1"}])
+    kept.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(test=kept).save_to_disk(str(tmp_path / "many"))
+    assert load_rows("one", where="x", folder=tmp_path)[0] == {"prompt": "1"}
+    assert len(load_rows({"path": "many", "split": "test"}, where="x", folder=tmp_path)) == 1
+    with pytest.raises(ValueError, match="many has no split 'train'; its splits are test"):
+        load_rows("many", where="x", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: nested too deeply"),
+        ("a.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: Exceeds the limit"),
+        ("a.json", b'[{"prompt": "1"},\n{]', r"a\.json:2: not valid JSON"),
+        ("a.jsonl", b'{"prompt": "\\ud800", "id": 1}', r"row 1: half a character.* \(.*a\.jsonl:1\)"),
+        ("a.jsonl", b"\n", r"domains\.math\.train: no rows in .*a\.jsonl"),
+        ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: not readable as gzip"),
+        ("a.parquet", b"no", r"a\.parquet: not a readable Parquet file"),
+        ("a.csv", b"", "cannot read 'a.csv'; known"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        table(load_rows(name, where="domains.math.train", folder=tmp_path))
+
+
+def test_an_empty_parquet_is_named(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match=r"no rows in .*rows\.parquet"):
+        table(load_rows("rows.parquet", where="x", folder=tmp_path))

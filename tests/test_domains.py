@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_limit_above_that_of_the_run_is_an_error(load):
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{{ 'a' + messages[0].content }}", "concatenate"),
+        ("{{ 'a' + messages }}", "concatenate"),
         ("{{ raise_exception('System role not supported') }}", "System role not supported"),
         ("{{ messages[0].name.upper() }}", "has no attribute 'name'"),
     ],
@@ -98,6 +99,47 @@ def test_each_domain_has_its_own_arguments_for_the_chat_template(load):
     data = load(domain(chat_template_kwargs={"thinks": True}), domain("code"), tokenizer=tokenizer)
     asked = data.tokenized([next(iter(data.train[name])) for name in ("math", "code", "math")])
     assert [tokenizer.decode(prompt.ids) for prompt in asked] == ["a", "b", "a"]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+CALLING = [
+    {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+]
+
+
+def test_what_is_null_is_left_out_and_parts_of_content_are_text(load, tokenizer):
+    data = load(Domain(**TOOLS | {"train": [{"prompt": CALLING, "answer": "1"}]}))
+    (prompt,) = data.tokenized(data.train["tools"])
+    assert tokenizer.decode(prompt.ids) == "<|begin|><|user|>1\n2<|end|><|assistant|><|end|><|assistant|>"
+
+
+def test_functions_go_to_the_chat_template_or_are_missed(load, tokenizer):
+    tool = {"type": "function", "function": {"name": "f"}}
+    rows_ = [{"prompt": "3+3 =", "answer": "6", "tools": given} for given in ([tool], json.dumps([tool]))]
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ tools[0].function.name if tools }}" + tokenizer.chat_template
+    data = load(Domain(**TOOLS, train=rows_), tokenizer=other)
+    assert {other.decode(p.ids)[:10] for p in data.tokenized(data.train["tools"])} == {"f<|begin|>"}
+    with pytest.warns(UserWarning, match=r"domains\.tools\.train: row 1: `tools` are not shown to the policy"):
+        load(Domain(**TOOLS, train=rows_))
+
+
+TOOLS = {"name": "tools", "kind": "structured", "reward": "exact", "heldout": HELDOUT}
+
+
+def test_text_may_be_asked_as_it_stands_and_has_one_beginning(load, tokenizer):
+    begun = copy.deepcopy(tokenizer)
+    begun.bos_token = "<|begin|>"
+    texts = ("3+3 =", "<|begin|>4+4 =")
+    data = load(domain(train=texts, as_chat=False), tokenizer=begun)
+    assert [begun.decode(p.ids) for p in data.tokenized(data.train["math"])] == list(texts)
+    assert data.openings == {}
+
+
+def test_text_that_went_through_the_template_is_refused(load):
+    with pytest.raises(ValueError, match=r"domains\.math\.train: row 2: the text '<\|begin\|>.*math\.as_chat: false"):
+        load(domain(train=("3+3 =", "<|begin|><|user|>4+4 =<|end|><|assistant|>")))
 
 
 def test_text_is_tokenised_as_it_is_without_a_chat_template(load):

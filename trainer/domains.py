@@ -115,7 +115,9 @@ class DomainData:
             tokenizer=tokenizer,
             context=context,
         )
+        data._check_text()
         longest = data._leave_out_overlong()
+        data._check_tools()
         for table in heldout.values():
             if len(table) < 2:
                 raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
@@ -136,6 +138,8 @@ class DomainData:
         found = {}
         for domain in self.domains if self.tokenizer.chat_template is not None else ():
             prompt = next(iter(self.heldout[domain.name])).prompt
+            if isinstance(prompt, str):
+                continue
             asked, begun = (
                 str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=adds, **kwargs))  # type: ignore[arg-type]
                 for kwargs in [dict(domain.chat_template_kwargs)]
@@ -157,7 +161,9 @@ class DomainData:
         framing = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
         if tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            with suppress(TemplateError):  # one that refuses such a conversation has its ends by the other names
+            with suppress(
+                TypeError, TemplateError
+            ):  # one that refuses such a conversation has its ends by the other names
                 framing |= special & set(
                     tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
                 )
@@ -175,17 +181,59 @@ class DomainData:
 
     def _ids(self, prompt: Prompt, chat_template_kwargs: Mapping) -> list[int]:
         if isinstance(prompt.prompt, str):
-            return self.tokenizer(prompt.prompt)["input_ids"]  # type: ignore[return-value]
+            begins = str(self.tokenizer.bos_token or "")  # a text that has one gets no second
+            is_begun = bool(begins) and prompt.prompt.startswith(begins)
+            return self.tokenizer(prompt.prompt, add_special_tokens=not is_begun)["input_ids"]  # type: ignore[return-value]
+        tools = {"tools": list(prompt.tools)} if prompt.tools else {}
         try:
             encoded = self.tokenizer.apply_chat_template(
-                prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+                prompt.prompt,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **chat_template_kwargs,
+                **tools,
             )
         except (TypeError, TemplateError) as error:
-            # a template refuses what it does not know: a system role, roles that do not alternate, parts of content
+            # a template refuses what it does not know: a system role, roles that do not alternate, a tool without a name
             raise ValueError(
                 f"domain {prompt.domain!r}: the chat template refuses prompt {prompt.id!r}: {error}"
             ) from error
         return encoded["input_ids"]  # type: ignore[index,return-value]
+
+    def _check_text(self) -> None:
+        """Raise ValueError for text that went through a chat template already, and would again."""
+        if self.tokenizer.chat_template is None:
+            return
+        begins = self._turn_begins()
+        for table in self.tables.values() if begins else ():
+            for prompt_id in table.ids:
+                text = table.text_of(prompt_id) if table.domain.as_chat else None
+                if text is not None and text.lstrip().startswith(begins):
+                    raise ValueError(
+                        f"{table.row_of(prompt_id)}: the text {text.strip()!r:.40} went through a chat template already "
+                        f"and would again: give messages, or set domains.{table.domain.name}.as_chat: false"
+                    )
+
+    def _turn_begins(self) -> tuple[str, ...]:
+        """What a rendered chat may begin with: tokens that frame a turn, and marks that are plain text (`[INST]`)."""
+        framing = {self.tokenizer.decode([i]) for i in self.framing}
+        with suppress(TypeError, TemplateError):
+            asked = self.tokenizer.apply_chat_template([{"role": "user", "content": "\x1a"}], tokenize=False)
+            framing.add(str(asked).partition("\x1a")[0].rpartition("\n")[2].strip())
+        return tuple(sorted(mark for mark in framing if len(mark) > 2 and not mark.isalnum()))
+
+    def _check_tools(self) -> None:
+        """Warn where rows have functions that the policy would not be shown."""
+        for table in self.tables.values():
+            prompt = next((prompt for prompt in table if prompt.tools), None)
+            if prompt is None:
+                continue
+            shown, hidden = self.tokenized([prompt, replace(prompt, tools=())])
+            if shown.ids == hidden.ids:
+                what = "a prompt that is text has" if isinstance(prompt.prompt, str) else "the chat template has"
+                said = f"{table.row_of(prompt.id)}: `tools` are not shown to the policy: {what} no place for them"
+                warnings.warn(said, stacklevel=3)
 
     def _leave_out_overlong(self) -> int:
         """Leave out prompts that the context does not hold with their completions; return the longest that stay, in tokens.
