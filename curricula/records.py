@@ -611,5 +611,5 @@ def passes(reward: float | None) -> bool:
 
 
 def passed(rewards: Sequence[float | None]) -> list[int]:
-    """Return the places of those that pass, by the rule of `passes`, which every completion of a run is asked for."""
+    """Return the places of those that pass, by the rule of `passes`: written out here, as every completion comes by."""
     return [i for i, reward in enumerate(rewards) if reward is not None and reward >= FULL_REWARD]
