@@ -214,13 +214,11 @@ def _recipe_to_train(arguments: argparse.Namespace) -> Recipe:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _check_before(arguments)
-    from polyphony.launch.build import check_names
     from polyphony.launch.train import shown_prompts, train
     from polyphony.trainer.run.folder import Interrupted, RunFolder
 
     recipe = _recipe_to_train(arguments)
     if arguments.show_prompts is not None:
-        check_names(recipe)
         print(shown_prompts(recipe, arguments.show_prompts))
         return 0
     out = arguments.resume or arguments.out or Path("runs") / recipe.name

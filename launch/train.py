@@ -73,7 +73,7 @@ def shown_prompts(recipe: Recipe, most: int) -> str:
         lines.append(f"{where}: {len(table)} rows, completions of at most {data.limits[table.domain.name]} tokens")
         for prompt in asked:
             lines += [f"--- {table.row_of(prompt.id)}, id {prompt.id}, {len(prompt.ids)} tokens"]
-            lines += [str(data.tokenizer.decode(prompt.ids, skip_special_tokens=False))]
+            lines += [str(data.tokenizer.decode(list(prompt.ids), skip_special_tokens=False))]
             lines += [f"--- its answer: {prompt.columns['answer']!r:.200}"]
     return "\n".join(lines)
 
@@ -280,7 +280,7 @@ def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     from polyphony.trainer.slots import plan_draws
 
     plan, evaluation = plan_draws(args, data.n_train), recipe.eval
-    trained = plan.draws * plan.prompts_per_draw * args.num_generations
+    trained = plan.draws * plan.prompts_per_draw * args.num_generations  # type: ignore[operator]
     tokens = trained * max(data.limits[name] for name in data.train)
     times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
     items = sum(map(len, data.heldout.values()))

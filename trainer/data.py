@@ -345,12 +345,13 @@ def _load_path(source: Any, *, split: str, hub: Mapping[str, str], where: str, f
 
 def _load_hub(text: str, *, split: str, where: str, **hub: str) -> Rows:
     import datasets  # slow to import
+    from datasets.exceptions import DatasetsError  # slow to import
 
     if text == "hf://":
         raise ValueError(f"{where}: expected hf://org/name, got {text!r}")
     try:
         return datasets.load_dataset(text.removeprefix("hf://"), split=split, **hub)  # type: ignore[return-value]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         hint = "; say which: {path: .., name: ..}" if "Config name is missing" in str(error) else ""
         raise ValueError(f"{where}: {text} (split {split!r}) cannot be loaded: {error}{hint}") from error
 
@@ -449,11 +450,12 @@ def _opened(path: Path) -> Any:
 def _read_parquet(path: Path) -> Rows:
     import datasets  # slow to import
     import pyarrow.parquet
+    from datasets.exceptions import DatasetsError  # slow to import
 
     try:
         size = pyarrow.parquet.read_metadata(path).num_rows
         return datasets.Dataset.from_parquet(str(path)) if size else []  # type: ignore[return-value]
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError) as error:
+    except (pyarrow.ArrowException, DatasetsError, OSError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path}: not a readable Parquet file: {cause}") from error
 
