@@ -44,6 +44,15 @@ def test_versions_are_those_that_run():
     assert "trl" in found["packages"] and "deepspeed-of-the-future" not in found["packages"]
 
 
+def test_weights_of_torchs_own_format_are_known_too(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"first")
+    known = provenance(model=str(tmp_path), tables={}, rewards={})
+    refuse_other_data(known, {}, model=str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"other")
+    with pytest.raises(ValueError, match="its weights are not those that the run began with"):
+        refuse_other_data(known, {}, model=str(tmp_path))
+
+
 def test_data_is_known_by_its_ids_in_their_order():
     tables = {"domains.math.train": table("a", "b"), "other": table("b", "a"), "same": table("a", "b")}
     data = provenance(model="org/name", tables=tables, rewards={})["data"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -180,3 +182,27 @@ def test_nobody_to_tell_is_no_reason_to_fail(monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Gone())
     say("it goes on")
+
+
+def test_a_signal_that_comes_within_a_write_that_waits_for_its_reader_is_heard(monkeypatch):
+    reader, writer = os.pipe()
+    listener, text = stopper(), "x" * 200_000  # more than a pipe holds
+
+    def read_late() -> None:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        time.sleep(0.1)
+        for _ in iter(lambda: os.read(reader, 65536), b""):
+            pass
+
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", stream)
+        listener.on_train_begin(None, None, None)
+        thread = threading.Thread(target=read_late)
+        thread.start()
+        say(text)
+        listener.rest()
+    thread.join()
+    os.close(reader)
+    listener._timer.cancel()
+    assert listener.received == signal.SIGTERM

@@ -228,7 +228,7 @@ def _commit() -> str | None:
 
 def _weights_hash(folder: Path) -> str | None:
     """Hash of the weight files of a local folder; None for a hub name, which carries its own revision."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         return None
     digest = hashlib.sha256()

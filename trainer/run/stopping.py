@@ -75,13 +75,13 @@ class StopOnSignal(TrainerCallback):
         if number == signal.SIGHUP:  # whoever writes to a terminal that is gone fails
             for descriptor in self._terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        again = "; once more to end at once" if number == signal.SIGINT else ""
-        say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
         self.received = number
         if number != signal.SIGINT and self._timer is None:
             self._timer = threading.Timer(self.grace_s, self._give_up, [number])
             self._timer.daemon = True
             self._timer.start()
+        again = "; once more to end at once" if number == signal.SIGINT else ""  # last: who reads may have stalled
+        say(f"{signal.Signals(number).name}: saving a checkpoint after this draw, then ending{again}")
 
     def _give_up(self, number: int) -> None:
         if self._before:  # still training
