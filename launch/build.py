@@ -66,7 +66,7 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
 def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
     try:
         check(*given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have
         return [str(error)]
     return []
 

@@ -112,7 +112,7 @@ class Recipe(BaseModel):
     @field_validator("model")
     @classmethod
     def _is_a_name(cls, model: str) -> str:
-        if not model.strip() or not model.isprintable():
+        if not model.strip() or not model.isprintable() or max(len(part.encode()) for part in model.split("/")) > 255:
             raise ValueError("expected a name on the Hugging Face hub, or a folder")
         return model
 
@@ -424,5 +424,8 @@ def _absolute(source: Any, folder: Path) -> Any:
     if isinstance(source, Mapping) and "path" in source:
         return {**source, "path": _absolute(source["path"], folder)}
     if isinstance(source, str) and not source.startswith("hf://"):
-        return str((folder / source).resolve())
+        try:
+            return str((folder / source).resolve())
+        except (ValueError, OSError):  # no file can be called so: whoever looks for it says that it is not there
+            return str(folder / source)
     return source
