@@ -423,9 +423,11 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 def _absolute(source: Any, folder: Path) -> Any:
     if isinstance(source, Mapping) and "path" in source:
         return {**source, "path": _absolute(source["path"], folder)}
-    if isinstance(source, str) and not source.startswith("hf://"):
-        try:
-            return str((folder / source).resolve())
-        except (ValueError, OSError):  # no file can be called so: whoever looks for it says that it is not there
-            return str(folder / source)
-    return source
+    if isinstance(source, list):
+        return [_absolute(one, folder) if isinstance(one, str) else one for one in source]
+    if not isinstance(source, str) or source.startswith("hf://"):
+        return source
+    try:
+        return str((folder / source).resolve())
+    except (RuntimeError, ValueError) as error:  # a link that leads to itself; a NUL
+        raise RecipeError(f"{source!r} is no path: {error}") from error
