@@ -44,6 +44,12 @@ def check_probe(recipe: Recipe) -> None:
         raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
 
 
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError with all that `missing_names` finds."""
+    if found := [line for lines in missing_names(recipe).values() for line in lines]:
+        raise RecipeError(*found)
+
+
 def missing_names(recipe: Recipe) -> dict[str, list[str]]:
     """Return what a recipe names and there is not, a line each, by domain; under no name what belongs to none.
 
@@ -66,7 +72,7 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
 def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
     try:
         check(*given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a name that no file can have
         return [str(error)]
     return []
 

@@ -112,7 +112,7 @@ class Recipe(BaseModel):
     @field_validator("model")
     @classmethod
     def _is_a_name(cls, model: str) -> str:
-        if not model.strip() or not model.isprintable():
+        if not model.strip() or not model.isprintable() or max(len(part.encode()) for part in model.split("/")) > 255:
             raise ValueError("expected a name on the Hugging Face hub, or a folder")
         return model
 

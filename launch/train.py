@@ -280,7 +280,7 @@ def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     from polyphony.trainer.slots import plan_draws
 
     plan, evaluation = plan_draws(args, data.n_train), recipe.eval
-    trained = plan.draws * plan.prompts_per_draw * args.num_generations  # type: ignore[operator]
+    trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
     tokens = trained * max(data.limits[name] for name in data.train)
     times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
     items = sum(map(len, data.heldout.values()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from polyphony.launch.build import grpo_config, remarks
+from polyphony.launch.build import grpo_config, missing_names, remarks
 from polyphony.launch.cli import main
-from polyphony.launch.recipe import load_recipe
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import preflight
 
 
@@ -84,3 +86,12 @@ def test_the_size_of_a_run_is_said(capsys, recipe):
         "evaluation: 96 completions, at most 768 tokens, 86% of all",
         "more is sampled for evaluation than for training: raise eval.every, or limit held-out rows",
     ]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300])
+def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
+    document = json.loads(recipe.read_text())
+    document["domains"]["sums"]["train"] = name
+    recipe.write_text(json.dumps(document))
+    with pytest.raises(RecipeError, match=r"is no path|File name too long"):
+        raise RecipeError(*missing_names(load_recipe(recipe))["sums"])
