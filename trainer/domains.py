@@ -218,7 +218,7 @@ class DomainData:
             begins = str(self.tokenizer.bos_token or "")  # a text that has one gets no second
             is_begun = bool(begins) and prompt.prompt.startswith(begins)
             return self.tokenizer(prompt.prompt, add_special_tokens=not is_begun)["input_ids"]  # type: ignore[return-value]
-        tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+        tools: dict[str, Any] = {"tools": list(prompt.tools)} if prompt.tools else {}
         try:
             encoded = self.tokenizer.apply_chat_template(
                 prompt.prompt,
@@ -251,7 +251,7 @@ class DomainData:
 
     def _turn_begins(self) -> tuple[str, ...]:
         """What a rendered chat may begin with: tokens that frame a turn, and marks that are plain text (`[INST]`)."""
-        framing = {self.tokenizer.decode([i]) for i in self.framing}
+        framing = {str(self.tokenizer.decode([i])) for i in self.framing}
         with suppress(TypeError, TemplateError):
             asked = self.tokenizer.apply_chat_template([{"role": "user", "content": "\x1a"}], tokenize=False)
             framing.add(str(asked).partition("\x1a")[0].rpartition("\n")[2].strip())
