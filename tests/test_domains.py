@@ -116,7 +116,10 @@ def test_what_is_null_is_left_out_and_parts_of_content_are_text(load, tokenizer)
 
 def test_functions_go_to_the_chat_template_or_are_missed(load, tokenizer):
     tool = {"type": "function", "function": {"name": "f"}}
-    rows_ = [{"prompt": "3+3 =", "answer": "6", "tools": given} for given in ([tool], json.dumps([tool]))]
+    rows_ = [
+        {"prompt": "3+3 =", "answer": "6", "tools": given, "id": i}
+        for i, given in enumerate(([tool], json.dumps([tool])))
+    ]
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ tools[0].function.name if tools }}" + tokenizer.chat_template
     data = load(Domain(**TOOLS, train=rows_), tokenizer=other)
@@ -154,14 +157,14 @@ REPEATED = ("3+3 =", "1+1 =", "4+4 =")
 
 
 def test_training_rows_that_repeat_held_out_rows_are_dropped_and_counted(load):
-    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows repeat held-out rows; left out"):
+    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows repeat held-out rows \(.*\); left out"):
         data = load(domain(train=REPEATED))
     assert data.train["math"].ids == ["3+3 =", "4+4 ="]
     assert (data.n_train, data.dropped) == (2, {"math": 1})
 
 
 def test_held_out_rows_of_another_domain_count_too(load):
-    with pytest.warns(UserWarning, match=r"domains\.code\.train: 1 of 2 rows repeat held-out rows; left out"):
+    with pytest.warns(UserWarning, match=r"domains\.code\.train: 1 of 2 rows repeat held-out rows \(.*\); left out"):
         load(domain(), domain("code", train=("1+1 =", "5+5 ="), heldout=rows("6+6 =", "7+7 =")))
 
 
@@ -295,3 +298,15 @@ def test_tokens_marked_special_are_read_but_for_those_that_frame_a_turn(said, re
     policy = Policy(trainer, load(domain(), tokenizer=calls), passes=tuple, turn=tuple)
     ids = calls(said, add_special_tokens=False)["input_ids"]
     assert "".join(policy.decode(ids).split()) == read
+
+
+def test_rows_that_repeat_are_said(load):
+    twice = [{"prompt": f"{i % 2} =", "answer": "1"} for i in range(4)]
+    with pytest.warns(UserWarning, match=r"domains\.math\.heldout: 2 of 4 rows repeat one before them .*; left out"):
+        load(domain(heldout=twice))
+
+
+def test_a_reference_under_another_name_is_guessed(load):
+    named = [{"prompt": f"{i} =", "solution": "1"} for i in range(4)]
+    with pytest.raises(ValueError, match=r"4 of 4 rows .*row 1: None .*no `answer`, did you mean `solution`\?"):
+        load(domain(heldout=named))

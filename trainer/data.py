@@ -23,6 +23,9 @@ from polyphony.rewards.registry import HOOKS
 
 Rows = Sequence[Mapping[str, Any]]
 
+LIKE_AN_ANSWER = ("solution", "target", "label", "output", "response", "expected", "reference", "gold", "final_answer")
+"""What others call a reference."""
+
 READABLE = (".jsonl", ".json", ".parquet")
 """Files of rows; the first two also packed, as `.jsonl.gz` or `.jsonl.zst`."""
 PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -95,6 +98,21 @@ class PromptTable:
         prompt = self.rows[self._position[prompt_id]]["prompt"]
         return prompt if isinstance(prompt, str) else None
 
+    def said(self, prompt_id: str) -> tuple[str, str]:
+        """Return what the user says in a row, and all that stands in it; without the domain's own system prompt."""
+        prompt = _as_written(self.rows[self._position[prompt_id]]["prompt"], with_nulls=self._with_nulls)
+        if isinstance(prompt, str):
+            return prompt, prompt
+        user = "\n".join(m["content"] for m in prompt if m["role"] == "user")
+        return user, "\n".join(m["content"] for m in prompt)
+
+    def tell_repeats(self) -> None:
+        """Warn with the number of rows that were left out because one before says the same."""
+        if self.repeated:
+            of = len(self) + self.repeated
+            what = "repeat one before them in prompt and answer (and have no `id`)"
+            warnings.warn(f"{self.where}: {self.repeated} of {of} rows {what}; left out", stacklevel=3)
+
     def leave_out_unreadable(self, reward: Any, *, most: float) -> None:
         """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None), and
         name those that it grades with a reservation (`remark(**columns)`).
@@ -103,16 +121,17 @@ class PromptTable:
         `most` of the rows.
         """
         if reasons := self._said(getattr(reward, "unreadable", None)):
-            message = f"{self._named(reasons)} have a reference that the reward cannot read ({self._shown(reasons)})"
+            reasons = {i: why + self._unread(i) for i, why in reasons.items()}
+            message = f"{self._named(reasons)} have a reference that the reward cannot read ({self.shown(reasons)})"
             if len(reasons) > most * len(self):
                 raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
             self._leave_out(reasons, message)
         if remarks := self._said(getattr(reward, "remark", None)):
-            warnings.warn(f"{self._named(remarks)} are kept with a reservation ({self._shown(remarks)})", stacklevel=2)
+            warnings.warn(f"{self._named(remarks)} are kept with a reservation ({self.shown(remarks)})", stacklevel=2)
 
     def leave_out(self, reasons: Mapping[str, str], what: str) -> None:
         """Leave out rows, by id with the reason of each; `what` they do. Raises ValueError where none would stay."""
-        message = f"{self._named(reasons)} {what} ({self._shown(reasons)})"
+        message = f"{self._named(reasons)} {what} ({self.shown(reasons)})"
         if len(reasons) == len(self):
             raise ValueError(f"{message}: nothing is left")
         self._leave_out(reasons, message)
@@ -122,13 +141,20 @@ class PromptTable:
         self.left_out = sorted({*self.left_out, *reasons})
         self.drop(set(reasons))
 
+    def _unread(self, prompt_id: str) -> str:
+        """Where a row has no reference: the column that looks like one."""
+        row = self.rows[self._position[prompt_id]]
+        like = [name for name in LIKE_AN_ANSWER if row.get(name) is not None] if _answer(row) is None else []
+        return f"; there is no `answer`, did you mean `{like[0]}`?" if like else ""
+
     def _said(self, ask: Callable[..., str | None] | None) -> dict[str, str]:
         return {prompt.id: why for prompt in self if (why := ask(**prompt.columns)) is not None} if ask else {}
 
     def _named(self, reasons: Mapping[str, str]) -> str:
         return f"{self.where}: {len(reasons)} of {len(self)} rows"
 
-    def _shown(self, reasons: Mapping[str, str]) -> str:
+    def shown(self, reasons: Mapping[str, str]) -> str:
+        """Return the first three of rows, by id with the reason of each, in words."""
         return "; ".join(f"row {self._position[i] + 1}: {why}" for i, why in islice(reasons.items(), 3))
 
     def drop(self, ids: set[str]) -> None:
@@ -244,13 +270,6 @@ def content_id(row: Mapping[str, Any]) -> str:
     said = [row["prompt"], _answer(row), *([tools] if (tools := row.get("tools")) else [])]
     content = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """Return what the user says: the text itself, or the contents of the user's messages."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") == "user")
 
 
 def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:

@@ -19,7 +19,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import PromptTable, load_rows, prompt_text
+from polyphony.trainer.data import PromptTable, load_rows
 from polyphony.trainer.settings import DataSettings
 
 NGRAM_WORDS = 13
@@ -27,21 +27,54 @@ NGRAM_WORDS = 13
 
 
 BOILERPLATE_SHARE = 0.01
-"""An n-gram in more than this share of the held-out rows (and in more than two) is a template, not a leak."""
+"""An n-gram in more than this share of one domain's held-out rows (and in more than two) is a template, not a leak."""
 
 
-def find_overlap(train: PromptTable, heldout: Iterable[PromptTable]) -> set[str]:
-    """Return the ids of training prompts that repeat a held-out prompt of any domain, or a long run of its words."""
-    texts = [_normalise(prompt_text(p.prompt)) for table in heldout for p in table]
-    whole = set(texts)
-    counts = Counter(gram for text in texts for gram in set(_ngrams(text)))
-    most = max(2, BOILERPLATE_SHARE * len(texts))
-    grams = {gram for gram, count in counts.items() if count <= most}
-    return {p.id for p in train if _overlaps(_normalise(prompt_text(p.prompt)), whole, grams)}
+INSTRUCTION_SHARE = 0.1
+"""So is one in more than this share of the training rows: in few held-out rows, their own repetition says nothing."""
 
 
-def _overlaps(text: str, whole: set[str], grams: set[str]) -> bool:
-    return text in whole or any(gram in grams for gram in _ngrams(text))
+def find_overlap(train: PromptTable, heldout: Iterable[PromptTable]) -> dict[str, str]:
+    """Return, by id, what each training prompt repeats of a held-out prompt of any domain: all of it, or a run of its words.
+
+    What a user says in several held-out rows that are not the same (`Go.`, under a task in the system message) is not one
+    of them: such rows are compared whole.
+    """
+    tables = list(heldout)
+    of_train, *of_heldout = ({i: _said(table, i) for i in table.ids} for table in (train, *tables))
+    rows_of: dict[str, set[str]] = {}
+    for user, everything in (said for texts in of_heldout for said in texts.values()):
+        rows_of.setdefault(user, set()).add(everything)
+    whole: dict[str, str] = {}
+    for table, texts in zip(tables, of_heldout, strict=True):
+        for i, (user, everything) in texts.items():
+            for text in (everything, user) if user and len(rows_of[user]) == 1 else (everything,):
+                whole.setdefault(text, f"the prompt of {table.row_of(i)}")
+    grams = _telling([e for _, e in of_train.values()], [[e for _, e in texts.values()] for texts in of_heldout])
+    found = {}
+    for i, (user, everything) in of_train.items():
+        words = (f"the words {gram!r}" for gram in _ngrams(everything) if gram in grams)
+        if repeated := whole.get(everything) or whole.get(user) or next(words, None):
+            found[i] = repeated
+    return found
+
+
+def _said(table: PromptTable, prompt_id: str) -> tuple[str, str]:
+    user, everything = table.said(prompt_id)
+    return _normalise(user), _normalise(everything)
+
+
+def _telling(train: Sequence[str], heldout: Sequence[Sequence[str]]) -> set[str]:
+    """The n-grams of held-out rows that tell one of them: those that are no template, and no instruction."""
+    grams: set[str] = set()
+    templates: set[str] = set()
+    for texts in heldout:
+        counts = Counter(gram for text in texts for gram in set(_ngrams(text)))
+        grams.update(counts)
+        templates |= {gram for gram, n in counts.items() if n > max(2, BOILERPLATE_SHARE * len(texts))}
+    in_train = Counter(gram for text in train for gram in set(_ngrams(text)) & grams)
+    templates |= {gram for gram, n in in_train.items() if n > max(2, INSTRUCTION_SHARE * len(train))}
+    return grams - templates
 
 
 def _normalise(text: str) -> str:
@@ -100,6 +133,7 @@ class DomainData:
                     where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
+                    table.tell_repeats()
                     table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
             return found
 
@@ -295,14 +329,15 @@ def _resolve_overlap(
         if not found:
             continue
         message = f"domains.{name}.train: {len(found)} of {len(table)} rows repeat held-out rows"
+        why = f" ({table.shown(found)})"
         if settings.overlap == "error":
-            raise ValueError(f"{message}, for example id {min(found)!r}")
+            raise ValueError(f"{message}, for example id {min(found)!r}{why}")
         if settings.overlap == "keep":
-            warnings.warn(f"{message}; kept, as asked for", stacklevel=3)
+            warnings.warn(f"{message}{why}; kept, as asked for", stacklevel=3)
             continue
-        warnings.warn(f"{message}; left out", stacklevel=3)
-        table.drop(found)
+        warnings.warn(f"{message}{why}; left out", stacklevel=3)
+        table.drop(set(found))
         dropped[name] = len(found)
         if len(table) == 0:
-            raise ValueError(f"{message}: nothing is left to train on")
+            raise ValueError(f"{message}{why}: nothing is left to train on")
     return dropped
