@@ -35,7 +35,7 @@ reference: $(STAMP)
 	$(BIN)/python -m tests.reference
 
 # what the README shows: the first screen of the report of `make demo`
-RUN ?= runs/demo
+RUN ?= runs/demo/run
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 picture: $(STAMP)
 	@test -n "$(CHROMIUM)" || { echo "no Chromium found: install one (apt-get install chromium) or give CHROMIUM=/its/path"; exit 1; }
