@@ -200,7 +200,7 @@ class Endpoint:
             if now >= last + self.patience_s:
                 raise GraderGoneError(
                     f"judge: {self.url} has answered nobody for {now - last:.0f} s ({failure}; client.patience_s is "
-                    f"{self.patience_s:g}); the run goes on with --resume once it is back"
+                    f"{self.patience_s:g})"
                 )
             backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries - 1, 10)) * rng.uniform(0.5, 1.5)
             wait_s = min(max(failure.wait_s or backoff_s, FIRST_WAIT_S), last + self.patience_s - now)

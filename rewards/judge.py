@@ -126,6 +126,7 @@ class SameMeaning:
     criterion: str = "Judge whether the two responses to the request say the same in substance, whatever their words."
     client: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of `Endpoint`."""
+    is_slow: ClassVar[bool] = True
     tokenizer: str | None = None
     """Folder of the judge's tokenizer, as of `Judge`."""
 

@@ -110,6 +110,27 @@ def test_ranks_share_the_comparing_and_agree_on_the_result():
     assert replace(fusion, gather=lambda told: said[0] + said[1])(groups, prompt_of) == alone
 
 
+class Gone(Noting):
+    """Asks a judge that answers only the first time."""
+
+    is_slow = True
+
+    def same(self, groups, prompts):
+        if self.asked:
+            raise GraderGoneError("nobody answers")
+        return super().same(groups, prompts)
+
+
+def test_a_partitioner_whose_judge_is_gone_is_not_asked_group_by_group_and_ends_the_run():
+    judge = Gone()
+    fusion = Fusion.of([replace(domain(), diversity=Diversity(partitioner=judge))])
+    assert fusion.slow == {"stories"}
+    asked = list(judge.asked)  # on a trial
+    with pytest.raises(GraderGoneError, match="nobody answers"):
+        fusion([group((1.0, 0.5), prompt=f"p{i}", texts="ab") for i in range(3)], prompt_of)
+    assert judge.asked == asked
+
+
 def advantages() -> Advantages:
     kinds = {"math": "group", "stories": "mean_only"}
     return Advantages(settings=UpdateSettings(), kinds=kinds, find_suspects=lambda group: ())

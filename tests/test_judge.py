@@ -26,8 +26,8 @@ class Server:
     a function of the request's body.
     """
 
-    def __init__(self, *script, is_up=False):
-        self.is_up = is_up
+    def __init__(self, *script, is_up=False, port=0):
+        self.is_up, self.port = is_up, port
         self.script, self.bodies, self.times, self.headers = list(script), [], [], []
         self.lock = threading.Lock()
 
@@ -46,7 +46,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         return self

@@ -58,6 +58,18 @@ def test_a_cut_keeps_the_lines_up_to_its_step_and_the_tail_as_an_attempt(folder)
     assert (attempt / "transfer.json").read_text() == "{}"
 
 
+def test_a_cut_to_sizes_takes_what_was_written_of_the_step_since(folder):
+    write(folder, "metrics", 0, 1)
+    write(folder, "decisions", 1)
+    sizes = folder.sizes()
+    write(folder, "metrics", 1, 2)
+    write(folder, "alarms", 1)
+    attempt = folder.cut(1, sizes=sizes)
+    assert [steps(folder.ledger(name)) for name in ("metrics", "decisions", "alarms")] == [[0, 1], [1], []]
+    assert [steps(attempt / f"{name}.jsonl") for name in ("metrics", "alarms")] == [[1, 2], [1]]
+    assert folder.cut(1, sizes=sizes) is None
+
+
 def test_a_cut_takes_a_half_written_line_away_and_keeps_it(folder):
     write(folder, "metrics", 1)
     with folder.ledger("metrics").open("a") as file:

@@ -211,23 +211,33 @@ def remove_unfinished(folder: Path) -> list[Path]:
     return removed
 
 
+class Chance:
+    """The random numbers of this process, as they are now."""
+
+    def __init__(self) -> None:
+        self._random, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
 class BeforeDraw:
     """What a draw changes beside the weights, as it is now: for a checkpoint, should the draw come to nothing."""
 
     def __init__(self, curriculum: Curriculum) -> None:
         self._ledgers = json.dumps(curriculum.state_dict())
         self._pools = copy.deepcopy(curriculum.pool_columns())
-        self._random, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._chance = Chance()
 
     def restore(self, curriculum: Curriculum) -> None:
         curriculum.load_state_dict(json.loads(self._ledgers))
         curriculum.adopt_pools(self._pools)
-        random.setstate(self._random)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        self._chance.restore()
 
 
 def mark_best(folder: Path, checkpoint: Path, score: float) -> None:

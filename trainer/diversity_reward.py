@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Domain, Group, as_settings
 from polyphony.rewards.partitions import Same
-from polyphony.trainer.scoring import is_unreachable
+from polyphony.rewards.registry import GraderGoneError
+from polyphony.trainer.scoring import is_unreachable, together
 from polyphony.trainer.settings import Diversity
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ class Fusion:
         """Domains whose texts have to be gathered."""
         return tuple(self.by_domain)
 
+    @property
+    def slow(self) -> frozenset[str]:
+        """Domains whose partitioners ask somebody who may be gone."""
+        return frozenset(n for n, diversity in self.by_domain.items() if getattr(diversity.found, "is_slow", False))
+
     def __call__(self, groups: Sequence[Group], prompt_of: Callable[[Group], Any]) -> list[Group]:
         """Return the groups with `fused` filled in, where their domain rewards difference; these have their texts.
 
@@ -82,12 +88,16 @@ class Fusion:
         if not places:
             return list(groups)
         mine = {i: _texts(groups[i]) for i in places[self.rank :: self.world_size]}
-        told: list[tuple[int, Same | None]] = []
-        for name, diversity in self.by_domain.items():
-            own = [i for i in mine if groups[i].domain == name]
-            prompts = [prompt_of(groups[i]) for i in own]
-            told += zip(own, compared(name, diversity, [mine[i] for i in own], prompts), strict=True)
-        matrices = dict(self.gather(told))
+
+        def tell() -> list[tuple[int, Same | None]]:
+            told = []
+            for name, diversity in self.by_domain.items():
+                own = [i for i in mine if groups[i].domain == name]
+                prompts = [prompt_of(groups[i]) for i in own]
+                told += zip(own, compared(name, diversity, [mine[i] for i in own], prompts), strict=True)
+            return told
+
+        matrices = dict(self.gather(together(tell, self.slow, self.gather)))
         return [
             self._fused(group, matrices[i]) if group.domain in self.by_domain else group
             for i, group in enumerate(groups)
@@ -107,12 +117,14 @@ def compared(
     """Return which texts of each group say the same; None where the partitioner could not tell, or raised.
 
     Retried group by group, so that one group costs one group; not where its judge cannot be reached. Raises ValueError
-    for an answer of the wrong size.
+    for an answer of the wrong size, and GraderGoneError.
     """
     if not texts:
         return []
     try:
         told = diversity.found.same(texts, prompts)
+    except GraderGoneError:
+        raise
     except Exception as error:  # a user's partitioner may raise anything
         if len(texts) == 1 or is_unreachable(error):
             logger.warning("domain %r: the partitioner raised %s: %s", name, type(error).__name__, error)

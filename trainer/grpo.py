@@ -9,8 +9,8 @@ and a weight loader of our own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
+    Chance,
     load_ledgers,
     name_cpu,
     save_ledgers,
@@ -184,7 +185,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._row_entropy: torch.Tensor | None = None
         self._loss_entropy: torch.Tensor | None = None
         self._without_dead: list[dict[str, Any]] | None = None
-        self._resumed_from: str | None = None
+        self._chance_of_draw: Callable[[], None] | None = None
 
     def _walk_and_evaluate(self, engine: str | Engine | EngineFactory, settings: TrainerSettings) -> None:
         """Make what samples from the policy: its engine, the draws, the held-out evaluation."""
@@ -257,17 +258,25 @@ class DomainGRPOTrainer(GRPOTrainer):
         return output
 
     def _roll_out(self, n_rows: int) -> Rollout:
-        if self._resumed_from is not None:
+        if self._chance_of_draw is not None:
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
-            self._load_rng_state(self._resumed_from)
-            self._resumed_from = None
-        before = BeforeDraw(self.curriculum) if self.scorer.slow else None
+            self._chance_of_draw()
+            self._chance_of_draw = None
+        before = BeforeDraw(self.curriculum) if self.scorer.slow | self.fusion.slow else None
         try:
             return self.draws.roll_out(n_rows)
-        except GraderGoneError:
+        except GraderGoneError as error:
             if before is not None:
                 self._save_before(before)
-            raise
+            raise self.run.ended_by(error) if self.run else error from None
+
+    @contextmanager
+    def chance_as_saved(self) -> Iterator[None]:
+        """Go on from the random numbers of the checkpoint meanwhile; the first draw, from those that this ends with."""
+        if self._chance_of_draw is not None:
+            self._chance_of_draw()
+        yield
+        self._chance_of_draw = Chance().restore
 
     def _save_before(self, draw: BeforeDraw) -> None:
         """Leave a checkpoint of the run as it was before a draw that came to nothing; collective over ranks."""
@@ -489,11 +498,12 @@ class DomainGRPOTrainer(GRPOTrainer):
     @property
     def _remembering(self) -> dict[str, Any]:
         """What has a state of its own beside the curriculum's."""
-        return {"entropy": self.entropy, "shortcuts": self.shortcuts}
+        states = {"entropy": self.entropy, "shortcuts": self.shortcuts}
+        return states | {"owed": self.run.owed} if self.run else states
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Take no step where all were taken: Transformers looks at the count only after the next one."""
-        if self.state.global_step < self.state.max_steps:
+        """Take no step where all were taken, or a guardrail stopped the run before: Transformers looks only after one."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -502,4 +512,4 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ledgers(Path(checkpoint), self.curriculum, **self._remembering)
-            self._resumed_from = checkpoint
+            self._chance_of_draw = partial(self._load_rng_state, checkpoint)

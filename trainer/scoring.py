@@ -19,7 +19,7 @@ import threading
 import urllib.error
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
@@ -27,6 +27,7 @@ from polyphony.rewards.registry import GraderGoneError, ask, settled
 from polyphony.trainer.metrics import Logged
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 _UNREACHABLE = (
@@ -108,21 +109,19 @@ class Scorer:
         return _as_scores(name, values, 1)[0]
 
 
-def together(
-    score: Callable[[], list[float | None]], slow: Collection[str], gather: Callable[[list], list]
-) -> list[float | None]:
-    """Return the scores. Raises GraderGoneError on every rank where it came up on one; collective where any domain is slow:
+def together(ask: Callable[[], list[T]], slow: Collection[str], gather: Callable[[list], list]) -> list[T]:
+    """Return the answers. Raises GraderGoneError on every rank where it came up on one; collective where any domain is slow:
     only what waits can be gone."""
     if not slow:
-        return score()
-    scores, gone = [], None
+        return ask()
+    found, gone = [], None
     try:
-        scores = score()
+        found = ask()
     except GraderGoneError as error:
         gone = str(error)
     for reason in filter(None, gather([gone])):
         raise GraderGoneError(reason)
-    return scores
+    return found
 
 
 def is_unreachable(error: BaseException | None) -> bool:
@@ -170,8 +169,7 @@ class Failures:
             if seen >= FEWEST and failed > self.most * seen:
                 raise GraderGoneError(
                     f"domain {domain!r}: the reward failed on {failed} of the last {seen} completions; "
-                    f"max_grader_failures allows a share of {self.most:g}; the run goes on with --resume once the reward "
-                    "grades again"
+                    f"max_grader_failures allows a share of {self.most:g}"
                 )
 
 

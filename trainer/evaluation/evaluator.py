@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from accelerate.utils import gather_object
 
@@ -56,7 +57,7 @@ class Evaluator:
         self._unpublished = self.scorer.apart()
 
     def run(self) -> HeldoutResult:
-        """Evaluate all domains; collective over ranks, and every rank gets the whole result."""
+        """Evaluate all domains; collective over ranks, and every rank gets the whole result, or a GraderGoneError."""
         self._mine = self._mine or self._local_items()
         k = self.settings.samples
         prompts = [prompt for _, prompt in self._mine for _ in range(k)]
@@ -70,7 +71,8 @@ class Evaluator:
         ]
         sampled = self._graded(prompts, requests, k)
         entropies = self.policy.entropy_sums(sampled[::k])
-        variety = varieties(sampled, k=k, by_domain=self.fusion.by_domain) or [None] * len(self._mine)
+        told = partial(varieties, sampled, k=k, by_domain=self.fusion.by_domain)
+        variety = together(told, self.fusion.slow, gather_object) or [None] * len(self._mine)
         answers = [self._answer(c) for c in sampled]
         shown = {name: self._published(name)[: self.settings.shown] for name in self.data.heldout}
         greedy = self._greedy([prompt for _, prompt in self._mine], requests[::k])

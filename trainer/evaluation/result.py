@@ -10,6 +10,7 @@ from typing import Any
 
 from polyphony.curricula.records import Completion, Evaluation, graded, mean, passed, per_token
 from polyphony.curricula.transfer.halves import Half, taken
+from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.evaluation.answers import Answer, Variety
 from polyphony.trainer.evaluation.statistics import Answers
 
@@ -107,7 +108,7 @@ class HeldoutResult:
         }
 
     def check_failures(self, *, most: float) -> None:
-        """Raise RuntimeError where more than the share `most` of a domain's items could not be graded, or all of a half.
+        """Raise GraderGoneError where more than the share `most` of a domain's items could not be graded, or all of a half.
 
         Without such items it returns; with fewer, they are named to the log.
         """
@@ -117,7 +118,7 @@ class HeldoutResult:
             told = f"domain {name!r}: {len(lost)} of {len(items)} held-out items could not be graded ({_few(lost)})"
             if bare or len(lost) > most * len(items):
                 why = "none is left in one half" if bare else f"max_grader_failures allows a share of {most:g}"
-                raise RuntimeError(f"{told}; {why}")
+                raise GraderGoneError(f"{told}; {why}")
             if lost:
                 logger.warning("%s; their scores are null in this evaluation", told)
 

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,9 @@ from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.guardrails import Verdict, check, exceeded
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.checkpoints import (
+    Chance,
     best_checkpoint,
     best_to_go_back_to,
     checkpoint_step,
@@ -48,6 +50,7 @@ from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import Interrupted, RunFolder, from_now_on, read_object, write_object
+from polyphony.trainer.run.owed import Owed
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
 from polyphony.trainer.run.recorder import Recorder
@@ -82,6 +85,10 @@ class Trained(Protocol):
 
     def add_callback(self, callback: Any) -> None:
         """Have Transformers call it."""
+        ...
+
+    def chance_as_saved(self) -> AbstractContextManager[None]:
+        """Go on from the random numbers of the checkpoint meanwhile; the first draw, from those that this ends with."""
         ...
 
 
@@ -265,6 +272,9 @@ class Run(TrainerCallback):
         self._stopped_by = ""
         self._evaluated_at: int | None = None
         self._rolled_back_at: int | None = None
+        self.owed = Owed()
+        """The evaluation that the newest checkpoint has still to be given."""
+        self._gone: GraderGoneError | None = None
 
     def attach(self) -> Run:
         """Listen to the trainer: what it draws, and what Transformers calls; the engine's weights are checked first."""
@@ -350,7 +360,9 @@ class Run(TrainerCallback):
             self.say(f"{path.name} was not saved to its end: removed")
         if newest is not None:
             self._say_lost(newest)
-        attempt = folder.cut(step, say=self.say)
+        mark = {} if newest is None else read_mark(newest)
+        is_owed = mark.get("curriculum", {}).get("owed", {}).get("step") is not None
+        attempt = folder.cut(step, sizes=mark["ledgers"] if is_owed else None, say=self.say)
         if newest is None and attempt is not None:
             self.say(
                 f"{folder.checkpoints} has no whole checkpoint: the run starts anew; {attempt.name} keeps its lines"
@@ -402,6 +414,8 @@ class Run(TrainerCallback):
             if self.said is not None and self.is_main:
                 self.say(f"{interrupted}; go on with train(resume_from_checkpoint=True)")
             raise interrupted
+        if self._gone is not None:
+            raise self.ended_by(self._gone)
         save_final(self.trainer.policy, self.folder.final)
         if not self.is_main:
             return
@@ -411,24 +425,51 @@ class Run(TrainerCallback):
         else:
             self.folder.record_end("stopped", why=self._stopped_by or "a callback asked for it", step=step)
 
+    def ended_by(self, error: GraderGoneError) -> GraderGoneError:
+        """Return the same with how the run is taken up again."""
+        newest = (whole_checkpoints(self.folder.checkpoints) or [None])[-1]
+        how = f"the run goes on with --resume, from {newest.name}," if newest else "nothing is trained yet: begin anew"
+        return GraderGoneError(f"{error}; {how} once it grades again")
+
     # --- what Transformers calls --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the baseline, unless the run is resumed and has one."""
-        evaluator = self.trainer.evaluator
-        if state.global_step == 0:
-            # every tracker of the user's hears of it too
-            self.trainer.callback_handler.on_log(args, state, control, self._evaluate(0))
-            base = evaluator.remember_base()
-            if self.is_main:
-                replace_file(self.folder.base, base.to_json())
-        else:
+        self._gone = None
+        try:
+            if state.global_step == 0:
+                # every tracker of the user's hears of it too
+                self.trainer.callback_handler.on_log(args, state, control, self._evaluate(0))
+                base = self.trainer.evaluator.remember_base()
+                if self.is_main:
+                    replace_file(self.folder.base, base.to_json())
+                return
             self._remember_base()
             self._evaluated_at = max((row.step for row in self.trainer.curriculum.evaluations), default=None)
-            if self.is_main and not self.trainer.curriculum.rolled_back:
-                self._best(
-                    self.folder.checkpoints, state.global_step
-                )  # a kill may have come between checkpoint and mark
+            is_extra = self.owed.step is not None and not self._saves(state)
+            if self.owed.step is not None:
+                self._make_up(args, state, control)
+        except GraderGoneError as error:
+            raise self.ended_by(error) from None
+        if self.is_main and not self.trainer.curriculum.rolled_back and not is_extra:
+            # a kill may have come between checkpoint and mark
+            self._best(self.folder.checkpoints, state.global_step)
+
+    def _saves(self, state: Any) -> bool:
+        """Whether the run would have a checkpoint of this step in any case."""
+        return state.global_step % self.cadence.save_every == 0 or state.global_step >= state.max_steps
+
+    def _make_up(self, args: Any, state: Any, control: Any) -> None:
+        """Evaluate what the checkpoint could not, and write the step's line as it would have been."""
+        trainer = self.trainer
+        with trainer.chance_as_saved():
+            self._look(state, control)
+        for name, watch in self._watches.items():
+            watch.pending[:0] = self.owed.alarms.get(name, [])
+        self._tell_alarms()
+        metrics = self.owed.metrics | trainer.entropy.metrics() | trainer.pending_metrics
+        trainer.pending_metrics, self.owed = {}, Owed()
+        trainer.callback_handler.on_log(args, state, control, metrics)
 
     def _remember_base(self) -> None:
         path, why = self.folder.base, "is missing"
@@ -442,21 +483,44 @@ class Run(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         drawn = sum(self.trainer.curriculum.drawn.values())
         state.epoch = drawn / self.trainer.data.n_train
-        if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
-            self._look(state, control)
-        if self._stage_ends(state.global_step):
-            self._look(state, control)
-        for pending in (self.trainer.entropy.pending, self.trainer.shortcuts.pending):
-            for alarm in pending:
+        try:
+            if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
+                self._look(state, control)
+            if self._stage_ends(state.global_step):
+                self._look(state, control)
+        except GraderGoneError as error:
+            self._owe(error, state.global_step)
+            control.should_log = control.should_save = control.should_training_stop = True
+            return control
+        self._tell_alarms()
+        return control
+
+    @property
+    def _watches(self) -> dict[str, DomainEntropy | ShortcutWatch]:
+        """Who rings alarms while the run trains."""
+        return {"entropy": self.trainer.entropy, "shortcuts": self.trainer.shortcuts}
+
+    def _tell_alarms(self) -> None:
+        for watch in self._watches.values():
+            for alarm in watch.pending:
                 self.trainer.curriculum.note(f"{alarm.domain}: {alarm.message}")  # every rank's own copy
                 self._ring(alarm)
-            pending.clear()
-        return control
+            watch.pending.clear()
+
+    def _owe(self, error: GraderGoneError, step: int) -> None:
+        """End the run with a checkpoint of this step that is owed its evaluation."""
+        self._gone = error
+        self.owed = Owed(step=step, alarms={name: list(watch.pending) for name, watch in self._watches.items()})
+        for watch in self._watches.values():
+            watch.pending.clear()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if self._is_aside:
             return
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
+        if self._gone is not None:  # the step's line; and the summary of a training that has not ended
+            self.owed.metrics = self.owed.metrics or defined(numbers)
+            return
         self._write(state.global_step, numbers)
         if self.progress is not None and state.global_step:
             self.progress.update(state.global_step, numbers)
@@ -471,7 +535,8 @@ class Run(TrainerCallback):
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.recorder.record_end()
+        if self._gone is None:
+            self.recorder.record_end()
         self.recorder.save()
         if self.progress is not None:
             self.progress.close()
@@ -492,9 +557,16 @@ class Run(TrainerCallback):
             self._act(verdict, control)
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        chance = Chance()
+        try:
+            result = self.trainer.evaluator.run()
+            result.check_failures(most=self.trainer.draws.failures.most)
+        except GraderGoneError:  # on every rank
+            self.trainer.policy.rest()
+            self.trainer.evaluator.flush_logged()
+            chance.restore()
+            raise
         self._evaluated_at = step
-        result = self.trainer.evaluator.run()
-        result.check_failures(most=self.trainer.draws.failures.most)
         self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)

@@ -338,21 +338,29 @@ class RunFolder:
         """Return how many bytes each ledger has."""
         return {name: path.stat().st_size for name in LEDGERS if (path := self.ledger(name)).exists()}
 
-    def cut(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    def cut(
+        self,
+        step: int,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Path | None:
         """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any.
 
-        So too the summary of a training that ended: it is written after the last checkpoint. Says which last line had been
-        cut off. Raises ValueError that names the file and the line.
+        So too the summary of a training that ended: it is written after the last checkpoint. With `sizes`, so too what of
+        `step` itself stands beyond so many bytes of each ledger. Says which last line had been cut off. Raises ValueError
+        that names the file and the line.
         """
         tails = {}
         for name in LEDGERS:
             path = self.ledger(name)
             text = path.read_bytes() if path.exists() else b""
             whole, entries = whole_lines(text), self.read(name)
+            most = len(whole) if sizes is None else len(whole_lines(text[: sizes.get(name, 0)]))
             kept = [
                 line
                 for n, (line, entry) in enumerate(zip(whole, entries, strict=True), 1)
-                if _step(entry, f"{path}: line {n}") <= step and SUMMARY not in entry
+                if _step(entry, f"{path}: line {n}") <= step and SUMMARY not in entry and n <= most
             ]
             if len(whole) < len(lines := [line for line in text.split(b"\n") if line.strip()]):
                 say(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
