@@ -332,7 +332,7 @@ def test_of_all_attacks_only_those_that_are_listed_reach_anything(level):
     open_here = {name for (_, name), levels in reached.items() if levels}
     text = (HOUSE / "rewards" / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    listed = {row[1]: dict(zip(sandbox.LEVELS, row[2:], strict=True)) for row in rows if len(row) == 6}
+    listed = {row[1]: dict(zip(sandbox.LEVELS, row[2:6], strict=True)) for row in rows if len(row) == 7}
     assert {attack.name for attack in attacks.ATTACKS} | {"attack"} == set(listed)
     assert {name for name in open_here if listed[name][level] == "-"} == set()
 

@@ -1,20 +1,26 @@
 """What stays open at each level of the sandbox: attacks of five kinds, run at every level that this host has.
 
-`python -m tests.experiments.attacks` prints the table that stands in `rewards/README.md`. A program says REACHED where it
+`python -m tests.experiments.attacks` prints the table that stands in `rewards/README.md`; with `--before CHECKOUT`, one of
+e9572e9, its last column too: at which levels each reached its aim in the sandbox of then. A program says REACHED where it
 got at what it wanted; what it leaves behind is looked for from outside; a forged verdict is one that tests give it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -225,10 +231,10 @@ class Attack:
     source: str
     tests: str | None = None
 
-    def reaches(self, level: client.Level) -> bool:
+    def reaches(self, level: client.Level, sandbox: Callable[..., Any] = Program) -> bool:
         """Say whether it gets what it wants at this level, or leaves a file behind; what persists is asked for twice."""
         try:
-            with Program(self.source, level=level, limits=LIMITS) as program:
+            with sandbox(self.source, level=level, limits=LIMITS) as program:
                 if self.tests is not None:
                     verdict = program.test(self.tests)
                     has_reached = bool(verdict.total) and verdict.passed == verdict.total
@@ -259,7 +265,7 @@ class Attack:
 
 def _is_server(process: psutil.Process) -> bool:
     try:
-        return any("sandbox/__main__.py" in word for word in process.cmdline())
+        return any(word.endswith(("sandbox/__main__.py", "jail/__main__.py")) for word in process.cmdline())
     except psutil.Error:
         return False
 
@@ -294,6 +300,36 @@ def bait():
         MARK.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def before(checkout: Path):
+    """Yield what makes a program of that checkout's sandbox; called as `Program` is."""
+    sys.path.insert(0, str(checkout))
+    sandbox: Any = importlib.import_module("rewards.sandbox")
+    jailer: Any = importlib.import_module("rewards.jailer")
+    with tempfile.TemporaryDirectory() as folder:
+        as_it_was, without_landlock = jailer._JAIL, Path(folder) / "jail"
+        shutil.copytree(as_it_was, without_landlock)
+        with (without_landlock / "confine.py").open("a") as file:
+            file.write("\ncan_hide_files = lambda: False\n")
+
+        @contextlib.contextmanager
+        def program(source: str, *, level: client.Level, limits: client.Limits):
+            """`limits` was Landlock too where the kernel has it."""
+            jail = without_landlock if level == "limits" else as_it_was
+            if jail != jailer._JAIL:
+                while jailer._shared:
+                    jailer._shared.popitem()[1].close()
+                jailer._JAIL = jail
+            its_own = sandbox.Limits(wall_s=limits.wall_s, cpu_s=limits.cpu_s, memory_bytes=limits.memory_bytes)
+            try:
+                with sandbox.Program(source, level="limits" if level == "landlock" else level, limits=its_own) as made:
+                    yield made
+            except sandbox.SandboxError as error:
+                raise SandboxError(str(error)) from error
+
+        yield program
+
+
 def levels() -> list[client.Level]:
     """Return the levels that this host has."""
     found = []
@@ -307,24 +343,36 @@ def levels() -> list[client.Level]:
 
 
 def table(
-    here: Sequence[client.Level], report: Callable[[str], None] = print, *, but: Sequence[str] = ()
+    here: Sequence[client.Level],
+    report: Callable[[str], None] = print,
+    *,
+    but: Sequence[str] = (),
+    before: Callable[..., Any] | None = None,
 ) -> dict[tuple[str, str], set[client.Level]]:
-    """Run all attacks but those of some kinds, report a line each; return by attack the levels where it reached its aim."""
-    report("| kind | attack | " + " | ".join(here) + " |")
-    report("|---|---|" + "---|" * len(here))
+    """Run all attacks but those of some kinds, report a line each; return by attack the levels where it reached its aim.
+
+    With `before`, each line ends with the levels where it did so in that sandbox.
+    """
+    report("| kind | attack | " + " | ".join(here) + (" | before |" if before else " |"))
+    report("|---|---|" + "---|" * (len(here) + bool(before)))
     open_to: dict[tuple[str, str], set[client.Level]] = {}
     for attack in (attack for attack in ATTACKS if attack.kind not in but):
         reached: set[client.Level] = {level for level in here if attack.reaches(level)}
         open_to[attack.kind, attack.name] = reached
-        report(
-            f"| {attack.kind} | {attack.name} | " + " | ".join("REACHED" if x in reached else "-" for x in here) + " |"
-        )
+        cells = ["reached" if level in reached else "-" for level in here]
+        if before:
+            then = [level for level in here if attack.reaches(level, before)]
+            cells.append("all" if then == list(here) else ", ".join(then) or "-")
+        report(f"| {attack.kind} | {attack.name} | " + " | ".join(cells) + " |")
     return open_to
 
 
 if __name__ == "__main__":
-    with bait():
-        counts = table(levels())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="a checkout of e9572e9")
+    checkout = parser.parse_args().before
+    with bait(), before(checkout) if checkout else contextlib.nullcontext() as made:
+        counts = table(levels(), partial(print, flush=True), before=made)
     print(
         f"\n{len(counts)} attacks; reached: "
         + ", ".join(f"{x} {sum(x in r for r in counts.values())}" for x in levels())
