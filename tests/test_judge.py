@@ -19,6 +19,12 @@ from polyphony.rewards.registry import GraderGoneError, settled
 from polyphony.trainer.scoring import Scorer
 
 
+class Listening(ThreadingHTTPServer):
+    """Turns away nobody who asks while its threads are busy."""
+
+    request_queue_size = 64
+
+
 class Server:
     """A judge that follows a script: each request takes the next behaviour, the last one for ever.
 
@@ -46,7 +52,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.http = Listening(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         return self

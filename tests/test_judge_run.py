@@ -130,7 +130,7 @@ def test_evaluations_that_a_judge_was_gone_for_are_made_up_and_the_run_is_as_if_
     monkeypatch.setattr("polyphony.launch.train.train", partial(train, engine=engine))
     run, whole = tmp_path / "run", tmp_path / "whole"
     judge = Mortal(run)
-    spec = f"{{name: judge, endpoint: '{judge.comes_back()}', model: j, client: {{patience_s: 0.5}}}}"
+    spec = f"{{name: judge, endpoint: '{judge.comes_back()}', model: j, client: {{patience_s: 1, concurrency: 4}}}}"
     recipe = [str(RECIPES / "debug.yaml"), *(f"{key}={value}" for key, value in SETTINGS.items())]
     recipe.append(f"domains.stories.reward={spec}")
     assert main(["train", *recipe, "--out", str(whole)]) == 0
