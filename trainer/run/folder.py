@@ -27,7 +27,9 @@ from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations", "transfer")
 """The line-by-line files; each line has the `step` it belongs to."""
 STATE_FILE = "polyphony.json"
-"""Written last into a checkpoint; a folder without it was cut off while being saved."""
+"""Written last into a checkpoint, which is whole by it."""
+UNFINISHED_FILE = "polyphony.json.unfinished"
+"""In a checkpoint while it is being saved, and for ever in one that was cut off."""
 BEST_FILE = "best.json"
 """Beside the checkpoints: which one is best."""
 MAY_CHANGE = {
@@ -339,12 +341,16 @@ class RunFolder:
         return {name: path.stat().st_size for name in LEDGERS if (path := self.ledger(name)).exists()}
 
     def cut(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> Path | None:
-        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any.
+        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any."""
+        return self.put_aside(self.tails(step, say=say))
 
-        So too the summary of a training that ended: it is written after the last checkpoint. Says which last line had been
-        cut off. Raises ValueError that names the file and the line.
+    def tails(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> dict[str, tuple[bytes, bytes]]:
+        """Return what stays and what goes of each ledger that has lines after `step`; nothing is written.
+
+        What goes has the summary of a training that ended: it is written after the last checkpoint. Says which last line had
+        been cut off. Raises ValueError that names the file and the line.
         """
-        tails = {}
+        tails, cut_off = {}, []
         for name in LEDGERS:
             path = self.ledger(name)
             text = path.read_bytes() if path.exists() else b""
@@ -355,10 +361,16 @@ class RunFolder:
                 if _step(entry, f"{path}: line {n}") <= step and SUMMARY not in entry
             ]
             if len(whole) < len(lines := [line for line in text.split(b"\n") if line.strip()]):
-                say(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
+                cut_off.append(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
             head = b"".join(line + b"\n" for line in kept)
             if head != text:
                 tails[name] = (head, text[len(head) :] if text.startswith(head) else text)
+        for line in cut_off:
+            say(line)
+        return tails
+
+    def put_aside(self, tails: Mapping[str, tuple[bytes, bytes]]) -> Path | None:
+        """Leave of each ledger what stays; return the folder that has the rest, None where there is none."""
         if not tails:
             return None
         attempt = RunFolder(self._new_attempt())

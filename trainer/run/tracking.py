@@ -94,11 +94,15 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.settings = settings
         self._given = {"project": settings.project, "entity": settings.entity, "name": name, "config": dict(config)}
-        self._given |= known_as(RunFolder(folder))
+        self._known = known_as(RunFolder(folder))
         self._folder = folder
         self._has_failed = False
         self._tasks: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+
+    def begin(self) -> None:
+        """Write down as what W&B knows the run, and start; until then nothing is written, and what is logged waits."""
+        write_object(RunFolder(self._folder).tracked, {name: self._known[name] for name in ("id", "group", "tags")})
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -170,7 +174,9 @@ class WandbTracker:
 
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Any:
         settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_S)
-        return wandb.init(mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given)
+        return wandb.init(
+            mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given, **self._known
+        )
 
 
 def known_as(folder: RunFolder) -> dict[str, Any]:
@@ -181,13 +187,12 @@ def known_as(folder: RunFolder) -> dict[str, Any]:
     path, env = folder.tracked, os.environ
     kept = read_object(path) if path.is_file() else {}
     tags = [tag for tag in env.get("WANDB_TAGS", "").split(",") if tag]
-    now = {
+    return {
         "id": kept.get("id") or env.get("WANDB_RUN_ID") or secrets.token_hex(4),
         "group": env.get("WANDB_RUN_GROUP") or kept.get("group"),
         "tags": tags or kept.get("tags"),
+        **({"resume": "allow"} if kept else {}),
     }
-    write_object(path, now)
-    return now | ({"resume": "allow"} if kept else {})
 
 
 def server_url() -> str:
