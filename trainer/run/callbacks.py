@@ -483,6 +483,8 @@ class Run(TrainerCallback):
             self.recorder.save()
             if self.trainer.curriculum.pools:
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
+        if self.tracker is not None:
+            self.tracker.saved()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.record_end()

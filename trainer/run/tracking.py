@@ -4,6 +4,11 @@ Everything is handed to a thread of its own, so that the run never waits: not fo
 the end no longer than `FINISH_S`. A server that cannot be reached at the start makes the run an offline one, whose files
 `wandb sync` uploads later.
 
+Each resume of an offline run adds a folder with the same id, and `wandb sync RUN/wandb` (0.31) sends them in the order of
+their beginning to one run. It makes later steps of those that the server has already, so an offline run is told of a step
+only once a checkpoint keeps it. What W&B had not written when a run was killed, up to its last seconds before a checkpoint,
+is missing there; `metrics.jsonl` has it.
+
 Beside the numbers it gets tables: completions by domain, decisions, and what each domain did to each.
 """
 
@@ -82,6 +87,10 @@ FINISH_S = 20.0
 """Seconds the end of a run waits for uploads; what is left then stays on disk."""
 
 
+def _SAVED(run: Any) -> None:  # noqa: N802 (a mark among tasks, that does nothing)
+    """After this task an offline run may hold what was logged before."""
+
+
 class WandbTracker:
     """Hand metrics and tables to one W&B run, from a thread that the run does not wait for.
 
@@ -129,6 +138,10 @@ class WandbTracker:
         """Have W&B tell its user."""
         self._tasks.put(lambda run: run.alert(title=title, text=text))
 
+    def saved(self) -> None:
+        """Say that a checkpoint keeps what was logged until now, so that no resume will tell it again."""
+        self._tasks.put(_SAVED)
+
     def finish(self) -> None:
         """Wait for what is still to be written, but no longer than `FINISH_S`."""
         self._tasks.put(None)
@@ -140,11 +153,21 @@ class WandbTracker:
 
     def _serve(self) -> None:
         run = self._start()
+        self._say_offline(run)
+        held: list[Callable[[Any], None]] = []
         while (task := self._tasks.get()) is not None:
-            if run is not None:
-                self._try(task, run)
+            if run is None:
+                continue
+            held.append(task)
+            if task is _SAVED or run.settings.mode != "offline":
+                self._do(held, run)
         if run is not None:
-            self._try(lambda run: run.finish(), run)
+            self._do([*held, lambda run: run.finish()], run)
+
+    def _do(self, tasks: list[Callable[[Any], None]], run: Any) -> None:
+        for task in tasks:
+            self._try(task, run)
+        tasks.clear()
 
     def _try(self, task: Callable[[Any], None], run: Any) -> None:
         """Do one thing; whatever W&B raises is W&B's, is told once, and the run goes on."""
@@ -171,6 +194,11 @@ class WandbTracker:
         except wandb.Error as error:
             logger.warning("W&B cannot start offline (%s); metrics are in metrics.jsonl", error)
             return None
+
+    def _say_offline(self, run: Any) -> None:
+        if "resume" in self._known and run is not None and run.settings.mode == "offline":
+            where = RunFolder(self._folder).wandb
+            logger.warning("W&B: this resume is one more part of an offline run; all as one: wandb sync %s", where)
 
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Any:
         settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_S)
