@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from polyphony.launch.cli import main
-from polyphony.trainer.run.folder import RunFolder, read_object, write_object
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 from tests.conftest import HOUSE
 
 OLD = HOUSE / "tests" / "old_run"

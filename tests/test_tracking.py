@@ -24,7 +24,8 @@ from polyphony.launch.cli import main
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.callbacks import Cadence, Outset, Run
-from polyphony.trainer.run.folder import RunFolder, write_object
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import write_object
 from polyphony.trainer.run.tracking import (
     WandbTracker,
     is_reachable,
@@ -333,5 +334,5 @@ def test_the_parts_of_a_resumed_offline_run_are_synced_as_one_in_which_no_step_i
     with server as (url, _):
         known = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
         words = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
-        subprocess.run(words, env=os.environ | known, check=True, timeout=300, capture_output=True)
+        subprocess.run(words, env=os.environ | known, cwd=tmp_path, check=True, timeout=300, capture_output=True)
     assert server.lines == [(step, step / 10) for step in range(7)]

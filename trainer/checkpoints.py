@@ -30,7 +30,8 @@ from polyphony.trainer.checkpoint_mark import damage, discard, is_unfinished, re
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.engine.merge import adapter_parameters, merged_parameters
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, read_object, write_object
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
+from polyphony.trainer.run.json_lines import read_object, write_object
 
 
 def save_ledgers(

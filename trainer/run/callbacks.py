@@ -47,7 +47,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
-from polyphony.trainer.run.folder import Interrupted, RunFolder, from_now_on, read_object, write_object
+from polyphony.trainer.run.changes import from_now_on
+from polyphony.trainer.run.folder import Interrupted, RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
 from polyphony.trainer.run.recorder import Recorder

@@ -30,7 +30,8 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
-from polyphony.trainer.run.folder import RunFolder, read_object, write_object
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
