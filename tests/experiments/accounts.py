@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.prompts.pool_file import load_pools
+from polyphony.trainer.checkpoints import whole_checkpoints
 from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 
 TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
@@ -95,7 +96,7 @@ def _stream(run: Path) -> list[Any]:
 
 def _numbers(run: Path) -> list[Any]:
     folder = RunFolder(run)
-    newest = max(folder.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    newest = whole_checkpoints(folder.checkpoints)[-1]
     metrics = [
         {k: v for k, v in line.items() if not any(timed in k for timed in TIMED)}
         for line in RunFolder(run).read("metrics")
