@@ -32,7 +32,8 @@ from polyphony.launch.sections import (
     RolloutsSection,
     TrackingSection,
 )
-from polyphony.trainer.run.folder import RunFolder, read_object
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.settings import (
     CheckpointSettings,
     DataSettings,

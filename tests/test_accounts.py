@@ -70,10 +70,10 @@ def test_a_prompt_that_the_pool_has_seen_too_often_is_named(run):
     assert errors(run, group_size=4) == ["x a: asked for 2 times, seen 3 times"]
 
 
-def test_rounding_in_the_evidence_leaves_the_stream_equal_and_the_numbers_not(run, tmp_path):
+def test_rounding_in_the_evidence_leaves_the_stream_equal_and_the_metrics_not(run, tmp_path):
     other = written(tmp_path / "other", entropy=0.5000001)
     found = compare(run, other, group_size=4)
-    assert (found.accounted, found.prompts, found.numbers) == (True, True, False)
+    assert (found.accounted, found.prompts, found.metrics, found.weights) == (True, True, False, True)
 
 
 def test_time_and_counts_of_faults_are_not_compared(run, tmp_path):
@@ -81,7 +81,7 @@ def test_time_and_counts_of_faults_are_not_compared(run, tmp_path):
     text = (other / "metrics.jsonl").read_text()
     text = text.replace('"step_time": 1.0', '"step_time": 9.0').replace('regenerated": 4', 'regenerated": 0')
     (other / "metrics.jsonl").write_text(text)
-    assert compare(run, other, group_size=4).numbers
+    assert compare(run, other, group_size=4).metrics
 
 
 def test_another_prompt_is_a_difference(run, tmp_path):

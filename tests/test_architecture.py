@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.cli import VERBS
 from polyphony.launch.recipe import Recipe, load_recipe
-from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, RunFolder
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, UNFINISHED_FILE, RunFolder
 from polyphony.trainer.settings import UpdateSettings
 from tests.conftest import EXPERIMENTS, HOUSE, RECIPES
 
@@ -118,7 +118,7 @@ def test_only_the_run_folder_knows_the_names_of_run_files():
     folder = RunFolder(Path())
     paths = [getattr(folder, name) for name, made in vars(RunFolder).items() if isinstance(made, property)]
     names = {path.name for path in paths if isinstance(path, Path)} - {"wandb"}  # which is a word of others too
-    names |= {STATE_FILE, BEST_FILE, POOL_FILE}
+    names |= {STATE_FILE, UNFINISHED_FILE, BEST_FILE, POOL_FILE}
     assert {"recipe.yaml", "transfer.json", "end.json", "final", "logs"} < names
     found = []
     for path in (path for wing in PACKAGES for path in (HOUSE / wing).rglob("*.py")):

@@ -8,16 +8,15 @@ import pytest
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers.fixed import Joint
+from polyphony.trainer.checkpoint_mark import begin_mark, damage, discard, is_unfinished
 from polyphony.trainer.checkpoints import (
+    Found,
     best_checkpoint,
     best_to_go_back_to,
-    damage,
     forget_damaged_best,
     keep_newest,
     load_state,
     mark_best,
-    newest_whole,
-    remove_unfinished,
     save_ledgers,
     whole_checkpoints,
 )
@@ -31,7 +30,7 @@ def folder(tmp_path):
     for step in (2, 10, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / STATE_FILE).write_text(json.dumps({"curriculum": {"draws": step}}))
-    (tmp_path / "checkpoint-12").mkdir()
+    begin_mark(tmp_path / "checkpoint-12")
     (tmp_path / "checkpoint-12" / "model.safetensors").write_text("half")
     return tmp_path
 
@@ -53,11 +52,44 @@ def test_whole_checkpoints_are_found_in_order_of_their_steps(folder):
     assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
 
 
-def test_only_unfinished_checkpoints_are_removed(folder):
-    (folder / "best.json").write_text("{}")
-    assert remove_unfinished(folder) == [folder / "checkpoint-12"]
-    assert names(folder) == ["best.json", "checkpoint-10", "checkpoint-2", "checkpoint-4"]
-    assert remove_unfinished(folder) == []
+def settled(folder, **given) -> tuple[list[str], list[str]]:
+    """Go on from the newest checkpoint that fits; return what was said, and what is there."""
+    said: list[str] = []
+    Found.of(folder, **given).settle(say=said.append)
+    return said, names(folder)
+
+
+def test_only_what_was_never_whole_is_removed_and_what_lost_its_mark_is_set_aside(saved):
+    begin_mark(saved / "checkpoint-12")
+    (saved / "checkpoint-12" / "model.safetensors").write_text("half")
+    (saved / "checkpoint-13").mkdir()  # begun just before its end
+    (saved / "checkpoint-4" / STATE_FILE).unlink()
+    said, left = settled(saved)
+    assert left == ["checkpoint-2", "checkpoint-4.aside-1"]
+    assert said[0].startswith(f"checkpoint-4: {STATE_FILE} is missing; moved to checkpoint-4.aside-1")
+    assert sorted(said[1:]) == [
+        f"checkpoint-{n} was cut off while being saved, and never whole: removed" for n in (12, 13)
+    ]
+    assert settled(saved) == ([], left)
+    (saved / "checkpoint-2" / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        settled(saved)
+    assert names(saved) == left
+
+
+def test_a_whole_checkpoint_that_does_not_fit_is_set_aside_for_an_older_one(saved):
+    said, left = settled(saved, misfit=lambda path: "lines of it are lost" if path.name == "checkpoint-4" else "")
+    assert left == ["checkpoint-2", "checkpoint-4.aside-1"] and "checkpoint-4: lines of it are lost; moved" in said[0]
+
+
+def test_a_deletion_that_is_cut_off_leaves_an_unfinished_one(saved, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        discard(saved / "checkpoint-2")
+    assert is_unfinished(saved / "checkpoint-2") and not is_unfinished(saved / "checkpoint-4")
 
 
 def test_the_newest_are_kept_and_the_best_with_them(folder):
@@ -77,7 +109,7 @@ def test_fewer_than_the_limit_stay(folder):
 
 def test_a_run_that_never_saved_has_no_checkpoint(tmp_path):
     assert whole_checkpoints(tmp_path / "gone") == []
-    assert remove_unfinished(tmp_path / "gone") == []
+    assert Found.of(tmp_path / "gone") == Found(None, {}, [])
 
 
 def test_the_best_is_the_first_with_the_highest_score(folder):
@@ -124,13 +156,13 @@ def test_any_damage_of_any_file_is_named_and_the_run_goes_on_from_the_checkpoint
         assert name in damage(saved / "checkpoint-4"), kind
         path.write_bytes(whole)
     path.write_bytes(whole[:-2])
-    said: list[str] = []
-    assert newest_whole(saved, say=said.append) == saved / "checkpoint-2"
+    assert Found.of(saved).newest == saved / "checkpoint-2"
+    said, left = settled(saved)
     assert len(said) == 1 and said[0].startswith("checkpoint-4: ") and name in said[0] and "moved to" in said[0]
-    assert names(saved) == ["checkpoint-2", "checkpoint-4.aside-1"]
+    assert left == ["checkpoint-2", "checkpoint-4.aside-1"]
     (saved / "checkpoint-2" / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-2: optimizer.pt is missing\)"):
-        newest_whole(saved, say=said.append)
+        settled(saved)
     assert "checkpoint-2" in names(saved)  # nothing is moved where nothing is left
 
 
@@ -145,8 +177,8 @@ def test_folders_of_the_users_own_are_left_alone(folder):
     for name in ("checkpoint-good", "checkpoint-4-copy", "best"):
         (folder / name).mkdir()
     (folder / "checkpoint-4-copy" / STATE_FILE).write_text("{}")
-    remove_unfinished(folder)
     keep_newest(folder, 1)
+    discard(folder / "checkpoint-12")
     assert names(folder) == ["best", "checkpoint-10", "checkpoint-4-copy", "checkpoint-good"]
 
 

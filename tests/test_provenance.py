@@ -63,7 +63,7 @@ def test_data_is_known_by_its_ids_in_their_order():
 def test_weights_are_known_by_the_hash_of_their_files(weights):
     hashes = hashlib.sha256(b"first").digest() + hashlib.sha256(b"second").digest()
     found = provenance(model=str(weights), tables={}, rewards={})["model"]
-    assert found == {"name": str(weights), "sha256": hashlib.sha256(hashes).hexdigest()}
+    assert found["sha256"] == hashlib.sha256(hashes).hexdigest()
     (weights / "model-2.safetensors").write_bytes(b"sec0nd")
     assert provenance(model=str(weights), tables={}, rewards={})["model"]["sha256"] != found["sha256"]
 
@@ -119,6 +119,23 @@ def test_rows_and_weights_that_are_others_now_are_refused_by_name(weights):
     (weights / "model-1.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="its weights are not those that the run began with"):
         refuse_other_data(known, rows("2"), model=str(weights))
+
+
+def test_another_tokenizer_or_configuration_beside_the_same_weights_is_refused_by_name(weights):
+    (weights / "tokenizer.json").write_text("[]")
+    (weights / "results.json").write_text("of the user's own")
+    known = provenance(model=str(weights), tables={}, rewards={})
+    assert set(known["model"]["files"]) == {"config.json", "tokenizer.json"}
+    (weights / "results.json").write_text("more")
+    refuse_other_data(known, {}, model=str(weights))
+    (weights / "tokenizer.json").write_text("{}")
+    (weights / "chat_template.jinja").write_text("new")
+    with pytest.raises(
+        ValueError, match=r"chat_template\.jinja, tokenizer\.json are not as the run began with; give back"
+    ):
+        refuse_other_data(known, {}, model=str(weights))
+    del known["model"]["files"]  # as an older version noted it
+    refuse_other_data(known, {}, model=str(weights))
 
 
 def test_other_versions_are_told_with_the_step_from_which_they_hold():

@@ -286,6 +286,12 @@ def test_a_checkpoint_holds_no_score_and_has_them_again_from_the_ledger(tmp_path
     load_ledgers(tmp_path / "checkpoint-4", again.curriculum)
     assert again.curriculum.evaluations == ours.curriculum.evaluations
     assert json.dumps(again.curriculum.state_dict()) == json.dumps(ours.curriculum.state_dict())
+    seen = json.loads((tmp_path / "checkpoint-4" / "polyphony.json").read_text())["curriculum"]["evaluations"]
+    assert again.lost(seen, 4) == ""
+    ledger = again.folder.ledger("transfer")
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    assert again.lost(seen, 4) == f"{ledger} has lost its evaluation at step 4"
+    assert again.lost(seen[:-1], 2) == ""
     again.restore(2)
     with pytest.raises(ValueError, match="checkpoint-4 had seen 3 evaluations, the ledger has 2"):
         load_ledgers(tmp_path / "checkpoint-4", again.curriculum)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from polyphony.curricula.files import replace_file, sealed, unsealed
-from polyphony.trainer.run.folder import RunFolder, from_now_on, read_object, write_object
+from polyphony.trainer.run.changes import from_now_on
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 
 
 @pytest.fixture

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +25,7 @@ from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.callbacks import Cadence, Outset, Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import write_object
 from polyphony.trainer.run.tracking import (
     WandbTracker,
     is_reachable,
@@ -54,7 +60,10 @@ def forgetful():
 
 def tracker(folder, mode) -> WandbTracker:
     folder.mkdir(exist_ok=True)
-    return WandbTracker(WandbSettings(mode=mode), name="test", folder=folder, config={"a": 1})
+    ours = WandbTracker(WandbSettings(mode=mode), name="test", folder=folder, config={"a": 1})
+    assert not (folder / "wandb").exists() or (folder / "wandb.json").exists()  # before it begins, nothing is written
+    ours.begin()
+    return ours
 
 
 def offline_runs(folder) -> list:
@@ -180,28 +189,43 @@ def test_a_dashboard_of_no_run_is_an_error(tmp_path, capsys):
 
 
 class small_server:  # noqa: N801 (used like a function)
-    """W&B's GraphQL in a few lines: keeps one view, as `saved`, and gives it back."""
+    """W&B in a few lines: keeps one view, as `saved`, and gives it back; keeps the lines of one run, as `self.lines`."""
 
     def __enter__(self):
         saved: list[dict] = []
+        self.lines: list[tuple[int, Any]] = []
+        run = {"id": "r", "name": "", "project": {"name": "p", "entity": {"name": "team"}}, "config": "{}"}
+        seen = {"summaryMetrics": "{}", "eventsTail": "[]", "tags": [], "logLineCount": 0, "eventsLineCount": 0}
+
+        def answer(query: str, variables: dict) -> dict:
+            if "upsertView" in query:
+                saved.append(variables)
+                return {"upsertView": {"view": {"id": "view-1", "name": variables["name"]}, "inserted": True}}
+            if "allViews" in query:
+                node = {"id": "view-1", "displayName": "old", "spec": saved[-1]["spec"]}
+                return {"project": {"allViews": {"edges": [{"node": node}]}}}
+            if "UpsertBucket" in query:
+                return {"upsertBucket": {"bucket": run | {"name": variables["name"]}, "inserted": True}}
+            if "RunResumeStatus" in query:
+                tail = json.dumps([json.dumps({"_step": step}) for step, _ in self.lines[-1:]])
+                past = seen | {"historyLineCount": len(self.lines), "historyTail": tail, "wandbConfig": '{"t": 1}'}
+                return {"model": {"bucket": run | past}}
+            if "CreateRunFiles" in query:
+                return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}}
+            viewer = {"id": "u", "entity": "team", "username": "u", "flags": "{}", "teams": {"edges": []}}
+            return {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}}
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_error(404)
 
             def do_POST(self):
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                variables = asked.get("variables") or {}
-                if "upsertView" in asked["query"]:
-                    saved.append(variables)
-                    answer = {"upsertView": {"view": {"id": "view-1", "name": variables["name"]}, "inserted": True}}
-                elif "allViews" in asked["query"]:
-                    node = {"id": "view-1", "displayName": "old", "spec": saved[-1]["spec"]}
-                    answer = {"project": {"allViews": {"edges": [{"node": node}]}}}
-                else:
-                    viewer = {"id": "u", "entity": "team", "username": "u", "flags": "{}", "teams": {"edges": []}}
-                    answer = {"viewer": viewer, "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None}}
-                body = json.dumps({"data": answer}).encode()
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                asked = json.loads(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+                history = asked.get("files", {}).get("wandb-history.jsonl", {"content": []})
+                lines.extend((line["_step"], line.get("reward")) for line in map(json.loads, history["content"]))
+                found = {"data": answer(asked["query"], asked.get("variables") or {})} if "query" in asked else {}
+                body = json.dumps(found).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -211,6 +235,7 @@ class small_server:  # noqa: N801 (used like a function)
             def log_message(self, *args):
                 pass
 
+        lines = self.lines
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}", saved
@@ -278,10 +303,36 @@ def test_completions_and_decisions_are_tables_a_row_each():
 def test_a_resumed_run_is_the_same_run_for_wandb_with_its_group_and_tags(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_GROUP", "ablation")
     monkeypatch.setenv("WANDB_TAGS", "first,second")
-    first = known_as(RunFolder(tmp_path))
+    folder = RunFolder(tmp_path)
+    first = known_as(folder)
     assert (len(first["id"]), first["group"], first["tags"]) == (8, "ablation", ["first", "second"])
-    assert "resume" not in first
+    assert "resume" not in first and not folder.tracked.exists()
+    write_object(folder.tracked, first)
     monkeypatch.delenv("WANDB_RUN_GROUP")
     monkeypatch.setenv("WANDB_TAGS", "third")
-    assert known_as(RunFolder(tmp_path)) == first | {"tags": ["third"], "resume": "allow"}
-    assert known_as(RunFolder(tmp_path))["group"] == "ablation"
+    assert known_as(folder) == first | {"tags": ["third"], "resume": "allow"}
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_resumed_offline_run_are_synced_as_one_in_which_no_step_is_told_twice(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("polyphony.trainer.run.tracking.FINISH_S", 120.0)
+    for first, kept, last in ((0, 2, 4), (3, 6, 6)):  # the first part had taken two steps after its checkpoint
+        ours = tracker(tmp_path, "offline")
+        for step in range(first, last + 1):
+            ours.log(step, {"reward": step / 10})
+            if step == kept:
+                ours.saved()
+        if first:
+            ours.finish()
+            assert "one more part of an offline run; all as one: wandb sync" in caplog.text
+        while ours._tasks.qsize():  # the first is then left, as by a kill
+            time.sleep(0.01)
+        assert len(offline_runs(tmp_path)) == 1 + (first > 0)
+    server = small_server()
+    with server as (url, _):
+        known = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
+        words = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
+        subprocess.run(words, env=os.environ | known, cwd=tmp_path, check=True, timeout=300, capture_output=True)
+    assert server.lines == [(step, step / 10) for step in range(7)]

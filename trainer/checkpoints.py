@@ -7,15 +7,13 @@ spread over the ranks.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,13 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.files import replace_file, sealed
 from polyphony.curricula.prompts.pool_file import load_pools, move_aside, save_pools
+from polyphony.trainer.checkpoint_mark import damage, discard, is_unfinished, read_mark, write_mark
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.engine.merge import adapter_parameters, merged_parameters
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE, read_object, write_object
-
-VERSION = 2
-"""Of `STATE_FILE`; version 1 had no digests."""
+from polyphony.trainer.run.folder import BEST_FILE, POOL_FILE, STATE_FILE
+from polyphony.trainer.run.json_lines import read_object, write_object
 
 
 def save_ledgers(
@@ -44,44 +40,14 @@ def save_ledgers(
     """Write everything that a run remembers beside its weights, and so mark the checkpoint as whole.
 
     `others` have state of their own, by name; `sizes` are those of the run's ledgers. Of its evaluations all but the scores,
-    which grow with the run and are in its ledger. All files are on the disk, and their digests taken, before the mark is.
+    which grow with the run and are in its ledger.
     """
     if curriculum.pools:
         save_pools(checkpoint / POOL_FILE, curriculum.pool_columns())
     states = {name: ledger.state_dict() for name, ledger in others.items()}
     own = curriculum.state_dict()
     rows = [{key: value for key, value in row.items() if key != "scores"} for row in own["evaluations"]]
-    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
-    document = {
-        "version": VERSION,
-        "files": dict(zip(files, _digests(files.values(), flush=True), strict=True)),
-        "ledgers": dict(sizes or {}),
-        "curriculum": {**own, **states, "evaluations": rows},
-    }
-    for folder in {path.parent for path in files.values()}:
-        _flush(folder)
-    replace_file(checkpoint / STATE_FILE, sealed(json.dumps(document)))
-    _flush(checkpoint)
-
-
-def _digests(paths: Iterable[Path], *, flush: bool = False) -> list[str]:
-    def of(path: Path) -> str:
-        with path.open("rb") as file:
-            if flush:
-                os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(4) as threads:
-        return list(threads.map(of, paths))
-
-
-def _flush(folder: Path) -> None:
-    """Have the disk know which files a folder has."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_mark(checkpoint, ledgers=dict(sizes or {}), curriculum={**own, **states, "evaluations": rows})
 
 
 def load_ledgers(checkpoint: Path, curriculum: Curriculum, **others: Any) -> None:
@@ -128,63 +94,39 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return read_mark(checkpoint)["curriculum"]
 
 
-def read_mark(checkpoint: Path) -> dict[str, Any]:
-    """Return what marks a checkpoint as whole. Raises ValueError that names it where it is missing or damaged."""
-    path = checkpoint / STATE_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"checkpoint {checkpoint} has no {STATE_FILE}: it was not saved to the end, or not by Polyphony"
-        )
-    document = read_object(path)
-    version = document.get("version", 1)
-    known = {1: {"curriculum"}, VERSION: {"files", "ledgers", "curriculum"}}
-    if version not in known:
-        raise ValueError(f"{path}: version {version!r} is not read here, only {', '.join(map(str, known))}")
-    if set(document) - {"version"} != known[version]:
-        raise ValueError(f"{path}: expected {', '.join(sorted(known[version]))}, got {', '.join(sorted(document))}")
-    return document
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a resume finds among the checkpoints; nothing is changed before `settle`."""
 
+    newest: Path | None
+    """The newest that is as it was saved and fits, None where there is none at all."""
+    unfit: Mapping[Path, str]
+    """Newer ones, and why not: they are moved aside."""
+    unfinished: Sequence[Path]
+    """Cut off while being saved, so never whole: only these are deleted."""
 
-def damage(checkpoint: Path) -> str:
-    """Return what of a checkpoint is not as it was saved; empty where all is."""
-    try:
-        digests = read_mark(checkpoint).get("files")
-    except ValueError as error:
-        return str(error)
-    if digests is None:
-        return _lack(checkpoint)
-    for name in digests:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-    now = _digests([checkpoint / name for name in digests])
-    changed = [name for name, digest in zip(digests, now, strict=True) if digest != digests[name]]
-    return f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} damaged" if changed else ""
+    @classmethod
+    def of(cls, folder: Path, *, misfit: Callable[[Path], str] = lambda _: "") -> Found:
+        """Look, the newest first; `misfit` says why a whole one does not fit. Raises ValueError where none does."""
+        unfinished = [path for path in _named(folder) if is_unfinished(path)]
+        candidates = sorted(set(_named(folder)) - set(unfinished), key=checkpoint_step, reverse=True)
+        unfit: dict[Path, str] = {}
+        for path in candidates:
+            if not (why := damage(path) or misfit(path)):
+                return cls(path, unfit, unfinished)
+            unfit[path] = why.removeprefix(f"{path}/")
+        if unfit:
+            told = "; ".join(f"{path.name}: {why}" for path, why in unfit.items())
+            raise ValueError(f"{folder}: no checkpoint is whole ({told}); start anew, or give back what is missing")
+        return cls(None, unfit, unfinished)
 
-
-def _lack(checkpoint: Path) -> str:
-    """Return what is missing of a checkpoint without digests, that Transformers would go on without."""
-    sharded = any(checkpoint.glob("global_step*"))  # by DeepSpeed, which knows its files itself
-    needed = ("trainer_state.json", "scheduler.pt", "rng_state*.pth", *(() if sharded else ("optimizer*",)))
-    return next((f"{name} is missing" for name in needed if not any(checkpoint.glob(name))), "")
-
-
-def newest_whole(folder: Path, *, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is as it was saved, None where there is none at all; say which newer ones are not,
-    and move them aside. Raises ValueError where all are damaged."""
-    found = whole_checkpoints(folder)
-    broken: dict[Path, str] = {}
-    for path in reversed(found):
-        if not (why := damage(path)):
-            break
-        broken[path] = why
-    told = [f"{path.name}: {why.removeprefix(f'{path}/')}" for path, why in broken.items()]
-    if found and len(broken) == len(found):
-        raise ValueError(
-            f"{folder}: no checkpoint is whole ({'; '.join(told)}); start anew, or give back what is missing"
-        )
-    for line, path in zip(told, broken, strict=True):
-        say(f"{line}; moved to {move_aside(path).name}, the run goes on from an older checkpoint")
-    return next((path for path in reversed(found) if path not in broken), None)
+    def settle(self, *, say: Callable[[str], None]) -> None:
+        """Move aside what is not fit to go on from, delete what was never whole, and say so."""
+        for path, why in self.unfit.items():
+            say(f"{path.name}: {why}; moved to {move_aside(path).name}, the run goes on from an older checkpoint")
+        for path in self.unfinished:
+            discard(path)
+            say(f"{path.name} was cut off while being saved, and never whole: removed")
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -201,14 +143,6 @@ def _named(folder: Path) -> list[Path]:
 def checkpoint_step(path: Path) -> int:
     """Return the optimizer step in a checkpoint's name."""
     return int(path.name.rsplit("-", 1)[1])
-
-
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Delete checkpoints that were cut off while being saved; return what was deleted."""
-    removed = [path for path in _named(folder) if not (path / STATE_FILE).is_file()]
-    for path in removed:
-        shutil.rmtree(path)
-    return removed
 
 
 class Chance:
@@ -291,7 +225,7 @@ def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
     """Delete all but the `keep` newest complete checkpoints, and `also` (the best one)."""
     for path in whole_checkpoints(folder)[:-keep]:
         if path != also:
-            shutil.rmtree(path)
+            discard(path)
 
 
 def name_cpu(args: Any) -> None:

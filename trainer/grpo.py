@@ -30,6 +30,7 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
+from polyphony.trainer.checkpoint_mark import begin_mark
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
     Chance,
@@ -488,6 +489,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole, on every rank."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with whole_or_none(folder):
+            if self.args.should_save:
+                begin_mark(folder)
+            self.accelerator.wait_for_everyone()  # before any rank's file
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:

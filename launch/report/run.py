@@ -18,7 +18,8 @@ from ruamel.yaml import YAML, YAMLError
 
 from polyphony.curricula.files import unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_object, read_transfer
+from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
+from polyphony.trainer.run.json_lines import read_object
 
 
 class Series(NamedTuple):

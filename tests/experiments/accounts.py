@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.prompts.pool_file import load_pools
+from polyphony.trainer.checkpoints import whole_checkpoints
 from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 
 TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
@@ -28,8 +29,10 @@ class Comparison:
     """The run's own books agree: no group was lost, none counted twice."""
     prompts: bool
     """The same prompts in the same order, drawn by the same mixtures."""
-    numbers: bool
-    """Metrics, ledgers of the last checkpoint and final weights, bit for bit."""
+    metrics: bool
+    """Metrics, and what the last checkpoint remembers, bit for bit."""
+    weights: bool
+    """Final weights, bit for bit."""
 
 
 def compare(quiet: Path, run: Path, *, group_size: int) -> Comparison:
@@ -37,7 +40,8 @@ def compare(quiet: Path, run: Path, *, group_size: int) -> Comparison:
     return Comparison(
         accounted=not errors(run, group_size=group_size),
         prompts=_stream(quiet) == _stream(run),
-        numbers=_numbers(quiet) == _numbers(run),
+        metrics=_numbers(quiet) == _numbers(run),
+        weights=_weights(quiet) == _weights(run),
     )
 
 
@@ -92,10 +96,13 @@ def _stream(run: Path) -> list[Any]:
 
 def _numbers(run: Path) -> list[Any]:
     folder = RunFolder(run)
-    newest = max(folder.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    newest = whole_checkpoints(folder.checkpoints)[-1]
     metrics = [
         {k: v for k, v in line.items() if not any(timed in k for timed in TIMED)}
         for line in RunFolder(run).read("metrics")
     ]
-    weights = hashlib.sha256((folder.final / "model.safetensors").read_bytes()).hexdigest()
-    return [metrics, json.loads((newest / STATE_FILE).read_text())["curriculum"], weights]
+    return [metrics, json.loads((newest / STATE_FILE).read_text())["curriculum"]]
+
+
+def _weights(run: Path) -> str:
+    return hashlib.sha256((RunFolder(run).final / "model.safetensors").read_bytes()).hexdigest()

@@ -25,17 +25,17 @@ from polyphony.curricula.monitors.guardrails import Verdict, check, exceeded
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.registry import GraderGoneError
+from polyphony.trainer.checkpoint_mark import read_mark
 from polyphony.trainer.checkpoints import (
     Chance,
+    Found,
     best_checkpoint,
     best_to_go_back_to,
     checkpoint_step,
     forget_damaged_best,
     keep_newest,
+    load_state,
     mark_best,
-    newest_whole,
-    read_mark,
-    remove_unfinished,
     roll_back,
     save_final,
     whole_checkpoints,
@@ -49,7 +49,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
-from polyphony.trainer.run.folder import Interrupted, RunFolder, from_now_on, read_object, write_object
+from polyphony.trainer.run.changes import from_now_on
+from polyphony.trainer.run.folder import Interrupted, RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.run.owed import Owed
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
@@ -205,6 +207,17 @@ def _steps(name: str, every: float, plan: DrawPlan) -> int:
     return math.ceil(plan.steps * every) if every < 1 else int(every)
 
 
+def _step_of(checkpoint: Path | None) -> int:
+    """Return a checkpoint's step; -1, before the first line of any ledger, for none."""
+    return -1 if checkpoint is None else checkpoint_step(checkpoint)
+
+
+def _known_sizes(checkpoint: Path | None) -> Mapping[str, int] | None:
+    """Return up to which byte a checkpoint that owes an evaluation knows the lines of its own step; None for any other."""
+    mark = {} if checkpoint is None else read_mark(checkpoint)
+    return mark["ledgers"] if mark.get("curriculum", {}).get("owed", {}).get("step") is not None else None
+
+
 def as_folder(run: str | Path | RunFolder) -> RunFolder:
     """Return the folder of a run. Raises ValueError for what can be none."""
     if isinstance(run, RunFolder):
@@ -325,45 +338,53 @@ class Run(TrainerCallback):
         if isinstance(resume, (str, Path)) and (newest is None or Path(resume).resolve() != newest.resolve()):
             raise ValueError(f"resume_from_checkpoint={str(resume)!r}: a run goes on from its newest, {newest}")
         self.trainer.accelerator.wait_for_everyone()
-        newest = self._agreed_newest()
-        step = -1 if newest is None else checkpoint_step(newest)
-        if self.is_main:
-            self._tidy(newest, step)
-        self.trainer.accelerator.wait_for_everyone()
-        self._record_origin(max(step, 0), is_going_on=newest is not None)
+        newest = self._tidied()
+        self._record_origin(max(_step_of(newest), 0), is_going_on=newest is not None)
         if newest is not None:
-            self.recorder.restore(step, say=self.say)
+            self.recorder.restore(_step_of(newest), say=self.say)
         elif self.trainer.probes is not None:
             self.recorder.adopt(self.trainer.probes)
+        if self.tracker is not None:
+            self.tracker.begin()
         return None if newest is None else str(newest)
 
-    def _agreed_newest(self) -> Path | None:
-        """Return the newest whole checkpoint on every rank, as rank 0 has found it. Raises its ValueError on all."""
-        found: list[tuple[Path | None, str]] = [(None, "")]
+    def _tidied(self) -> Path | None:
+        """Bring the folder to where it was at its newest whole checkpoint; return that. Collective over ranks.
+
+        Raises what rank 0 refuses on all of them, before anything is changed.
+        """
+        told: list[tuple[Path | None, str]] = [(None, "")]
+        plan = None
         if self.is_main:
             try:
-                found = [(newest_whole(self.folder.checkpoints, say=self.say), "")]
+                found = Found.of(self.folder.checkpoints, misfit=self._lost)
+                known = _known_sizes(found.newest)
+                plan = found, self.folder.tails(_step_of(found.newest), sizes=known, say=self.say)
+                told = [(found.newest, "")]
             except ValueError as error:
-                found = [(None, str(error))]
-        broadcast_object_list(found, from_process=0)
-        newest, why = found[0]
+                told = [(None, str(error))]
+        broadcast_object_list(told, from_process=0)
+        newest, why = told[0]
         if why:
             raise ValueError(why)
+        if plan is not None:
+            self._tidy(*plan)
+        self.trainer.accelerator.wait_for_everyone()
         return newest
 
-    def _tidy(self, newest: Path | None, step: int) -> None:
-        """Bring the folder to where it was at a checkpoint; say what is missing and what is taken away."""
+    def _lost(self, checkpoint: Path) -> str:
+        return self.recorder.lost(load_state(checkpoint)["evaluations"], checkpoint_step(checkpoint))
+
+    def _tidy(self, found: Found, tails: Mapping[str, tuple[bytes, bytes]]) -> None:
+        """Say what is missing and what is taken away."""
         folder, tables = self.folder, self.trainer.data.train
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        found.settle(say=self.say)
         folder.end.unlink(missing_ok=True)
-        for path in remove_unfinished(folder.checkpoints):
-            self.say(f"{path.name} was not saved to its end: removed")
-        if newest is not None:
-            self._say_lost(newest)
-        mark = {} if newest is None else read_mark(newest)
-        is_owed = mark.get("curriculum", {}).get("owed", {}).get("step") is not None
-        attempt = folder.cut(step, sizes=mark["ledgers"] if is_owed else None, say=self.say)
-        if newest is None and attempt is not None:
+        if found.newest is not None:
+            self._say_lost(found.newest)
+        attempt = folder.put_aside(tails)
+        if found.newest is None and attempt is not None:
             self.say(
                 f"{folder.checkpoints} has no whole checkpoint: the run starts anew; {attempt.name} keeps its lines"
             )
@@ -533,6 +554,8 @@ class Run(TrainerCallback):
             self.recorder.save()
             if self.trainer.curriculum.pools:
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
+        if self.tracker is not None:
+            self.tracker.saved()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._gone is None:

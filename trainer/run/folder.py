@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,40 +21,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polyphony.curricula.decision_log import wholes
-from polyphony.curricula.files import replace_file, replacing, sealed, unsealed
+from polyphony.curricula.files import replace_file, replacing, unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
+from polyphony.trainer.run.changes import flat, may_change
+from polyphony.trainer.run.json_lines import as_lines, read_lines, read_object, whole_lines
 
 LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations", "transfer")
 """The line-by-line files; each line has the `step` it belongs to."""
 STATE_FILE = "polyphony.json"
-"""Written last into a checkpoint; a folder without it was cut off while being saved."""
+"""Written last into a checkpoint, which is whole by it."""
+UNFINISHED_FILE = "polyphony.json.unfinished"
+"""In a checkpoint while it is being saved, and for ever in one that was cut off."""
 BEST_FILE = "best.json"
 """Beside the checkpoints: which one is best."""
-MAY_CHANGE = {
-    "name": "",
-    "checkpoint.": "",
-    "faults.": "",
-    "guardrails.": "what may be lost",
-    "tracking.": "",
-    "eval.shown": "",
-    "rollouts.max_grader_failures": "",
-    "rollouts.workers": "",
-    "rollouts.timeout_s": "",
-    "rollouts.start_timeout_s": "",
-    "rollouts.address": "",
-    "cluster.slurm.": "",
-    "cluster.port": "",
-    "cluster.ray_port": "",
-    "grpo.max_steps": "the learning-rate curve, and the lengths of stages",
-    "grpo.num_train_epochs": "the learning-rate curve, and the lengths of stages",
-    "grpo.vllm_gpu_memory_utilization": "",
-    "grpo.report_to": "",
-    "grpo.run_name": "",
-    "grpo.project": "",
-    "grpo.logging_": "",
-}
-"""Beginnings of the settings with other values of which a run may go on, as they change nothing of what was practised and
-measured; and what they change from there on, beside themselves."""
 POOL_FILE = "pool.npz"
 """What is known of the training prompts: in a run's folder, in its checkpoints, and in the folder of a screen."""
 
@@ -277,7 +256,7 @@ class RunFolder:
         before, after = flat(then), flat(now)
         keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
         for key in keys:
-            if _may_change(key) is None:
+            if may_change(key) is None:
                 raise ValueError(
                     f"run folder {self.path} holds a run with {key}={before.get(key)!r}, now it is {after.get(key)!r}: "
                     "go on with what it was made with, or choose another"
@@ -286,13 +265,13 @@ class RunFolder:
 
     def append(self, name: str, *entries: Mapping[str, Any]) -> None:
         """Add lines to a ledger; they are in the system's hands when this returns, so a kill loses nothing."""
-        lines = _lines(name, entries)
+        lines = as_lines(entries, is_sealed=name in _SEALED)
         with self.ledger(name).open("a", encoding="utf-8") as file:
             file.write(lines)
 
     def begin(self, name: str, *entries: Mapping[str, Any]) -> None:
         """Write a ledger anew."""
-        replace_file(self.ledger(name), _lines(name, entries))
+        replace_file(self.ledger(name), as_lines(entries, is_sealed=name in _SEALED))
 
     def read(
         self, name: str, broken: list[int] | None = None, cut: Callable[[bytes], bytes] = bytes
@@ -345,13 +324,23 @@ class RunFolder:
         sizes: Mapping[str, int] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> Path | None:
-        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any.
+        """Take all lines after `step` out of the ledgers and keep them as `attempt-<n>`; return that folder, if any."""
+        return self.put_aside(self.tails(step, sizes=sizes, say=say))
 
-        So too the summary of a training that ended: it is written after the last checkpoint. With `sizes`, so too what of
-        `step` itself stands beyond so many bytes of each ledger. Says which last line had been cut off. Raises ValueError
+    def tails(
+        self,
+        step: int,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> dict[str, tuple[bytes, bytes]]:
+        """Return what stays and what goes of each ledger that has lines after `step`; nothing is written.
+
+        What goes has the summary of a training that ended: it is written after the last checkpoint. With `sizes`, so too what
+        of `step` itself stands beyond so many bytes of each ledger. Says which last line had been cut off. Raises ValueError
         that names the file and the line.
         """
-        tails = {}
+        tails, cut_off = {}, []
         for name in LEDGERS:
             path = self.ledger(name)
             text = path.read_bytes() if path.exists() else b""
@@ -363,10 +352,16 @@ class RunFolder:
                 if _step(entry, f"{path}: line {n}") <= step and SUMMARY not in entry and n <= most
             ]
             if len(whole) < len(lines := [line for line in text.split(b"\n") if line.strip()]):
-                say(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
+                cut_off.append(f"{path}: line {len(lines)}, the last, was cut off while being written; it is taken out")
             head = b"".join(line + b"\n" for line in kept)
             if head != text:
                 tails[name] = (head, text[len(head) :] if text.startswith(head) else text)
+        for line in cut_off:
+            say(line)
+        return tails
+
+    def put_aside(self, tails: Mapping[str, tuple[bytes, bytes]]) -> Path | None:
+        """Leave of each ledger what stays; return the folder that has the rest, None where there is none."""
         if not tails:
             return None
         attempt = RunFolder(self._new_attempt())
@@ -397,54 +392,11 @@ SUMMARY = "train_runtime"
 """What tells the line in which Transformers sums up a training that ended."""
 
 
-def _may_change(key: str) -> str | None:
-    """Return what another value of a setting changes from now on; None where that would be what was, too."""
-    begins = {begin if begin[-1] in "._" else f"{begin}.": words for begin, words in MAY_CHANGE.items()}
-    return next((words for begin, words in begins.items() if f"{key}.".startswith(begin)), None)
-
-
-def from_now_on(changes: Mapping[str, tuple[Any, Any]], *, step: int) -> list[str]:
-    """Return a line for each setting that is another one after this step, with what else that changes."""
-    found = []
-    for key, (then, now) in changes.items():
-        also = _may_change(key)
-        found.append(f"{key}: {then!r} until step {step}, {now!r} from there on" + (f"; so are {also}" if also else ""))
-    return found
-
-
 def _step(entry: Mapping[str, Any], where: str) -> float:
     step = entry.get("step")
     if not isinstance(step, int | float) or isinstance(step, bool):
         raise ValueError(f"{where} has no step, got {step!r}")
     return step
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object, its seal checked where it has one. Raises ValueError that names the file."""
-    try:
-        document = json.loads(unsealed(path.read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: expected an object, got {document!r:.60}")
-    return document
-
-
-def write_object(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON object with its seal."""
-    replace_file(path, sealed(json.dumps(document, indent=1, ensure_ascii=False)))
-
-
-def flat(document: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by their key paths.
-
-    Example: `flat({"grpo": {"seed": 1}}) == {"grpo.seed": 1}`
-    """
-    found = {}
-    for key, value in document.items():
-        place = f"{before}{key}"
-        found |= flat(value, f"{place}.") if isinstance(value, Mapping) and value else {place: value}
-    return found
 
 
 def read_transfer(path: Path) -> TransferMatrix:
@@ -470,52 +422,3 @@ def holds_transfer(path: Path) -> bool:
 
 def _holds_lines(ledger: Path) -> bool:
     return ledger.is_file() and ledger.stat().st_size > 0
-
-
-def read_lines(
-    path: Path, broken: list[int] | None = None, cut: Callable[[bytes], bytes] = bytes
-) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; a last line that was cut off while being written is left out.
-
-    Only "\\n" ends a line: what else Unicode calls a line's end may stand in a text. Any other line that is no object raises
-    ValueError, unless its number, counted from 1, may go into `broken`; then the cut-off line's does too. `cut` takes out of
-    a line what need not be read.
-    """
-    found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            entry, why = None, "is no JSON object"
-            try:
-                entry = _object(cut(line), errors="strict" if broken is None else "replace")
-            except ValueError as error:
-                why = f"is {error}"
-            if entry is not None:
-                found.append(entry)
-            elif broken is not None:
-                broken.append(number)
-            elif line.endswith(b"\n"):
-                raise ValueError(f"{path}: line {number} {why}")
-    return found
-
-
-def _lines(name: str, entries: Iterable[Mapping[str, Any]]) -> str:
-    compact = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    lines = (json.dumps(entry, **compact) for entry in entries)
-    return "".join((sealed(line) if name in _SEALED else line) + "\n" for line in lines)
-
-
-def whole_lines(text: bytes) -> list[bytes]:
-    """Return the lines of a ledger's bytes as they are, without one that was cut off at the end."""
-    lines = [line for line in text.split(b"\n") if line.strip()]
-    return lines if not lines or _object(lines[-1], errors="strict") is not None else lines[:-1]
-
-
-def _object(line: bytes, *, errors: str) -> dict[str, Any] | None:
-    """Return the object of a line; None for anything else."""
-    try:
-        entry = json.loads(line.decode(errors=errors))
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

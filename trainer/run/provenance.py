@@ -1,4 +1,4 @@
-"""Provenance of a run's numbers: versions, commit, hashes of the starting weights and of the data, a script's settings.
+"""Provenance of a run's numbers: versions, commit, hashes of the starting model and of the data, a script's settings.
 
 A run that goes on is refused where what it practised is another now; where it is computed by other versions, that is told.
 """
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY
 from polyphony.rewards.registry import Reward, other_versions, version_of
+from polyphony.trainer.checkpoint_mark import digests
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.settings import TrainerSettings
 
@@ -44,6 +46,7 @@ PACKAGES = (
 
 def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain."""
+    files = _beside_weights(Path(model))
     return {
         "python": platform.python_version(),
         "packages": {
@@ -51,14 +54,14 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
-        "model": {"name": model, "sha256": _weights_hash(Path(model))},
+        "model": {"name": model, "sha256": _weights_hash(Path(model))} | ({"files": files} if files else {}),
         "graders": {name: version_of(reward) for name, reward in rewards.items()},
         "data": {place: _data(table) for place, table in tables.items()},
     }
 
 
 def refuse_other_data(known: Mapping[str, Any], tables: Mapping[str, PromptTable], *, model: Any) -> None:
-    """Raise ValueError, naming what it is, where rows or starting weights are not those that a run began with.
+    """Raise ValueError, naming what it is, where rows or the starting model are not those that a run began with.
 
     `known` is what `provenance` said then. What an older version did not note is not compared.
     """
@@ -69,10 +72,19 @@ def refuse_other_data(known: Mapping[str, Any], tables: Mapping[str, PromptTable
                 f"{place}: its rows are not those that the run has practised and measured ({then.get('rows')} then, "
                 f"{now['rows']} now, and their digests differ): give them back, or start anew"
             )
-    then, now = known.get("model", {}).get("sha256"), _weights_hash(Path(model)) if isinstance(model, str) else None
+    if not isinstance(model, str):
+        return
+    began, folder = known.get("model", {}), Path(model)
+    then, now = began.get("sha256"), _weights_hash(folder)
     if then is not None and now is not None and then != now:
         raise ValueError(
             f"model {model}: its weights are not those that the run began with; give them back, or start anew"
+        )
+    then, now = began.get("files") or {}, _beside_weights(folder) if began.get("files") else {}
+    if others := [name for name in sorted(then | now) if then.get(name) != now.get(name)]:
+        raise ValueError(
+            f"model {model}: {', '.join(others)} {'is' if len(others) == 1 else 'are'} not as the run began with; give back "
+            "what was there, or start anew"
         )
 
 
@@ -231,11 +243,28 @@ def _weights_hash(folder: Path) -> str | None:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    each = _digests(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    return _digest(b"".join(map(bytes.fromhex, each)))
+
+
+@lru_cache(maxsize=4)
+def _digests(files: tuple[tuple[Path, int, int], ...]) -> list[str]:
+    """Return the sha256 of files, read once a process while size and time stay as they are."""
+    return digests([path for path, *_ in files])
+
+
+BESIDE_WEIGHTS = tuple(
+    """
+    *config.json *token*.json vocab.* merges.txt *.model *.tiktoken chat_template* additional_chat_templates/* *.py
+    """.split()  # noqa: SIM905
+)
+"""What says how a folder's weights are used: configuration, tokenizer, chat template, code of its own."""
+
+
+def _beside_weights(folder: Path) -> dict[str, str]:
+    """Hashes of a local folder's small files, by name; none for a hub name."""
+    paths = sorted({path for pattern in BESIDE_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in paths}
 
 
 def _data(table: PromptTable) -> dict[str, Any]:

@@ -73,6 +73,23 @@ class Recorder:
             self._published = [on_half(row, items, "report") for row in self._run]
             self.curriculum.evaluations = [on_half(row, items, "steer") for row in self._run]
 
+    def lost(self, seen: Sequence[Mapping[str, Any]], step: int) -> str:
+        """Return which evaluations that a checkpoint at `step` had seen the folder has lost; empty where none is.
+
+        `seen` is as in the checkpoint. Raises ValueError that names a file which cannot be read.
+        """
+        ledger, rows = self.folder.ledger("transfer"), ()
+        if lines := self.folder.read("transfer", cut=without_items):
+            try:
+                rows = TransferMatrix.from_lines(lines, until=step).rows
+            except ValueError as error:
+                raise ValueError(f"{ledger}: {error}") from error
+        elif self.folder.transfer.exists():
+            rows = TransferMatrix.load(self.folder.transfer).rows
+        there = {row.step for row in rows if not row.probe}
+        gone = [str(row["step"]) for row in seen if row["step"] not in there and "scores" not in row]
+        return f"{ledger} has lost its evaluation at step {', '.join(gone)}" if gone else ""
+
     def adopt(self, probe: TransferMatrix) -> None:
         """Begin with the rows of a probe of the same held-out items, so that prediction and outcome lie side by side."""
         self.matrix = replace(probe, rows=tuple(row for row in probe.rows if row.probe))

@@ -4,6 +4,11 @@ Everything is handed to a thread of its own, so that the run never waits: not fo
 the end no longer than `FINISH_S`. A server that cannot be reached at the start makes the run an offline one, whose files
 `wandb sync` uploads later.
 
+Each resume of an offline run adds a folder with the same id, and `wandb sync RUN/wandb` (0.31) sends them in the order of
+their beginning to one run. It makes later steps of those that the server has already, so an offline run is told of a step
+only once a checkpoint keeps it. What W&B had not written when a run was killed, up to its last seconds before a checkpoint,
+is missing there; `metrics.jsonl` has it.
+
 Beside the numbers it gets tables: completions by domain, decisions, and what each domain did to each.
 """
 
@@ -25,7 +30,8 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
-from polyphony.trainer.run.folder import RunFolder, read_object, write_object
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.settings import WandbSettings
 
 logger = logging.getLogger(__name__)
@@ -82,6 +88,10 @@ FINISH_S = 20.0
 """Seconds the end of a run waits for uploads; what is left then stays on disk."""
 
 
+def _SAVED(run: Any) -> None:  # noqa: N802 (a mark among tasks, that does nothing)
+    """After this task an offline run may hold what was logged before."""
+
+
 class WandbTracker:
     """Hand metrics and tables to one W&B run, from a thread that the run does not wait for.
 
@@ -94,11 +104,15 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.settings = settings
         self._given = {"project": settings.project, "entity": settings.entity, "name": name, "config": dict(config)}
-        self._given |= known_as(RunFolder(folder))
+        self._known = known_as(RunFolder(folder))
         self._folder = folder
         self._has_failed = False
         self._tasks: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+
+    def begin(self) -> None:
+        """Write down as what W&B knows the run, and start; until then nothing is written, and what is logged waits."""
+        write_object(RunFolder(self._folder).tracked, {name: self._known[name] for name in ("id", "group", "tags")})
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -125,6 +139,10 @@ class WandbTracker:
         """Have W&B tell its user."""
         self._tasks.put(lambda run: run.alert(title=title, text=text))
 
+    def saved(self) -> None:
+        """Say that a checkpoint keeps what was logged until now, so that no resume will tell it again."""
+        self._tasks.put(_SAVED)
+
     def finish(self) -> None:
         """Wait for what is still to be written, but no longer than `FINISH_S`."""
         self._tasks.put(None)
@@ -136,11 +154,21 @@ class WandbTracker:
 
     def _serve(self) -> None:
         run = self._start()
+        self._say_offline(run)
+        held: list[Callable[[Any], None]] = []
         while (task := self._tasks.get()) is not None:
-            if run is not None:
-                self._try(task, run)
+            if run is None:
+                continue
+            held.append(task)
+            if task is _SAVED or run.settings.mode != "offline":
+                self._do(held, run)
         if run is not None:
-            self._try(lambda run: run.finish(), run)
+            self._do([*held, lambda run: run.finish()], run)
+
+    def _do(self, tasks: list[Callable[[Any], None]], run: Any) -> None:
+        for task in tasks:
+            self._try(task, run)
+        tasks.clear()
 
     def _try(self, task: Callable[[Any], None], run: Any) -> None:
         """Do one thing; whatever W&B raises is W&B's, is told once, and the run goes on."""
@@ -168,9 +196,16 @@ class WandbTracker:
             logger.warning("W&B cannot start offline (%s); metrics are in metrics.jsonl", error)
             return None
 
+    def _say_offline(self, run: Any) -> None:
+        if "resume" in self._known and run is not None and run.settings.mode == "offline":
+            where = RunFolder(self._folder).wandb
+            logger.warning("W&B: this resume is one more part of an offline run; all as one: wandb sync %s", where)
+
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Any:
         settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_S)
-        return wandb.init(mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given)
+        return wandb.init(
+            mode=mode, dir=str(self._folder), reinit="create_new", settings=settings, **self._given, **self._known
+        )
 
 
 def known_as(folder: RunFolder) -> dict[str, Any]:
@@ -181,13 +216,12 @@ def known_as(folder: RunFolder) -> dict[str, Any]:
     path, env = folder.tracked, os.environ
     kept = read_object(path) if path.is_file() else {}
     tags = [tag for tag in env.get("WANDB_TAGS", "").split(",") if tag]
-    now = {
+    return {
         "id": kept.get("id") or env.get("WANDB_RUN_ID") or secrets.token_hex(4),
         "group": env.get("WANDB_RUN_GROUP") or kept.get("group"),
         "tags": tags or kept.get("tags"),
+        **({"resume": "allow"} if kept else {}),
     }
-    write_object(path, now)
-    return now | ({"resume": "allow"} if kept else {})
 
 
 def server_url() -> str:
