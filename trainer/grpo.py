@@ -489,7 +489,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     @property
     def _remembering(self) -> dict[str, Any]:
         """What has a state of its own beside the curriculum's."""
-        return {"entropy": self.entropy, "shortcuts": self.shortcuts}
+        own = {"signals": self.run.signals} if self.run else {}
+        return {"entropy": self.entropy, "shortcuts": self.shortcuts, **own}
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken: Transformers looks at the count only after the next one."""

@@ -51,6 +51,7 @@ from polyphony.trainer.run.folder import Interrupted, RunFolder, from_now_on, re
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
 from polyphony.trainer.run.recorder import Recorder
+from polyphony.trainer.run.signals import SIGNALS, Signals
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.scoring import Scorer
@@ -253,6 +254,7 @@ class Run(TrainerCallback):
             seed=trainer.args.seed,
             is_main=self.is_main,
         )
+        self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)
         # what only a recipe knows
         self.say: Callable[[str], None] = say
         self.imports_from: Sequence[str] = ()
@@ -458,6 +460,8 @@ class Run(TrainerCallback):
             return
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
         self._write(state.global_step, numbers)
+        for alarm in self.signals.see(state.global_step, numbers):
+            self._ring(alarm)
         if self.progress is not None and state.global_step:
             self.progress.update(state.global_step, numbers)
 
@@ -499,7 +503,11 @@ class Run(TrainerCallback):
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
         logged = self.trainer.evaluator.flush_logged()
-        return {**self.recorder.record_heldout(step, result), **logged}
+        metrics = self.recorder.record_heldout(step, result)
+        kl = result.on("steer").base_kl
+        for alarm in self.signals.after_evaluation(self.trainer.curriculum.evaluations, kl):
+            self._ring(alarm)
+        return {**metrics, **logged}
 
     def _stage_ends(self, step: int) -> bool:
         """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
@@ -535,13 +543,14 @@ class Run(TrainerCallback):
         return found[0]
 
     def _ring(self, alarm: Alarm) -> None:
-        """Write an alarm down, and tell whoever watches."""
+        """Write an alarm down with what may help, and tell whoever watches."""
         if not self.is_main:
             return
-        logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
-        self.folder.append("alarms", alarm.as_line())
+        remedy = SIGNALS[alarm.kind].remedy
+        logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
+        self.folder.append("alarms", alarm.as_line() | {"remedy": remedy})
         if self.tracker is not None:
-            self.tracker.alert(f"{alarm.kind} of {alarm.domain}", alarm.message)
+            self.tracker.alert(alarm.title, f"{alarm.message}. What may help: {remedy}")
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.is_main:
