@@ -68,7 +68,8 @@ SIGNALS: Mapping[str, Signal] = {
         "harder rows",
     ),
     "truncation": Signal(
-        number=f"over a domain's last {DRAWS} draws {CUT:.0%} of completions are cut, or {CUT_MORE:.0%} more than at first",
+        number=f"over a domain's last {DRAWS} draws {CUT:.0%} of completions are cut, or {100 * CUT_MORE:.0f} points more "
+        "than at first",
         remedy="raise max_completion_length, or ask for shorter answers; if they were shorter before, lower learning_rate",
     ),
     "gradient_clipped": Signal(
@@ -109,7 +110,7 @@ SIGNALS: Mapping[str, Signal] = {
     ),
     **{
         sign: Signal(
-            number=f"{sign.replace('_', ' ')} in {RISEN:.0%} more of about {ENOUGH_COMPLETIONS} completions than at first",
+            number=f"{sign.replace('_', ' ')} in {100 * RISEN:.0f} points more of about {ENOUGH_COMPLETIONS} completions",
             remedy="read the samples, and see that the reward does not pay for it; `guard` keeps it from being learned",
         )
         for sign in SIGNS
