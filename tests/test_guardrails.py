@@ -8,8 +8,9 @@ import pytest
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.run.callbacks import Cadence, Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.outset import Cadence, Outset
 from polyphony.trainer.settings import TrainerSettings
 from polyphony.trainer.slots import DrawPlan
 

@@ -18,8 +18,9 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
-from polyphony.trainer.run.callbacks import Cadence, Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.outset import Cadence, Outset
 from polyphony.trainer.run.tracking import (
     WandbTracker,
     is_reachable,

@@ -49,8 +49,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
-from polyphony.trainer.run.callbacks import Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Failures, Scorer
 from polyphony.trainer.settings import (

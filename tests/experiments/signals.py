@@ -70,9 +70,7 @@ PLANTED = {
         ),
         until=24,
     ),
-    "collapse": Planted(
-        changes=("grpo.learning_rate=2e-3", "domains.arithmetic.train.size=8", "domains.stories.train.size=8"), until=24
-    ),
+    "collapse": Planted(changes=(*paid_by("brief"), "grpo.learning_rate=5e-3"), until=16),
     "explosion": Planted(changes=("grpo.learning_rate=5e-2", "eval.every=3", "checkpoint.every=3"), until=24),
 }
 
