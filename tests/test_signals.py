@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from polyphony.curricula.records import Evaluation
+from polyphony.launch.report.signals import with_signals
 from polyphony.trainer.run.signals import DRAWS, EVALUATIONS, SIGNALS, Signals
 
 NAMES = ("math", "talk")
@@ -145,6 +146,16 @@ def test_restored_signals_go_on_as_if_nothing_had_happened():
         rest = [(a.step, a.kind, a.domain) for a in second.after_evaluation(rows, {n: {"a": (20, 100)} for n in NAMES})]
         assert (before[0] + feed(second, *lines[cut:], start=cut + 1), before[1] + rest) == expected
         assert json.dumps(second.state_dict(), sort_keys=True) == json.dumps(whole.state_dict(), sort_keys=True)
+
+
+def test_the_report_shows_what_nobody_told_a_run_of_an_older_version():
+    lines = [{"step": step, **DEAD, "domain/math/n": 8.0} for step in range(1, 20)]
+    recorded = [{"step": 3, "domain": "math", "kind": "collapse", "message": "fell"}]
+    shown = with_signals(recorded, metrics=lines, recipe={}, transfer=None)
+    assert [(line["step"], line["kind"]) for line in shown] == [(3, "collapse"), (DRAWS, "all_dead")]
+    assert [line["remedy"] for line in shown] == [SIGNALS[kind].remedy for kind in ("collapse", "all_dead")]
+    told = [line | {"domain/math/alike": 0.0} for line in lines]
+    assert len(with_signals(recorded, metrics=told, recipe={}, transfer=None)) == 1
 
 
 def test_every_signal_has_its_number_and_a_remedy():

@@ -21,10 +21,16 @@ def with_signals(
     transfer: TransferMatrix | None,
 ) -> list[Mapping[str, Any]]:
     """Return a run's alarms in order of step; a signal on record for a domain is taken from there alone."""
-    known = {(line.get("kind"), line.get("domain")) for line in recorded}
-    again = [a.as_line() for a in found_again(metrics, recipe, transfer) if (a.kind, a.domain) not in known]
+    known = {(str(line.get("kind")), str(line.get("domain"))) for line in recorded}
+    found = () if _was_told(metrics) else found_again(metrics, recipe, transfer)
+    again = [alarm.as_line() for alarm in found if (alarm.kind, alarm.domain) not in known]
     lines = [_helped(line) for line in [*recorded, *again]]
     return sorted(lines, key=lambda line: step if isinstance(step := line.get("step"), (int, float)) else 0)
+
+
+def _was_told(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run's version knew the list: this metric came with it."""
+    return any(key.startswith("domain/") and key.endswith("/alike") for line in metrics[1:3] for key in line)
 
 
 def found_again(
@@ -33,13 +39,15 @@ def found_again(
     """Yield the signals of a run's metrics, then of its evaluations: of scores on the half of the items that decided."""
     grpo = recipe.get("grpo")
     clip = grpo.get("max_grad_norm", TRL_MAX_GRAD_NORM) if isinstance(grpo, Mapping) else TRL_MAX_GRAD_NORM
-    trained = sorted({key.split("/")[1] for line in metrics for key in line if key.startswith("domain/")})
+    keys = {key for line in metrics for key in line}
+    trained = sorted({key.split("/")[1] for key in keys if key.startswith("domain/")})
     signals = Signals(
         trained=trained, prompts_per_draw=0, max_grad_norm=clip if isinstance(clip, (int, float)) else None
     )
     kl: dict[int, dict[str, dict[str, tuple[float, int]]]] = {}
     for line in metrics:
-        if not isinstance(step := line.get("step"), int):
+        step = line.get("step")
+        if not isinstance(step, int) or not ("rollout/useful_token_frac" in line or "heldout/kl_current" in line):
             continue
         numbers = {key: value for key, value in line.items() if isinstance(value, (int, float))}
         yield from signals.see(step, numbers)
@@ -54,5 +62,5 @@ def found_again(
 
 
 def _helped(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    signal = SIGNALS.get(line.get("kind", ""))
+    signal = SIGNALS.get(str(line.get("kind")))
     return line if signal is None or "remedy" in line else {**line, "remedy": signal.remedy}

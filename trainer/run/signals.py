@@ -64,8 +64,7 @@ SIGNALS: Mapping[str, Signal] = {
     ),
     "alike": Signal(
         number=f"in {ALIKE:.0%} of a domain's groups, over its last {DRAWS} draws, all completions are the same",
-        remedy="raise temperature, or go back to an earlier checkpoint with a lower learning_rate; if they are right, "
-        "harder rows",
+        remedy="raise temperature, or go on from an earlier checkpoint with a lower learning_rate; if right, harder rows",
     ),
     "truncation": Signal(
         number=f"over a domain's last {DRAWS} draws {CUT:.0%} of completions are cut, or {100 * CUT_MORE:.0f} points more "
@@ -86,8 +85,7 @@ SIGNALS: Mapping[str, Signal] = {
         remedy="train on it, give it a guardrail, lower learning_rate, or set beta",
     ),
     "best_long_ago": Signal(
-        number=f"the best checkpoint is {EVALUATIONS} evaluations old, and the worst domain has been better with 95 % "
-        "confidence",
+        number=f"the best checkpoint is {EVALUATIONS} evaluations old, the worst domain now, with 95 % confidence, lower",
         remedy="stop, and take the best checkpoint; or go on from it with a lower learning_rate",
     ),
     "collapse": Signal(
