@@ -274,6 +274,8 @@ class Group:
     """[G]; `Completion.signs`."""
     texts: tuple[str, ...] = ()
     """[G] where texts of a group are compared with each other, else empty."""
+    prints: tuple[int, ...] = ()
+    """[G]; a number of each completion's token ids, alike where these are."""
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
     look: int | None = None
@@ -306,6 +308,7 @@ class Group:
             surprisals=tuple(c.surprisal for c in completions),
             signs=tuple(c.signs for c in completions),
             texts=tuple(c.text for c in completions) if with_texts else (),
+            prints=tuple(hash(tuple(c.ids)) for c in completions),
         )
 
     def joined(self, other: Group) -> Group:
@@ -352,6 +355,11 @@ class Group:
         return len({r for r in self.learned if r is not None}) > 1
 
     @property
+    def is_alike(self) -> bool:
+        """Whether all its completions are the same, token by token; False for a single one."""
+        return len(self.prints) > 1 and len(set(self.prints)) == 1
+
+    @property
     def cause(self) -> Literal["all_correct", "all_wrong", "all_equal", "ungraded"]:
         """Why it taught nothing, if it did not; a grader's failure is not the policy's.
 
@@ -384,7 +392,7 @@ def repeated(items: Sequence[T], size: int) -> tuple[T, ...]:
     return tuple(islice(cycle(items), size))
 
 
-COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts")
+COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts", "prints")
 """The fields of a group that have an entry a completion."""
 
 

@@ -23,14 +23,15 @@ from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe
 from polyphony.trainer.metrics import METRICS, OF_THE_RUN
+from polyphony.trainer.run.signals import SIGNALS
 
 FILE = Path(__file__).resolve().parent.parent / "launch" / "REFERENCE.md"
 HEAD = """# Reference
 
-Every key of a recipe, every scheduler's settings, every metric. Written by `make reference` from the declarations in the
-code; `tests/test_reference.py` fails where it is behind them. A key's path is written with dots, as on the command line:
-`rollouts.engine=ray`. `<name>` is a name that the recipe chooses; `null` is Python's None. Numbers are finite, and at most
-a thousand million.
+Every key of a recipe, every scheduler's settings, every metric, every alarm. Written by `make reference` from the
+declarations in the code; `tests/test_reference.py` fails where it is behind them. A key's path is written with dots, as on
+the command line: `rollouts.engine=ray`. `<name>` is a name that the recipe chooses; `null` is Python's None. Numbers are
+finite, and at most a thousand million.
 """
 PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", Any: "any"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -186,10 +187,17 @@ def metrics() -> Iterator[str]:
         yield from ("", f"### {family}", "", *table([(f"`{key}`", text) for key, text in keys], "key", "meaning"))
 
 
+def alarms() -> Iterator[str]:
+    """Yield every alarm of a run, when it begins, and what may help."""
+    rows = [(f"`{kind}`", signal.number, signal.remedy) for kind, signal in SIGNALS.items()]
+    yield from ("", "## Alarms", "", "Each is told once when it begins, kept in `alarms.jsonl`, and in the report.", "")
+    yield from table(rows, "alarm", "begins where", "what may help")
+
+
 def reference() -> str:
     """Return the file's text."""
     recipe = section("", Recipe, "Sections follow, each with a heading.")
-    return "\n".join([HEAD, "## Recipe", *recipe, *grpo(), *schedulers(), *metrics(), ""])
+    return "\n".join([HEAD, "## Recipe", *recipe, *grpo(), *schedulers(), *metrics(), *alarms(), ""])
 
 
 if __name__ == "__main__":

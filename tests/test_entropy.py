@@ -21,6 +21,8 @@ def monitor(*domains, **settings) -> EntropyMonitor:
     """A monitor whose domains all have 1.0 nats a token in the base model, so that the band is 0.5 to 1.5."""
     made = EntropyMonitor(domains=domains or ("math",), **{"band": (0.5, 1.5)} | settings)
     assert made.measure(0, {name: ([50.0, 50.0], [40, 60]) for name in made.watches}) == []
+    for watch in made.watches.values():
+        watch.first = 1.0  # in the first draw as well
     return made
 
 
@@ -80,6 +82,14 @@ def test_a_collapse_is_told_with_step_edge_and_what_was_practised():
     assert found[0].drawn == {"math": 0.25, "code": 0.75}
     assert found[0].message.startswith("entropy (rollouts) fell to 0.3") and "below 0.500" in found[0].message
     assert found[0].message.endswith("since step 0 drawn: code 75%, math 25%")
+
+
+def test_an_entropy_that_is_low_from_the_first_draw_on_is_no_news():
+    watching, rng = EntropyMonitor(domains=("math",), band=(0.5, 1.5)), random.Random(1)
+    watching.measure(0, {"math": ([50.0, 50.0], [40, 60])})
+    assert feed(watching, "math", [0.3] * 4 * WINDOW, rng) == []
+    (alarm,) = feed(watching, "math", [0.05] * WINDOW, rng)
+    assert alarm.kind == "collapse"
 
 
 def test_an_explosion_is_told_too():

@@ -8,9 +8,11 @@ import pytest
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors.guardrails import Guardrail, Verdict, check, exceeded
 from polyphony.curricula.records import Evaluation
-from polyphony.trainer.run.callbacks import Cadence, Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.outset import Cadence, Outset
 from polyphony.trainer.settings import TrainerSettings
+from polyphony.trainer.slots import DrawPlan
 
 
 def row(step, trained=(), **scores):
@@ -107,8 +109,8 @@ def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, ca
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=("safety",)),
         curriculum=None,
-        args=SimpleNamespace(seed=1),
-        plan=None,
+        args=SimpleNamespace(seed=1, max_grad_norm=1.0),
+        plan=DrawPlan(prompts_per_draw=8, draws=9, steps=9, micro_batches_per_draw=1, micro_batches_per_step=1),
     )
     folder, control = RunFolder(tmp_path), SimpleNamespace(should_training_stop=False)
     cadence, settings = Cadence(evaluate_every=1, save_every=1, keep=1), TrainerSettings.of(max_grader_failures=0.5)

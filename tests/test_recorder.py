@@ -66,15 +66,6 @@ def result(*, steer=0.5, report=0.5, confidence=math.nan, **domains) -> HeldoutR
     )
 
 
-def test_an_entropy_that_is_no_longer_measured_is_among_the_alarms(tmp_path):
-    ours = recorder(tmp_path)
-    ours.record_heldout(0, result())
-    ours.record_heldout(5, replace(result(), entropy={"math": 0.7, "safety": 0.7}))
-    (alarm,) = ours.folder.read("alarms")
-    assert (alarm["step"], alarm["domain"], alarm["kind"]) == (5, "stories", "entropy_unmeasured")
-    assert "was not measured" in alarm["message"]
-
-
 def test_held_out_samples_without_a_reward_are_counted(tmp_path):
     metrics = recorder(tmp_path).record_heldout(
         0, replace(result(), samples=result().samples | {"math": ((1, None),) * 6})

@@ -24,8 +24,8 @@ from polyphony.launch.train import claim_folder, train
 from polyphony.launch.verbs.evaluate import parse
 from polyphony.rewards.short_answer import Exact
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from polyphony.trainer.run.callbacks import Cadence
 from polyphony.trainer.run.folder import Interrupted, RunFolder
+from polyphony.trainer.run.outset import Cadence
 from polyphony.trainer.run.provenance import settings_of_script
 from polyphony.trainer.settings import TrainerSettings
 from polyphony.trainer.slots import DrawPlan

@@ -253,7 +253,9 @@ def test_a_group_keeps_what_other_ranks_need_to_know():
         truncated=(False, True),
         surprisals=(0.75, None),
         signs=((), ("truncation",)),
+        prints=(hash((0,) * 2), hash((0,) * 5)),
     )
+    assert not group.is_alike and Group.of([told, told], draw=7).is_alike
     assert Group.of([told], draw=7, with_texts=True).texts == ("4",)
 
 

@@ -23,9 +23,10 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
-from polyphony.trainer.run.callbacks import Cadence, Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import write_object
+from polyphony.trainer.run.outset import Cadence, Outset
 from polyphony.trainer.run.tracking import (
     WandbTracker,
     is_reachable,
@@ -36,6 +37,7 @@ from polyphony.trainer.run.tracking import (
 )
 from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
 from polyphony.trainer.settings import TrainerSettings, WandbSettings
+from polyphony.trainer.slots import DrawPlan
 from tests.benchmarks.synthetic_run import write_run
 
 KEY = "0" * 40
@@ -105,8 +107,8 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
         curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=(), n_train=8),
-        args=SimpleNamespace(seed=1),
-        plan=None,
+        args=SimpleNamespace(seed=1, max_grad_norm=1.0),
+        plan=DrawPlan(prompts_per_draw=8, draws=9, steps=9, micro_batches_per_draw=1, micro_batches_per_step=1),
     )
     cadence, settings = Cadence(evaluate_every=10, save_every=10, keep=1), TrainerSettings.of(max_grader_failures=0.5)
     outset = Outset(folder=folder, cadence=cadence, settings=settings, said=None)
@@ -115,6 +117,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     run.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace())
     assert [title for title, _ in told] == ["collapse of math", "length_collapse of talk"]
     assert [line["kind"] for line in folder.read("alarms")] == ["collapse", "length_collapse"]
+    assert all(line["remedy"] in text for line, (_, text) in zip(folder.read("alarms"), told, strict=True))
     assert [note.split(":")[0] for note in notes] == ["math", "talk"]
 
 

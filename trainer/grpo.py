@@ -51,8 +51,9 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
-from polyphony.trainer.run.callbacks import Outset, Run
+from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Failures, Scorer
 from polyphony.trainer.settings import (
@@ -502,8 +503,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     @property
     def _remembering(self) -> dict[str, Any]:
         """What has a state of its own beside the curriculum's."""
-        states = {"entropy": self.entropy, "shortcuts": self.shortcuts}
-        return states | {"owed": self.run.owed} if self.run else states
+        states: dict[str, Any] = {"entropy": self.entropy, "shortcuts": self.shortcuts}
+        return states | {"owed": self.run.owed, "signals": self.run.signals} if self.run else states
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken, or a guardrail stopped the run before: Transformers looks only after one."""

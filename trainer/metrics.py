@@ -32,6 +32,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "dead_correct": "share of the groups in the update that are dead because every completion is correct",
         "dead_wrong": "share of them that are dead because every completion is wrong",
         "dead_equal": "share of them that are dead because all have the same partial reward",
+        "alike": "share of groups whose completions are all the same, token by token",
         "mean_length": "mean tokens per completion",
         "clipped_ratio": "share of completions cut at the length limit",
         "grader_failures": "completions whose reward raised an error or returned None",
@@ -144,6 +145,7 @@ class DomainSums:
     groups: int = 0
     dead: int = 0
     dead_completions: int = 0
+    alike: int = 0
     updated: int = 0
     dead_correct: int = 0
     dead_wrong: int = 0
@@ -167,6 +169,7 @@ class DomainSums:
         self.groups += 1
         self.dead += not is_useful
         self.dead_completions += 0 if is_useful else len(group.rewards)
+        self.alike += group.is_alike
         self.completions += len(group.rewards)
         self.failures += len(group.rewards) - len(group.graded)
         self.graded += len(graded)
@@ -200,6 +203,7 @@ class DomainSums:
             "dead_correct": _ratio(self.dead_correct, self.updated),
             "dead_wrong": _ratio(self.dead_wrong, self.updated),
             "dead_equal": _ratio(self.dead_equal, self.updated),
+            "alike": _ratio(self.alike, self.groups),
             "mean_length": _ratio(self.tokens, self.completions),
             "clipped_ratio": _ratio(self.truncated, self.completions),
             "grader_failures": self.failures,

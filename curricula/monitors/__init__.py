@@ -9,17 +9,23 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
-    """Something about a domain changed for the worse: what every monitor rings.
+    """Something about a domain, or about the run as a whole, changed for the worse: what every monitor rings.
 
     Example: `Alarm(step=12, domain="math", kind="collapse", message="entropy fell ..").as_line()["kind"]`
     """
 
     step: int
     domain: str
+    """Empty for the whole run."""
     kind: str
+    """One of `polyphony.trainer.run.signals.SIGNALS`."""
     message: str
     drawn: Mapping[str, float] | None = None
     """Share of each domain in the prompts drawn since all was well; None where nobody counted."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} of {self.domain}" if self.domain else self.kind
 
     def as_line(self) -> dict[str, Any]:
         """Return the alarm's line of the run's ledger."""

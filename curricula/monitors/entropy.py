@@ -3,8 +3,9 @@
 Sums and counts in, nats per token out. A domain is tested after every `WINDOW` draws of it and at every held-out
 evaluation; an alarm is raised only where the whole interval of the level lies outside the band. Test n of a domain spends
 error / (2 K n (n + 1)) on each side, which sums to `error` over all K domains however many tests there are (alpha
-spending). Rollouts are compared with the same band, which comes from held-out prompts: a domain whose training prompts
-have a lower entropy under the base model than its held-out ones starts lower in it.
+spending). Rollouts are compared with the same band, which comes from held-out prompts. A domain whose training prompts have
+a lower entropy than its held-out ones starts lower in it, which is no news: they must have left the same multiples of the
+domain's own first draw, too.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Watch:
 
     base: float = math.nan
     """Nats per token at the first evaluation, of the base model."""
+    first: float = math.nan
+    """Nats per token of the domain's first draw."""
     tests: int = 0
     window: list[Sums] = field(default_factory=list)
     """Draws since the last test."""
@@ -90,6 +93,8 @@ class EntropyMonitor:
             nats, tokens = sums.get(name, (0.0, 0.0))
             if not tokens:
                 continue
+            if math.isnan(watch.first):
+                watch.first = nats / tokens
             watch.window.append((nats, tokens))
             watch.recent = [*watch.recent[1 - TREND :], (step, nats, tokens)]
             if len(watch.window) == WINDOW:
@@ -140,6 +145,7 @@ class EntropyMonitor:
         return {
             name: {
                 "base": null_of(w.base),
+                "first": null_of(w.first),
                 "looks": w.tests,
                 "window": list(w.window),
                 "recent": list(w.recent),
@@ -155,6 +161,7 @@ class EntropyMonitor:
         self.watches = {
             name: Watch(
                 base=nan_of(saved["base"]),
+                first=nan_of(saved.get("first", saved["base"])),  # older versions kept none
                 tests=saved["looks"],
                 window=[(nats, tokens) for nats, tokens in saved["window"]],
                 recent=[(step, nats, tokens) for step, nats, tokens in saved["recent"]],
@@ -174,6 +181,8 @@ class EntropyMonitor:
         one_sided = self.error / (2 * len(self.watches) * watch.tests * (watch.tests + 1))
         level = ratio(totals, counts, level=1 - 2 * one_sided)
         low, high = self.band(name)
+        if source == "rollouts":
+            low, high = min(low, self.factors[0] * watch.first), max(high, self.factors[1] * watch.first)
         kind: Kind | None = "collapse" if level.high < low else "explosion" if level.low > high else None
         alarms = []
         excursion = watch.excursions[source]

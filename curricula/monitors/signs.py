@@ -88,7 +88,7 @@ class DomainSigns:
 
     def _risen_signs(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        for sign in COUNTED if self.first.get("n", 0) >= ENOUGH_COMPLETIONS else ():
+        for sign in SIGNS if self.first.get("n", 0) >= ENOUGH_COMPLETIONS else ():
             start, now = self.first.get(sign, 0) / self.first["n"], self.level[sign]
             message = f"{sign.replace('_', ' ')} in {now:.0%} of completions, {start:.0%} at the start"
             found |= self._turn(sign, now > start + RISEN, now < start + FALLEN, message)

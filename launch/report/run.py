@@ -18,6 +18,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from polyphony.curricula.files import unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.launch.report.signals import with_signals
 from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
 from polyphony.trainer.run.json_lines import read_object
 
@@ -52,6 +53,7 @@ class LoadedRun:
     decisions: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     alarms: Sequence[Mapping[str, Any]]
+    """Those on record, and what a version before theirs would have been told; each with what may help."""
     evaluations: Sequence[Mapping[str, Any]]
     """Per evaluation, every statistic of every domain with its interval."""
     predicted: Sequence[Mapping[str, Any]]
@@ -123,7 +125,7 @@ def read_run(path: str | Path) -> LoadedRun:
     of_script = folder.settings.is_file() and not folder.recipe.is_file()
     recipe_text, recipe = _read_recipe(folder.settings if of_script else folder.recipe, missing)
     transfer = _read_transfer(folder.transfer, missing)
-    metrics = _columns(_read_lines(folder, "metrics", missing, gives="training curves"))
+    lines = _read_lines(folder, "metrics", missing, gives="training curves")
     provenance = as_mapping(_read_json(folder.provenance, missing))
     return LoadedRun(
         name=path.resolve().name,
@@ -132,12 +134,14 @@ def read_run(path: str | Path) -> LoadedRun:
         recipe_text=recipe_text,
         recipe_name=(folder.settings if of_script else folder.recipe).name,
         provenance=provenance,
-        metrics=metrics,
+        metrics=_columns(lines),
         transfer=transfer.on("report") if transfer else None,
         item_ids=(transfer.items if transfer else None) or {},
         decisions=_read_lines(folder, "decisions", missing, gives="mixture with its reasons"),
         samples=_read_lines(folder, "samples", missing, gives="sample completions"),
-        alarms=_read_optional(folder, "alarms", missing, gives="alarms"),
+        alarms=with_signals(
+            _read_optional(folder, "alarms", missing, gives="alarms"), metrics=lines, recipe=recipe, transfer=transfer
+        ),
         evaluations=_read_optional(folder, "evaluations", missing, gives="intervals beyond the score"),
         predicted=_read_predicted(folder.predicted, missing),
         is_finished=folder.has_ended or ("end" not in provenance and folder.final.is_dir()),  # of older versions

@@ -5,12 +5,9 @@ The same whether a recipe or a script trains. A recipe adds what only it knows: 
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,16 +47,17 @@ from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
 from polyphony.trainer.run.changes import from_now_on
-from polyphony.trainer.run.folder import Interrupted, RunFolder
+from polyphony.trainer.run.folder import Interrupted
 from polyphony.trainer.run.json_lines import read_object, write_object
+from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.owed import Owed
 from polyphony.trainer.run.progress import ProgressLine
-from polyphony.trainer.run.provenance import provenance, refuse_other_data, settings_of_script, versions_since
+from polyphony.trainer.run.provenance import provenance, versions_since
 from polyphony.trainer.run.recorder import Recorder
+from polyphony.trainer.run.signals import SIGNALS, Signals
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.scoring import Scorer
-from polyphony.trainer.settings import CheckpointSettings, EvaluationSettings, TrainerSettings
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import DrawPlan
 
@@ -94,119 +92,6 @@ class Trained(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cadence:
-    """How often a run evaluates and saves, and what it keeps.
-
-    Example: `Cadence.of(GRPOConfig(eval_steps=20, save_total_limit=3), plan, settings).save_every` is 20.
-    """
-
-    evaluate_every: int
-    """Optimizer steps; there is always an evaluation before the first step and one after the last."""
-    save_every: int
-    keep: int
-    """Newest checkpoints; the best by worst domain is kept as well."""
-
-    @classmethod
-    def of(cls, args: GRPOConfig, plan: DrawPlan, settings: TrainerSettings) -> Cadence:
-        """Read TRL's arguments, and our settings for what these do not say. Raises ValueError for what a run cannot keep to.
-
-        `eval_steps` or `evaluation.every`, `save_steps` or `checkpoint.every`, `save_total_limit` or `checkpoint.keep`;
-        TRL's default of `save_steps`, 500, counts as not given.
-        """
-        for name in ("eval_strategy", "save_strategy"):
-            if (value := getattr(getattr(args, name), "value", getattr(args, name))) not in ("no", "steps"):
-                raise ValueError(f"{name}={value!r} with run=: expected 'steps' or 'no'")
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end with run=: leave it out, the best checkpoint by worst domain is kept"
-            )
-        evaluation, checkpoint = settings.evaluation, settings.checkpoint
-        saves = None if args.save_steps == GRPOConfig.save_steps else args.save_steps
-        name, value = _once(
-            "eval_steps", args.eval_steps, "evaluation.every", evaluation.every, EvaluationSettings().every
-        )
-        every = _steps(name, value, plan)
-        plan.check_boundary(name, every)
-        name, value = _once("save_steps", saves, "checkpoint.every", checkpoint.every, None)
-        save_every = every if value is None or args.save_strategy == "no" else _steps(name, value, plan)
-        if save_every <= plan.steps:
-            plan.check_boundary(name, save_every)
-        _, keep = _once(
-            "save_total_limit", args.save_total_limit, "checkpoint.keep", checkpoint.keep, CheckpointSettings().keep
-        )
-        if keep < 1:
-            raise ValueError(f"save_total_limit={keep} with run=: expected at least 1")
-        return cls(evaluate_every=every, save_every=save_every, keep=keep)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outset:
-    """What is settled of a run before weights are loaded."""
-
-    folder: RunFolder
-    cadence: Cadence
-    settings: TrainerSettings
-    said: Mapping[str, Any] | None
-    """What a script made the run with, for `RunFolder.settings`; None where the folder holds the recipe."""
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """By key path, what the run in the folder was made with and what is given now."""
-
-    @classmethod
-    def of(
-        cls,
-        run: str | Path | RunFolder | None,
-        settings: TrainerSettings,
-        *,
-        args: GRPOConfig,
-        plan: DrawPlan,
-        data: DomainData,
-        **made: Any,
-    ) -> Outset | None:
-        """Return it for a folder, as a `RunFolder` one that a recipe has claimed; `made` as for `settings_of_script`.
-
-        Raises ValueError for a folder that is of another run, and for a cadence that cannot be kept.
-        """
-        if run is None:
-            if settings.guardrails:
-                raise ValueError("guardrails act at a run's evaluations: give run=, a folder for it")
-            return None
-        folder, cadence = as_folder(run), Cadence.of(args, plan, settings)
-        said, changed = None, {}
-        if not isinstance(run, RunFolder):
-            made["domains"] = data.domains
-            said = {"name": folder.path.name} | settings_of_script(settings, args=args, cadence=asdict(cadence), **made)
-            changed = folder.refuse_other(said)
-        if folder.holds_run and folder.provenance.is_file():
-            refuse_other_data(read_object(folder.provenance), data.tables, model=made["model"])
-        return cls(folder=folder, cadence=cadence, settings=settings, said=said, changed=changed)
-
-    def arguments(self, args: GRPOConfig) -> GRPOConfig:
-        """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder."""
-        args = copy.copy(args)
-        args.output_dir, args.save_steps = str(self.folder.checkpoints), self.cadence.save_every
-        args.eval_strategy, args.eval_on_start, args.save_total_limit = "no", False, None
-        return args
-
-
-def _once(name: str, value: Any, ours: str, our_value: Any, default: Any) -> tuple[str, Any]:
-    """Return what was given of TRL's argument and our setting for one thing, and its name; both only where they agree."""
-    if value is None:
-        return ours, our_value
-    if our_value not in (default, value):
-        raise ValueError(f"{name}={value} and {ours}={our_value}: say one of them")
-    return name, value
-
-
-def _steps(name: str, every: float, plan: DrawPlan) -> int:
-    """Return steps for a number of them or, below 1, a share of all, as Transformers has it."""
-    if not every > 0 or (every >= 1 and every != int(every)):
-        raise ValueError(
-            f"{name}={every} with run=: expected a whole number of steps, or a share of all between 0 and 1"
-        )
-    return math.ceil(plan.steps * every) if every < 1 else int(every)
-
-
 def _step_of(checkpoint: Path | None) -> int:
     """Return a checkpoint's step; -1, before the first line of any ledger, for none."""
     return -1 if checkpoint is None else checkpoint_step(checkpoint)
@@ -216,19 +101,6 @@ def _known_sizes(checkpoint: Path | None) -> Mapping[str, int] | None:
     """Return up to which byte a checkpoint that owes an evaluation knows the lines of its own step; None for any other."""
     mark = {} if checkpoint is None else read_mark(checkpoint)
     return mark["ledgers"] if mark.get("curriculum", {}).get("owed", {}).get("step") is not None else None
-
-
-def as_folder(run: str | Path | RunFolder) -> RunFolder:
-    """Return the folder of a run. Raises ValueError for what can be none."""
-    if isinstance(run, RunFolder):
-        return run
-    if not isinstance(run, str | Path) or not str(run).strip():
-        raise ValueError(f"run={run!r}: expected a folder")
-    path = Path(run)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"run={str(run)!r}: {there} is a file, expected a folder")
-    return RunFolder(path)
 
 
 class CheckWeights(TrainerCallback):
@@ -273,6 +145,7 @@ class Run(TrainerCallback):
             seed=trainer.args.seed,
             is_main=self.is_main,
         )
+        self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)
         # what only a recipe knows
         self.say: Callable[[str], None] = say
         self.imports_from: Sequence[str] = ()
@@ -543,6 +416,8 @@ class Run(TrainerCallback):
             self.owed.metrics = self.owed.metrics or defined(numbers)
             return
         self._write(state.global_step, numbers)
+        for alarm in self.signals.see(state.global_step, numbers):
+            self._ring(alarm)
         if self.progress is not None and state.global_step:
             self.progress.update(state.global_step, numbers)
 
@@ -594,7 +469,11 @@ class Run(TrainerCallback):
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
         logged = self.trainer.evaluator.flush_logged()
-        return {**self.recorder.record_heldout(step, result), **logged}
+        metrics = self.recorder.record_heldout(step, result)
+        kl = result.on("steer").base_kl
+        for alarm in self.signals.after_evaluation(self.trainer.curriculum.evaluations, kl):
+            self._ring(alarm)
+        return {**metrics, **logged}
 
     def _stage_ends(self, step: int) -> bool:
         """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
@@ -630,13 +509,14 @@ class Run(TrainerCallback):
         return found[0]
 
     def _ring(self, alarm: Alarm) -> None:
-        """Write an alarm down, and tell whoever watches."""
+        """Write an alarm down with what may help, and tell whoever watches."""
         if not self.is_main:
             return
-        logger.warning("step %d: %s of %s: %s", alarm.step, alarm.kind, alarm.domain, alarm.message)
-        self.folder.append("alarms", alarm.as_line())
+        remedy = SIGNALS[alarm.kind].remedy
+        logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
+        self.folder.append("alarms", alarm.as_line() | {"remedy": remedy})
         if self.tracker is not None:
-            self.tracker.alert(f"{alarm.kind} of {alarm.domain}", alarm.message)
+            self.tracker.alert(alarm.title, f"{alarm.message}. What may help: {remedy}")
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.is_main:

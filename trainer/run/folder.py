@@ -336,9 +336,9 @@ class RunFolder:
     ) -> dict[str, tuple[bytes, bytes]]:
         """Return what stays and what goes of each ledger that has lines after `step`; nothing is written.
 
-        What goes has the summary of a training that ended: it is written after the last checkpoint. With `sizes`, so too what
-        of `step` itself stands beyond so many bytes of each ledger. Says which last line had been cut off. Raises ValueError
-        that names the file and the line.
+        What goes has the summary of a training that ended: it is written after the last checkpoint. With `sizes`, it has too
+        what of `step` itself stands beyond so many bytes of each ledger. Says which last line had been cut off. Raises
+        ValueError that names the file and the line.
         """
         tails, cut_off = {}, []
         for name in LEDGERS:

@@ -10,7 +10,6 @@ from typing import Any
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
 from polyphony.curricula.files import replace_file, sealed
-from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
@@ -141,7 +140,6 @@ class Recorder:
         if not self.is_by_item:
             row = replace(row, entropy_items={}, kl_items={})
         steer, report = (on_half(row, result.items, which) for which in ("steer", "report"))
-        self._note_unmeasured(steer)
         self._add(row, result.items)
         self._published.append(report)
         self.curriculum.record(steer)
@@ -157,14 +155,6 @@ class Recorder:
     def steer_entropy(self, result: HeldoutResult) -> Mapping[str, Sequence[tuple[float, int]]]:
         """Return, per domain, (nats, tokens) of each item that decides."""
         return (result.on("steer") if self.is_by_item else result).item_entropy
-
-    def _note_unmeasured(self, row: Evaluation) -> None:
-        """Put among the alarms the domains whose entropy was measured at the baseline and is not now."""
-        past = self.curriculum.evaluations
-        for name in sorted(set(past[0].entropy) - set(row.entropy)) if past and self.is_main else ():
-            message = "its held-out entropy was not measured; a scheduler that controls it counts it as inside its band"
-            alarm = Alarm(step=row.step, domain=name, kind="entropy_unmeasured", message=message)
-            self.folder.append("alarms", alarm.as_line())
 
     @property
     def worst_steer_score(self) -> float:
