@@ -20,7 +20,7 @@ from polyphony.launch.grpo_fields import OURS
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
-from polyphony.trainer.data import check_source
+from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from polyphony.curricula.records import Domain
-from polyphony.trainer.data import PromptTable, content_id, load_rows
+from polyphony.trainer.data import PromptTable, content_id
+from polyphony.trainer.rows import load_rows
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 

@@ -19,7 +19,8 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import PromptTable, load_rows
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.rows import load_rows
 from polyphony.trainer.settings import DataSettings
 
 NGRAM_WORDS = 13
