@@ -27,7 +27,7 @@ from polyphony.trainer.settings import with_probes
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    from polyphony.trainer.domains import DomainData
+    from polyphony.trainer.domains import DomainData, Told
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
     from polyphony.trainer.run.folder import RunFolder
@@ -60,6 +60,8 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
         found[""] += _refused(rollout_engine, recipe)
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
+    if recipe.rft.dedup is not None:
+        found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
         for key, check in _CHECKS.items():
             if (value := getattr(section, key)) is not None:
@@ -147,8 +149,11 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 
-def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
-    """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
+def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> DomainData:
+    """Return the rows of a recipe, checked against its model's tokenizer and context; `told` as for `DomainData.load`.
+
+    Raises RecipeError.
+    """
     from transformers import AutoTokenizer
 
     from polyphony.trainer.domains import DomainData, context_of
@@ -165,6 +170,7 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             args=args,
             context=context,
             settings=recipe.data,
+            told=told,
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from polyphony.curricula.records import MOST
+from polyphony.curricula.records import MOST, near
 
 OURS = {
     "output_dir": "--out",
@@ -170,7 +170,8 @@ TRL_ENGINE = frozenset(
 def complaint(name: str, value: object) -> str | None:
     """Return what a field must be where `value` is not that, else None."""
     if value not in ONE_OF.get(name, (value,)):
-        return f"one of {', '.join(ONE_OF[name])}"
+        meant = near(value, ONE_OF[name])
+        return f"one of {', '.join(ONE_OF[name])}{f' ({meant})' if meant else ''}"
     kind, may_be_null = GRPO_KINDS[name]
     if not kind or (value is None and may_be_null):
         return None

@@ -333,17 +333,19 @@ def _meant(place: Sequence[Any]) -> str:
     )
     if name in GONE:
         return GONE[name]
+    if parents[:1] == ["domains"] and name in HELDOUT:
+        return "did you mean 'heldout'?"
     key = MEANT.get(name, name)
     if key in here:
         return nearest(key, here)
-    path = (
-        f"grpo.{key}"
-        if key in GRPO_KINDS
-        else key
-        if "." in key or key in Recipe.model_fields
-        else _elsewhere().get(key)
-    )
+    if key in Recipe.model_fields:
+        return f"did you mean the section {key!r} at the top?"
+    path = f"grpo.{key}" if key in GRPO_KINDS else key if "." in key else _elsewhere().get(key)
     return f"did you mean {path!r}?" if path else nearest(name, here)
+
+
+HELDOUT = ("eval", "test", "validation", "valid", "val", "dev", "held_out")
+"""What others call a domain's held-out rows."""
 
 
 @functools.cache

@@ -583,7 +583,7 @@ def test_the_judge_partitions_groups():
         ({"mode": "ranking"}, "mode is pointwise or pairwise"),
         ({"scale": [5, 5]}, "scale is"),
         ({"endpoint": "judge:8000"}, "must be an http"),
-        ({"client": {"concurency": 4}}, "unexpected keyword argument 'concurency'; allowed: api_key_env, temperature"),
+        ({"client": {"concurency": 4}}, "unknown argument 'concurency'; did you mean 'concurrency'?"),
         ({"client": {"patience_s": 0}}, "patience_s must be > 0"),
         ({"client": {"attempts": 5}}, "unexpected keyword argument 'attempts'; allowed: .*patience_s"),
         ({"tokenizer": "/no/such/folder"}, "judge: tokenizer '/no/such/folder': no folder with a readable tokenizer"),

@@ -9,8 +9,8 @@ import torch
 
 from polyphony.launch.build import grpo_config, missing_names, remarks
 from polyphony.launch.cli import main
+from polyphony.launch.preflight import preflight
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.train import preflight
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of machines without a GPU")
@@ -52,7 +52,7 @@ def test_one_dry_run_finds_all_mistakes_cheap_ones_first(capsys, tmp_path, recip
     starts = [
         "unknown key 'evl'; did you mean 'eval'?",
         "grpo.beta must be at least 0, got -1",
-        "domains.sums.reward: reward 'exactt' does not exist; ",
+        "domains.sums.reward: reward 'exactt' does not exist; did you mean 'exact'? ",
         "grpo: generation_batch_size (8) must be divisible by num_generations (3).",
         "domains.words.train: row 1 has no `prompt`",
     ]

@@ -16,7 +16,14 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.records import near, nearest
+
 Rows = Sequence[Mapping[str, Any]]
+
+KEYS = ("path", "name", "split", "revision", "limit")
+"""Of a source that is a mapping, unless it has a generator."""
+MANY_FILES = 1000
+"""How many of a folder's files are looked at for one that was meant."""
 
 READABLE = (".jsonl", ".json", ".parquet")
 """Files of rows; the first two also packed, as `.jsonl.gz` or `.jsonl.zst`."""
@@ -98,11 +105,18 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
 
 
 def check_source(source: Any, *, where: str) -> None:
-    """Raise ValueError where a source names a file of this machine that is not there."""
+    """Raise ValueError where a source is in no known form, or names a file of this machine that is not there."""
+    if isinstance(source, Mapping):
+        _check_mapping(source, where=where)
     path = source.get("path") if isinstance(source, Mapping) else source
     for one in path if isinstance(path, list) and _is_path(path) else [path]:
         if isinstance(one, str) and not one.startswith("hf://") and not Path(one).exists() and not _matches(Path(one)):
-            raise ValueError(f"{where}: file {one} does not exist")
+            raise ValueError(f"{where}: file {one} does not exist{_named_like(Path(one))}")
+
+
+def _named_like(path: Path) -> str:
+    beside = [other.name for other in islice(path.parent.iterdir(), MANY_FILES)] if path.parent.is_dir() else []
+    return f"; {meant}" if (meant := near(path.name, [name for name in beside if _kind(Path(name))])) else ""
 
 
 def _is_path(source: Any) -> bool:
@@ -111,27 +125,40 @@ def _is_path(source: Any) -> bool:
 
 
 def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) -> Rows:
+    _check_mapping(source, where=where)
     if "generator" in source:
         return _generated(source, where=where)
-    unknown = set(source) - {"path", "name", "split", "revision", "limit"}
-    if "path" not in source or unknown or not _is_path(source["path"]):
+    path, limit = source["path"], source.get("limit")
+    hub = {key: source[key] for key in ("name", "revision") if source.get(key) is not None}
+    rows = _load_path(path, split=source.get("split") or "train", hub=hub, where=where, folder=folder)
+    return rows if limit is None else _head(rows, limit)
+
+
+def _check_mapping(source: Mapping[Any, Any], *, where: str) -> None:
+    if "generator" in source:
+        if not isinstance(source["generator"], str) or not all(isinstance(key, str) for key in source):
+            raise ValueError(f"{where}: expected generator: pkg.module:function and its arguments, got {source!r:.200}")
+        return
+    if odd := [key for key in source if key not in KEYS]:
+        raise ValueError(f"{where}: unknown key {odd[0]!r:.200}; {nearest(str(odd[0]), (*KEYS, 'generator'))}")
+    if not _is_path(source.get("path")):
         raise ValueError(
             f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}; a hub set also takes "
             "`name`, its config, and `revision`"
         )
-    path, limit = source["path"], source.get("limit")
+    for key in ("name", "split", "revision"):
+        if not isinstance(source.get(key), str | None):
+            raise ValueError(f"{where}: {key} must be text, got {source[key]!r:.200}")
+    limit = source.get("limit")
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
-    hub = {key: source[key] for key in ("name", "revision") if source.get(key) is not None}
-    rows = _load_path(path, split=source.get("split", "train"), hub=hub, where=where, folder=folder)
-    return rows if limit is None else _head(rows, limit)
+        raise ValueError(f"{where}: limit must be a whole number of at least 1, got {limit!r:.200}")
 
 
 def _generated(source: dict[str, Any], *, where: str) -> Rows:
     name = str(source.pop("generator"))
     try:
         generator = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"{where}: generator {name!r} cannot be imported: {error}") from error
     try:
         rows = generator(**source)
