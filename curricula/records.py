@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import pkgutil
 import re
@@ -36,6 +37,9 @@ def settings(kind: type[T]) -> type[T]:
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
+    for name, annotation in inspect.get_annotations(kind).items():
+        if annotation in (bool, "bool") and isinstance(default := vars(kind).get(name), bool):
+            setattr(kind, name, Field(default=default, strict=True))  # else "1" and 1 are true
     for given in vars(kind).values():
         if isinstance(given, FieldInfo) and given.metadata:
             given.metadata.append(Strict())

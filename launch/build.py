@@ -246,7 +246,7 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
     try:
         config = GRPOConfig(**{**ours, **said})
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # TRL and Transformers look into what they are given before they check it
         raise RecipeError(f"grpo: {error}") from error
     if started == 1 and config.n_gpu > 1:
         config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses

@@ -135,7 +135,7 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         adam_epsilon beta data_seed dataloader_num_workers entropy_coef_delta entropy_target epsilon epsilon_high
         eval_delay max_grad_norm max_tool_calling_iterations neftune_noise_alpha num_completions_to_print
         router_aux_loss_coef seed vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
-        vllm_importance_sampling_clip_min warmup_steps weight_decay
+        vllm_importance_sampling_clip_min weight_decay
         """,
     ),
     (
@@ -143,6 +143,7 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: 0 <= v <= 1,
         "label_smoothing_factor learning_rate min_p ref_model_mixup_alpha top_entropy_quantile",
     ),
+    ("at least 0, from 1 on a whole number", lambda v: 0 <= v < 1 or v == int(v) >= 1, "warmup_steps"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "top_p vllm_gpu_memory_utilization"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
     ("at least -1", lambda v: v >= -1, "local_rank top_k"),
@@ -155,6 +156,7 @@ LIMITS = {name: (words, fits) for words, fits, names in _LIMITS for name in name
 ONE_OF = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
 }
 """What TRL tells apart only while it computes the first loss."""
 
@@ -169,10 +171,12 @@ TRL_ENGINE = frozenset(
 
 def complaint(name: str, value: object) -> str | None:
     """Return what a field must be where `value` is not that, else None."""
-    if value not in ONE_OF.get(name, (value,)):
-        meant = near(value, ONE_OF[name])
-        return f"one of {', '.join(ONE_OF[name])}{f' ({meant})' if meant else ''}"
+    if name in ONE_OF and not any(type(value) is type(one) and value == one for one in ONE_OF[name]):
+        words = [str(one).lower() if isinstance(one, bool) else one for one in ONE_OF[name]]
+        meant = near(value, words)
+        return f"one of {', '.join(words)}{f' ({meant})' if meant else ''}"
     kind, may_be_null = GRPO_KINDS[name]
+    may_be_null = may_be_null and name != "num_generations"  # TRL's own type has it, and then divides by it
     if not kind or (value is None and may_be_null):
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -111,6 +111,7 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     prompts = {name: table.ids for name, table in data.train.items()}
     checks: Sequence[Callable[[], Any]] = (
         lambda: check_heads(recipe),
+        lambda: _schedule(args, plan.steps),
         lambda: Cadence.of(args, plan, ours),
         lambda: may_drop_dead(ours.update.drop_dead, args, has_entropy_bonus=has_bonus, has_aux_loss=False),
         lambda: Curriculum(  # asks the scheduler once
@@ -129,6 +130,25 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
         except ValueError as error:
             refused.append(str(error))
     return refused
+
+
+def _schedule(args: GRPOConfig, steps: int) -> None:
+    """Make the optimizer's class and the learning-rate curve. Raises ValueError where training would begin with an error."""
+    import torch
+    from transformers import Trainer
+    from transformers.optimization import get_scheduler
+
+    try:
+        if not any(name in args.optim for name in ("galore", "apollo", "lomo")):  # which ask for the model
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        curve: Any = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, curve)
+    except Exception as error:  # of several libraries
+        name = args.lr_scheduler_type
+        raise ValueError(
+            f"grpo.optim={args.optim}, lr_scheduler_type={getattr(name, 'value', name)}: {error}"
+        ) from error
 
 
 def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:

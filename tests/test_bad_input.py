@@ -76,7 +76,7 @@ def broken(prompts, **columns):
         (["domains.sums.max_completion_length=9"], "max_completion_length must be in 1..8"),
         (
             ["grpo.max_completion_length=250"],
-            "domains.sums.train: 4 of 4 rows with completions of 250 tokens exceed the context of 256",
+            "4 of 4 rows with completions of 250 tokens (max_completion_length) exceed the context of 256",
         ),
         (["grpo.max_completion_length=null"], "max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),

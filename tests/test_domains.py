@@ -109,7 +109,8 @@ CALLING = [
 
 
 def test_what_is_null_is_left_out_and_parts_of_content_are_text(load, tokenizer):
-    data = load(Domain(**TOOLS | {"train": [{"prompt": CALLING, "answer": "1"}]}))
+    with pytest.warns(UserWarning, match="1 of 1 rows end with what the assistant said"):
+        data = load(Domain(**TOOLS | {"train": [{"prompt": CALLING, "answer": "1"}]}))
     (prompt,) = data.tokenized(data.train["tools"])
     assert tokenizer.decode(prompt.ids) == "<|begin|><|user|>1\n2<|end|><|assistant|><|end|><|assistant|>"
 
@@ -227,7 +228,7 @@ def test_a_held_out_prompt_must_fit_the_context_too(load):
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_counted_and_named(load):
-    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows with completions of 8 tokens exceed"):
+    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows with completions of 8 tokens \(max"):
         data = load(domain(train=["3+3 =", "44444+4 =", "5+5 ="]), context=17)
     assert (data.train["math"].ids, data.train["math"].left_out) == (["3+3 =", "5+5 ="], ["44444+4 ="])
     assert data.longest == 17

@@ -40,6 +40,10 @@ class PromptTable:
         self.is_chat = is_chat
         self.repeated = 0
         """Rows left out because an identical one without an `id` of its own came before."""
+        self.told: list[str] = []
+        """What was said of its rows when they were read, a line each: which repeat, which were left out and why."""
+        self.answered = 0
+        """Conversations whose last message is the assistant's: as a rule the answer, left in."""
         self.left_out: list[str] = []
         """Ids of rows whose reference the domain's reward cannot read, and of those that are too long."""
         self._with_nulls = (
@@ -90,12 +94,20 @@ class PromptTable:
         user = "\n".join(m["content"] for m in prompt if m["role"] == "user")
         return user, "\n".join(m["content"] for m in prompt)
 
-    def tell_repeats(self) -> None:
-        """Warn with the number of rows that were left out because one before says the same."""
+    def tell(self) -> None:
+        """Warn with the number of rows that were left out because one before says the same, and of answered ones."""
         if self.repeated:
             of = len(self) + self.repeated
             what = "repeat one before them in prompt and answer (and have no `id`)"
-            warnings.warn(f"{self.where}: {self.repeated} of {of} rows {what}; left out", stacklevel=3)
+            self.warn(f"{self.where}: {self.repeated} of {of} rows {what}; left out")
+        if self.answered:
+            what = "end with what the assistant said: the policy is asked for one more turn after it"
+            self.warn(f"{self.where}: {self.answered} of {len(self)} rows {what}")
+
+    def warn(self, message: str) -> None:
+        """Say something of the rows, and keep it for the run's provenance."""
+        self.told.append(message)
+        warnings.warn(message, stacklevel=4)
 
     def leave_out_unreadable(self, reward: Any, *, most: float) -> None:
         """Leave out the rows whose reference the reward says it cannot read (`unreadable(**columns)`: why, or None), and
@@ -111,7 +123,7 @@ class PromptTable:
                 raise ValueError(f"{message}; data.max_unreadable allows a share of {most:g}")
             self._leave_out(reasons, message)
         if remarks := self._said(getattr(reward, "remark", None)):
-            warnings.warn(f"{self._named(remarks)} are kept with a reservation ({self.shown(remarks)})", stacklevel=2)
+            self.warn(f"{self._named(remarks)} are kept with a reservation ({self.shown(remarks)})")
 
     def leave_out(self, reasons: Mapping[str, str], what: str) -> None:
         """Leave out rows, by id with the reason of each; `what` they do. Raises ValueError where none would stay."""
@@ -121,7 +133,7 @@ class PromptTable:
         self._leave_out(reasons, message)
 
     def _leave_out(self, reasons: Mapping[str, str], message: str) -> None:
-        warnings.warn(f"{message}; left out", stacklevel=3)
+        self.warn(f"{message}; left out")
         self.left_out = sorted({*self.left_out, *reasons})
         self.drop(set(reasons))
 
@@ -155,7 +167,7 @@ class PromptTable:
             raise ValueError(
                 f"{self.where}: row {i + 1}: column {taken[0]!r} needs another name: a reward is called with one of its own"
             )
-        if not row["prompt"]:
+        if not row["prompt"] or (isinstance(row["prompt"], str) and not row["prompt"].strip()):
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         try:
             prompt = _as_written(row["prompt"], with_nulls=self._with_nulls)
@@ -173,7 +185,10 @@ class PromptTable:
             raise ValueError(
                 f"{self.where}: row {i + 1}: under as_chat: false all rows are text, or all are conversations"
             )
+        self.answered += not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
         given = row.get("id")
+        if isinstance(given, Mapping | list | bool) or given == "":
+            raise ValueError(f"{self.where}: row {i + 1}: an `id` is text or a number, got {given!r:.60}")
         prompt_id = self._checked_id(i, {**row, "prompt": prompt, "tools": tools})
         if prompt_id not in self._position:
             self._position[prompt_id] = i

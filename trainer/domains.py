@@ -145,7 +145,7 @@ class DomainData:
                     where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
-                    table.tell_repeats()
+                    table.tell()
                     read.append(len(table))
                     told("read", sum(read), None)
                     table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
@@ -300,7 +300,9 @@ class DomainData:
             longest = max([longest, *(n for n in lengths.values() if n <= most)])
             if too_long:
                 table.leave_out(
-                    too_long, f"with completions of {self.limits[name]} tokens exceed the context of {self.context}"
+                    too_long,
+                    f"with completions of {self.limits[name]} tokens (max_completion_length) exceed the context of "
+                    f"{self.context}",
                 )
         return longest
 
@@ -355,9 +357,9 @@ def _resolve_overlap(
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")
         if settings.overlap == "keep":
-            warnings.warn(f"{message}{why}; kept, as asked for", stacklevel=3)
+            table.warn(f"{message}{why}; kept, as asked for")
             continue
-        warnings.warn(f"{message}{why}; left out", stacklevel=3)
+        table.warn(f"{message}{why}; left out")
         table.drop(set(found))
         dropped[name] = len(found)
         if len(table) == 0:

@@ -22,6 +22,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 KEYS = ("path", "name", "split", "revision", "limit")
 """Of a source that is a mapping, unless it has a generator."""
+MANY_ENTRIES = 20_000
+"""More files and folders than a data set has: somebody named the root of a disk."""
 MANY_FILES = 1000
 """How many of a folder's files are looked at for one that was meant."""
 
@@ -253,7 +255,7 @@ def _matches(path: Path) -> list[Path]:
 
 def _of_split(folder: Path, *, split: str, where: str) -> list[Path]:
     """The files of a folder that hold a split, by their names; all for `train` where no name tells of one."""
-    known = sorted(path for path in folder.rglob("*") if _kind(path) and not path.name.startswith("."))
+    known = sorted(path for path in _inside(folder, where) if _kind(path) and not path.name.startswith("."))
     if lost := [path for path in known if not path.is_file()]:
         raise ValueError(f"{where}: {lost[0]} is no file, or a link that leads nowhere")
     by_split: dict[str, list[Path]] = {}
@@ -265,6 +267,16 @@ def _of_split(folder: Path, *, split: str, where: str) -> list[Path]:
         has = f"its splits are {', '.join(sorted(by_split))}" if by_split else f"known files are {', '.join(READABLE)}"
         raise ValueError(f"{where}: folder {folder} has no rows of split {split!r}; {has}")
     return by_split[split]
+
+
+def _inside(folder: Path, where: str) -> list[Path]:
+    try:
+        found = list(islice(folder.rglob("*"), MANY_ENTRIES + 1))
+    except OSError as error:  # a folder that may not be read, or goes away meanwhile
+        raise ValueError(f"{where}: folder {folder} cannot be read: {error}") from error
+    if len(found) > MANY_ENTRIES:
+        raise ValueError(f"{where}: folder {folder} has more than {MANY_ENTRIES:,} files in it: name one of rows only")
+    return found
 
 
 def _kind(path: Path) -> str | None:
