@@ -145,10 +145,8 @@ def _schedule(args: GRPOConfig, steps: int) -> None:
         curve: Any = args.lr_scheduler_kwargs
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, curve)
     except Exception as error:  # of several libraries
-        name = args.lr_scheduler_type
-        raise ValueError(
-            f"grpo.optim={args.optim}, lr_scheduler_type={getattr(name, 'value', name)}: {error}"
-        ) from error
+        optim, curve = (getattr(name, "value", name) for name in (args.optim, args.lr_scheduler_type))
+        raise ValueError(f"grpo.optim={optim}, grpo.lr_scheduler_type={curve}: {error}") from error
 
 
 def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:

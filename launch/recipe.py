@@ -324,13 +324,24 @@ def _check_size(document: Any, where: str) -> None:
     def size(value: Any, depth: int) -> int:
         if depth > DEEPEST:
             raise RecipeError(f"{where}: nested more than {DEEPEST} deep, or an alias (*) that holds itself")
-        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | set) else ()
+        if isinstance(value, str) and not value.isascii():
+            _check_whole(value, where)
+        held = (
+            [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | set) else ()
+        )
         if id(value) not in sizes:
             sizes[id(value)] = 1 + sum(size(part, depth + 1) for part in held)
         return sizes[id(value)]
 
     if size(document, 0) > LARGEST:
         raise RecipeError(f"{where}: more than {LARGEST:,} values, with what its aliases (*) repeat")
+
+
+def _check_whole(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{where}: half a character (a lone surrogate) in {text!r:.200}") from error
 
 
 DEEPEST, LARGEST = 50, 100_000

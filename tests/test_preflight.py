@@ -93,5 +93,5 @@ def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
     document = json.loads(recipe.read_text())
     document["domains"]["sums"]["train"] = name
     recipe.write_text(json.dumps(document))
-    with pytest.raises(RecipeError, match=r"is no path|File name too long"):
+    with pytest.raises(RecipeError, match=r"is no path|File name too long|half a character"):
         raise RecipeError(*missing_names(load_recipe(recipe))["sums"])

@@ -143,7 +143,7 @@ def _check_mapping(source: Mapping[Any, Any], *, where: str) -> None:
         return
     if odd := [key for key in source if key not in KEYS]:
         raise ValueError(f"{where}: unknown key {odd[0]!r:.200}; {nearest(str(odd[0]), (*KEYS, 'generator'))}")
-    if not _is_path(source.get("path")):
+    if not _is_path(path := source.get("path")) or not str(path).strip():
         raise ValueError(
             f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}; a hub set also takes "
             "`name`, its config, and `revision`"

@@ -302,7 +302,7 @@ def try_recipes(n: int, *, seed: int, folder: Path) -> Iterator[Tried]:
     for changes, content in fuzzed_recipes(base, n, rng=random.Random(seed)):
         recipe = folder / "recipe.yaml"
         recipe.write_bytes(content)
-        parts = [part for path, _ in changes for part in path.split(".")[-2:]]
+        parts = [part for path, value in changes for part in (*path.split(".")[-2:], value, "half a character")]
         is_whole = changes[0][0] in ("text", "plausible") or "gone" in dict(changes).values()
         yield dry_run(recipe, changes, named=["polyphony train: "] if is_whole else [part for part in parts if part])
 
