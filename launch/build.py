@@ -154,15 +154,9 @@ def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> 
 
     Raises RecipeError.
     """
-    from transformers import AutoTokenizer
+    from polyphony.trainer.domains import DomainData
 
-    from polyphony.trainer.domains import DomainData, context_of
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        context = context_of(recipe.model)
-    except (ValueError, OSError) as error:
-        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    tokenizer, context = tokenizer_of(recipe)
     try:
         return DomainData.load(
             list(recipe.domains.values()),
@@ -174,6 +168,18 @@ def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> 
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def tokenizer_of(recipe: Recipe) -> tuple[Any, int | None]:
+    """Return the tokenizer of a recipe's model, and its context in tokens. Raises RecipeError."""
+    from transformers import AutoTokenizer
+
+    from polyphony.trainer.domains import context_of
+
+    try:
+        return AutoTokenizer.from_pretrained(recipe.model), context_of(recipe.model)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
 
 
 def build_scheduler(recipe: Recipe) -> Scheduler:

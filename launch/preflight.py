@@ -23,9 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Completion, Domain, Prompt
-from polyphony.launch.build import build_scheduler, grpo_config, load_data, missing_names, remarks
+from polyphony.launch.build import build_scheduler, grpo_config, load_data, missing_names, remarks, tokenizer_of
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.rows import load_rows
 from polyphony.trainer.run import say
 
 if TYPE_CHECKING:
@@ -69,6 +71,10 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
     """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    try:
+        tokenizer_of(recipe)
+    except RecipeError as error:
+        return None, {}, [str(error), *_unread(recipe)]
     refused: list[str] = []
     with _bar() as told:
         if any(not domain.is_watch_only for domain in recipe.domains.values()):
@@ -88,6 +94,20 @@ def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str
             except RecipeError as error:
                 refused.append(str(error))
     return None, rows, list(dict.fromkeys(refused))
+
+
+def _unread(recipe: Recipe) -> list[str]:
+    """Return what is wrong with rows where no model says how they are tokenized."""
+    refused = []
+    for name, domain in recipe.domains.items():
+        for split in ("train", "heldout"):
+            if (source := getattr(domain, split)) is not None:
+                where = f"domains.{name}.{split}"
+                try:
+                    PromptTable(load_rows(source, where=where), domain=domain, where=where, is_chat=True)
+                except ValueError as error:
+                    refused.append(str(error))
+    return refused
 
 
 @contextmanager

@@ -95,3 +95,50 @@ def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
     recipe.write_text(json.dumps(document))
     with pytest.raises(RecipeError, match=r"is no path|File name too long|half a character"):
         raise RecipeError(*missing_names(load_recipe(recipe))["sums"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "starts"),
+    [
+        (
+            {"curriculum": {"schedular": "joint"}, "grpo.lr": 1e-5, "domains.sums.reward": "exat"},
+            {"curriculum": {"scheduler": "joint"}, "grpo.learning_rate": 1e-5, "domains.sums.reward": "exact"},
+            [
+                "unknown key 'grpo.lr'",
+                "curriculum: Auto: unknown key 'schedular'",
+                "domains.sums.reward: reward 'exat'",
+            ],
+        ),
+        (
+            {"domains.sums.train": "sums-trian.jsonl", "eval": {"every": 0}, "grpo.num_generations": 3},
+            {"domains.sums.train": "sums-train.jsonl", "eval": {"every": 1}, "grpo.num_generations": 4},
+            ["eval.every: Input should", "domains.sums.train: file ", "grpo: generation_batch_size (8) must be divis"],
+        ),
+        (
+            {"model": "modle", "grpo.lr_scheduler_type": "cosin", "domains.words.heldout": [{"question": "1"}]},
+            {"model": "model", "grpo.lr_scheduler_type": "cosine", "domains.words.heldout": "words-heldout.jsonl"},
+            ["grpo.lr_scheduler_type must be", "model 'modle' cannot be loaded", "domains.words.heldout: row 1 has no"],
+        ),
+    ],
+    ids=lambda value: "",
+)
+def test_a_first_recipe_with_three_mistakes_is_right_after_one_dry_run(capsys, recipe, wrong, right, starts):
+    document = json.loads(recipe.read_text())
+
+    def dry_run(values) -> tuple[int, list[str]]:
+        for path, value in values.items():
+            *place, last = path.split(".")
+            section = document
+            for key in place:
+                section = section[key]
+            section[last] = value
+        for gone in [path for path in wrong if path not in right and values is right]:
+            document["grpo"].pop(gone.removeprefix("grpo."), None)
+        recipe.write_text(json.dumps(document))
+        code = main(["train", str(recipe), "--dry-run", "--offline"])
+        return code, [line.removeprefix("polyphony train: ") for line in capsys.readouterr().err.splitlines()]
+
+    code, said = dry_run(wrong)
+    assert code == 2 and all(any(line.startswith(start) for line in said) for start in starts), said
+    assert len(said) == len(starts), said
+    assert dry_run(right)[0] == 0
