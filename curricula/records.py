@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import pkgutil
 import re
@@ -36,6 +37,9 @@ def settings(kind: type[T]) -> type[T]:
 
     Example: `@settings class Guard: cap: float = Field(default=2.0, gt=0)`
     """
+    for name, annotation in inspect.get_annotations(kind).items():
+        if annotation in (bool, "bool") and isinstance(default := vars(kind).get(name), bool):
+            setattr(kind, name, Field(default=default, strict=True))  # else "1" and 1 are true
     for given in vars(kind).values():
         if isinstance(given, FieldInfo) and given.metadata:
             given.metadata.append(Strict())
@@ -81,7 +85,13 @@ def problem(error: Mapping[str, Any], meant: Callable[[Sequence[Any]], str]) -> 
         return f"{where}: required, but not given"
     given = getattr(error["input"], "kwargs", error["input"])  # of the class as a whole: what it was called with
     message = f"{error['msg'].removeprefix('Value error, ')}, got {shortened(given)}"
+    if error["type"] == "literal_error" and isinstance(given, str):
+        message += _after(near(given, re.findall(r"'([^']*)'", error["ctx"]["expected"])))
     return f"{where}: {message}" if where else message
+
+
+def _after(meant: str) -> str:
+    return f"; {meant}" if meant else ""
 
 
 def _meant_in(kind: type, place: Sequence[Any]) -> str:
@@ -106,20 +116,39 @@ def keys_at(kind: Any, place: Sequence[Any]) -> dict[str, str]:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """Return, in words, which of the names is meant by one that is not among them; all where none is near."""
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
     if not known:
         return "there are no keys here"
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(set(known)))}"
+    if len(known) > MANY:
+        return near(name, known) or "no key here is like it; launch/REFERENCE.md has them"
+    return near(name, known) or f"known: {', '.join(sorted(set(known)))}"
+
+
+def near(name: Any, known: Collection[str]) -> str:
+    """Return, in words, which of the names is near to one that is not among them; nothing where none is."""
+    text = str(name).lower().replace("-", "_")
+    swapped = [one for one in known if sorted(one) == sorted(text)]
+    close = swapped or difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+MANY = 40
+"""More names than a person reads in one line."""
+
+
+def unknown(what: str, name: Any, known: Collection[str], path: str) -> ValueError:
+    """Return the error for a name that a registry does not have; `path` is the form of an import path, taken as well."""
+    near_by = f"{meant} " if (meant := near(name, known)) else ""
+    return ValueError(f"{what} {shortened(name)} does not exist; {near_by}known: {', '.join(known)}, or {path}")
 
 
 def find_class(what: str, registry: Mapping[str, str], name: Any) -> Any:
     """Return the class of a registry name or of an import path `pkg.module:Class`; ValueError lists the known names."""
     path = registry.get(name, name) if isinstance(name, str) else ""
     if ":" not in path:
-        raise ValueError(f"{what} {name!r} does not exist; known: {', '.join(registry)}, or pkg.module:Class")
+        raise unknown(what, name, registry, "pkg.module:Class")
     try:
         return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
 
 

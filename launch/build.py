@@ -20,14 +20,14 @@ from polyphony.launch.grpo_fields import OURS
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
-from polyphony.trainer.data import check_source
+from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
-    from polyphony.trainer.domains import DomainData
+    from polyphony.trainer.domains import DomainData, Told
     from polyphony.trainer.engine.engine import Engine, EngineFactory
     from polyphony.trainer.grpo import DomainGRPOTrainer
     from polyphony.trainer.run.folder import RunFolder
@@ -60,6 +60,8 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
         found[""] += _refused(rollout_engine, recipe)
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
+    if recipe.rft.dedup is not None:
+        found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
         for key, check in _CHECKS.items():
             if (value := getattr(section, key)) is not None:
@@ -147,17 +149,14 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 
-def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
-    """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
-    from transformers import AutoTokenizer
+def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> DomainData:
+    """Return the rows of a recipe, checked against its model's tokenizer and context; `told` as for `DomainData.load`.
 
-    from polyphony.trainer.domains import DomainData, context_of
+    Raises RecipeError.
+    """
+    from polyphony.trainer.domains import DomainData
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        context = context_of(recipe.model)
-    except (ValueError, OSError) as error:
-        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
+    tokenizer, context = tokenizer_of(recipe)
     try:
         return DomainData.load(
             list(recipe.domains.values()),
@@ -165,9 +164,22 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
             args=args,
             context=context,
             settings=recipe.data,
+            told=told,
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def tokenizer_of(recipe: Recipe) -> tuple[Any, int | None]:
+    """Return the tokenizer of a recipe's model, and its context in tokens. Raises RecipeError."""
+    from transformers import AutoTokenizer
+
+    from polyphony.trainer.domains import context_of
+
+    try:
+        return AutoTokenizer.from_pretrained(recipe.model), context_of(recipe.model)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
 
 
 def build_scheduler(recipe: Recipe) -> Scheduler:
@@ -240,7 +252,7 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
     try:
         config = GRPOConfig(**{**ours, **said})
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # TRL and Transformers look into what they are given before they check it
         raise RecipeError(f"grpo: {error}") from error
     if started == 1 and config.n_gpu > 1:
         config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses

@@ -239,8 +239,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _check_before(arguments: argparse.Namespace) -> int:
     """Say all that is wrong, each as soon as it is found; print the recipe where nothing is."""
+    from polyphony.launch.preflight import preflight
     from polyphony.launch.recipe import RecipeError
-    from polyphony.launch.train import preflight
 
     recipe, problems = None, ()
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from polyphony.curricula.records import MOST
+from polyphony.curricula.records import MOST, near
 
 OURS = {
     "output_dir": "--out",
@@ -135,7 +135,7 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         adam_epsilon beta data_seed dataloader_num_workers entropy_coef_delta entropy_target epsilon epsilon_high
         eval_delay max_grad_norm max_tool_calling_iterations neftune_noise_alpha num_completions_to_print
         router_aux_loss_coef seed vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
-        vllm_importance_sampling_clip_min warmup_steps weight_decay
+        vllm_importance_sampling_clip_min weight_decay
         """,
     ),
     (
@@ -143,6 +143,7 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: 0 <= v <= 1,
         "label_smoothing_factor learning_rate min_p ref_model_mixup_alpha top_entropy_quantile",
     ),
+    ("at least 0, from 1 on a whole number", lambda v: 0 <= v < 1 or v == int(v) >= 1, "warmup_steps"),
     ("in (0, 1]", lambda v: 0 < v <= 1, "top_p vllm_gpu_memory_utilization"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
     ("at least -1", lambda v: v >= -1, "local_rank top_k"),
@@ -155,8 +156,47 @@ LIMITS = {name: (words, fits) for words, fits, names in _LIMITS for name in name
 ONE_OF = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "lr_scheduler_type": tuple(
+        """
+        linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt reduce_lr_on_plateau
+        cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy
+        """.split()  # noqa: SIM905
+    ),
 }
-"""What TRL tells apart only while it computes the first loss."""
+"""What TRL tells apart only while it computes the first loss, and what Transformers says without the field's name."""
+
+_SHAPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    (
+        "a mapping or null",
+        (dict,),
+        """
+        generation_kwargs gradient_checkpointing_kwargs liger_kernel_config lr_scheduler_kwargs model_init_kwargs
+        transformers_continuous_batching_config
+        """,
+    ),
+    ("a mapping, a file or null", (dict, str), "deepspeed fsdp_config"),
+    (
+        "text or null",
+        (str,),
+        """
+        cache_implementation dataloader_multiprocessing_context ddp_backend hub_model_id hub_revision hub_strategy hub_token
+        length_column_name log_completions_hub_repo log_level log_level_replica logging_strategy multi_objective_aggregation
+        optim optim_args project run_name torch_compile_backend torch_compile_mode trackio_bucket_id trackio_space_id
+        trackio_static_space_id vllm_importance_sampling_mode vllm_mode vllm_model_impl vllm_server_base_url
+        vllm_server_host vllm_structured_outputs_regex
+        """,
+    ),
+    (
+        "text, a list of texts or null",
+        (str, list),
+        "debug include_for_metrics label_names optim_target_modules report_to",
+    ),
+    ("true, false, text, a list of texts or null", (bool, str, list), "fsdp"),
+    ("a whole number or null", (int,), "pad_to_multiple_of"),
+)
+SHAPES = {name: (words, kinds) for words, kinds, names in _SHAPES for name in names.split()}
+"""What else a field takes, in words and as types: TRL's own annotations are wider."""
 
 TRL_ENGINE = frozenset(
     """
@@ -169,9 +209,15 @@ TRL_ENGINE = frozenset(
 
 def complaint(name: str, value: object) -> str | None:
     """Return what a field must be where `value` is not that, else None."""
-    if value not in ONE_OF.get(name, (value,)):
-        return f"one of {', '.join(ONE_OF[name])}"
+    value = getattr(value, "value", value)  # Transformers' own defaults are members of enumerations
+    if name in ONE_OF and not any(type(value) is type(one) and value == one for one in ONE_OF[name]):
+        words = [str(one).lower() if isinstance(one, bool) else one for one in ONE_OF[name]]
+        meant = near(value, words)
+        return f"one of {', '.join(words)}{f' ({meant})' if meant else ''}"
+    if name in SHAPES and value is not None and not _has_shape(value, SHAPES[name][1]):
+        return SHAPES[name][0]
     kind, may_be_null = GRPO_KINDS[name]
+    may_be_null = may_be_null and name != "num_generations"  # TRL's own type has it, and then divides by it
     if not kind or (value is None and may_be_null):
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -183,3 +229,12 @@ def complaint(name: str, value: object) -> str | None:
     if name in LIMITS and not LIMITS[name][1](value):
         return LIMITS[name][0]
     return f"at most {MOST:,}" if abs(value) > MOST else None
+
+
+def _has_shape(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of one of the types, a list one of texts, a text not blank."""
+    if isinstance(value, list):
+        return list in kinds and all(isinstance(one, str) for one in value)
+    if isinstance(value, str):
+        return str in kinds and bool(value.strip() or not value)
+    return type(value) in kinds

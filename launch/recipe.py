@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -298,15 +299,54 @@ def _without(document: dict[str, Any], place: Sequence[Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = PAIR.sub(lambda found: json.loads(f'"{found[0]}"'), path.read_text(encoding="utf-8"))
+        document = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise RecipeError(f"{path}:{mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: nested too deeply") from error
+    _check_size(document, str(path))
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     return document
+
+
+PAIR = re.compile(r"(?<!\\)\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
+"""One character as JSON escapes it, in two halves; YAML would read two."""
+
+
+def _check_size(document: Any, where: str) -> None:
+    """Refuse what aliases make endless or huge, before anybody walks through it or writes it out."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, depth: int) -> int:
+        if depth > DEEPEST:
+            raise RecipeError(f"{where}: nested more than {DEEPEST} deep, or an alias (*) that holds itself")
+        if isinstance(value, str) and not value.isascii():
+            _check_whole(value, where)
+        held = (
+            [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | set) else ()
+        )
+        if id(value) not in sizes:
+            sizes[id(value)] = 1 + sum(size(part, depth + 1) for part in held)
+        return sizes[id(value)]
+
+    if size(document, 0) > LARGEST:
+        raise RecipeError(f"{where}: more than {LARGEST:,} values, with what its aliases (*) repeat")
+
+
+def _check_whole(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{where}: half a character (a lone surrogate) in {text!r:.200}") from error
+
+
+DEEPEST, LARGEST = 50, 100_000
+"""Levels and values of a recipe: beyond them something is wrong with it."""
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -321,8 +361,9 @@ def _apply(document: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
     try:
         section[last] = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+    except (YAMLError, RecursionError) as error:
+        raise RecipeError(f"override {override!r:.200}: the value is not valid YAML") from error
+    _check_size(section[last], f"override {override!r:.200}")
 
 
 def _meant(place: Sequence[Any]) -> str:
@@ -334,17 +375,19 @@ def _meant(place: Sequence[Any]) -> str:
     )
     if name in GONE:
         return GONE[name]
+    if parents[:1] == ["domains"] and name in HELDOUT:
+        return "did you mean 'heldout'?"
     key = MEANT.get(name, name)
     if key in here:
         return nearest(key, here)
-    path = (
-        f"grpo.{key}"
-        if key in GRPO_KINDS
-        else key
-        if "." in key or key in Recipe.model_fields
-        else _elsewhere().get(key)
-    )
+    if key in Recipe.model_fields:
+        return f"did you mean the section {key!r} at the top?"
+    path = f"grpo.{key}" if key in GRPO_KINDS else key if "." in key else _elsewhere().get(key)
     return f"did you mean {path!r}?" if path else nearest(name, here)
+
+
+HELDOUT = ("eval", "test", "validation", "valid", "val", "dev", "held_out")
+"""What others call a domain's held-out rows."""
 
 
 @functools.cache
@@ -405,7 +448,11 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     domains = {
-        name: replace(domain, train=_absolute(domain.train, folder), heldout=_absolute(domain.heldout, folder))
+        name: replace(
+            domain,
+            train=_absolute(domain.train, folder, f"domains.{name}.train"),
+            heldout=_absolute(domain.heldout, folder, f"domains.{name}.heldout"),
+        )
         for name, domain in recipe.domains.items()
     }
     model = recipe.model
@@ -414,21 +461,21 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             raise RecipeError(f"model: folder {folder / model} does not exist")
         model = str((folder / model).resolve())
     if recipe.pool is not None and recipe.pool.start is not None:
-        pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder))
+        pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder, "pool.from"))
         recipe = recipe.model_copy(update={"pool": pool})
-    transfer = _absolute(recipe.curriculum.transfer, folder)
+    transfer = _absolute(recipe.curriculum.transfer, folder, "curriculum.transfer")
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
     return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
 
 
-def _absolute(source: Any, folder: Path) -> Any:
+def _absolute(source: Any, folder: Path, where: str) -> Any:
     if isinstance(source, Mapping) and "path" in source:
-        return {**source, "path": _absolute(source["path"], folder)}
+        return {**source, "path": _absolute(source["path"], folder, where)}
     if isinstance(source, list):
-        return [_absolute(one, folder) if isinstance(one, str) else one for one in source]
+        return [_absolute(one, folder, where) if isinstance(one, str) else one for one in source]
     if not isinstance(source, str) or source.startswith("hf://"):
         return source
     try:
         return str((folder / source).resolve())
     except (RuntimeError, ValueError) as error:  # a link that leads to itself; a NUL
-        raise RecipeError(f"{source!r} is no path: {error}") from error
+        raise RecipeError(f"{where}: {source!r:.200} is no path: {error}") from error

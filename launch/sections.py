@@ -7,11 +7,12 @@ where, and with which weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from polyphony.curricula.records import Domain, settings
+from polyphony.curricula.records import Domain, near, settings
 from polyphony.rewards.registry import named
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 
@@ -70,6 +71,15 @@ class RecipeDomain(Domain):
         if heldout is None:
             raise ValueError("expected rows to be scored on")
         return heldout
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _is_a_source(cls, source: Any) -> Any:
+        if source is None or (
+            source.strip() if isinstance(source, str) else source and isinstance(source, Mapping | list)
+        ):
+            return source
+        raise ValueError("expected a path, a list of them, or a mapping with `path` or `generator`")
 
     @field_validator("reward")
     @classmethod
@@ -141,7 +151,8 @@ class RolloutsSection:
     @classmethod
     def _is_known(cls, engine: str) -> str:
         if engine not in ENGINES and not re.fullmatch(r"[\w.]+:[\w.]+", engine):
-            raise ValueError(f"expected {', '.join(ENGINES)} or an import path pkg.module:name")
+            meant = f"; {found}" if (found := near(engine, ENGINES)) else ""
+            raise ValueError(f"expected {', '.join(ENGINES)} or an import path pkg.module:name{meant}")
         return engine
 
     @model_validator(mode="after")

@@ -5,32 +5,20 @@ What needs torch is imported inside functions: the folder is claimed, or refused
 
 from __future__ import annotations
 
-import math
 import os
-import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from polyphony.curricula.records import Completion, Domain, Prompt
-from polyphony.launch.build import build_trainer, grpo_config, load_data, missing_names, remarks
+from polyphony.launch.build import build_trainer, load_data
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
 from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from trl.trainer.grpo_config import GRPOConfig
-
-    from polyphony.trainer.domains import DomainData
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
@@ -183,119 +171,6 @@ def start(
     for what in _slow_or_lossy(trainer) if is_main else ():
         say(what)
     return trainer
-
-
-def preflight(recipe: Recipe, *, problems: Sequence[str] = (), offline: bool = False) -> Iterator[str]:
-    """Yield what is wrong with a run of a recipe, cheap things first: names and files, TRL's arguments, rows, rewards.
-
-    `problems` were found when the recipe was read. Says in the end how large the run will be, and what was hardly meant so.
-    With `offline` no judge is asked. Weights are not loaded.
-    """
-    missing = missing_names(recipe)
-    named = [*problems, *(line for lines in missing.values() for line in lines)]
-    yield from named
-    args, wrong = _arguments(recipe)
-    yield from wrong
-    whole = {name: domain for name, domain in recipe.domains.items() if not missing.get(name)}
-    data, rows, refused = _rows(recipe.model_copy(update={"domains": whole}), args)
-    yield from refused
-    ungraded = [line for name, row in rows.items() for line in _tried(recipe.domains[name], row, offline=offline)]
-    yield from ungraded
-    if data is not None and not (named or wrong or ungraded):
-        for line in [*remarks(recipe, args), *sizes(recipe, args, data)]:
-            say(line)
-
-
-def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
-    """Return TRL's arguments, or stand-ins by which rows can be read, and why."""
-    with tempfile.TemporaryDirectory() as output:
-        try:
-            return grpo_config(recipe, Path(output)), []
-        except RecipeError as error:
-            limit = {name: v for name, v in recipe.grpo.items() if name == "max_completion_length"}
-            return grpo_config(recipe.model_copy(update={"grpo": limit}), Path(output)), [str(error)]
-
-
-def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
-    """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    refused: list[str] = []
-    with bar:
-        bar.add_task("rows are read and tokenized", total=None)
-        if any(not domain.is_watch_only for domain in recipe.domains.values()):
-            try:
-                data = load_data(recipe, args)
-                return data, {name: next(iter(table)) for name, table in data.heldout.items()}, []
-            except RecipeError as error:
-                refused.append(str(error))
-        rows = {}
-        for name, domain in recipe.domains.items():  # each by itself, so that one says nothing about the others
-            read = replace(domain, train=domain.heldout if domain.is_watch_only else domain.train)
-            alone = {"domains": {name: read}, "data": replace(recipe.data, overlap="keep")}
-            try:
-                with warnings.catch_warnings(action="ignore"):
-                    data = load_data(recipe.model_copy(update=alone), args)
-                rows[name] = next(iter(data.heldout[name]))
-            except RecipeError as error:
-                refused.append(str(error))
-    return None, rows, list(dict.fromkeys(refused))
-
-
-def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
-    """Call a domain's reward on one row, with the reference as the completion; return what is wrong with it."""
-    from polyphony.trainer.scoring import Scorer
-
-    where = f"domains.{domain.name}.reward"
-    try:
-        scorer = Scorer([domain])
-    except ValueError as error:
-        return [str(error)]
-    reward = scorer.rewards[domain.name]
-    if offline and any(hasattr(part, "endpoint") for part in (reward, *getattr(reward, "rewards", {}).values())):
-        return []
-    scorer.rewards[domain.name] = _asked_once(reward)
-    text = row.columns.get("answer")
-    try:
-        score = scorer.tried(Completion(ids=(), prompt=row, text=text if isinstance(text, str) else "no answer"))
-    except Exception as error:  # a user's may raise anything
-        return [f"{where}: on row {row.id!r} it raised {type(error).__name__}: {error}"]
-    if score is None:
-        say(f"{where}: no verdict on row {row.id!r}")
-    return []
-
-
-def _asked_once(reward: Any) -> Any:
-    """Return a judge that gives up at once where nobody answers; any other reward as it is."""
-    if isinstance(client := getattr(reward, "client", None), Mapping) and is_dataclass(reward):
-        return replace(reward, client={**client, "patience_s": PATIENCE_S})  # type: ignore[type-var]
-    return reward
-
-
-PATIENCE_S = 3.0
-"""How long a judge that nobody hears from is asked before a run."""
-
-
-def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
-    """Return how large a run will be, a line each; and that evaluation is most of it, where it is."""
-    from polyphony.trainer.slots import plan_draws
-
-    plan, evaluation = plan_draws(args, data.n_train), recipe.eval
-    trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
-    tokens = trained * max(data.limits[name] for name in data.train)
-    times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
-    items = sum(map(len, data.heldout.values()))
-    read = times * sum(len(table) * data.limits[name] for name, table in data.heldout.items())
-    share = read / (read + tokens)
-    counts = (f"{name} {len(data.train.get(name, ()))} + {len(data.heldout[name])}" for name in data.names)
-    found = [
-        f"rows, training + held-out: {', '.join(counts)}",
-        f"training: {plan.steps:,} steps, {plan.draws:,} draws of {plan.prompts_per_draw:,} prompts, {trained:,} "
-        f"completions, at most {tokens:,} tokens",
-        f"evaluation: {times * items:,} completions, at most {read:,} tokens, {share:.0%} of all",
-    ]
-    if share > 0.5:
-        found.append("more is sampled for evaluation than for training: raise eval.every, or limit held-out rows")
-    return found
 
 
 def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:

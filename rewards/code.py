@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import answer_region, fenced_blocks, final_answer
 from polyphony.rewards.code_cases import MAX_OUTPUT_BYTES, Altered, Case, altered, read_checks
-from polyphony.rewards.registry import refusal, tell
+from polyphony.rewards.registry import check_arguments, refusal, tell
 from polyphony.rewards.sandbox.calls import TOLERANCE
 from polyphony.rewards.sandbox.client import Limits, Program, SandboxError, require_isolation
 
@@ -85,9 +85,7 @@ class Code:
 
     def __post_init__(self) -> None:
         if isinstance(self.limits, dict):
-            unknown = set(self.limits) - set(Limits.__slots__)
-            if unknown:
-                raise ValueError(f"code: unknown limits {sorted(unknown)}; allowed: {', '.join(Limits.__slots__)}")
+            check_arguments(Limits, self.limits, where="code: limits")
             object.__setattr__(self, "limits", Limits(**self.limits))
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"code: workers must be at least 1, got {self.workers}")

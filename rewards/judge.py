@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import completion_text
 from polyphony.rewards.endpoint import Endpoint, Question
-from polyphony.rewards.registry import settled
+from polyphony.rewards.registry import check_arguments, settled
 
 RUBRIC = "Judge how well the response does what the request asks: content, correctness, clarity and style."
 
@@ -161,11 +161,10 @@ class SameMeaning:
 
 
 def _endpoint(url: str, model: str, client: Mapping[str, Any]) -> Endpoint:
-    try:
-        return Endpoint(url=url, model=model, **client)
-    except TypeError as error:
-        allowed = ", ".join(name for name in Endpoint.__slots__ if name not in ("url", "model"))
-        raise ValueError(f"judge: client: {error}; allowed: {allowed}") from None
+    if said := sorted({"url", "model"} & set(client)):
+        raise ValueError(f"judge: client: {', '.join(said)}: said by endpoint and model already")
+    check_arguments(Endpoint, client, where="judge: client")
+    return Endpoint(url=url, model=model, **client)
 
 
 def _comparison(prompt: str, rubric: str, responses: tuple[str, str], tokenizer: str | None) -> Question:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 Reward = Callable[..., Any]
 """TRL's reward callable: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async.
@@ -66,7 +67,7 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     range_of(spec)
     if isinstance(spec, Mapping):
         spec = {name: value for name, value in spec.items() if name != "range"}
-    reward = find("reward", REGISTRY, spec)
+    reward = find("reward", REGISTRY, spec, also=("range",))
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward
@@ -158,8 +159,11 @@ def other_versions(graders: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:
-    """Return the part of that kind that `spec` describes, as `find_reward` does for rewards."""
+def find(kind: str, registry: Mapping[str, str], spec: Any, *, also: Sequence[str] = ()) -> Any:
+    """Return the part of that kind that `spec` describes, as `find_reward` does for rewards.
+
+    `also` are keys of a mapping that were read before.
+    """
     if not isinstance(spec, str | Mapping):
         return spec
     if isinstance(spec, Mapping) and not isinstance(spec.get("name"), str):
@@ -169,19 +173,72 @@ def find(kind: str, registry: Mapping[str, str], spec: Any) -> Any:
     )
     path = registry.get(name, name)
     if ":" not in path:
-        raise ValueError(f"{kind} {name!r} does not exist; known: {', '.join(sorted(registry))}, or pkg.module:name")
+        near = f"{meant} " if (meant := _near(name, registry)) else ""
+        raise ValueError(
+            f"{kind} {name!r:.200} does not exist; {near}known: {', '.join(sorted(registry))}, or pkg.module:name"
+        )
     try:
         found: Any = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
     if isinstance(found, type):
+        check_arguments(found, arguments, where=f"{kind} {name!r}", types=name in registry, also=also)
         try:
             return found(**arguments)
-        except TypeError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a user's may raise anything
             raise ValueError(f"{kind} {name!r}: {error}") from error
     if arguments:
         raise ValueError(f"{kind} {name!r} is a function and takes no arguments, got {sorted(arguments)}")
     return found
+
+
+def check_arguments(
+    kind: type, given: Mapping[Any, Any], *, where: str, types: bool = True, also: Sequence[str] = ()
+) -> None:
+    """Raise ValueError for an argument that a class does not take; for our own (`types`) also for one of another type.
+
+    `also` are names that others take. A number is no text, no truth value, finite and at most `MOST`.
+    """
+    taken = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    hints = get_type_hints(kind.__init__) if types else {}
+    for name, value in given.items():
+        if name not in taken:
+            meant = _near(name, [*taken, *also]) or f"known: {', '.join([*taken, *also])}"
+            raise ValueError(f"{where}: unknown argument {name!r:.200}; {meant}")
+        if types and (why := _unlike(hints[name], value)):
+            raise ValueError(f"{where}: {name}: {why}, got {value!r:.200}")
+
+
+def _unlike(hint: Any, value: Any) -> str | None:
+    """Return why a value is not of a type."""
+    from pydantic import TypeAdapter, ValidationError  # not in graders' processes
+
+    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MOST):
+        return f"expected a number of at most {MOST:,}"
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, bool | str) and kinds & {int, float} and type(value) not in kinds:
+        return "expected a number"
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    return None
+
+
+def _near(name: Any, known: Collection[str]) -> str:
+    """The name that one is near to, in words; as `polyphony.curricula.records.near`, which this wing does not know."""
+    text = str(name).lower().replace("-", "_")
+    swapped = [one for one in known if sorted(one) == sorted(text)]
+    close = swapped or difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+MOST = 10**9
+"""No number that a recipe gives to a part is larger."""
 
 
 def settled(results: Sequence[Any]) -> list[Any]:

@@ -53,7 +53,10 @@ def broken(prompts, **columns):
     [
         (["grpo.learning_rat=1"], "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
         (["domains.sums.rewrd=exact"], "unknown key 'domains.sums.rewrd'; did you mean 'reward'?"),
-        (["domains.sums.reward=exactt"], "domains.sums.reward: reward 'exactt' does not exist; known: code, exact"),
+        (
+            ["domains.sums.reward=exactt"],
+            "domains.sums.reward: reward 'exactt' does not exist; did you mean 'exact'?",
+        ),
         (["domains.sums.reward={nme: exact}"], "domains.sums.reward: expected a name"),
         (["pool.impossible_below=0.2"], "pool: expected impossible_below <= defer_below < mastered_above"),
         (["pool.sampling=hardest"], "pool.sampling 'hardest' does not exist; known: uniform, thompson"),
@@ -73,13 +76,16 @@ def broken(prompts, **columns):
         (["domains.sums.max_completion_length=9"], "max_completion_length must be in 1..8"),
         (
             ["grpo.max_completion_length=250"],
-            "domains.sums.train: 4 of 4 rows with completions of 250 tokens exceed the context of 256",
+            "4 of 4 rows with completions of 250 tokens (max_completion_length) exceed the context of 256",
         ),
         (["grpo.max_completion_length=null"], "max_completion_length must be a number"),
         (["grpo.num_generations=3"], "grpo: "),
         (["grpo.loss_type=gpro"], "grpo.loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, vespo"),
         (["grpo.steps_per_generation=4", "eval.every=3"], "eval.every=3 falls inside a draw; a draw spans 4 optimizer"),
-        (["curriculum.scheduler=jint"], "curriculum: scheduler 'jint' does not exist; known: auto, joint"),
+        (
+            ["curriculum.scheduler=jint"],
+            "curriculum: scheduler 'jint' does not exist; did you mean 'joint'? known: auto",
+        ),
         (["curriculum.ordr=[sums]"], "curriculum: Auto: unknown key 'ordr'; known: adaptive, "),
         (["curriculum.transfer=gone.json"], "curriculum.transfer: file "),
         (
@@ -326,7 +332,7 @@ def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("exactt", "reward 'exactt' does not exist; known: code, exact"),
+        ("exactt", "reward 'exactt' does not exist; did you mean 'exact'? known: code, exact"),
         ('{"nme": "exact"}', "expected a `name`"),
         ('{"name": ', "not valid JSON"),
         ("tests.test_bad_input:one_too_few", "the reward returned 2 values for 3 completions"),

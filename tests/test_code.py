@@ -270,7 +270,7 @@ def test_a_row_with_both_kinds_of_tests_has_no_verdict():
 
 
 def test_an_unknown_limit_is_refused():
-    with pytest.raises(ValueError, match=r"unknown limits \['ram'\]; allowed: wall_s, cpu_s"):
+    with pytest.raises(ValueError, match=r"code: limits: unknown argument 'ram'; known: wall_s, cpu_s"):
         find_reward({"name": "code", "limits": {"ram": 1}})
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from polyphony.curricula.records import Domain
-from polyphony.trainer.data import PromptTable, content_id, load_rows
+from polyphony.trainer.data import PromptTable, content_id
+from polyphony.trainer.rows import load_rows
 
 MATH = Domain(name="math", kind="structured", reward="exact")
 
@@ -88,10 +89,11 @@ def test_a_limit_takes_the_first_rows(tmp_path):
     [
         ({"generator": "nowhere:rows"}, "generator 'nowhere:rows' cannot be imported"),
         ({"generator": "builtins:len", "wrong": 1}, "generator 'builtins:len'"),
-        ({"file": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
-        ({"path": "x.jsonl", "lmit": 1}, "expected `path`"),
+        ({"file": "x"}, "unknown key 'file'; known: generator, limit, name, path, revision, split"),
+        ({"split": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
+        ({"path": "x.jsonl", "lmit": 1}, "unknown key 'lmit'; did you mean 'limit'"),
         ({"path": "x.jsonl", "split": "test"}, "split 'test' is for hf:// sources and folders"),
-        ({"generator": 5}, "generator '5' cannot be imported"),
+        ({"generator": 5}, "expected generator: pkg.module:function"),
         ({"generator": "math:sqrt", "x": 4}, "generator 'math:sqrt'"),
         ({"generator": "time:time"}, "expected rows, a path, hf://org/name or a generator, got generator 'time:time'"),
         (5, "expected rows, a path, hf://org/name or a generator, got int 5"),

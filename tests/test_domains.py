@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.domains import DomainData
+from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.settings import DataSettings
 from tests.conftest import HOUSE
@@ -109,7 +112,8 @@ CALLING = [
 
 
 def test_what_is_null_is_left_out_and_parts_of_content_are_text(load, tokenizer):
-    data = load(Domain(**TOOLS | {"train": [{"prompt": CALLING, "answer": "1"}]}))
+    with pytest.warns(UserWarning, match="1 of 1 rows end with what the assistant said"):
+        data = load(Domain(**TOOLS | {"train": [{"prompt": CALLING, "answer": "1"}]}))
     (prompt,) = data.tokenized(data.train["tools"])
     assert tokenizer.decode(prompt.ids) == "<|begin|><|user|>1\n2<|end|><|assistant|><|end|><|assistant|>"
 
@@ -227,7 +231,7 @@ def test_a_held_out_prompt_must_fit_the_context_too(load):
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_counted_and_named(load):
-    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows with completions of 8 tokens exceed"):
+    with pytest.warns(UserWarning, match=r"domains\.math\.train: 1 of 3 rows with completions of 8 tokens \(max"):
         data = load(domain(train=["3+3 =", "44444+4 =", "5+5 ="]), context=17)
     assert (data.train["math"].ids, data.train["math"].left_out) == (["3+3 =", "5+5 ="], ["44444+4 ="])
     assert data.longest == 17
@@ -310,3 +314,19 @@ def test_a_reference_under_another_name_is_guessed(load):
     named = [{"prompt": f"{i} =", "solution": "1"} for i in range(4)]
     with pytest.raises(ValueError, match=r"4 of 4 rows .*row 1: None .*no `answer`, did you mean `solution`\?"):
         load(domain(heldout=named))
+
+
+def test_rows_of_a_data_set_are_asked_as_trl_asks_them_where_text_is_no_chat(load, tokenizer):
+    text = [{"prompt": "3+3 =", "answer": "6"}]
+    chat = [{"prompt": [{"role": "user", "content": "3+3 ="}], "answer": "6"}]
+    for rows_, said in ((text, "3+3 ="), (chat, "<|begin|><|user|>3+3 =<|end|><|assistant|>")):
+        asked = Domain(**TOOLS | {"train": Dataset.from_list(rows_), "heldout": rows_ * 2, "as_chat": False})
+        asked = replace(asked, heldout=[row | {"id": i} for i, row in enumerate(asked.heldout)])
+        data = load(asked, settings=DataSettings(overlap="keep"))
+        (prompt,) = data.tokenized(data.train["tools"])
+        assert tokenizer.decode(prompt.ids) == said and type(prompt.prompt) is type(rows_[0]["prompt"])
+
+
+def test_what_trls_trainer_takes_and_ours_does_not_is_said_with_what_to_give_instead():
+    with pytest.raises(TypeError, match=r"takes no train_dataset: give domains=\[Domain\(.*as_chat=False"):
+        DomainGRPOTrainer("model", GRPOConfig(bf16=False), train_dataset=[], reward_funcs=[])

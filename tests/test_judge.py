@@ -586,12 +586,12 @@ def test_the_judge_partitions_groups():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "ranking"}, "mode is pointwise or pairwise"),
+        ({"mode": "ranking"}, "Input should be .pointwise. or .pairwise."),
         ({"scale": [5, 5]}, "scale is"),
         ({"endpoint": "judge:8000"}, "must be an http"),
-        ({"client": {"concurency": 4}}, "unexpected keyword argument 'concurency'; allowed: api_key_env, temperature"),
+        ({"client": {"concurency": 4}}, "unknown argument 'concurency'; did you mean 'concurrency'?"),
         ({"client": {"patience_s": 0}}, "patience_s must be > 0"),
-        ({"client": {"attempts": 5}}, "unexpected keyword argument 'attempts'; allowed: .*patience_s"),
+        ({"client": {"attempts": 5}}, "judge: client: unknown argument 'attempts'; "),
         ({"tokenizer": "/no/such/folder"}, "judge: tokenizer '/no/such/folder': no folder with a readable tokenizer"),
         ({"client": {"requests_per_minute": 0}}, "requests_per_minute must be > 0"),
         ({"client": {"cache": "/no/such/folder/judge.sqlite"}}, "in a folder that does not exist"),

@@ -9,8 +9,8 @@ import torch
 
 from polyphony.launch.build import grpo_config, missing_names, remarks
 from polyphony.launch.cli import main
+from polyphony.launch.preflight import preflight
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.train import preflight
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of machines without a GPU")
@@ -52,7 +52,7 @@ def test_one_dry_run_finds_all_mistakes_cheap_ones_first(capsys, tmp_path, recip
     starts = [
         "unknown key 'evl'; did you mean 'eval'?",
         "grpo.beta must be at least 0, got -1",
-        "domains.sums.reward: reward 'exactt' does not exist; ",
+        "domains.sums.reward: reward 'exactt' does not exist; did you mean 'exact'? ",
         "grpo: generation_batch_size (8) must be divisible by num_generations (3).",
         "domains.words.train: row 1 has no `prompt`",
     ]
@@ -93,5 +93,52 @@ def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
     document = json.loads(recipe.read_text())
     document["domains"]["sums"]["train"] = name
     recipe.write_text(json.dumps(document))
-    with pytest.raises(RecipeError, match=r"is no path|File name too long"):
+    with pytest.raises(RecipeError, match=r"is no path|File name too long|half a character"):
         raise RecipeError(*missing_names(load_recipe(recipe))["sums"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "starts"),
+    [
+        (
+            {"curriculum": {"schedular": "joint"}, "grpo.lr": 1e-5, "domains.sums.reward": "exat"},
+            {"curriculum": {"scheduler": "joint"}, "grpo.learning_rate": 1e-5, "domains.sums.reward": "exact"},
+            [
+                "unknown key 'grpo.lr'",
+                "curriculum: Auto: unknown key 'schedular'",
+                "domains.sums.reward: reward 'exat'",
+            ],
+        ),
+        (
+            {"domains.sums.train": "sums-trian.jsonl", "eval": {"every": 0}, "grpo.num_generations": 3},
+            {"domains.sums.train": "sums-train.jsonl", "eval": {"every": 1}, "grpo.num_generations": 4},
+            ["eval.every: Input should", "domains.sums.train: file ", "grpo: generation_batch_size (8) must be divis"],
+        ),
+        (
+            {"model": "modle", "grpo.lr_scheduler_type": "cosin", "domains.words.heldout": [{"question": "1"}]},
+            {"model": "model", "grpo.lr_scheduler_type": "cosine", "domains.words.heldout": "words-heldout.jsonl"},
+            ["grpo.lr_scheduler_type must be", "model 'modle' cannot be loaded", "domains.words.heldout: row 1 has no"],
+        ),
+    ],
+    ids=lambda value: "",
+)
+def test_a_first_recipe_with_three_mistakes_is_right_after_one_dry_run(capsys, recipe, wrong, right, starts):
+    document = json.loads(recipe.read_text())
+
+    def dry_run(values) -> tuple[int, list[str]]:
+        for path, value in values.items():
+            *place, last = path.split(".")
+            section = document
+            for key in place:
+                section = section[key]
+            section[last] = value
+        for gone in [path for path in wrong if path not in right and values is right]:
+            document["grpo"].pop(gone.removeprefix("grpo."), None)
+        recipe.write_text(json.dumps(document))
+        code = main(["train", str(recipe), "--dry-run", "--offline"])
+        return code, [line.removeprefix("polyphony train: ") for line in capsys.readouterr().err.splitlines()]
+
+    code, said = dry_run(wrong)
+    assert code == 2 and all(any(line.startswith(start) for line in said) for start in starts), said
+    assert len(said) == len(starts), said
+    assert dry_run(right)[0] == 0

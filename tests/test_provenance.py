@@ -156,3 +156,13 @@ def test_rows_in_memory_have_the_same_digest_in_every_process():
     )
     found = [provenance(model="m", tables={"d": table}, rewards={})["data"]["d"] for table in (first, second)]
     assert found[0] == found[1]
+
+
+def test_what_was_said_of_rows_is_kept():
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1=", "answer": "2"}, {"prompt": "3+3=", "answer": "6"}]
+    told = PromptTable(rows, domain=MATH, where="domains.math.train", is_chat=True)
+    with pytest.warns(UserWarning, match="1 of 3 rows repeat one before them"):
+        told.tell()
+    data = provenance(model="org/name", tables={"domains.math.train": told}, rewards={})["data"]
+    (line,) = data["domains.math.train"]["told"]
+    assert line.startswith("domains.math.train: 1 of 3 rows repeat ") and line.endswith("; left out")

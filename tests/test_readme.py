@@ -19,9 +19,9 @@ from polyphony.launch.recipe import load_recipe
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer import grpo
-from polyphony.trainer.data import load_rows
 from polyphony.trainer.engine.vllm import Request
 from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.rows import load_rows
 from tests.conftest import HOUSE, POLICY, RECIPES
 from tests.draw_walk import FOLDERS
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from polyphony.launch.build import missing_names
 from polyphony.launch.grpo_fields import GRPO_KINDS, MEANT, OURS
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
 
@@ -152,3 +153,44 @@ def test_a_key_given_twice_is_an_error(tmp_path):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"no\.yaml does not exist"):
         load_recipe(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("curriculum.schedular=adaptive", "curriculum: Auto: unknown key 'schedular'; did you mean 'scheduler'?"),
+        ("curriculum.trasnfer=x", "did you mean 'transfer'?"),
+        ("curriculum.order=[sums]", "Auto: unknown key 'order'; it belongs to sequential, e2h"),
+        ("curriculum.scheduler=adaptve", "did you mean 'adaptive'?"),
+        ("curriculum.replay={fractoin: 0.1}", "unknown key 'replay.fractoin'; did you mean 'fraction'?"),
+        ("domains.sums.reward=exat", "domains.sums.reward: reward 'exat' does not exist; did you mean 'exact'?"),
+        ("domains.sums.reward={name: judge, modle: m}", "unknown argument 'modle'; did you mean 'model'?"),
+        ("domains.sums.reward={name: code, limits: {wal_s: 3}}", "unknown argument 'wal_s'; did you mean 'wall_s'?"),
+        ("domains.sums.reward={name: weighted, parts: {a: {reward: mth}}}", "did you mean 'math'?"),
+        ("domains.sums.diversity={partitioner: exat, shape: [1, 0]}", "did you mean 'exact'?"),
+        ("domains.sums.diversity={shape: [1, 0], distance: clases}", "did you mean 'classes'?"),
+        ("domains.sums.train={path: sums-train.jsonl, lmit: 3}", "unknown key 'lmit'; did you mean 'limit'?"),
+        ("domains.sums.train=[sums-train.jsonl, sums-trian.jsonl]", "did you mean 'sums-train.jsonl'?"),
+        ("domains.sums.tran=x", "unknown key 'domains.sums.tran'; did you mean 'train'?"),
+        ("domains.sums.eval=x", "did you mean 'heldout'?"),
+        ("domains.sums.kind=openended", "did you mean 'open_ended'?"),
+        ("domans.sums=1", "unknown key 'domans'; did you mean 'domains'?"),
+        ("rollouts.engine=vlm", "did you mean 'vllm'?"),
+        ("pool.sampling=thomson", "did you mean 'thompson'?"),
+        ("rft.dedup=exat", "rft.dedup: partitioner 'exat' does not exist; did you mean 'exact'?"),
+        ("grpo.lr=1e-5", "did you mean 'learning_rate'?"),
+        ("grpo.max_prompt_length=9", "TRL has it no more: "),
+        ("grpo.loss_type=dapoo", "did you mean 'dapo'?"),
+        ("eval.evry=2", "did you mean 'every'?"),
+        ("cluster.strategy=fdsp", "did you mean 'fsdp'?"),
+        ("guardrails.sum.max_drop=0.1", "unknown domain 'guardrails.sum'; did you mean 'sums'?"),
+    ],
+)
+def test_a_misspelt_name_leads_to_the_one_that_was_meant(recipe, wrong, said):
+    try:
+        found = missing_names(load_recipe(recipe, [wrong]))
+    except RecipeError as error:
+        problems = list(error.problems)
+    else:
+        problems = [line for lines in found.values() for line in lines]
+    assert len(problems) == 1 and said in problems[0], problems

@@ -9,6 +9,7 @@ import typing
 
 import pytest
 import trl
+from transformers import SchedulerType
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
@@ -56,6 +57,7 @@ def test_the_committed_losses_are_those_that_the_trainer_computes():
     assert set(re.findall(r"\w+", " ".join(compared))) == set(ONE_OF["loss_type"])
     levels = re.findall(r"self\.importance_sampling_level == \"(\w+)\"", inspect.getsource(GRPOTrainer))
     assert set(levels) == set(ONE_OF["importance_sampling_level"])
+    assert {one.value for one in SchedulerType} == set(ONE_OF["lr_scheduler_type"])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import PromptTable, load_rows
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.rows import load_rows
 from polyphony.trainer.settings import DataSettings
+
+Told = Callable[[str, int, int | None], None]
+"""Hears how far the rows are: what is done with them, with how many so far, of how many (None: not known yet)."""
+TOLD_EVERY = 250
+
 
 NGRAM_WORDS = 13
 """Words in a row that two prompts may not share; 13 is the length GPT-3's decontamination used (arXiv:2005.14165)."""
@@ -116,14 +123,19 @@ class DomainData:
         context: int | None = None,
         settings: DataSettings | None = None,
         folder: Path | None = None,
+        told: Told | None = None,
     ) -> DomainData:
         """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
 
+        `told` hears what is done with how many rows so far, and of how many, None where that is not known yet.
         Raises ValueError naming the domain and the row.
         """
         _check_names(domains)
         taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None
+        told = told or _told_nobody
+
+        read: list[int] = []
 
         def tables(split: str) -> dict[str, PromptTable]:
             found = {}
@@ -133,7 +145,9 @@ class DomainData:
                     where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
-                    table.tell_repeats()
+                    table.tell()
+                    read.append(len(table))
+                    told("read", sum(read), None)
                     table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
             return found
 
@@ -150,7 +164,7 @@ class DomainData:
             context=context,
         )
         data._check_text()
-        longest = data._leave_out_overlong()
+        longest = data._leave_out_overlong(told)
         data._check_tools()
         for table in heldout.values():
             if len(table) < 2:
@@ -269,22 +283,32 @@ class DomainData:
                 said = f"{table.row_of(prompt.id)}: `tools` are not shown to the policy: {what} no place for them"
                 warnings.warn(said, stacklevel=3)
 
-    def _leave_out_overlong(self) -> int:
+    def _leave_out_overlong(self, told: Told) -> int:
         """Leave out prompts that the context does not hold with their completions; return the longest that stay, in tokens.
 
         Warns with their number and the first three. Raises ValueError where a table has no others.
         """
-        longest = 0
+        longest, done, of = 0, 0, sum(map(len, self.tables.values()))
         for name, table in ((name, table) for tables in (self.train, self.heldout) for name, table in tables.items()):
-            lengths = {prompt.id: len(prompt.ids) + self.limits[name] for prompt in self.tokenized(table)}
+            lengths, rest = {}, iter(table)
+            while prompts := list(islice(rest, TOLD_EVERY)):
+                lengths |= {prompt.id: len(prompt.ids) + self.limits[name] for prompt in self.tokenized(prompts)}
+                done += len(prompts)
+                told("tokenized", done, of)
             most = self.context or max(lengths.values())
             too_long = {i: f"{n - self.limits[name]} tokens" for i, n in lengths.items() if n > most}
             longest = max([longest, *(n for n in lengths.values() if n <= most)])
             if too_long:
                 table.leave_out(
-                    too_long, f"with completions of {self.limits[name]} tokens exceed the context of {self.context}"
+                    too_long,
+                    f"with completions of {self.limits[name]} tokens (max_completion_length) exceed the context of "
+                    f"{self.context}",
                 )
         return longest
+
+
+def _told_nobody(what: str, done: int, of: int | None) -> None:
+    pass
 
 
 def context_of(model: Any) -> int | None:
@@ -333,9 +357,9 @@ def _resolve_overlap(
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")
         if settings.overlap == "keep":
-            warnings.warn(f"{message}{why}; kept, as asked for", stacklevel=3)
+            table.warn(f"{message}{why}; kept, as asked for")
             continue
-        warnings.warn(f"{message}{why}; left out", stacklevel=3)
+        table.warn(f"{message}{why}; left out")
         table.drop(set(found))
         dropped[name] = len(found)
         if len(table) == 0:

@@ -74,6 +74,23 @@ def domain(**columns: Any) -> list[float | None]:
     raise RuntimeError("rewards are routed before TRL scores, see DomainGRPOTrainer._calculate_rewards")
 
 
+INSTEAD = {
+    "train_dataset": "domains=[Domain(name=.., kind=.., train=rows, heldout=.., reward=..)], with as_chat=False where text "
+    "is to be asked without a chat template, as TRL asks it",
+    "eval_dataset": "a domain's heldout=",
+    "reward_funcs": "a domain's reward=, weighted: {name: weighted, parts: ..}",
+    "reward_processing_classes": "a reward that holds its own tokenizer",
+    "tools": "a column `tools` of the rows; they are shown, not called",
+}
+"""What TRL's trainer takes and this one does not, and what to give instead."""
+
+
+def _refuse(of_trl: Mapping[str, Any]) -> None:
+    if of_trl:
+        name = next(iter(of_trl))
+        raise TypeError(f"DomainGRPOTrainer takes no {name}" + (f": give {INSTEAD[name]}" if name in INSTEAD else ""))
+
+
 class DomainGRPOTrainer(GRPOTrainer):
     """Train one policy over several domains with GRPO.
 
@@ -110,7 +127,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         model: Any,
         args: GRPOConfig,
         *,
-        domains: Sequence[Domain] | DomainData,
+        domains: Sequence[Domain] | DomainData = (),
         curriculum: str | Mapping[str, Any] | Scheduler = "auto",
         engine: str | Engine | EngineFactory = "vllm",
         evaluation: EvaluationSettings | Mapping[str, Any] | None = None,
@@ -126,7 +143,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        **of_trl: Any,
     ) -> None:
+        _refuse(of_trl)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "guardrails": guardrails, "max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(**given)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence, find_class
+from polyphony.curricula.records import Decision, Evidence, find_class, keys_at, nearest
 
 REGISTRY = {
     "auto": "polyphony.curricula.schedulers.auto:Auto",
@@ -26,6 +26,10 @@ REGISTRY = {
     "e2h": "polyphony.curricula.schedulers.e2h:E2H",
     "visatb": "polyphony.curricula.schedulers.visatb:VisATB",
 }
+
+
+SECTION = ("scheduler", "transfer")
+"""Keys of a recipe's section `curriculum` whatever the scheduler."""
 
 
 class Scheduler(Protocol):
@@ -65,7 +69,9 @@ def as_scheduler(
     mapping: Mapping[Any, Any] = {"scheduler": given} if isinstance(given, str) else given
     settings = {str(key): value for key, value in mapping.items()}
     name = settings.pop("scheduler", "auto")
-    fields = getattr(find_scheduler(name), "__dataclass_fields__", {})
+    kind = find_scheduler(name)
+    _check_keys(kind, name, settings, is_given="scheduler" in mapping)
+    fields = getattr(kind, "__dataclass_fields__", {})
     told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}
     if set(told) <= set(fields):
         settings = told | settings
@@ -74,12 +80,7 @@ def as_scheduler(
         settings["adaptive"] = told | dict(inner) if isinstance(inner, Mapping) else inner
     elif entropy.asks_for_sampling:
         raise ValueError(f"scheduler {name!r} does not support `entropy.control: sampling`; adaptive and auto do")
-    try:
-        return build_scheduler(name, **settings)
-    except ValueError as error:
-        if isinstance(given, str) or "scheduler" in given:
-            raise
-        raise ValueError(f"{error} (`scheduler` is not given, so it is {name})") from error
+    return build_scheduler(name, **settings)
 
 
 def build_scheduler(name: str, /, **settings: Any) -> Scheduler:
@@ -89,3 +90,16 @@ def build_scheduler(name: str, /, **settings: Any) -> Scheduler:
         return kind(**settings)
     except TypeError as error:  # of a user's own class
         raise ValueError(f"scheduler {name!r} refuses {settings}: {error}") from error
+
+
+def _check_keys(kind: type, name: str, settings: Mapping[str, Any], *, is_given: bool) -> None:
+    """Refuse a key that the scheduler does not have: a misspelt one of its own or of the section, or another's."""
+    if not hasattr(kind, "__pydantic_fields__"):  # a user's own class knows best
+        return
+    own = {*keys_at(kind, ()).values(), *SECTION} - {"entropy_band", "entropy_control"}
+    for key in settings:
+        if key not in own and key not in kind.__pydantic_fields__:
+            of = [n for n in REGISTRY if n != name and key in find_scheduler(n).__pydantic_fields__]  # type: ignore[attr-defined]
+            meant = f"it belongs to {', '.join(of)}" if of else nearest(key, own)
+            assumed = "" if is_given else f" (`scheduler` is not given, so it is {name})"
+            raise ValueError(f"{kind.__name__}: unknown key {key!r}; {meant}{assumed}")

@@ -11,7 +11,8 @@ from typing import Any
 from polyphony.curricula.records import Completion, Domain
 from polyphony.launch.import_paths import renamed
 from polyphony.rewards.answers import completion_text
-from polyphony.trainer.data import PromptTable, load_rows
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.rows import load_rows
 from polyphony.trainer.scoring import Scorer
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
-from polyphony.curricula.records import Completion
+from polyphony.curricula.records import Completion, unknown
 from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.vllm import (
     EngineSettings,
@@ -222,10 +222,10 @@ def find_engine(name: str) -> EngineFactory:
     if name == "vllm":
         return InProcessEngine
     if ":" not in name:
-        raise ValueError(f"engine {name!r} does not exist; known: vllm, transformers, or pkg.module:name")
+        raise unknown("engine", name, ("vllm", "transformers"), "pkg.module:name")
     try:
         found: Any = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"engine {name!r} cannot be imported: {error}") from error
     makes_one = issubclass(found, Engine) if isinstance(found, type) else callable(found)
     if not makes_one:

@@ -268,13 +268,14 @@ def _beside_weights(folder: Path) -> dict[str, str]:
 
 
 def _data(table: PromptTable) -> dict[str, Any]:
-    """Rows, the hash of their ids and that of all that is in them, and the ids of those that were left out."""
+    """Rows, the hash of their ids and of all that is in them, the ids of those that were left out, what was said of them."""
     content = hashlib.sha256()
     for prompt in table:
         content.update(json.dumps([prompt.id, prompt.prompt, prompt.columns], sort_keys=True, default=_stable).encode())
     found: dict[str, Any] = {"rows": len(table), "sha256": _digest("\n".join(table.ids).encode())}
     found["content"] = content.hexdigest()
-    return found | ({"left_out": table.left_out} if table.left_out else {})
+    also = {"left_out": table.left_out, "told": table.told}
+    return found | {name: value for name, value in also.items() if value}
 
 
 def _stable(value: Any) -> str:

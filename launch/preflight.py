@@ -1,0 +1,226 @@
+"""`polyphony train --dry-run`: all that a run will meet but for weights, everything wrong at once, cheap things first.
+
+In order: names, values and files without torch (`polyphony.launch.recipe`, `build.missing_names`); TRL's arguments; every
+row, read and tokenized; rewards, called on one row each; the first draw's decision. At last what the run will cost.
+
+What needs torch is imported inside functions: what is wrong with names and files is said before it comes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.records import Completion, Domain, Prompt
+from polyphony.launch.build import build_scheduler, grpo_config, load_data, missing_names, remarks, tokenizer_of
+from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.trainer.data import PromptTable
+from polyphony.trainer.rows import load_rows
+from polyphony.trainer.run import say
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from polyphony.trainer.domains import DomainData
+
+
+def preflight(recipe: Recipe, *, problems: Sequence[str] = (), offline: bool = False) -> Iterator[str]:
+    """Yield what is wrong with a run of a recipe, cheap things first: names and files, TRL's arguments, rows, rewards.
+
+    `problems` were found when the recipe was read. Says in the end how large the run will be, and what was hardly meant so.
+    With `offline` no judge is asked. Weights are not loaded.
+    """
+    missing = missing_names(recipe)
+    named = [*problems, *(line for lines in missing.values() for line in lines)]
+    yield from named
+    args, wrong = _arguments(recipe)
+    yield from wrong
+    whole = {name: domain for name, domain in recipe.domains.items() if not missing.get(name)}
+    data, rows, refused = _rows(recipe.model_copy(update={"domains": whole}), args)
+    yield from refused
+    ungraded = [line for name, row in rows.items() for line in _tried(recipe.domains[name], row, offline=offline)]
+    yield from ungraded
+    unplanned = [] if data is None or named or wrong else _unplanned(recipe, args, data)
+    yield from unplanned
+    if data is not None and not (named or wrong or ungraded or unplanned):
+        for line in [*remarks(recipe, args), *sizes(recipe, args, data)]:
+            say(line)
+
+
+def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
+    """Return TRL's arguments, or stand-ins by which rows can be read, and why."""
+    with tempfile.TemporaryDirectory() as output:
+        try:
+            return grpo_config(recipe, Path(output)), []
+        except RecipeError as error:
+            limit = {name: v for name, v in recipe.grpo.items() if name == "max_completion_length"}
+            return grpo_config(recipe.model_copy(update={"grpo": limit}), Path(output)), [str(error)]
+
+
+def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
+    """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    try:
+        tokenizer_of(recipe)
+    except RecipeError as error:
+        return None, {}, [str(error), *_unread(recipe)]
+    refused: list[str] = []
+    with _bar() as told:
+        if any(not domain.is_watch_only for domain in recipe.domains.values()):
+            try:
+                data = load_data(recipe, args, told=told)
+                return data, {name: next(iter(table)) for name, table in data.heldout.items()}, []
+            except RecipeError as error:
+                refused.append(str(error))
+        rows = {}
+        for name, domain in recipe.domains.items():  # each by itself, so that one says nothing about the others
+            read = replace(domain, train=domain.heldout if domain.is_watch_only else domain.train)
+            alone = {"domains": {name: read}, "data": replace(recipe.data, overlap="keep")}
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    data = load_data(recipe.model_copy(update=alone), args, told=told)
+                rows[name] = next(iter(data.heldout[name]))
+            except RecipeError as error:
+                refused.append(str(error))
+    return None, rows, list(dict.fromkeys(refused))
+
+
+def _unread(recipe: Recipe) -> list[str]:
+    """Return what is wrong with rows where no model says how they are tokenized."""
+    refused = []
+    for name, domain in recipe.domains.items():
+        for split in ("train", "heldout"):
+            if (source := getattr(domain, split)) is not None:
+                where = f"domains.{name}.{split}"
+                try:
+                    PromptTable(load_rows(source, where=where), domain=domain, where=where, is_chat=True)
+                except ValueError as error:
+                    refused.append(str(error))
+    return refused
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show on a terminal how many rows are read and tokenized, of how many where that is known."""
+    columns = (TextColumn("rows {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("read", total=None)
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+
+
+def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
+    """Return why a run could not make its first draw, or not keep to its settings: what is found out without weights."""
+    from polyphony.trainer.dead_rows import may_drop_dead
+    from polyphony.trainer.run.callbacks import Cadence
+    from polyphony.trainer.slots import plan_draws
+
+    plan, ours = plan_draws(args, data.n_train), recipe.of_trainer
+    has_bonus = bool(ours.entropy.held("coefficient", data.names) or args.entropy_coef)
+    prompts = {name: table.ids for name, table in data.train.items()}
+    checks: Sequence[Callable[[], Any]] = (
+        lambda: check_heads(recipe),
+        lambda: _schedule(args, plan.steps),
+        lambda: Cadence.of(args, plan, ours),
+        lambda: may_drop_dead(ours.update.drop_dead, args, has_entropy_bonus=has_bonus, has_aux_loss=False),
+        lambda: Curriculum(  # asks the scheduler once
+            domains=data.domains,
+            prompts=prompts,
+            scheduler=build_scheduler(recipe),
+            total_draws=plan.draws,
+            seed=args.seed,
+            pool=recipe.pool,
+        ),
+    )
+    refused = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            refused.append(str(error))
+    return refused
+
+
+def _schedule(args: GRPOConfig, steps: int) -> None:
+    """Make the optimizer's class and the learning-rate curve. Raises ValueError where training would begin with an error."""
+    import torch
+    from transformers import Trainer
+    from transformers.optimization import get_scheduler
+
+    try:
+        if not any(name in args.optim for name in ("galore", "apollo", "lomo")):  # which ask for the model
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        curve: Any = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, curve)
+    except Exception as error:  # of several libraries
+        optim, curve = (getattr(name, "value", name) for name in (args.optim, args.lr_scheduler_type))
+        raise ValueError(f"grpo.optim={optim}, grpo.lr_scheduler_type={curve}: {error}") from error
+
+
+def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
+    """Call a domain's reward on one row, with the reference as the completion; return what is wrong with it."""
+    from polyphony.trainer.scoring import Scorer
+
+    where = f"domains.{domain.name}.reward"
+    try:
+        scorer = Scorer([domain])
+    except ValueError as error:
+        return [str(error)]
+    reward = scorer.rewards[domain.name]
+    if offline and any(hasattr(part, "endpoint") for part in (reward, *getattr(reward, "rewards", {}).values())):
+        return []
+    scorer.rewards[domain.name] = _asked_once(reward)
+    text = row.columns.get("answer")
+    try:
+        score = scorer.tried(Completion(ids=(), prompt=row, text=text if isinstance(text, str) else "no answer"))
+    except Exception as error:  # a user's may raise anything
+        return [f"{where}: on row {row.id!r} it raised {type(error).__name__}: {error}"]
+    if score is None:
+        say(f"{where}: no verdict on row {row.id!r}")
+    return []
+
+
+def _asked_once(reward: Any) -> Any:
+    """Return a judge that gives up at once where nobody answers; any other reward as it is."""
+    if isinstance(client := getattr(reward, "client", None), Mapping) and is_dataclass(reward):
+        return replace(reward, client={**client, "patience_s": PATIENCE_S})  # type: ignore[type-var]
+    return reward
+
+
+PATIENCE_S = 3.0
+"""How long a judge that nobody hears from is asked before a run."""
+
+
+def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
+    """Return how large a run will be, a line each; and that evaluation is most of it, where it is."""
+    from polyphony.trainer.slots import plan_draws
+
+    plan, evaluation = plan_draws(args, data.n_train), recipe.eval
+    trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
+    tokens = trained * max(data.limits[name] for name in data.train)
+    times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
+    items = sum(map(len, data.heldout.values()))
+    read = times * sum(len(table) * data.limits[name] for name, table in data.heldout.items())
+    share = read / (read + tokens)
+    counts = (f"{name} {len(data.train.get(name, ()))} + {len(data.heldout[name])}" for name in data.names)
+    found = [
+        f"rows, training + held-out: {', '.join(counts)}",
+        f"training: {plan.steps:,} steps, {plan.draws:,} draws of {plan.prompts_per_draw:,} prompts, {trained:,} "
+        f"completions, at most {tokens:,} tokens",
+        f"evaluation: {times * items:,} completions, at most {read:,} tokens, {share:.0%} of all",
+    ]
+    if share > 0.5:
+        found.append("more is sampled for evaluation than for training: raise eval.every, or limit held-out rows")
+    return found
