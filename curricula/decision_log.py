@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from operator import add
 from typing import Any
 
 from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of, null_of
@@ -125,12 +127,19 @@ def wholes(
                 )
             line = _whole(line, before)
         if line.get("prompts") and isinstance(line["prompts"][0], list):
-            places = zip(line["mixture"], line["prompts"], strict=True)
-            line["prompts"] = [ids[name][place] if name in ids else place for name, of in places for place in of]
+            line["prompts"] = _named(line["prompts"], [ids.get(name) for name in line["mixture"]])
         if "counts" in line and "domains" in line.get("evidence", {}):
             before = line
         found.append(line)
     return found
+
+
+def _named(places: Sequence[Sequence[int]], ids: Sequence[Sequence[str] | None]) -> list[Any]:
+    """Return the ids at the places of each domain; the places where a domain's ids are not known."""
+    if len(places) != len(ids):
+        raise ValueError(f"prompts of {len(places)} domains, and shares of {len(ids)}")
+    named = [of if known is None else map(known.__getitem__, of) for known, of in zip(ids, places, strict=True)]
+    return list(chain.from_iterable(named))
 
 
 def _whole(short: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -146,4 +155,7 @@ def _whole(short: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 def _drawn_by(line: Mapping[str, Any]) -> list[int]:
     """Return the prompts drawn of each domain after a line's draw."""
-    return [n + more for n, more in zip(line["evidence"]["drawn"], line["counts"].values(), strict=True)]
+    drawn, counts = line["evidence"]["drawn"], line["counts"]
+    if len(drawn) != len(counts):
+        raise ValueError(f"what was drawn of {len(drawn)} domains, and counts of {len(counts)}")
+    return list(map(add, drawn, counts.values()))
