@@ -146,10 +146,6 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def replay(self, scheduler: str) -> Path:
-        """Return the page that lays another scheduler's mixtures beside the run's."""
-        return self.path / f"replay-{''.join(c if c.isalnum() else '-' for c in scheduler)}.html"
-
     @property
     def logs(self) -> Path:
         """Where a batch system writes to, before the run begins already."""
@@ -164,11 +160,6 @@ class RunFolder:
     def tracked(self) -> Path:
         """The id, group and tags by which W&B knows the run, however often it is resumed."""
         return self.path / "wandb.json"
-
-    @property
-    def dashboard(self) -> Path:
-        """The specification of the run's W&B dashboard; beside it, with another suffix, its URL."""
-        return self.path / "dashboard.json"
 
     @property
     def screened(self) -> Path:
