@@ -24,13 +24,17 @@ from polyphony.curricula.records import (
     Evidence,
     Group,
     Prompt,
+    abs_advantage,
     mean,
-    passed,
+    pass_rate,
     rounded,
 )
 from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
+
+Seen = tuple[Group, tuple[float, ...]]
+"""A group and its rewards that exist."""
 
 
 def allocate(n: int, mixture: Sequence[float], residual: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -125,7 +129,7 @@ class Curriculum:
         refs: list[Prompt] = []
         for name, count in zip(self.names, counts, strict=True):
             self.drawn[name] += count
-            refs.extend(Prompt(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count))
+            refs += [Prompt(domain=name, id=prompt_id) for prompt_id in self.samplers[name].draw(count)]
         self._check_exhausted()
         return refs
 
@@ -139,18 +143,17 @@ class Curriculum:
 
     def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
         """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
-        by_domain: dict[str, list[Group]] = {name: [] for name in self.names}
+        by_domain: dict[str, list[Seen]] = {name: [] for name in self.names}
         for group in groups:
             if group.domain not in by_domain:
                 raise ValueError(
                     f"a group of domain {group.domain!r}, which this run does not train: {list(self.names)}"
                 )
-            by_domain[group.domain].append(group)
-            if group.domain in self.pools:
-                self.pools[group.domain].observe(group.prompt_id, group.graded)
-        self._last = tuple(
-            _domain_stats(its_groups, (entropy or {}).get(name, math.nan)) for name, its_groups in by_domain.items()
-        )
+            graded = group.graded
+            by_domain[group.domain].append((group, graded))
+            if self.pools:
+                self.pools[group.domain].observe(group.prompt_id, graded)
+        self._last = tuple(_domain_stats(seen, (entropy or {}).get(name, math.nan)) for name, seen in by_domain.items())
 
     def record(self, evaluation: Evaluation) -> None:
         """Take in one held-out row, already reduced to the `steer` half."""
@@ -286,14 +289,15 @@ def _why(pool: PromptPool) -> str:
     )
 
 
-def _domain_stats(groups: Sequence[Group], entropy: float) -> DomainStats:
-    graded = [(g, g.unselected) for g in groups if g.graded]
+def _domain_stats(seen: Sequence[Seen], entropy: float) -> DomainStats:
+    unselected = [graded if group.look is None else group.unselected for group, graded in seen if graded]
+    advantages = [abs_advantage(graded) if group.fused is None else group.abs_advantage for group, graded in seen]
     return DomainStats(
-        groups=len(groups),
-        reward=rounded(mean([r for _, rewards in graded for r in rewards])),
-        pass_rate=rounded(mean([len(passed(rewards)) / len(rewards) for _, rewards in graded if rewards])),
-        abs_advantage=rounded(mean([g.abs_advantage for g, _ in graded])),
-        frac_dead=rounded(mean([float(not g.has_signal) for g in groups])),
+        groups=len(seen),
+        reward=rounded(mean([r for rewards in unselected for r in rewards])),
+        pass_rate=rounded(mean([pass_rate(rewards) for rewards in unselected if rewards])),
+        abs_advantage=rounded(mean([a for a, (_, graded) in zip(advantages, seen, strict=True) if graded])),
+        frac_dead=rounded(mean([0.0 if a > 0 else 1.0 for a in advantages])),  # NaN: nothing to learn from
         entropy=rounded(entropy),
-        tokens=sum(sum(g.lengths) for g in groups),
+        tokens=sum([sum(group.lengths) for group, _ in seen]),
     )

@@ -7,8 +7,10 @@ disk leaves out what is as in the line before it (`shortened`, `wholes`): about 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from operator import add
 from typing import Any
 
 from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of, null_of
@@ -115,35 +117,92 @@ def wholes(
     """
     found: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
-    for line in lines:
-        if "counts" not in line and line.get("prompts") and isinstance(line["prompts"][0], list):
-            if line.get("draw") != before.get("draw", -2) + 1:
-                if is_lenient:
-                    continue
-                raise ValueError(
-                    f"draw {line.get('draw')} is told by what differs from the one before, which is missing"
-                )
+    for line in _in_order(lines, is_lenient=is_lenient):
+        if _is_short(line):
             line = _whole(line, before)
-        if line.get("prompts") and isinstance(line["prompts"][0], list):
-            places = zip(line["mixture"], line["prompts"], strict=True)
-            line["prompts"] = [ids[name][place] if name in ids else place for name, of in places for place in of]
-        if "counts" in line and "domains" in line.get("evidence", {}):
+        if _has_places(line):
+            line["prompts"] = _named(line["prompts"], [ids.get(name) for name in line["mixture"]])
+        if _is_told_whole(line):
             before = line
         found.append(line)
     return found
 
 
+DECIDED = ("step", "draw", "mixture", "stage", "reason")
+"""What a line says of the decision itself."""
+
+
+def choices(lines: Iterable[dict[str, Any]], *, is_lenient: bool = False) -> list[dict[str, Any]]:
+    """Return of each line what was decided (`DECIDED`), not from what, nor what was drawn; else as `wholes`."""
+    found: list[dict[str, Any]] = []
+    before: dict[str, Any] = {}
+    for line in _in_order(lines, is_lenient=is_lenient):
+        decided = {key: line[key] for key in DECIDED if key in line}
+        if _is_short(line):
+            decided = _decided(decided, before)
+            before = decided
+        elif _is_told_whole(line):
+            before = decided
+        found.append(decided)
+    return found
+
+
+def _in_order(lines: Iterable[dict[str, Any]], *, is_lenient: bool) -> Iterator[dict[str, Any]]:
+    """Pass on the lines but those that leave out what stands in a line which is not there: such a one is an error."""
+    last = -2  # the draw of the last line that another one may refer to
+    for line in lines:
+        if _is_short(line):
+            if line.get("draw") != last + 1:
+                if is_lenient:
+                    continue
+                raise ValueError(
+                    f"draw {line.get('draw')} is told by what differs from the one before, which is missing"
+                )
+            last = line["draw"]
+        elif _is_told_whole(line):
+            last = line.get("draw", -2)
+        yield line
+
+
+def _has_places(line: Mapping[str, Any]) -> bool:
+    return bool(line.get("prompts")) and isinstance(line["prompts"][0], list)
+
+
+def _is_short(line: Mapping[str, Any]) -> bool:
+    return "counts" not in line and _has_places(line)
+
+
+def _is_told_whole(line: Mapping[str, Any]) -> bool:
+    return "counts" in line and "domains" in line.get("evidence", {})
+
+
+def _named(places: Sequence[Sequence[int]], ids: Sequence[Sequence[str] | None]) -> list[Any]:
+    """Return the ids at the places of each domain; the places where a domain's ids are not known."""
+    if len(places) != len(ids):
+        raise ValueError(f"prompts of {len(places)} domains, and shares of {len(ids)}")
+    named = [of if known is None else map(known.__getitem__, of) for known, of in zip(ids, places, strict=True)]
+    return list(chain.from_iterable(named))
+
+
 def _whole(short: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    names = before["mixture"]
-    line = {"stage": before["stage"], "reason": before["reason"], "mixture": names, **short}
-    if line["mixture"] is not names:
-        line["mixture"] = dict(zip(names, line["mixture"], strict=True))
-    line["counts"] = dict(zip(names, map(len, line["prompts"]), strict=True))
+    line = _decided(short, before)
+    line["counts"] = dict(zip(line["mixture"], map(len, line["prompts"]), strict=True))
     given = {"draw": line["draw"], "drawn": _drawn_by(before)}
     line["evidence"] = before["evidence"] | given | short["evidence"]
     return line
 
 
+def _decided(short: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    names = before["mixture"]
+    line = {"stage": before["stage"], "reason": before["reason"], "mixture": names, **short}
+    if line["mixture"] is not names:
+        line["mixture"] = dict(zip(names, line["mixture"], strict=True))
+    return line
+
+
 def _drawn_by(line: Mapping[str, Any]) -> list[int]:
     """Return the prompts drawn of each domain after a line's draw."""
-    return [n + more for n, more in zip(line["evidence"]["drawn"], line["counts"].values(), strict=True)]
+    drawn, counts = line["evidence"]["drawn"], line["counts"]
+    if len(drawn) != len(counts):
+        raise ValueError(f"what was drawn of {len(drawn)} domains, and counts of {len(counts)}")
+    return list(map(add, drawn, counts.values()))

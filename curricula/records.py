@@ -280,6 +280,10 @@ class Fused:
     """The class of each text, numbered from 0."""
 
 
+KINDS = 4096
+"""Groups whose numbers are kept by their rewards: of eight that are 0 or 1 there are 256."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """The G graded completions of one prompt in one draw: what ranks tell each other, and what the curriculum learns from.
@@ -375,8 +379,7 @@ class Group:
     @property
     def pass_rate(self) -> float:
         """Share of graded completions that pass; NaN if none was graded."""
-        graded = self.graded
-        return len(passed(graded)) / len(graded) if graded else math.nan
+        return pass_rate(self.graded)
 
     @property
     def has_signal(self) -> bool:
@@ -406,14 +409,25 @@ class Group:
 
         For binary rewards it is 2 sqrt(p (1 - p)) (SEC, arXiv:2505.14970).
         """
-        learned = tuple([r for r in self.learned if r is not None])
-        if not learned:
-            return math.nan
-        if len(set(learned)) == 1:
-            return 0.0  # by their equality: the rounded mean of equal rewards may differ from them
-        centre = mean(learned)
-        distances = [abs(r - centre) for r in learned]
-        return mean(distances) / math.sqrt(mean([d * d for d in distances]))
+        return abs_advantage(tuple([r for r in self.learned if r is not None]))
+
+
+@functools.lru_cache(maxsize=KINDS)
+def pass_rate(graded: tuple[float, ...]) -> float:
+    """Return the share of the rewards that pass; NaN for none."""
+    return len(passed(graded)) / len(graded) if graded else math.nan
+
+
+@functools.lru_cache(maxsize=KINDS)
+def abs_advantage(learned: tuple[float, ...]) -> float:
+    """Return `Group.abs_advantage` of the rewards that exist."""
+    if not learned:
+        return math.nan
+    if len(set(learned)) == 1:
+        return 0.0  # by their equality: the rounded mean of equal rewards may differ from them
+    centre = mean(learned)
+    distances = [abs(r - centre) for r in learned]
+    return mean(distances) / math.sqrt(mean([d * d for d in distances]))
 
 
 def repeated(items: Sequence[T], size: int) -> tuple[T, ...]:

@@ -90,6 +90,9 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 def _add_dashboard(dashboard: argparse.ArgumentParser) -> None:
     dashboard.add_argument("folder", type=Path, metavar="RUN")
+    dashboard.add_argument(
+        "--out", type=Path, help="file to write, its address beside it (default: ./RUN-dashboard.json)"
+    )
 
 
 def _add_probe(probe: argparse.ArgumentParser) -> None:
@@ -115,6 +118,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--scheduler", help="with --replay: registry name or import path; curriculum.key=value may follow"
     )
+    plan.add_argument("--out", type=Path, help="with --replay: page to write (default: ./RUN-replay-NAME.html)")
     plan.set_defaults(overrides=[])
     _json(plan)
 
@@ -283,13 +287,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.dashboard import send, specify, way_to_send
-    from polyphony.trainer.run.folder import RunFolder
+    from polyphony.launch.verbs.dashboard import send, specification_of, specify, way_to_send
 
     run = arguments.folder
-    workspace, missing = specify(run)
-    print(RunFolder(run).dashboard)
-    print(send(workspace, run) if missing is None else way_to_send(run, missing))
+    out = arguments.out or specification_of(run)
+    workspace, missing = specify(run, out)
+    print(out)
+    print(send(workspace, out) if missing is None else way_to_send(run, missing))
 
 
 def _probe(arguments: argparse.Namespace) -> None:
@@ -347,7 +351,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _replay(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
-    from polyphony.launch.verbs.plan import drawn, replay_as_json, replay_run, replay_table
+    from polyphony.launch.verbs.plan import drawn, page_of, replay_as_json, replay_run, replay_table
 
     run, scheduler = arguments.replay, arguments.scheduler
     if not scheduler:
@@ -357,7 +361,7 @@ def _replay(arguments: argparse.Namespace) -> None:
         print(json.dumps(replay_as_json(replayed)))
         return
     print(replay_table(replayed, scheduler=scheduler))
-    print(drawn(run, replayed, scheduler=scheduler))
+    print(drawn(run, replayed, scheduler=scheduler, out=arguments.out or page_of(run, scheduler)))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

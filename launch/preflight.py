@@ -123,7 +123,7 @@ def _bar() -> Iterator[Callable[[str, int, int | None], None]]:
 def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return why a run could not make its first draw, or not keep to its settings: what is found out without weights."""
     from polyphony.trainer.dead_rows import may_drop_dead
-    from polyphony.trainer.run.callbacks import Cadence
+    from polyphony.trainer.run.outset import Cadence
     from polyphony.trainer.slots import plan_draws
 
     plan, ours = plan_draws(args, data.n_train), recipe.of_trainer

@@ -5,6 +5,8 @@ import pytest
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import (
+    DECIDED,
+    choices,
     decision_line,
     evidence_as_json,
     evidence_from_json,
@@ -69,7 +71,19 @@ def test_lines_that_leave_out_what_they_have_in_common_are_read_whole(scheduler)
         len(json.dumps(short)) < len(json.dumps(line)) - 200
         for short, line in zip(written[1:6], lines[1:], strict=False)
     )
+    decided = [{key: line[key] for key in DECIDED if key in line} for line in lines]
+    assert choices(written) == decided
+    assert choices(lines) == decided
     assert wholes(written, ids) == lines
+
+
+def test_a_line_that_leaves_out_what_is_missing_is_refused_or_left_out():
+    lines, _ = a_run()
+    cut = [shortened(line, before, [[0], [1]]) for line, before in zip(lines, [None, *lines], strict=False)]
+    del cut[1]
+    with pytest.raises(ValueError, match="draw 2 is told by what differs from the one before, which is missing"):
+        choices(cut)
+    assert [line["draw"] for line in choices(cut, is_lenient=True)] == [0]
 
 
 def test_lines_of_an_older_version_are_read_with_null_for_nan():

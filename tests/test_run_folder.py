@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from polyphony.curricula.files import replace_file, sealed, unsealed
 from polyphony.trainer.run.changes import from_now_on
 from polyphony.trainer.run.folder import RunFolder
-from polyphony.trainer.run.json_lines import read_object, write_object
+from polyphony.trainer.run.json_lines import read_lines, read_object, uncollected, write_object
 
 
 @pytest.fixture
@@ -307,3 +308,25 @@ def test_draws_that_stand_on_a_line_which_is_lost_are_left_out_or_named(folder):
     folder.begin("decisions", whole, *short)
     replace_file(folder.prompts, json.dumps({"a": ["p"]}))
     assert [line["prompts"] for line in folder.decisions()] == [["p"]] * 3
+
+
+def test_the_collector_rests_while_a_ledger_is_read_and_is_then_as_it_was():
+    with uncollected(), pytest.raises(KeyError), uncollected():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_line_is_read_as_json_has_it(tmp_path):
+    """What the fast parser refuses, and json does not, is read too."""
+    path = tmp_path / "metrics.jsonl"
+    given = '{"a": 0.1, "b": 1e-7, "c": 12345678901234567890123, "d": "\\ud800", "e": NaN, "f": [1, -0.0], "a": 0.3}'
+    path.write_text(given + "\n")
+    assert repr(read_lines(path)) == repr([json.loads(given)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -74,9 +75,12 @@ def test_the_scheduler_that_ran_is_replayed_with_its_own_settings_and_with_other
     assert set(changed[-1]["replayed"].values()) == {0.0, 1.0} != set(changed[-1]["ran"].values())
 
 
-def test_any_scheduler_is_replayed_and_drawn_or_refused_in_one_line(planned, capsys):
+def test_any_scheduler_is_replayed_and_drawn_or_refused_in_one_line(planned, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    held = sorted(planned.rglob("*"))
     assert main(["plan", "--replay", str(planned), "--scheduler", "joint"]) == 0
-    page = planned / "replay-joint.html"
+    assert sorted(planned.rglob("*")) == held  # nothing is written into a run folder but the report
+    page = Path(f"{planned.name}-replay-joint.html")
     assert str(page) in capsys.readouterr().out and "joint, replayed" in page.read_text()
     assert main(["plan", "--replay", str(planned), "--scheduler", "tests.test_stage_ends:Needy"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -178,12 +178,15 @@ def test_without_a_key_the_specification_is_written_and_how_to_push_it_said(tmp_
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    held = sorted(run.rglob("*"))
     assert main(["dashboard", str(run)]) == 0
+    assert sorted(run.rglob("*")) == held  # nothing is written into a run folder but the report
     out = capsys.readouterr().out
     assert "no API key is set. To push: `wandb login`, `wandb sync" in out
-    assert "heldout/arithmetic/score" in (run / "dashboard.json").read_text()
-    assert not (run / "dashboard.url").exists()
+    assert "heldout/arithmetic/score" in (tmp_path / "run-dashboard.json").read_text()
+    assert not (tmp_path / "run-dashboard.url").exists()
 
 
 def test_a_dashboard_of_no_run_is_an_error(tmp_path, capsys):
@@ -250,14 +253,15 @@ class small_server:  # noqa: N801 (used like a function)
 
 @pytest.mark.slow
 def test_a_dashboard_is_created_once_and_updated_from_then_on(tmp_path, capsys, monkeypatch):
-    run = write_run(tmp_path / "run", steps=20, eval_every=10, items=10)
+    run, out = write_run(tmp_path / "run", steps=20, eval_every=10, items=10), tmp_path / "boards" / "run.json"
     with small_server() as (url, saved):
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert main(["dashboard", str(run)]) == 0 and main(["dashboard", str(run)]) == 0
+        again = ["dashboard", str(run), "--out", str(out)]
+        assert main(again) == 0 and main(again) == 0
     assert len(saved) == 2 and "id" not in saved[0] and saved[1]["id"] == "view-1"
     assert "heldout/arithmetic/score" in saved[1]["spec"]
-    assert (run / "dashboard.url").read_text() in capsys.readouterr().out
+    assert out.with_suffix(".url").read_text() in capsys.readouterr().out
 
 
 def test_where_wandb_cannot_start_the_run_goes_on_and_is_told_where_its_numbers_are(tmp_path, monkeypatch, caplog):

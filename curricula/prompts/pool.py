@@ -118,6 +118,20 @@ class PoolSettings(Band):
         return self.retry_deferred if min(rewards) == max(rewards) else 0
 
 
+class _Posteriors(Sequence[tuple[float, float]]):
+    """Those of some places, worked out where they are asked for: uniform sampling only counts them."""
+
+    def __init__(self, pool: PromptPool, places: Sequence[int]) -> None:
+        self._pool, self._of = pool, places
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __getitem__(self, index: Any) -> Any:
+        at = self._of[index]
+        return [self._pool._beta(place) for place in at] if isinstance(index, slice) else self._pool._beta(at)
+
+
 LEARNED = 0.5
 """Factor on earlier failures at a group that is all correct: they are of a policy that had not learned the prompt. With
 their usual discount a prompt that was failed once or twice is drawn in vain five times before it is MASTERED, with this
@@ -143,6 +157,7 @@ class PromptPool:
         self.places: list[int] = []
         """Of the last draw."""
         self._sampling = find_sampling(settings.sampling)
+        self._generator = random.Random(0)  # seeded anew at each use
         self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
         self._owed = 0.0
         self._refills = 0
@@ -196,11 +211,11 @@ class PromptPool:
         is_share = min(rewards) >= 0 and max(rewards) <= 1  # nearly always
         passed = sum(rewards if is_share else [min(1.0, max(0.0, reward)) for reward in rewards])
         discount, failed = self.settings.discount, len(rewards) - passed
-        self.successes[place] = discount * self.successes[place] + passed
-        self.failures[place] = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
-        self.visits[place] += 1
-        successes, failures = self._beta(place)
-        state = self.settings.classify_one(successes, failures, self.visits.item(place))
+        self.successes[place] = more = discount * self.successes[place] + passed
+        self.failures[place] = less = (discount if failed else min(discount, LEARNED)) * self.failures[place] + failed
+        self.visits[place] = visits = self.visits.item(place) + 1
+        successes, failures = 1.0 + float(more), 1.0 + float(less)
+        state = self.settings.classify_one(successes, failures, visits)
         self._counts[self.state.item(place)] -= 1
         self._counts[state] += 1
         self.state[place] = int(state)  # numpy would ask an Enum for what it does not have
@@ -261,7 +276,8 @@ class PromptPool:
         self.state = self.settings.classify(self.successes, self.failures, self.visits)
         self._counts = np.bincount(self.state, minlength=len(STATES)).tolist()
         self._open = RankedSet((self.state <= ACTIVE) & (self.due <= self.clock))
-        self._waiting = {state: self._queue(state) for state in WAITING}
+        # by number: a mapping would ask an Enum for its hash
+        self._waiting = [self._queue(state) if state in WAITING else [] for state in STATES]
         self._taken: set[int] = set()
 
     def _queue(self, state: State) -> list[tuple[int, int]]:
@@ -272,7 +288,7 @@ class PromptPool:
         return 1.0 + self.successes.item(place), 1.0 + self.failures.item(place)
 
     def _enter(self, place: int) -> None:
-        state, due = STATES[self.state.item(place)], self.due.item(place)
+        state, due = self.state.item(place), self.due.item(place)
         if state <= ACTIVE and due <= self.clock:
             self._open.add(place)
         else:
@@ -280,7 +296,7 @@ class PromptPool:
 
     def _wake(self) -> None:
         """Open the ACTIVE prompts whose rest is over."""
-        while (head := self._head(ACTIVE)) is not None and head[0] <= self.clock:
+        while self._due_head(ACTIVE) is not None:
             self._open.add(heapq.heappop(self._waiting[ACTIVE])[1])
 
     def _return_taken(self) -> None:
@@ -293,8 +309,8 @@ class PromptPool:
         self._owed += self.settings.retry_share * n
         taken: list[int] = []
         while len(taken) < min(n, int(self._owed)):
-            heads = [(head[0], state) for state in RETRIED if (head := self._head(state)) is not None]
-            if not heads or min(heads)[0] > self.clock:
+            heads = [(head[0], state) for state in RETRIED if (head := self._due_head(state)) is not None]
+            if not heads:
                 break
             taken.append(self._pop(min(heads)[1]))
         self._owed = min(1.0, self._owed - len(taken))  # what nobody waited for lapses
@@ -318,12 +334,13 @@ class PromptPool:
     def _take_open(self, n: int) -> list[int]:
         if n <= 0:
             return []
-        generator = random.Random(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
+        generator = self._generator
+        generator.seed(f"{self.seed}/{self.name}/{self.clock}/{self._refills}")
         candidates = []
         size = len(self._open)
         for left in range(size, max(0, size - self._sampling.candidates(n)), -1):
             candidates.append(self._open.pop(generator.randrange(left)))
-        chosen = self._sampling.choose([self._beta(place) for place in candidates], n, generator)
+        chosen = self._sampling.choose(_Posteriors(self, candidates), n, generator)
         places = [candidates[i] for i in chosen]
         self._taken.update(places)
         for place in set(candidates) - self._taken:
@@ -337,8 +354,16 @@ class PromptPool:
             heapq.heappop(queue)
         return queue[0] if queue else None
 
+    def _due_head(self, state: State) -> tuple[int, int] | None:
+        """Return the first prompt of a queue where its turn has come."""
+        queue = self._waiting[state]
+        if not queue or queue[0][0] > self.clock:  # overtaken or not: what is behind comes later still
+            return None
+        head = self._head(state)
+        return head if head is not None and head[0] <= self.clock else None
+
     def _is_stale(self, due: int, place: int, state: State) -> bool:
-        return place in self._taken or self.due.item(place) != due or STATES[self.state.item(place)] is not state
+        return place in self._taken or self.due.item(place) != due or self.state.item(place) != state
 
     def _pop(self, state: State) -> int:
         place = heapq.heappop(self._waiting[state])[1]

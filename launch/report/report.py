@@ -151,6 +151,7 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
     sheet = Sheet(findings=(find(ran), find(other)))
     only = [chapter for chapter in CHAPTERS if chapter.id == "mixture"]
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, _page(sheet, chapters=only, replayed=scheduler))
     return out
 

@@ -20,7 +20,7 @@ from polyphony.curricula.files import unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.report.signals import with_signals
 from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfer
-from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.run.json_lines import read_object, uncollected
 
 
 class Series(NamedTuple):
@@ -121,6 +121,12 @@ def read_run(path: str | Path) -> LoadedRun:
     if not any(file.is_file() for file in known):
         names = ", ".join(file.name for file in known)
         raise ValueError(f"{path} is no run folder: expected at least one of {names} in it")
+    with uncollected():
+        return _read(folder)
+
+
+def _read(folder: RunFolder) -> LoadedRun:
+    path = folder.path
     missing: list[str] = []
     of_script = folder.settings.is_file() and not folder.recipe.is_file()
     recipe_text, recipe = _read_recipe(folder.settings if of_script else folder.recipe, missing)
@@ -213,7 +219,7 @@ def _read_lines(folder: RunFolder, ledger: str, missing: list[str], *, gives: st
         return []
     broken: list[int] = []
     try:
-        rows = folder.decisions(broken) if ledger == "decisions" else folder.read(ledger, broken)
+        rows = folder.choices(broken) if ledger == "decisions" else folder.read(ledger, broken)
     except ValueError as error:
         missing.append(f"{path.name} cannot be used: {str(error).removeprefix(f'{folder.path}/')}")
         return []
@@ -233,22 +239,35 @@ def _read_optional(folder: RunFolder, ledger: str, missing: list[str], *, gives:
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Turn logs into one series a key; where a step was logged twice, the later value stands."""
-    columns: dict[str, dict[float, float]] = {}
-    for row in rows:
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for place, row in enumerate(rows):
         step = row.get("step")
-        if not isinstance(step, (int, float)):
-            continue
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
-                columns.setdefault(key, {})[step] = value
-    return {key: _series(points) for key, points in columns.items()}
+        if isinstance(step, (int, float)):
+            alike.setdefault(tuple(row), []).append(place)
+    parts: dict[str, list[np.ndarray]] = {}
+    for keys, places in alike.items():  # most lines have the same keys: their columns are taken out whole
+        columns = dict(zip(keys, zip(*(rows[place].values() for place in places), strict=True), strict=True))
+        steps = np.array(columns.pop("step"), dtype=float)
+        for key, column in columns.items():
+            known = _numbers(column)
+            kept = np.isfinite(known)
+            if kept.any():
+                parts.setdefault(key, []).append(np.stack([steps, known, np.array(places, dtype=float)])[:, kept])
+    return {key: _series(np.concatenate(found, axis=1)) for key, found in parts.items()}
 
 
-def _series(points: Mapping[float, float]) -> Series:
-    steps = np.fromiter(points, dtype=float)
-    values = np.fromiter(points.values(), dtype=float)
-    order = np.argsort(steps, kind="stable")
-    return Series(steps[order], values[order])
+def _numbers(column: Sequence[Any]) -> np.ndarray:
+    """Return what was logged under one key; NaN for what is no number."""
+    if not {*map(type, column)} <= {int, float, bool}:
+        column = [value if isinstance(value, (int, float)) else math.nan for value in column]
+    return np.array(column, dtype=float)
+
+
+def _series(points: np.ndarray) -> Series:
+    """Return a series from its steps, its values and the places at which they were logged, [3, T]."""
+    steps, values, _ = points[:, np.lexsort((points[2], points[0]))]
+    last = np.append(steps[1:] != steps[:-1], True)
+    return Series(steps[last], values[last])
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

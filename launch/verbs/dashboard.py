@@ -12,8 +12,13 @@ from polyphony.launch.report.run import read_run
 from polyphony.trainer.run.folder import RunFolder
 
 
-def specify(run: Path) -> tuple[Any, str | None]:
-    """Write the specification of a run's dashboard beside it; return the workspace and what keeps it from W&B, if any."""
+def specification_of(run: Path) -> Path:
+    """Return where the specification goes by default: the working directory, for a run folder is the run's own."""
+    return Path(f"{run.resolve().name}-dashboard.json")
+
+
+def specify(run: Path, out: Path) -> tuple[Any, str | None]:
+    """Write the specification of a run's dashboard to `out`; return the workspace and what keeps it from W&B, if any."""
     from polyphony.trainer.run.wandb_dashboard import (  # slow to import
         build_workspace,
         default_entity,
@@ -32,15 +37,16 @@ def specify(run: Path) -> tuple[Any, str | None]:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
     )
-    replace_file(RunFolder(run).dashboard, json.dumps(specification(workspace), indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, json.dumps(specification(workspace), indent=1))
     return workspace, missing
 
 
-def send(workspace: Any, run: Path) -> str:
-    """Send a dashboard to W&B and return its address; the same run's is updated the next time."""
+def send(workspace: Any, out: Path) -> str:
+    """Send a dashboard to W&B and return its address, which is kept beside `out`: the next time that one is updated."""
     from polyphony.trainer.run.wandb_dashboard import save_workspace  # slow to import
 
-    return save_workspace(workspace, RunFolder(run).dashboard.with_suffix(".url"))
+    return save_workspace(workspace, out.with_suffix(".url"))
 
 
 def way_to_send(run: Path, missing: str) -> str:

@@ -51,10 +51,15 @@ def replay_as_json(replayed: Sequence[Replayed]) -> list[dict[str, Any]]:
     return [{"draw": r.draw, "ran": _shares(r, r.ran), "replayed": _shares(r, r.replayed)} for r in replayed]
 
 
-def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str) -> Path:
-    """Draw both mixtures one below the other into the run folder; return the page."""
+def page_of(run: Path, scheduler: str) -> Path:
+    """Return where the page of a replay goes by default: the working directory, for a run folder is the run's own."""
+    return Path(f"{run.resolve().name}-replay-{''.join(c if c.isalnum() else '-' for c in scheduler)}.html")
+
+
+def drawn(run: Path, replayed: Sequence[Replayed], *, scheduler: str, out: Path) -> Path:
+    """Draw both mixtures one below the other; return the page, `out`."""
     lines = [{"draw": r.draw, "mixture": _shares(r, r.replayed), "reason": r.reason} for r in replayed]
-    return write_replay(run, lines, scheduler=scheduler, out=RunFolder(run).replay(scheduler))
+    return write_replay(run, lines, scheduler=scheduler, out=out)
 
 
 def replay_run(

@@ -356,7 +356,7 @@ def shared_tokenizer() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipes", type=int, default=1000)
     parser.add_argument("--files", type=int, default=300)
     parser.add_argument("--seed", type=int, default=7)

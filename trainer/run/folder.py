@@ -13,18 +13,25 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from polyphony.curricula.decision_log import wholes
+from polyphony.curricula.decision_log import choices, wholes
 from polyphony.curricula.files import replace_file, replacing, unsealed
 from polyphony.curricula.transfer.matrix import TransferMatrix, copy_document
 from polyphony.trainer.run.changes import flat, may_change
-from polyphony.trainer.run.json_lines import as_lines, read_lines, read_object, whole_lines
+from polyphony.trainer.run.json_lines import (
+    as_lines,
+    each_line,
+    read_lines,
+    read_object,
+    uncollected,
+    whole_lines,
+)
 
 LEDGERS = ("metrics", "decisions", "refills", "samples", "alarms", "evaluations", "transfer")
 """The line-by-line files; each line has the `step` it belongs to."""
@@ -122,10 +129,6 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def replay(self, scheduler: str) -> Path:
-        """Return the page that lays another scheduler's mixtures beside the run's."""
-        return self.path / f"replay-{''.join(c if c.isalnum() else '-' for c in scheduler)}.html"
-
     @property
     def logs(self) -> Path:
         """Where a batch system writes to, before the run begins already."""
@@ -140,11 +143,6 @@ class RunFolder:
     def tracked(self) -> Path:
         """The id, group and tags by which W&B knows the run, however often it is resumed."""
         return self.path / "wandb.json"
-
-    @property
-    def dashboard(self) -> Path:
-        """The specification of the run's W&B dashboard; beside it, with another suffix, its URL."""
-        return self.path / "dashboard.json"
 
     @property
     def screened(self) -> Path:
@@ -283,10 +281,18 @@ class RunFolder:
     def decisions(self, broken: list[int] | None = None) -> list[dict[str, Any]]:
         """Return a whole line a draw, as `decision_log.decision_line` made it; `broken` as for `read_lines`."""
         ids = read_object(self.prompts) if self.prompts.is_file() else {}
+        return self._told(lambda lines: wholes(lines, ids, is_lenient=broken is not None), broken)
+
+    def choices(self, broken: list[int] | None = None) -> list[dict[str, Any]]:
+        """Return what was decided for each draw, without the evidence and the prompts: a third of the time, and of room."""
+        return self._told(lambda lines: choices(lines, is_lenient=broken is not None), broken)
+
+    def _told(self, tell: Callable[[Iterable[dict[str, Any]]], list], broken: list[int] | None) -> list[dict[str, Any]]:
+        path = self.ledger("decisions")
         try:
-            return wholes(self.read("decisions", broken), ids, is_lenient=broken is not None)
+            with uncollected():
+                return tell(each_line(path, broken) if path.exists() else [])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            path = self.ledger("decisions")
             if isinstance(error, ValueError) and str(path) in str(error):
                 raise
             raise ValueError(

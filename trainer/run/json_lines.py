@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from polyphony.curricula.files import replace_file, sealed, unsealed
 
@@ -26,6 +30,19 @@ def write_object(path: Path, document: Mapping[str, Any]) -> None:
     replace_file(path, sealed(json.dumps(document, indent=1, ensure_ascii=False)))
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let the collector of cycles rest while many objects are made that all stay: it would look through them over and
+    over, which doubles the time of a long run's ledger. Afterwards it is as it was."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_lines(
     path: Path, broken: list[int] | None = None, cut: Callable[[bytes], bytes] = bytes
 ) -> list[dict[str, Any]]:
@@ -35,7 +52,14 @@ def read_lines(
     ValueError, unless its number, counted from 1, may go into `broken`; then the cut-off line's does too. `cut` takes out of
     a line what need not be read.
     """
-    found = []
+    with uncollected():
+        return list(each_line(path, broken, cut))
+
+
+def each_line(
+    path: Path, broken: list[int] | None = None, cut: Callable[[bytes], bytes] = bytes
+) -> Iterator[dict[str, Any]]:
+    """Yield what `read_lines` returns."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -46,12 +70,11 @@ def read_lines(
             except ValueError as error:
                 why = f"is {error}"
             if entry is not None:
-                found.append(entry)
+                yield entry
             elif broken is not None:
                 broken.append(number)
             elif line.endswith(b"\n"):
                 raise ValueError(f"{path}: line {number} {why}")
-    return found
 
 
 def as_lines(entries: Iterable[Mapping[str, Any]], *, is_sealed: bool) -> str:
@@ -70,7 +93,15 @@ def whole_lines(text: bytes) -> list[bytes]:
 def _object(line: bytes, *, errors: str) -> dict[str, Any] | None:
     """Return the object of a line; None for anything else."""
     try:
-        entry = json.loads(line.decode(errors=errors))
+        entry = _parsed(line, errors)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None
+
+
+def _parsed(line: bytes, errors: str) -> Any:
+    """Return what `json.loads` does, in a third of its time; what the faster one refuses is for it to judge."""
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line.decode(errors=errors))
