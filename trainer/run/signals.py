@@ -91,7 +91,7 @@ SIGNALS: Mapping[str, Signal] = {
     "collapse": Signal(
         number=f"a domain's entropy, over {WINDOW} draws or at an evaluation, is below its band with 95 % confidence; of "
         "draws that is below the first one's too",
-        remedy="entropy.control: coefficient, a higher epsilon_high, more rows, or a lower learning_rate",
+        remedy="entropy.control: adaptive, a higher epsilon_high, more rows, or a lower learning_rate",
     ),
     "explosion": Signal(
         number=f"a domain's entropy, over {WINDOW} draws or at an evaluation, is above its band with 95 % confidence; of "
