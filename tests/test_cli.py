@@ -99,7 +99,10 @@ def test_a_dry_run_prints_a_recipe_that_loads_back_and_makes_no_folder(capsys, t
     [
         ("domains.sums.train=gone.jsonl", "domains.sums.train: file "),
         ("domains.words.heldout={path: gone.parquet}", "domains.words.heldout: file "),
-        ("domains.sums.reward=exactt", "domains.sums.reward: reward 'exactt' does not exist; known: code"),
+        (
+            "domains.sums.reward=exactt",
+            "domains.sums.reward: reward 'exactt' does not exist; did you mean 'exact'? known",
+        ),
         ("domains.sums.reward=math:pi", "domains.sums.reward: reward 'math:pi' is no function"),
         (
             "domains.sums.diversity={partitioner: nowhere, shape: [1, 0]}",

@@ -393,5 +393,7 @@ def test_reading_takes_linear_time(piece):
 
 
 def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="metric is one of name_f1, argument_f1, full_match, got 'bleu'"):
+    with pytest.raises(
+        ValueError, match="metric: Input should be 'full_match', 'name_f1' or 'argument_f1', got 'bleu'"
+    ):
         find_reward({"name": "function_call", "metric": "bleu"})

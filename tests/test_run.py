@@ -308,7 +308,7 @@ def test_the_cadence_is_that_of_trls_own_arguments_and_of_the_settings_beside(tm
         ({"evaluation": {"greedy": True}}, "greedy evaluation needs an engine of ours; engine transformers samples"),
         ({"pool": {"look": 4}}, "pool.look: must be below num_generations=4, got 4"),
         ({"pool": False}, "PoolSettings: expected a mapping of its fields, got False"),
-        ({"engine": "vlm"}, "engine 'vlm' does not exist; known: vllm, transformers"),
+        ({"engine": "vlm"}, "engine 'vlm' does not exist; did you mean 'vllm'. known: vllm, transformers"),
         ({"curriculum": False}, "curriculum: expected a scheduler, its name or a mapping of its settings, got False"),
         ({"curriculum": {"transfer": "gone.json"}}, "curriculum.transfer: file gone.json does not exist"),
         ({"run": "run", "changes": {"steps_per_generation": 2}}, "eval_steps=1 falls inside a draw"),

@@ -117,7 +117,7 @@ def test_weighted_travels_between_processes():
         ({"name": "format", "pattern": "("}, "no regular expression"),
         ({"name": "length", "max_tokens": 4, "soft_tokens": 5}, "0 < soft_tokens <= max_tokens"),
         ({"name": "repetition", "n": 0}, "n must be at least 1"),
-        ({"name": "language", "scripts": "LATIN"}, "scripts is a list of names in capitals"),
+        ({"name": "language", "scripts": "LATIN"}, "scripts: 'str' instances are not allowed"),
         ({"name": "language", "scripts": ["Latin"]}, "scripts is a list of names in capitals"),
         ({"name": "language", "scripts": []}, "scripts is a list of names in capitals"),
         ({"name": "weighted", "parts": {"a": {"reward": "exact", "weight": 0}}}, "one of them not 0"),
