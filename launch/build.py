@@ -154,8 +154,8 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     from polyphony.trainer.domains import DomainData, context_of
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        context = context_of(recipe.model)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=args.trust_remote_code)
+        context = context_of(recipe.model, args)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:

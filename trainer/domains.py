@@ -287,9 +287,12 @@ class DomainData:
         return longest
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: Any, args: GRPOConfig) -> int | None:
     """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -129,11 +129,11 @@ class DomainGRPOTrainer(GRPOTrainer):
         settings = TrainerSettings.of(**given)
         refuse_unknown(engine)
         name = model if isinstance(model, str) else model.name_or_path
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         self.data = (
             domains
             if isinstance(domains, DomainData)
-            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model, args))
         )
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))

@@ -56,7 +56,7 @@ def evaluate(question: Asked) -> list[HeldoutResult]:
     """Return what each of the models does on the held-out sets."""
     results, engine = [], None
     for model in question.models:
-        if engine is not None and not _same_shape(*question.models):
+        if engine is not None and not _same_shape(*question.models, trusts_code=question.recipe.trusts_code):
             engine = None
         result, engine = evaluate_model(question.recipe, model, engine=engine)
         results.append(result)
@@ -137,7 +137,8 @@ def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tupl
     from transformers import AutoModelForCausalLM  # slow to import
     from trl.trainer.utils import add_fused_lm_head
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
+    trusts_code = trainer.args.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype, trust_remote_code=trusts_code)
     theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
     if theirs != ours:
         say(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}")
@@ -162,12 +163,12 @@ def _as_dict(result: HeldoutResult, name: str) -> dict[str, Any]:
     }
 
 
-def _same_shape(first: str, second: str) -> bool:
+def _same_shape(first: str, second: str, *, trusts_code: bool) -> bool:
     """Say whether one engine can serve both models: the same architecture and sizes."""
     from transformers import AutoConfig  # slow to import
 
     apart = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
-    sizes = [AutoConfig.from_pretrained(model).to_dict() for model in (first, second)]
+    sizes = [AutoConfig.from_pretrained(model, trust_remote_code=trusts_code).to_dict() for model in (first, second)]
     return all(sizes[0].get(k) == sizes[1].get(k) for k in sizes[0] | sizes[1] if k not in apart)
 
 

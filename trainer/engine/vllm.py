@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.cpu_build import prepare_cpu_build, unpacked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,19 +76,6 @@ def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int,
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def prepare_cpu_build() -> None:
-    """Have the CPU build keep weights where `load_weights` finds them.
-
-    It repacks every Linear for oneDNN and drops the original weight, so that later loads land nowhere without an error.
-    """
-    import vllm._custom_ops as ops  # slow to import
-    from vllm.platforms import current_platform
-
-    ops._supports_onednn = False
-    # counting token ranks is not worth the 25 s that compiling it takes
-    current_platform.simple_compile_backend = "eager"
-
-
 def start_llm(settings: EngineSettings, **changes: Any) -> Any:
     """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`.
 
@@ -122,7 +110,8 @@ def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
+    with unpacked(model):
+        model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
 
 
 def sample(
