@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from polyphony.launch.build import load_data
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.trainer.engine.names import checkpoint_names
+from polyphony.trainer.engine.vllm import said_of
 from polyphony.trainer.policy import has_dropout
+from polyphony.trainer.weight_names import checkpoint_names, load_converted
 from tests.experiments.families import answer, trained
 from tests.families import FAMILIES
 from tests.forks import Fork
@@ -40,9 +41,27 @@ def test_a_weight_that_is_called_otherwise_on_disk_is_sent_by_that_name(tmp_path
     assert checkpoint_names(torch.nn.Linear(1, 1)) == {}
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
+def test_weights_that_are_otherwise_on_disk_are_loaded_from_a_checkpoint(tmp_path, family):
+    saved = AutoModelForCausalLM.from_pretrained(FAMILIES[family].make(tmp_path))
+    other = AutoModelForCausalLM.from_config(saved.config)
+    noise = torch.get_rng_state()
+    load_converted(other, tmp_path)
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert all(torch.equal(p, saved.state_dict()[name]) for name, p in other.state_dict().items())
+
+
 @pytest.mark.parametrize(("family", "has"), [("gpt2", True), ("opt", True), ("llama", False), ("gpt_neox", False)])
 def test_dropout_is_seen_in_a_layer_and_in_a_number(tmp_path, family, has):
     assert has_dropout(AutoModelForCausalLM.from_pretrained(FAMILIES[family].make(tmp_path))) == has
+
+
+def test_dropout_is_said_and_may_be_turned_off(tmp_path):
+    model = str(FAMILIES["gpt2"].make(tmp_path / "model"))
+    with pytest.warns(UserWarning, match="the model has dropout"):
+        trained(model, tmp_path / "run", engine="transformers")
+    trainer = trained(model, tmp_path / "run", engine="transformers", disable_dropout=True)
+    assert not has_dropout(trainer.model)
 
 
 def test_code_of_a_model_is_run_where_it_is_trusted_and_nowhere_else(tmp_path):
@@ -62,6 +81,17 @@ def test_code_of_a_model_is_run_where_it_is_trusted_and_nowhere_else(tmp_path):
     assert type(trainer.model).__name__ == type(trainer.ref_model).__name__ == "OwnForCausalLM"
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_vllms_reason_is_named_without_its_list_of_all_models():
+    said = (
+        "Value error, Model architectures ['Own'] are not supported for now. Supported architectures: dict_keys(['A'])"
+    )
+    assert said_of(said) == (
+        "Model architectures ['Own'] are not supported for now. (vllm_model_impl: transformers has it run the model's own "
+        "classes)"
+    )
+    assert said_of("Value error, no") == "no"
 
 
 def test_a_recipe_says_whether_code_is_trusted(recipe, tmp_path):

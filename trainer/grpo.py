@@ -64,6 +64,7 @@ from polyphony.trainer.settings import (
 )
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.weight_names import load_converted
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -495,6 +496,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Take no step where all were taken: Transformers looks at the count only after the next one."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load all weights. Relies on Transformers loading, of what is on disk, what is called so in memory alone."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which keeps the names of memory
+            load_converted(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""

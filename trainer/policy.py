@@ -7,6 +7,7 @@ update; collective where the policy is split over ranks. B rows, P prompt tokens
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -64,6 +65,12 @@ class Policy:
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
         self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
         self._has_dropout = has_dropout(self.trainer.model)
+        if self._has_dropout:
+            warnings.warn(
+                "the model has dropout: what is updated is not quite what was sampled from, and a weight sync that breaks "
+                "during the run is not told from it; set disable_dropout, or the shares to 0 in the model's config",
+                stacklevel=3,
+            )
 
     @property
     def next_step(self) -> int:

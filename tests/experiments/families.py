@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.records import Domain
 from tests.families import FAMILIES
 from tests.forks import Fork
 
@@ -33,7 +34,6 @@ def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32"
     """Return a trainer of one domain over a model, ready to train."""
     from trl import GRPOConfig
 
-    from polyphony.curricula.records import Domain
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
     settings = {
@@ -71,6 +71,8 @@ def asked(name: str, folder: Path, *, precision: str = "float32", resumes: bool 
     try:
         model = str(FAMILIES[name].make(folder / name / "model"))
         how = {"precision": precision, "trust_remote_code": FAMILIES[name].has_own_code}
+        if FAMILIES[name].has_own_code:  # vLLM has no class of it
+            how["vllm_model_impl"] = "transformers"
         trainer = trained(model, folder / name / "whole", engine="vllm", **how)
         served = trainer.policy.engine.llm.apply_model(lambda model: type(model).__name__)[0]
         found["engine"] = served

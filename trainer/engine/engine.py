@@ -20,7 +20,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.merge import merged_parameters
-from polyphony.trainer.engine.names import checkpoint_names
 from polyphony.trainer.engine.vllm import (
     EngineSettings,
     OnFinished,
@@ -31,6 +30,7 @@ from polyphony.trainer.engine.vllm import (
     sample,
     start_llm,
 )
+from polyphony.trainer.weight_names import checkpoint_names
 
 MOST_TOKENS_A_STEP = 4096
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.cpu_build import prepare_cpu_build, unpacked
@@ -79,7 +80,7 @@ def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int,
 def start_llm(settings: EngineSettings, **changes: Any) -> Any:
     """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`.
 
-    Raises ValueError where it has no room for the longest completion of the run.
+    Raises ValueError for a model that vLLM does not take, and where it has no room for the longest completion of the run.
     """
     if settings.on_cpu:
         prepare_cpu_build()
@@ -98,9 +99,20 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    llm = LLM(**{**arguments, **changes, **settings.more})
+    try:
+        llm = LLM(**{**arguments, **changes, **settings.more})
+    except ValidationError as error:
+        raise ValueError(f"vLLM does not take {settings.model}: {said_of(error.errors()[0]['msg'])}") from error
     _check_room(llm, settings.longest)
     return llm
+
+
+def said_of(reason: str) -> str:
+    """Return vLLM's reason without the list of all that it does take, and what helps against it."""
+    reason = reason.removeprefix("Value error, ").partition(" Supported architectures:")[0]
+    if "are not supported for now" in reason:
+        return f"{reason} (vllm_model_impl: transformers has it run the model's own classes)"
+    return reason
 
 
 def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
