@@ -32,7 +32,7 @@ def evenness(prompts: list, completions: list, completion_ids: list[list[int]], 
 
 def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32", **changes: Any) -> Any:
     """Return a trainer of one domain over a model, ready to train."""
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
