@@ -112,7 +112,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
         )
         result = trainer.evaluator.run()
     if name != recipe.model and settings.kl_items:
-        result = replace(result, base_kl=_distance(trainer, recipe.model))
+        result = replace(result, base_kl=_distance(trainer, recipe.model, trusts_code=recipe.trusts_code))
     return result, trainer.policy.engine
 
 
@@ -131,13 +131,14 @@ def _gaps(first: HeldoutResult, second: HeldoutResult) -> list[str]:
     ]
 
 
-def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
+def _distance(
+    trainer: DomainGRPOTrainer, base: str, *, trusts_code: bool = False
+) -> dict[str, dict[str, tuple[float, int]]]:
     """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
     tokens."""
     from transformers import AutoModelForCausalLM  # slow to import
     from trl.trainer.utils import add_fused_lm_head
 
-    trusts_code = trainer.args.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype, trust_remote_code=trusts_code)
     theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
     if theirs != ours:
