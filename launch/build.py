@@ -177,7 +177,8 @@ def tokenizer_of(recipe: Recipe) -> tuple[Any, int | None]:
     from polyphony.trainer.domains import context_of
 
     try:
-        return AutoTokenizer.from_pretrained(recipe.model), context_of(recipe.model)
+        trusted = {"trust_remote_code": recipe.trusts_code}
+        return AutoTokenizer.from_pretrained(recipe.model, **trusted), context_of(recipe.model, **trusted)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
 

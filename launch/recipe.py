@@ -144,6 +144,11 @@ class Recipe(BaseModel):
         return out.getvalue()
 
     @property
+    def trusts_code(self) -> bool:
+        """Whether code in the model's own folder is run: `grpo.trust_remote_code`."""
+        return bool(self.grpo.get("trust_remote_code"))
+
+    @property
     def of_trainer(self) -> TrainerSettings:
         """What the trainer is told beside TRL's arguments."""
         return TrainerSettings.of(

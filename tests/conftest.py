@@ -31,6 +31,7 @@ TOGETHER = {
             "test_stopping",
             "test_probe",
             "test_diversity_reward",
+            "test_families",
         ),
         "forks",
     ),

@@ -1,4 +1,4 @@
-"""What we rely on in vLLM and no test on CPU runs: sleep, and the transfer of weights over NCCL.
+"""What we rely on in vLLM and no test on CPU runs: sleep, the transfer of weights over NCCL, AMX, mixtures of experts.
 
 Read for 0.22.1, 0.26.0, 0.27.1 and 0.31.0; TRL 1.16 supports 0.22 to 0.31.
 """
@@ -8,12 +8,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+import torch
 from vllm import LLM, EngineArgs
 from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
+from vllm.model_executor.layers import utils as linears
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.models.transformers.base import Base
 
 from polyphony.launch.cluster.weights import Announcement, _endpoint, _is_stateful
 from polyphony.launch.grpo_fields import GRPO_KINDS, TRL_ENGINE
 from polyphony.launch.sections import NOT_FREE
+from polyphony.trainer.engine.cpu_build import PACKED, _keeping, unpacked
+from polyphony.trainer.engine.engine import classes_left_alone
 from tests.test_trl_contract import parameters
 
 MEETING = {"master_address": "10.0.0.1", "master_port": 29400, "world_size": 3}
@@ -54,3 +60,39 @@ def test_keys_that_are_told_apart_exist():
     assert set(NOT_FREE) <= fields
     assert {"max_num_batched_tokens", "max_num_seqs", "enforce_eager", "disable_log_stats"} <= fields
     assert set(GRPO_KINDS) >= TRL_ENGINE
+
+
+def test_linears_are_packed_for_amx_where_a_function_of_the_module_says_so():
+    assert parameters(linears.check_cpu_sgl_kernel) == ["n", "k", "dtype"]
+    assert "check_cpu_sgl_kernel(N, K, dtype)" in inspect.getsource(linears.dispatch_cpu_unquantized_gemm)
+
+
+def test_experts_are_packed_by_one_method_from_three_weights():
+    assert parameters(CPUUnquantizedExperts.process_weights_after_loading) == ["layer"]
+    packs = inspect.getsource(CPUUnquantizedExperts)
+    assert all(f'layer, "{name}"' in packs for name in PACKED)
+
+
+def test_experts_are_loaded_unpacked_and_packed_again():
+    class Experts:
+        def process_weights_after_loading(self, layer):
+            layer.w13_weight = torch.nn.Parameter(layer.w13_weight.data.flip(0))
+
+    Experts.process_weights_after_loading = _keeping(Experts.process_weights_after_loading)
+    layer = torch.nn.Module()
+    layer.w13_weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    Experts().process_weights_after_loading(layer)
+    assert layer.w13_weight.tolist() == [2, 1]
+    model = torch.nn.Sequential(layer)
+    for loaded in ([3.0, 4.0], [5.0, 6.0]):
+        with unpacked(model):
+            layer.w13_weight.data.copy_(torch.tensor(loaded))
+        assert layer.w13_weight.tolist() == loaded[::-1]
+
+
+def test_classes_of_transformers_are_rewritten_by_one_method():
+    assert parameters(Base._decorate_for_torch_compile) == []
+    rewrites = Base._decorate_for_torch_compile
+    with classes_left_alone():
+        assert Base._decorate_for_torch_compile is not rewrites
+    assert Base._decorate_for_torch_compile is rewrites

@@ -311,9 +311,12 @@ def _told_nobody(what: str, done: int, of: int | None) -> None:
     pass
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: Any, *, trust_remote_code: bool) -> int | None:
     """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    else:
+        config = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -67,6 +67,7 @@ from polyphony.trainer.settings import (
 )
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.weight_names import load_converted
 
 
 def domain(**columns: Any) -> list[float | None]:
@@ -151,11 +152,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         settings = TrainerSettings.of(**given)
         refuse_unknown(engine)
         name = model if isinstance(model, str) else model.name_or_path
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        context = context_of(model, trust_remote_code=args.trust_remote_code)
         self.data = (
             domains
             if isinstance(domains, DomainData)
-            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context)
         )
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
@@ -529,6 +531,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         """Take no step where all were taken, or a guardrail stopped the run before: Transformers looks only after one."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load all weights. Relies on Transformers loading, of what is on disk, what is called so in memory alone."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which keeps the names of memory
+            load_converted(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the ledgers with the optimizer: before the first draw. Relies on Transformers calling it on resume."""

@@ -7,6 +7,7 @@ update; collective where the policy is split over ranks. B rows, P prompt tokens
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -63,6 +64,13 @@ class Policy:
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
         self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
+        self._has_dropout = has_dropout(self.trainer.model)
+        if self._has_dropout:
+            warnings.warn(
+                "the model has dropout: what is updated is not quite what was sampled from, and a weight sync that breaks "
+                "during the run is not told from it; set disable_dropout, or the shares to 0 in the model's config",
+                stacklevel=3,
+            )
 
     @property
     def next_step(self) -> int:
@@ -252,9 +260,10 @@ class Policy:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
 
         Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
-        So do those that were sampled with top-k and its like.
+        So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout.
         """
-        if self.sampling != Sampling(temperature=self.trainer.temperature) or self._is_stale(completions):
+        is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
+        if not is_whole or self._has_dropout or self._is_stale(completions):
             return
         allowed = self._tolerance
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
@@ -292,7 +301,7 @@ class Policy:
         ids, attention, mask = pad_rows(prompt_ids, completion_ids, padding=padding, device=device)
         size = trainer.args.per_device_eval_batch_size
         model = trainer.model if model is None else model
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(model):
             logps, entropy, _ = self._passes(model, ids, attention, mask.size(1), size, compute_entropy=True)
         return logps, entropy, mask
 
@@ -310,6 +319,27 @@ class Policy:
         """Return the summed log-probability of each completion, at the run's temperature."""
         logps, _, mask = self.forward(prompt_ids, completion_ids, model=model)
         return (logps * mask).sum(1).tolist()
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Have the model say what it says when it samples."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether the model, while it trains, leaves out some of what it computes: by a layer, or by a share it names so."""
+    shares = (share for module in model.modules() for name, share in _shares(module) if "drop" in name)
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _shares(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from (("dropout", module.p),) if isinstance(module, torch.nn.Dropout) else vars(module).items()
 
 
 def refuse_unknown(engine: Any) -> None:

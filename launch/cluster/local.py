@@ -136,7 +136,8 @@ def check_heads(recipe: Recipe) -> None:
     from transformers import AutoConfig  # slow to import
 
     try:
-        heads = AutoConfig.from_pretrained(recipe.model).get_text_config().num_attention_heads
+        config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=recipe.trusts_code)
+        heads = config.get_text_config().num_attention_heads
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     if heads % parallel:

@@ -56,7 +56,7 @@ def evaluate(question: Asked) -> list[HeldoutResult]:
     """Return what each of the models does on the held-out sets."""
     results, engine = [], None
     for model in question.models:
-        if engine is not None and not _same_shape(*question.models):
+        if engine is not None and not _same_shape(*question.models, trusts_code=question.recipe.trusts_code):
             engine = None
         result, engine = evaluate_model(question.recipe, model, engine=engine)
         results.append(result)
@@ -112,7 +112,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
         )
         result = trainer.evaluator.run()
     if name != recipe.model and settings.kl_items:
-        result = replace(result, base_kl=_distance(trainer, recipe.model))
+        result = replace(result, base_kl=_distance(trainer, recipe.model, trusts_code=recipe.trusts_code))
     return result, trainer.policy.engine
 
 
@@ -131,13 +131,15 @@ def _gaps(first: HeldoutResult, second: HeldoutResult) -> list[str]:
     ]
 
 
-def _distance(trainer: DomainGRPOTrainer, base: str) -> dict[str, dict[str, tuple[float, int]]]:
+def _distance(
+    trainer: DomainGRPOTrainer, base: str, *, trusts_code: bool = False
+) -> dict[str, dict[str, tuple[float, int]]]:
     """Return (nats, tokens) of KL(policy || base) by domain and item; nothing, said on stderr, where the two speak other
     tokens."""
     from transformers import AutoModelForCausalLM  # slow to import
     from trl.trainer.utils import add_fused_lm_head
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=trainer.model.dtype, trust_remote_code=trusts_code)
     theirs, ours = (m.config.get_text_config().vocab_size for m in (model, trainer.model))
     if theirs != ours:
         say(f"polyphony eval: no KL: {base} has {theirs} tokens, the model {ours}")
@@ -162,12 +164,12 @@ def _as_dict(result: HeldoutResult, name: str) -> dict[str, Any]:
     }
 
 
-def _same_shape(first: str, second: str) -> bool:
+def _same_shape(first: str, second: str, *, trusts_code: bool) -> bool:
     """Say whether one engine can serve both models: the same architecture and sizes."""
     from transformers import AutoConfig  # slow to import
 
     apart = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
-    sizes = [AutoConfig.from_pretrained(model).to_dict() for model in (first, second)]
+    sizes = [AutoConfig.from_pretrained(model, trust_remote_code=trusts_code).to_dict() for model in (first, second)]
     return all(sizes[0].get(k) == sizes[1].get(k) for k in sizes[0] | sizes[1] if k not in apart)
 
 

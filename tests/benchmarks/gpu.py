@@ -160,7 +160,7 @@ def colocate(policy: Path, folder: Path) -> GpuFigures:
     from trl.generation import vllm_generation
 
     from polyphony.launch.build import grpo_config, load_data
-    from polyphony.trainer.engine.vllm import prepare_cpu_build
+    from polyphony.trainer.engine.cpu_build import prepare_cpu_build
     from tests.benchmarks.rollouts import sync_seconds
     from tests.benchmarks.side_by_side import StepClock, stock_trainer
 

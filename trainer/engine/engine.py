@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from polyphony.trainer.engine.vllm import (
     sample,
     start_llm,
 )
+from polyphony.trainer.weight_names import checkpoint_names
 
 MOST_TOKENS_A_STEP = 4096
 
@@ -58,6 +59,8 @@ class Engine(VLLMGeneration):
     """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
     is_asleep: bool = False
     """True while it holds no weights: only a sync wakes it."""
+    _names: dict[str, str] | None = None
+    """Of parameters that a checkpoint calls otherwise; asked of the policy once."""
 
     def __init__(
         self,
@@ -107,13 +110,20 @@ class Engine(VLLMGeneration):
         """Serve another policy of the same architecture from now on; its weights arrive with the next sync."""
         self.model = model
         self.accelerator = accelerator
+        self._names = None
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return TRL's iteration, but for adapters, which TRL merges into the base itself and takes out again, rounding."""
+        """Return TRL's iteration, by the names of a checkpoint.
+
+        But for adapters, which TRL merges into the base itself and takes out again, rounding.
+        """
         reshard(self.model)
-        if isinstance(self.model, PeftModel):
-            return merged_parameters(self.model, self.accelerator)
-        return super()._iter_named_params()
+        if self._names is None:
+            self._names = checkpoint_names(self.model)
+        names = self._names
+        is_adapted = isinstance(self.model, PeftModel)
+        walk = merged_parameters(self.model, self.accelerator) if is_adapted else super()._iter_named_params()
+        return ((names.get(name, name), tensor) for name, tensor in walk)
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order; every rank must call it.
@@ -162,6 +172,24 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+@contextmanager
+def classes_left_alone() -> Iterator[None]:
+    """Keep vLLM from rewriting classes of Transformers meanwhile.
+
+    Models that it has no class of its own for it runs by Transformers', and makes the decoder's class one that compiles
+    itself: the policy, of that class as well, would no longer run. Such a model is run uncompiled in this engine, as vLLM
+    does with those that it cannot compile.
+    """
+    from vllm.model_executor.models.transformers.base import Base  # slow to import
+
+    decorate = Base._decorate_for_torch_compile
+    Base._decorate_for_torch_compile = lambda self: None
+    try:
+        yield
+    finally:
+        Base._decorate_for_torch_compile = decorate
+
+
 EngineFactory = Callable[..., Engine]
 """Takes what `Engine` is constructed with and returns one: an `Engine` class, or a function."""
 
@@ -182,7 +210,8 @@ class InProcessEngine(Engine):
             changes["max_num_batched_tokens"] = max(MOST_TOKENS_A_STEP, self.max_num_seqs or 0)
         if self.enable_sleep_mode:
             changes["enable_sleep_mode"] = True
-        self.llm = start_llm(self.settings(), **changes)
+        with classes_left_alone():
+            self.llm = start_llm(self.settings(), **changes)
         self.rest()
         self.accelerator.wait_for_everyone()
 

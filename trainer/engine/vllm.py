@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.cpu_build import prepare_cpu_build, unpacked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,23 +77,10 @@ def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int,
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def prepare_cpu_build() -> None:
-    """Have the CPU build keep weights where `load_weights` finds them.
-
-    It repacks every Linear for oneDNN and drops the original weight, so that later loads land nowhere without an error.
-    """
-    import vllm._custom_ops as ops  # slow to import
-    from vllm.platforms import current_platform
-
-    ops._supports_onednn = False
-    # counting token ranks is not worth the 25 s that compiling it takes
-    current_platform.simple_compile_backend = "eager"
-
-
 def start_llm(settings: EngineSettings, **changes: Any) -> Any:
     """Return a running `vllm.LLM` whose weights can be replaced in place; `changes` are further arguments of `LLM`.
 
-    Raises ValueError where it has no room for the longest completion of the run.
+    Raises ValueError for a model that vLLM does not take, and where it has no room for the longest completion of the run.
     """
     if settings.on_cpu:
         prepare_cpu_build()
@@ -110,9 +99,20 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    llm = LLM(**{**arguments, **changes, **settings.more})
+    try:
+        llm = LLM(**{**arguments, **changes, **settings.more})
+    except ValidationError as error:
+        raise ValueError(f"vLLM does not take {settings.model}: {said_of(error.errors()[0]['msg'])}") from error
     _check_room(llm, settings.longest)
     return llm
+
+
+def said_of(reason: str) -> str:
+    """Return vLLM's reason without the list of all that it does take, and what helps against it."""
+    reason = reason.removeprefix("Value error, ").partition(" Supported architectures:")[0]
+    if "are not supported for now" in reason:
+        return f"{reason} (vllm_model_impl: transformers has it run the model's own classes)"
+    return reason
 
 
 def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -122,7 +122,8 @@ def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
+    with unpacked(model):
+        model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
 
 
 def sample(
