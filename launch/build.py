@@ -151,11 +151,11 @@ def load_data(recipe: Recipe, args: GRPOConfig) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context. Raises RecipeError."""
     from transformers import AutoTokenizer
 
-    from polyphony.trainer.domains import DomainData, context_of
+    from polyphony.trainer.domains import DomainData, code_of, context_of
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        context = context_of(recipe.model)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model, **code_of(args))
+        context = context_of(recipe.model, **code_of(args))
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     try:
@@ -230,6 +230,7 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         "eval_steps": recipe.eval.every,
         "disable_tqdm": True,
         "report_to": "none",
+        "run_name": recipe.name,
         "logging_steps": 1,
     }
     started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -56,6 +56,10 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     return trainer.policy.engine
 
 
+OF_ROWS = ("max_completion_length", "model_init_kwargs", "trust_remote_code")
+"""Fields of TRL's that say how rows are read."""
+
+
 def shown_prompts(recipe: Recipe, most: int) -> str:
     """Return up to `most` rows of each of a recipe's tables as the policy will read them, special tokens visible.
 
@@ -65,8 +69,8 @@ def shown_prompts(recipe: Recipe, most: int) -> str:
         raise RecipeError(f"--show-prompts must be at least 1, got {most}")
     from trl.trainer.grpo_config import GRPOConfig
 
-    limits = {name: value for name, value in recipe.grpo.items() if name == "max_completion_length"}
-    data = load_data(recipe, GRPOConfig(bf16=False, report_to="none", **limits))
+    said = {name: value for name, value in recipe.grpo.items() if name in OF_ROWS}
+    data = load_data(recipe, GRPOConfig(bf16=False, report_to="none", **said))
     lines = []
     for where, table in data.tables.items():
         asked = data.tokenized(islice(table, most))
@@ -177,7 +181,9 @@ def start(
     run.imports_from, run.recipe, run.changed = looked_in(), recipe.as_yaml(), changed or {}
     wandb = recipe.tracking.wandb
     if wandb is not None and is_main:
-        run.tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
+        run.tracker = WandbTracker(
+            wandb, name=trainer.args.run_name or recipe.name, folder=out, config=recipe.model_dump()
+        )
     if is_main:
         run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
     for what in _slow_or_lossy(trainer) if is_main else ():
@@ -212,8 +218,8 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
         try:
             return grpo_config(recipe, Path(output)), []
         except RecipeError as error:
-            limit = {name: v for name, v in recipe.grpo.items() if name == "max_completion_length"}
-            return grpo_config(recipe.model_copy(update={"grpo": limit}), Path(output)), [str(error)]
+            said = {name: v for name, v in recipe.grpo.items() if name in OF_ROWS}
+            return grpo_config(recipe.model_copy(update={"grpo": said}), Path(output)), [str(error)]
 
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:

@@ -12,7 +12,6 @@ from vllm import LLM, EngineArgs
 from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
 
 from polyphony.launch.cluster.weights import Announcement, _endpoint, _is_stateful
-from polyphony.launch.grpo_fields import GRPO_KINDS, TRL_ENGINE
 from polyphony.launch.sections import NOT_FREE
 from tests.test_trl_contract import parameters
 
@@ -53,4 +52,3 @@ def test_keys_that_are_told_apart_exist():
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     assert set(NOT_FREE) <= fields
     assert {"max_num_batched_tokens", "max_num_seqs", "enforce_eager", "disable_log_stats"} <= fields
-    assert set(GRPO_KINDS) >= TRL_ENGINE

@@ -122,6 +122,8 @@ class DomainData:
         Raises ValueError naming the domain and the row.
         """
         _check_names(domains)
+        shared = args.chat_template_kwargs or {}  # a domain's own arguments win
+        domains = [replace(d, chat_template_kwargs={**shared, **d.chat_template_kwargs}) for d in domains]  # type: ignore[dict-item]
         taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None
 
@@ -287,9 +289,16 @@ class DomainData:
         return longest
 
 
-def context_of(model: Any) -> int | None:
-    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+def code_of(args: GRPOConfig) -> dict[str, Any]:
+    """Return which revision of a model's files is read, and whether its own code is run, as TRL reads its weights."""
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, Mapping) else {}
+    revision = {"revision": given["revision"]} if given.get("revision") else {}
+    return {"trust_remote_code": given.get("trust_remote_code", args.trust_remote_code), **revision}
+
+
+def context_of(model: Any, **code: Any) -> int | None:
+    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name with `code_of`."""
+    config = AutoConfig.from_pretrained(model, **code) if isinstance(model, str) else model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -30,6 +30,7 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
+from polyphony.trainer.arguments import refuse_unheard
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
     load_ledgers,
@@ -40,7 +41,7 @@ from polyphony.trainer.checkpoints import (
 )
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
-from polyphony.trainer.domains import DomainData, context_of
+from polyphony.trainer.domains import DomainData, code_of, context_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.merge import refuse_unmergeable
@@ -126,14 +127,16 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> None:
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "guardrails": guardrails, "max_grader_failures": max_grader_failures}
-        settings = TrainerSettings.of(**given)
+        settings = TrainerSettings.of(**given).with_samples(args.num_generations_eval)
         refuse_unknown(engine)
+        refuse_unheard(args, engine=engine, has_run=run is not None)
         name = model if isinstance(model, str) else model.name_or_path
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        code = code_of(args)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code)
         self.data = (
             domains
             if isinstance(domains, DomainData)
-            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model))
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model, **code))
         )
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
