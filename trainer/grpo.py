@@ -47,6 +47,7 @@ from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
@@ -169,6 +170,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.scorer.extra = self.extra = Extra()
+        self.scorer.state_of = lambda: getattr(self, "state", None)
         self.fusion = Fusion.of(self.data.domains)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -237,6 +240,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
+        for column, values in self.extra.flush(list(rollout.rows.values())).items():
+            self._log_completion_extra(column, values)
         output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
         self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
@@ -256,8 +261,18 @@ class DomainGRPOTrainer(GRPOTrainer):
         if not self.advantages.is_stock:
             first_row = self.policy.rank * len(inputs)
             output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
+            self._show_advantages(output["advantages"])
         self.shortcuts.observe(step, rollout.sampled)
         return output
+
+    def _show_advantages(self, advantages: torch.Tensor) -> None:
+        """Have TRL's table show these of all ranks, not its own of this draw (`log_completions`)."""
+        if self.log_completions:
+            shown: list[float] = self.accelerator.gather(advantages).tolist()  # type: ignore[union-attr]
+            rows = self._logs["advantages"]
+            for _ in range(min(len(shown), len(rows))):
+                rows.pop()
+            rows.extend(shown)
 
     def _roll_out(self, n_rows: int) -> Rollout:
         if self._resumed_from is not None:
