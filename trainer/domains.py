@@ -210,6 +210,19 @@ class DomainData:
         """Training prompts of all domains."""
         return sum(len(table) for table in self.train.values())
 
+    def asked(self, row: Mapping[str, Any]) -> Prompt:
+        """Return a row that is no domain's own as a prompt of the domain that its column `domain` names, or of the only one.
+
+        Raises ValueError where there is none of that name, and for a row that is no prompt.
+        """
+        names = self.names
+        name = names[0] if len(names) == 1 else row.get("domain")
+        if name not in names:
+            raise ValueError(f"eval_dataset: column `domain` is {name!r}, expected one of {', '.join(names)}")
+        is_chat = self.tokenizer.chat_template is not None
+        domain = self.domains[names.index(name)]
+        return next(iter(PromptTable([row], domain=domain, where="eval_dataset", is_chat=is_chat)))
+
     def tokenized(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Return the prompts with their token ids, through the chat template with their domain's arguments."""
         kwargs = {d.name: dict(d.chat_template_kwargs) for d in self.domains}

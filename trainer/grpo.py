@@ -236,7 +236,13 @@ class DomainGRPOTrainer(GRPOTrainer):
     # --- one draw -------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
+        """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots.
+
+        In evaluation, of a data set that `evaluate` was given, rows are no slots.
+        """
+        if not self.model.training:
+            self._rollout = self.draws.answer(inputs, self.num_generations_eval)
+            return super()._generate_and_score_completions(inputs)
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
@@ -402,11 +408,13 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> dict[str, float]:
         """Score the policy as it is now; return and log `eval_heldout/<domain>/<metric>`, as TRL does its own metrics.
 
-        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Raises ValueError for another data
-        set.
+        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Another data set, or a dict of them,
+        is evaluated as by TRL, under TRL's names (`eval_loss`, `eval_reward`); a column `domain` says whose reward grades a
+        row, where there are several.
         """
         if eval_dataset is not None:
-            raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
+            with self.run.aside() if self.run else nullcontext():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what TRL itself samples has no seeds
             result = self.evaluator.run()
@@ -472,7 +480,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics beside TRL's, so that one step is one line."""
+        """Add our metrics beside TRL's, so that one step is one line; an evaluation ends no step."""
+        if not self.model.training:
+            super().log(logs, start_time)
+            return
         if "train_runtime" not in logs:  # the summary that Transformers logs once at the end
             for name, value in self.curriculum.metrics().items():
                 owner, metric = name.rsplit("/", 1)
