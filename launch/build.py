@@ -149,6 +149,10 @@ def rollout_engine(recipe: Recipe) -> str | EngineFactory:
     return partial(make, engine_args=rollouts.engine_args) if rollouts.engine_args else make
 
 
+OF_ROWS = ("max_completion_length", "model_init_kwargs", "trust_remote_code")
+"""Fields of TRL's that say how rows are read."""
+
+
 def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> DomainData:
     """Return the rows of a recipe, checked against its model's tokenizer and context; `told` as for `DomainData.load`.
 
@@ -174,11 +178,11 @@ def tokenizer_of(recipe: Recipe) -> tuple[Any, int | None]:
     """Return the tokenizer of a recipe's model, and its context in tokens. Raises RecipeError."""
     from transformers import AutoTokenizer
 
-    from polyphony.trainer.domains import context_of
+    from polyphony.trainer.domains import code_of, context_of
 
     try:
-        trusted = {"trust_remote_code": recipe.trusts_code}
-        return AutoTokenizer.from_pretrained(recipe.model, **trusted), context_of(recipe.model, **trusted)
+        code = code_of(recipe.grpo)
+        return AutoTokenizer.from_pretrained(recipe.model, **code), context_of(recipe.model, **code)
     except (ValueError, OSError) as error:
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
 
@@ -243,6 +247,7 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         "eval_steps": recipe.eval.every,
         "disable_tqdm": True,
         "report_to": "none",
+        "run_name": recipe.name,
         "logging_steps": 1,
     }
     started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -198,14 +198,6 @@ _SHAPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
 SHAPES = {name: (words, kinds) for words, kinds, names in _SHAPES for name in names.split()}
 """What else a field takes, in words and as types: TRL's own annotations are wider."""
 
-TRL_ENGINE = frozenset(
-    """
-    generation_kwargs vllm_enable_sleep_mode vllm_group_port vllm_mode vllm_server_base_url vllm_server_host
-    vllm_server_port vllm_server_timeout vllm_structured_outputs_regex vllm_tensor_parallel_size
-    """.split()  # noqa: SIM905
-)
-"""Fields of TRL's own engines, which ours do not hear (memory, length, `vllm_model_impl`, importance correction they do)."""
-
 
 def complaint(name: str, value: object) -> str | None:
     """Return what a field must be where `value` is not that, else None."""

@@ -23,7 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Completion, Domain, Prompt
-from polyphony.launch.build import build_scheduler, grpo_config, load_data, missing_names, remarks, tokenizer_of
+from polyphony.launch.build import (
+    OF_ROWS,
+    build_scheduler,
+    grpo_config,
+    load_data,
+    missing_names,
+    remarks,
+    tokenizer_of,
+)
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.trainer.data import PromptTable
@@ -65,8 +73,8 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
         try:
             return grpo_config(recipe, Path(output)), []
         except RecipeError as error:
-            limit = {name: v for name, v in recipe.grpo.items() if name == "max_completion_length"}
-            return grpo_config(recipe.model_copy(update={"grpo": limit}), Path(output)), [str(error)]
+            said = {name: v for name, v in recipe.grpo.items() if name in OF_ROWS}
+            return grpo_config(recipe.model_copy(update={"grpo": said}), Path(output)), [str(error)]
 
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:

@@ -22,7 +22,7 @@ from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import AdvantageKind, keys_at, nearest, problem, shortened
-from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, TRL_ENGINE, complaint
+from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
     ClusterSection,
@@ -33,6 +33,7 @@ from polyphony.launch.sections import (
     RolloutsSection,
     TrackingSection,
 )
+from polyphony.trainer.arguments import UNHEARD, complaints
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.settings import (
@@ -435,20 +436,20 @@ def _check_trainer(recipe: Recipe) -> None:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    """Refuse keys of TRL's own engines that none of ours would hear, and the other way round."""
+    """Refuse fields of TRL's that nothing would hear, and what is for an engine that does not sample."""
     engine, grpo = recipe.rollouts.engine, recipe.grpo
     if grpo.get("use_vllm") and engine not in ("vllm", "transformers"):
         raise RecipeError(f"rollouts.engine {engine} and grpo.use_vllm=true exclude each other; leave out one")
-    if grpo.get("use_vllm") or engine == "transformers":
-        if recipe.rollouts.engine_args:
-            raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
-        return
-    heard = set() if engine == "ray" else {"vllm_enable_sleep_mode"}
-    for name in sorted(grpo):
-        if name in TRL_ENGINE and name not in heard:
-            raise RecipeError(
-                f"grpo.{name} is not used by rollouts.engine {engine}; it belongs to TRL's own engine, grpo.use_vllm=true"
-            )
+    sampler = "trl" if grpo.get("use_vllm") else "transformers" if engine == "transformers" else "ours"
+    if sampler != "ours" and recipe.rollouts.engine_args:
+        raise RecipeError("rollouts.engine_args are for engines of ours; TRL's own take grpo.vllm_*")
+    defaults = {name: kinds[0].allowed[0] for name, kinds in UNHEARD.items()}
+    unheard = complaints(lambda name: grpo.get(name, defaults.get(name)), sampler=sampler, has_run=True)
+    lines = [f"grpo.{what}" for _, what in unheard]
+    if engine == "ray" and grpo.get("vllm_enable_sleep_mode"):
+        lines.append("grpo.vllm_enable_sleep_mode with rollouts.engine ray: its workers hold weights at all times")
+    if lines:
+        raise RecipeError(*lines)
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:

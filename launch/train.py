@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyphony.launch.build import build_trainer, load_data
+from polyphony.launch.build import OF_ROWS, build_trainer, load_data
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
 from polyphony.trainer.run import say
@@ -53,8 +53,8 @@ def shown_prompts(recipe: Recipe, most: int) -> str:
         raise RecipeError(f"--show-prompts must be at least 1, got {most}")
     from trl.trainer.grpo_config import GRPOConfig
 
-    limits = {name: value for name, value in recipe.grpo.items() if name == "max_completion_length"}
-    data = load_data(recipe, GRPOConfig(bf16=False, report_to="none", **limits))
+    said = {name: value for name, value in recipe.grpo.items() if name in OF_ROWS}
+    data = load_data(recipe, GRPOConfig(bf16=False, report_to="none", **said))
     lines = []
     for where, table in data.tables.items():
         asked = data.tokenized(islice(table, most))
@@ -165,7 +165,9 @@ def start(
     run.imports_from, run.recipe, run.changed = looked_in(), recipe.as_yaml(), changed or {}
     wandb = recipe.tracking.wandb
     if wandb is not None and is_main:
-        run.tracker = WandbTracker(wandb, name=recipe.name, folder=out, config=recipe.model_dump())
+        run.tracker = WandbTracker(
+            wandb, name=trainer.args.run_name or recipe.name, folder=out, config=recipe.model_dump()
+        )
     if is_main:
         run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
     for what in _slow_or_lossy(trainer) if is_main else ():

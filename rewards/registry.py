@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import inspect
 import math
+import os
 import pkgutil
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args, get_type_hints
@@ -25,15 +28,19 @@ says so by a ValueError from `check_host()`, before the first row. One whose rul
 up: scores before and after are not comparable.
 
 One whose signature takes `log_metric` gets TRL's hook, and logs by it: `log_metric(name, value)` is averaged by domain over
-all calls between two logs. See `tell` for what our own graders say of each completion.
+all calls between two logs. See `tell` for what our own graders say of each completion. `log_extra(column, values)` adds a
+column to TRL's table of training completions (`log_completions`), `trainer_state` is Transformers' (None outside a run),
+`id` and `domain` name each row.
 
 One that grades an answer it finds in the text may have a method `reads(completion, prompt, /, **columns)` that returns it,
 hashable and equal where the reward would not tell two answers apart, None where it finds none: held-out votes are about
 that. Without it they are about `answer_signature`.
 """
 
-HOOKS = ("log_metric", "log_extra")
+HOOKS = ("log_metric", "log_extra", "trainer_state")
 """What TRL hands to every reward beside the columns, and we to those whose signature takes it."""
+OFFERED = (*HOOKS, "id", "domain")
+"""With what else a signature may take: the names of each row."""
 
 
 REGISTRY = {
@@ -97,13 +104,15 @@ def as_score(spec: str | Mapping[str, Any] | Reward, reward: float | None) -> fl
 
 
 def ask(reward: Reward, arguments: Mapping[str, Any]) -> Any:
-    """Call a reward with these arguments, but for the hooks that its signature does not take."""
+    """Call a reward with these arguments, but for what is only offered and its signature does not take."""
     try:
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a callable without a signature to read: it has rewards' plain form
-        return reward(**{name: value for name, value in arguments.items() if name not in HOOKS})
+        return reward(**{name: value for name, value in arguments.items() if name not in OFFERED})
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return reward(**{name: v for name, v in arguments.items() if takes_all or name not in HOOKS or name in parameters})
+    return reward(
+        **{name: v for name, v in arguments.items() if takes_all or name not in OFFERED or name in parameters}
+    )
 
 
 def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool]) -> None:
@@ -237,19 +246,31 @@ def _near(name: Any, known: Collection[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-MOST = 10**9
-"""No number that a recipe gives to a part is larger."""
+MOST = 10**12
+"""No number that a recipe gives to a part is larger; most are bytes."""
 
 
 def settled(results: Sequence[Any]) -> list[Any]:
     """Return the results, with those that are awaitable awaited together.
 
-    In a thread of its own: the caller's may already run an event loop.
+    On a thread of its own, as the caller's may already run an event loop; always the same, as TRL's: a client that a reward
+    keeps from call to call belongs to the loop it was first used in.
     """
     if not any(inspect.isawaitable(result) for result in results):
         return list(results)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, _gather(results)).result()
+    loop = _loop_of(os.getpid())
+    if asyncio._get_running_loop() is loop:  # an asynchronous reward that asks others
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, _gather(results)).result()
+    return asyncio.run_coroutine_threadsafe(_gather(results), loop).result()
+
+
+@functools.cache
+def _loop_of(process: int) -> asyncio.AbstractEventLoop:
+    """Return the loop of this process; a forked one has its own, as threads stay behind."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
+    return loop
 
 
 async def _gather(results: Sequence[Any]) -> list[Any]:

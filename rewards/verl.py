@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from polyphony.rewards.answers import completion_text
-from polyphony.rewards.registry import HOOKS, settled
+from polyphony.rewards.registry import OFFERED, settled
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _load(function: str) -> Callable[..., Any]:
 def _ground_truths(columns: dict[str, Any], rows: int) -> list[Any]:
     known = {name: columns[name] for name in ("ground_truth", "reward_model", "answer") if name in columns}
     if not known:
-        names = ", ".join(sorted(set(columns) - set(HOOKS)))
+        names = ", ".join(sorted(set(columns) - set(OFFERED)))
         raise ValueError(f"verl: rows need ground_truth, reward_model or answer; they have {names}")
     if "reward_model" in known:
         known["reward_model"] = [_truth_of_model(model) for model in known["reward_model"]]

@@ -22,6 +22,7 @@ from polyphony.curricula.records import MOST
 from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe
+from polyphony.trainer.arguments import DIFFERS, HEARD, UNHEARD
 from polyphony.trainer.metrics import METRICS, OF_THE_RUN
 from polyphony.trainer.run.signals import SIGNALS
 
@@ -161,6 +162,32 @@ def grpo() -> Iterator[str]:
     yield from (*table(fields_, "takes", "fields"), "", *table(elsewhere, "instead of", "say"))
 
 
+def arguments() -> Iterator[str]:
+    """Yield what becomes of each field of TRL's GRPOConfig, from a script as from a recipe."""
+    yield from (
+        "",
+        "### What becomes of each field",
+        "",
+        "From a script as from a recipe, a field of TRL's is heard, heard with a difference, or refused by a ValueError",
+        "before weights are loaded. With `run`: where a run folder is kept, as by every recipe.",
+        "",
+    )
+    rows = [(f"`{name}`", DIFFERS.get(name, ""), refusals(name)) for name in sorted({*DIFFERS, *UNHEARD})]
+    shown = [(name, heard or "as by TRL where it is not refused", no or "never") for name, heard, no in rows]
+    shown = [(name, "no" if no.startswith("any value") else heard, no) for name, heard, no in shown]
+    yield from table(shown, "field", "heard", "refused")
+    yield from ("", f"Heard as without us: {', '.join(f'`{name}`' for name in sorted(HEARD))}.")
+
+
+def refusals(name: str) -> str:
+    """Return in words where a field is refused, and why."""
+    kinds = UNHEARD.get(name, ())
+    allowed = " or ".join(f"`{value}`" for value in kinds[0].allowed).replace("None", "null") if kinds else ""
+    places = {"always": "any value", "run": "with `run`", "ours": "with an engine of ours", "trl": "with `use_vllm`"}
+    places["transformers"] = "with `engine: transformers`"
+    return "; ".join(f"{' or '.join(places[p] for p in kind.where)} but {allowed}: {kind.why}" for kind in kinds)
+
+
 def schedulers() -> Iterator[str]:
     """Yield every scheduler by name."""
     yield from (
@@ -197,7 +224,8 @@ def alarms() -> Iterator[str]:
 def reference() -> str:
     """Return the file's text."""
     recipe = section("", Recipe, "Sections follow, each with a heading.")
-    return "\n".join([HEAD, "## Recipe", *recipe, *grpo(), *schedulers(), *metrics(), *alarms(), ""])
+    parts = [*recipe, *grpo(), *arguments(), *schedulers(), *metrics(), *alarms(), ""]
+    return "\n".join([HEAD, "## Recipe", *parts])
 
 
 if __name__ == "__main__":

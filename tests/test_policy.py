@@ -110,6 +110,27 @@ def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
         engine.sampling = Sampling()
 
 
+@pytest.mark.slow
+def test_an_engine_hears_what_sampling_params_take(engine):
+    kept, requests = engine.sampling, [Request(prompt_ids=[5, 9], seed=n, max_tokens=12) for n in range(8)]
+    free = engine.complete(requests)
+    try:
+        stop = max(free, key=lambda c: len(c.ids)).ids[1]
+        engine.sampling = Sampling(generation_kwargs={"stop_token_ids": [stop]})
+        assert all(stop not in c.ids[:-1] for c in engine.complete(requests))
+        text = engine.llm.get_tokenizer().decode([stop])
+        engine.sampling = Sampling(generation_kwargs={"stop": [text]})
+        assert all(stop not in c.ids[:-1] for c in engine.complete(requests))
+        engine.sampling = Sampling(structured_outputs_regex="(4|5)+")
+        decode = engine.llm.get_tokenizer().decode
+        assert {mark for c in engine.complete(requests) for mark in decode(c.ids, skip_special_tokens=True)} <= {
+            "4",
+            "5",
+        }
+    finally:
+        engine.sampling = kept
+
+
 def test_a_request_that_would_be_cut_short_is_refused(engine):
     room = engine.llm.model_config.max_model_len
     with pytest.raises(ValueError, match=rf"room for {room} tokens of prompt and completion, {room + 1} are asked for"):
@@ -119,9 +140,12 @@ def test_a_request_that_would_be_cut_short_is_refused(engine):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size is not used by rollouts.engine vllm"),
-        ("grpo.vllm_mode=server", "grpo.vllm_mode is not used by rollouts.engine vllm"),
-        ("grpo.generation_kwargs={stop: x}", "grpo.generation_kwargs is not used by rollouts.engine vllm"),
+        ("grpo.vllm_tensor_parallel_size=2", "grpo.vllm_tensor_parallel_size=2 without use_vllm: it belongs"),
+        ("grpo.vllm_mode=server", "grpo.vllm_mode='server' without use_vllm: it belongs"),
+        (
+            "grpo.generation_kwargs={seed: 1}",
+            "grpo.generation_kwargs.seed with an engine of ours: it is the engine's own",
+        ),
         ("rollouts.engine_args={max_model_len: 9}", "use grpo.vllm_max_model_length"),
         ("rollouts.engine_args={tensor_parallel_size: 2}", "use rollouts.tensor_parallel"),
     ],

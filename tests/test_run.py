@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -228,8 +229,11 @@ def test_without_run_trl_evaluates_at_its_own_steps_and_nothing_else_is_written(
     assert evaluated["eval_heldout/safety/score"] == scores["eval_heldout/safety/score"]
     assert not any(name.startswith(("domain/", "eval_rewards")) for name in evaluated)
     assert list((tmp_path / "trl").iterdir()) == []
-    with pytest.raises(ValueError, match="held-out sets belong to the domains"):
-        trainer.evaluate(eval_dataset=[])
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(2)]
+    found = trainer.evaluate(eval_dataset=Dataset.from_list([row | {"domain": "arithmetic"} for row in rows]))
+    assert {"eval_loss", "eval_reward", "eval_entropy"} <= set(found)
+    with pytest.raises(ValueError, match="eval_dataset: column `domain` is None, expected one of"):
+        trainer.evaluate(eval_dataset=Dataset.from_list(rows))
 
 
 def plan(*, micro_batches_per_draw: int = 2) -> DrawPlan:

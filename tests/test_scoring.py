@@ -9,11 +9,14 @@ import urllib.error
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
 from polyphony.curricula.monitors.signs import COUNTED
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards.registry import HOOKS, GraderGoneError, as_score, find_reward
+from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.scoring import Failures, Scorer, is_unreachable
 
 
@@ -48,9 +51,12 @@ def test_a_reward_sees_texts_ids_and_every_column_of_its_rows():
     reward = Recording()
     scorer(math=reward)([sample(answer="4", level=1), sample(text="5", ids=[7, 8], answer="4", hint="add")])
     hooks = {name: reward.calls[0].pop(name) for name in HOOKS}
+    assert hooks.pop("trainer_state") is None  # outside a run
     assert all(map(callable, hooks.values()))
     assert reward.calls == [
         {
+            "id": ["math-2+2=", "math-2+2="],
+            "domain": ["math", "math"],
             "prompts": ["2+2=", "2+2="],
             "completions": ["4", "5"],
             "ids": [[1], [7, 8]],
@@ -88,6 +94,85 @@ def test_an_asynchronous_reward_is_awaited_inside_a_running_event_loop():
         return scorer(math=SlowReward())([sample(), sample()])
 
     assert asyncio.run(inside()) == [1.0, 1.0]
+
+
+class Keeps:
+    """Has a client of the loop that it was first called in, as HTTP clients have."""
+
+    def __init__(self):
+        self.lock, self.loops = asyncio.Lock(), set()
+
+    async def __call__(self, prompts, **columns):
+        async with self.lock:
+            self.loops.add(asyncio.get_running_loop())
+        return [1.0] * len(prompts)
+
+
+def test_asynchronous_rewards_always_run_in_the_same_loop():
+    reward = Keeps()
+    grader = scorer(math=find_reward({"name": "weighted", "parts": {"a": {"reward": reward}, "b": {"reward": waits}}}))
+    assert [grader([sample(), sample()]) for _ in range(2)] == [[1.5, 1.5]] * 2
+    assert len(reward.loops) == 1
+
+
+def test_an_asynchronous_reward_may_ask_asynchronous_ones():
+    async def asks(prompts, **columns):
+        return scorer(math=waits)([sample()] * len(prompts))
+
+    assert scorer(math=asks)([sample(), sample()]) == [0.5, 0.5]
+
+
+RETURNED = {
+    "list": [1, None, 0.5],
+    "tuple": (1, None, 0.5),
+    "numpy": np.array([1, None, 0.5], dtype=object),
+    "float32": np.array([1, 0, 0.5], dtype=np.float32),
+    "torch": torch.tensor([1, 0, 0.5], dtype=torch.bfloat16, requires_grad=True),
+    "column": torch.tensor([[1], [0], [0.5]]),
+    "tensors": [torch.tensor(1), None, np.float64(0.5)],
+}
+
+
+@pytest.mark.parametrize("values", RETURNED.values(), ids=RETURNED)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_may_return_lists_numpy_and_tensors(values, is_async):
+    async def later(prompts, **columns):
+        return values
+
+    found = scorer(math=later if is_async else lambda prompts, **columns: values)([sample()] * 3)
+    assert found == [1.0, None if values[1] is None else 0.0, 0.5]
+
+
+def test_a_reward_may_yield_its_values():
+    assert scorer(math=lambda prompts, **columns: (0.5 for _ in prompts))([sample()] * 2) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("values", [0.5, "11", {"a": 1}, np.array(1.0)], ids=str)
+def test_a_reward_that_returns_no_values_is_refused_by_its_domains_name(values):
+    with pytest.raises(ValueError, match="domain 'math': the reward returned"):
+        scorer(math=lambda prompts, **columns: values)([sample(), sample()])
+
+
+def test_extra_columns_are_of_the_completions_that_they_were_said_of():
+    grader = scorer(math=of_trl, code=fixed)
+    grader.extra = extra = Extra()
+    rows = [sample("math", "a", ids=[1]), sample("code", answer="4"), sample("math", "abc", ids=[2])]
+    grader(rows)
+    assert extra.flush(rows) == {"length": [1, None, 3]}
+    assert extra.flush(rows) == {"length": [None] * 3}  # a column that was once there stays one
+    grader.apart()(rows)
+    assert extra.flush(rows[:1]) == {"length": [None]}
+
+
+def test_an_extra_column_has_a_value_for_each_completion():
+    def short(prompts, log_extra, **columns):
+        log_extra("seen", ["4"])
+        return [1.0] * len(prompts)
+
+    grader = scorer(math=short)
+    grader.extra = Extra()
+    with pytest.raises(ValueError, match="domain 'math': log_extra got 1 values of 'seen' for 2 completions"):
+        grader([sample(), sample()])
 
 
 def test_none_stays_none_and_other_numbers_become_floats():
@@ -135,7 +220,7 @@ def test_what_a_reward_logs_as_in_trl_is_a_metric_of_its_domain(caplog):
         rewards = grader([sample("math", "a"), sample("math", "abc"), sample("code", answer="4"), sample("chat")])
         assert rewards == [0.0, 1.0, 1.0, 0.5]
     grader([sample("math", "abcdef"), sample("both", answer="4"), sample("both", answer="5")])
-    assert caplog.text.count("log_extra: column 'length' of a reward is not kept") <= 1  # once a process
+    assert caplog.text.count("log_extra: column 'length' of a reward is kept of training completions") <= 1  # once
     assert grader.logged.flush("domain") == {
         "domain/math/logged/mean_length": pytest.approx((2 + 2 + 6) / 3),
         "domain/chat/logged/asked": 1.0,

@@ -139,7 +139,7 @@ def test_exact_reads_a_text_letter_for_letter_and_a_list_as_alternatives():
 
 
 def test_a_wrong_option_names_what_is_allowed():
-    with pytest.raises(ValueError, match="match is exact or f1, got 'fuzzy'"):
+    with pytest.raises(ValueError, match="match: Input should be 'exact' or 'f1', got 'fuzzy'"):
         find_reward({"name": "short_answer", "match": "fuzzy"})
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -372,3 +373,24 @@ def test_a_run_with_lora_that_goes_on_from_a_checkpoint_ends_bit_for_bit_alike(t
     assert seen == other_seen
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
     assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
+
+
+def test_a_reward_gets_what_trls_gets_and_its_columns_stand_in_trls_table(tmp_path, engine):
+    seen = []
+
+    def reward(completions, answer, id, domain, trainer_state, log_extra, log_metric, **columns):
+        seen.append((trainer_state.global_step, set(domain), set(id)))
+        log_extra("asked", list(id))
+        return [float(len(text)) for text in completions]
+
+    trainer = DomainGRPOTrainer(
+        POLICY,
+        config(tmp_path, max_steps=1, log_completions=True),
+        domains=[domain("arithmetic", reward=reward)],
+        engine=engine,
+    )
+    trainer.train()
+    assert [(step, domains) for step, domains, _ in seen] == [(0, {"arithmetic"})]
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert set(table["asked"]) == seen[0][2] <= set(trainer.data.train["arithmetic"].ids)
+    assert len(table) == 32

@@ -121,6 +121,6 @@ def test_a_prompt_stands_in_the_sampler_as_often_as_its_group_and_its_reuse_need
 
 def test_a_reward_gets_the_hooks_that_trl_hands_over():
     source = inspect.getsource(GRPOTrainer._calculate_rewards)
-    assert set(re.findall(r'reward_kwargs\["(log_\w+)"\]', source)) == set(HOOKS)
+    assert set(re.findall(r'\n {8,12}reward_kwargs\["(\w+)"\] = self', source)) == {*HOOKS, "environments"}
     assert parameters(GRPOTrainer._log_metric) == ["name", "value"]
     assert parameters(GRPOTrainer._log_completion_extra) == ["column", "values"]

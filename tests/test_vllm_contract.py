@@ -16,7 +16,6 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.model_executor.models.transformers.base import Base
 
 from polyphony.launch.cluster.weights import Announcement, _endpoint, _is_stateful
-from polyphony.launch.grpo_fields import GRPO_KINDS, TRL_ENGINE
 from polyphony.launch.sections import NOT_FREE
 from polyphony.trainer.engine.cpu_build import PACKED, _keeping, unpacked
 from polyphony.trainer.engine.engine import classes_left_alone
@@ -59,7 +58,6 @@ def test_keys_that_are_told_apart_exist():
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     assert set(NOT_FREE) <= fields
     assert {"max_num_batched_tokens", "max_num_seqs", "enforce_eager", "disable_log_stats"} <= fields
-    assert set(GRPO_KINDS) >= TRL_ENGINE
 
 
 def test_linears_are_packed_for_amx_where_a_function_of_the_module_says_so():

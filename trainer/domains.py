@@ -131,6 +131,8 @@ class DomainData:
         Raises ValueError naming the domain and the row.
         """
         _check_names(domains)
+        shared = args.chat_template_kwargs or {}  # a domain's own arguments win
+        domains = [replace(d, chat_template_kwargs={**shared, **d.chat_template_kwargs}) for d in domains]  # type: ignore[dict-item]
         taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None
         told = told or _told_nobody
@@ -222,6 +224,19 @@ class DomainData:
         """Training prompts of all domains."""
         return sum(len(table) for table in self.train.values())
 
+    def asked(self, row: Mapping[str, Any]) -> Prompt:
+        """Return a row that is no domain's own as a prompt of the domain that its column `domain` names, or of the only one.
+
+        Raises ValueError where there is none of that name, and for a row that is no prompt.
+        """
+        names = self.names
+        name = names[0] if len(names) == 1 else row.get("domain")
+        if name not in names:
+            raise ValueError(f"eval_dataset: column `domain` is {name!r}, expected one of {', '.join(names)}")
+        is_chat = self.tokenizer.chat_template is not None
+        domain = self.domains[names.index(name)]
+        return next(iter(PromptTable([row], domain=domain, where="eval_dataset", is_chat=is_chat)))
+
     def tokenized(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Return the prompts with their token ids, through the chat template with their domain's arguments."""
         kwargs = {d.name: dict(d.chat_template_kwargs) for d in self.domains}
@@ -311,12 +326,20 @@ def _told_nobody(what: str, done: int, of: int | None) -> None:
     pass
 
 
-def context_of(model: Any, *, trust_remote_code: bool) -> int | None:
-    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name."""
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    else:
-        config = model.config
+def code_of(args: GRPOConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return which revision of a model's files is read, and whether its own code is run, as TRL reads its weights.
+
+    `args` are TRL's arguments, or a recipe's `grpo`.
+    """
+    said = args if isinstance(args, Mapping) else vars(args)
+    given = init if isinstance(init := said.get("model_init_kwargs"), Mapping) else {}
+    revision = {"revision": given["revision"]} if given.get("revision") else {}
+    return {"trust_remote_code": bool(given.get("trust_remote_code", said.get("trust_remote_code"))), **revision}
+
+
+def context_of(model: Any, **code: Any) -> int | None:
+    """Return the tokens that a prompt and its completion may fill together; `model` is one, or its name with `code_of`."""
+    config = AutoConfig.from_pretrained(model, **code) if isinstance(model, str) else model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -42,6 +43,10 @@ def filled(rows: Mapping[int, Completion], left: Collection[int], look: int, siz
         for n, row in enumerate(repeated([rows[k * size + n] for n in range(look)], size))
     }
     return dict(sorted((dict(rows) | whole).items()))
+
+
+NO_DRAW = -2
+"""Stands for the draw in the seeds of a data set that TRL's `evaluate` was given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +105,28 @@ class Draws:
             rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
         self.failures.see(rollout.sampled)
         return rollout
+
+    def answer(self, rows: Sequence[Mapping[str, Any]], copies: int) -> Rollout:
+        """Sample and grade one completion a row, `copies` of each in a row, of a data set that is no domain's.
+
+        Nothing remembers them. Raises ValueError for a row whose column `domain` names none, where there are several.
+        """
+        prompts = self.data.tokenized(self.data.asked(row) for row in rows)
+        requests = [
+            Request(
+                prompt_ids=prompt.ids,
+                seed=completion_seed(self.seed, NO_DRAW, prompt.id, self.policy.rank, i),
+                max_tokens=self.data.limits[prompt.domain],
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        read = self.policy.read(prompts, self.policy.complete(requests, copies))
+        scorer = self.scorer.apart()
+        rewards = together(lambda: scorer(read), scorer.slow, gather_object)
+        graded = [replace(c, reward=reward) for c, reward in zip(read, rewards, strict=True)]
+        first = self.policy.rank * len(rows)  # a group may straddle ranks: each row is handed over as one of its own
+        parts = [(first + i, Group.of([c], draw=NO_DRAW, with_texts=False)) for i, c in enumerate(graded)]
+        return Rollout(rows=dict(enumerate(graded)), groups=dict(gather_object(parts)), size=1, seconds=0.0)
 
     def _replacements(self, rollout: Rollout) -> dict[int, Prompt]:
         """Return a further prompt of the same domain for each useless group, as far as there are any."""

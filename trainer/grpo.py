@@ -30,6 +30,7 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
+from polyphony.trainer.arguments import refuse_unheard
 from polyphony.trainer.checkpoint_mark import begin_mark
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
@@ -42,12 +43,13 @@ from polyphony.trainer.checkpoints import (
 )
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
-from polyphony.trainer.domains import DomainData, context_of
+from polyphony.trainer.domains import DomainData, code_of, context_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
@@ -149,15 +151,16 @@ class DomainGRPOTrainer(GRPOTrainer):
         _refuse(of_trl)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "guardrails": guardrails, "max_grader_failures": max_grader_failures}
-        settings = TrainerSettings.of(**given)
+        settings = TrainerSettings.of(**given).with_samples(args.num_generations_eval)
         refuse_unknown(engine)
+        refuse_unheard(args, engine=engine, has_run=run is not None)
         name = model if isinstance(model, str) else model.name_or_path
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        context = context_of(model, trust_remote_code=args.trust_remote_code)
+        code = code_of(args)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code)
         self.data = (
             domains
             if isinstance(domains, DomainData)
-            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context)
+            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model, **code))
         )
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
@@ -190,6 +193,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.scorer.extra = self.extra = Extra()
+        self.scorer.state_of = lambda: getattr(self, "state", None)
         self.fusion = Fusion.of(self.data.domains)
         self.curriculum = Curriculum(
             domains=self.data.domains,
@@ -254,10 +259,18 @@ class DomainGRPOTrainer(GRPOTrainer):
     # --- one draw -------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots."""
+        """Fill the slots, then let TRL do the rest. Relies on TRL calling it once a draw with this rank's slots.
+
+        In evaluation, of a data set that `evaluate` was given, rows are no slots.
+        """
+        if not self.model.training:
+            self._rollout = self.draws.answer(inputs, self.num_generations_eval or self.num_generations)
+            return super()._generate_and_score_completions(inputs)
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
+        for column, values in self.extra.flush(list(rollout.rows.values())).items():
+            self._log_completion_extra(column, values)
         output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
         self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
@@ -277,8 +290,18 @@ class DomainGRPOTrainer(GRPOTrainer):
         if not self.advantages.is_stock:
             first_row = self.policy.rank * len(inputs)
             output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
+            self._show_advantages(output["advantages"])
         self.shortcuts.observe(step, rollout.sampled)
         return output
+
+    def _show_advantages(self, advantages: torch.Tensor) -> None:
+        """Have TRL's table show these of all ranks, not its own of this draw (`log_completions`)."""
+        if self.log_completions:
+            shown: list[float] = self.accelerator.gather(advantages).tolist()  # type: ignore[union-attr]
+            rows = self._logs["advantages"]
+            for _ in range(min(len(shown), len(rows))):
+                rows.pop()
+            rows.extend(shown)
 
     def _roll_out(self, n_rows: int) -> Rollout:
         if self._chance_of_draw is not None:
@@ -416,11 +439,13 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> dict[str, float]:
         """Score the policy as it is now; return and log `eval_heldout/<domain>/<metric>`, as TRL does its own metrics.
 
-        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Raises ValueError for another data
-        set.
+        TRL's trackers hear of it, a run does not: its own evaluations are at its steps. Another data set, or a dict of them,
+        is evaluated as by TRL, under TRL's names (`eval_loss`, `eval_reward`); a column `domain` says whose reward grades a
+        row, where there are several.
         """
         if eval_dataset is not None:
-            raise ValueError("evaluate: held-out sets belong to the domains; leave eval_dataset out")
+            with self.run.aside() if self.run else nullcontext():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what TRL itself samples has no seeds
             result = self.evaluator.run()
@@ -486,7 +511,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics beside TRL's, so that one step is one line."""
+        """Add our metrics beside TRL's, so that one step is one line; an evaluation ends no step."""
+        if not self.model.training:
+            super().log(logs, start_time)
+            return
         if "train_runtime" not in logs:  # the summary that Transformers logs once at the end
             for name, value in self.curriculum.metrics().items():
                 owner, metric = name.rsplit("/", 1)

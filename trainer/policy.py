@@ -87,6 +87,8 @@ class Policy:
             top_k=t.top_k,
             min_p=t.min_p,
             repetition_penalty=t.repetition_penalty,
+            structured_outputs_regex=t.args.vllm_structured_outputs_regex,
+            generation_kwargs=t.args.generation_kwargs or {},
         )
 
     @property
@@ -109,6 +111,7 @@ class Policy:
         trainer, args = self.trainer, self.trainer.args
         if isinstance(engine, Engine):
             engine.attach(trainer.model, trainer.accelerator)
+            engine.sampling = self.sampling
         else:
             make = find_engine(engine) if isinstance(engine, str) else engine
             engine = make(

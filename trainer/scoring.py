@@ -18,12 +18,13 @@ import socket
 import threading
 import urllib.error
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
 from polyphony.rewards.registry import GraderGoneError, ask, settled
+from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.metrics import Logged
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,15 @@ class Scorer:
         self.slow = frozenset(name for name, reward in self.rewards.items() if getattr(reward, "is_slow", False))
         """Domains whose rewards mostly wait, see `polyphony.rewards.registry`."""
         self.logged = Logged()
+        self.state_of: Callable[[], Any] = lambda: None
+        """Returns Transformers' state of the run, as rewards get it."""
+        self.extra: Extra | None = None
+        """What rewards say of each completion by `log_extra`; None where nobody reads it."""
 
     def apart(self) -> Scorer:
         """Return one with the same rewards that counts by itself what they log."""
         other = copy.copy(self)
-        other.logged = Logged()
+        other.logged, other.extra = Logged(), None
         return other
 
     def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
@@ -87,7 +92,12 @@ class Scorer:
     def _score(self, name: str, completions: list[Completion]) -> list[float | None]:
         reward = self.rewards[name]
         logged: list[tuple[str, float]] = []  # one that fails, and is asked again row by row, must not log twice
-        hooks = {"log_metric": lambda metric, value: logged.append((metric, float(value))), "log_extra": _ignore}
+        extra: list[tuple[str, Sequence[Any]]] = []
+        hooks = {
+            "log_metric": lambda metric, value: logged.append((metric, float(value))),
+            "log_extra": lambda column, values: extra.append((column, list(values))),
+            "trainer_state": self.state_of(),
+        }
         try:
             values = _call(reward, completions, hooks, opening=self.openings.get(name, ""))
         except GraderGoneError:
@@ -99,12 +109,18 @@ class Scorer:
             return [self._score(name, [completion])[0] for completion in completions]
         scores = _as_scores(name, values, len(completions))
         self.logged.add(name, logged)
+        for column, told in extra:
+            if self.extra is None:
+                _say_ignored(column)
+            else:
+                self.extra.add(name, column, completions, told)
         return scores
 
     def tried(self, completion: Completion) -> float | None:
         """Return the score of one completion and log nothing; what the reward raises is raised: for a look before a run."""
         name = completion.prompt.domain
         hooks = {"log_metric": lambda metric, value: None, "log_extra": lambda column, values: None}
+        hooks |= {"trainer_state": self.state_of()}
         values = _call(self.rewards[name], [completion], hooks, opening=self.openings.get(name, ""))
         return _as_scores(name, values, 1)[0]
 
@@ -182,22 +198,21 @@ def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any
         "prompts": [s.prompt.prompt for s in completions],
         "completions": [[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
         "completion_ids": [s.ids for s in completions],
+        "id": [s.prompt.id for s in completions],
+        "domain": [s.prompt.domain for s in completions],
     }
     return settled([ask(reward, {**columns, **arguments, **hooks})])[0]
 
 
-def _ignore(column: str, values: Sequence[Any]) -> None:
-    _say_ignored(column)
-
-
 @functools.cache
 def _say_ignored(column: str) -> None:
-    logger.warning("log_extra: column %r of a reward is not kept; numbers are, by log_metric", column)
+    logger.warning("log_extra: column %r of a reward is kept of training completions alone, in log_completions", column)
 
 
 def _as_scores(name: str, values: Any, number: int) -> list[float | None]:
-    if not hasattr(values, "__len__"):
+    if not isinstance(values, Iterable) or isinstance(values, str | Mapping) or getattr(values, "ndim", 1) == 0:
         raise ValueError(f"domain {name!r}: the reward returned {values!r} for {number} completions")
+    values = list(getattr(values, "detach", lambda: values)())  # of numpy, of torch, of a generator
     if len(values) != number:
         raise ValueError(f"domain {name!r}: the reward returned {len(values)} values for {number} completions")
     return [_checked(name, value) for value in values]

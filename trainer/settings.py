@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -283,6 +283,18 @@ class TrainerSettings:
             guardrails=tuple(as_settings(Guardrail, guardrail) for guardrail in guardrails),
             max_grader_failures=max_grader_failures,
         )
+
+    def with_samples(self, asked: int | None) -> TrainerSettings:
+        """Return settings by which held-out items are sampled as often as TRL's `num_generations_eval` asks for.
+
+        Raises ValueError where `evaluation.samples` says otherwise.
+        """
+        given = self.evaluation.samples
+        if asked is None or asked == given:
+            return self
+        if given != EvaluationSettings().samples:
+            raise ValueError(f"num_generations_eval={asked} and evaluation.samples={given}: say one of them")
+        return replace(self, evaluation=replace(self.evaluation, samples=asked))
 
     def check(self, names: Sequence[str], *, engine: Any, of_trl: Callable[[str], Any]) -> None:
         """Raise ValueError for domains that there are not, and for what excludes another.

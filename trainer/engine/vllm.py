@@ -38,11 +38,29 @@ class Sampling:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    structured_outputs_regex: str | None = None
+    """What completions have to match."""
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of vLLM's SamplingParams (`stop`, `bad_words`, ..)."""
 
     @property
     def is_the_policys(self) -> bool:
         """Whether tokens come from the policy's own distribution at this temperature, nothing cut off or pushed."""
-        return self.top_p >= 1 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1
+        is_whole = self.top_p >= 1 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1
+        return is_whole and not self.structured_outputs_regex and not self.generation_kwargs
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What is asked of vLLM's SamplingParams beside temperature and truncation."""
+        more = dict(self.generation_kwargs)
+        structured: Any = more.get("structured_outputs")
+        if self.structured_outputs_regex is not None:
+            structured = {"regex": self.structured_outputs_regex}
+        if isinstance(structured, Mapping):
+            from vllm.sampling_params import StructuredOutputsParams  # slow to import
+
+            more["structured_outputs"] = StructuredOutputsParams(**structured)
+        return more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +190,8 @@ def _sample(
         "repetition_penalty": sampling.repetition_penalty,
         "logprobs": 0,
         "flat_logprobs": True,  # two lists in place of an object and a dict a token
-        "detokenize": False,
+        "detokenize": bool(sampling.generation_kwargs.get("stop")),  # what it is to stop at is text
+        **sampling.more,
     }
     greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     params = [

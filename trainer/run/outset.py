@@ -42,10 +42,6 @@ class Cadence:
         for name in ("eval_strategy", "save_strategy"):
             if (value := getattr(getattr(args, name), "value", getattr(args, name))) not in ("no", "steps"):
                 raise ValueError(f"{name}={value!r} with run=: expected 'steps' or 'no'")
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end with run=: leave it out, the best checkpoint by worst domain is kept"
-            )
         evaluation, checkpoint = settings.evaluation, settings.checkpoint
         saves = None if args.save_steps == GRPOConfig.save_steps else args.save_steps
         name, value = _once(

@@ -1,0 +1,153 @@
+"""TRL's `GRPOTrainer(model, reward_funcs, args, train_dataset, ..)` as one domain of ours, to run TRL's own tests on it.
+
+One domain `trl`, whose reward is the weighted sum of the reward functions; rows that are text stay text (`as_chat: false`).
+TRL generates (engine transformers), as it does without vLLM. What a reward logs stands under TRL's names. Nothing here knows
+a test; what we refuse stays refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl.data_utils import apply_chat_template
+from trl.trainer.grpo_config import GRPOConfig
+
+from polyphony.curricula.records import Domain
+from polyphony.rewards.registry import ask, settled
+from polyphony.trainer.domains import DomainData, code_of, context_of
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.metrics import Logged
+from polyphony.trainer.settings import DataSettings
+
+
+class RewardModel:
+    """A model that scores a prompt with its completion, by name or loaded."""
+
+    def __init__(self, model: Any, tokenizer: Any, **chat: Any) -> None:
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        self.model, self.chat = model.eval(), chat
+        self.__name__ = model.config._name_or_path.split("/")[-1]
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
+        """Return the model's scores."""
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        if not isinstance(prompts[0], str):
+            texts = [apply_chat_template({"messages": m}, self.tokenizer, **self.chat)["text"] for m in texts]
+        asked = {"return_tensors": "pt", "padding": True, "padding_side": "right", "add_special_tokens": False}
+        with torch.inference_mode():
+            return self.model(**self.tokenizer(text=texts, **asked)).logits[:, 0].tolist()
+
+
+class Sum:
+    """Reward functions as one: their weighted sum, over those that say something of a row."""
+
+    range = (-1e6, 1e6)
+    """TRL's have no bounds; held-out scores need some."""
+
+    def __init__(self, rewards: list[Callable[..., Any]], weights: list[float] | None) -> None:
+        self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
+
+    def __call__(self, log_metric: Callable[[str, float], None], **given: Any) -> list[float | None]:
+        """Return the sums; log every function's mean and deviation under TRL's name."""
+        said = [list(r) for r in settled([ask(reward, {**given, "log_metric": log_metric}) for reward in self.rewards])]
+        for reward, values in zip(self.rewards, said, strict=True):
+            known = [float(v) for v in values if v is not None]
+            if known:
+                log_metric(f"rewards/{reward.__name__}/mean", statistics.fmean(known))
+                log_metric(f"rewards/{reward.__name__}/std", statistics.stdev(known) if len(known) > 1 else math.nan)
+        rows = [
+            [(w, v) for w, v in zip(self.weights, row, strict=True) if v is not None] for row in zip(*said, strict=True)
+        ]
+        return [sum(w * float(v) for w, v in row) if row else None for row in rows]
+
+
+class TrlNames(Logged):
+    """What rewards log, without the domain's name before it."""
+
+    def flush(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the means as TRL calls them."""
+        return {name.partition("/logged/")[2] or name: value for name, value in super().flush(*args, **kwargs).items()}
+
+
+class OneDomainTrainer(DomainGRPOTrainer):
+    """Ours, constructed as TRL's."""
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
+        if given := [name for name, value in others.items() if value is not None]:
+            raise NotImplementedError(f"{', '.join(given)}: not of this trainer")
+        if not reward_funcs:
+            raise ValueError("No reward source provided")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required")
+        name = model if isinstance(model, str) else model.name_or_path
+        args = copy.copy(args or GRPOConfig(f"{name.split('/')[-1]}-GRPO"))
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        classes = reward_processing_classes or [None] * len(rewards)
+        classes = classes if isinstance(classes, list) else [classes]
+        if len(classes) != len(rewards):
+            raise ValueError("the number of reward processing classes must match the number of reward functions")
+        if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+            raise ValueError("the number of reward weights must match the number of reward functions")
+        chat: Any = args.chat_template_kwargs or {}
+        is_model = [isinstance(r, str) or hasattr(r, "config") for r in rewards]
+        rewards = [RewardModel(r, c, **chat) if m else r for r, c, m in zip(rewards, classes, is_model, strict=True)]
+        reward, args.reward_weights = Sum(rewards, args.reward_weights), None  # the sum has them
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = _read(train_dataset, args)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code_of(args))
+        rows = {"train": list(train_dataset), "heldout": _rows(eval_dataset) or list(train_dataset)[:2]}
+        domain = Domain(name="trl", kind="open_ended", reward=reward, as_chat=False, **rows)
+        context = context_of(model, **code_of(args))
+        keep = DataSettings(overlap="keep")
+        super().__init__(
+            model,
+            args,
+            domains=DomainData.load([domain], tokenizer=tokenizer, args=args, context=context, settings=keep),
+            engine="vllm" if args.use_vllm else "transformers",
+            max_grader_failures=1.0,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.scorer.logged = TrlNames()
+        self.eval_dataset = eval_dataset
+        self.reward_processing_classes = [r.tokenizer if m else None for r, m in zip(rewards, is_model, strict=True)]
+
+
+def _read(stream: Iterable[Mapping[str, Any]], args: GRPOConfig) -> list[Mapping[str, Any]]:
+    """Read a stream under TRL's conditions for one: it has no length, and no worker reads it."""
+    config: Any = args.accelerator_config
+    if config.dispatch_batches:
+        raise ValueError("Iterable datasets require `dispatch_batches=False`")
+    config.dispatch_batches, args.dataloader_num_workers = False, 0
+    return list(stream)
+
+
+def _rows(data: Any) -> list[Mapping[str, Any]]:
+    """Return the rows of a data set, of a dict of them, or of none."""
+    sets = data.values() if isinstance(data, Mapping) else [] if data is None else [data]
+    return [row for rows in sets for row in rows]
