@@ -72,7 +72,7 @@ class Need:
     def __post_init__(self) -> None:
         has_transfer = self.transfer is not None and self.strength > 0
         values = TransferValue(
-            scores=score_prior(self.transfer) if has_transfer else None,
+            scores=None if self.transfer is None or not self.strength else score_prior(self.transfer),
             entropies=None if self.transfer is None else entropy_prior(self.transfer),
             focus=self.focus,
             alarm=ALARM,

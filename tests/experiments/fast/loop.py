@@ -155,21 +155,33 @@ def gradient(
     draw, with logp' the same number held fixed. Groups without an advantage are counted and not computed.
     """
     tokens = sum(len(row.ids) for row in rows)
-    live = [g for g in range(0, len(rows), GROUP) if bool((advantages[g : g + GROUP] != 0).any())]
     leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    if not live:
+    decoder, parts = Decoder(leaves, config), []
+    for groups in _alike(rows, advantages):
+        said = [[row.ids for row in rows[g : g + GROUP]] for g in groups]
+        flat = [ids for group in said for ids in group]
+        logits = decoder.completion_logits([rows[g].prompt.ids for g in groups], said)
+        chosen = torch.tensor([token for ids in flat for token in ids])
+        logps = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        of_rows = torch.cat([advantages[g : g + GROUP] for g in groups])
+        of_tokens = of_rows.repeat_interleave(torch.tensor([len(ids) for ids in flat]))
+        parts.append(-((logps - logps.detach()).exp() * of_tokens).sum() / tokens)
+    if not parts:
         return 0.0, {name: torch.zeros_like(value) for name, value in leaves.items()}
-    prompts = [rows[g].prompt.ids for g in live]
-    said = [[row.ids for row in rows[g : g + GROUP]] for g in live]
-    flat = [ids for group in said for ids in group]
-    logits = Decoder(leaves, config).completion_logits(prompts, said)
-    chosen = torch.tensor([token for ids in flat for token in ids])
-    logps = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    of_rows = torch.cat([advantages[g : g + GROUP] for g in live])
-    of_tokens = of_rows.repeat_interleave(torch.tensor([len(ids) for ids in flat]))
-    loss = -((logps - logps.detach()).exp() * of_tokens).sum() / tokens
+    loss = torch.stack(parts).sum()
     found = torch.autograd.grad(loss, list(leaves.values()))
     return loss.item(), dict(zip(leaves, found, strict=True))
+
+
+def _alike(rows: Sequence[Completion], advantages: Tensor) -> list[list[int]]:
+    """Return the first rows of the groups with an advantage, in two parts at most: a story is no padding for a sum."""
+    live = [g for g in range(0, len(rows), GROUP) if bool((advantages[g : g + GROUP] != 0).any())]
+    longest = {g: max(len(row.ids) for row in rows[g : g + GROUP]) for g in live}
+    live.sort(key=lambda g: longest[g])
+    if not live:
+        return []
+    cut = min(range(1, len(live) + 1), key=lambda n: n * longest[live[n - 1]] + (len(live) - n) * longest[live[-1]])
+    return [part for part in (live[:cut], live[cut:]) if part]
 
 
 class Learner:
