@@ -123,8 +123,38 @@ class Study:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def cells(self, part: str, rows: Sequence[Row]) -> list[Cell]:
-        """Return the cells of a part, as far as the results so far say what they are."""
-        return {"tuning": self._tuning, "edges": self._edges, "final": self._final, "extras": self._extras}[part](rows)
+        """Return the cells of a part. Raises ValueError where the results of an earlier one do not say yet what they are."""
+        parts = {"tuning": self._tuning, "edges": self._edges, "final": self._final, "extras": self._extras}
+        there = {row["id"] for row in rows}
+        for earlier in PARTS[: min(2, PARTS.index(part))]:  # what the final part finds decides nothing
+            missing = [cell for cell in parts[earlier](rows) if cell.id not in there]
+            if missing or not all(self._is_tuned(arm, rows) for arm in self.arms):
+                raise ValueError(f"{part}: what belongs to it is known after {earlier}, of which cells are left")
+        return parts[part](rows)
+
+    def outlook(self, rows: Sequence[Row]) -> dict[str, list[Cell]]:
+        """Return cells like those of each part, to say how long they will take: joint stands for arms that are not known."""
+        found: dict[str, list[Cell]] = {}
+        arms, rate, seeds = {name: dict(given or {}) for name, given in self.arms.items()}, 0.0, self.final.seeds
+        every = [self.cell(world, "joint", rate, seed, arms["joint"]) for world in self.worlds for seed in seeds]
+        rare = [cell for cell in every if cell.world in self.tuning.worlds]
+        found["tuning"] = [
+            self.cell(world, arm, rate, seed, given)
+            for arm, given in arms.items()
+            for world in self.tuning.worlds
+            for rate in self.tuning.rates
+            for seed in self.tuning.seeds
+        ]
+        found["edges"] = found["tuning"][:: 2 * len(self.tuning.rates)]
+        found["final"] = every * (self.final.best + 2)
+        found["extras"] = every * 2 + rare
+        for part in PARTS[1:]:  # what is still to be built on others is in the first already
+            try:
+                found[part] = self.cells(part, rows)
+            except ValueError:
+                break
+        there = {row["id"] for row in rows}
+        return {part: [cell for cell in cells if cell.id not in there] for part, cells in found.items()}
 
     def settings_of(self, arm: str, rows: Sequence[Row]) -> dict[str, Any] | None:
         """Return an arm's settings; None where it builds on others that are not through yet."""
@@ -311,11 +341,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(arguments.out, study)
     say(f"study {study.name} {study.digest}, drawn worlds by {study.key or 'no key'}")
     until = time.monotonic() + 60 * arguments.minutes
+    outlook = study.outlook(results.runs)
     for part in arguments.parts:
-        cells = results.missing(study.cells(part, results.runs))
-        hours = results.seconds([*results.missing(study.probes(cells)), *cells]) / 3600
-        say(f"{part}: {len(cells)} cells known to be left, {hours:.1f} h of one core")
-        if not arguments.dry and not run_part(study, part, results, arguments.out, jobs=arguments.jobs, until=until):
+        hours = results.seconds([*results.missing(study.probes(outlook[part])), *outlook[part]]) / 3600
+        say(f"{part}: about {len(outlook[part])} cells are left, {hours:.1f} h of one core")
+    for part in () if arguments.dry else arguments.parts:
+        if not run_part(study, part, results, arguments.out, jobs=arguments.jobs, until=until):
             return 1
     if results.runs:
         print(tuning_report(results.runs, study.tuning.worlds, study.tuning.seeds))
