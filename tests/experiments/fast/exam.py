@@ -59,7 +59,7 @@ class Exam:
 
     def decide(self, policy: LabPolicy, *, seed: int) -> Marks:
         """Score one sampled completion of every item that decides; the same item gets the same seed each time."""
-        return self._sampled(policy, self.deciding, seed=seed)
+        return self.sampled(policy, self.deciding, seed=seed)
 
     def publish(self, policy: LabPolicy, *, most: int | None = None) -> Marks:
         """Score the published items, of each domain `most`: expected where an answer is one string, else sampled."""
@@ -70,7 +70,7 @@ class Exam:
         answers = [self.answers[i] for i in exact]
         chances = policy.decoder.answer_logps([p.ids for p in asked], answers)
         told = [self.published[i] for i in chosen if is_open[self.published[i].domain]]
-        marks = self._sampled(policy, [p for p in told for _ in range(STORIES)], seed=PUBLISHED_SEED)
+        marks = self.sampled(policy, [p for p in told for _ in range(STORIES)], seed=PUBLISHED_SEED)
         scores = {name: tuple(math.exp(chances[i]) for i in places) for name, places in _by_domain(asked)}
         scores |= {
             name: tuple(mean(values[n : n + STORIES]) for n in range(0, len(values), STORIES))
@@ -81,9 +81,10 @@ class Exam:
     def entropy(self, policy: LabPolicy, *, most: int) -> Marks:
         """Sample `most` published items of each domain once, for their entropies."""
         chosen = [self.published[i] for _, places in _by_domain(self.published) for i in places[:most]]
-        return self._sampled(policy, chosen, seed=PUBLISHED_SEED)
+        return self.sampled(policy, chosen, seed=PUBLISHED_SEED)
 
-    def _sampled(self, policy: LabPolicy, prompts: Sequence[Prompt], *, seed: int) -> Marks:
+    def sampled(self, policy: LabPolicy, prompts: Sequence[Prompt], *, seed: int) -> Marks:
+        """Score one completion a prompt; those of a domain stand together, a prompt that stands there again gets another."""
         repeats: dict[str, int] = {}
         requests = []
         for prompt in prompts:

@@ -169,8 +169,12 @@ def drawn(*, key: str) -> World:
 
 
 def _size(chance: random.Random, domain: str, skill: str) -> int:
-    there_are = sum(row["skill"] == skill for row in lab.rows(domain=domain, split="train"))
-    return min(there_are, round(60 * 25 ** chance.random()))
+    return min(_there_are(domain, skill), round(60 * 25 ** chance.random()))
+
+
+@lru_cache(maxsize=32)
+def _there_are(domain: str, skill: str) -> int:
+    return sum(row["skill"] == skill for row in lab.rows(domain=domain, split="train"))
 
 
 WORLDS = {"even": even, "uneven": uneven, "many": many, "drawn": drawn}
