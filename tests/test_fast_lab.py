@@ -13,10 +13,10 @@ from polyphony.curricula.records import mean
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from tests.experiments.fast.cell import Cell
+from tests.experiments.fast.cell import StudyCell
 from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
-from tests.experiments.fast.loop import CLIP, POLICY, Run, base, gradient, load_world, stock_advantages
+from tests.experiments.fast.loop import CLIP, POLICY, LabRun, base, gradient, load_world, stock_advantages
 from tests.experiments.fast.study import Results, Study
 from tests.experiments.fast.tables import best_rates, holm, ranking, report, tokens_to
 from tests.experiments.fast.worlds import Subject, drawn, make_world, rows
@@ -99,7 +99,7 @@ def real(data, tmp_path_factory):
 
 def test_the_loop_draws_and_samples_as_the_real_trainer_does(real, data):
     _, seen = real
-    run = Run(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
+    run = LabRun(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
     for then, mixture in zip(seen.rollouts, seen.mixtures, strict=True):
         rollout = run.advance()
         assert [(g.domain, g.prompt_id) for g in rollout.groups.values()] == [
@@ -126,7 +126,7 @@ def test_loss_and_gradient_are_the_real_trainers_for_the_same_completions(real):
 
 def test_weights_after_three_steps_are_the_real_trainers(real, data):
     trainer, _ = real
-    run = Run(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
+    run = LabRun(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
     for _ in range(3):
         run.advance()
     theirs = dict(trainer.model.named_parameters())
@@ -137,7 +137,7 @@ def test_weights_after_three_steps_are_the_real_trainers(real, data):
 
 def test_an_evaluation_is_of_the_halves_and_expects_what_sampling_scores(data):
     exam = Exam(data, deciding=10, published=40)
-    run = Run(data=data, scheduler=SEC(), rate=0.0, draws=4, seed=1)
+    run = LabRun(data=data, scheduler=SEC(), rate=0.0, draws=4, seed=1)
     for items, half in ((exam.deciding, "steer"), (exam.published, "report")):
         sides = {i: side for t in data.heldout.values() for i, side in zip(t.ids, halves(t.ids), strict=True)}
         assert {sides[prompt.id] for prompt in items} == {half}
@@ -225,6 +225,6 @@ def test_the_registered_study_says_its_parts_and_resumes(tmp_path):
 
 def test_evaluations_stay_within_a_quarter_of_what_is_trained_on():
     for world in ("even", "uneven", "many"):
-        cell = Cell(world=world, arm="joint", settings={}, rate=1e-4, seed=1)
+        cell = StudyCell(world=world, arm="joint", settings={}, rate=1e-4, seed=1)
         asked = cell.deciding * len(make_world(world)) * cell.draws // cell.every
         assert 0.15 < asked / (cell.draws * 64) <= 0.2

@@ -21,7 +21,7 @@ from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.domains import DomainData
 from tests.experiments.fast.exam import Course, Exam
-from tests.experiments.fast.loop import GROUP, PROMPTS, Run, load_world
+from tests.experiments.fast.loop import GROUP, PROMPTS, LabRun, load_world
 from tests.experiments.fast.worlds import World, make_world
 
 PROBE = "probe"
@@ -35,10 +35,10 @@ PROBED = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
+class StudyCell:
     """What is run, in full: nothing else of a study changes its row.
 
-    Example: `Cell(world="even", arm="joint", settings={"scheduler": "joint"}, rate=2e-4, seed=1)`
+    Example: `StudyCell(world="even", arm="joint", settings={"scheduler": "joint"}, rate=2e-4, seed=1)`
     """
 
     world: str
@@ -78,7 +78,7 @@ def _exam(world: World, deciding: int, published: int) -> Exam:
     return Exam(load_world(world), deciding=deciding, published=published)
 
 
-def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
+def run_cell(cell: StudyCell, out: Path) -> dict[str, Any]:
     """Run a cell and return its row; `out` has the transfer files."""
     began, wall = time.process_time(), time.monotonic()
     world = make_world(cell.world, cell.world_settings)
@@ -88,12 +88,12 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     return {"id": cell.id, **of_cell, **row, **spent}
 
 
-def _course(cell: Cell, world: World, out: Path) -> dict[str, Any]:
+def _course(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
     data, exam = load_world(world), _exam(world, cell.deciding, cell.published)
     settings = dict(cell.settings)
     decay, pool = settings.pop("decay", 0.0), settings.pop("pool", None)
     scheduler = make_scheduler(settings, data, cell.probe_file(out))
-    run = Run(
+    run = LabRun(
         data=data,
         scheduler=scheduler,
         rate=cell.rate,
@@ -132,7 +132,7 @@ def make_scheduler(settings: Mapping[str, Any], data: DomainData, probe_file: Pa
     return as_scheduler(given, entropy=entropy, domains=data.names)
 
 
-def _probe(cell: Cell, world: World, out: Path) -> dict[str, Any]:
+def _probe(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
     data, exam = load_world(world), _exam(world, PROBED, 2)
     names = tuple(data.train)
     steps, seeds = int(cell.settings["steps"]), int(cell.settings["seeds"])
@@ -140,7 +140,7 @@ def _probe(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     for seed in range(cell.seed, cell.seed + seeds):
         for trained in [(), *((name,) for name in names)]:
             arm = trained or names  # without training, all are there
-            run = Run(data=_restricted(data, arm), scheduler=Joint(), rate=cell.rate, draws=max(1, steps), seed=seed)
+            run = LabRun(data=_restricted(data, arm), scheduler=Joint(), rate=cell.rate, draws=max(1, steps), seed=seed)
             for _ in range(steps if trained else 0):
                 run.advance()
             marks = exam.decide(run.policy, seed=seed)

@@ -40,7 +40,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class DecoderLayer:
     """The weights of one layer, those that read the same thing side by side."""
 
     before: Tensor
@@ -53,7 +53,7 @@ class Layer:
     down: Tensor
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], number: int) -> Layer:
+    def of(cls, weights: Mapping[str, Tensor], number: int) -> DecoderLayer:
         """Take a layer out of a checkpoint's names."""
         w = {name: weights[f"model.layers.{number}.{name}.weight"] for name in LAYER_NAMES}
         return cls(
@@ -90,7 +90,7 @@ class Decoder:
         check_architecture(config)
         self.heads, self.size, self.eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
         self.end = config.eos_token_id
-        self.layers = [Layer.of(weights, number) for number in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer.of(weights, number) for number in range(config.num_hidden_layers)]
         self.embedding, self.norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
         steps = torch.arange(0, self.size, 2, dtype=torch.float32) / self.size
         theta = config.rope_parameters["rope_theta"] ** -steps

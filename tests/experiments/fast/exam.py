@@ -18,7 +18,7 @@ from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
 from polyphony.trainer.evaluation.evaluator import EVALUATION_DRAW
 from polyphony.trainer.scoring import Scorer
-from tests.experiments.fast.loop import LabPolicy, Measured, Run
+from tests.experiments.fast.loop import LabCompletion, LabPolicy, LabRun
 
 PUBLISHED_SEED = 99
 STORIES = 2
@@ -97,7 +97,7 @@ class Exam:
         for name, places in _by_domain(prompts):
             scores[name] = tuple(rewards[i] or 0.0 for i in places)
             rows = [completions[i] for i in places]
-            entropy[name] = per_token([(row.entropy, len(row.ids)) for row in rows if isinstance(row, Measured)])
+            entropy[name] = per_token([(row.entropy, len(row.ids)) for row in rows if isinstance(row, LabCompletion)])
         return Marks(scores=scores, entropy=entropy, tokens=sum(len(c.ids) for c in completions))
 
 
@@ -124,7 +124,7 @@ class Course:
     never more than under any other scheduler.
     """
 
-    run: Run
+    run: LabRun
     exam: Exam
     every: int
     shown: int = 100

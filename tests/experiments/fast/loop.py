@@ -53,7 +53,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured(Completion):
+class LabCompletion(Completion):
     """A completion whose tokens' entropies are known from sampling it."""
 
     entropy: float = 0.0
@@ -113,7 +113,7 @@ class LabPolicy:
             seeds=[r.seed for r in requests],
             most=[r.max_tokens for r in requests],
         )
-        return [Measured(ids=s.ids, logps=s.logps, version=self.next_step, entropy=s.entropy) for s in sampled]
+        return [LabCompletion(ids=s.ids, logps=s.logps, version=self.next_step, entropy=s.entropy) for s in sampled]
 
     def read(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Completion]:
         """Return the completions with prompt and text; one without an end-of-sequence token was cut off."""
@@ -126,11 +126,11 @@ class LabPolicy:
 
 
 def _read(c: Completion, prompt: Prompt, text: str, end: int) -> Completion:
-    return Measured(
+    return LabCompletion(
         ids=c.ids,
         logps=c.logps,
         version=c.version,
-        entropy=c.entropy if isinstance(c, Measured) else 0.0,
+        entropy=c.entropy if isinstance(c, LabCompletion) else 0.0,
         prompt=prompt,
         text=text,
         truncated=c.ids[-1] != end,
@@ -223,10 +223,10 @@ class Tokens:
 
 
 @dataclass(kw_only=True)
-class Run:
+class LabRun:
     """One run, draw by draw.
 
-    Example: `Run(data=load_world(even()), scheduler=Joint(), rate=2e-4, draws=160, seed=1).advance()`
+    Example: `LabRun(data=load_world(even()), scheduler=Joint(), rate=2e-4, draws=160, seed=1).advance()`
     """
 
     data: DomainData
@@ -296,7 +296,7 @@ def _entropies(rollout: Rollout) -> dict[str, float]:
     """Return nats per token by domain; of what a refill replaced, minus the log-probability, as the trainer does."""
     pairs: dict[str, list[tuple[float, int]]] = {}
     for row in rollout.rows.values():
-        assert isinstance(row, Measured)
+        assert isinstance(row, LabCompletion)
         pairs.setdefault(row.prompt.domain, []).append((row.entropy, len(row.ids)))
     for group in rollout.discarded:
         told = [(s, n) for s, n in zip(group.surprisals, group.lengths, strict=True) if s is not None]

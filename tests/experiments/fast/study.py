@@ -32,7 +32,7 @@ from pydantic import Field
 
 from polyphony.curricula.records import settings
 from polyphony.trainer.run import say
-from tests.experiments.fast.cell import PROBE, Cell, run_cell
+from tests.experiments.fast.cell import PROBE, StudyCell, run_cell
 from tests.experiments.fast.tables import PUBLISHED, Row, best_rates, ranking, report, tuning_report
 from tests.experiments.fast.worlds import WORLDS, make_world
 
@@ -106,9 +106,9 @@ class Study:
         given = dict(self.worlds[world] or {})
         return given | ({"key": self.key} if world == "drawn" else {})
 
-    def cell(self, world: str, arm: str, rate: float, seed: int, given: Mapping[str, Any]) -> Cell:
+    def cell(self, world: str, arm: str, rate: float, seed: int, given: Mapping[str, Any]) -> StudyCell:
         """Return one cell with the study's own numbers."""
-        return Cell(
+        return StudyCell(
             world=world,
             arm=arm,
             settings=given,
@@ -122,7 +122,7 @@ class Study:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def cells(self, part: str, rows: Sequence[Row]) -> list[Cell]:
+    def cells(self, part: str, rows: Sequence[Row]) -> list[StudyCell]:
         """Return the cells of a part. Raises ValueError where the results of an earlier one do not say yet what they are."""
         parts = {"tuning": self._tuning, "edges": self._edges, "final": self._final, "extras": self._extras}
         there = {row["id"] for row in rows}
@@ -132,9 +132,9 @@ class Study:
                 raise ValueError(f"{part}: what belongs to it is known after {earlier}, of which cells are left")
         return parts[part](rows)
 
-    def outlook(self, rows: Sequence[Row]) -> dict[str, list[Cell]]:
+    def outlook(self, rows: Sequence[Row]) -> dict[str, list[StudyCell]]:
         """Return cells like those of each part, to say how long they will take: joint stands for arms that are not known."""
-        found: dict[str, list[Cell]] = {}
+        found: dict[str, list[StudyCell]] = {}
         arms, rate, seeds = {name: dict(given or {}) for name, given in self.arms.items()}, 0.0, self.final.seeds
         every = [self.cell(world, "joint", rate, seed, arms["joint"]) for world in self.worlds for seed in seeds]
         rare = [cell for cell in every if cell.world in self.tuning.worlds]
@@ -182,7 +182,7 @@ class Study:
         ]
         return len(of_arm) >= needed
 
-    def _tuning(self, rows: Sequence[Row]) -> list[Cell]:
+    def _tuning(self, rows: Sequence[Row]) -> list[StudyCell]:
         return [
             self.cell(world, arm, rate, seed, given)
             for arm in self.arms
@@ -192,7 +192,7 @@ class Study:
             for seed in self.tuning.seeds
         ]
 
-    def _edges(self, rows: Sequence[Row]) -> list[Cell]:
+    def _edges(self, rows: Sequence[Row]) -> list[StudyCell]:
         rates, cells = self.tuning.rates, []
         own = [row for row in rows if row["rate"] in rates]  # a further rate must not undo its own reason
         for arm, best in best_rates(own, self._grid).items():
@@ -212,7 +212,7 @@ class Study:
         best = order[: self.final.best]
         return [*best, *([published] if published and published not in best else []), "joint"], rates
 
-    def _final(self, rows: Sequence[Row]) -> list[Cell]:
+    def _final(self, rows: Sequence[Row]) -> list[StudyCell]:
         arms, rates = self.chosen(rows)
         return [
             self.cell(world, arm, rates[arm], seed, self.settings_of(arm, rows) or {})
@@ -221,7 +221,7 @@ class Study:
             for seed in self.final.seeds
         ]
 
-    def _extras(self, rows: Sequence[Row]) -> list[Cell]:
+    def _extras(self, rows: Sequence[Row]) -> list[StudyCell]:
         arms, rates = self.chosen(rows)
         cells = []
         for arm in (arms[0], "joint"):
@@ -237,7 +237,7 @@ class Study:
             ]
         return cells
 
-    def probes(self, cells: Sequence[Cell]) -> list[Cell]:
+    def probes(self, cells: Sequence[StudyCell]) -> list[StudyCell]:
         """Return the probes that these cells plan by, each once."""
         wanted = {(c.world, c.rate) for c in cells if c.settings.get("transfer") == PROBE}
         first = min(self.tuning.seeds)
@@ -267,7 +267,7 @@ class Results:
         """The rows of arms, without probes."""
         return [row for row in self.rows if row["arm"] != PROBE]
 
-    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+    def missing(self, cells: Sequence[StudyCell]) -> list[StudyCell]:
         """Return the cells that have no row yet."""
         there = {row["id"] for row in self.rows}
         return [cell for cell in cells if cell.id not in there]
@@ -281,7 +281,7 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
-    def seconds(self, cells: Sequence[Cell]) -> float:
+    def seconds(self, cells: Sequence[StudyCell]) -> float:
         """Return how long cells will take on one process that has a core, from those like them that were run."""
         known: dict[str, list[float]] = {}
         for row in self.rows:
@@ -295,7 +295,7 @@ class Results:
         return total
 
 
-def run(cells: Sequence[Cell], results: Results, out: Path, *, jobs: int, until: float) -> bool:
+def run(cells: Sequence[StudyCell], results: Results, out: Path, *, jobs: int, until: float) -> bool:
     """Run cells on so many processes until all are done or the time has come; return whether all are done."""
     waiting = results.missing(cells)
     if not waiting:
