@@ -99,8 +99,11 @@ class Decoder:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Return the last layer's state of the tokens [R, n, width]."""
+    def read(self, ids: Tensor, positions: Tensor, attend: Attend, *, only: Tensor | None = None) -> Tensor:
+        """Return the last layer's state of the tokens [R, n, width]; of one token a row, [R, 1, width], with `only` [R].
+
+        The last layer then asks for those alone, whose place `attend` has to know.
+        """
         rows, n = ids.shape
         x = self.embedding[ids]
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
@@ -108,8 +111,10 @@ class Decoder:
             mixed = functional.linear(self._normed(x, layer.before), layer.qkv)
             q, k, v = mixed.view(rows, n, 3, self.heads, -1).unbind(2)
             q, k = (_turned(self._normed(t, w), cos, sin) for t, w in ((q, layer.query_norm), (k, layer.key_norm)))
+            if only is not None and layer is self.layers[-1]:
+                x, q = x[torch.arange(rows), only][:, None], q[torch.arange(rows), only][:, None]
             taken = attend(number, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            x = x + functional.linear(taken.transpose(1, 2).reshape(rows, n, -1), layer.out)
+            x = x + functional.linear(taken.transpose(1, 2).reshape(rows, q.shape[1], -1), layer.out)
             gate, up = functional.linear(self._normed(x, layer.after), layer.gate_up).chunk(2, -1)
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
         return x
@@ -123,13 +128,17 @@ class Decoder:
         rows, width = ids.shape
         cache: list[tuple[Tensor, Tensor]] = []
 
+        seen = torch.where(torch.arange(width) < lengths[:, None], 0.0, BLOCKED)[:, None, None]
+
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.append((k, v))
+            if number == len(self.layers) - 1:  # of each prompt's last token, that of a prompt of one token too
+                return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
             # padding is on the right, where the causal mask already keeps it from what counts
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        states = self.read(ids, torch.arange(width).expand(rows, -1), attend)
-        return cache, states[torch.arange(rows), lengths - 1]
+        states = self.read(ids, torch.arange(width).expand(rows, -1), attend, only=lengths - 1)
+        return cache, states[:, 0]
 
     def completion_logits(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
@@ -164,7 +173,7 @@ class Decoder:
     def answer_logps(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
         """Return the log-probability of one answer a prompt, end-of-sequence token included if it is given."""
         found = [0.0] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda i: (len(answers[i]), len(prompts[i])))
+        by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), len(answers[i])))
         for start in range(0, len(prompts), WIDEST):
             places = by_length[start : start + WIDEST]
             tokens = torch.tensor([t for i in places for t in answers[i]])
@@ -189,11 +198,13 @@ class Decoder:
 
         At temperature 0 the likeliest token is taken each time.
         """
-        found: list[Sampled] = []
+        found: dict[int, Sampled] = {}
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(prompts), WIDEST):
-            part = slice(start, start + WIDEST)
-            found += _Draw(self, prompts[part], seeds[part], most[part], temperature).all()
-        return found
+            places = by_length[start : start + WIDEST]
+            asked, numbers, limits = ([of[i] for i in places] for of in (prompts, seeds, most))
+            found |= zip(places, _Draw(self, asked, numbers, limits, temperature).all(), strict=True)  # type: ignore[arg-type]
+        return [found[i] for i in range(len(prompts))]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.eps)
