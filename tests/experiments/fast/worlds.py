@@ -192,21 +192,24 @@ def make_world(name: str, settings: Mapping[str, Any] | None = None) -> World:
     return _made(name, tuple(sorted((settings or {}).items())))
 
 
-def rows(*, world: str, domain: str, split: Split, **settings: Any) -> list[dict[str, Any]]:
-    """Return the rows of one domain of a world, for a recipe's `generator`. Raises ValueError for one that there is not."""
+def rows(*, world: str, domain: str, split: Split, most: int | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """Return the rows of one domain of a world, at most so many, for a recipe's `generator`.
+
+    Raises ValueError for a domain that there is not.
+    """
     subjects = {subject.name: subject for subject in make_world(world, settings)}
     if domain not in subjects:
         raise ValueError(f"world {world!r} has no domain {domain!r}; known: {', '.join(subjects)}")
-    return subjects[domain].rows(split)
+    return subjects[domain].rows(split)[:most]
 
 
-def as_recipe(name: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the `domains` of a recipe for the real trainer."""
+def as_recipe(name: str, settings: Mapping[str, Any] | None = None, *, heldout: int = HELDOUT) -> dict[str, Any]:
+    """Return the `domains` of a recipe for the real trainer, with at most so many held-out rows each."""
     found: dict[str, Any] = {}
     for subject in make_world(name, settings):
         asked = {"generator": f"{__name__}:rows", "world": name, "domain": subject.name, **(settings or {})}
         rubric = "polyphony.launch.lab.rewards:StoryRubric"
         section = {"kind": subject.domain().kind, "reward": rubric if subject.is_open_ended else "exact"}
-        splits = ("heldout",) if subject.size == 0 else ("train", "heldout")
-        found[subject.name] = section | {split: {**asked, "split": split} for split in splits}
+        section["heldout"] = {**asked, "split": "heldout", "most": heldout}
+        found[subject.name] = section | ({} if subject.size == 0 else {"train": {**asked, "split": "train"}})
     return found
