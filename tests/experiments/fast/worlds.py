@@ -209,7 +209,10 @@ def as_recipe(name: str, settings: Mapping[str, Any] | None = None, *, heldout: 
     for subject in make_world(name, settings):
         asked = {"generator": f"{__name__}:rows", "world": name, "domain": subject.name, **(settings or {})}
         rubric = "polyphony.launch.lab.rewards:StoryRubric"
-        section = {"kind": subject.domain().kind, "reward": rubric if subject.is_open_ended else "exact"}
+        section: dict[str, Any] = {
+            "kind": subject.domain().kind,
+            "reward": rubric if subject.is_open_ended else "exact",
+        }
         section["heldout"] = {**asked, "split": "heldout", "most": heldout}
         found[subject.name] = section | ({} if subject.size == 0 else {"train": {**asked, "split": "train"}})
     return found
