@@ -19,6 +19,7 @@ REGISTRY = {
     "sequential": "polyphony.curricula.schedulers.fixed:Sequential",
     "bwt": "polyphony.curricula.schedulers.bwt:Bwt",
     "adaptive": "polyphony.curricula.schedulers.adaptive:Adaptive",
+    "need": "polyphony.curricula.schedulers.need:Need",
     "sec": "polyphony.curricula.schedulers.sec:SEC",
     "pac": "polyphony.curricula.schedulers.pac:PAC",
     "mt_grpo": "polyphony.curricula.schedulers.mt_grpo:MTGRPO",

@@ -1,0 +1,230 @@
+"""The fast lab against Transformers and the real trainer; its worlds, studies and tables."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.trainer.grpo_config import GRPOConfig
+
+from polyphony.curricula.records import mean
+from polyphony.curricula.schedulers.sec import SEC
+from polyphony.curricula.transfer.halves import halves
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from tests.experiments.fast.cell import StudyCell
+from tests.experiments.fast.decoder import Decoder
+from tests.experiments.fast.exam import Course, Exam
+from tests.experiments.fast.loop import CLIP, POLICY, LabRun, base, gradient, load_world, stock_advantages
+from tests.experiments.fast.study import Results, Study
+from tests.experiments.fast.tables import best_rates, holm, ranking, report, tokens_to
+from tests.experiments.fast.worlds import Subject, drawn, make_world, rows
+
+STUDIES = Path(__file__).parent / "experiments" / "fast" / "studies"
+SMALL = (
+    Subject(name="plus", of="arithmetic", skill=("plus",), size=24),
+    Subject(name="minus", of="arithmetic", skill=("minus",), size=24, dotted=True),
+    Subject(name="stories", of="stories", size=24),
+    Subject(name="grant", of="safety", skill=("grant",), size=0),
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_world(SMALL)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    weights, config, _ = base()
+    return Decoder(weights, config)
+
+
+def test_log_probabilities_are_those_of_transformers(decoder):
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    prompts, answers = [[1, 5, 30, 40, 2, 6], [1, 5, 31, 2, 6]], [[50, 51, 2], [60, 2]]
+    for prompt, answer, found in zip(prompts, answers, decoder.answer_logps(prompts, answers), strict=True):
+        logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        assert found == pytest.approx(sum(logps[p, t].item() for p, t in zip(places, answer, strict=True)), abs=1e-4)
+
+
+def test_a_completion_depends_on_its_seed_alone_and_knows_its_log_probability(decoder, data):
+    asked = [p.ids for p in data.tokenized(list(data.train["plus"])[:3] + list(data.train["stories"])[:3])]
+    together = decoder.sample(asked * 4, seeds=range(24), most=[32] * 24)
+    alone = decoder.sample(asked[5:], seeds=[17], most=[32])[0]
+    assert alone.ids == together[17].ids
+    said = decoder.answer_logps(asked * 4, [s.ids for s in together])
+    assert said == pytest.approx([sum(s.logps) for s in together], abs=1e-3)
+    short = decoder.sample(asked, seeds=range(6), most=[2] * 6)
+    assert [s.ids for s in short] == [s.ids[:2] for s in together[:6]]
+
+
+class Unclipped(TrainerCallback):
+    """Keeps the first gradient, and the completions of every draw."""
+
+    def __init__(self):
+        self.gradient, self.trainer, self.rollouts, self.mixtures = {}, None, [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradient:
+            self.gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.rollouts.append(self.trainer._rollout)
+        self.mixtures.append(self.trainer.curriculum.decision.mixture)
+
+
+@pytest.fixture(scope="module")
+def real(data, tmp_path_factory):
+    """Three steps of the real trainer, sampled by the lab's engine."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("real")), per_device_train_batch_size=64, num_generations=8,
+        max_completion_length=32, max_steps=3, learning_rate=2e-4, lr_scheduler_type="constant", max_grad_norm=CLIP,
+        bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, seed=5,
+    )  # fmt: skip
+    seen = Unclipped()
+    trainer = DomainGRPOTrainer(
+        str(POLICY),
+        args=args,
+        domains=data,
+        curriculum=SEC(),
+        engine="tests.experiments.fast.engine:LabEngine",
+        callbacks=[seen],
+    )
+    seen.trainer = trainer
+    trainer.train()
+    return trainer, seen
+
+
+def test_the_loop_draws_and_samples_as_the_real_trainer_does(real, data):
+    _, seen = real
+    run = LabRun(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
+    for then, mixture in zip(seen.rollouts, seen.mixtures, strict=True):
+        rollout = run.advance()
+        assert [(g.domain, g.prompt_id) for g in rollout.groups.values()] == [
+            (g.domain, g.prompt_id) for g in then.groups.values()
+        ]
+        assert run.curriculum.decision.mixture == pytest.approx(mixture, abs=1e-6)
+        assert [c.ids for c in rollout.rows.values()] == [c.ids for c in then.rows.values()]
+        assert rollout.rewards == then.rewards
+
+
+def test_loss_and_gradient_are_the_real_trainers_for_the_same_completions(real):
+    trainer, seen = real
+    weights, config, _ = base()
+    rollout = seen.rollouts[0]
+    loss, found = gradient(weights, config, list(rollout.rows.values()), stock_advantages(rollout.rewards))
+    logged = next(line for line in trainer.state.log_history if "loss" in line)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
+    assert loss == pytest.approx(logged["loss"], abs=1e-5)
+    assert norm == pytest.approx(logged["grad_norm"], abs=1e-4)
+    scale = min(1.0, CLIP / norm)
+    assert set(found) == set(seen.gradient)
+    assert max(float((found[n] * scale - seen.gradient[n]).abs().max()) for n in found) < 1e-5
+
+
+def test_weights_after_three_steps_are_the_real_trainers(real, data):
+    trainer, _ = real
+    run = LabRun(data=data, scheduler=SEC(), rate=2e-4, draws=3, seed=5)
+    for _ in range(3):
+        run.advance()
+    theirs = dict(trainer.model.named_parameters())
+    moved = [(run.learner.weights[n] - w).abs().mean() for n, w in base()[0].items()]
+    apart = [(run.learner.weights[n] - theirs[n].detach()).abs().mean() for n in theirs]
+    assert sum(apart) < 0.01 * sum(moved)
+
+
+def test_an_evaluation_is_of_the_halves_and_expects_what_sampling_scores(data):
+    exam = Exam(data, deciding=10, published=40)
+    run = LabRun(data=data, scheduler=SEC(), rate=0.0, draws=4, seed=1)
+    for items, half in ((exam.deciding, "steer"), (exam.published, "report")):
+        sides = {i: side for t in data.heldout.values() for i, side in zip(t.ids, halves(t.ids), strict=True)}
+        assert {sides[prompt.id] for prompt in items} == {half}
+    expected = exam.publish(run.policy)
+    of_plus = [prompt for prompt in exam.published if prompt.domain == "plus"] * 10
+    sampled = exam.sampled(run.policy, of_plus, seed=3)
+    # 400 samples at about .6: three standard errors are .07
+    assert mean(expected.scores["plus"]) == pytest.approx(mean(sampled.scores["plus"]), abs=0.07)
+    course = Course(run=run, exam=exam, every=2, shown=4)
+    course.finish()
+    assert [row.step for row in run.curriculum.evaluations] == [0, 2]
+    assert run.tokens.evaluation == 2 * exam.decide(run.policy, seed=1).tokens
+    assert set(run.curriculum.evaluations[0].scores) == {"plus", "minus", "stories", "grant"}
+
+
+def test_what_starts_near_zero_is_asked_in_a_form_of_its_own():
+    answers = {r["prompt"]: r["answer"] for r in rows(world="uneven", domain="minus", split="heldout")}
+    assert len(answers) > 1000 and all(answer.endswith(" .") for answer in answers.values())
+    with pytest.raises(ValueError, match="world 'uneven' has no domain 'sums'; known: plus, minus, strings"):
+        rows(world="uneven", domain="sums", split="train")
+
+
+def test_a_drawn_world_keeps_its_limits_whatever_the_key():
+    worlds = [drawn(key=str(n)) for n in range(40)]
+    assert drawn(key="3") == worlds[3] and len(set(worlds)) == 40
+    for world in worlds:
+        trained = [s for s in world if s.size != 0]
+        assert 6 <= len(trained) <= 7 and len(world) == len(trained) + 1
+        assert [s.name for s in trained].count("stories") == 1
+        assert sum(s.impossible > 0 for s in trained) == 1 and any(s.dotted for s in trained)
+        assert {s.name for s in world if s.of == "safety"} == {"refuse", "grant"}
+        assert all(60 <= s.size <= 1500 and not (s.dotted and s.impossible) for s in trained)
+
+
+def row(world, arm, rate, seed, average, worst, **more):
+    scores = {"a": worst, "b": 2 * average - worst, "watched": 0.9}
+    return {
+        "id": f"{world}/{arm}/{rate:g}/{seed}/20", "study": "", "world": world, "arm": arm, "rate": rate, "seed": seed,
+        "every": 20, "settings": {}, "trained": ["a", "b"], "scores": scores, "shown": scores, "entropy": {"a": 0.4, "b": 1},
+        "tokens": {"rollout": 100, "evaluation": 20}, "looks": [[0, 0, {"a": 0.1, "b": 0.1}]], "seconds": 1.0, **more,
+    }  # fmt: skip
+
+
+def test_an_arms_rate_and_rank_by_hand():
+    found = [
+        row(world, arm, rate, seed, average + 0.01 * seed, worst)
+        for world in ("u", "d")
+        for seed in (1, 2)
+        for arm, rate, average, worst in [
+            ("joint", 1e-4, 0.5, 0.1), ("joint", 2e-4, 0.6, 0.1), ("x", 1e-4, 0.55, 0.3), ("x", 2e-4, 0.7, 0.1),
+        ]
+    ]  # fmt: skip
+    rates = best_rates(found, (("u", "d"), (1, 2)))
+    assert rates == {"joint": 2e-4, "x": 1e-4}  # .6 + .1 over .5 + .1; .55 + .3 over .7 + .1
+    assert ranking(found, ("u", "d"), rates) == {"joint": 1.5, "x": 1.5}  # better average, worse worst
+    own = [r for r in found if r["rate"] == rates[r["arm"]]]
+    said = report(own, arms=["x", "joint"], rates=rates, tuning=("u", "d"), every=20)
+    assert "x average: 0.560 0.570" in said and "u worst, to joint: +0.200 (+0.200 to +0.200)" in said
+
+
+def test_holm_and_tokens_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    run = row("u", "x", 1e-4, 1, 0.5, 0.4)
+    assert tokens_to(run, 0.3) == pytest.approx(50)  # .1 at 0 tokens, .5 at 100
+    assert math.isnan(tokens_to(run, 0.6))
+
+
+def test_the_registered_study_says_its_parts_and_resumes(tmp_path):
+    study = Study.load(STUDIES / "default.yaml", key="k")
+    left = {part: len(cells) for part, cells in study.outlook([]).items()}
+    assert left["tuning"] == 15 * 2 * 3 * 3 and left["final"] == 6 * 4 * 12
+    with pytest.raises(ValueError, match="final: what belongs to it is known after tuning"):
+        study.cells("final", [])
+    cells = study.cells("tuning", [])
+    assert not [c for c in cells if c.arm == "need_factors"]  # the better of two that were not run
+    results = Results(tmp_path, study)
+    results.add({"id": cells[0].id, "arm": "joint", "world": "uneven", "seconds": 30.0})
+    again = Results(tmp_path, study)
+    assert again.missing(cells) == cells[1:]
+    assert again.seconds(cells[1:3]) == pytest.approx(60.0)
+    with pytest.raises(ValueError, match="is of another study or key"):
+        Results(tmp_path, Study.load(STUDIES / "default.yaml", key="other"))
+    assert json.loads(results.file.read_text())["study"] == study.digest
+
+
+def test_evaluations_stay_within_a_quarter_of_what_is_trained_on():
+    for world in ("even", "uneven", "many"):
+        cell = StudyCell(world=world, arm="joint", settings={}, rate=1e-4, seed=1)
+        asked = cell.deciding * len(make_world(world)) * cell.draws // cell.every
+        assert 0.15 < asked / (cell.draws * 64) <= 0.2

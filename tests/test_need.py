@@ -1,0 +1,143 @@
+"""`need`: half of every draw evenly, the rest to what lacks most, and no more to what has stopped rising."""
+
+import numpy as np
+import pytest
+
+from polyphony.curricula.records import DomainStats, Evaluation, Evidence
+from polyphony.curricula.schedulers.fixed import Joint
+from polyphony.curricula.schedulers.need import Need, stands_still
+from tests.test_adaptive import OWN, probes
+from tests.toy_world import ToyWorld
+
+NAMES = ("a", "b", "c")
+
+
+def row(step, scores, *, n=100, entropy=()):
+    items = {
+        name: tuple([1.0] * round(s * n) + [0.0] * (n - round(s * n)))
+        for name, s in zip((*NAMES, "safety"), scores, strict=False)
+    }
+    return Evaluation(
+        trained=NAMES, step=step, seed=0, scores=items, entropy=dict(zip((*NAMES, "safety"), entropy, strict=False))
+    )
+
+
+def shares(scheduler, rows, *, dead=(0.0, 0.0, 0.0), draws=4):
+    """Return the mixture after the rows, each of which came after so many draws with these shares of dead groups."""
+    state, draw, decision = {}, 0, None
+    for n in range(len(rows)):
+        for _ in range(draws):
+            last = tuple(DomainStats(groups=3, frac_dead=d) if draw else DomainStats() for d in dead)
+            evidence = Evidence(
+                draw=draw, total_draws=100, domains=NAMES, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,
+                drawn=(0,) * 3, last=last, evaluations=tuple(rows[: n + 1]),
+            )  # fmt: skip
+            decision = scheduler.decide(evidence, state)
+            state, draw = decision.state, draw + 1
+    return decision.mixture
+
+
+def test_half_is_even_and_half_goes_by_score():
+    # exp(-s / .2) of .2, .4, .4 is e^-1, e^-2, e^-2: shares 1 / (1 + 2 / e) = .5761 and .2119 of the half by need
+    mixture = shares(Need(), [row(0, (0.2, 0.4, 0.4))])
+    assert mixture == pytest.approx([1 / 6 + 0.2881, 1 / 6 + 0.1060, 1 / 6 + 0.1060], abs=1e-4)
+
+
+def test_a_level_is_the_mean_of_two_evaluations():
+    two = shares(Need(), [row(0, (0.9, 0.4, 0.4)), row(4, (0.1, 0.4, 0.4)), row(8, (0.3, 0.4, 0.4))])
+    assert two == pytest.approx(shares(Need(), [row(0, (0.2, 0.4, 0.4))]))
+
+
+def test_nothing_was_measured_yet():
+    evidence = Evidence(
+        draw=0, total_draws=9, domains=NAMES, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,
+        drawn=(0,) * 3, last=(DomainStats(),) * 3,
+    )  # fmt: skip
+    assert Need().decide(evidence, {}).mixture == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0.1, 0.3, 0.32, 0.31, 0.3], True),
+        ([0.1, 0.3, 0.32, 0.31, 0.4], False),  # of 100 items at .4 one standard error is .049
+        ([0.3, 0.3, 0.3, 0.3], False),  # four evaluations
+        ([0.02, 0.03, 0.02, 0.03, 0.04], False),  # nothing was found yet
+        ([0.9, 0.5, 0.5, 0.5, 0.5], True),
+    ],
+)
+def test_a_domain_stands_still_once_three_evaluations_brought_no_new_best(history, expected):
+    assert stands_still(history, items=100) is expected
+
+
+LOW = [row(4 * n, (s, 0.2 + 0.1 * n, 0.2 + 0.1 * n)) for n, s in enumerate((0.1, 0.3, 0.3, 0.3, 0.3))]
+"""The first stands still at .3; the others rise, and their last two are .55 in the mean."""
+
+
+def test_what_stands_still_is_held_against_its_own_best():
+    # it lacks 0 and the others .45: 1 beside twice e^2.25 = 9.488; against the full score e^3.5 beside those
+    assert shares(Need(), LOW)[0] == pytest.approx(1 / 6 + 0.5 / (1 + 2 * 9.488), abs=1e-4)
+    assert shares(Need(ceiling="one"), LOW)[0] == pytest.approx(1 / 6 + 0.5 * 33.115 / (33.115 + 2 * 9.488), abs=1e-4)
+
+
+def test_without_groups_that_taught_something_nothing_stands_still():
+    assert shares(Need(), LOW, dead=(1.0, 0.0, 0.0))[0] > 1 / 3 + 0.1
+
+
+def test_a_fall_below_its_own_best_is_a_lack_again():
+    fallen = [*LOW, row(20, (0.1, 0.7, 0.7)), row(24, (0.1, 0.8, 0.8))]
+    assert shares(Need(), fallen)[0] > shares(Need(), LOW)[0] + 0.05
+
+
+def test_measured_transfer_and_entropy_move_shares_only_where_they_are_asked_for():
+    harm = np.add(OWN, [[0, -0.2, -0.2, 0], [0, 0, 0, 0], [0.1, 0.1, 0, 0]])
+    matrix, even = probes(harm), [row(0, (0.5, 0.5, 0.5, 0.9))]
+    assert shares(Need(transfer=matrix), even) == pytest.approx([1 / 3] * 3)
+    mixture = shares(Need(transfer=matrix, strength=0.9), even)
+    assert mixture[0] < 0.9 / 3 and mixture[2] > 1.1 / 3
+    matrix = probes(OWN, entropies=[[-0.4, 0, 0], [0.4, 0, 0], [0, 0, 0]])
+    low = [row(0, (0.5,) * 3, entropy=(1.0, 1.0, 1.0)), row(10, (0.5,) * 3, entropy=(0.3, 1.0, 1.0))]
+    assert shares(Need(transfer=matrix), low) == pytest.approx([1 / 3] * 3)
+    held = shares(Need(transfer=matrix, entropy_control=("a",)), low)
+    assert held[1] > 1.1 / 3 and held[0] < 0.9 / 3
+
+
+class Ceilings(ToyWorld):
+    """Domains that learn from what they can do already, up to a ceiling of their own."""
+
+    def __init__(self, *, start, ceiling, seed):
+        super().__init__(np.zeros((len(start), len(start))), seed=seed)
+        self.hard[:] = 0
+        self.skill, self.ceiling = np.array(start), np.array(ceiling)
+
+    def practise(self, shares):
+        """Grow by practice, by what is known and by what is left to be known."""
+        self.skill += 0.1 * shares * (self.skill + 0.01) * (self.ceiling - self.skill) * (self.ceiling > 0)
+
+
+START, CEILING = (0.005, 0.25, 0.4, 0.0), (1.0, 0.35, 1.0, 0.0)
+"""One domain is found late, one ends at .35, one is ordinary; nothing of the last can ever be learned."""
+
+
+def trained(scheduler, *, seed, domains=4):
+    """Return the skills at the end, how often each domain was drawn, and the last mixture."""
+    world = Ceilings(start=START[:domains], ceiling=CEILING[:domains], seed=seed)
+    skill, curriculum = world.train(scheduler, draws=120, prompts=8, every=8)
+    return (
+        skill,
+        np.array(list(curriculum.drawn.values())) / sum(curriculum.drawn.values()),
+        curriculum.decision.mixture,
+    )
+
+
+def test_a_domain_that_starts_at_zero_is_found_sooner_than_by_mixing():
+    gains = [trained(Need(), seed=s, domains=3)[0][0] - trained(Joint(), seed=s, domains=3)[0][0] for s in range(2)]
+    assert min(gains) > 0.1
+
+
+def test_a_low_ceiling_is_let_go_and_a_hopeless_domain_takes_no_more_than_its_part():
+    _, drawn, own = trained(Need(), seed=0)
+    _, _, one = trained(Need(ceiling="one"), seed=0)
+    assert own[1] < one[1] - 0.03
+    assert drawn.min() >= 0.125 - 0.01  # half of an even share, whatever the need
+    assert drawn[3] < 0.6  # it always lacks everything; the half that goes by need is its most
