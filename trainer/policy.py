@@ -25,7 +25,7 @@ from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Engine, EngineFactory, find_engine
 from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
-from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
+from polyphony.trainer.engine.weight_check import SCALE, WeightCheck, check_weights, tolerance_of
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""
@@ -62,7 +62,10 @@ class Policy:
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
-        self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
+        self._coldness = min(1.0, self.trainer.temperature)
+        """What logits, and their differences, are divided by, where that makes them larger."""
+        device = self.trainer.accelerator.device.type
+        self._tolerance = tolerance_of(self.precision, device=device) / self._coldness
 
     @property
     def next_step(self) -> int:
@@ -101,6 +104,7 @@ class Policy:
         trainer, args = self.trainer, self.trainer.args
         if isinstance(engine, Engine):
             engine.attach(trainer.model, trainer.accelerator)
+            engine.sampling = self.sampling  # of the run before, until now
         else:
             make = find_engine(engine) if isinstance(engine, str) else engine
             engine = make(
@@ -229,6 +233,7 @@ class Policy:
                 sample=lambda: self.complete(requests, 1),
                 score=lambda completions: self.token_logps(ids, [c.ids for c in completions]),
                 tolerance=self._tolerance,
+                scale=SCALE * self._coldness,  # else a cold policy stays as sure as it was
             )
         self.trainer._last_loaded_step = -1
         return check

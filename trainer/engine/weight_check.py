@@ -65,18 +65,19 @@ def check_weights(
     sample: Callable[[], Sequence[Completion]],
     score: Callable[[Sequence[Completion]], Sequence[Sequence[float]]],
     tolerance: float,
+    scale: float = SCALE,
 ) -> WeightCheck:
     """Return what the check saw; raises nothing about the result, see `is_passed`.
 
     `sync` loads the policy's weights into the engine, `sample` lets the engine generate, `score` returns the policy's
-    own log-probabilities of the same tokens; see `tolerance_of`.
+    own log-probabilities of the same tokens; see `tolerance_of`. `scale` is the factor on the final norm.
     """
     reshard(model)
     norm = final_norm(model)
     sync()
     first = sample()
     before = _difference(first, score(first))
-    with _scaled(norm, model):
+    with _scaled(norm, model, scale):
         sync()
         second = sample()
         scaled = _difference(second, score(second))
@@ -107,10 +108,10 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Parameter:
 
 
 @contextmanager
-def _scaled(parameter: torch.nn.Parameter, model: torch.nn.Module):
+def _scaled(parameter: torch.nn.Parameter, model: torch.nn.Module, scale: float):
     with _whole(parameter):
         kept = parameter.data.clone()
-        parameter.data.mul_(SCALE)
+        parameter.data.mul_(scale)
     try:
         yield
     finally:
