@@ -25,7 +25,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.launch.build import build_scheduler, grpo_config, load_data, missing_names, remarks, tokenizer_of
 from polyphony.launch.cluster.local import check_heads
-from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.launch.recipe import UNSAID, Recipe, RecipeError
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows
 from polyphony.trainer.run import say
@@ -71,6 +71,8 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
     """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    if recipe.model == UNSAID:
+        return None, {}, _unread(recipe)
     try:
         tokenizer_of(recipe)
     except RecipeError as error:

@@ -62,6 +62,20 @@ def test_one_dry_run_finds_all_mistakes_cheap_ones_first(capsys, tmp_path, recip
         assert line.startswith(f"polyphony train: {start}"), line
 
 
+def test_a_misspelt_section_is_read_as_what_was_meant(capsys, recipe):
+    document = json.loads(recipe.read_text())
+    document["domans"] = document.pop("domains")
+    document["domans"]["sums"]["rewrd"] = document["domans"]["sums"].pop("reward") + "t"
+    del document["name"], document["model"]
+    recipe.write_text(json.dumps(document))
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    starts = ["unknown key 'domans'", "unknown key 'domains.sums.rewrd'", "name: required", "model: required"]
+    starts += ["domains.sums.reward: reward 'exactt' does not exist"]
+    said = capsys.readouterr().err.splitlines()
+    for line, start in zip(said, starts, strict=True):
+        assert line.startswith(f"polyphony train: {start}"), said
+
+
 def test_every_domain_with_rows_that_cannot_be_read_is_named(tmp_path, recipe):
     for name in ("sums-train", "words-heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "1"}\n')
@@ -118,6 +132,16 @@ def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
             {"model": "modle", "grpo.lr_scheduler_type": "cosin", "domains.words.heldout": [{"question": "1"}]},
             {"model": "model", "grpo.lr_scheduler_type": "cosine", "domains.words.heldout": "words-heldout.jsonl"},
             ["grpo.lr_scheduler_type must be", "model 'modle' cannot be loaded", "domains.words.heldout: row 1 has no"],
+        ),
+        (  # what has to be there and is wrong, or is called wrongly, hides nothing that comes after it
+            {"domains.sums.kind": "structurd", "domains.words.train": "words-trian.jsonl", "grpo.lr": 1e-5},
+            {"domains.sums.kind": "structured", "domains.words.train": "words-train.jsonl"},
+            ["domains.sums.kind: Input", "domains.words.train: file ", "unknown key 'grpo.lr'"],
+        ),
+        (
+            {"model": "./modle", "domains.sums.reward": "exat", "domains.words.train": "words-trian.jsonl"},
+            {"model": "model", "domains.sums.reward": "exact", "domains.words.train": "words-train.jsonl"},
+            ["model: folder ", "domains.sums.reward: reward 'exat'", "domains.words.train: file "],
         ),
     ],
     ids=lambda value: "",
