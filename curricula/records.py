@@ -79,7 +79,7 @@ def problem(error: Mapping[str, Any], meant: Callable[[Sequence[Any]], str]) -> 
     `meant` returns, in words, which key was meant by one that does not exist, from its place.
     """
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if error["type"] in UNKNOWN:
         return f"unknown key {where!r}; {meant(error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: required, but not given"
@@ -88,6 +88,10 @@ def problem(error: Mapping[str, Any], meant: Callable[[Sequence[Any]], str]) -> 
     if error["type"] == "literal_error" and isinstance(given, str):
         message += _after(near(given, re.findall(r"'([^']*)'", error["ctx"]["expected"])))
     return f"{where}: {message}" if where else message
+
+
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""What pydantic calls a key that does not exist."""
 
 
 def _after(meant: str) -> str:
@@ -125,10 +129,15 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 def near(name: Any, known: Collection[str]) -> str:
     """Return, in words, which of the names is near to one that is not among them; nothing where none is."""
+    meant = closest(name, known)
+    return f"did you mean {meant!r}?" if meant is not None else ""
+
+
+def closest(name: Any, known: Collection[str], *, at_least: float = 0.5) -> str | None:
+    """Return which of the names is nearest to one that is not among them; None where none is as near as `at_least`."""
     text = str(name).lower().replace("-", "_")
     swapped = [one for one in known if sorted(one) == sorted(text)]
-    close = swapped or difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""
+    return next(iter(swapped or difflib.get_close_matches(text, known, n=1, cutoff=at_least)), None)
 
 
 MANY = 40

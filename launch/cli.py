@@ -245,7 +245,9 @@ def _check_before(arguments: argparse.Namespace) -> int:
     """Say all that is wrong, each as soon as it is found; print the recipe where nothing is."""
     from polyphony.launch.preflight import preflight
     from polyphony.launch.recipe import RecipeError
+    from polyphony.trainer.run.folder import RunFolder
 
+    run = RunFolder(arguments.resume) if arguments.resume else None
     recipe, problems = None, ()
     try:
         recipe = _recipe_to_train(arguments)
@@ -254,7 +256,7 @@ def _check_before(arguments: argparse.Namespace) -> int:
         if recipe is None:
             raise
     is_wrong = False
-    for line in preflight(recipe, problems=problems, offline=arguments.offline):
+    for line in preflight(recipe, problems=problems, offline=arguments.offline, run=run):
         print(f"polyphony train: {_one_line(line)}", file=sys.stderr)
         is_wrong = True
     if is_wrong:

@@ -33,10 +33,14 @@ from polyphony.launch.build import (
     tokenizer_of,
 )
 from polyphony.launch.cluster.local import check_heads
-from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.launch.recipe import UNSAID, Recipe, RecipeError
+from polyphony.launch.train import changed_keys
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows
 from polyphony.trainer.run import say
+from polyphony.trainer.run.changes import check_length, from_now_on
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.json_lines import read_object
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -44,14 +48,17 @@ if TYPE_CHECKING:
     from polyphony.trainer.domains import DomainData
 
 
-def preflight(recipe: Recipe, *, problems: Sequence[str] = (), offline: bool = False) -> Iterator[str]:
+def preflight(
+    recipe: Recipe, *, problems: Sequence[str] = (), offline: bool = False, run: RunFolder | None = None
+) -> Iterator[str]:
     """Yield what is wrong with a run of a recipe, cheap things first: names and files, TRL's arguments, rows, rewards.
 
-    `problems` were found when the recipe was read. Says in the end how large the run will be, and what was hardly meant so.
-    With `offline` no judge is asked. Weights are not loaded.
+    `problems` were found when the recipe was read; `run` is one that shall go on with it. Says in the end how large the run
+    will be, what was hardly meant so, and what changes. With `offline` no judge is asked. Weights are not loaded.
     """
     missing = missing_names(recipe)
     named = [*problems, *(line for lines in missing.values() for line in lines)]
+    named += _refused(changed_keys, recipe, run) if run else []
     yield from named
     args, wrong = _arguments(recipe)
     yield from wrong
@@ -60,11 +67,45 @@ def preflight(recipe: Recipe, *, problems: Sequence[str] = (), offline: bool = F
     yield from refused
     ungraded = [line for name, row in rows.items() for line in _tried(recipe.domains[name], row, offline=offline)]
     yield from ungraded
-    unplanned = [] if data is None or named or wrong else _unplanned(recipe, args, data)
+    unplanned = [] if data is None or named or wrong else [*_unplanned(recipe, args, data), *_unfit(run, args, data)]
     yield from unplanned
     if data is not None and not (named or wrong or ungraded or unplanned):
-        for line in [*remarks(recipe, args), *sizes(recipe, args, data)]:
+        for line in [*remarks(recipe, args), *sizes(recipe, args, data), *_changes(recipe, run)]:
             say(line)
+
+
+def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
+    try:
+        check(*given)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[str]:
+    """Return why a run cannot go on: its rows or its model are others, or it would be over before where it is."""
+    from polyphony.trainer.run.provenance import refuse_other_data
+    from polyphony.trainer.slots import plan_draws
+
+    if run is None:
+        return []
+    known = read_object(run.provenance) if run.provenance.is_file() else {}
+    model = known.get("model", {}).get("name")
+    return [
+        *_refused(lambda: refuse_other_data(known, data.tables, model=model)),
+        *_refused(lambda: check_length(plan_draws(args, data.n_train).steps, reached=_reached(run))),
+    ]
+
+
+def _changes(recipe: Recipe, run: RunFolder | None) -> list[str]:
+    """Return what will be another setting from where a run goes on."""
+    return from_now_on(changed_keys(recipe, run), step=_reached(run)) if run else []
+
+
+def _reached(run: RunFolder) -> int:
+    from polyphony.trainer.checkpoints import checkpoint_step, whole_checkpoints
+
+    return max(map(checkpoint_step, whole_checkpoints(run.checkpoints)), default=0)
 
 
 def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
@@ -79,6 +120,8 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
     """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    if recipe.model == UNSAID:
+        return None, {}, _unread(recipe)
     try:
         tokenizer_of(recipe)
     except RecipeError as error:
@@ -151,13 +194,7 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
             pool=recipe.pool,
         ),
     )
-    refused = []
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            refused.append(str(error))
-    return refused
+    return [line for check in checks for line in _refused(check)]
 
 
 def _schedule(args: GRPOConfig, steps: int) -> None:

@@ -21,7 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import AdvantageKind, keys_at, nearest, problem, shortened
+from polyphony.curricula.records import UNKNOWN, AdvantageKind, closest, keys_at, nearest, problem, shortened
 from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (
@@ -244,6 +244,8 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     bad = _grpo_problems(recipe.grpo)
     recipe = recipe.model_copy(update={"grpo": {name: v for name, v in recipe.grpo.items() if name not in bad}})
     problems += bad.values()
+    if unfound := _refused(_model_folder, recipe.model, folder):
+        problems, recipe = [*problems, *unfound], recipe.model_copy(update={"model": UNSAID})
     for check in (_check_engine, _check_keys, _check_trainer):
         problems += _refused(check, recipe)
     try:
@@ -270,18 +272,67 @@ def _valid_part(document: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
         try:
             return Recipe.model_validate(document, by_alias=True, by_name=False), list(found.values())
         except ValidationError as error:
-            wrong = {_within(document, each): each for each in reversed(error.errors())}
+            errors = error.errors()
+        misspelt = {each["loc"]: (meant, each) for each in errors if (meant := _misspelt(document, each))}
+        found |= {place: problem(each, _meant) for place, (_, each) in misspelt.items()}
+        if misspelt:  # without them what they stand for is missing
+            for place, (meant, _) in misspelt.items():
+                document = _renamed(document, place, meant)
+            continue
+        wrong = {_place_of(document, each): each for each in reversed(errors)}
         for place, each in reversed(wrong.items()):
             if each["loc"] not in found:  # else it is missing because it was taken out
                 found.setdefault(place, problem(each, _meant))
         if () in wrong:
             return None, list(found.values())
-        for place in wrong:
-            document = _without(document, place)
+        for place in sorted(wrong, key=lambda place: _stand_in(place) is None):  # what stands in first: a domain may go
+            stand_in = _stand_in(place)
+            document = _without(document, place) if stand_in is None else _with(document, place, stand_in)
         if any(place[0] == "domains" and len(place) == 2 for place in wrong):  # who names it is not at fault
             document = {k: v for k, v in document.items() if k not in ("curriculum", "guardrails", "entropy")}
         if not document.get("domains"):
             return None, list(found.values())
+
+
+UNSAID = "?"
+"""The model of a recipe that names none that can be looked for."""
+STAND_INS = {"name": "unsaid", "model": UNSAID, "kind": "structured"}
+"""What stands for a key that a recipe, or its domain, must have, while the rest is checked."""
+SURELY_MEANT = 0.75
+"""How near a misspelt key is to the one whose value it is checked as."""
+
+
+def _stand_in(place: Sequence[Any]) -> str | None:
+    is_required = len(place) == 1 or (place[0] == "domains" and len(place) == 3)
+    return STAND_INS.get(place[-1]) if is_required else None
+
+
+def _place_of(document: Any, error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the place of an error: of a key that something can stand for, else as far as the document has it."""
+    return error["loc"] if error["loc"] and _stand_in(error["loc"]) else _within(document, error)
+
+
+def _misspelt(document: Any, error: Mapping[str, Any]) -> str | None:
+    """Return the key whose place a misspelt one at the top, or of a domain, surely stands in."""
+    *parents, name = error["loc"] or [""]
+    if error["type"] not in UNKNOWN or (parents and (parents[0] != "domains" or len(parents) != 2)):
+        return None
+    section = functools.reduce(lambda found, part: found[part], parents, document)
+    known = [key for key in keys_at(Recipe, parents).values() if key not in section]
+    return closest(name, known, at_least=SURELY_MEANT)
+
+
+def _renamed(document: dict[str, Any], place: Sequence[Any], meant: str) -> dict[str, Any]:
+    """Return a document whose key at a place is called as it was meant."""
+    *parents, name = place
+    section = functools.reduce(lambda found, part: found[part], parents, document)
+    return _with(_without(document, place), [*parents, meant], section[name])
+
+
+def _with(document: dict[str, Any], place: Sequence[Any], value: Any) -> dict[str, Any]:
+    """Return a document that has a value at a place."""
+    first, *rest = place
+    return {**document, first: _with(document[first], rest, value) if rest else value}
 
 
 def _within(document: Any, error: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -461,17 +512,22 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         )
         for name, domain in recipe.domains.items()
     }
-    model = recipe.model
-    if model.startswith((".", "/")) or (folder / model).is_dir():
-        if not (folder / model).is_dir():
-            raise RecipeError(f"model: folder {folder / model} does not exist")
-        model = str((folder / model).resolve())
+    model = _model_folder(recipe.model, folder)
     if recipe.pool is not None and recipe.pool.start is not None:
         pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder, "pool.from"))
         recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder, "curriculum.transfer")
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
     return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
+
+
+def _model_folder(model: str, folder: Path) -> str:
+    """Return the whole path of a model that is a folder; a name on the hub as it is."""
+    if (folder / model).is_dir():
+        return str((folder / model).resolve())
+    if model.startswith((".", "/")):
+        raise RecipeError(f"model: folder {folder / model} does not exist")
+    return model
 
 
 def _absolute(source: Any, folder: Path, where: str) -> Any:

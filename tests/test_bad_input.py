@@ -178,7 +178,7 @@ def test_a_broken_parquet_file_is_named(capsys, tmp_path, recipe):
         ("- a list", "recipe.yaml: a recipe is a mapping"),
         ("name: \x00", "recipe.yaml: not readable as YAML"),
         (b"name: \xff", "recipe.yaml: not readable as YAML"),
-        ("name: x", "model: required, but not given"),
+        ("name: x\nmodel: y", "domains: required, but not given"),
         ("", "recipe.yaml: a recipe is a mapping"),
     ],
 )

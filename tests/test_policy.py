@@ -99,10 +99,13 @@ def test_an_engine_hears_of_a_rank_that_asks_for_nothing(engine, debug_recipe, t
 
 
 @pytest.mark.slow
-def test_the_check_of_weights_passes_under_top_k(engine, tmp_path):
-    recipe = load_recipe(DEBUG, ["tracking.wandb=null", "grpo.top_k=3", "grpo.top_p=0.9"])
-    trainer = build_trainer(recipe, tmp_path, engine=engine)
-    restricted = engine.sampling = trainer.policy.sampling
+@pytest.mark.parametrize(
+    "how", [["grpo.top_k=3", "grpo.top_p=0.9"], ["grpo.temperature=0.002"]], ids=lambda how: how[0]
+)
+def test_the_check_of_weights_passes_however_completions_are_sampled(engine, tmp_path, how):
+    trainer = build_trainer(load_recipe(DEBUG, ["tracking.wandb=null", *how]), tmp_path, engine=engine)
+    restricted = engine.sampling
+    assert restricted == trainer.policy.sampling != Sampling()  # of this run, not of the one before
     try:
         assert trainer.policy.check().is_passed
         assert engine.sampling is restricted

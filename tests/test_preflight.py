@@ -11,6 +11,8 @@ from polyphony.launch.build import grpo_config, missing_names, remarks
 from polyphony.launch.cli import main
 from polyphony.launch.preflight import preflight
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.checkpoint_mark import begin_mark, write_mark
+from polyphony.trainer.run.folder import RunFolder
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of machines without a GPU")
@@ -62,6 +64,20 @@ def test_one_dry_run_finds_all_mistakes_cheap_ones_first(capsys, tmp_path, recip
         assert line.startswith(f"polyphony train: {start}"), line
 
 
+def test_a_misspelt_section_is_read_as_what_was_meant(capsys, recipe):
+    document = json.loads(recipe.read_text())
+    document["domans"] = document.pop("domains")
+    document["domans"]["sums"]["rewrd"] = document["domans"]["sums"].pop("reward") + "t"
+    del document["name"], document["model"]
+    recipe.write_text(json.dumps(document))
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    starts = ["unknown key 'domans'", "unknown key 'domains.sums.rewrd'", "name: required", "model: required"]
+    starts += ["domains.sums.reward: reward 'exactt' does not exist"]
+    said = capsys.readouterr().err.splitlines()
+    for line, start in zip(said, starts, strict=True):
+        assert line.startswith(f"polyphony train: {start}"), said
+
+
 def test_every_domain_with_rows_that_cannot_be_read_is_named(tmp_path, recipe):
     for name in ("sums-train", "words-heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "1"}\n')
@@ -86,6 +102,43 @@ def test_the_size_of_a_run_is_said(capsys, recipe):
         "evaluation: 96 completions, at most 768 tokens, 86% of all",
         "more is sampled for evaluation than for training: raise eval.every, or limit held-out rows",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["grpo.max_steps=9"], 0, "grpo.max_steps: 2 until step 1, 9 from there on"),
+        (["grpo.max_steps=0.5"], 2, "grpo.max_steps must be a whole number"),
+        (
+            ["grpo.seed=5", "eval.samples=9"],
+            2,
+            "eval.samples=4, now it is 9, grpo.seed=None, now it is 5: go on with what",
+        ),
+    ],
+)
+def test_a_dry_run_of_a_resume_says_what_changes_and_what_may_not(capsys, tmp_path, recipe, overrides, code, says):
+    run = going_on(tmp_path / "run", recipe, step=1)
+    assert main(["train", "--resume", str(run), *overrides, "--dry-run", "--offline"]) == code
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_dry_run_of_a_resume_refuses_other_rows_and_an_end_that_is_past(capsys, tmp_path, recipe):
+    run = going_on(tmp_path / "run", recipe, step=3)
+    data = {"domains.sums.train": {"rows": 3, "sha256": "0"}}
+    RunFolder(run).provenance.write_text(json.dumps({"data": data}))
+    assert main(["train", "--resume", str(run), "--dry-run", "--offline"]) == 2
+    rows, length = capsys.readouterr().err.splitlines()
+    assert "domains.sums.train: its rows are not those that the run has practised and measured (3 then, 4 now" in rows
+    assert "the run has done 3 steps and would be over at 2: max_steps must be at least 3" in length
+
+
+def going_on(path, recipe, *, step):
+    path.mkdir()
+    folder = RunFolder(path)
+    folder.claim(load_recipe(recipe).as_yaml())
+    begin_mark(checkpoint := folder.checkpoints / f"checkpoint-{step}")
+    write_mark(checkpoint)
+    return path
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300])
@@ -118,6 +171,16 @@ def test_a_name_that_no_file_can_have_is_an_error_as_any_other(recipe, name):
             {"model": "modle", "grpo.lr_scheduler_type": "cosin", "domains.words.heldout": [{"question": "1"}]},
             {"model": "model", "grpo.lr_scheduler_type": "cosine", "domains.words.heldout": "words-heldout.jsonl"},
             ["grpo.lr_scheduler_type must be", "model 'modle' cannot be loaded", "domains.words.heldout: row 1 has no"],
+        ),
+        (  # what has to be there and is wrong, or is called wrongly, hides nothing that comes after it
+            {"domains.sums.kind": "structurd", "domains.words.train": "words-trian.jsonl", "grpo.lr": 1e-5},
+            {"domains.sums.kind": "structured", "domains.words.train": "words-train.jsonl"},
+            ["domains.sums.kind: Input", "domains.words.train: file ", "unknown key 'grpo.lr'"],
+        ),
+        (
+            {"model": "./modle", "domains.sums.reward": "exat", "domains.words.train": "words-trian.jsonl"},
+            {"model": "model", "domains.sums.reward": "exact", "domains.words.train": "words-train.jsonl"},
+            ["model: folder ", "domains.sums.reward: reward 'exat'", "domains.words.train: file "],
         ),
     ],
     ids=lambda value: "",

@@ -111,7 +111,7 @@ class Policy:
         trainer, args = self.trainer, self.trainer.args
         if isinstance(engine, Engine):
             engine.attach(trainer.model, trainer.accelerator)
-            engine.sampling = self.sampling
+            engine.sampling = self.sampling  # of the run before, until now
         else:
             make = find_engine(engine) if isinstance(engine, str) else engine
             engine = make(
@@ -246,16 +246,21 @@ class Policy:
 
     @contextmanager
     def _whole_distribution(self) -> Iterator[None]:
-        """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know."""
-        whole = Sampling(temperature=self.trainer.temperature)
+        """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know.
+
+        At temperature 1: a colder policy is as sure with other weights, and multiplies what rounding does.
+        """
+        whole, temperature = Sampling(), self.trainer.temperature
         generation = self.trainer.vllm_generation
         changed = asdict(whole) if self.engine is None else {"sampling": whole}  # TRL's own modes name each by itself
         kept = {name: getattr(generation, name) for name in changed}
         for name, value in changed.items():
             setattr(generation, name, value)
+        self.trainer.temperature = whole.temperature
         try:
             yield
         finally:
+            self.trainer.temperature = temperature
             for name, value in kept.items():
                 setattr(generation, name, value)
 
@@ -268,7 +273,9 @@ class Policy:
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
         if not is_whole or self._has_dropout or self._is_stale(completions):
             return
-        allowed = self._tolerance
+        allowed = self._tolerance / min(
+            1.0, self.trainer.temperature
+        )  # by which logits, and their differences, are divided
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if differences and differences[-1] > allowed:
             raise RuntimeError(

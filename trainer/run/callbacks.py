@@ -46,7 +46,7 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
-from polyphony.trainer.run.changes import from_now_on
+from polyphony.trainer.run.changes import check_length, from_now_on
 from polyphony.trainer.run.folder import Interrupted
 from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.run.outset import Outset
@@ -231,6 +231,7 @@ class Run(TrainerCallback):
         if self.is_main:
             try:
                 found = Found.of(self.folder.checkpoints, misfit=self._lost)
+                check_length(self.trainer.plan.steps, reached=_step_of(found.newest))
                 known = _known_sizes(found.newest)
                 plan = found, self.folder.tails(_step_of(found.newest), sizes=known, say=self.say)
                 told = [(found.newest, "")]

@@ -47,6 +47,15 @@ def from_now_on(changes: Mapping[str, tuple[Any, Any]], *, step: int) -> list[st
     return found
 
 
+def check_length(steps: int, *, reached: int) -> None:
+    """Raise ValueError for a run that would be over at fewer steps than it has done."""
+    if steps < reached:
+        raise ValueError(
+            f"the run has done {reached} steps and would be over at {steps}: max_steps must be at least {reached}, and more "
+            "where it is to go on"
+        )
+
+
 def flat(document: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return the values of nested mappings by their key paths.
 

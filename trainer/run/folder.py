@@ -253,12 +253,11 @@ class RunFolder:
         """Return the settings that differ, by their key paths. Raises ValueError for one that may not."""
         before, after = flat(then), flat(now)
         keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-        for key in keys:
-            if may_change(key) is None:
-                raise ValueError(
-                    f"run folder {self.path} holds a run with {key}={before.get(key)!r}, now it is {after.get(key)!r}: "
-                    "go on with what it was made with, or choose another"
-                )
+        if refused := [key for key in keys if may_change(key) is None]:
+            others = ", ".join(f"{key}={before.get(key)!r}, now it is {after.get(key)!r}" for key in refused)
+            raise ValueError(
+                f"run folder {self.path} holds a run with {others}: go on with what it was made with, or choose another"
+            )
         return {key: (before.get(key), after.get(key)) for key in keys}
 
     def append(self, name: str, *entries: Mapping[str, Any]) -> None:
