@@ -157,11 +157,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         name = model if isinstance(model, str) else model.name_or_path
         code = code_of(args)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code)
-        self.data = (
-            domains
-            if isinstance(domains, DomainData)
-            else DomainData.load(domains, tokenizer=tokenizer, args=args, context=context_of(model, **code))
-        )
+        read_with = {"tokenizer": tokenizer, "args": args, "context": context_of(model, **code)}
+        self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, **read_with)
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}

@@ -273,9 +273,8 @@ class Policy:
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
         if not is_whole or self._has_dropout or self._is_stale(completions):
             return
-        allowed = self._tolerance / min(
-            1.0, self.trainer.temperature
-        )  # by which logits, and their differences, are divided
+        # logits are divided by the temperature, and so are their differences
+        allowed = self._tolerance / min(1.0, self.trainer.temperature)
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if differences and differences[-1] > allowed:
             raise RuntimeError(
