@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from polyphony.curricula.records import MOST, near
+from polyphony.curricula.declarations import MOST, near
 
 OURS = {
     "output_dir": "--out",

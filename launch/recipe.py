@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from polyphony.curricula.declarations import UNKNOWN, closest, keys_at, nearest, problem, shortened
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import UNKNOWN, AdvantageKind, closest, keys_at, nearest, problem, shortened
+from polyphony.curricula.records import AdvantageKind
 from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, complaint
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.sections import (

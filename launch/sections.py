@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from polyphony.curricula.records import Domain, near, settings
+from polyphony.curricula.declarations import near, settings
+from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import named
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 

@@ -239,7 +239,7 @@ def _unlike(hint: Any, value: Any) -> str | None:
 
 
 def _near(name: Any, known: Collection[str]) -> str:
-    """The name that one is near to, in words; as `polyphony.curricula.records.near`, which this wing does not know."""
+    """The name that one is near to, in words; as `polyphony.curricula.declarations.near`, which this wing does not know."""
     text = str(name).lower().replace("-", "_")
     swapped = [one for one in known if sorted(one) == sorted(text)]
     close = swapped or difflib.get_close_matches(text, known, n=1, cutoff=0.5)

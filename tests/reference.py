@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from polyphony.curricula.records import MOST
+from polyphony.curricula.declarations import MOST
 from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe

@@ -3,8 +3,9 @@ import re
 
 import pytest
 
+from polyphony.curricula.declarations import as_settings
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain, Evaluation, Group, as_settings
+from polyphony.curricula.records import Domain, Evaluation, Group
 
 
 def group(*rewards):

@@ -13,7 +13,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from polyphony.curricula.records import Domain, Group, as_settings
+from polyphony.curricula.declarations import as_settings
+from polyphony.curricula.records import Domain, Group
 from polyphony.rewards.partitions import Same
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.scoring import is_unreachable, together

@@ -16,7 +16,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from polyphony.curricula.records import near, nearest
+from polyphony.curricula.declarations import near, nearest
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from polyphony.curricula.declarations import MOST, as_settings, nearest, settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, MOST, AdvantageKind, Fused, Group, as_settings, nearest, settings
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Fused, Group
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner

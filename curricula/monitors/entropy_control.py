@@ -23,7 +23,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from polyphony.curricula.records import Group, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Group
 
 Means = Literal["coefficient", "sampling"]
 """What can move a domain's entropy: its coefficient in the loss, or how much is practised of what raises or lowers it."""

@@ -12,9 +12,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from polyphony.curricula.declarations import settings
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.monitors import Alarm
-from polyphony.curricula.records import Evaluation, graded, settings
+from polyphony.curricula.records import Evaluation, graded
 from polyphony.curricula.transfer.forgetting import moment
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.records import find_class, settings
+from polyphony.curricula.declarations import find_class, settings
 
 CONFIDENCE = 0.95
 """One-sided confidence that a pass rate lies below `impossible_below`."""

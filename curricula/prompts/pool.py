@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from polyphony.curricula.declarations import settings
 from polyphony.curricula.prompts.estimate import (
     ACTIVE,
     DEFERRED,
@@ -34,7 +35,6 @@ from polyphony.curricula.prompts.estimate import (
     find_sampling,
 )
 from polyphony.curricula.prompts.pool_file import Columns
-from polyphony.curricula.records import settings
 
 
 @settings

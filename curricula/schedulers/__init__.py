@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from polyphony.curricula.declarations import find_class, keys_at, nearest
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence, find_class, keys_at, nearest
+from polyphony.curricula.records import Decision, Evidence
 
 REGISTRY = {
     "auto": "polyphony.curricula.schedulers.auto:Auto",

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
+from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence, settings
+from polyphony.curricula.records import Decision, Evidence
 from polyphony.curricula.schedulers.learnability import Learnability
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.transfer_value import TransferValue

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, Evidence
 from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.bwt import Bwt
 from polyphony.curricula.schedulers.replay import Replay

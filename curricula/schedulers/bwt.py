@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from polyphony.curricula.declarations import settings
 from polyphony.curricula.intervals import paired
-from polyphony.curricula.records import Decision, Evidence, graded, mean, settings
+from polyphony.curricula.records import Decision, Evidence, graded, mean
 from polyphony.curricula.schedulers.online_transfer import Prior, Regression, score_prior
 from polyphony.curricula.schedulers.replay import Plateau, Protection, Replay, combine
 from polyphony.curricula.transfer.forgetting import moment

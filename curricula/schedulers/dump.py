@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, DomainStats, Evidence
 from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, Evidence, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, Evidence
 from polyphony.curricula.schedulers.fixed import Sequential
 from polyphony.curricula.schedulers.shares import listed, normalised
 

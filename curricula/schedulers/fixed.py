@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyphony.curricula.records import Decision, Evidence, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, Evidence
 
 
 @settings

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, null_of, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, DomainStats, Evidence, mean, null_of
 from polyphony.curricula.schedulers.shares import listed, uniform
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from polyphony.curricula.records import settings
+from polyphony.curricula.declarations import settings
 
 MOST = 0.5
 """Largest share of a draw that all earlier domains get together, so that a stage stays the stage of its domain."""

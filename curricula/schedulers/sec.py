@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, Evidence, nan_of, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, Evidence, nan_of
 from polyphony.curricula.schedulers.shares import listed, softmax, uniform
 
 

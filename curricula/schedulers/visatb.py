@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from polyphony.curricula.records import Decision, Evidence, mean, settings
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.records import Decision, Evidence, mean
 from polyphony.curricula.schedulers.shares import listed, softmax
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import NeededProbes

@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from trl.generation.vllm_generation import VLLMGeneration
 
-from polyphony.curricula.records import Completion, unknown
+from polyphony.curricula.declarations import unknown
+from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.vllm import (
     EngineSettings,

@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.declarations import as_settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Evaluation, as_settings, mean
+from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.transfer.matrix import TransferMatrix

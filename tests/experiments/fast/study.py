@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from polyphony.curricula.records import settings
+from polyphony.curricula.declarations import settings
 from polyphony.trainer.run import say
 from tests.experiments.fast.cell import PROBE, StudyCell, run_cell
 from tests.experiments.fast.tables import PUBLISHED, Row, best_rates, ranking, report, tuning_report
