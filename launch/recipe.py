@@ -251,7 +251,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     return recipe
 
 
-def _refused(check: Callable[..., None], *given: Any) -> list[str]:
+def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
     try:
         check(*given)
     except ValueError as error:
