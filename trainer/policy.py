@@ -62,10 +62,6 @@ class Policy:
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
-        self._coldness = min(1.0, self.trainer.temperature)
-        """What logits, and their differences, are divided by, where that makes them larger."""
-        device = self.trainer.accelerator.device.type
-        self._tolerance = tolerance_of(self.precision, device=device) / self._coldness
 
     @property
     def next_step(self) -> int:
@@ -212,6 +208,16 @@ class Policy:
         ]
 
     # --- does the engine follow the policy? ---------------------------------------------------------------------------
+
+    @property
+    def _coldness(self) -> float:
+        """What logits, and their differences, are divided by, where that makes them larger."""
+        return min(1.0, self.trainer.temperature)
+
+    @property
+    def _tolerance(self) -> float:
+        """How far engine and policy may be apart in the mean log-probability of a token."""
+        return tolerance_of(self.precision, device=self.trainer.accelerator.device.type) / self._coldness
 
     def check(self) -> WeightCheck | None:
         """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.
