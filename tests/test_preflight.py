@@ -100,6 +100,13 @@ def test_rewards_are_called_on_one_row_each_and_no_judge_when_offline(capsys, re
     assert "rows, training" not in capsys.readouterr().err
 
 
+def test_what_the_chat_template_does_not_ask_for_is_said(capsys, recipe):
+    told = load_recipe(recipe, ["domains.sums.chat_template_kwargs={enable_thinkng: true}"])
+    assert list(preflight(told)) == []
+    said = "domains.sums.chat_template_kwargs: the chat template has no 'enable_thinkng'"
+    assert said in capsys.readouterr().err.splitlines()
+
+
 def test_the_size_of_a_run_is_said(capsys, recipe):
     assert list(preflight(load_recipe(recipe, ["eval.every=1"]))) == []
     # 2 steps of 8 completions of 8 tokens; 3 evaluations of 8 items by 4 samples of 8 tokens: 768 of 896
