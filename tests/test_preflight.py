@@ -107,6 +107,11 @@ def test_what_the_chat_template_does_not_ask_for_is_said(capsys, recipe):
     assert said in capsys.readouterr().err.splitlines()
 
 
+def test_a_folder_that_is_taken_is_said(capsys, tmp_path, recipe):
+    assert main(["train", str(recipe), "--dry-run", "--out", str(tmp_path)]) == 0
+    assert f"run folder {tmp_path} is not empty; choose another --out" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_size_of_a_run_is_said(capsys, recipe):
     assert list(preflight(load_recipe(recipe, ["eval.every=1"]))) == []
     # 2 steps of 8 completions of 8 tokens; 3 evaluations of 8 items by 4 samples of 8 tokens: 768 of 896
