@@ -210,6 +210,10 @@ def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
             f"of {args.num_generations}) for {trained} trained domain{'s' if trained > 1 else ''}: raise "
             "grpo.gradient_accumulation_steps or per_device_train_batch_size"
         )
+    if args.max_steps > 0 and args.warmup_steps >= args.max_steps:
+        found.append(
+            f"grpo.warmup_steps={args.warmup_steps:g} of grpo.max_steps={args.max_steps}: the learning rate is never reached"
+        )
     for name, (most, used) in USUAL.items():
         if (value := getattr(args, name)) is not None and value > most:
             found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
@@ -259,7 +263,10 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     try:
         config = GRPOConfig(**{**ours, **said})
     except Exception as error:  # TRL and Transformers look into what they are given before they check it
-        raise RecipeError(f"grpo: {error}") from error
+        of = [
+            name for name, v in recipe.grpo.items() if isinstance(v, str) and v in str(error) and name not in str(error)
+        ]
+        raise RecipeError(f"{f'grpo.{of[0]}' if len(of) == 1 else 'grpo'}: {error}") from error
     if started == 1 and config.n_gpu > 1:
         config._n_gpu = 1  # else Transformers would wrap the policy in DataParallel, which TRL refuses
     if config.world_size != started:

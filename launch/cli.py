@@ -245,6 +245,7 @@ def _check_before(arguments: argparse.Namespace) -> int:
     """Say all that is wrong, each as soon as it is found; print the recipe where nothing is."""
     from polyphony.launch.preflight import preflight
     from polyphony.launch.recipe import RecipeError
+    from polyphony.launch.train import check_free
     from polyphony.trainer.run.folder import RunFolder
 
     run = RunFolder(arguments.resume) if arguments.resume else None
@@ -261,6 +262,10 @@ def _check_before(arguments: argparse.Namespace) -> int:
         is_wrong = True
     if is_wrong:
         return USAGE_ERROR
+    try:
+        check_free(RunFolder(arguments.out or Path("runs") / recipe.name), resume=run is not None)
+    except RecipeError as error:  # said alone: the recipe is right
+        print(_one_line(error), file=sys.stderr)
     print(recipe.as_yaml(), end="")
     return 0
 

@@ -100,7 +100,8 @@ _MEANT = """
     optimizer; entropy_coef ent_coef entropy_bonus; use_cpu no_cuda; seed random_seed; vllm_max_model_length max_model_len
     vllm_max_model_len; vllm_gpu_memory_utilization gpu_memory_utilization vllm_gpu_memory; eval.every evaluation_strategy
     eval_every eval_interval; eval.samples eval_samples num_generations_eval; checkpoint.every save_every save_interval;
-    checkpoint.keep save_total; domains.<name>.reward reward_funcs reward_func reward_fn reward_model; domains.<name>.train
+    checkpoint.keep save_total; domains.<name>.reward reward_funcs reward_func reward_fn reward_model;
+    domains.<name>.reward.range range reward_range; domains.<name>.train
     train_dataset dataset dataset_name train_file; domains.<name>.heldout eval_dataset test_dataset eval_file;
     tracking.wandb.project wandb_project; lora peft_config peft lora_config; lora.r lora_r lora_rank; lora.alpha lora_alpha;
     domains.<name>.system_prompt system_prompt; scale_rewards normalize_rewards; model model_name_or_path model_name

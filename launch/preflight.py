@@ -8,6 +8,7 @@ What needs torch is imported inside functions: what is wrong with names and file
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import tempfile
@@ -70,7 +71,7 @@ def preflight(
     unplanned = [] if data is None or named or wrong else [*_unplanned(recipe, args, data), *_unfit(run, args, data)]
     yield from unplanned
     if data is not None and not (named or wrong or ungraded or unplanned):
-        for line in [*remarks(recipe, args), *sizes(recipe, args, data), *_changes(recipe, run)]:
+        for line in [*remarks(recipe, args), *_unheard(data), *sizes(recipe, args, data), *_changes(recipe, run)]:
             say(line)
 
 
@@ -94,6 +95,18 @@ def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[st
     return [
         *_refused(lambda: refuse_other_data(known, data.tables, model=model)),
         *_refused(lambda: check_length(plan_draws(args, data.n_train).steps, reached=_reached(run))),
+    ]
+
+
+def _unheard(data: DomainData) -> list[str]:
+    """Return what the chat template is told and does not ask for, a line each."""
+    template, how = data.tokenizer.chat_template or "", data.tokenizer.apply_chat_template
+    known = {*inspect.signature(how).parameters}
+    return [
+        f"domains.{domain.name}.chat_template_kwargs: the chat template has no {key!r}"
+        for domain in data.domains
+        for key in domain.chat_template_kwargs
+        if key not in known and key not in str(template)
     ]
 
 

@@ -88,7 +88,7 @@ def claimed(recipe: Recipe, out: Path, *, resume: bool) -> Iterator[Mapping[str,
     if not is_first_rank():
         yield {}
         return
-    _check_free(folder, resume=resume)
+    check_free(folder, resume=resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
         own = folder.users_own
@@ -110,7 +110,7 @@ def claimed(recipe: Recipe, out: Path, *, resume: bool) -> Iterator[Mapping[str,
 def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     """Make the run folder, or check that it is this recipe's. Raises RecipeError in one line."""
     folder = RunFolder(out)
-    _check_free(folder, resume=resume)
+    check_free(folder, resume=resume)
     if resume:
         changed_keys(recipe, folder)
         return out
@@ -122,7 +122,8 @@ def claim_folder(recipe: Recipe, out: Path, *, resume: bool) -> Path:
     return out
 
 
-def _check_free(folder: RunFolder, *, resume: bool) -> None:
+def check_free(folder: RunFolder, *, resume: bool) -> None:
+    """Raise RecipeError for a folder that a new run would find taken."""
     if not resume and folder.path.is_dir() and not folder.is_free:
         raise RecipeError(
             f"run folder {folder.path} is not empty; choose another --out, or go on with --resume {folder.path}"

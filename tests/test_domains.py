@@ -149,6 +149,22 @@ def test_text_that_went_through_the_template_is_refused(load):
         load(domain(train=("3+3 =", "<|begin|><|user|>4+4 =<|end|><|assistant|>")))
 
 
+@pytest.mark.parametrize(
+    "prompt", ["<|im_start|>user\n1+1=<|im_end|>", [{"role": "user", "content": "<|begin|><|user|>1+1=<|end|>"}]]
+)
+def test_text_of_another_template_is_refused_and_so_is_such_a_message(load, prompt):
+    heldout = [*HELDOUT, {"prompt": prompt, "answer": "1"}]
+    with pytest.raises(ValueError, match=r"math\.heldout: row 3: the text '<\|.* went through a chat template already"):
+        load(domain(heldout=heldout))
+
+
+def test_tokens_that_frame_a_turn_are_said_where_they_stand_in_a_text(load):
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 rows have in their text .* the frame of a turn \(row 2: '<\|end\|>'\)"
+    ):
+        load(domain(train=["3+3 =", "4+4 = <|end|> 8"]))
+
+
 def test_text_is_tokenised_as_it_is_without_a_chat_template(load):
     tokenizer = AutoTokenizer.from_pretrained(HOUSE / "launch" / "lab" / "policy")
     tokenizer.chat_template = None

@@ -28,6 +28,8 @@ def test_without_a_gpu_the_policy_takes_float32_and_it_is_said(tmp_path, recipe)
     [
         ([], []),
         (["grpo.num_generations=8"], ["a draw holds 1 prompt (8 completions in groups of 8) for 2 trained domains: "]),
+        (["grpo.warmup_steps=1"], []),
+        (["grpo.warmup_steps=2"], ["grpo.warmup_steps=2 of grpo.max_steps=2: the learning rate is never reached"]),
         (["grpo.beta=5"], ["grpo.beta=5 is far outside what is used, 0 to 0.1: "]),
         (
             ["grpo.learning_rate=0.1", "grpo.temperature=9"],
@@ -40,6 +42,11 @@ def test_what_was_hardly_meant_so_is_said(tmp_path, recipe, overrides, said):
     found = remarks(told, grpo_config(told, tmp_path))
     assert len(found) == len(said)
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True)), found
+
+
+def test_what_trl_refuses_without_the_name_of_its_field_is_named(tmp_path, recipe):
+    with pytest.raises(RecipeError, match=r"^grpo\.optim: adamx is not a valid"):
+        grpo_config(load_recipe(recipe, ["grpo.optim=adamx"]), tmp_path)
 
 
 def raises(prompts, **columns):
@@ -91,6 +98,18 @@ def test_rewards_are_called_on_one_row_each_and_no_judge_when_offline(capsys, re
     (line,) = preflight(told, offline=True)
     assert line == "domains.sums.reward: on row 'heldout-0' it raised KeyError: 'nothing'"
     assert "rows, training" not in capsys.readouterr().err
+
+
+def test_what_the_chat_template_does_not_ask_for_is_said(capsys, recipe):
+    told = load_recipe(recipe, ["domains.sums.chat_template_kwargs={enable_thinkng: true}"])
+    assert list(preflight(told)) == []
+    said = "domains.sums.chat_template_kwargs: the chat template has no 'enable_thinkng'"
+    assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_folder_that_is_taken_is_said(capsys, tmp_path, recipe):
+    assert main(["train", str(recipe), "--dry-run", "--out", str(tmp_path)]) == 0
+    assert f"run folder {tmp_path} is not empty; choose another --out" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_size_of_a_run_is_said(capsys, recipe):

@@ -18,6 +18,8 @@ from polyphony.trainer.rows import FileRows, Rows
 
 LIKE_AN_ANSWER = ("solution", "target", "label", "output", "response", "expected", "reference", "gold", "final_answer")
 """What others call a reference."""
+LIKE_A_PROMPT = ("messages", "question", "problem", "instruction", "query", "input", "conversations", "text")
+"""What others call a prompt."""
 
 CALLED_WITH = ("prompts", "completions", "completion_ids", *HOOKS)
 """What a reward is called with beside the columns, as TRL does."""
@@ -81,10 +83,10 @@ class PromptTable:
     def _place(self, i: int) -> str:
         return f" ({self.rows.place(i)})" if isinstance(self.rows, FileRows) else ""
 
-    def text_of(self, prompt_id: str) -> str | None:
-        """Return a prompt that is text in its row; None for a conversation."""
-        prompt = self.rows[self._position[prompt_id]]["prompt"]
-        return prompt if isinstance(prompt, str) else None
+    def texts_of(self, prompt_id: str) -> list[str]:
+        """Return a prompt's text, or that of its messages."""
+        prompt = _as_written(self.rows[self._position[prompt_id]]["prompt"], with_nulls=self._with_nulls)
+        return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
     def said(self, prompt_id: str) -> tuple[str, str]:
         """Return what the user says in a row, and all that stands in it; without the domain's own system prompt."""
@@ -162,7 +164,8 @@ class PromptTable:
         if not isinstance(row, Mapping):
             raise ValueError(f"{self.where}: row {i + 1}: expected an object, got {row!r:.60}")
         if "prompt" not in row:
-            raise ValueError(f"{self.where}: row {i + 1} has no `prompt`; its columns are {sorted(row)}")
+            like = next((f", did you mean `{name}`?" for name in LIKE_A_PROMPT if row.get(name)), "")
+            raise ValueError(f"{self.where}: row {i + 1} has no `prompt`{like}; its columns are {sorted(row, key=str)}")
         if taken := [name for name in CALLED_WITH if name in row]:
             raise ValueError(
                 f"{self.where}: row {i + 1}: column {taken[0]!r} needs another name: a reward is called with one of its own"
@@ -171,6 +174,8 @@ class PromptTable:
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         try:
             prompt = _as_written(row["prompt"], with_nulls=self._with_nulls)
+            if self.domain.as_chat and isinstance(prompt, str):
+                _refuse_json(prompt)
             tools = _tools(row, with_nulls=self._with_nulls)
         except ValueError as error:
             raise ValueError(f"{self.where}: row {i + 1}: {error}") from error
@@ -231,6 +236,20 @@ def _as_written(prompt: Any, *, with_nulls: bool) -> str | list[dict[str, Any]]:
     ):
         return [_message(_without_nulls(message) if with_nulls else message) for message in prompt]
     raise ValueError(f"a prompt is text or a list of messages with role and content, got {prompt!r:.60}")
+
+
+def _refuse_json(text: str) -> None:
+    """Raise ValueError for messages that a table has kept as JSON text: the policy would be asked that text."""
+    if not text.lstrip().startswith("[") or '"role"' not in text:
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(found, list) and found and all(isinstance(m, Mapping) and {"role", "content"} <= {*m} for m in found):
+        raise ValueError(
+            f"its `prompt` is JSON text of messages, {text!r:.60}: give the messages, or such a text in one"
+        )
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,15 @@ def _ngrams(text: str) -> Iterator[str]:
     return (" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1))
 
 
+TURN_MARKS = tuple(
+    """
+    <|im_start|> <|start_header_id|> <|begin_of_text|> <start_of_turn> [INST] <s>[INST] <|user|> <|system|> <|User|>
+    <｜User｜> <|start|> <|im_system|> [gMASK]
+    """.split()  # noqa: SIM905
+)
+"""What turns begin with in the templates of other families: text for another model, that no template of this one knows."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainData:
     """Domains, their tables, their length limits.
@@ -265,18 +274,28 @@ class DomainData:
         return encoded["input_ids"]  # type: ignore[index,return-value]
 
     def _check_text(self) -> None:
-        """Raise ValueError for text that went through a chat template already, and would again."""
+        """Raise ValueError for text that went through a chat template already, and would again; warn of tokens inside."""
         if self.tokenizer.chat_template is None:
             return
-        begins = self._turn_begins()
-        for table in self.tables.values() if begins else ():
-            for prompt_id in table.ids:
-                text = table.text_of(prompt_id) if table.domain.as_chat else None
-                if text is not None and text.lstrip().startswith(begins):
-                    raise ValueError(
-                        f"{table.row_of(prompt_id)}: the text {text.strip()!r:.40} went through a chat template already "
-                        f"and would again: give messages, or set domains.{table.domain.name}.as_chat: false"
-                    )
+        begins, frames = (*self._turn_begins(), *TURN_MARKS), self._frames()
+        for table in self.tables.values():
+            framed = {}
+            for prompt_id in table.ids if table.domain.as_chat else ():
+                for text in table.texts_of(prompt_id):
+                    if text.lstrip().startswith(begins):
+                        raise ValueError(
+                            f"{table.row_of(prompt_id)}: the text {text.strip()!r:.40} went through a chat template already "
+                            f"and would again: give messages, or set domains.{table.domain.name}.as_chat: false"
+                        )
+                    if inside := next((mark for mark in frames if mark in text), None):
+                        framed[prompt_id] = f"{inside!r}"
+            if framed:
+                what = "rows have in their text what the policy reads as the frame of a turn"
+                table.warn(f"{table.where}: {len(framed)} of {len(table)} {what} ({table.shown(framed)})")
+
+    def _frames(self) -> list[str]:
+        """The special tokens that frame a turn, as a text would have them."""
+        return sorted(mark for i in self.framing if len(mark := str(self.tokenizer.decode([i])).strip()) > 2)
 
     def _turn_begins(self) -> tuple[str, ...]:
         """What a rendered chat may begin with: tokens that frame a turn, and marks that are plain text (`[INST]`)."""

@@ -63,7 +63,6 @@ class Policy:
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
-        self._tolerance = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
         self._has_dropout = has_dropout(self.trainer.model)
         if self._has_dropout:
             warnings.warn(
@@ -220,6 +219,15 @@ class Policy:
 
     # --- does the engine follow the policy? ---------------------------------------------------------------------------
 
+    @property
+    def _tolerance(self) -> float:
+        """How far engine and policy may be apart in the mean log-probability of a token.
+
+        A temperature below 1 divides logits, and so their differences.
+        """
+        allowed = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
+        return allowed / min(1.0, self.trainer.temperature)
+
     def check(self) -> WeightCheck | None:
         """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.
 
@@ -273,8 +281,7 @@ class Policy:
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
         if not is_whole or self._has_dropout or self._is_stale(completions):
             return
-        # logits are divided by the temperature, and so are their differences
-        allowed = self._tolerance / min(1.0, self.trainer.temperature)
+        allowed = self._tolerance
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if differences and differences[-1] > allowed:
             raise RuntimeError(

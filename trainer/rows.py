@@ -180,7 +180,8 @@ def _head(rows: Rows, limit: int) -> Rows:
 
 def _with_length(rows: Any, *, where: str, of: str) -> Rows:
     if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise ValueError(f"{where}: expected rows, a path, hf://org/name or a generator, got {of}")
+        got = f"{of}, which returned {rows!r:.60}" if of.startswith("generator") else of
+        raise ValueError(f"{where}: expected rows, a path, hf://org/name or a generator, got {got}")
     return rows
 
 
@@ -299,8 +300,23 @@ def _read(path: Path, *, where: str) -> FilePart:
         content.seek(0)
         return FilePart(path=path, rows=_parsed(content.read(), str(path), lambda error: f"{path}:{error.lineno}"))
     content.seek(0)
-    rows = list(_read_jsonl(content, path))
+    try:
+        rows = list(_read_jsonl(content, path))
+    except ValueError:
+        if kind == ".json":
+            _refuse_object(content.getvalue(), path)
+        raise
     return FilePart(path=path, rows=[row for _, row in rows], lines=[number for number, _ in rows])
+
+
+def _refuse_object(text: bytes, path: Path) -> None:
+    """Raise ValueError for a file that is one object, over several lines: rows may be under a key of it."""
+    try:
+        found = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return
+    keys = f" with the keys {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else ""
+    raise ValueError(f"{path}: is one {type(found).__name__}{keys}: expected a list of rows, or one object a line")
 
 
 def _opened(path: Path) -> Any:
