@@ -211,6 +211,8 @@ def check_arguments(
             raise ValueError(f"{where}: unknown argument {name!r:.200}; {meant}")
         if types and (why := _unlike(hints[name], value)):
             raise ValueError(f"{where}: {name}: {why}, got {value!r:.200}")
+    if types and (needed := [n for n, p in taken.items() if p.default is p.empty and n not in given]):
+        raise ValueError(f"{where}: needs {', '.join(needed)}; got {', '.join(map(str, given)) or 'no arguments'}")
 
 
 def _unlike(hint: Any, value: Any) -> str | None:
@@ -225,7 +227,9 @@ def _unlike(hint: Any, value: Any) -> str | None:
     try:
         TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        return error.errors()[0]["msg"]
+        first = error.errors()[0]
+        inside = ".".join(str(part) for part in first["loc"])
+        return f"{inside}: {first['msg']} ({first['input']!r:.60})" if inside else first["msg"]
     return None
 
 
