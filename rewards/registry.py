@@ -183,6 +183,12 @@ def find(kind: str, registry: Mapping[str, str], spec: Any, *, also: Sequence[st
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
     if isinstance(found, type):
         check_arguments(found, arguments, where=f"{kind} {name!r}", types=name in registry, also=also)
+        taken = inspect.signature(found).parameters if name in registry else {}
+        if needed := [
+            n for n, p in taken.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD and n not in arguments
+        ]:
+            given = ", ".join(map(str, arguments)) or "no arguments"
+            raise ValueError(f"{kind} {name!r}: needs {', '.join(needed)}; got {given}")
         try:
             return found(**arguments)
         except ValueError:
@@ -211,8 +217,6 @@ def check_arguments(
             raise ValueError(f"{where}: unknown argument {name!r:.200}; {meant}")
         if types and (why := _unlike(hints[name], value)):
             raise ValueError(f"{where}: {name}: {why}, got {value!r:.200}")
-    if types and (needed := [n for n, p in taken.items() if p.default is p.empty and n not in given]):
-        raise ValueError(f"{where}: needs {', '.join(needed)}; got {', '.join(map(str, given)) or 'no arguments'}")
 
 
 def _unlike(hint: Any, value: Any) -> str | None:
