@@ -192,6 +192,12 @@ def find(kind: str, registry: Mapping[str, str], spec: Any, *, also: Sequence[st
         raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
     if isinstance(found, type):
         check_arguments(found, arguments, where=f"{kind} {name!r}", types=name in registry, also=also)
+        taken = inspect.signature(found).parameters if name in registry else {}
+        if needed := [
+            n for n, p in taken.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD and n not in arguments
+        ]:
+            given = ", ".join(map(str, arguments)) or "no arguments"
+            raise ValueError(f"{kind} {name!r}: needs {', '.join(needed)}; got {given}")
         try:
             return found(**arguments)
         except ValueError:
@@ -234,7 +240,9 @@ def _unlike(hint: Any, value: Any) -> str | None:
     try:
         TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        return error.errors()[0]["msg"]
+        first = error.errors()[0]
+        inside = ".".join(str(part) for part in first["loc"])
+        return f"{inside}: {first['msg']} ({first['input']!r:.60})" if inside else first["msg"]
     return None
 
 

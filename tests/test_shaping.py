@@ -112,6 +112,8 @@ def test_weighted_travels_between_processes():
     ("spec", "message"),
     [
         ({"name": "weighted", "parts": {}}, "at least one part"),
+        ({"name": "weighted", "parts": {"a": 1.0}}, r"'weighted': parts: a: Input should be .* \(1\.0\), got"),
+        ({"name": "length", "max_tokens": 9}, "'length': needs soft_tokens; got max_tokens"),
         ({"name": "weighted", "parts": {"a": {"weight": 1}}}, "part 'a' needs reward and weight"),
         ({"name": "weighted", "parts": {"a": {"reward": "exact", "wait": 1}}}, "part 'a' needs reward and weight"),
         ({"name": "format", "pattern": "("}, "no regular expression"),
