@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.launch.build import load_data
 from polyphony.launch.recipe import RecipeError, load_recipe
@@ -98,10 +98,10 @@ def test_a_recipe_says_whether_code_is_trusted(recipe, tmp_path):
     FAMILIES["own"].make(tmp_path / "own")
     data = load_recipe(recipe, ["model=own"])
     with pytest.raises(RecipeError, match="trust_remote_code"):
-        load_data(data, SimpleNamespace(trust_remote_code=False))
+        load_data(data, GRPOConfig(bf16=False))
     trusted = load_recipe(recipe, ["model=own", "grpo.trust_remote_code=true"])
     assert trusted.trusts_code
-    args = SimpleNamespace(trust_remote_code=True, max_completion_length=8)
+    args = GRPOConfig(bf16=False, trust_remote_code=True, max_completion_length=8)
     assert (
         load_data(trusted, args).context
         == AutoConfig.from_pretrained(tmp_path / "own", trust_remote_code=True).max_position_embeddings

@@ -43,7 +43,6 @@ def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32"
         "max_completion_length": 6,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
-        "vllm_max_model_length": 64,
         "model_init_kwargs": {"dtype": precision},
         "bf16": False,
         "gradient_checkpointing": False,
@@ -53,7 +52,8 @@ def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32"
         "seed": 1,
     }
     domain = Domain(name="even", kind="structured", train=ROWS[:8], heldout=ROWS[8:], reward=evenness)
-    args = GRPOConfig(**settings | changes)
+    of_vllm = {} if engine == "transformers" else {"vllm_max_model_length": 64}
+    args = GRPOConfig(**settings | of_vllm | changes)
     return DomainGRPOTrainer(model, args, domains=[domain], curriculum="joint", engine=engine)
 
 
