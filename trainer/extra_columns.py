@@ -15,7 +15,8 @@ class Extra:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[str, dict[tuple[Any, ...], Any]] = {}
+        self.columns: dict[str, dict[tuple[Any, ...], Any]] = {}
+        """Empty where no reward ever told any."""
 
     def add(self, domain: str, column: str, completions: Sequence[Completion], values: Sequence[Any]) -> None:
         """Take in a column. Raises ValueError where it has not one value a completion."""
@@ -23,13 +24,13 @@ class Extra:
             raise ValueError(
                 f"domain {domain!r}: log_extra got {len(values)} values of {column!r} for {len(completions)} completions"
             )
-        told = self._columns.setdefault(column, {})
+        told = self.columns.setdefault(column, {})
         told.update(zip(map(_identity, completions), values, strict=True))
 
     def flush(self, completions: Sequence[Completion]) -> dict[str, list[Any]]:
         """Return every column that there ever was, one value a completion, None where nothing was said; start anew."""
-        found = {c: [told.get(_identity(s)) for s in completions] for c, told in sorted(self._columns.items())}
-        self._columns = {column: {} for column in self._columns}
+        found = {c: [told.get(_identity(s)) for s in completions] for c, told in sorted(self.columns.items())}
+        self.columns = {column: {} for column in self.columns}
         return found
 
 

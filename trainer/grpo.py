@@ -266,8 +266,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
-        for column, values in self.extra.flush(list(rollout.rows.values())).items():
-            self._log_completion_extra(column, values)
+        if self.extra.columns:
+            for column, values in self.extra.flush(list(rollout.rows.values())).items():
+                self._log_completion_extra(column, values)
         output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
         self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1

@@ -63,6 +63,7 @@ class Policy:
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
         self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
+        self._allowed: float | None = None
         self._has_dropout = has_dropout(self.trainer.model)
         if self._has_dropout:
             warnings.warn(
@@ -225,8 +226,9 @@ class Policy:
 
         A temperature below 1 divides logits, and so their differences.
         """
-        allowed = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
-        return allowed / min(1.0, self.trainer.temperature)
+        if self._allowed is None:
+            self._allowed = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
+        return self._allowed / min(1.0, self.trainer.temperature)
 
     def check(self) -> WeightCheck | None:
         """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.

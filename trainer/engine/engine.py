@@ -124,7 +124,7 @@ class Engine(VLLMGeneration):
         names = self._names
         is_adapted = isinstance(self.model, PeftModel)
         walk = merged_parameters(self.model, self.accelerator) if is_adapted else super()._iter_named_params()
-        return ((names.get(name, name), tensor) for name, tensor in walk)
+        return ((names.get(name, name), tensor) for name, tensor in walk) if names else walk
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order; every rank must call it.
