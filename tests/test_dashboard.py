@@ -43,7 +43,7 @@ def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, e
     overrides = ["curriculum.scheduler=sequential", "eval.every=1", "tracking.wandb=null"]
     overrides += ["entropy.control=adaptive", "eval.greedy=true"]
     overrides += ["pool.retry_share=0.1", "domains.arithmetic.reward=tests.test_dashboard:telling"]
-    overrides += ["pool.refill.max_rounds=1", "grpo.top_p=0.95"]  # replaced groups whose entropy stays unmeasured
+    overrides += ["pool.refill.max_rounds=1", "grpo.min_p=0.001"]  # replaced groups whose entropy stays unmeasured
     train(load_recipe(RECIPES / "debug.yaml", overrides), tmp_path / "run", engine=engine)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     parts = [name.split("/") for line in lines for name in line]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -311,6 +312,7 @@ def test_tokens_marked_special_are_read_but_for_those_that_frame_a_turn(said, re
         accelerator=Accelerator(cpu=True),
         args=SimpleNamespace(bf16=True),
         num_generations=2,
+        model=torch.nn.Module(),
         processing_class=calls,
         _tokenizer=calls,
         eos_token_ids=[calls.eos_token_id],

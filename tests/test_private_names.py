@@ -20,8 +20,8 @@ RELIED_ON = {
     # TRL's trainer and Transformers' beneath it: overridden, called, read or set
     "trl.trainer.grpo_trainer:GRPOTrainer": """
         _buffered_inputs _calculate_rewards _compute_loss _entropy_bonus_enabled _generate_and_score_completions
-        _generate_single_turn _get_per_token_logps_and_entropies _last_loaded_step _metrics _step _tokenize_prompts
-        _tokenizer
+        _generate_single_turn _get_per_token_logps_and_entropies _last_loaded_step _log_completion_extra _logs
+        _metrics _step _tokenize_prompts _tokenizer
     """,
     "transformers.trainer:Trainer": """
         _get_grad_norm _get_output_dir _load_from_checkpoint _load_optimizer_and_scheduler _load_rng_state _prepare_inputs
@@ -37,6 +37,7 @@ RELIED_ON = {
     "peft.tuners.lora:Linear": "_caches",
     "wandb_workspaces.workspaces:Workspace": "_to_model",
     # Python's own
+    "asyncio": "_get_running_loop",
     "atexit": "_run_exitfuncs",
     "threading": "_shutdown",
 }

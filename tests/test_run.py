@@ -158,7 +158,9 @@ def test_a_script_and_a_recipe_leave_the_same_run(by_recipe, tmp_path, capsys):
     assert parse([str(folder.path)]).models == (str(folder.final),)
     assert main(["report", str(folder.path)]) == 0
     assert "the entropy band" not in folder.report.read_text() and read_run(folder.path).planned_steps == 2
-    assert main(["plan", "--replay", str(folder.path), "--scheduler", "joint"]) == 0
+    assert (
+        main(["plan", "--replay", str(folder.path), "--scheduler", "joint", "--out", str(tmp_path / "page.html")]) == 0
+    )
     assert main(["train", "--resume", str(folder.path)]) == 2
     assert "a run from Python; its script goes on, train(resume_from_checkpoint=True)" in capsys.readouterr().err
 

@@ -222,13 +222,15 @@ class Policy:
 
     @property
     def _tolerance(self) -> float:
-        """How far engine and policy may be apart in the mean log-probability of a token.
-
-        A temperature below 1 divides logits, and so their differences.
-        """
+        """How far engine and policy may be apart in the mean log-probability of a token, at temperatures of 1 and above."""
         if self._allowed is None:
             self._allowed = tolerance_of(self.precision, device=self.trainer.accelerator.device.type)
-        return self._allowed / min(1.0, self.trainer.temperature)
+        return self._allowed
+
+    @property
+    def _coldness(self) -> float:
+        """What logits, and their differences, are divided by, where that makes them larger."""
+        return min(1.0, self.trainer.temperature)
 
     def check(self) -> WeightCheck | None:
         """Check, on a few held-out prompts, that the engine follows the policy's weights; the next draw syncs again.
@@ -250,27 +252,23 @@ class Policy:
                 sample=lambda: self.complete(requests, 1),
                 score=lambda completions: self.token_logps(ids, [c.ids for c in completions]),
                 tolerance=self._tolerance,
+                coldness=self._coldness,
             )
         self.trainer._last_loaded_step = -1
         return check
 
     @contextmanager
     def _whole_distribution(self) -> Iterator[None]:
-        """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know.
-
-        At temperature 1: a colder policy is as sure with other weights, and multiplies what rounding does.
-        """
-        whole, temperature = Sampling(), self.trainer.temperature
+        """Sample without top-k and its like for a while: what they leave out, the policy's log-probabilities do not know."""
+        whole = Sampling(temperature=self.trainer.temperature)
         generation = self.trainer.vllm_generation
         changed = asdict(whole) if self.engine is None else {"sampling": whole}  # TRL's own modes name each by itself
         kept = {name: getattr(generation, name) for name in changed}
         for name, value in changed.items():
             setattr(generation, name, value)
-        self.trainer.temperature = whole.temperature
         try:
             yield
         finally:
-            self.trainer.temperature = temperature
             for name, value in kept.items():
                 setattr(generation, name, value)
 
@@ -283,7 +281,7 @@ class Policy:
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
         if not is_whole or self._has_dropout or self._is_stale(completions):
             return
-        allowed = self._tolerance
+        allowed = self._tolerance / self._coldness
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
         if differences and differences[-1] > allowed:
             raise RuntimeError(

@@ -51,24 +51,31 @@ class WeightCheck:
     moved: float
     """How far the engine's log-probabilities moved from the unchanged policy's, on the same tokens."""
     tolerance: float
+    coldness: float = 1.0
+    """What logits were divided by, where that made them, and what rounding does to them, larger."""
 
     @property
     def allowed(self) -> float:
         """What they may differ by while the weights are changed."""
-        return max(self.tolerance * self.moved, ROUNDING)
+        return max(self.tolerance * self.moved, ROUNDING / self.coldness)
+
+    @property
+    def allowed_at_rest(self) -> float:
+        """What they may differ by before and after."""
+        return min(self.tolerance / self.coldness, self.allowed)
 
     @property
     def is_passed(self) -> bool:
         """True if every difference is allowed and the engine moved by more; False where one of them is NaN."""
         alike = self.changed <= self.allowed
         for difference in (self.before, self.after):
-            alike = alike and difference <= min(self.tolerance, self.allowed)
+            alike = alike and difference <= self.allowed_at_rest
         return alike and self.moved > 2 * self.allowed
 
     def __str__(self) -> str:
         return (
             f"log-prob difference {self.before:.1e} before, {self.changed:.1e} with weights of all parameters changed, "
-            f"{self.after:.1e} restored (allowed {min(self.tolerance, self.allowed):.1e}, changed {self.allowed:.1e}); "
+            f"{self.after:.1e} restored (allowed {self.allowed_at_rest:.1e}, changed {self.allowed:.1e}); "
             f"moved {self.moved:.2g}"
         )
 
@@ -80,11 +87,12 @@ def check_weights(
     sample: Callable[[], Sequence[Completion]],
     score: Callable[[Sequence[Completion]], Sequence[Sequence[float]]],
     tolerance: float,
+    coldness: float = 1.0,
 ) -> WeightCheck:
     """Return what the check saw; raises nothing about the result, see `is_passed`.
 
     `sync` loads the policy's weights into the engine, `sample` lets the engine generate, `score` returns the policy's
-    own log-probabilities of the same tokens; see `tolerance_of`.
+    own log-probabilities of the same tokens; see `tolerance_of` and `WeightCheck.coldness`.
     """
     reshard(model)
     sync()
@@ -103,6 +111,7 @@ def check_weights(
         after=_difference(third, score(third)),
         moved=moved,
         tolerance=tolerance,
+        coldness=coldness,
     )
 
 
