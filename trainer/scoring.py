@@ -47,9 +47,9 @@ _UNREACHABLE = (
 class Scorer:
     """Route completions to their domains' rewards.
 
-    A reward that raises, or returns None, gives None: that completion is left out of everything and counted. One that cannot
-    reach its judge gives None for all it was asked about. One that returns NaN or the wrong number of values is broken,
-    and stops the run with its domain's name.
+    A reward that raises, or returns None or NaN (as TRL reads it), gives None: that completion is left out of everything and
+    counted. One that cannot reach its judge gives None for all it was asked about. One that returns infinity, no
+    number or the wrong number of values is broken, and stops the run with its domain's name.
 
     Example: `Scorer(domains)(completions) -> [1.0, None, 0.0]`
     """
@@ -225,9 +225,9 @@ def _checked(name: str, value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"domain {name!r}: the reward returned {value!r}, which is no number") from error
-    if not math.isfinite(number):
+    if math.isinf(number):
         raise ValueError(f"domain {name!r}: the reward returned {number}; a failed grading is None")
-    return number
+    return None if math.isnan(number) else number
 
 
 class EarlyGrading:
