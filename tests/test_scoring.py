@@ -6,6 +6,7 @@ import math
 import pickle
 import socket
 import urllib.error
+from contextlib import nullcontext
 from dataclasses import replace
 
 import httpx
@@ -164,6 +165,8 @@ def test_extra_columns_are_of_the_completions_that_they_were_said_of():
     assert extra.flush(rows) == {"length": [None] * 3}  # a column that was once there stays one
     grader.apart()(rows)
     assert extra.flush(rows[:1]) == {"length": [None]}
+    extra.add("math", "length", [rows[0], rows[0]], [1, 2])  # the same sampled twice
+    assert extra.flush([rows[0]] * 3) == {"length": [1, 2, 2]}
 
 
 def test_an_extra_column_has_a_value_for_each_completion():
@@ -229,6 +232,20 @@ def test_what_a_reward_logs_as_in_trl_is_a_metric_of_its_domain(caplog):
         "domain/both/logged/asked": 2.0,
     }
     assert grader.logged.flush("domain") == {}
+
+
+def test_a_reward_that_no_row_can_be_handed_to_is_refused_before_the_first():
+    fit = [lambda prompts, **columns: [], Recording(), lambda prompts, completions, completion_ids, answer: []]
+    for reward in [*fit, of_trl, waits, "exact"]:
+        scorer(math=reward).check_fit([sample(answer="4").prompt])
+    for reward, why in [
+        (lambda completions, **columns: [], None),
+        (lambda prompts, completions, completion_ids: [], "got an unexpected keyword argument 'answer'"),
+        (lambda prompts, solution, **columns: [], None),  # which other rows may have
+    ]:
+        grader = scorer(math=reward)
+        with pytest.raises(ValueError, match=rf"domains\.math\.reward: {why}") if why else nullcontext():
+            grader.check_fit([sample(answer="4").prompt])
 
 
 def test_what_is_logged_on_held_out_completions_is_counted_apart():

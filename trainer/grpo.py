@@ -192,6 +192,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.scorer.check_fit(table[table.ids[0]] for table in self.data.train.values() if table.ids)
         self.scorer.extra = self.extra = Extra()
         self.scorer.state_of = lambda: getattr(self, "state", None)
         self.fusion = Fusion.of(self.data.domains)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import GraderGoneError, ask, settled
+from polyphony.rewards.registry import GraderGoneError, ask, misfit, settled
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.metrics import Logged
 
@@ -71,6 +71,13 @@ class Scorer:
         """Returns Transformers' state of the run, as rewards get it."""
         self.extra: Extra | None = None
         """What rewards say of each completion by `log_extra`; None where nobody reads it."""
+
+    def check_fit(self, prompts: Iterable[Prompt]) -> None:
+        """Raise ValueError for a reward whose signature does not take what it is called with: it would fail on every row."""
+        for prompt in prompts:
+            names = {*prompt.columns, "prompts", "completions", "completion_ids"}
+            if why := misfit(self.rewards[prompt.domain], names):
+                raise ValueError(f"domains.{prompt.domain}.reward: {why}; **columns takes what a reward does not use")
 
     def apart(self) -> Scorer:
         """Return one with the same rewards that counts by itself what they log."""
