@@ -105,14 +105,34 @@ def as_score(spec: str | Mapping[str, Any] | Reward, reward: float | None) -> fl
 
 def ask(reward: Reward, arguments: Mapping[str, Any]) -> Any:
     """Call a reward with these arguments, but for what is only offered and its signature does not take."""
+    return reward(**_taken(_signature(reward), arguments))
+
+
+def misfit(reward: Reward, names: Collection[str]) -> str | None:
+    """Return which of these arguments a reward's signature does not take, in words; None where it takes all.
+
+    What it asks for beside them another row may have.
+    """
+    signature = _signature(reward)
     try:
-        parameters = inspect.signature(reward).parameters
+        if signature is not None:
+            signature.bind_partial(**_taken(signature, dict.fromkeys((*names, *OFFERED))))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _signature(reward: Reward) -> inspect.Signature | None:
+    try:
+        return inspect.signature(reward)
     except (TypeError, ValueError):  # a callable without a signature to read: it has rewards' plain form
-        return reward(**{name: value for name, value in arguments.items() if name not in OFFERED})
+        return None
+
+
+def _taken(signature: inspect.Signature | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = signature.parameters if signature else {}
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return reward(
-        **{name: v for name, v in arguments.items() if takes_all or name not in OFFERED or name in parameters}
-    )
+    return {name: v for name, v in arguments.items() if takes_all or name not in OFFERED or name in parameters}
 
 
 def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from polyphony.curricula.records import Domain
-from polyphony.trainer.arguments import DIFFERS, ENGINES_OWN, HEARD, UNHEARD, refuse_unheard
+from polyphony.trainer.arguments import DIFFERS, ENGINES_OWN, GENERATION, HEARD, UNHEARD, refuse_unheard
 from polyphony.trainer.domains import DomainData, code_of
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.settings import TrainerSettings
@@ -86,7 +87,18 @@ def test_generation_kwargs_leave_the_engine_its_own(tmp_path):
     with pytest.raises(ValueError) as refused:
         refuse_unheard(args, engine="vllm", has_run=False)
     assert all(f"generation_kwargs.{name} with an engine of ours" in str(refused.value) for name in ENGINES_OWN)
-    refuse_unheard(args, engine="transformers", has_run=False)
+
+
+def test_generation_kwargs_without_vllm_are_fields_of_transformers(tmp_path):
+    given = {"stop": ["4"], "bad_words": ["5"], "num_return_sequences": 2, "no_repeat_ngram_size": 2}
+    args = GRPOConfig(output_dir=str(tmp_path), bf16=False, generation_kwargs=given)
+    with pytest.raises(ValueError) as refused:
+        refuse_unheard(args, engine="transformers", has_run=False)
+    assert [what.partition(" ")[0] for what in str(refused.value).split("; ")] == [
+        f"generation_kwargs.{name}" for name in ("bad_words", "num_return_sequences", "stop")
+    ]
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_" and name != "transformers_version"}
+    assert known == GENERATION, "say in trainer/arguments.py what Transformers has now"
 
 
 def test_an_engine_beside_trls_own_is_refused(tmp_path):

@@ -10,9 +10,12 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
 
+from polyphony.curricula.records import Domain
 from polyphony.trainer.checkpoints import save_final
 from polyphony.trainer.engine.merge import merged_parameters, refuse_unmergeable
+from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.policy import Policy
 from tests.conftest import POLICY
 
@@ -140,3 +143,17 @@ def test_other_adapters_several_adapters_and_the_old_fsdp_are_refused():
     refuse_unmergeable(base(), rank)
     for changes in KINDS.values():
         refuse_unmergeable(adapted(**changes), one_rank())
+
+
+def test_where_nothing_is_merged_any_adapter_trains(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, max_steps=1, report_to=[])
+    args.max_completion_length = 8
+    rows = {
+        "train": [{"prompt": "1 + 1 =", "answer": "2"}],
+        "heldout": [{"prompt": f"{n} + 1 =", "answer": "3"} for n in (2, 3)],
+    }
+    given = {"domains": [Domain(name="sums", kind="structured", reward="exact", **rows)], "engine": "transformers"}
+    given |= {"peft_config": IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"])}
+    assert isinstance(DomainGRPOTrainer(str(POLICY), args, **given).model, PeftModel)
+    with pytest.raises(ValueError, match="peft_config: peft_type=IA3: expected LORA"):
+        DomainGRPOTrainer(str(POLICY), args, run=tmp_path / "run", **given)  # which leaves a merged policy in final/

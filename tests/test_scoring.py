@@ -6,6 +6,7 @@ import math
 import pickle
 import socket
 import urllib.error
+from contextlib import nullcontext
 from dataclasses import replace
 
 import httpx
@@ -130,6 +131,8 @@ RETURNED = {
     "torch": torch.tensor([1, 0, 0.5], dtype=torch.bfloat16, requires_grad=True),
     "column": torch.tensor([[1], [0], [0.5]]),
     "tensors": [torch.tensor(1), None, np.float64(0.5)],
+    "not graded": torch.tensor([1, math.nan, 0.5]),  # a tensor knows no None, and TRL reads NaN as one
+    "not graded of numpy": [1, np.float32("nan"), 0.5],
 }
 
 
@@ -140,7 +143,7 @@ def test_a_reward_may_return_lists_numpy_and_tensors(values, is_async):
         return values
 
     found = scorer(math=later if is_async else lambda prompts, **columns: values)([sample()] * 3)
-    assert found == [1.0, None if values[1] is None else 0.0, 0.5]
+    assert found == [1.0, None if values[1] is None or math.isnan(values[1]) else 0.0, 0.5]
 
 
 def test_a_reward_may_yield_its_values():
@@ -162,6 +165,8 @@ def test_extra_columns_are_of_the_completions_that_they_were_said_of():
     assert extra.flush(rows) == {"length": [None] * 3}  # a column that was once there stays one
     grader.apart()(rows)
     assert extra.flush(rows[:1]) == {"length": [None]}
+    extra.add("math", "length", [rows[0], rows[0]], [1, 2])  # the same sampled twice
+    assert extra.flush([rows[0]] * 3) == {"length": [1, 2, 2]}
 
 
 def test_an_extra_column_has_a_value_for_each_completion():
@@ -210,6 +215,7 @@ def fixed(prompts, completions, completion_ids, answer):
 
 async def waits(prompts, log_metric=None, **columns):
     log_metric("asked", len(prompts))
+    log_metric("asked", math.nan)  # says nothing, and takes nothing from what others say
     return [0.5] * len(prompts)
 
 
@@ -227,6 +233,20 @@ def test_what_a_reward_logs_as_in_trl_is_a_metric_of_its_domain(caplog):
         "domain/both/logged/asked": 2.0,
     }
     assert grader.logged.flush("domain") == {}
+
+
+def test_a_reward_that_no_row_can_be_handed_to_is_refused_before_the_first():
+    fit = [lambda prompts, **columns: [], Recording(), lambda prompts, completions, completion_ids, answer: []]
+    for reward in [*fit, of_trl, waits, "exact"]:
+        scorer(math=reward).check_fit([sample(answer="4").prompt])
+    for reward, why in [
+        (lambda completions, **columns: [], None),
+        (lambda prompts, completions, completion_ids: [], "got an unexpected keyword argument 'answer'"),
+        (lambda prompts, solution, **columns: [], None),  # which other rows may have
+    ]:
+        grader = scorer(math=reward)
+        with pytest.raises(ValueError, match=rf"domains\.math\.reward: {why}") if why else nullcontext():
+            grader.check_fit([sample(answer="4").prompt])
 
 
 def test_what_is_logged_on_held_out_completions_is_counted_apart():
@@ -305,7 +325,6 @@ def test_a_failure_in_one_domain_does_not_touch_another():
         ([1.0], "the reward returned 1 values for 2 completions"),
         ([1.0, 1.0, 1.0], "the reward returned 3 values for 2 completions"),
         (None, "the reward returned None for 2 completions"),
-        ([1.0, math.nan], "the reward returned nan; a failed grading is None"),
         ([1.0, math.inf], "the reward returned inf; a failed grading is None"),
         ([1.0, "good"], "the reward returned 'good', which is no number"),
         ([1.0, [1.0]], "the reward returned \\[1.0\\], which is no number"),

@@ -58,7 +58,7 @@ DIFFERS = {
     "eval_strategy": "of held-out rows; with `run`, 'steps' or 'no', and the first and last evaluation in any case",
     "generation_kwargs": "by an engine of ours: fields of vLLM's SamplingParams (`stop`, `bad_words`, ..), for held-out "
     "samples as well, and what ends at a `stop` counts as cut off, as in TRL; `n`, `seed`, `max_tokens` and how tokens are "
-    "returned are the engine's own and refused",
+    "returned are the engine's own and refused; without vLLM, fields of Transformers' GenerationConfig, others refused",
     "ignore_data_skip": "always true: slots hold no data, and where the curriculum was is restored",
     "log_completions": "the column of rewards is called `domain`",
     "max_completion_length": "the most; a domain may have less",
@@ -173,6 +173,30 @@ UNHEARD |= {
 ENGINES_OWN = ("detokenize", "flat_logprobs", "logprobs", "max_tokens", "n", "output_kind", "prompt_logprobs", "seed")
 """What `generation_kwargs` must leave to an engine of ours."""
 
+GENERATION = frozenset(
+    """
+    assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
+    begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints
+    continuous_batching_config decoder_start_token_id disable_compile diversity_penalty do_sample dola_layers
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty force_words_ids forced_bos_token_id forced_eos_token_id guidance_scale is_assistant
+    length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length
+    min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_logits output_scores pad_token_id penalty_alpha
+    prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty
+    return_dict_in_generate sequence_bias speculation_type stop_strings suppress_tokens target_lookbehind temperature
+    token_healing top_h top_k top_p typical_p use_cache use_mtp watermarking_config
+    """.split()  # noqa: SIM905
+)
+"""Fields of Transformers' GenerationConfig, which drops others without a word."""
+
+NOT_WITH_TRANSFORMERS = {
+    "num_return_sequences": "there is one completion a row",
+    "return_dict_in_generate": "TRL takes the tokens alone",
+    "stop_strings": "TRL hands over no tokenizer to find them with; an engine of ours hears `stop`",
+}
+"""What `generation_kwargs` must leave out where Transformers generates, and why."""
+
 
 def complaints(
     value_of: Callable[[str], Any], *, sampler: Literal["ours", "transformers", "trl"], has_run: bool
@@ -183,10 +207,18 @@ def complaints(
         for kind in kinds:
             if places.intersection(kind.where) and (value := value_of(name)) not in kind.allowed:
                 yield name, f"{name}={value!r}{_WORDS[kind.where[0]]}: {kind.why}"
+    given = value_of("generation_kwargs")
+    for what in _of_generation(sorted(given) if isinstance(given, Mapping) else [], sampler):
+        yield "generation_kwargs", f"generation_kwargs.{what}"
+
+
+def _of_generation(names: list[str], sampler: str) -> Iterator[str]:
     if sampler == "ours":
-        given = value_of("generation_kwargs")
-        for name in sorted(set(given if isinstance(given, Mapping) else ()) & set(ENGINES_OWN)):
-            yield "generation_kwargs", f"generation_kwargs.{name} with an engine of ours: it is the engine's own"
+        yield from (f"{name} with an engine of ours: it is the engine's own" for name in names if name in ENGINES_OWN)
+    elif sampler == "transformers":
+        unknown = dict.fromkeys(set(names) - GENERATION, "no field of Transformers' GenerationConfig")
+        refused = unknown | NOT_WITH_TRANSFORMERS
+        yield from (f"{name} without vLLM: {refused[name]}" for name in names if name in refused)
 
 
 _WORDS = {

@@ -30,7 +30,7 @@ from polyphony.curricula.records import Domain, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.arguments import refuse_unheard
+from polyphony.trainer.arguments import refuse_unheard, sampler_of
 from polyphony.trainer.checkpoint_mark import begin_mark
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
@@ -111,7 +111,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, settings
     that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw;
-    before an engine is started, for an adapter that cannot be merged for it (LoRA, rsLoRA and DoRA can).
+    before an engine is started, for an adapter that cannot be merged for it or for `final/` (LoRA, rsLoRA and DoRA can).
 
     Example:
         trainer = DomainGRPOTrainer("Qwen/Qwen3-0.6B", args=GRPOConfig(...), domains=[math, writing], curriculum="joint")
@@ -181,6 +181,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy = Policy(
             self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
+        if outset or sampler_of(args, engine) != "transformers":  # which samples from the policy itself, nothing merged
+            refuse_unmergeable(self.model, self.accelerator)
         self._walk_and_evaluate(engine, settings)
         self.run = Run(self, outset, model=name).attach() if outset else None
 
@@ -190,6 +192,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
+        self.scorer.check_fit(table[table.ids[0]] for table in self.data.train.values() if table.ids)
         self.scorer.extra = self.extra = Extra()
         self.scorer.state_of = lambda: getattr(self, "state", None)
         self.fusion = Fusion.of(self.data.domains)
@@ -218,7 +221,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         if pool:
             pool.check_look(self.num_generations, rank_rows=self.policy.rank_rows)
-        refuse_unmergeable(self.model, self.accelerator)
         if self.use_vllm:
             self.policy.keep_base()
         else:

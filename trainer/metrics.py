@@ -268,6 +268,8 @@ class Logged:
     def add(self, domain: str, values: Sequence[tuple[str, float]]) -> None:
         with self._lock:
             for name, value in values:
+                if math.isnan(value):  # undefined, and the others' mean would be with it
+                    continue
                 total, count = self.sums.get((domain, name), (0.0, 0))
                 self.sums[domain, name] = (total + value, count + 1)
 

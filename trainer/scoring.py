@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from polyphony.curricula.records import Completion, Domain, Group, Prompt
 from polyphony.rewards import Reward, find_reward
-from polyphony.rewards.registry import GraderGoneError, ask, settled
+from polyphony.rewards.registry import GraderGoneError, ask, misfit, settled
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.metrics import Logged
 
@@ -47,9 +47,9 @@ _UNREACHABLE = (
 class Scorer:
     """Route completions to their domains' rewards.
 
-    A reward that raises, or returns None, gives None: that completion is left out of everything and counted. One that cannot
-    reach its judge gives None for all it was asked about. One that returns NaN or the wrong number of values is broken,
-    and stops the run with its domain's name.
+    A reward that raises, or returns None or NaN (as TRL reads it), gives None: that completion is left out of everything and
+    counted. One that cannot reach its judge gives None for all it was asked about. One that returns infinity, no
+    number or the wrong number of values is broken, and stops the run with its domain's name.
 
     Example: `Scorer(domains)(completions) -> [1.0, None, 0.0]`
     """
@@ -71,6 +71,13 @@ class Scorer:
         """Returns Transformers' state of the run, as rewards get it."""
         self.extra: Extra | None = None
         """What rewards say of each completion by `log_extra`; None where nobody reads it."""
+
+    def check_fit(self, prompts: Iterable[Prompt]) -> None:
+        """Raise ValueError for a reward whose signature does not take what it is called with: it would fail on every row."""
+        for prompt in prompts:
+            names = {*prompt.columns, "prompts", "completions", "completion_ids"}
+            if why := misfit(self.rewards[prompt.domain], names):
+                raise ValueError(f"domains.{prompt.domain}.reward: {why}; **columns takes what a reward does not use")
 
     def apart(self) -> Scorer:
         """Return one with the same rewards that counts by itself what they log."""
@@ -225,9 +232,9 @@ def _checked(name: str, value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"domain {name!r}: the reward returned {value!r}, which is no number") from error
-    if not math.isfinite(number):
+    if math.isinf(number):
         raise ValueError(f"domain {name!r}: the reward returned {number}; a failed grading is None")
-    return number
+    return None if math.isnan(number) else number
 
 
 class EarlyGrading:
