@@ -33,8 +33,8 @@ def no_list(prompts, **columns):
     return None
 
 
-def not_a_number(prompts, **columns):
-    return [math.nan] * len(prompts)
+def without_end(prompts, **columns):
+    return [math.inf] * len(prompts)
 
 
 def words(prompts, **columns):
@@ -337,7 +337,7 @@ def test_a_report_that_cannot_be_written_is_an_error(capsys, tmp_path):
         ('{"name": ', "not valid JSON"),
         ("tests.test_bad_input:one_too_few", "the reward returned 2 values for 3 completions"),
         ("tests.test_bad_input:no_list", "the reward returned None for 3 completions"),
-        ("tests.test_bad_input:not_a_number", "the reward returned nan; a failed grading is None"),
+        ("tests.test_bad_input:without_end", "the reward returned inf; a failed grading is None"),
         ("tests.test_bad_input:words", "the reward returned 'good', which is no number"),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_row_without_a_completion_is_named(capsys, tmp_path):
     ("reward", "code", "message"),
     [
         ("one_too_few", 2, "domain 'sums': the reward returned 3 values for 4 completions"),
-        ("not_a_number", 2, "domain 'sums': the reward returned nan; a failed grading is None"),
+        ("without_end", 2, "domain 'sums': the reward returned inf; a failed grading is None"),
     ],
 )
 def test_a_reward_that_breaks_its_contract_ends_the_run_in_one_line(capsys, tmp_path, recipe, reward, code, message):

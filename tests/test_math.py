@@ -187,5 +187,5 @@ def test_a_row_without_a_reference_has_no_verdict(answer):
 
 
 def test_an_unknown_source_is_refused():
-    with pytest.raises(ValueError, match="sources: Input should be 'tag', 'boxed', 'marker' or 'number', got"):
+    with pytest.raises(ValueError, match="sources: 0: Input should be 'tag', 'boxed', 'marker' or 'number'"):
         find_reward({"name": "math", "sources": ["guess"]})

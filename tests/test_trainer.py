@@ -272,7 +272,7 @@ def test_too_many_failures_of_a_grader_stop_the_run_with_the_domains_name(tmp_pa
     ("reward", "message"),
     [
         (lambda prompts, **columns: [1.0], "the reward returned 1 values for 32 completions"),
-        (lambda prompts, **columns: [math.nan] * len(prompts), "the reward returned nan; a failed grading is None"),
+        (lambda prompts, **columns: [math.inf] * len(prompts), "the reward returned inf; a failed grading is None"),
     ],
 )
 def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path, engine, reward, message):
