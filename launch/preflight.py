@@ -34,7 +34,7 @@ from polyphony.launch.build import (
     tokenizer_of,
 )
 from polyphony.launch.cluster.local import check_heads
-from polyphony.launch.recipe import UNSAID, Recipe, RecipeError
+from polyphony.launch.recipe import UNSAID, Recipe, RecipeError, refusals
 from polyphony.launch.train import changed_keys
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows
@@ -59,7 +59,7 @@ def preflight(
     """
     missing = missing_names(recipe)
     named = [*problems, *(line for lines in missing.values() for line in lines)]
-    named += _refused(changed_keys, recipe, run) if run else []
+    named += refusals(changed_keys, recipe, run) if run else []
     yield from named
     args, wrong = _arguments(recipe)
     yield from wrong
@@ -75,14 +75,6 @@ def preflight(
             say(line)
 
 
-def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
-    try:
-        check(*given)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return why a run cannot go on: its rows or its model are others, or it would be over before where it is."""
     from polyphony.trainer.run.provenance import refuse_other_data
@@ -93,8 +85,8 @@ def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[st
     known = read_object(run.provenance) if run.provenance.is_file() else {}
     model = known.get("model", {}).get("name")
     return [
-        *_refused(lambda: refuse_other_data(known, data.tables, model=model)),
-        *_refused(lambda: check_length(plan_draws(args, data.n_train).steps, reached=_reached(run))),
+        *refusals(lambda: refuse_other_data(known, data.tables, model=model)),
+        *refusals(lambda: check_length(plan_draws(args, data.n_train).steps, reached=_reached(run))),
     ]
 
 
@@ -207,7 +199,7 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
             pool=recipe.pool,
         ),
     )
-    return [line for check in checks for line in _refused(check)]
+    return [line for check in checks for line in refusals(check)]
 
 
 def _schedule(args: GRPOConfig, steps: int) -> None:

@@ -235,7 +235,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
 
     Raises RecipeError with all that is wrong.
     """
-    problems = [said for override in overrides for said in _refused(_apply, document, override)]
+    problems = [said for override in overrides for said in refusals(_apply, document, override)]
     look_in(folder)
     recipe, invalid = _valid_part(renamed(document))
     problems += invalid
@@ -245,10 +245,10 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     bad = _grpo_problems(recipe.grpo)
     recipe = recipe.model_copy(update={"grpo": {name: v for name, v in recipe.grpo.items() if name not in bad}})
     problems += bad.values()
-    if unfound := _refused(_model_folder, recipe.model, folder):
+    if unfound := refusals(_model_folder, recipe.model, folder):
         problems, recipe = [*problems, *unfound], recipe.model_copy(update={"model": UNSAID})
     for check in (_check_engine, _check_keys, _check_trainer):
-        problems += _refused(check, recipe)
+        problems += refusals(check, recipe)
     try:
         recipe = _with_absolute_paths(recipe, folder)
     except RecipeError as error:
@@ -258,7 +258,8 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     return recipe
 
 
-def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
+def refusals(check: Callable[..., Any], *given: Any) -> list[str]:
+    """Return what a check says against what it is given, as a list of one; an empty one where it says nothing."""
     try:
         check(*given)
     except ValueError as error:
