@@ -23,6 +23,7 @@ from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
+from polyphony.trainer.teachers.weights import TeacherWeights
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -60,6 +61,7 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
         found[""] += _refused(rollout_engine, recipe)
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
+    found[""] += _refused(check_weights, recipe)
     if recipe.rft.dedup is not None:
         found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
@@ -69,6 +71,15 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
                 lines = _refused(check, value, where)
                 found.setdefault(name, []).extend(f"{where}: {line.removeprefix(f'{where}: ')}" for line in lines)
     return found
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise RecipeError where the weights of a teacher that a domain names are not there, or not whole."""
+    for name in sorted({str(d.teacher) for d in recipe.domains.values() if d.teacher in recipe.teachers}):
+        try:
+            TeacherWeights.of(name, recipe.teachers[name], base=recipe.model)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
 
 def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
@@ -205,6 +216,8 @@ def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
             f"of {args.num_generations}) for {trained} trained domain{'s' if trained > 1 else ''}: raise "
             "grpo.gradient_accumulation_steps or per_device_train_batch_size"
         )
+    if recipe.algorithm == "distil" and recipe.pool is not None and (recipe.pool.look or recipe.pool.refill.max_rounds):
+        found.append("pool.refill and pool.look do nothing in domains with a teacher: no group of theirs is dead")
     for name, (most, used) in USUAL.items():
         if (value := getattr(args, name)) is not None and value > most:
             found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
@@ -234,6 +247,8 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
+    from polyphony.trainer.single import single_config
+
     ours: dict[str, Any] = {
         "output_dir": str(output),
         "save_strategy": "steps",
@@ -249,9 +264,12 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
     if not recipe.grpo.get("fp16") and (recipe.grpo.get("use_cpu") or not torch.accelerator.is_available()):
         ours["bf16"] = False  # which TRL takes for granted, and Transformers refuses here
+    if recipe.algorithm == "distil":
+        ours["loss_type"] = "grpo"  # TRL's own default averages over tokens
     said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
+    is_single = recipe.algorithm == "distil" and said.get("num_generations") == 1
     try:
-        config = GRPOConfig(**{**ours, **said})
+        config = (single_config if is_single else GRPOConfig)(**{**ours, **said})
     except Exception as error:  # TRL and Transformers look into what they are given before they check it
         raise RecipeError(f"grpo: {error}") from error
     if started == 1 and config.n_gpu > 1:

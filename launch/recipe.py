@@ -46,6 +46,7 @@ from polyphony.trainer.settings import (
     TrainerSettings,
     UpdateSettings,
 )
+from polyphony.trainer.teachers.settings import CURRENT, START, DistilSettings, TeacherSettings
 
 KEY = {"domains": "name", "guardrails": "domain"}
 """Sections by name, and the field that each one's key stands for."""
@@ -73,8 +74,9 @@ class Recipe(BaseModel):
     """Of the run: its folder is `runs/<name>`."""
     model: str
     """A name on the Hugging Face hub, or a folder; a relative one is looked for beside the recipe first."""
-    algorithm: Literal["grpo", "rft"] = "grpo"
-    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
+    algorithm: Literal["grpo", "rft", "distil"] = "grpo"
+    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`. `distil`
+    is on-policy distillation from `teachers`."""
     advantages: AdvantageKind = UpdateSettings().advantages
     """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
     `mean_only` is r - mean."""
@@ -86,6 +88,10 @@ class Recipe(BaseModel):
     guard: Guard | None = None
     """`guard: {}` turns it on."""
     rft: RftSettings = RftSettings()
+    distil: DistilSettings = DistilSettings()
+    teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
+    """Used by `algorithm: distil` alone; a domain names its own as `domains.<name>.teacher`. One that no domain names is not
+    loaded."""
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvaluationSettings = EvaluationSettings()
@@ -154,6 +160,8 @@ class Recipe(BaseModel):
                 advantages=self.advantages,
                 guard=self.guard,
                 rft=self.rft if self.algorithm == "rft" else None,
+                distil=self.distil if self.algorithm == "distil" else None,
+                teachers=self.teachers,
                 drop_dead=self.update.drop_dead,
             ),
             faults=self.faults,
@@ -395,7 +403,7 @@ def _elsewhere() -> dict[str, str]:
     """Return the paths of the keys in sections, by their last part; of several the first."""
     found: dict[str, str] = {}
     for section, field in Recipe.model_fields.items():
-        path = f"{section}.<name>" if section in KEY else section
+        path = f"{section}.<name>" if section in (*KEY, "teachers") else section
         held = [k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "__pydantic_fields__")]
         for key in keys_at(held[0], ()).values() if held else ():
             found.setdefault(key, f"{path}.{key}")
@@ -426,7 +434,7 @@ def _check_keys(recipe: Recipe) -> None:
 
 def _check_trainer(recipe: Recipe) -> None:
     of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
-    recipe.of_trainer.check(list(recipe.domains), engine=recipe.rollouts.engine, of_trl=of_trl)
+    recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -455,17 +463,28 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         )
         for name, domain in recipe.domains.items()
     }
-    model = recipe.model
-    if model.startswith((".", "/")) or (folder / model).is_dir():
-        if not (folder / model).is_dir():
-            raise RecipeError(f"model: folder {folder / model} does not exist")
-        model = str((folder / model).resolve())
+    model = _absolute_model(recipe.model, folder, "model")
+    teachers = {
+        name: replace(teacher, model=_absolute_model(teacher.model, folder, f"teachers.{name}.model"))
+        for name, teacher in recipe.teachers.items()
+    }
     if recipe.pool is not None and recipe.pool.start is not None:
         pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder, "pool.from"))
         recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder, "curriculum.transfer")
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
-    return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
+    return recipe.model_copy(
+        update={"domains": domains, "model": model, "curriculum": curriculum, "teachers": teachers}
+    )
+
+
+def _absolute_model(model: str, folder: Path, where: str) -> str:
+    """Return a folder's path; a name on the hub as it is. Raises RecipeError for a folder that is not there."""
+    if model in (CURRENT, START) or not (model.startswith((".", "/")) or (folder / model).is_dir()):
+        return model
+    if not (folder / model).is_dir():
+        raise RecipeError(f"{where}: folder {folder / model} does not exist")
+    return str((folder / model).resolve())
 
 
 def _absolute(source: Any, folder: Path, where: str) -> Any:
