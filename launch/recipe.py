@@ -433,6 +433,8 @@ def _check_keys(recipe: Recipe) -> None:
 
 
 def _check_trainer(recipe: Recipe) -> None:
+    if recipe.curriculum.scheduler == "d3" and recipe.algorithm != "distil":
+        raise RecipeError("curriculum.scheduler d3 goes by distances to teachers: it needs algorithm: distil")
     of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
     recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
 

@@ -98,6 +98,7 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         (["grpo.num_generations=1"], "grpo.num_generations=1 is for algorithm: distil"),
         (["domains.sums.teacher=t"], "domains.sums.teacher: teachers are for algorithm: distil"),
         (["teachers={t: {model: self}}"], "teachers: teachers are for algorithm: distil"),
+        (["curriculum.scheduler=d3"], "curriculum.scheduler d3 goes by distances to teachers"),
         (["algorithm=distil"], "algorithm: distil needs a teacher"),
         ([*SELF, *WATCHED], "domains.words.teacher: a watched domain is not trained"),
         ([*SELF, "domains.words.teacher=tt"], "domains.words.teacher: unknown teacher 'tt'; did you mean 't'?"),
