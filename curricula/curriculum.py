@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from polyphony.curricula.records import (
     Evaluation,
     Evidence,
     Group,
+    Lessons,
     Prompt,
     abs_advantage,
     mean,
@@ -141,8 +142,16 @@ class Curriculum:
             for prompt_id in pool.refill(counts.get(name, 0))
         ]
 
-    def observe(self, groups: Sequence[Group], entropy: Mapping[str, float] | None = None) -> None:
-        """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats."""
+    def observe(
+        self,
+        groups: Sequence[Group],
+        entropy: Mapping[str, float] | None = None,
+        lessons: Mapping[str, Lessons] | None = None,
+    ) -> None:
+        """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats.
+
+        `lessons` are those of domains with a teacher.
+        """
         by_domain: dict[str, list[Seen]] = {name: [] for name in self.names}
         for group in groups:
             if group.domain not in by_domain:
@@ -153,7 +162,10 @@ class Curriculum:
             by_domain[group.domain].append((group, graded))
             if self.pools:
                 self.pools[group.domain].observe(group.prompt_id, graded)
-        self._last = tuple(_domain_stats(seen, (entropy or {}).get(name, math.nan)) for name, seen in by_domain.items())
+        self._last = tuple(
+            _taught(_domain_stats(seen, (entropy or {}).get(name, math.nan)), (lessons or {}).get(name))
+            for name, seen in by_domain.items()
+        )
 
     def record(self, evaluation: Evaluation) -> None:
         """Take in one held-out row, already reduced to the `steer` half."""
@@ -301,3 +313,11 @@ def _domain_stats(seen: Sequence[Seen], entropy: float) -> DomainStats:
         entropy=rounded(entropy),
         tokens=sum([sum(group.lengths) for group, _ in seen]),
     )
+
+
+def _taught(stats: DomainStats, lessons: Lessons | None) -> DomainStats:
+    """Return what a draw showed of a domain; with a teacher its tokens are what is learned from, and nothing is dead."""
+    if lessons is None:
+        return stats
+    kl, size = rounded(lessons.kl), rounded(lessons.abs_advantage)
+    return replace(stats, abs_advantage=size, frac_dead=0.0, teacher_kl=kl)

@@ -50,6 +50,8 @@ def evidence_as_json(evidence: Evidence) -> dict[str, Any]:
         if isinstance(value, tuple):
             document[name] = list(value)
     last = {f.name: [null_of(getattr(stats, f.name)) for stats in evidence.last] for f in fields(DomainStats)}
+    if not any(value is not None for value in last["teacher_kl"]):  # without teachers, and of older versions
+        del last["teacher_kl"]
     return document | {"last": last, "evaluations": len(evidence.evaluations)}
 
 

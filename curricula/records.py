@@ -59,6 +59,8 @@ class Domain:
     stand, and rewards get text."""
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template for this domain's prompts, such as `{enable_thinking: false}`."""
+    teacher: str | None = None
+    """Under `algorithm: distil`, which of `teachers` scores the domain's completions; null: none, see `distil.others`."""
     diversity: Any = None
     """None, or a `trainer.settings.Diversity` or its fields: reward answers that differ within their group."""
 
@@ -441,6 +443,19 @@ class DomainStats:
     entropy: float = math.nan
     """Nats per token over all rows of the draw, dead groups included."""
     tokens: int = 0
+    teacher_kl: float = math.nan
+    """Nats per token between the policy and the domain's teacher, on the policy's completions; NaN without one. Where there
+    is one, `abs_advantage` is that of the tokens, and no group is dead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lessons:
+    """What a draw's completions of one domain and their teacher's log-probabilities gave."""
+
+    kl: float
+    """Mean over tokens of log pi - log pi_teacher, nats: an unbiased estimate of KL(policy || teacher)."""
+    abs_advantage: float
+    """Mean |advantage| of a token, clipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
+from polyphony.trainer.teachers.weights import TeacherWeights
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -60,6 +61,7 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
         found[""] += _refused(rollout_engine, recipe)
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
+    found[""] += _refused(check_weights, recipe)
     if recipe.rft.dedup is not None:
         found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
@@ -69,6 +71,15 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
                 lines = _refused(check, value, where)
                 found.setdefault(name, []).extend(f"{where}: {line.removeprefix(f'{where}: ')}" for line in lines)
     return found
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise RecipeError where the weights of a teacher that a domain names are not there, or not whole."""
+    for name in sorted({str(d.teacher) for d in recipe.domains.values() if d.teacher in recipe.teachers}):
+        try:
+            TeacherWeights.of(name, recipe.teachers[name], base=recipe.model)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
 
 def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
@@ -214,6 +225,8 @@ def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
         found.append(
             f"grpo.warmup_steps={args.warmup_steps:g} of grpo.max_steps={args.max_steps}: the learning rate is never reached"
         )
+    if recipe.algorithm == "distil" and recipe.pool is not None and (recipe.pool.look or recipe.pool.refill.max_rounds):
+        found.append("pool.refill and pool.look do nothing in domains with a teacher: no group of theirs is dead")
     for name, (most, used) in USUAL.items():
         if (value := getattr(args, name)) is not None and value > most:
             found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
@@ -243,6 +256,8 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     import torch
     from trl.trainer.grpo_config import GRPOConfig
 
+    from polyphony.trainer.single import single_config
+
     ours: dict[str, Any] = {
         "output_dir": str(output),
         "save_strategy": "steps",
@@ -259,9 +274,12 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         ours["ddp_backend"] = "gloo"  # accelerate finds none by itself for DeepSpeed on CPU, and each rank trains alone
     if not recipe.grpo.get("fp16") and (recipe.grpo.get("use_cpu") or not torch.accelerator.is_available()):
         ours["bf16"] = False  # which TRL takes for granted, and Transformers refuses here
+    if recipe.algorithm == "distil":
+        ours["loss_type"] = "grpo"  # TRL's own default averages over tokens
     said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
+    is_single = recipe.algorithm == "distil" and said.get("num_generations") == 1
     try:
-        config = GRPOConfig(**{**ours, **said})
+        config = (single_config if is_single else GRPOConfig)(**{**ours, **said})
     except Exception as error:  # TRL and Transformers look into what they are given before they check it
         of = [
             name for name, v in recipe.grpo.items() if isinstance(v, str) and v in str(error) and name not in str(error)

@@ -181,11 +181,13 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     from polyphony.trainer.dead_rows import may_drop_dead
     from polyphony.trainer.run.outset import Cadence
     from polyphony.trainer.slots import plan_draws
+    from polyphony.trainer.teachers.teachers import Lesson
 
     plan, ours = plan_draws(args, data.n_train), recipe.of_trainer
     has_bonus = bool(ours.entropy.held("coefficient", data.names) or args.entropy_coef)
     prompts = {name: table.ids for name, table in data.train.items()}
     checks: Sequence[Callable[[], Any]] = (
+        lambda: Lesson.of(ours.update.teachers, data, model=recipe.model) if ours.update.distil else None,
         lambda: check_heads(recipe),
         lambda: _schedule(args, plan.steps),
         lambda: Cadence.of(args, plan, ours),

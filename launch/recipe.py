@@ -48,6 +48,7 @@ from polyphony.trainer.settings import (
     TrainerSettings,
     UpdateSettings,
 )
+from polyphony.trainer.teachers.settings import CURRENT, START, DistilSettings, TeacherSettings
 
 KEY = {"domains": "name", "guardrails": "domain"}
 """Sections by name, and the field that each one's key stands for."""
@@ -75,8 +76,9 @@ class Recipe(BaseModel):
     """Of the run: its folder is `runs/<name>`."""
     model: str
     """A name on the Hugging Face hub, or a folder; a relative one is looked for beside the recipe first."""
-    algorithm: Literal["grpo", "rft"] = "grpo"
-    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`."""
+    algorithm: Literal["grpo", "rft", "distil"] = "grpo"
+    """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`. `distil`
+    is on-policy distillation from `teachers`."""
     advantages: AdvantageKind = UpdateSettings().advantages
     """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
     `mean_only` is r - mean."""
@@ -88,6 +90,10 @@ class Recipe(BaseModel):
     guard: Guard | None = None
     """`guard: {}` turns it on."""
     rft: RftSettings = RftSettings()
+    distil: DistilSettings = DistilSettings()
+    teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
+    """Used by `algorithm: distil` alone; a domain names its own as `domains.<name>.teacher`. One that no domain names is not
+    loaded."""
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvaluationSettings = EvaluationSettings()
@@ -161,6 +167,8 @@ class Recipe(BaseModel):
                 advantages=self.advantages,
                 guard=self.guard,
                 rft=self.rft if self.algorithm == "rft" else None,
+                distil=self.distil if self.algorithm == "distil" else None,
+                teachers=self.teachers,
                 drop_dead=self.update.drop_dead,
             ),
             faults=self.faults,
@@ -245,7 +253,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     bad = _grpo_problems(recipe.grpo)
     recipe = recipe.model_copy(update={"grpo": {name: v for name, v in recipe.grpo.items() if name not in bad}})
     problems += bad.values()
-    if unfound := refusals(_model_folder, recipe.model, folder):
+    if unfound := refusals(_absolute_model, recipe.model, folder, "model"):
         problems, recipe = [*problems, *unfound], recipe.model_copy(update={"model": UNSAID})
     for check in (_check_engine, _check_keys, _check_trainer):
         problems += refusals(check, recipe)
@@ -454,7 +462,7 @@ def _elsewhere() -> dict[str, str]:
     """Return the paths of the keys in sections, by their last part; of several the first."""
     found: dict[str, str] = {}
     for section, field in Recipe.model_fields.items():
-        path = f"{section}.<name>" if section in KEY else section
+        path = f"{section}.<name>" if section in (*KEY, "teachers") else section
         held = [k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "__pydantic_fields__")]
         for key in keys_at(held[0], ()).values() if held else ():
             found.setdefault(key, f"{path}.{key}")
@@ -484,8 +492,10 @@ def _check_keys(recipe: Recipe) -> None:
 
 
 def _check_trainer(recipe: Recipe) -> None:
+    if recipe.curriculum.scheduler == "d3" and recipe.algorithm != "distil":
+        raise RecipeError("curriculum.scheduler d3 goes by distances to teachers: it needs algorithm: distil")
     of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
-    recipe.of_trainer.check(list(recipe.domains), engine=recipe.rollouts.engine, of_trl=of_trl)
+    recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -514,21 +524,29 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         )
         for name, domain in recipe.domains.items()
     }
-    model = _model_folder(recipe.model, folder)
+    model = _absolute_model(recipe.model, folder, "model")
+    teachers = {
+        name: replace(teacher, model=_absolute_model(teacher.model, folder, f"teachers.{name}.model"))
+        for name, teacher in recipe.teachers.items()
+    }
     if recipe.pool is not None and recipe.pool.start is not None:
         pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder, "pool.from"))
         recipe = recipe.model_copy(update={"pool": pool})
     transfer = _absolute(recipe.curriculum.transfer, folder, "curriculum.transfer")
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
-    return recipe.model_copy(update={"domains": domains, "model": model, "curriculum": curriculum})
+    return recipe.model_copy(
+        update={"domains": domains, "model": model, "curriculum": curriculum, "teachers": teachers}
+    )
 
 
-def _model_folder(model: str, folder: Path) -> str:
-    """Return the whole path of a model that is a folder; a name on the hub as it is."""
+def _absolute_model(model: str, folder: Path, where: str) -> str:
+    """Return the whole path of a folder, a name on the hub as it is. Raises RecipeError for a folder that is not there."""
+    if model in (CURRENT, START):
+        return model
     if (folder / model).is_dir():
         return str((folder / model).resolve())
     if model.startswith((".", "/")):
-        raise RecipeError(f"model: folder {folder / model} does not exist")
+        raise RecipeError(f"{where}: folder {folder / model} does not exist")
     return model
 
 

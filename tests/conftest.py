@@ -26,6 +26,7 @@ TOGETHER = {
     **dict.fromkeys(
         (
             "test_training_group",
+            "test_distil_ranks",
             "test_resume",
             "test_launch_local",
             "test_stopping",

@@ -58,6 +58,24 @@ def be_a_rank(folder: Path, kinds: Sequence[str], overrides: Sequence[str]) -> N
     engine.close()
 
 
+def be_taught(folder: Path, overrides: Sequence[str]) -> None:
+    """Distil for two steps from teachers of whom this rank has not all; write what it saw of the last draw."""
+    from polyphony.launch.build import build_trainer
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        leave_shared_memory_alone()
+    trainer = build_trainer(load_recipe(folder / "recipe.yaml", overrides), folder / "run")
+    outputs, keep = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(keep(inputs)) or outputs[-1]
+    trainer.train()
+    (first, _), rank = outputs, trainer.accelerator.process_index
+    rows = list(trainer._rollout.rows.values())
+    seen = {name: first[name].cpu() for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+    logged = {k: v for line in trainer.state.log_history for k, v in line.items() if k.startswith("distil/")}
+    seen |= {"advantages": first["advantages"].cpu(), "domains": [row.prompt.domain for row in rows], "logged": logged}
+    torch.save(seen, folder / f"rank-{rank}.pt")
+
+
 def built(recipe: Recipe, out: Path, *, kind: str, engine: Any) -> Any:
     """Return the recipe's trainer, or one with a kind of adapter that no recipe has."""
     from polyphony.launch.build import build_trainer, grpo_config, load_data

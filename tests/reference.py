@@ -36,7 +36,7 @@ finite, and at most a thousand million.
 """
 PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", Any: "any"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-NAMES = {"domains": "<name>", "guardrails": "<domain>"}
+NAMES = {"domains": "<name>", "guardrails": "<domain>", "teachers": "<name>"}
 """How a section by name is written in a path."""
 
 

@@ -192,7 +192,10 @@ OF_THEIR_OWN = {
     **dict.fromkeys(
         ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
     ),
-    **dict.fromkeys(("advantages", "guard", "rft"), "top keys of a recipe, together UpdateSettings"),
+    "model": "the policy's, and a teacher's",
+    **dict.fromkeys(
+        ("advantages", "guard", "rft", "distil", "teachers"), "top keys of a recipe, together UpdateSettings"
+    ),
 }
 """Names that two classes of settings have for different things, or for one thing by reference."""
 

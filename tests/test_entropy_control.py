@@ -7,6 +7,7 @@ import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings, controlled
+from polyphony.curricula.records import Domain
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
@@ -27,7 +28,9 @@ def test_the_python_interface_refuses_them_too(tmp_path):
     arguments = GRPOConfig(output_dir=str(tmp_path), bf16=False, entropy_coef=0.01)
     settings = TrainerSettings.of(entropy=ADAPTIVE, max_grader_failures=0.5)
     with pytest.raises(ValueError, match=r"entropy_coef=0\.01 exclude each other"):
-        settings.check(["math"], engine="vllm", of_trl=lambda name: getattr(arguments, name))
+        settings.check(
+            [Domain(name="math", kind="structured")], engine="vllm", of_trl=lambda name: getattr(arguments, name)
+        )
 
 
 @pytest.mark.parametrize("band", ["[0.5, 0.9]", "[0.5]", "wide"])

@@ -119,7 +119,7 @@ def test_what_the_readmes_add_is_found_by_their_commands(modules, capsys, monkey
     monkeypatch.setitem(sys.modules, verb.__name__, verb)
     exec(modules["launch/cli"], vars(cli))
     tried = [words for path in WINGS for words in commands(path.read_text()) if words[0] in ("train", "sizes")]
-    assert len(tried) == 7
+    assert len(tried) == 8
     for words in tried:
         assert cli.main(words) == 0, words
     assert capsys.readouterr().out.endswith("2 trained, 1 watched\n")

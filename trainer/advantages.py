@@ -57,6 +57,8 @@ class Advantages:
     settings: UpdateSettings
     kinds: Mapping[str, AdvantageKind]
     """Per domain."""
+    taught: frozenset[str] = frozenset()
+    """Domains with a teacher: each of their tokens is learned from, so none of their groups is dead."""
     find_suspects: Callable[[Group], Sequence[int]]
     """The places of a group's suspects (`ShortcutWatch.suspects`)."""
     partitioner: Any = None
@@ -94,13 +96,17 @@ class Advantages:
         return cls(
             settings=settings,
             kinds={d.name: d.advantages or _default_kind(d, settings.advantages) for d in domains},
+            taught=frozenset(d.name for d in domains if d.teacher is not None),
             find_suspects=find_suspects,
             partitioner=None if dedup is None else find_partitioner(dedup),
         )
 
     def is_useful(self, group: Group) -> bool:
         """Return whether a group can move the policy."""
-        return self.settings.rft.is_useful(group) if self.settings.rft else group.has_signal
+        if self.settings.rft:
+            return self.settings.rft.is_useful(group)
+        is_left_out = self.settings.distil is not None and self.settings.distil.others == "skip"
+        return group.domain in self.taught or (group.has_signal and not is_left_out)
 
     @property
     def is_stock(self) -> bool:

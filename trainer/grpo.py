@@ -2,8 +2,8 @@
 
 The path of one prompt: the sampler yields an empty slot; the curriculum fills it just before generation (`_roll_out`); the
 engine samples its group, the domain's reward grades it; TRL computes log-probabilities, advantages and loss; entropy by
-domain is read off TRL's no-grad pass over all rows; the curriculum observes. Left out on purpose: a loss, an optimizer loop
-and a weight loader of our own.
+domain is read off TRL's no-grad pass over all rows; teachers, where there are some, score the rows (`_learn`); the
+curriculum observes. Left out on purpose: a loss, an optimizer loop and a weight loader of our own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Domain, Rollout
+from polyphony.curricula.records import Completion, Domain, Lessons, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
@@ -69,6 +69,8 @@ from polyphony.trainer.settings import (
 )
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.teachers.distil import Distil
+from polyphony.trainer.teachers.teachers import Lesson, Teachers
 from polyphony.trainer.weight_names import load_converted
 
 
@@ -160,12 +162,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         read_with = {"tokenizer": tokenizer, "args": args, "context": context_of(model, **code)}
         self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, **read_with)
         self.plan = plan_draws(args, self.data.n_train)
-        settings.check(self.data.names, engine=engine, of_trl=partial(getattr, args))
+        settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
         made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
         made |= {"optimizers": optimizers if any(optimizers) else None}
         outset = Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
-        self._steer_and_watch(args, curriculum, settings)
+        self._steer_and_watch(args, curriculum, settings, model)
         slotted = slot_arguments(args, self.plan)
         super().__init__(
             model=model,
@@ -186,8 +188,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._walk_and_evaluate(engine, settings)
         self.run = Run(self, outset, model=name).attach() if outset else None
 
-    def _steer_and_watch(self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings) -> None:
+    def _steer_and_watch(self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any) -> None:
         """Make what steers a run and what watches it: these need rows and no weights."""
+        self.lesson = Lesson.of(settings.update.teachers, self.data, model=model) if settings.update.distil else None
         given, self.probes = with_probes(curriculum)
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
@@ -211,6 +214,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
+        self._row_logps: torch.Tensor | None = None
         self._loss_entropy: torch.Tensor | None = None
         self._without_dead: list[dict[str, Any]] | None = None
         self._chance_of_draw: Callable[[], None] | None = None
@@ -240,6 +244,10 @@ class DomainGRPOTrainer(GRPOTrainer):
             look=look,
             refill_rounds=refill_rounds,
         )
+        self.distil: Distil | None = None
+        if self.lesson is not None and (distil := settings.update.distil):
+            teachers = Teachers(self.policy, self.lesson)
+            self.distil = Distil(distil, teachers, domains=self.data.names, loss_type=self.loss_type)
         self.drops_dead = may_drop_dead(
             self.advantages.settings.drop_dead,
             self.args,
@@ -276,7 +284,14 @@ class DomainGRPOTrainer(GRPOTrainer):
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
         of_rows = [rollout.groups[place // self.num_generations] for place in rollout.rows]
         entropy, unmeasured = self._domain_entropy(output, [group.domain for group in of_rows])
-        self.curriculum.observe(rollout.sampled, {name: total / tokens for name, (total, tokens) in entropy.items()})
+        if not self.advantages.is_stock:
+            first_row = self.policy.rank * len(inputs)
+            output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
+        lessons = self._learn(output, list(rollout.rows.values()))
+        if lessons or not self.advantages.is_stock:
+            self._show_advantages(output["advantages"], output["completion_mask"])
+        per_token = {name: total / tokens for name, (total, tokens) in entropy.items()}
+        self.curriculum.observe(rollout.sampled, per_token, lessons)
         self.meter.add(
             groups,
             entropy,
@@ -287,17 +302,24 @@ class DomainGRPOTrainer(GRPOTrainer):
         )
         self.entropy.after_draw(step, entropy, groups, rollout.discarded)
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
-        if not self.advantages.is_stock:
-            first_row = self.policy.rank * len(inputs)
-            output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
-            self._show_advantages(output["advantages"])
         self.shortcuts.observe(step, rollout.sampled)
         return output
 
-    def _show_advantages(self, advantages: torch.Tensor) -> None:
-        """Have TRL's table show these of all ranks, not its own of this draw (`log_completions`)."""
+    def _learn(self, output: dict[str, Any], rows: Sequence[Completion]) -> Mapping[str, Lessons]:
+        """Put teachers' advantages [B, T] in the place of those by reward [B]. Relies on TRL's loss taking both."""
+        if self.distil is None:
+            return {}
+        old, mask = self._row_logps, output["completion_mask"]
+        assert old is not None
+        learned = self.distil(output["advantages"], output.get("old_per_token_logps", old), mask, rows)
+        output["advantages"] = learned.advantages
+        return learned.lessons
+
+    def _show_advantages(self, advantages: torch.Tensor, mask: torch.Tensor) -> None:
+        """Have TRL's table show these of all ranks, [B] or a row's mean of [B, T], not its own (`log_completions`)."""
         if self.log_completions:
-            shown: list[float] = self.accelerator.gather(advantages).tolist()  # type: ignore[union-attr]
+            of_rows = advantages if advantages.dim() == 1 else advantages.sum(1) / mask.sum(1).clamp(min=1)
+            shown: list[float] = self.accelerator.gather(of_rows).tolist()  # type: ignore[union-attr]
             rows = self._logs["advantages"]
             for _ in range(min(len(shown), len(rows))):
                 rows.pop()
@@ -377,7 +399,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             model, *args, compute_entropy=compute_entropy or is_old_pass, **kwargs
         )
         if is_old_pass:
-            self._row_entropy = entropy
+            self._row_entropy, self._row_logps = entropy, logps
         if torch.is_grad_enabled():
             self._loss_entropy = entropy
         return logps, entropy, aux_loss
@@ -522,6 +544,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
+        logs.update(self.distil.flush() if self.distil else {})
         logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(self._faults())
         logs.update(self.pending_metrics)

@@ -321,6 +321,15 @@ class Policy:
             logps, entropy, _ = self._passes(model, ids, attention, mask.size(1), size, compute_entropy=True)
         return logps, entropy, mask
 
+    def token_scores(self, prompt_ids: Rows, completion_ids: Rows, *, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and mask of completions, each [B, T], under `model`, in one micro-batch."""
+        trainer = self.trainer
+        padding, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+        ids, attention, mask = pad_rows(prompt_ids, completion_ids, padding=padding, device=device)
+        with torch.no_grad():
+            logps, _, _ = self._passes(model, ids, attention, mask.size(1), len(prompt_ids))
+        return logps, mask
+
     def entropy_sums(self, completions: Sequence[Completion]) -> list[tuple[float, int]]:
         """Return summed token entropy (nats) and token count of each completion."""
         _, entropy, mask = self.forward([c.prompt.ids for c in completions], [c.ids for c in completions])

@@ -21,12 +21,13 @@ from polyphony.curricula.declarations import MOST, as_settings, nearest, setting
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Fused, Group
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Domain, Fused, Group
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
+from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings, check_teachers
 
 
 @settings
@@ -221,6 +222,22 @@ class UpdateSettings(RowSettings):
     guard: Guard | None = None
     rft: RftSettings | None = None
     """Rejection-sampling fine-tuning instead of group advantages: a recipe's `algorithm: rft`."""
+    distil: DistilSettings | None = None
+    """On-policy distillation: a recipe's `algorithm: distil`."""
+    teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
+    """By name; `domains.<d>.teacher` says which teaches a domain."""
+
+    @field_validator("distil")
+    @classmethod
+    def _is_one_algorithm(cls, distil: DistilSettings | None, info: Any) -> DistilSettings | None:
+        if distil is not None and info.data.get("rft") is not None:
+            raise ValueError("rft and distil are two algorithms: give one")
+        return distil
+
+    @property
+    def algorithm(self) -> str:
+        """As a recipe calls it."""
+        return "rft" if self.rft is not None else "distil" if self.distil is not None else "grpo"
 
 
 MAX_GRADER_FAILURES = 0.5
@@ -255,7 +272,7 @@ class WandbSettings:
 class TrainerSettings:
     """All that is set of a trainer beside TRL's arguments.
 
-    Example: `TrainerSettings.of(pool={"look": 4}).check(["math"], engine="vllm", of_trl={"num_generations": 8}.get)`
+    Example: `TrainerSettings.of(pool={"look": 4}).check([math], engine="vllm", of_trl={"num_generations": 8}.get)`
     """
 
     evaluation: EvaluationSettings
@@ -297,11 +314,12 @@ class TrainerSettings:
             raise ValueError(f"num_generations_eval={asked} and evaluation.samples={given}: say one of them")
         return replace(self, evaluation=replace(self.evaluation, samples=asked))
 
-    def check(self, names: Sequence[str], *, engine: Any, of_trl: Callable[[str], Any]) -> None:
+    def check(self, domains: Sequence[Domain], *, engine: Any, of_trl: Callable[[str], Any]) -> None:
         """Raise ValueError for domains that there are not, and for what excludes another.
 
         `of_trl` returns the value of a field of TRL's arguments.
         """
+        names = [domain.name for domain in domains]
         asked = self.entropy.control if isinstance(self.entropy.control, Mapping) else {}
         limited = Counter(guardrail.domain for guardrail in self.guardrails)
         for key, of_domains in {"guardrails": limited, "entropy.control": asked}.items():
@@ -318,6 +336,8 @@ class TrainerSettings:
         if self.evaluation.greedy and (engine == "transformers" or of_trl("use_vllm")):
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
+        refills = self.pool is not None and self.pool.refill.max_rounds > 0
+        check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
 
 
 def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:

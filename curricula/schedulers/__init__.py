@@ -27,6 +27,7 @@ REGISTRY = {
     "dump": "polyphony.curricula.schedulers.dump:DUMP",
     "e2h": "polyphony.curricula.schedulers.e2h:E2H",
     "visatb": "polyphony.curricula.schedulers.visatb:VisATB",
+    "d3": "polyphony.curricula.schedulers.d3:D3",
 }
 
 

@@ -19,8 +19,8 @@ from tests.benchmarks.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("books", "commands", "curricula", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training", "update",
-           "workers")  # fmt: skip
+MODULES = ("books", "commands", "curricula", "distil", "gpu", "monitor", "plan", "pool", "rewards", "rollouts", "training",
+           "update", "workers")  # fmt: skip
 """Those that list benchmarks."""
 ON_REQUEST = ("books", "demo", "gpu")
 """Minutes long: measured only when named or asked for by their own option."""

@@ -147,10 +147,11 @@ def settings_of_script(
     grpo = {name: value for name, (value, default) in trl.items() if name == "seed" or value not in (default, None, [])}
     of_scheduler = {name: value for name, value in _scheduler(curriculum).items() if value is not None}
     sections = {"advantages": update.advantages, "guard": update.guard, "rft": update.rft, "pool": settings.pool}
+    sections |= {"distil": update.distil, "teachers": update.teachers or None}
     sections |= {"entropy": settings.entropy, "faults": settings.faults}
     return {
         "model": told("model", str(Path(model).resolve()) if _is_folder(model) else model, _plain),
-        "algorithm": "grpo" if update.rft is None else "rft",
+        "algorithm": update.algorithm,
         "domains": {domain.name: told_domain(domain) for domain in domains},
         "curriculum": {
             n: told(f"curriculum.{n}", v, _source if n == "transfer" else _plain) for n, v in of_scheduler.items()

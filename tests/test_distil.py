@@ -1,0 +1,225 @@
+"""Distillation in real runs of the lab's policy: what is learned from, what balances domains, what a resume goes on with."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from polyphony.launch.build import build_trainer
+from polyphony.launch.train import claim_folder, start
+from polyphony.trainer.metrics import METRICS
+from tests.conftest import POLICY
+from tests.taught import fill, recipe_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("shelf"))
+
+
+def drawn(trainer) -> dict:
+    """Train; return what TRL got of the last draw, before it was shuffled."""
+    outputs, keep = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(keep(inputs)) or outputs[-1]
+    trainer.train()
+    return outputs[-1]
+
+
+def rows_of(trainer, domain) -> list[int]:
+    return [i for i, row in enumerate(trainer._rollout.rows.values()) if row.prompt.domain == domain]
+
+
+def last_logged(trainer) -> dict:
+    return {k: v for line in trainer.state.log_history for k, v in line.items()}
+
+
+@pytest.mark.parametrize("lora", [[], ["lora={r: 2, target_modules: [q_proj]}"]], ids=["full", "lora"])
+def test_a_teacher_that_is_the_student_teaches_nothing(shelf, tmp_path, lora):
+    teachers = {"now": {"model": "self"}, "then": {"model": "self@start"}, "again": {"model": str(POLICY)}}
+    teachers |= {"wide": {"model": str(shelf / "padded")}, "idle": {"model": str(shelf / "idle")}}
+    teachers |= {"moved": {"model": str(shelf / "moved")}}
+    domains = {name: ("strings" if n % 2 else "arithmetic", name) for n, name in enumerate(teachers)}
+    size = "grpo.per_device_train_batch_size=18"
+    trainer = build_trainer(recipe_of(tmp_path, teachers, size, *lora, **domains), tmp_path / "run")
+    # three rows a teacher, batched by themselves: the policy's own pass has all eighteen
+    advantages = drawn(trainer)["advantages"]
+    most = {name: float(advantages[rows_of(trainer, name)].abs().max()) for name in teachers}
+    assert most.pop("moved") > 0.01  # so it is the adapter that was switched on, and off again for the base
+    assert max(most.values()) < 1e-5, most
+    assert last_logged(trainer)["distil/moved/kl"] != 0
+
+
+def test_two_equal_teachers_are_one(shelf, tmp_path):
+    expert, other = ({"model": str(shelf / "expert")} for _ in range(2))
+    domains = {"a": ("arithmetic", "one"), "b": ("strings", "two")}
+    two = drawn(build_trainer(recipe_of(tmp_path, {"one": expert, "two": other}, **domains), tmp_path / "two"))
+    domains = {"a": ("arithmetic", "one"), "b": ("strings", "one")}
+    one = drawn(build_trainer(recipe_of(tmp_path, {"one": expert}, **domains), tmp_path / "one"))
+    assert torch.equal(one["completion_ids"], two["completion_ids"])
+    assert one["advantages"].abs().max() > 0.1
+    assert (one["advantages"] - two["advantages"]).abs().max() < 1e-5
+
+
+def test_what_is_logged_is_what_is_learned_from_and_the_gradient_is_that_of_it(shelf, tmp_path):
+    overrides = ["distil.clip=0.5", "grpo.max_grad_norm=0", "grpo.learning_rate=0"]
+    loaded = recipe_of(tmp_path, {"t": {"model": str(shelf / "expert")}}, *overrides, a=("arithmetic", "t"))
+    trainer = build_trainer(loaded, tmp_path / "run")
+    kept = {}
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            kept["is"] = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+    trainer.add_callback(Gradient())
+    output = drawn(trainer)
+    advantages, mask = output["advantages"], output["completion_mask"]
+    assert advantages.shape == mask.shape and advantages.abs().max() == 0.5
+    means = ((advantages * mask).sum(1) / mask.sum(1)).tolist()
+    assert list(trainer._logs["advantages"])[-len(means) :] == pytest.approx(means)
+    mean = float(advantages.sum() / mask.sum())
+    assert last_logged(trainer)["distil/a/advantage"] == pytest.approx(mean, rel=1e-5)
+    emitted = {name.rsplit("/", 1)[1] for name in last_logged(trainer) if name.startswith("distil/")}
+    assert emitted == set(METRICS["distil"])
+    assert last_logged(trainer)["domain/a/frac_dead"] == 0  # each group is one completion, whose reward is logged
+    assert "domain/a/reward" in last_logged(trainer)
+
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    attention = torch.cat([output["prompt_mask"], mask], dim=1)
+    trainer.model.zero_grad()
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.size(1))
+    (-((advantages * logps * mask).sum(1) / mask.sum(1)).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert expected.norm() > 1e-3
+    assert (kept["is"] - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_groups_of_others_learn_by_reward_and_rewards_may_be_added(shelf, tmp_path):
+    overrides = ["grpo.num_generations=4", "grpo.per_device_train_batch_size=24", "distil.reward_weight=2"]
+    teachers, domains = {"t": {"model": "self"}}, {"a": ("strings", "t"), "b": ("strings", None)}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, **domains), tmp_path / "run")
+    output = drawn(trainer)
+    rewards = torch.tensor([[float(r) for r in group.rewards] for group in trainer._rollout.groups.values()])
+    plain = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    assert plain.abs().max() > 0.5
+    weight = torch.ones(24)
+    weight[rows_of(trainer, "a")] = 2  # its teacher is the policy, and adds nothing
+    expected = (plain * weight).unsqueeze(1) * output["completion_mask"]
+    assert (output["advantages"] - expected).abs().max() < 1e-4
+
+
+def test_a_domain_without_a_teacher_may_be_left_out(shelf, tmp_path):
+    teachers, domains = {"t": {"model": str(shelf / "expert")}}, {"a": ("strings", "t"), "b": ("strings", None)}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, "distil.others=skip", **domains), tmp_path / "run")
+    advantages = drawn(trainer)["advantages"]
+    assert advantages[rows_of(trainer, "b")].abs().max() == 0 < advantages[rows_of(trainer, "a")].abs().max()
+    logged = last_logged(trainer)
+    assert (logged["domain/a/frac_dead"], logged["domain/b/frac_dead"]) == (0, 1)
+    assert not any(name.startswith("distil/b/") for name in logged)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
+def test_a_domains_tokens_weigh_its_share_of_the_completions(tmp_path, loss_type):
+    """One domain's answers are ten times longer; all advantages of the teacher are one."""
+    overrides = [f"grpo.loss_type={loss_type}", "grpo.max_completion_length=64"]
+    overrides += ["domains.short.max_completion_length=2", "domains.long.max_completion_length=20"]
+    domains = {"short": ("strings", "t"), "long": ("strings", "t")}
+    trainer = build_trainer(recipe_of(tmp_path, {"t": {"model": "self"}}, *overrides, **domains), tmp_path / "run")
+    trainer.policy._ends = set()
+    sample = trainer.policy._turn
+
+    def exactly(ids, *rest):
+        return [[7] * 64 for _ in sample(ids, *rest)[0]], None
+
+    trainer.policy._turn = exactly
+    told = trainer.distil.teachers.policy
+    trainer.distil.teachers.logps = lambda rows: [
+        torch.tensor(of) + 1 for of in told.token_logps([r.prompt.ids for r in rows], [r.ids for r in rows])
+    ]
+    output = drawn(trainer)
+    mask, advantages = output["completion_mask"], output["advantages"]
+    lengths = {name: int(mask[rows_of(trainer, name)].sum()) for name in domains}
+    assert lengths == {"short": 6, "long": 60}
+    trainer.current_gradient_accumulation_steps = 1
+    losses = {}
+    for name in domains:
+        is_own = torch.zeros(len(mask), 1)
+        is_own[rows_of(trainer, name)] = 1
+        with torch.no_grad():
+            losses[name] = -float(trainer._compute_loss(trainer.model, output | {"advantages": advantages * is_own}))
+    whole = sum(losses.values())
+    assert losses["short"] / whole == pytest.approx(0.5, abs=1e-4)
+    if loss_type in ("grpo", "dapo"):  # whose weights sum to one
+        assert whole == pytest.approx(1, abs=1e-4)
+    factor = last_logged(trainer)["distil/short/factor"]
+    assert factor == (1 if loss_type == "grpo" else pytest.approx((3 / 6) / (6 / 66)))
+
+
+def test_rows_on_which_a_teacher_fails_have_no_advantage_and_too_many_stop_the_run(shelf, tmp_path):
+    teachers = {"t": {"model": str(shelf / "expert")}}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, "grpo.max_steps=1", a=("arithmetic", "t")), tmp_path / "one")
+    score = trainer.distil.teachers.logps
+
+    def broken(rows):
+        first, *others = score(rows)
+        return [first * math.nan, *others]
+
+    trainer.distil.teachers.logps = broken
+    output = drawn(trainer)
+    assert output["advantages"].isfinite().all()
+    assert output["advantages"][0].abs().max() == 0 < output["advantages"][1].abs().max()
+    assert last_logged(trainer)["distil/a/missing"] == 1
+
+    overrides = ["grpo.max_steps=20", "grpo.learning_rate=0"]
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, a=("arithmetic", "t")), tmp_path / "two")
+    score = trainer.distil.teachers.logps
+    trainer.distil.teachers.logps = broken
+    with pytest.raises(RuntimeError, match="teacher 't' are no numbers on 11 of the last 66 completions"):
+        trainer.train()
+
+
+class PulledPlug(TrainerCallback):
+    """Ends the process, nearly, after the third step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_stopped_while_it_distils_goes_on_bit_for_bit(shelf, tmp_path):
+    teachers = {"t": {"model": str(shelf / "expert")}, "own": {"model": "self@start", "context": "{prompt} {answer}"}}
+    overrides = ["grpo.max_steps=4", "eval.every=4", "checkpoint.every=2", "grpo.learning_rate=1e-2"]
+    loaded = recipe_of(tmp_path, teachers, *overrides, a=("arithmetic", "t"), b=("strings", "own"))
+    for run in ("whole", "cut"):
+        claim_folder(loaded, tmp_path / run, resume=False)
+    start(loaded, tmp_path / "whole").train()
+    trainer = start(loaded, tmp_path / "cut")
+    trainer.add_callback(PulledPlug())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    start(loaded, tmp_path / "cut").train(resume_from_checkpoint=True)
+
+    def numbers(run):
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k.startswith(("distil/", "domain/"))} for line in lines]
+
+    assert numbers("cut") == numbers("whole")
+    kls = [line["distil/a/kl"] for line in numbers("whole") if "distil/a/kl" in line]
+    assert len(set(kls)) == 4
+    weights = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1] != (POLICY / "model.safetensors").read_bytes()
+
+
+def test_the_policy_comes_nearer_to_its_teacher(shelf, tmp_path):
+    overrides = ["grpo.max_steps=8", "grpo.per_device_train_batch_size=48", "grpo.lr_scheduler_type=constant"]
+    overrides += ["grpo.learning_rate=5e-4"]
+    loaded = recipe_of(tmp_path, {"t": {"model": str(shelf / "expert")}}, *overrides, a=("strings", "t"))
+    trainer = build_trainer(loaded, tmp_path / "run")
+    trainer.train()
+    kls = [line["distil/a/kl"] for line in trainer.state.log_history if "distil/a/kl" in line]
+    assert sum(kls[-3:]) < 0.75 * sum(kls[:3]), kls

@@ -1,0 +1,211 @@
+"""Teachers before any weight is loaded: contexts, vocabularies, files of weights, what excludes what, groups of one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from polyphony.curricula.records import Prompt
+from polyphony.launch.build import build_trainer, grpo_config
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.run.folder import UNFINISHED_FILE
+from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.single import single_config
+from polyphony.trainer.teachers.context import in_context
+from polyphony.trainer.teachers.settings import TeacherSettings
+from polyphony.trainer.teachers.weights import differing
+from tests.conftest import POLICY
+
+SELF = ["algorithm=distil", "rollouts.engine=transformers", "teachers={t: {model: self}}", "domains.sums.teacher=t"]
+BOTH = [*SELF, "domains.words.teacher=t"]
+
+
+def row(prompt="2 + 2 =") -> Prompt:
+    return Prompt(domain="sums", id="7", prompt=prompt, columns={"answer": "4", "note": None})
+
+
+def test_a_context_stands_where_the_policy_reads_the_last_message():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="}]
+    assert in_context("{prompt} It is {answer}.", row()).prompt == "2 + 2 = It is 4."
+    assert in_context("It is {answer}, {{so}}.", row()).prompt == "It is 4, {so}.\n\n2 + 2 ="
+    assert in_context("{answer}! {prompt}", row(chat)).prompt == [chat[0], {"role": "user", "content": "4! 2 + 2 ="}]
+    assert in_context("{prompt}", row("a {brace}")).prompt == "a {brace}"  # what is filled in is not filled in again
+
+
+@pytest.mark.parametrize("name", ["proof", "note"])
+def test_a_field_that_a_row_lacks_or_has_as_null_is_named(name):
+    with pytest.raises(ValueError, match=f"domain 'sums': row '7' has no field '{name}', which the context names"):
+        in_context(f"{{{name}}}", row())
+
+
+@pytest.mark.parametrize("context", ["{answer", "{}", "{answer.x}", "{answer!r}", "{answer:5}", "{0}"])
+def test_a_template_has_plain_fields(context):
+    with pytest.raises(ValueError, match="stand for"):
+        TeacherSettings(model="self", context=context)
+
+
+def test_rejection_sampling_and_distillation_are_two_algorithms():
+    assert UpdateSettings(distil={}).algorithm == "distil"
+    with pytest.raises(ValueError, match="rft and distil are two algorithms"):
+        UpdateSettings(distil={}, rft={})
+
+
+# --- groups of one ----------------------------------------------------------------------------------------------------
+
+
+def test_trl_refuses_groups_of_one_by_one_comparison_and_that_is_lifted(tmp_path):
+    fields = {"output_dir": str(tmp_path), "bf16": False, "loss_type": "grpo"}
+    with pytest.raises(ValueError, match="GRPO requires at least 2 generations per prompt"):
+        GRPOConfig(**fields, num_generations=1)
+    checks = re.findall(r"num_generations [<>] \w+", inspect.getsource(GRPOConfig.__post_init__))
+    assert checks == ["num_generations < 2"]
+    one = single_config(**fields)
+    assert (one.num_generations, type(one.num_generations), type(one)) == (1, int, GRPOConfig)
+    with pytest.raises(ValueError, match="generation_batch_size"):  # any other check stands
+        single_config(**fields, generation_batch_size=3)
+
+
+def test_trls_loss_takes_an_advantage_a_token():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "if advantages.dim() == 1:\n            advantages = advantages.unsqueeze(1)" in source
+    assert 'self._logs["advantages"].extend(all_process_advantages.tolist())' in inspect.getsource(
+        GRPOTrainer._generate_and_score_completions
+    )
+
+
+def test_distillation_averages_over_each_completion_unless_the_recipe_says_otherwise(recipe, tmp_path):
+    assert grpo_config(load_recipe(recipe), tmp_path).loss_type == "dapo"
+    assert grpo_config(load_recipe(recipe, BOTH), tmp_path).loss_type == "grpo"
+    assert grpo_config(load_recipe(recipe, [*BOTH, "grpo.loss_type=dapo"]), tmp_path).loss_type == "dapo"
+    assert grpo_config(load_recipe(recipe, [*BOTH, "grpo.num_generations=1"]), tmp_path).num_generations == 1
+
+
+# --- refused by the recipe --------------------------------------------------------------------------------------------
+
+WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["grpo.num_generations=1"], "grpo.num_generations=1 is for algorithm: distil"),
+        (["domains.sums.teacher=t"], "domains.sums.teacher: teachers are for algorithm: distil"),
+        (["teachers={t: {model: self}}"], "teachers: teachers are for algorithm: distil"),
+        (["curriculum.scheduler=d3"], "curriculum.scheduler d3 goes by distances to teachers"),
+        (["algorithm=distil"], "algorithm: distil needs a teacher"),
+        ([*SELF, *WATCHED], "domains.words.teacher: a watched domain is not trained"),
+        ([*SELF, "domains.words.teacher=tt"], "domains.words.teacher: unknown teacher 'tt'; did you mean 't'?"),
+        ([*SELF, "grpo.num_generations=1"], "domain 'words' has no teacher, and a group of one"),
+        ([*BOTH, "grpo.num_generations=1", "distil.reward_weight=0.5"], "distil.reward_weight=0.5 with grpo.num_gen"),
+        ([*SELF, "distil.others=skip", "pool={}"], "pool.refill would replace every group of domain 'words'"),
+        ([*BOTH, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with algorithm: distil"),
+        ([*BOTH, "grpo.loss_type=bnpo"], "grpo.loss_type=bnpo with algorithm: distil"),
+        ([*BOTH, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with algorithm: distil"),
+        ([*BOTH, "grpo.cast_lm_head_to_fp32=true"], "grpo.cast_lm_head_to_fp32=True with algorithm: distil"),
+        ([*BOTH, "distil.clip=0"], "distil.clip: "),
+        ([*BOTH, "teachers.t.model=./gone"], "teachers.t.model: folder "),
+        ([*BOTH, "teachers.t.modle=self"], "unknown key 'teachers.t.modle'; did you mean 'model'?"),
+        ([*BOTH, "teachers.t.endpoint=http://x"], "unknown key 'teachers.t.endpoint'"),
+        ([*BOTH, "teachers.t.context='{answer'"], "teachers.t.context: "),
+    ],
+)
+def test_what_contradicts_is_one_line(recipe, overrides, line):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, overrides)
+    assert refused.value.problems[0].startswith(line), refused.value.problems
+
+
+def test_only_taught_domains_do_not_need_a_group(recipe):
+    overrides = [*SELF, "distil.others=skip", "grpo.num_generations=1"]
+    assert load_recipe(recipe, overrides).distil.others == "skip"
+
+
+# --- refused before weights are loaded: the fixture's model has none ----------------------------------------------------
+
+
+def foreign(folder):
+    """Another tokenizer: two tokens have changed places."""
+    text = (folder / "tokenizer.json").read_text()
+    document = json.loads(text)
+    vocabulary = document["model"]["vocab"]
+    left, right = list(vocabulary)[100:102]
+    vocabulary[left], vocabulary[right] = vocabulary[right], vocabulary[left]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+def ends_otherwise(folder):
+    document = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(document | {"eos_token": "<|user|>"}))
+
+
+def half_written(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def without_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def too_small(folder):
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | {"vocab_size": 600}))
+
+
+def of_another_base(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def cut_off(folder):
+    (folder / UNFINISHED_FILE).touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (foreign, "has another vocabulary than the policy: token "),
+        (ends_otherwise, "has another vocabulary than the policy: eos_token is '<|end|>' here and '<|user|>' there"),
+        (half_written, "model.safetensors is damaged"),
+        (without_weights, r"no weights \("),
+        (without_tokenizer, "its vocabulary cannot be compared|has another vocabulary"),
+        (too_small, "has an embedding of 600 tokens, the policy's last is 634"),
+        (of_another_base, "is an adapter of some/base, the policy is "),
+        (cut_off, "was cut off while being saved"),
+        (lambda folder: (folder / "config.json").unlink(), "has neither config.json nor adapter_config.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_teacher_that_cannot_teach_is_refused_before_weights_are_loaded(recipe, tmp_path, spoil, says):
+    spoil(shutil.copytree(POLICY, tmp_path / "expert"))
+    loaded = load_recipe(recipe, [*BOTH, "teachers.t.model=expert"])
+    with pytest.raises(RecipeError, match=f"^teachers.t.model: .*({says})"):
+        build_trainer(loaded, tmp_path / "run")
+
+
+def test_a_row_that_its_teacher_cannot_read_is_refused_before_weights_are_loaded(recipe, tmp_path):
+    loaded = load_recipe(recipe, [*BOTH, "teachers.t.context='{proof}'"])
+    with pytest.raises(RecipeError, match="row 'train-0' has no field 'proof'"):
+        build_trainer(loaded, tmp_path / "run")
+    loaded = load_recipe(recipe, [*BOTH, f"teachers.t.context='{{prompt}}{' fox' * 400}'"])
+    with pytest.raises(RecipeError, match=r"^teachers.t: domains.sums.train: row 1 .* tokens to read and 8 to score"):
+        build_trainer(loaded, tmp_path / "run")
+
+
+def test_padding_is_no_difference_of_vocabularies(tmp_path):
+    ours = AutoTokenizer.from_pretrained(POLICY)
+    theirs = AutoTokenizer.from_pretrained(POLICY, pad_token="<|end|>")
+    assert ours.pad_token != theirs.pad_token
+    assert differing(ours, theirs) == ""

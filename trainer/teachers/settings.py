@@ -1,0 +1,132 @@
+"""What a recipe says of teachers and of distillation, and what excludes it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from polyphony.curricula.declarations import nearest, settings
+from polyphony.curricula.records import Domain
+from polyphony.trainer.teachers.context import fields_of
+
+CURRENT, START = "self", "self@start"
+"""Weights that are the policy's own: as they are now, and as they were before the first step."""
+
+
+@settings
+class TeacherSettings:
+    """A teacher: weights, and a context that only it reads.
+
+    Example: `TeacherSettings(model="self", context="{prompt} The answer is {answer}.")`
+    """
+
+    model: str
+    """A checkpoint's folder or a name on the hub, with the policy's vocabulary; the folder of an adapter of the recipe's
+    model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step, frozen (with `lora`, the
+    base without the adapter). A relative folder is looked for beside the recipe first."""
+    context: str | None = None
+    """What the teacher reads where the policy reads the prompt's last message: text with fields of the row in braces,
+    `{answer}`, and `{prompt}` for that message, which else comes after the text. Null: it reads what the policy does."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_name(cls, model: str) -> str:
+        if not model.strip() or not model.isprintable():
+            raise ValueError("expected a folder, a name on the Hugging Face hub, self or self@start")
+        return model
+
+    @field_validator("context")
+    @classmethod
+    def _can_be_filled_in(cls, context: str | None) -> str | None:
+        if context is not None:
+            fields_of(context)
+        return context
+
+
+@settings
+class DistilSettings:
+    """On-policy distillation (`algorithm: distil`): the advantage of a token is log pi_teacher - log pi_policy."""
+
+    others: Literal["grpo", "skip"] = "grpo"
+    """What is learned in trained domains without a teacher: what `algorithm: grpo` would, or nothing."""
+    clip: float = Field(default=5.0, gt=0)
+    """Largest advantage of a token, up and down, in nats; 5 as in MOPD (arXiv:2606.30406)."""
+    reward_weight: float = Field(default=0.0, ge=0)
+    """How much of the reward's advantage is added to the teacher's in domains that have one; rewards are scored and logged
+    in any case. Needs `grpo.num_generations` of at least 2."""
+    max_missing: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a domain's last 256 completions on which its teacher's log-probabilities may be no numbers; such a
+    completion has no advantage and is counted. Past it the run stops, though not before 64."""
+
+
+UNBALANCED = {
+    "vespo": "weighs whole completions by the sign of one advantage",
+    "bnpo": "averages over the tokens of a micro-batch, so that no factor balances domains of long and short answers",
+}
+"""Losses that take no advantage a token, or not one whose domains can be balanced, and why."""
+
+
+def check_teachers(
+    teachers: Mapping[str, TeacherSettings],
+    distil: DistilSettings | None,
+    domains: Sequence[Domain],
+    of_trl: Callable[[str], Any],
+    *,
+    refills: bool,
+) -> None:
+    """Raise ValueError for what contradicts; `distil` is None under another algorithm, `refills` is the pool's."""
+    taught = {domain.name: domain.teacher for domain in domains if domain.teacher is not None}
+    is_single = of_trl("num_generations") == 1
+    if distil is None:
+        if teachers or taught:
+            key = "teachers" if teachers else f"domains.{next(iter(taught))}.teacher"
+            raise ValueError(f"{key}: teachers are for algorithm: distil; say it, or leave them out")
+        if is_single:
+            raise ValueError(
+                "grpo.num_generations=1 is for algorithm: distil; a group of one has no advantage: at least 2"
+            )
+        return
+    if not taught:
+        raise ValueError("algorithm: distil needs a teacher: teachers.<name>, and domains.<name>.teacher")
+    for domain in domains:
+        if domain.teacher is not None:
+            _check_pupil(domain, teachers)
+    alone = [domain.name for domain in domains if not domain.is_watch_only and domain.teacher is None]
+    if is_single and distil.reward_weight:
+        raise ValueError(
+            f"distil.reward_weight={distil.reward_weight:g} with grpo.num_generations=1: a group of one has no advantage "
+            "by its rewards; give at least 2, or leave the weight out"
+        )
+    if is_single and alone and distil.others == "grpo":
+        raise ValueError(
+            f"domain {alone[0]!r} has no teacher, and a group of one (grpo.num_generations=1) teaches nothing by its "
+            "rewards: give it a teacher, or distil.others: skip"
+        )
+    if alone and distil.others == "skip" and refills:
+        raise ValueError(
+            f"pool.refill would replace every group of domain {alone[0]!r}, which distil.others: skip leaves out: set "
+            "pool.refill.max_rounds=0"
+        )
+    _check_loss(of_trl)
+
+
+def _check_pupil(domain: Domain, teachers: Mapping[str, TeacherSettings]) -> None:
+    key = f"domains.{domain.name}.teacher"
+    if domain.is_watch_only:
+        raise ValueError(f"{key}: a watched domain is not trained: leave it out")
+    if domain.teacher not in teachers:
+        raise ValueError(f"{key}: unknown teacher {domain.teacher!r}; {nearest(str(domain.teacher), list(teachers))}")
+
+
+def _check_loss(of_trl: Callable[[str], Any]) -> None:
+    loss = of_trl("loss_type")
+    if loss in UNBALANCED:
+        raise ValueError(f"grpo.loss_type={loss} with algorithm: distil: it {UNBALANCED[loss]}; grpo and dapo can")
+    for name, why in (
+        ("off_policy_mask_threshold", "it drops whole completions by the sign of one advantage"),
+        ("cast_lm_head_to_fp32", "teachers compute in their own precision"),
+    ):
+        if of_trl(name):
+            raise ValueError(f"grpo.{name}={of_trl(name)} with algorithm: distil: {why}; leave it out")

@@ -1,0 +1,124 @@
+"""Where a teacher's weights are, and what is wrong with them, found before any are loaded.
+
+Transformers is imported inside functions: a recipe that names no such weights does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from polyphony.trainer.checkpoint_mark import is_unfinished
+from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
+FILES = {ADAPTER: ("adapter_model.safetensors", "adapter_model.bin"), CONFIG: ("*.safetensors", "pytorch_model*.bin")}
+"""What a folder of weights says of them, and in which files they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherWeights:
+    """Which weights a teacher has.
+
+    Example: `TeacherWeights.of("tutor", TeacherSettings(model="self@start"), base="Qwen/Qwen3-0.6B").kind` is `start`.
+    """
+
+    kind: Literal["current", "start", "adapter", "checkpoint"]
+    path: str = ""
+    """A folder, or a name on the hub."""
+
+    @classmethod
+    def of(cls, name: str, settings: TeacherSettings, *, base: str) -> TeacherWeights:
+        """Return them, found but not read; `base` is the policy's model.
+
+        Raises ValueError for a folder that is not there, not whole, or of an adapter of another model.
+        """
+        if settings.model in (CURRENT, START):
+            return cls("current" if settings.model == CURRENT else "start")
+        where, folder = f"teachers.{name}.model", Path(settings.model)
+        if not folder.is_dir():
+            if settings.model.startswith((".", "/", "~")) or folder.exists():
+                raise ValueError(f"{where}: folder {folder} does not exist")
+            return cls("checkpoint", settings.model)
+        said = next((file for file in (ADAPTER, CONFIG) if (folder / file).is_file()), None)
+        if said is None or is_unfinished(folder):
+            why = "was cut off while being saved" if is_unfinished(folder) else f"has neither {CONFIG} nor {ADAPTER}"
+            raise ValueError(f"{where}: {folder} {why}")
+        if why := _lacking(folder, FILES[said]):
+            raise ValueError(f"{where}: {folder}: {why}")
+        if said == CONFIG:
+            return cls("checkpoint", settings.model)
+        of = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
+        if not _is_same(of, base):
+            raise ValueError(
+                f"{where}: {folder} is an adapter of {of}, the policy is {base}: give the merged checkpoint, a run's final/"
+            )
+        return cls("adapter", settings.model)
+
+
+def _is_same(left: str, right: str) -> bool:
+    return left == right or (Path(left).is_dir() and Path(left).resolve() == Path(right).resolve())
+
+
+def _lacking(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Return what is missing or damaged among files of weights; empty where nothing is."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if not found:
+        return f"no weights ({', '.join(patterns)})"
+    for index in folder.glob("*.index.json"):
+        shards = set(read_object(index).get("weight_map", {}).values())
+        if gone := sorted(shards - {path.name for path in folder.iterdir()}):
+            return f"{gone[0]} is missing, which {index.name} names"
+    for path in found:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                return f"{path.name} is damaged: {error}"
+    return ""
+
+
+def check_vocabulary(name: str, weights: TeacherWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a teacher's tokens are not the policy's; rows that only pad its embedding do not matter."""
+    if weights.kind != "checkpoint":
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = f"teachers.{name}.model"
+    try:
+        theirs, config = AutoTokenizer.from_pretrained(weights.path), AutoConfig.from_pretrained(weights.path)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{where}: {weights.path}: its vocabulary cannot be compared with the policy's: {error}"
+        ) from error
+    if differs := differing(tokenizer, theirs):
+        raise ValueError(f"{where}: {weights.path} has another vocabulary than the policy: {differs}")
+    if (rows := config.get_text_config().vocab_size) <= (last := max(tokenizer.get_vocab().values())):
+        raise ValueError(f"{where}: {weights.path} has an embedding of {rows} tokens, the policy's last is {last}")
+
+
+def differing(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
+    """Return the first difference of two vocabularies in words: a token's id, a special token; empty where there is none.
+
+    Padding is no difference: it is masked.
+    """
+    left, right = ours.get_vocab(), theirs.get_vocab()
+    if odd := sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token)):
+        return f"token {odd[0]!r} is {left.get(odd[0], 'none')} here and {right.get(odd[0], 'none')} there"
+    mine, its = _special(ours), _special(theirs)
+    if odd := sorted(name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name)):
+        return f"{odd[0]} is {mine.get(odd[0])!r} here and {its.get(odd[0])!r} there"
+    return ""
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
+    return {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
