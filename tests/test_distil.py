@@ -67,7 +67,7 @@ def test_two_equal_teachers_are_one(shelf, tmp_path):
 
 
 def test_what_is_logged_is_what_is_learned_from_and_the_gradient_is_that_of_it(shelf, tmp_path):
-    overrides = ["distil.clip=0.5", "grpo.max_grad_norm=0", "grpo.learning_rate=0"]
+    overrides = ["distil.clip=0.5", "grpo.max_grad_norm=0", "grpo.learning_rate=0", "grpo.log_completions=true"]
     loaded = recipe_of(tmp_path, {"t": {"model": str(shelf / "expert")}}, *overrides, a=("arithmetic", "t"))
     trainer = build_trainer(loaded, tmp_path / "run")
     kept = {}

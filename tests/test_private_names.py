@@ -28,6 +28,7 @@ RELIED_ON = {
         _run_epoch _save_checkpoint
     """,
     "transformers.training_args:TrainingArguments": "_n_gpu",
+    "transformers.configuration_utils:PreTrainedConfig": "_attn_implementation",
     # TRL's engine
     "trl.generation.vllm_generation:VLLMGeneration": "_init_vllm _iter_named_params",
     # vLLM's CPU build, and its models by Transformers
