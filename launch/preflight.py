@@ -34,7 +34,8 @@ from polyphony.launch.build import (
     tokenizer_of,
 )
 from polyphony.launch.cluster.local import check_heads
-from polyphony.launch.recipe import UNSAID, Recipe, RecipeError, refusals
+from polyphony.launch.mistakes import UNSAID
+from polyphony.launch.recipe import Recipe, RecipeError, refusals
 from polyphony.launch.train import changed_keys
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows

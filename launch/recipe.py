@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from polyphony.curricula.declarations import UNKNOWN, closest, keys_at, nearest, problem, shortened
+from polyphony.curricula.declarations import keys_at, nearest, shortened
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import AdvantageKind
 from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OURS, complaint
 from polyphony.launch.import_paths import look_in, renamed
+from polyphony.launch.mistakes import UNSAID, valid_part
 from polyphony.launch.sections import (
     ClusterSection,
     CurriculumSection,
@@ -34,6 +33,7 @@ from polyphony.launch.sections import (
     RolloutsSection,
     TrackingSection,
 )
+from polyphony.launch.yaml_text import read_value, read_yaml
 from polyphony.trainer.arguments import UNHEARD, complaints
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
@@ -188,7 +188,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist")
-    return _checked(_read_yaml(path), overrides, path.resolve().parent)
+    try:
+        document = read_yaml(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return _checked(document, overrides, path.resolve().parent)
 
 
 def claimed_recipe(run: Path) -> Path:
@@ -245,7 +249,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     """
     problems = [said for override in overrides for said in refusals(_apply, document, override)]
     look_in(folder)
-    recipe, invalid = _valid_part(renamed(document))
+    recipe, invalid = valid_part(Recipe, renamed(document), _meant)
     problems += invalid
     if recipe is None:
         grpo = document.get("grpo")
@@ -275,147 +279,6 @@ def refusals(check: Callable[..., Any], *given: Any) -> list[str]:
     return []
 
 
-def _valid_part(document: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of what is valid, None where too little is, and a line for each key that is not."""
-    found: dict[tuple[Any, ...], str] = {}
-    while True:
-        try:
-            return Recipe.model_validate(document, by_alias=True, by_name=False), list(found.values())
-        except ValidationError as error:
-            errors = error.errors()
-        misspelt = {each["loc"]: (meant, each) for each in errors if (meant := _misspelt(document, each))}
-        found |= {place: problem(each, _meant) for place, (_, each) in misspelt.items()}
-        if misspelt:  # without them what they stand for is missing
-            for place, (meant, _) in misspelt.items():
-                document = _renamed(document, place, meant)
-            continue
-        wrong = {_place_of(document, each): each for each in reversed(errors)}
-        for place, each in reversed(wrong.items()):
-            if each["loc"] not in found:  # else it is missing because it was taken out
-                found.setdefault(place, problem(each, _meant))
-        if () in wrong:
-            return None, list(found.values())
-        for place in sorted(wrong, key=lambda place: _stand_in(place) is None):  # what stands in first: a domain may go
-            stand_in = _stand_in(place)
-            document = _without(document, place) if stand_in is None else _with(document, place, stand_in)
-        if any(place[0] == "domains" and len(place) == 2 for place in wrong):  # who names it is not at fault
-            document = {k: v for k, v in document.items() if k not in ("curriculum", "guardrails", "entropy")}
-        if not document.get("domains"):
-            return None, list(found.values())
-
-
-UNSAID = "?"
-"""The model of a recipe that names none that can be looked for."""
-STAND_INS = {"name": "unsaid", "model": UNSAID, "kind": "structured"}
-"""What stands for a key that a recipe, or its domain, must have, while the rest is checked."""
-SURELY_MEANT = 0.75
-"""How near a misspelt key is to the one whose value it is checked as."""
-
-
-def _stand_in(place: Sequence[Any]) -> str | None:
-    is_required = len(place) == 1 or (place[0] == "domains" and len(place) == 3)
-    return STAND_INS.get(place[-1]) if is_required else None
-
-
-def _place_of(document: Any, error: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the place of an error: of a key that something can stand for, else as far as the document has it."""
-    return error["loc"] if error["loc"] and _stand_in(error["loc"]) else _within(document, error)
-
-
-def _misspelt(document: Any, error: Mapping[str, Any]) -> str | None:
-    """Return the key whose place a misspelt one at the top, or of a domain, surely stands in."""
-    *parents, name = error["loc"] or [""]
-    if error["type"] not in UNKNOWN or (parents and (parents[0] != "domains" or len(parents) != 2)):
-        return None
-    section = functools.reduce(lambda found, part: found[part], parents, document)
-    known = [key for key in keys_at(Recipe, parents).values() if key not in section]
-    return closest(name, known, at_least=SURELY_MEANT)
-
-
-def _renamed(document: dict[str, Any], place: Sequence[Any], meant: str) -> dict[str, Any]:
-    """Return a document whose key at a place is called as it was meant."""
-    *parents, name = place
-    section = functools.reduce(lambda found, part: found[part], parents, document)
-    return _with(_without(document, place), [*parents, meant], section[name])
-
-
-def _with(document: dict[str, Any], place: Sequence[Any], value: Any) -> dict[str, Any]:
-    """Return a document that has a value at a place."""
-    first, *rest = place
-    return {**document, first: _with(document[first], rest, value) if rest else value}
-
-
-def _within(document: Any, error: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the place of an error as far as the document has it."""
-    place: list[Any] = []
-    for part in error["loc"]:
-        if not isinstance(document, Mapping) or part not in document:
-            break
-        place.append(part)
-        document = document[part]
-    return tuple(place)
-
-
-def _without(document: dict[str, Any], place: Sequence[Any]) -> dict[str, Any]:
-    """Return a document without what stands at a place."""
-    first, *rest = place
-    if not rest:
-        return {key: value for key, value in document.items() if key != first}
-    return {key: _without(value, rest) if key == first else value for key, value in document.items()}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = PAIR.sub(lambda found: json.loads(f'"{found[0]}"'), path.read_text(encoding="utf-8"))
-        document = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise RecipeError(f"{path}:{mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{path}: nested too deeply") from error
-    _check_size(document, str(path))
-    if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    return document
-
-
-PAIR = re.compile(r"(?<!\\)\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
-"""One character as JSON escapes it, in two halves; YAML would read two."""
-
-
-def _check_size(document: Any, where: str) -> None:
-    """Refuse what aliases make endless or huge, before anybody walks through it or writes it out."""
-    sizes: dict[int, int] = {}
-
-    def size(value: Any, depth: int) -> int:
-        if depth > DEEPEST:
-            raise RecipeError(f"{where}: nested more than {DEEPEST} deep, or an alias (*) that holds itself")
-        if isinstance(value, str) and not value.isascii():
-            _check_whole(value, where)
-        held = (
-            [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | set) else ()
-        )
-        if id(value) not in sizes:
-            sizes[id(value)] = 1 + sum(size(part, depth + 1) for part in held)
-        return sizes[id(value)]
-
-    if size(document, 0) > LARGEST:
-        raise RecipeError(f"{where}: more than {LARGEST:,} values, with what its aliases (*) repeat")
-
-
-def _check_whole(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RecipeError(f"{where}: half a character (a lone surrogate) in {text!r:.200}") from error
-
-
-DEEPEST, LARGEST = 50, 100_000
-"""Levels and values of a recipe: beyond them something is wrong with it."""
-
-
 def _apply(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -426,11 +289,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
-    try:
-        section[last] = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError) as error:
-        raise RecipeError(f"override {override!r:.200}: the value is not valid YAML") from error
-    _check_size(section[last], f"override {override!r:.200}")
+    section[last] = read_value(text, f"override {override!r:.200}")
 
 
 def _meant(place: Sequence[Any]) -> str:
