@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import mean
+from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.experiments.fast.cell import StudyCell
 from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
+from tests.experiments.fast.experts import Experts, Pupil, learn_by_heart, token_logps
 from tests.experiments.fast.loop import CLIP, POLICY, LabRun, base, gradient, load_world, stock_advantages
 from tests.experiments.fast.study import Results, Study
 from tests.experiments.fast.tables import best_rates, holm, ranking, report, tokens_to
@@ -151,6 +153,40 @@ def test_an_evaluation_is_of_the_halves_and_expects_what_sampling_scores(data):
     assert [row.step for row in run.curriculum.evaluations] == [0, 2]
     assert run.tokens.evaluation == 2 * exam.decide(run.policy, seed=1).tokens
     assert set(run.curriculum.evaluations[0].scores) == {"plus", "minus", "stories", "grant"}
+
+
+def test_a_pupil_of_itself_learns_nothing_and_one_of_another_comes_nearer_to_it(data):
+    experts = Experts.trained(data, rate=2e-3, seed=1, tokens=600)
+    assert experts.spent >= 600 and set(experts.runs) == {"plus", "minus", "stories"}
+    trained = {name: run.policy.decoder for name, run in experts.runs.items()}
+    weights, config, _ = base()
+    start = Decoder(weights, config)
+    for teachers, is_same in ((dict.fromkeys(trained, start), True), (trained, False)):
+        pupil = Pupil(data=data, scheduler=Joint(), rate=2e-3, draws=4, seed=1, teachers=teachers)
+        rows = list(pupil._draws.roll_out(64).rows.values())
+        told = [token_logps(teachers[r.prompt.domain], [r])[0] for r in rows]
+        gaps = [float((t - torch.tensor(r.logps)).abs().max()) for t, r in zip(told, rows, strict=True)]
+        assert (max(gaps) < 1e-4) is is_same
+        rollout = pupil.advance()
+        if not is_same:
+            rows = list(rollout.rows.values())
+            before, after = ([token_logps(d, [r])[0] for r in rows] for d in (start, pupil.policy.decoder))
+            told = [token_logps(teachers[r.prompt.domain], [r])[0] for r in rows]
+            toward = [((a - b) * (t - b).clamp(-5, 5)).mean() for a, b, t in zip(after, before, told, strict=True)]
+            assert float(torch.stack(toward).mean()) > 0
+
+
+def test_what_is_learned_by_heart_are_the_best_distinct_answers(data):
+    experts = Experts.trained(data, rate=2e-4, seed=1, tokens=60)
+    answers, spent = experts.answers(data, seed=1, tokens=300)
+    assert spent >= 300
+    assert experts.runs["plus"].scorer(answers["plus"]) == [1.0] * len(answers["plus"])
+    said = [(row.prompt.id, tuple(row.ids)) for row in answers["plus"]]
+    assert said and len(set(said)) == len(said)
+    before, after = base()[0], learn_by_heart({"plus": answers["plus"]}, rate=1e-4, seed=1, steps=4)
+    asked, told = [row.prompt.ids for row in answers["plus"]], [row.ids for row in answers["plus"]]
+    likely = [sum(Decoder(w, base()[1]).answer_logps(asked, told)) for w in (before, after)]
+    assert likely[1] > likely[0]
 
 
 def test_what_starts_near_zero_is_asked_in_a_form_of_its_own():

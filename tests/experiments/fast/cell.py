@@ -6,9 +6,10 @@ start, as `polyphony probe` does without its joint run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.domains import DomainData
 from tests.experiments.fast.exam import Course, Exam
-from tests.experiments.fast.loop import GROUP, PROMPTS, LabRun, load_world
+from tests.experiments.fast.experts import Experts, Pupil, learn_by_heart, restricted
+from tests.experiments.fast.loop import GROUP, PROMPTS, LabPolicy, LabRun, Tokens, load_world
 from tests.experiments.fast.worlds import World, make_world
 
 PROBE = "probe"
@@ -45,7 +47,8 @@ class StudyCell:
     world: str
     arm: str
     settings: Mapping[str, Any]
-    """Of the arm: the scheduler with its settings; `entropy`, `pool` and `decay` are the run's."""
+    """Of the arm: the scheduler with its settings; `entropy`, `pool` and `decay` are the run's. `tokens`: of rollouts, after
+    which it ends. `experts: distil` or `sft` is an arm of `experts.py`, `first` the share of its tokens that they get."""
     rate: float
     seed: int
     world_settings: Mapping[str, Any] | None = None
@@ -83,16 +86,30 @@ def run_cell(cell: StudyCell, out: Path) -> dict[str, Any]:
     """Run a cell and return its row; `out` has the transfer files."""
     began, wall = time.process_time(), time.monotonic()
     world = make_world(cell.world, cell.world_settings)
-    row = _probe(cell, world, out) if cell.arm == PROBE else _course(cell, world, out)
+    row = _probe(cell, world, out) if cell.arm == PROBE else _run(cell, world, out)
     spent = {"seconds": round(time.process_time() - began, 1), "wall": round(time.monotonic() - wall, 1)}
     of_cell = {name: value for name, value in asdict(cell).items() if name != "world_settings"}
     return {"id": cell.id, **of_cell, **row, **spent}
 
 
-def _course(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
+def _run(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
     data, exam = load_world(world), _exam(world, cell.deciding, cell.published)
+    start = exam.entropy(LabPolicy(data), most=ENTROPIES).entropy
+    policy, row = _taught(cell, data) if "experts" in cell.settings else _course(cell, data, exam, out)
+    marks = exam.publish(policy)
+    end = exam.entropy(policy, most=ENTROPIES).entropy
+    return {
+        "trained": list(data.train),
+        "scores": {name: round(mean(values), 5) for name, values in marks.scores.items()},
+        "shown": {name: round(mean(values[:SHOWN]), 5) for name, values in marks.scores.items()},
+        "entropy": {name: round(nats / start[name], 4) for name, nats in end.items() if start[name]},
+        **row,
+    }
+
+
+def _course(cell: StudyCell, data: DomainData, exam: Exam, out: Path) -> tuple[LabPolicy, dict[str, Any]]:
     settings = dict(cell.settings)
-    decay, pool = settings.pop("decay", 0.0), settings.pop("pool", None)
+    decay, pool, tokens = (settings.pop(key, None) for key in ("decay", "pool", "tokens"))
     scheduler = make_scheduler(settings, data, cell.probe_file(out))
     run = LabRun(
         data=data,
@@ -100,25 +117,35 @@ def _course(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
         rate=cell.rate,
         draws=cell.draws,
         seed=cell.seed,
-        decay=decay,
+        decay=decay or 0.0,
         pool=None if pool is None else as_settings(PoolSettings, pool),
     )
-    start = exam.entropy(run.policy, most=ENTROPIES).entropy
-    course = Course(run=run, exam=exam, every=cell.every, shown=SHOWN)
+    course = Course(run=run, exam=exam, every=cell.every, shown=SHOWN, tokens=tokens or math.inf)
     course.finish()
-    marks = exam.publish(run.policy)
-    end = exam.entropy(run.policy, most=ENTROPIES).entropy
-    return {
-        "trained": list(run.curriculum.names),
-        "scores": {name: round(mean(values), 5) for name, values in marks.scores.items()},
-        "shown": {name: round(mean(values[:SHOWN]), 5) for name, values in marks.scores.items()},
-        "entropy": {name: round(nats / start[name], 4) for name, nats in end.items() if start[name]},
-        "drawn": dict(run.curriculum.drawn),
-        "tokens": asdict(run.tokens),
-        "looks": [
-            [look.draws, look.rollout_tokens, {n: round(s, 4) for n, s in look.scores.items()}] for look in course.looks
-        ],
-    }
+    looks = [
+        [look.draws, look.rollout_tokens, {n: round(s, 4) for n, s in look.scores.items()}] for look in course.looks
+    ]
+    return run.policy, {"drawn": dict(run.curriculum.drawn), "tokens": asdict(run.tokens), "looks": looks}
+
+
+def _taught(cell: StudyCell, data: DomainData) -> tuple[LabPolicy, dict[str, Any]]:
+    """Train experts and then one model by them, for so many rollout tokens in all."""
+    how, budget = cell.settings["experts"], int(cell.settings["tokens"])
+    experts = Experts.trained(data, rate=cell.rate, seed=cell.seed, tokens=int(cell.settings["first"] * budget))
+    left, drawn = budget - experts.spent, dict.fromkeys(data.train, 0)
+    if how == "sft":
+        answers, spent = experts.answers(data, seed=cell.seed, tokens=left)
+        policy = LabPolicy(data)
+        policy.load(learn_by_heart(answers, rate=cell.rate, seed=cell.seed, steps=cell.draws // 2))
+        drawn = {name: len(of) for name, of in answers.items()}
+    else:
+        teachers = {name: run.policy.decoder for name, run in experts.runs.items()}
+        pupil = Pupil(data=data, scheduler=Joint(), rate=cell.rate, draws=cell.draws, seed=cell.seed, teachers=teachers)
+        while pupil.tokens.rollout < left:
+            pupil.advance()
+        policy, spent, drawn = pupil.policy, pupil.tokens.rollout, dict(pupil.curriculum.drawn)
+    tokens = asdict(Tokens(rollout=experts.spent + spent))
+    return policy, {"drawn": drawn, "tokens": tokens | {"experts": experts.spent}, "looks": []}
 
 
 def make_scheduler(settings: Mapping[str, Any], data: DomainData, probe_file: Path) -> Scheduler:
@@ -141,7 +168,7 @@ def _probe(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
     for seed in range(cell.seed, cell.seed + seeds):
         for trained in [(), *((name,) for name in names)]:
             arm = trained or names  # without training, all are there
-            run = LabRun(data=_restricted(data, arm), scheduler=Joint(), rate=cell.rate, draws=max(1, steps), seed=seed)
+            run = LabRun(data=restricted(data, arm), scheduler=Joint(), rate=cell.rate, draws=max(1, steps), seed=seed)
             for _ in range(steps if trained else 0):
                 run.advance()
             marks = exam.decide(run.policy, seed=seed)
@@ -167,9 +194,3 @@ def _probe(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
     matrix.save(file)
     return {"tokens": {"probe": tokens}}
-
-
-def _restricted(data: DomainData, names: tuple[str, ...]) -> DomainData:
-    """Return the data with the other domains only watched."""
-    domains = tuple(d if d.name in names or d.is_watch_only else replace(d, train=None) for d in data.domains)
-    return replace(data, domains=domains, train={name: data.train[name] for name in names})

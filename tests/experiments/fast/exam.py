@@ -129,6 +129,8 @@ class Course:
     every: int
     shown: int = 100
     """Published items of a domain that are scored on the way."""
+    tokens: float = math.inf
+    """Rollout tokens after which no draw is made."""
     looks: list[Look] = field(default_factory=list)
 
     def finish(self) -> None:
@@ -136,12 +138,16 @@ class Course:
         curriculum = self.run.curriculum
         most, last = -(-self.run.draws // self.every), 0
         self._look()
-        while curriculum.draws < self.run.draws:
+        while self._goes_on:
             self.run.advance()
             is_due = curriculum.draws - last >= self.every or curriculum.stage_ends
-            if is_due and len(curriculum.evaluations) < most and curriculum.draws < self.run.draws:
+            if is_due and len(curriculum.evaluations) < most and self._goes_on:
                 last = curriculum.draws
                 self._look()
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.run.curriculum.draws < self.run.draws and self.run.tokens.rollout < self.tokens
 
     def _look(self) -> None:
         run, curriculum = self.run, self.run.curriculum

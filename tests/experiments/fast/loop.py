@@ -283,16 +283,17 @@ class LabRun:
         began = time.process_time()
         step = self.policy.next_step
         rollout = self._draws.roll_out(PROMPTS * GROUP)
-        rows = list(rollout.rows.values())
         self.tokens.rollout += sum(sum(group.lengths) for group in rollout.sampled)
         self.curriculum.observe(rollout.sampled, _entropies(rollout))
-        values = self.advantages(stock_advantages(rollout.rewards), rollout.groups_of_rows, 0)
-        _, found = gradient(self.learner.weights, self.config, rows, values)
-        self.learner.step(found, factor=self._factor(step))
+        self.learner.step(self._gradient(rollout), factor=self._factor(step))
         self.policy.next_step = step + 1
         self.policy.load(self.learner.weights)
         self.seconds += time.process_time() - began
         return rollout
+
+    def _gradient(self, rollout: Rollout) -> Weights:
+        values = self.advantages(stock_advantages(rollout.rewards), rollout.groups_of_rows, 0)
+        return gradient(self.learner.weights, self.config, list(rollout.rows.values()), values)[1]
 
     def _factor(self, step: int) -> float:
         left, falling = self.draws - step + 1, self.draws * self.decay
