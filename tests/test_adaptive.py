@@ -1,16 +1,21 @@
+"""`adaptive`: half of every draw evenly, the rest to what lacks most, and no more to what has stopped rising."""
+
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from polyphony.curricula.records import DomainStats, Evaluation, Evidence
-from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.schedulers.adaptive import Adaptive, stands_still
+from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from tests.experiments.fast.rules import Wanting
+from tests.toy_world import ToyWorld
 
 NAMES = ("a", "b", "c")
 
 
-def row(step, scores, *, exposure=(0, 0, 0), entropy=(), trained=NAMES, probe=False, n=400):
+def spread(step, scores, *, exposure=(0, 0, 0), entropy=(), trained=NAMES, probe=False, n=400):
     scattered = np.random.default_rng(1).permutation(n)
     items = {
         m: tuple((scattered < round(s * n)).astype(float)) for m, s in zip((*NAMES, "safety"), scores, strict=False)
@@ -42,24 +47,12 @@ def evidence(draw, evaluations=(), *, advantage=(0.8, 0.8, 0.8), reward=(0.5, 0.
     )
 
 
-def mean_mixture(scheduler, draws=200, evaluations=(), **shown):
-    """Average over draws of constant evidence, the first ten left out."""
-    state, mixtures = {}, []
-    for draw in range(draws):
-        rewards = shown.get("rising", lambda draw: (0.5, 0.5, 0.5))(draw)
-        given = evidence(draw, evaluations, advantage=shown.get("advantage", (0.8, 0.8, 0.8)), reward=rewards)
-        decision = scheduler.decide(given, state)
-        state = decision.state
-        mixtures.append(decision.mixture)
-    return np.mean(mixtures[10:], axis=0), decision
-
-
 def probes(effects, entropies=None):
     """Probes of ten steps from .5 everywhere; effects[j] are the changes that training on j makes."""
-    rows = [row(0, (0.5,) * 4, trained=(), probe=True, entropy=(1.0, 1.0, 1.0))]
+    rows = [spread(0, (0.5,) * 4, trained=(), probe=True, entropy=(1.0, 1.0, 1.0))]
     for j, (name, change) in enumerate(zip(NAMES, effects, strict=True)):
         entropy = np.add(1.0, entropies[j]) if entropies else (1.0, 1.0, 1.0)
-        rows.append(row(10, np.add(0.5, change), trained=(name,), probe=True, entropy=entropy))
+        rows.append(spread(10, np.add(0.5, change), trained=(name,), probe=True, entropy=entropy))
     names = (*NAMES, "safety")
     kinds = dict.fromkeys(names, "structured")
     return TransferMatrix(domains=names, kinds=kinds, rows=tuple(rows), watch_only=("safety",))
@@ -68,49 +61,146 @@ def probes(effects, entropies=None):
 OWN = np.array([[0.2, 0, 0, 0], [0, 0.2, 0, 0], [0, 0, 0.2, 0]])
 
 
-def test_equal_evidence_gives_equal_shares():
-    shares, _ = mean_mixture(Adaptive())
-    assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
+def row(step, scores, *, n=100, entropy=()):
+    items = {
+        name: tuple([1.0] * round(s * n) + [0.0] * (n - round(s * n)))
+        for name, s in zip((*NAMES, "safety"), scores, strict=False)
+    }
+    return Evaluation(
+        trained=NAMES, step=step, seed=0, scores=items, entropy=dict(zip((*NAMES, "safety"), entropy, strict=False))
+    )
 
 
-def test_what_teaches_more_is_practised_more_and_nothing_is_starved():
-    shares, _ = mean_mixture(Adaptive(), advantage=(0.9, 0.4, 0.0))
-    assert shares[0] > 0.5 > shares[1] > shares[2] >= 0.1 / 3
+def shares(scheduler, rows, *, dead=(0.0, 0.0, 0.0), draws=4):
+    """Return the mixture after the rows, each of which came after so many draws with these shares of dead groups."""
+    state, draw, decision = {}, 0, None
+    for n in range(len(rows)):
+        for _ in range(draws):
+            last = tuple(DomainStats(groups=3, frac_dead=d) if draw else DomainStats() for d in dead)
+            evidence = Evidence(
+                draw=draw, total_draws=100, domains=NAMES, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,
+                drawn=(0,) * 3, last=last, evaluations=tuple(rows[: n + 1]),
+            )  # fmt: skip
+            decision = scheduler.decide(evidence, state)
+            state, draw = decision.state, draw + 1
+    return decision.mixture
 
 
-@pytest.mark.parametrize("direction", [1, -1])
-def test_reward_that_moves_either_way_calls_for_practice(direction):
-    shares, _ = mean_mixture(Adaptive(), draws=16, rising=lambda draw: (0.5 + direction * 0.02 * draw, 0.5, 0.5))
-    assert shares[0] > 1.3 * shares[1]
+def test_half_is_even_and_half_goes_by_score():
+    # exp(-s / .2) of .2, .4, .4 is e^-1, e^-2, e^-2: shares 1 / (1 + 2 / e) = .5761 and .2119 of the half by need
+    mixture = shares(Adaptive(), [row(0, (0.2, 0.4, 0.4))])
+    assert mixture == pytest.approx([1 / 6 + 0.2881, 1 / 6 + 0.1060, 1 / 6 + 0.1060], abs=1e-4)
 
 
-def test_a_domain_that_harms_the_others_gets_less_and_one_that_helps_gets_more():
+def test_a_level_is_the_mean_of_two_evaluations():
+    two = shares(Adaptive(), [row(0, (0.9, 0.4, 0.4)), row(4, (0.1, 0.4, 0.4)), row(8, (0.3, 0.4, 0.4))])
+    assert two == pytest.approx(shares(Adaptive(), [row(0, (0.2, 0.4, 0.4))]))
+
+
+def test_nothing_was_measured_yet():
+    evidence = Evidence(
+        draw=0, total_draws=9, domains=NAMES, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,
+        drawn=(0,) * 3, last=(DomainStats(),) * 3,
+    )  # fmt: skip
+    assert Adaptive().decide(evidence, {}).mixture == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0.1, 0.3, 0.32, 0.31, 0.3], True),
+        ([0.1, 0.3, 0.32, 0.31, 0.4], False),  # of 100 items at .4 one standard error is .049
+        ([0.3, 0.3, 0.3, 0.3], False),  # four evaluations
+        ([0.02, 0.03, 0.02, 0.03, 0.04], False),  # nothing was found yet
+        ([0.9, 0.5, 0.5, 0.5, 0.5], True),
+    ],
+)
+def test_a_domain_stands_still_once_three_evaluations_brought_no_new_best(history, expected):
+    assert stands_still(history, items=100) is expected
+
+
+LOW = [row(4 * n, (s, 0.2 + 0.1 * n, 0.2 + 0.1 * n)) for n, s in enumerate((0.1, 0.3, 0.3, 0.3, 0.3))]
+"""The first stands still at .3; the others rise, and their last two are .55 in the mean."""
+
+
+def test_what_stands_still_is_held_against_its_own_best():
+    # it lacks 0 and the others .45: 1 beside twice e^2.25 = 9.488; against the full score e^3.5 beside those
+    assert shares(Adaptive(), LOW)[0] == pytest.approx(1 / 6 + 0.5 / (1 + 2 * 9.488), abs=1e-4)
+    assert shares(Wanting(), LOW)[0] == pytest.approx(1 / 6 + 0.5 * 33.115 / (33.115 + 2 * 9.488), abs=1e-4)
+
+
+def test_without_groups_that_taught_something_nothing_stands_still():
+    assert shares(Adaptive(), LOW, dead=(1.0, 0.0, 0.0))[0] > 1 / 3 + 0.1
+
+
+def test_a_fall_below_its_own_best_is_a_lack_again():
+    fallen = [*LOW, row(20, (0.1, 0.7, 0.7)), row(24, (0.1, 0.8, 0.8))]
+    assert shares(Adaptive(), fallen)[0] > shares(Adaptive(), LOW)[0] + 0.05
+
+
+def test_measured_transfer_and_entropy_move_shares_only_where_they_are_asked_for():
     harm = np.add(OWN, [[0, -0.2, -0.2, 0], [0, 0, 0, 0], [0.1, 0.1, 0, 0]])
-    shares, _ = mean_mixture(Adaptive(transfer=probes(harm)), evaluations=[row(0, (0.5,) * 4, trained=())])
-    assert shares[0] < 0.8 / 3 and shares[2] > 1.2 / 3
+    matrix, even = probes(harm), [row(0, (0.5, 0.5, 0.5, 0.9))]
+    assert shares(Adaptive(transfer=matrix), even) == pytest.approx([1 / 3] * 3)
+    mixture = shares(Adaptive(transfer=matrix, strength=0.9), even)
+    assert mixture[0] < 0.9 / 3 and mixture[2] > 1.1 / 3
+    matrix = probes(OWN, entropies=[[-0.4, 0, 0], [0.4, 0, 0], [0, 0, 0]])
+    low = [row(0, (0.5,) * 3, entropy=(1.0, 1.0, 1.0)), row(10, (0.5,) * 3, entropy=(0.3, 1.0, 1.0))]
+    assert shares(Adaptive(transfer=matrix), low) == pytest.approx([1 / 3] * 3)
+    held = shares(Adaptive(transfer=matrix, entropy_control=("a",)), low)
+    assert held[1] > 1.1 / 3 and held[0] < 0.9 / 3
+
+
+class Ceilings(ToyWorld):
+    """Domains that learn from what they can do already, up to a ceiling of their own."""
+
+    def __init__(self, *, start, ceiling, seed):
+        super().__init__(np.zeros((len(start), len(start))), seed=seed)
+        self.hard[:] = 0
+        self.skill, self.ceiling = np.array(start), np.array(ceiling)
+
+    def practise(self, shares):
+        """Grow by practice, by what is known and by what is left to be known."""
+        self.skill += 0.1 * shares * (self.skill + 0.01) * (self.ceiling - self.skill) * (self.ceiling > 0)
+
+
+START, CEILING = (0.005, 0.25, 0.4, 0.0), (1.0, 0.35, 1.0, 0.0)
+"""One domain is found late, one ends at .35, one is ordinary; nothing of the last can ever be learned."""
+
+
+def trained(scheduler, *, seed, domains=4):
+    """Return the skills at the end, how often each domain was drawn, and the last mixture."""
+    world = Ceilings(start=START[:domains], ceiling=CEILING[:domains], seed=seed)
+    skill, curriculum = world.train(scheduler, draws=120, prompts=8, every=8)
+    return (
+        skill,
+        np.array(list(curriculum.drawn.values())) / sum(curriculum.drawn.values()),
+        curriculum.decision.mixture,
+    )
+
+
+def test_a_domain_that_starts_at_zero_is_found_sooner_than_by_mixing():
+    gains = [trained(Adaptive(), seed=s, domains=3)[0][0] - trained(Joint(), seed=s, domains=3)[0][0] for s in range(2)]
+    assert min(gains) > 0.1
+
+
+def test_a_low_ceiling_is_let_go_and_a_hopeless_domain_takes_no_more_than_its_part():
+    _, drawn, own = trained(Adaptive(), seed=0)
+    _, _, one = trained(Wanting(), seed=0)
+    assert own[1] < one[1] - 0.03
+    assert drawn.min() >= 0.125 - 0.01  # half of an even share, whatever the need
+    assert drawn[3] < 0.6  # it always lacks everything; the half that goes by need is its most
 
 
 def test_harm_to_a_watch_only_domain_counts():
     harm = np.add(OWN, [[0, 0, 0, -0.3], [0, 0, 0, 0], [0, 0, 0, 0]])
-    shares, _ = mean_mixture(Adaptive(transfer=probes(harm)), evaluations=[row(0, (0.5,) * 4, trained=())])
-    assert shares[0] < 0.7 * shares[1]
-
-
-def test_the_domain_with_the_lowest_score_is_needed_most():
-    shares, _ = mean_mixture(Adaptive(transfer=probes(OWN)), evaluations=[row(0, (0.7, 0.7, 0.3, 0.7), trained=())])
-    assert shares[2] > 1.5 * shares[0]
-
-
-def test_a_domain_below_its_best_is_needed_more():
-    fallen = [row(0, (0.6, 0.6, 0.6, 0.6), trained=()), row(10, (0.45, 0.6, 0.6, 0.6)), row(20, (0.45, 0.6, 0.6, 0.6))]
-    steady = [row(0, (0.45, 0.6, 0.6, 0.6), trained=()), *fallen[1:]]
-    scheduler = Adaptive(transfer=probes(OWN))
-    assert mean_mixture(scheduler, evaluations=fallen)[0][0] > 1.1 * mean_mixture(scheduler, evaluations=steady)[0][0]
+    mixture = shares(Adaptive(transfer=probes(harm), strength=0.9), [row(0, (0.5,) * 4)])
+    assert mixture[0] < 0.8 * mixture[1]
 
 
 def test_a_broken_guardrail_doubles_the_need_of_its_domain_at_once():
     harm = np.add(OWN, [[0, 0, 0, -0.2], [0, 0, 0, 0], [0, 0, 0, 0]])
-    scheduler, rows = Adaptive(transfer=probes(harm)), [row(0, (0.5,) * 4, trained=())]
+    scheduler, rows = Adaptive(transfer=probes(harm), strength=0.9), [spread(0, (0.5,) * 4, trained=())]
     before = scheduler.decide(evidence(0, rows), {}).state
     after = scheduler.decide(evidence(1, rows, alarms=("safety",)), before).state
     # needs 1, 1, 1, 1 become 1, 1, 1, 2 over their mean 5/4; effects a step are .02 and -.02
@@ -119,41 +209,10 @@ def test_a_broken_guardrail_doubles_the_need_of_its_domain_at_once():
     assert scheduler.decide(evidence(2, rows), after).state["worth"]["value"] == after["worth"]["value"]
 
 
-def test_when_an_entropy_is_below_its_band_what_raises_it_is_practised():
-    # training on b raises a's entropy by .4 nats, training on a lowers it by .4
-    matrix = probes(OWN, entropies=[[-0.4, 0, 0], [0.4, 0, 0], [0, 0, 0]])
-
-    def shares(nats, held=("a",)):
-        rows = [row(0, (0.5,) * 4, trained=(), entropy=(1.0, 1.0, 1.0)), row(10, (0.5,) * 4, entropy=(nats, 1.0, 1.0))]
-        return mean_mixture(Adaptive(transfer=matrix, entropy_control=held), evaluations=rows)
-
-    calm, decision = shares(0.8)
-    assert calm == pytest.approx([1 / 3] * 3, abs=0.04) and "entropy" not in decision.reason
-    collapsed, _ = shares(0.1)
-    assert collapsed[1] > 1.15 * collapsed[2] > 1.15 * 1.15 * collapsed[0]
-    exploded, _ = shares(2.0)
-    assert exploded[0] > exploded[2] > exploded[1]
-    for others in ((), ("b", "c")):  # nobody asked for a to be held
-        free, decision = shares(0.1, others)
-        assert free == pytest.approx(calm) and "entropy" not in decision.reason
-
-
-def test_without_probes_the_run_itself_shows_who_harms_whom():
-    rng = np.random.default_rng(0)
-    rows, exposure, b = [row(0, (0.5,) * 3, trained=())], np.zeros(3), 0.5
-    for step in range(1, 25):
-        shares = rng.dirichlet([0.5] * 3)
-        exposure += 100 * shares
-        b = float(np.clip(b + 0.05 * (0.3 - shares[0]), 0.1, 0.9))  # b falls whenever a is practised
-        rows.append(row(10 * step, (0.5, b, 0.5), exposure=tuple(exposure)))
-    shares, _ = mean_mixture(Adaptive(), evaluations=rows)
-    assert shares[0] < 0.85 * shares[2]
-
-
 def test_evaluations_that_came_one_by_one_or_together_leave_the_same_sums():
-    rows = [row(0, (0.5,) * 3, trained=())]
-    rows += [row(10 * k, (0.5 + 0.01 * k,) * 3, exposure=(30 * k, 20 * k, 10 * k)) for k in range(1, 6)]
-    scheduler, state = Adaptive(), {}
+    rows = [spread(0, (0.5,) * 3, trained=())]
+    rows += [spread(10 * k, (0.5 + 0.01 * k,) * 3, exposure=(30 * k, 20 * k, 10 * k)) for k in range(1, 6)]
+    scheduler, state = Adaptive(transfer=probes(OWN)), {}
     for draw in range(6):
         state = scheduler.decide(evidence(draw, rows[: draw + 1]), state).state
     together = scheduler.decide(evidence(0, rows), {}).state
@@ -161,7 +220,7 @@ def test_evaluations_that_came_one_by_one_or_together_leave_the_same_sums():
 
 
 def test_an_entropy_that_is_missing_is_said_and_counts_as_in_its_band(caplog):
-    rows = [row(0, (0.5,) * 3, entropy=(1.0,) * 3), row(5, (0.5,) * 3, exposure=(8,) * 3, entropy=(1.0,) * 2)]
+    rows = [spread(0, (0.5,) * 3, entropy=(1.0,) * 3), spread(5, (0.5,) * 3, exposure=(8,) * 3, entropy=(1.0,) * 2)]
     Adaptive(entropy_control=("c",)).decide(evidence(1, rows), {})
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -173,6 +232,12 @@ def test_an_entropy_that_is_missing_is_said_and_counts_as_in_its_band(caplog):
 def test_probes_that_measured_fewer_entropies_than_the_run_count_for_nothing_and_that_is_said(caplog):
     matrix = probes(OWN)
     few = replace(matrix, rows=tuple(replace(r, entropy={"a": 1.0}) for r in matrix.rows))
-    rows = [row(0, (0.5,) * 4, entropy=(1.0,) * 3), row(5, (0.5,) * 4, exposure=(8,) * 3, entropy=(1.0,) * 3)]
+    rows = [spread(0, (0.5,) * 4, entropy=(1.0,) * 3), spread(5, (0.5,) * 4, exposure=(8,) * 3, entropy=(1.0,) * 3)]
     Adaptive(transfer=few).decide(evidence(1, rows), {})
     assert "the probes measured no entropy of b, c: their entropies are ignored" in caplog.text
+
+
+def test_a_transfer_file_of_other_domains_is_refused_though_it_moves_nothing():
+    evidence_of_others = replace(evidence(0), domains=("a", "b", "x"))
+    with pytest.raises(ValueError, match="x"):
+        Adaptive(transfer=probes(OWN)).decide(evidence_of_others, {})

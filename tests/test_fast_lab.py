@@ -9,16 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from polyphony.curricula.records import mean
+from polyphony.curricula.records import DomainStats, Evaluation, Evidence, mean
+from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from tests.experiments.fast.cell import StudyCell
+from tests.experiments.fast.cell import StudyCell, make_scheduler
 from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
 from tests.experiments.fast.experts import Experts, Pupil, learn_by_heart, token_logps
 from tests.experiments.fast.loop import CLIP, POLICY, LabRun, base, gradient, load_world, stock_advantages
+from tests.experiments.fast.rules import Wanting
 from tests.experiments.fast.study import Results, Study
 from tests.experiments.fast.tables import best_rates, holm, ranking, report, tokens_to
 from tests.experiments.fast.worlds import Subject, drawn, make_world, rows
@@ -215,6 +217,36 @@ def row(world, arm, rate, seed, average, worst, **more):
         "every": 20, "settings": {}, "trained": ["a", "b"], "scores": scores, "shown": scores, "entropy": {"a": 0.4, "b": 1},
         "tokens": {"rollout": 100, "evaluation": 20}, "looks": [[0, 0, {"a": 0.1, "b": 0.1}]], "seconds": 1.0, **more,
     }  # fmt: skip
+
+
+def test_what_the_registered_study_names_is_what_it_was():
+    names, levels = ("a", "b", "c"), [(0.2, 0.5, 0.7), (0.4, 0.5, 0.6)]
+    rows = tuple(
+        Evaluation(
+            trained=names, step=4 * n, seed=0, entropy=dict.fromkeys(names, 1.0),
+            scores={m: (1.0,) * round(10 * s) + (0.0,) * round(10 - 10 * s) for m, s in zip(names, level, strict=True)},
+            exposure={m: 8 * n * (k + 1) for k, m in enumerate(names)},
+        )
+        for n, level in enumerate(levels)
+    )  # fmt: skip
+    adaptive, state, decision = make_scheduler({"scheduler": "adaptive"}, load_world(SMALL), Path()), {}, None
+    for draw in range(6):
+        seen = ((0.8, 0.2), (0.3, 0.5), (0.1, 0.9)) if draw else ()
+        last = (
+            tuple(DomainStats(groups=3, abs_advantage=a, reward=r + 0.02 * draw) for a, r in seen)
+            or (DomainStats(),) * 3
+        )
+        evidence = Evidence(
+            draw=draw, total_draws=9, domains=names, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,
+            drawn=(0,) * 3, last=last, evaluations=rows[: 1 + draw // 4],
+        )  # fmt: skip
+        decision = adaptive.decide(evidence, state)
+        state = decision.state
+    assert decision.mixture == pytest.approx(
+        (0.306232, 0.362422, 0.331346), abs=1e-6
+    )  # of the version that was registered
+    one, own = (make_scheduler({"scheduler": "need", "ceiling": c}, load_world(SMALL), Path()) for c in ("one", "own"))
+    assert (type(one), type(own)) == (Wanting, Adaptive)
 
 
 def test_an_arms_rate_and_rank_by_hand():

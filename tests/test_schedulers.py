@@ -176,7 +176,12 @@ def test_a_setting_out_of_range_is_refused(name, settings):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"scheduler": "adaptive", "seed": "x"}, "Adaptive: seed: Input should be a valid integer, got 'x'"),
+        ({"scheduler": "pac", "seed": "x"}, "PAC: seed: Input should be a valid integer, got 'x'"),
+        ({"scheduler": "adaptive", "seed": 3}, "adaptive has no 'seed' any more: nothing is sampled any more"),
+        (
+            {"adaptive": {"window": 8}},
+            "adaptive has no 'window' any more: it goes by held-out scores, no longer by rewards",
+        ),
         (
             {"scheduler": "sequential", "order": "arithmetic"},
             "Sequential: order: Input should be a valid tuple, got 'ari",

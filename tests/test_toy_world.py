@@ -43,9 +43,8 @@ def interval(differences):
 
 GUIDED = {
     "bwt": lambda world: Bwt(transfer=world.probe()),
-    "adaptive": lambda world: Adaptive(transfer=world.probe()),
-    "adaptive without probes": lambda world: Adaptive(),
-    "auto": lambda world: Auto(transfer=world.probe()),
+    "adaptive": lambda world: Adaptive(transfer=world.probe(), strength=0.9),
+    "auto": lambda world: Auto(transfer=world.probe(), adaptive=Adaptive(strength=0.9)),
 }
 
 

@@ -20,7 +20,6 @@ REGISTRY = {
     "sequential": "polyphony.curricula.schedulers.fixed:Sequential",
     "bwt": "polyphony.curricula.schedulers.bwt:Bwt",
     "adaptive": "polyphony.curricula.schedulers.adaptive:Adaptive",
-    "need": "polyphony.curricula.schedulers.need:Need",
     "sec": "polyphony.curricula.schedulers.sec:SEC",
     "pac": "polyphony.curricula.schedulers.pac:PAC",
     "mt_grpo": "polyphony.curricula.schedulers.mt_grpo:MTGRPO",
@@ -31,6 +30,12 @@ REGISTRY = {
 }
 
 
+GONE = {
+    "alarm": "it is .05 for good",
+    "seed": "nothing is sampled any more",
+    "window": "it goes by held-out scores, no longer by rewards and their slope, which pac still does",
+}
+"""What `adaptive` no longer has, and why."""
 SECTION = ("scheduler", "transfer")
 """Keys of a recipe's section `curriculum` whatever the scheduler."""
 
@@ -73,6 +78,7 @@ def as_scheduler(
     settings = {str(key): value for key, value in mapping.items()}
     name = settings.pop("scheduler", "auto")
     kind = find_scheduler(name)
+    _check_gone(settings if name == "adaptive" else settings.get("adaptive"))
     _check_keys(kind, name, settings, is_given="scheduler" in mapping)
     fields = getattr(kind, "__dataclass_fields__", {})
     told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}
@@ -93,6 +99,12 @@ def build_scheduler(name: str, /, **settings: Any) -> Scheduler:
         return kind(**settings)
     except TypeError as error:  # of a user's own class
         raise ValueError(f"scheduler {name!r} refuses {settings}: {error}") from error
+
+
+def _check_gone(settings: Any) -> None:
+    for key, why in GONE.items() if isinstance(settings, Mapping) else ():
+        if key in settings:
+            raise ValueError(f"adaptive has no {key!r} any more: {why}")
 
 
 def _check_keys(kind: type, name: str, settings: Mapping[str, Any], *, is_given: bool) -> None:

@@ -1,9 +1,9 @@
-"""`adaptive`: shares by learnability, progress and transfer of each domain, re-estimated at every draw."""
+"""`adaptive`: part of every draw evenly, the rest to the domains that lack most on the held-out half that decides."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -12,58 +12,57 @@ from pydantic import Field, field_validator
 
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence
-from polyphony.curricula.schedulers.learnability import Learnability
+from polyphony.curricula.records import Decision, DomainStats, Evidence, graded, mean
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
+from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
 from polyphony.curricula.transfer.matrix import Probes
 
-UNSEEN = (1.0, 0.04)
-"""Mean and variance of learnability before a domain was drawn: the largest there is, so that each is tried."""
+LATEST = 2
+"""Evaluations whose mean is a domain's level: at 50 items each a standard error of .05 instead of .07."""
+STILL = 3
+"""Evaluations without a new best after which a domain stands still."""
+BEFORE = 2
+"""Evaluations before those: a best of one would be luck."""
+FOUND = 0.05
+"""Best level below which a domain has found nothing yet, so that it cannot stand still."""
+PRACTISED = 8
+"""Groups with signal within those evaluations: where there was nothing to learn from, standing still says nothing."""
+ALARM = 0.05
+"""Drawdown that doubles a domain's weight in the worth of transfer: two standard errors of a paired difference of about 200
+items."""
 
 
 @settings
 class Adaptive:
-    """p_k = (1 - floor) u_k / sum_j u_j + floor / K with the utility
+    """p_k = floor / K + (1 - floor) u_k / sum_j u_j with u_k = exp(d_k / focus) X_k F_k
 
-        u_k = L_k (1 + P_k) (1 + strength X_k) F_k
+    d: what the domain lacks, c_k - s_k or 0 if that is negative; s_k is its mean score of the last two evaluations.
+    c: 1, and its own best score from when it stands still: no score of the last three evaluations is more than one
+       standard error above the best before them, that best is above .05, and groups with signal were practised
+       meanwhile. A domain whose answers are all wrong needs most: it may have to find a form first.
+    X: 1 + strength x_k where a transfer file is given, with x_k in [-1, 1] the worth of a step on k to all domains, its
+       difference from the mean over the mean size and deviation (see `transfer_value`); else 1.
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band (see `transfer_value`),
+       where `entropy_control` names domains; else 1.
 
-    L: mean |A| of the domain's groups, its learnability (SEC, arXiv:2505.14970): one sample a draw of the posterior of
-       PAC (arXiv:2608.30528), see `posterior`.
-    P: |slope of the mean reward over the last `window` draws| over the sum of the same. PAC takes the signed slope;
-       the size is used here, so that a domain that is being lost is practised too.
-    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one posterior sample of what a step on k
-    adds to
-       the held-out scores of all domains, itself and watch-only ones included, see `transfer_value`: measured by the
-       probes and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
-       evaluations need no gradients and see watch-only domains.
-    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `transfer_value`; 1
-    unless
-       `entropy_control` names domains.
-
-    No source has the four together; the product is ours.
+    Before the first evaluation all shares are equal. The rule is ours; no source has it.
     """
 
-    transfer: Probes = None
-    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None: transfer is estimated from this
-    run's evaluations alone."""
-    floor: float = Field(default=0.1, ge=0, le=1)
-    """Share of a draw spread evenly over the domains, so that each keeps being measured."""
-    strength: float = Field(default=0.9, ge=0, lt=1)
-    """Weight of transfer; below 1, so that transfer alone never takes a domain's share to 0."""
     focus: float = Field(default=0.2, gt=0)
-    """Difference in score over which a domain's weight grows e times: with .2 a domain at .3 weighs 3 times one at .5."""
-    alarm: float = Field(default=0.05, gt=0)
-    """Drawdown that doubles a domain's weight: two standard errors of a paired difference of about 200 items."""
-    window: int = Field(default=16, ge=3)
-    """Draws over which the slope of the mean reward is fitted (PAC's W)."""
+    """Difference in what is lacking over which a domain's weight grows e times."""
+    floor: float = Field(default=0.5, ge=0, le=1)
+    """Share of a draw spread evenly over the domains: half, so that none has less than half of what mixing gives it."""
+    transfer: Probes = None
+    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None. It moves no share
+    unless `strength` is above 0."""
+    strength: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of measured transfer; 0 leaves it out."""
     entropy_band: tuple[float, float] = EntropySettings().band
     """Multiples of a domain's entropy at the run's first evaluation; a recipe says it in `entropy.band`."""
     entropy_control: tuple[str, ...] = ()
     """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the posterior samples, together with the draw's index."""
-    values: TransferValue = field(init=False, repr=False, compare=False)
+    values: TransferValue | None = field(init=False, repr=False, compare=False)
 
     @field_validator("entropy_band")
     @classmethod
@@ -77,32 +76,75 @@ class Adaptive:
             scores=None if self.transfer is None else score_prior(self.transfer),
             entropies=None if self.transfer is None else entropy_prior(self.transfer),
             focus=self.focus,
-            alarm=self.alarm,
+            alarm=ALARM,
             band=self.entropy_band,
             held=self.entropy_control,
         )
-        object.__setattr__(self, "values", values)
+        is_used = self.transfer is not None or self.entropy_control
+        object.__setattr__(self, "values", values if is_used else None)
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
-        rng = random.Random(f"{self.seed}/{evidence.draw}")
-        known = Learnability.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
-        assessed = self.values.assess(evidence, state.get("worth", {}))
-        learnability = np.maximum(known.sample(rng), 1e-3)
-        progress = known.progress()
-        sampled = [rng.gauss(v, sd) for v, sd in zip(assessed["value"], assessed["value_sd"], strict=True)]
-        transfer = _relative(np.array(sampled), np.array(assessed["value"]), np.array(assessed["value_sd"]))
-        entropy = 2 ** np.clip(np.array(assessed["pull"]), -1, 1)
-        utility = learnability * (1 + np.abs(progress)) * (1 + self.strength * transfer) * entropy
-        size = len(evidence.domains)
-        mixture = (1 - self.floor) * utility / utility.sum() + self.floor / size
-        factors = {"learnability": learnability, "progress": progress, "transfer": transfer, "entropy": entropy}
-        if (entropy == 1).all():
-            del factors["entropy"]
-        reason = "; ".join(f"{name} " + " ".join(f"{value:.2f}" for value in of) for name, of in factors.items())
-        next_state = {"arms": known.as_json(), "worth": assessed}  # names of saved states, which old runs have too
-        return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
+        k = len(evidence.domains)
+        live = [n + _live(stats) for n, stats in zip(state.get("live", [0.0] * k), evidence.last, strict=True)]
+        marks = list(state.get("marks", []))
+        marks += [live] * (len(evidence.evaluations) - state.get("seen", 0))
+        assessed = self.values.assess(evidence, state.get("worth", {})) if self.values else {}
+        kept = {"live": live, "marks": marks[-1 - STILL :], "seen": len(evidence.evaluations)}
+        next_state = kept | ({"worth": assessed} if assessed else {})
+        if not evidence.evaluations:
+            return Decision(mixture=uniform(k), reason="no evaluation yet: uniform", state=next_state)
+        histories = [_history(evidence, name) for name in evidence.domains]
+        since = [now - then for now, then in zip(live, kept["marks"][0], strict=True)]
+        still = [
+            self._has_stopped(history, items=_items(evidence, name), groups=n)
+            for name, history, n in zip(evidence.domains, histories, since, strict=True)
+        ]
+        lacks = [
+            max(0.0, (max(history) if is_still else 1.0) - mean(history[-LATEST:])) if history else 1.0
+            for history, is_still in zip(histories, still, strict=True)
+        ]
+        by_need = softmax(lacks, temperature=self.focus)
+        weights = [w * f for w, f in zip(by_need, self._factors(assessed, k), strict=True)]
+        mixture = tuple(self.floor / k + (1 - self.floor) * share for share in normalised(weights))
+        standing = [name for name, is_still in zip(evidence.domains, still, strict=True) if is_still]
+        reason = f"more to what lacks most: {listed(evidence.domains, lacks)}"
+        reason += f"; at their own ceiling: {', '.join(standing)}" if standing else ""
+        return Decision(mixture=mixture, reason=reason, state=next_state)
+
+    def _has_stopped(self, history: Sequence[float], *, items: int, groups: float) -> bool:
+        return groups >= PRACTISED and stands_still(history, items=items)
+
+    def _factors(self, assessed: Mapping[str, Any], k: int) -> Sequence[float]:
+        """Return X_k F_k, [K]."""
+        if not assessed:
+            return (1.0,) * k
+        value, deviation = np.array(assessed["value"]), np.array(assessed["value_sd"])
+        scale = np.abs(value).mean() + deviation.mean()
+        worth = np.clip((value - value.mean()) / scale, -1, 1) if scale > 0 else np.zeros(k)
+        strength = self.strength if self.transfer is not None else 0.0
+        return ((1 + strength * worth) * 2 ** np.clip(np.array(assessed["pull"]), -1, 1)).tolist()
 
 
-def _relative(sampled: np.ndarray, value: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    scale = np.abs(value).mean() + sd.mean()
-    return np.clip((sampled - sampled.mean()) / scale, -1, 1) if scale > 0 else np.zeros_like(value)
+def stands_still(history: Sequence[float], *, items: int) -> bool:
+    """Return whether a domain's scores, oldest first, have stopped rising; `items` are those of one evaluation.
+
+    One standard error is that of a score of 0s and 1s at the best level, at least that of one at .01 or .99.
+    """
+    if len(history) < BEFORE + STILL:
+        return False
+    best = max(history)
+    error = math.sqrt(max(best * (1 - best), 0.01) / items)
+    return best > FOUND and max(history[-STILL:]) <= max(history[:-STILL]) + error
+
+
+def _history(evidence: Evidence, name: str) -> list[float]:
+    return [score for row in evidence.evaluations if not math.isnan(score := row.mean_score(name))]
+
+
+def _items(evidence: Evidence, name: str) -> int:
+    return max(1, len(graded(evidence.evaluations[-1].scores[name])))
+
+
+def _live(stats: DomainStats) -> float:
+    """Return how many groups of the last draw had signal."""
+    return 0.0 if math.isnan(stats.frac_dead) else stats.groups * (1 - stats.frac_dead)

@@ -148,9 +148,19 @@ def _taught(cell: StudyCell, data: DomainData) -> tuple[LabPolicy, dict[str, Any
     return policy, {"drawn": drawn, "tokens": tokens | {"experts": experts.spent}, "looks": []}
 
 
+RULES = {
+    ("adaptive", "own"): "tests.experiments.fast.rules:OldAdaptive",
+    ("need", "own"): "adaptive",
+    ("need", "one"): "tests.experiments.fast.rules:Wanting",
+}
+"""What a study calls a scheduler and the ceiling of its scores, and what it is called since."""
+
+
 def make_scheduler(settings: Mapping[str, Any], data: DomainData, probe_file: Path) -> Scheduler:
     """Return an arm's scheduler; `transfer: probe` is the file, `order: reversed` open-ended first, all backwards."""
     given = dict(settings)
+    rule = given["scheduler"], given.pop("ceiling", "own")
+    given["scheduler"] = RULES.get(rule, rule[0])
     entropy = as_settings(EntropySettings, given.pop("entropy", None))
     if given.get("transfer") == PROBE:
         given["transfer"] = TransferMatrix.load(probe_file)

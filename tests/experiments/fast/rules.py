@@ -1,0 +1,182 @@
+"""Rules that lost in a study: the registered one names them, the product has them no more.
+
+`OldAdaptive` was the scheduler `adaptive`: shares by learnability, progress and transfer of each domain, re-estimated at every
+draw. `Wanting` is today's `adaptive` with every domain held against the full score for good.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from polyphony.curricula.declarations import settings
+from polyphony.curricula.monitors.entropy_control import EntropySettings
+from polyphony.curricula.records import Decision, Evidence, null_of
+from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
+from polyphony.curricula.schedulers.transfer_value import TransferValue
+from polyphony.curricula.transfer.matrix import Probes
+
+INFLATION = 0.02
+"""Variance added to every domain at each draw (PAC)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learnability:
+    """Posterior mean and variance of each domain [K], and the last draws' rewards; state as JSON."""
+
+    mean: list[float]
+    variance: list[float]
+    rewards: list[list[float | None]]
+    """[K, up to window], oldest first; None where the domain was not drawn."""
+
+    @classmethod
+    def of(
+        cls,
+        state: Mapping[str, Any] | None,
+        evidence: Evidence,
+        *,
+        window: int,
+        start: tuple[float, float] = (0.0, 1.0),
+    ) -> Learnability:
+        """Return the posteriors after the last draw; `start` is their mean and variance before any.
+
+        The observation of a domain is its mean |advantage| in the last draw.
+        """
+        size = len(evidence.domains)
+        if state is None:
+            empty: list[list[float | None]] = [[] for _ in range(size)]
+            return cls(mean=[start[0]] * size, variance=[start[1]] * size, rewards=empty)
+        rewards = _push(state["rewards"], [s.reward for s in evidence.last], window)
+        total = sum(stats.groups for stats in evidence.last)
+        means, variances = [], []
+        for m, v, stats in zip(state["mean"], state["variance"], evidence.last, strict=True):
+            advantage = stats.abs_advantage
+            share = stats.groups / total * size if total and not math.isnan(advantage) else 0.0
+            precision = 1 / v + share
+            means.append((m / v + share * advantage) / precision if share else m)
+            variances.append(1 / precision + INFLATION)
+        return cls(mean=means, variance=variances, rewards=rewards)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "variance": self.variance, "rewards": self.rewards}
+
+    def sample(self, rng: random.Random) -> np.ndarray:
+        """Return one sample of every domain's posterior, [K]."""
+        return np.array([rng.gauss(m, math.sqrt(v)) for m, v in zip(self.mean, self.variance, strict=True)])
+
+    def progress(self) -> np.ndarray:
+        """Return each domain's slope of the reward over the window, over the sum of their sizes, [K] in [-1, 1]."""
+        slopes = np.array([_slope(each) for each in self.rewards])
+        total = np.abs(slopes).sum()
+        return slopes / total if total else slopes
+
+
+def _push(history: list[list[float | None]], newest: list[float], window: int) -> list[list[float | None]]:
+    return [[*each, null_of(value)][-window:] for each, value in zip(history, newest, strict=True)]
+
+
+def _slope(values: list[float | None]) -> float:
+    """Return the least-squares slope per draw; 0 below three values, where two points would always show one."""
+    known = [(n, value) for n, value in enumerate(values) if value is not None]
+    if len(known) < 3:
+        return 0.0
+    x, y = np.array(known, dtype=float).T
+    x -= x.mean()
+    return float(x @ y / (x @ x))
+
+
+UNSEEN = (1.0, 0.04)
+"""Mean and variance of learnability before a domain was drawn: the largest there is, so that each is tried."""
+
+
+@settings
+class OldAdaptive:
+    """p_k = (1 - floor) u_k / sum_j u_j + floor / K with the utility
+
+        u_k = L_k (1 + P_k) (1 + strength X_k) F_k
+
+    L: mean |A| of the domain's groups, its learnability (SEC, arXiv:2505.14970): one sample a draw of the posterior of
+       PAC (arXiv:2608.30528), see `posterior`.
+    P: |slope of the mean reward over the last `window` draws| over the sum of the same. PAC takes the signed slope;
+       the size is used here, so that a domain that is being lost is practised too.
+    X: transfer in [-1, 1], (V_k - mean V) / (mean |V| + mean sd of V), with V_k one posterior sample of what a step on k
+    adds to
+       the held-out scores of all domains, itself and watch-only ones included, see `transfer_value`: measured by the
+       probes and then by this run's own evaluations. TAC (arXiv:2606.25178) multiplies learnability by gradient cosines;
+       evaluations need no gradients and see watch-only domains.
+    F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band, see `transfer_value`; 1
+    unless
+       `entropy_control` names domains.
+
+    No source has the four together; the product is ours.
+    """
+
+    transfer: Probes = None
+    """A `TransferMatrix`, the path of a `transfer.json` (`curriculum.transfer`), or None: transfer is estimated from this
+    run's evaluations alone."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Share of a draw spread evenly over the domains, so that each keeps being measured."""
+    strength: float = Field(default=0.9, ge=0, lt=1)
+    """Weight of transfer; below 1, so that transfer alone never takes a domain's share to 0."""
+    focus: float = Field(default=0.2, gt=0)
+    """Difference in score over which a domain's weight grows e times: with .2 a domain at .3 weighs 3 times one at .5."""
+    alarm: float = Field(default=0.05, gt=0)
+    """Drawdown that doubles a domain's weight: two standard errors of a paired difference of about 200 items."""
+    window: int = Field(default=16, ge=3)
+    """Draws over which the slope of the mean reward is fitted (PAC's W)."""
+    entropy_band: tuple[float, float] = EntropySettings().band
+    """Multiples of a domain's entropy at the run's first evaluation; a recipe says it in `entropy.band`."""
+    entropy_control: tuple[str, ...] = ()
+    """Domains, trained or only watched, whose entropy moves the shares; a recipe says it in `entropy.control`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the posterior samples, together with the draw's index."""
+    values: TransferValue = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = TransferValue(
+            scores=None if self.transfer is None else score_prior(self.transfer),
+            entropies=None if self.transfer is None else entropy_prior(self.transfer),
+            focus=self.focus,
+            alarm=self.alarm,
+            band=self.entropy_band,
+            held=self.entropy_control,
+        )
+        object.__setattr__(self, "values", values)
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        rng = random.Random(f"{self.seed}/{evidence.draw}")
+        known = Learnability.of(state.get("arms"), evidence, window=self.window, start=UNSEEN)
+        assessed = self.values.assess(evidence, state.get("worth", {}))
+        learnability = np.maximum(known.sample(rng), 1e-3)
+        progress = known.progress()
+        sampled = [rng.gauss(v, sd) for v, sd in zip(assessed["value"], assessed["value_sd"], strict=True)]
+        transfer = _relative(np.array(sampled), np.array(assessed["value"]), np.array(assessed["value_sd"]))
+        entropy = 2 ** np.clip(np.array(assessed["pull"]), -1, 1)
+        utility = learnability * (1 + np.abs(progress)) * (1 + self.strength * transfer) * entropy
+        size = len(evidence.domains)
+        mixture = (1 - self.floor) * utility / utility.sum() + self.floor / size
+        factors = {"learnability": learnability, "progress": progress, "transfer": transfer, "entropy": entropy}
+        if (entropy == 1).all():
+            del factors["entropy"]
+        reason = "; ".join(f"{name} " + " ".join(f"{value:.2f}" for value in of) for name, of in factors.items())
+        next_state = {"arms": known.as_json(), "worth": assessed}  # names of saved states, which old runs have too
+        return Decision(mixture=tuple(mixture.tolist()), reason=reason, state=next_state)
+
+
+def _relative(sampled: np.ndarray, value: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    scale = np.abs(value).mean() + sd.mean()
+    return np.clip((sampled - sampled.mean()) / scale, -1, 1) if scale > 0 else np.zeros_like(value)
+
+
+class Wanting(Adaptive):
+    """Holds no domain against its own best level, however long it has stood still."""
+
+    def _has_stopped(self, history: Sequence[float], *, items: int, groups: float) -> bool:
+        return False
