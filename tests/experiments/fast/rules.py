@@ -1,7 +1,7 @@
 """Rules that lost in a study: the registered one names them, the product has them no more.
 
-`OldAdaptive` was the scheduler `adaptive`: shares by learnability, progress and transfer of each domain, re-estimated at every
-draw. `Wanting` is today's `adaptive` with every domain held against the full score for good.
+`OldAdaptive` was the scheduler `adaptive`: shares by learnability, progress and transfer of each domain, estimated anew at
+every draw. `Wanting` is today's `adaptive` with every domain held against the full score for good.
 """
 
 from __future__ import annotations
