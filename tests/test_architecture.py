@@ -189,6 +189,7 @@ OF_THEIR_OWN = {
     "name": "of a run, and of a domain",
     "every": "of evaluations, and of checkpoints",
     "start": "of a probe's weights, and of what a pool knows",
+    "keep": "how many checkpoints, and which weights of a probe",
     **dict.fromkeys(
         ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
     ),
@@ -203,6 +204,7 @@ SAME_BY_CHANCE = {
     ("__init__", "engine"): "the trainer's choice where a script does not say; a recipe may ask for Ray too",
     **{(grader, "timeout_s"): "not a worker's" for grader in ("Endpoint", "Math", "Procedural")},
     ("Sampling", "top_k"): "tokens, not accepted samples",
+    ("Evaluation", "placebo"): "what a row is of; a recipe asks for some",
 }
 """Defaults outside the classes of settings that bear the name of one inside."""
 
