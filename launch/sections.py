@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -27,9 +27,6 @@ class CurriculumSection(BaseModel):
     transfer: str | None = None
     """`transfer.json` of `polyphony probe`: measured transfer between domains, for schedulers that plan and for the
     report."""
-
-
-LearningRate = Annotated[float, Field(gt=0, le=1, strict=True)]
 
 
 @settings
@@ -55,7 +52,7 @@ class ProbeSection:
     does depends on the prompts that it comes from (how long the answers are, how many groups are dead), which one run over
     all domains could not tell apart, and both are compared seed by seed. Plans and schedulers decide by the whole change as
     ever: a run at this learning rate will see the noise too."""
-    learning_rates: list[LearningRate] = Field(default_factory=list)
+    learning_rates: list[float] = Field(default_factory=list)
     """Rates to be tried beside `grpo.learning_rate`: each domain alone, and its placebo, for one seed, no joint run.
     Proposed is the highest of all rates below the lowest one that does harm: that moves the policy by more than 0.1 nats a
     token in a step, or with 95 % confidence lowers the very domain that is practised, or whose placebo lowers any other.
@@ -63,6 +60,13 @@ class ProbeSection:
     keep: Literal["last"] | None = None
     """`last` keeps the weights that each domain alone and each seed ended with, in `kept/<domain>-<seed>`: with `lora` the
     adapter to what `provenance.json` beside it calls `start`, else the whole policy. Null keeps none."""
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _are_rates(cls, rates: list[float]) -> list[float]:
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ValueError("expected learning rates above 0, at most 1")
+        return rates
 
 
 @settings

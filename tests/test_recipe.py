@@ -101,7 +101,7 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
         ("name=a..b", "name: a run's folder is called so: "),
         ("pool.start=x", "unknown key 'pool.start'; known: "),
         ("probe.start=base", "unknown key 'probe.start'; "),
-        ("probe.learning_rates=[0]", "probe.learning_rates.0: Input should be greater than 0, got 0"),
+        ("probe.learning_rates=[0]", "probe.learning_rates: expected learning rates above 0, at most 1, got [0]"),
         ("probe.learning_rates=1e-4", "probe.learning_rates: Input should be a valid list, got 0.0001"),
         ("probe.keep=lst", "probe.keep: Input should be 'last', got 'lst'; did you mean 'last'?"),
         ("domains.math.heldout=null", "domains.math.heldout: expected rows to be scored on, got None"),
