@@ -44,7 +44,7 @@ class TransferMatrix:
     watch_only: tuple[str, ...] = ()
     """Domains that are measured and never trained: they need no probe and have no place in an order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Versions, hashes of base and data, settings of the probe: kept, never interpreted."""
+    """Versions, hashes of base and data, settings of the probe, what spoke against its learning rate: kept, and told."""
 
     def __post_init__(self) -> None:
         check_matrix(self)
