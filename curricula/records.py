@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -225,6 +226,12 @@ class Group:
             return self
         return replace(self, **{name: repeated(getattr(self, name), size) for name in COLUMNS})
 
+    def shuffled(self, chance: random.Random) -> Group:
+        """Return the group with its rewards, and those fused, dealt anew among its completions."""
+        order = chance.sample(range(len(self.rewards)), len(self.rewards))
+        fused = self.fused and replace(self.fused, rewards=tuple([self.fused.rewards[i] for i in order]))
+        return replace(self, rewards=tuple([self.rewards[i] for i in order]), fused=fused)
+
     @property
     def learned(self) -> tuple[float | None, ...]:
         """[G]; what the update learns from: the rewards, or quality and difference fused."""
@@ -379,6 +386,8 @@ class Evaluation:
     exposure: Mapping[str, int] = field(default_factory=dict)
     """Prompts drawn of each domain since the run began."""
     probe: bool = False
+    placebo: bool = False
+    """A probe whose rewards were shuffled among the completions of each prompt: what it changed is the noise's work."""
     rolled_back: bool = False
     """Since the row before, a guardrail took the weights back to a checkpoint: the change is not of practice alone."""
 
@@ -402,6 +411,7 @@ class Evaluation:
             "exposure": dict(self.exposure),
             "probe": self.probe,
         }
+        row |= {"placebo": True} if self.placebo else {}
         row |= {"rolled_back": True} if self.rolled_back else {}
         # last, because a run that goes on reads a row without them
         by_item = {"entropy_items": self.entropy_items, "kl_items": self.kl_items}
@@ -420,6 +430,7 @@ class Evaluation:
             kl_items=_pairs(row.get("kl_items", {})),
             exposure=dict(row.get("exposure", {})),
             probe=bool(row.get("probe", False)),
+            placebo=bool(row.get("placebo", False)),
             rolled_back=bool(row.get("rolled_back", False)),
         )
 

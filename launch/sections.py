@@ -45,6 +45,28 @@ class ProbeSection:
     launch/lab/RESULTS.md)."""
     joint_arm: bool = True
     """Also train on all domains together for the same total of steps: the baseline of a sequence of domains."""
+    placebo: bool = False
+    """Also train on each domain's prompts with its rewards shuffled among the completions of each prompt: updates as
+    large, on the same prompts, with as many dead groups, that teach nothing. What they change is damage by noise, and
+    transfer is then told beyond it. One run a domain and seed, which doubles the cost of the single-domain runs: what noise
+    does depends on the prompts that it comes from (how long the answers are, how many groups are dead), which one run over
+    all domains could not tell apart, and both are compared seed by seed. Plans and schedulers decide by the whole change as
+    ever: a run at this learning rate will see the noise too."""
+    learning_rates: list[float] = Field(default_factory=list)
+    """Rates to be tried beside `grpo.learning_rate`: each domain alone, and its placebo, for one seed, no joint run.
+    Proposed is the highest of all rates below the lowest one that does harm: that moves the policy by more than 0.1 nats a
+    token in a step, or with 95 % confidence lowers the very domain that is practised, or whose placebo lowers any other.
+    Without `placebo` the last is not known."""
+    keep: Literal["last"] | None = None
+    """`last` keeps the weights that each domain alone and each seed ended with, in `kept/<domain>-<seed>`: with `lora` the
+    adapter to what `provenance.json` beside it calls `start`, else the whole policy. Null keeps none."""
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _are_rates(cls, rates: list[float]) -> list[float]:
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ValueError("expected learning rates above 0, at most 1")
+        return rates
 
 
 @settings

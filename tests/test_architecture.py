@@ -189,6 +189,7 @@ OF_THEIR_OWN = {
     "name": "of a run, and of a domain",
     "every": "of evaluations, and of checkpoints",
     "start": "of a probe's weights, and of what a pool knows",
+    "keep": "how many checkpoints, and which weights of a probe",
     **dict.fromkeys(
         ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
     ),
@@ -206,6 +207,7 @@ SAME_BY_CHANCE = {
     ("__init__", "engine"): "the trainer's choice where a script does not say; a recipe may ask for Ray too",
     **{(grader, "timeout_s"): "not a worker's" for grader in ("Endpoint", "Math", "Procedural")},
     ("Sampling", "top_k"): "tokens, not accepted samples",
+    ("Evaluation", "placebo"): "what a row is of; a recipe asks for some",
 }
 """Defaults outside the classes of settings that bear the name of one inside."""
 
@@ -237,7 +239,8 @@ def test_no_class_or_function_has_a_default_for_what_is_a_setting():
 
 
 def test_every_number_among_the_settings_has_a_range_and_is_finite():
-    free = {"accept_from", "band", "entropy_band", "shape"}  # any reward; checked as pairs; any two rewards
+    # any reward; checked as pairs; any two rewards; checked one by one
+    free = {"accept_from", "band", "entropy_band", "shape", "learning_rates"}
     kinds = classes_of_settings() | classes_of_settings(*map(find_scheduler, REGISTRY))
     assert {"Adaptive", "Guard", "Replay"} <= set(kinds)
     for kind in kinds.values():

@@ -100,6 +100,17 @@ def learned(rollout) -> list:
     return [r for group in rollout.groups_of_rows for r in group.learned]
 
 
+def test_a_placebo_deals_each_groups_rewards_anew_among_its_completions():
+    alive = {f"{name}{k}" for name in ("math", "talk") for k in range(12)}
+    plain, walk = draws(Engine(alive), size=12), draws(Engine(alive), size=12)
+    walk.is_placebo = True
+    told, dealt = plain.roll_out(16), walk.roll_out(16)
+    assert [g.prompt_id for g in dealt.groups.values()] == [g.prompt_id for g in told.groups.values()]
+    assert [sorted(g.rewards) for g in dealt.groups.values()] == [sorted(g.rewards) for g in told.groups.values()]
+    assert 0 < sum(a.rewards != b.rewards for a, b in zip(dealt.groups.values(), told.groups.values(), strict=True)) < 8
+    assert dealt.rows == told.rows and dealt.rewards == learned(dealt)
+
+
 def test_dead_groups_are_replaced_by_prompts_of_their_domain_until_all_live():
     walk = draws(Engine({f"math{k}" for k in range(6)} | {f"talk{k}" for k in range(6)}))
     rollout = walk.roll_out(8)

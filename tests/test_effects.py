@@ -39,6 +39,18 @@ def test_transfer_is_after_minus_before():
     np.testing.assert_allclose(effects(probes()).transfer(), T, atol=1e-12)
 
 
+def test_beyond_the_placebo_is_what_its_own_rows_leave_of_a_change():
+    noise = {"a": (0.2, 0.3, 0.0), "b": (0.2, 0.4, 0.0), "c": (0.0, 0.2, 0.0)}
+    rows = [*probes(), *(replace(row((n,), means), placebo=True) for n, means in noise.items())]
+    matrix = TransferMatrix(domains=NAMES, kinds=dict.fromkeys(NAMES, "structured"), rows=tuple(rows))
+    np.testing.assert_allclose(Effects(matrix).transfer(), T, atol=1e-12)
+    damage = np.array([[0, -0.1, 0], [0, 0, 0], [-0.2, -0.2, 0]])
+    np.testing.assert_allclose(Effects(matrix.of_placebo()).transfer(), damage, atol=1e-12)
+    np.testing.assert_allclose(Effects(matrix, against="placebo").transfer(), T - damage, atol=1e-12)
+    unfinished = replace(matrix, rows=tuple(rows[:-1]))  # c has none: a table of both kinds would mean neither
+    np.testing.assert_allclose(Effects(unfinished, against="placebo").transfer(), T, atol=1e-12)
+
+
 def test_seeds_are_paired_with_their_own_baseline_and_averaged():
     other = [row((), (0.4, 0.4, 0.0), seed=1), row(("a",), (0.6, 0.2, 0.2), seed=1)]  # T of a: .2, -.2, .2
     np.testing.assert_allclose(effects(probes() + other).transfer()[0], [0.4, -0.2, 0.1], atol=1e-12)

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from polyphony.curricula.transfer.halves import half
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import PlanSettings, make_plan
 from polyphony.launch.cli import main
+from polyphony.launch.verbs.tables import transfer_table
 from tests.experiments.decisions import (
     OWN,
     World,
@@ -211,6 +213,24 @@ def test_the_command_prints_the_object_alone_and_beside_it_what_limits_the_evide
     said = capsys.readouterr()
     assert json.loads(said.out)["order"] == ["a", "b", "w"]
     assert "One seed a probe: the intervals hold evaluation noise only" in said.err
+
+
+def test_transfer_is_told_beyond_the_placebo_and_decided_as_a_whole_and_a_rate_that_does_harm_is_said(capsys, tmp_path):
+    rows, start = fragile_writing(), dict.fromkeys(("w", "a", "b"), 0.4)
+    noise = [replace(row(name, start | {"w": 0.3}), placebo=True) for name in ("w", "a", "b")]
+    found = {"learning_rate": 5e-4, "harm": ["shuffled rewards on a took 0.1 from w"]}
+    whole, plain = matrix([*rows, *noise], provenance=found), make_plan(matrix(rows), QUICK)
+    plan = make_plan(whole, QUICK)
+    assert (plan.order, plan.predicted) == (plain.order, plain.predicted)
+    assert plan.transfer["a"]["w"] == pytest.approx(-0.2) and plain.transfer["a"]["w"] == pytest.approx(-0.3)
+    assert plan.as_json()["placebo"]["a"]["w"] == pytest.approx(-0.1) and "placebo" not in plain.as_json()
+    assert "takes 0.200 from w, beyond the -0.100 of shuffled rewards" in plan.explain()
+    beyond, _, alone = transfer_table(whole).partition("shuffled rewards by themselves:")
+    assert beyond.startswith("beyond shuffled rewards:") and "-0.200±" in beyond and "-0.200±" not in alone
+    whole.save(tmp_path / "transfer.json")
+    assert main(["plan", str(tmp_path / "transfer.json")]) == 0
+    said = "made at a learning rate of 0.0005, which is too high: shuffled rewards on a took 0.1 from w"
+    assert said in capsys.readouterr().err
 
 
 def test_the_explanation_says_what_to_do_why_and_how_sure_it_is():

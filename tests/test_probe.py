@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 
+from polyphony.curricula.records import Evaluation
+from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.verbs.probe import claim_probe, cost, plan_arms, probe, restricted
+from polyphony.launch.verbs.arms import cost, plan_arms, restricted
+from polyphony.launch.verbs.probe import Probe, claim_probe, probe
+from polyphony.launch.verbs.rates import harm, proposal
 from tests.conftest import RECIPES
 from tests.forks import Fork
 
@@ -52,6 +58,54 @@ def test_the_cost_of_a_probe_has_its_warm_up_and_its_evaluations_in_it():
         "28 optimizer steps and 8 evaluations: at most 0.057 million rollout tokens to train on, "
         "and 0.2 million to evaluate 100 held-out items, 4 times each"
     )
+
+
+def test_placebos_follow_their_domains_and_other_rates_are_tried_for_one_seed_without_the_joint_run():
+    tried = recipe(
+        "probe.placebo=true", "probe.seeds=2", "probe.joint_arm=false", "probe.learning_rates=[1e-3, 2e-4, 1e-4]"
+    )
+    arms = plan_arms(tried, ["arithmetic", "stories"])
+    of_a_rate = ["arithmetic", "stories", "arithmetic, placebo", "stories, placebo"]
+    assert [arm.label for arm in arms if arm.rate is None] == 2 * ["start", *of_a_rate]
+    others = [f"{label}, at {rate}" for rate in ("0.0001", "0.001") for label in of_a_rate]  # the recipe's own is 2e-4
+    assert [(arm.label, arm.seed) for arm in arms if arm.rate] == [(label, 1) for label in others]
+    assert restricted(tried, arms[-1], "start").grpo["learning_rate"] == 1e-3
+
+
+def judged(own=0.9, watched=0.5, kl=0.2):
+    """Two domains and a watched one, 100 items each: all score .5 before, `own` after practice, the watched one `watched`
+    after the placebo of a; `kl` nats a token from the start after 4 steps."""
+
+    def row(trained, means, **fields):
+        scores = {name: tuple(float(k < 100 * means.get(name, 0.5)) for k in range(100)) for name in ("a", "b", "w")}
+        pairs = dict.fromkeys(trained, ((10 * kl, 10),) + 99 * (None,))
+        return Evaluation(trained=trained, step=4, seed=0, scores=scores, probe=True, kl_items=pairs, **fields)
+
+    rows = [row((), {}), *(row((name,), {name: own}) for name in "ab")]
+    rows += [row((name,), {name: 0.1, "w": watched if name == "a" else 0.5}, placebo=True) for name in "ab"]
+    kinds = dict.fromkeys(("a", "b", "w"), "structured")
+    return TransferMatrix(domains=("a", "b", "w"), kinds=kinds, rows=tuple(rows), watch_only=("w",))
+
+
+def test_a_rate_does_harm_that_moves_the_policy_far_lowers_what_is_practised_or_lowers_others_by_noise_alone():
+    assert harm(judged()) == harm(judged(own=0.48, watched=0.48, kl=0.4)) == []  # nothing is shown
+    far, also_far = harm(judged(kl=0.5))
+    assert (
+        far == "practising a moved the policy by 0.12 nats a token in each step, more than 0.1"
+        and "b moved" in also_far
+    )
+    assert [line[:36] for line in harm(judged(own=0.3))] == [f"{n}, practised alone, lost at least 0." for n in "ab"]
+    (noise,) = harm(judged(watched=0.3))
+    assert noise.startswith("shuffled rewards on a took 0.200 from w, at least 0.")
+
+
+def test_the_rate_proposed_is_the_highest_below_all_that_did_harm():
+    assert proposal({5e-4: ["x"], 1e-4: [], 2e-4: []}).startswith(
+        "of the learning rates 0.0001, 0.0002, 0.0005 take 0.0002 "
+    )
+    assert "take 0.0001 " in proposal({1e-4: [], 2e-4: ["x"], 5e-4: []})  # luck
+    assert "try higher ones" in proposal({1e-4: [], 2e-4: []})
+    assert "even the lowest does harm" in proposal({1e-4: ["x"]})
 
 
 def test_an_arm_trains_its_domain_and_watches_the_others():
@@ -104,3 +158,35 @@ def test_a_killed_probe_goes_on_with_the_next_run_and_repeats_none(tmp_path, eng
     written = (folder / "transfer.json").stat().st_mtime_ns
     probe(recipe(), folder, engine=engine)
     assert (folder / "transfer.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_weights_are_kept_with_what_they_are_and_another_rate_has_a_file_of_its_own(tmp_path, engine, capsys):
+    small = ["probe.steps=1", "probe.placebo=true", "probe.keep=last", "probe.learning_rates=[1e-3]", "lora={r: 2}"]
+    tried, folder = recipe("eval.samples=1", *small), tmp_path / "probe"
+    start, *arms = plan_arms(tried, ["arithmetic", "stories"])
+    arms = [start, *(arm for arm in arms if arm.trained == ("stories",))][:-1]  # of the other rate no placebo
+    claim_probe(tried, folder)
+    Probe(tried, folder, engine).run(arms)
+    assert "probe: of the learning rates 0.0002, 0.001 " in capsys.readouterr().err
+    own, other = (TransferMatrix.load(at / "transfer.json") for at in (folder, folder / "rate-0.001"))
+    of_stories = [(("stories",), False), (("stories",), True)]
+    for matrix, rate, measured in ((own, 2e-4, of_stories), (other, 1e-3, of_stories[:1])):
+        assert [(row.trained, row.placebo) for row in matrix.rows] == [((), False), *measured]
+        assert matrix.provenance["learning_rate"] == rate and "harm" in matrix.provenance
+        assert matrix.probes[0].kl_items["stories"][0] is not None
+    kept = folder / "kept" / "stories-1"
+    assert (kept / "adapter_model.safetensors").is_file() and not (kept / "model.safetensors").exists()
+    about = json.loads((kept / "provenance.json").read_text())
+    assert (about["trained"], about["seed"], about["learning_rate"]) == (["stories"], 1, 2e-4)
+    assert about["start"] == about["model"]["name"] == tried.model
+
+    # killed between the weights and their row
+    replace(own, rows=own.rows[::2]).save(folder / "transfer.json")
+    (kept / "adapter_model.safetensors").write_text("of a run that is not on record")
+    Probe(tried, folder, engine).run(arms)
+    again = TransferMatrix.load(folder / "transfer.json")
+    assert [row.scores for row in again.rows] == [own.rows[n].scores for n in (0, 2, 1)]
+    assert load_file(kept / "adapter_model.safetensors") and [path.name for path in kept.parent.iterdir()] == [
+        "stories-1"
+    ]

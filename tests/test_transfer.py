@@ -109,7 +109,13 @@ def test_with_row_checks_the_row_against_the_others():
 
 
 BAD = [
-    (("version",), 3, "version 3"),
+    (("version",), 4, "version 4 .* only 1, 2 and 3"),
+    (("rows", 1, "placebo"), True, "row 1: a placebo is of version 3 of the file, got 1"),
+    (
+        ("rows", 3, "placebo"),
+        True,
+        r"row 3: a placebo is a probe of one domain, got probe True of \['math', 'writing'\]",
+    ),
     (("rows",), KeyError, "an object with version, domains, kinds, rows"),
     (("itmes",), {}, r"unknown keys \['itmes'\]"),
     (("rows", 0, "trained"), ["math"], "no baseline"),
@@ -199,6 +205,20 @@ def test_an_item_without_a_verdict_is_null_in_a_file_of_version_2_and_in_no_othe
         matrix.save(path)
         assert TransferMatrix.load(path) == matrix and json.loads(path.read_text())["version"] == version
     assert gappy().on("report").rows[1].scores["math"] == (1, None, 1) and gappy().rows[1].mean_score("math") == 1
+
+
+def test_a_placebo_is_no_probe_and_makes_a_file_and_a_ledger_of_version_3(tmp_path):
+    base, *rows = document()["rows"]
+    rows = [base | {"probe": True}, *rows, *(row | {"placebo": True} for row in rows[:2])]
+    matrix = TransferMatrix.from_json(document() | {"version": 3, "rows": rows})
+    assert (
+        [row.trained for row in matrix.probes] == [row.trained for row in matrix.placebo] == [("math",), ("writing",)]
+    )
+    matrix.save(tmp_path / "transfer.json")
+    assert TransferMatrix.load(tmp_path / "transfer.json") == matrix and matrix.as_json()["version"] == 3
+    assert (
+        matrix.head_line()["version"] == 3 and TransferMatrix.from_lines([matrix.head_line()]).placebo == matrix.placebo
+    )
 
 
 def test_a_ledger_whose_head_was_written_before_becomes_a_file_of_version_2():

@@ -9,6 +9,7 @@ weight. Decisions use what all ranks have gathered, so that all make the same nu
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -90,6 +91,9 @@ class Draws:
     """Early stop of groups: completions sampled first; the rest only if these may give a gradient. None: no early stop."""
     refill_rounds: int = 0
     """Most rounds in which groups without a gradient are replaced."""
+    is_placebo: bool = False
+    """Whether each group's rewards are shuffled among its completions: as large an update on the same prompts, with as many
+    dead groups, whose expected direction is none."""
     recorder: Recorder | None = None
     """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
 
@@ -162,6 +166,9 @@ class Draws:
                 for k, group in groups.items()
             }
         fused = self.fusion(list(groups.values()), lambda g: self.data.train[g.domain][g.prompt_id].prompt)
+        if self.is_placebo:  # by place: alike on every rank
+            told = f"{self.seed}/{draw}/{refill_round}"
+            fused = [g.shuffled(random.Random(f"{told}/{k}")) for k, g in zip(groups, fused, strict=True)]
         rows = filled(rows, [k for k in prompts if k not in going_on], look, size)
         return Rollout(rows=rows, groups=dict(zip(groups, fused, strict=True)), size=size, seconds=seconds)
 

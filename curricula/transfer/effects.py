@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -140,8 +140,9 @@ class Effects:
     Example: `Effects(matrix.on("steer")).transfer()` is T [J, K].
     """
 
-    def __init__(self, matrix: TransferMatrix) -> None:
-        found = _trainings(matrix)
+    def __init__(self, matrix: TransferMatrix, *, against: Literal["start", "placebo"] = "start") -> None:
+        """Against `placebo`, a training is compared with one on the same prompts with shuffled rewards, if all have one."""
+        found = _trainings(matrix) if against == "start" or not matrix.placebo else _beyond_placebo(matrix)
         self.domains = matrix.domains
         self.trained = tuple(name for name in matrix.trainable if any(label == name for label, *_ in found))
         self.labels = tuple(label for label, *_ in found)
@@ -214,8 +215,8 @@ class Effects:
         low, high = np.quantile(self.transfer(drawn), LEVELS, axis=0)
         return Bounds(low=low, high=high)
 
-    def transfer_interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds of T's 95 % intervals as they are published, two arrays [J, K].
+    def transfer_interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds of T's intervals as they are published, two arrays [J, K].
 
         Paired by item as in `intervals.paired`, which unlike a bootstrap does not take a few items that all moved the
         same way for certainty; the noise between seeds is added in quadrature.
@@ -225,8 +226,9 @@ class Effects:
         for j, name in enumerate(self.trained):
             rows = self.rows_of(name)
             for i in range(len(self.domains)):
-                low, mid, high = paired(self.after[i][rows].mean(axis=0), self.before[i][rows].mean(axis=0))
-                between = quantile(0.95) * float(self.noise.sd[i]) / math.sqrt(len(rows))
+                after, before = (of[i][rows].mean(axis=0) for of in (self.after, self.before))
+                low, mid, high = paired(after, before, level=level)
+                between = quantile(level) * float(self.noise.sd[i]) / math.sqrt(len(rows))
                 bounds[:, j, i] = mid - math.hypot(mid - low, between), mid + math.hypot(high - mid, between)
         return bounds[0], bounds[1]
 
@@ -271,6 +273,17 @@ def _trainings(matrix: TransferMatrix) -> list[tuple[str, int, tuple[Evaluation,
         for stage in stages(run):
             if stage.domain not in probed:
                 found.append((stage.domain, run[-1].seed, (run[stage.before],), run[stage.end]))
+    return found
+
+
+def _beyond_placebo(matrix: TransferMatrix) -> list[tuple[str, int, tuple[Evaluation, ...], Evaluation]]:
+    """Return the trainings on one domain, their placebos as what was before; of the same seed where there is one."""
+    found = []
+    for label, seed, before, after in _trainings(matrix):
+        of_label = tuple(row for row in matrix.placebo if row.trained == (label,))
+        own = tuple(row for row in of_label if row.seed == seed)
+        if label != JOINT:  # which has none
+            found.append((label, seed, own or of_label or before, after))
     return found
 
 

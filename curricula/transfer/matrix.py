@@ -23,8 +23,9 @@ from polyphony.curricula.files import replace_file, seal_of, sealed, unsealed
 from polyphony.curricula.records import Evaluation, Kind
 from polyphony.curricula.transfer.halves import Half, on_half
 
-VERSION = 2
-"""The newest that is read: of a file in which an item that could not be graded is null. All others are of version 1."""
+VERSIONS = (1, 2, 3)
+"""Those that are read: 3 has a placebo's rows, 2 has none and an item that could not be graded, which is null in both; all
+others are of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,7 @@ class TransferMatrix:
     watch_only: tuple[str, ...] = ()
     """Domains that are measured and never trained: they need no probe and have no place in an order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Versions, hashes of base and data, settings of the probe: kept, never interpreted."""
+    """Versions, hashes of base and data, settings of the probe, what spoke against its learning rate: kept, and told."""
 
     def __post_init__(self) -> None:
         check_matrix(self)
@@ -60,10 +61,8 @@ class TransferMatrix:
     def from_json(cls, document: Mapping[str, Any]) -> TransferMatrix:
         """Build from the document whose keys `DOCUMENT` and `ROW` list."""
         document = read_document(document)
-        if document["version"] not in (1, VERSION):
-            raise ValueError(
-                f"version {document['version']!r} of the transfer file is not supported, only 1 and {VERSION}"
-            )
+        if document["version"] not in VERSIONS:
+            raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only 1, 2 and 3")
         items = document.get("items")
         matrix = cls(
             domains=tuple(document["domains"]),
@@ -80,6 +79,8 @@ class TransferMatrix:
                     raise ValueError(
                         f"row {n}, domain {name!r}, item {item}: version 1 of the file has a score for every item, got None"
                     )
+        if document["version"] < 3 and (placebo := [n for n, row in enumerate(matrix.rows) if row.placebo]):
+            raise ValueError(f"row {placebo[0]}: a placebo is of version 3 of the file, got {document['version']}")
         return matrix
 
     @classmethod
@@ -89,18 +90,18 @@ class TransferMatrix:
             raise ValueError("its first line is no head: an object with domains, kinds and rows")
         head = {key: value for key, value in lines[0].items() if key != "step"}
         if head.get("version") == 1:
-            head["version"] = VERSION  # it was written before the rows were
+            head["version"] = 2  # it was written before the rows were
         return cls.from_json(head | {"rows": [*head["rows"], *(line for line in lines[1:] if line["step"] <= until)]})
 
     def head_line(self) -> dict[str, Any]:
         """Return the first line of a run's ledger: the document with a probe's rows; the run's own follow, a line each."""
-        probed = replace(self, rows=self.rows[:1]).as_json() | {"rows": [r.as_row() for r in self.rows if r.probe]}
-        return {"step": 0, **probed}
+        head = replace(self, rows=self.rows[:1]).as_json() | {"rows": [r.as_row() for r in self.rows if r.probe]}
+        return {"step": 0, **head, **({"version": 3} if self._has_placebo else {})}
 
     def as_json(self) -> dict[str, Any]:
         """Return the document that `from_json` reads."""
         document: dict[str, Any] = {
-            "version": VERSION if self.has_gaps else 1,
+            "version": 3 if self._has_placebo else 2 if self.has_gaps else 1,
             "domains": list(self.domains),
             "kinds": dict(self.kinds),
         }
@@ -156,7 +157,22 @@ class TransferMatrix:
     @property
     def probes(self) -> tuple[Evaluation, ...]:
         """Rows trained on one domain alone from the probe's start."""
-        return tuple(row for row in self.rows if row.probe and len(row.trained) == 1)
+        return tuple(row for row in self.rows if row.probe and len(row.trained) == 1 and not row.placebo)
+
+    @property
+    def _has_placebo(self) -> bool:
+        return any(row.placebo for row in self.rows)
+
+    @property
+    def placebo(self) -> tuple[Evaluation, ...]:
+        """Rows trained likewise, with shuffled rewards; empty while a domain that was probed has none."""
+        rows = tuple(row for row in self.rows if row.placebo)
+        return rows if {row.trained for row in self.probes} <= {row.trained for row in rows} else ()
+
+    def of_placebo(self) -> TransferMatrix:
+        """Return the matrix with the placebo's rows for its probes, and nothing else: what noise by itself did."""
+        rows = tuple(replace(row, placebo=False) for row in self.placebo)
+        return replace(self, rows=(*self.baselines(probe=True), *rows))
 
     @property
     def joint_arm(self) -> tuple[Evaluation, ...]:
@@ -206,7 +222,7 @@ def copy_document(ledger: IO[bytes], out: IO[bytes]) -> None:
     has_gaps = any(b"null" in text for text in scores)
     ledger.seek(0)
     head = unsealed(ledger.readline()).replace(b'"step":0,', b"", 1).rstrip(b"\n").removesuffix(b"]}")
-    write(head.replace(b'"version":1,', b'"version":%d,' % VERSION, 1) if has_gaps else head)
+    write(head.replace(b'"version":1,', b'"version":2,', 1) if has_gaps else head)
     between = b"" if head.endswith(b"[") else b",\n"
     for line in ledger:
         write(between + unsealed(line).rstrip(b"\n"))
@@ -229,7 +245,7 @@ DOCUMENT = {
 
 
 ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
-       "rolled_back": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
+       "placebo": bool, "rolled_back": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
 """Keys of a row, likewise."""
 
 
@@ -307,6 +323,8 @@ def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
             f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint run; "
             f"got {list(row.trained)}"
         )
+    if row.placebo and not (row.probe and len(row.trained) == 1):
+        raise ValueError(f"{where}: a placebo is a probe of one domain, got probe {row.probe} of {list(row.trained)}")
     for key in ("step", "seed"):
         value = getattr(row, key)
         if not isinstance(value, int) or value < 0:
@@ -384,7 +402,7 @@ def _check_duplicates(rows: Sequence[Evaluation]) -> None:
     for n, row in enumerate(rows):
         # a probe is one training run a seed: a second row of it would be counted as a second run
         moment = None if row.probe else row.step
-        key = (frozenset(row.trained), row.seed, row.probe, moment)
+        key = (frozenset(row.trained), row.seed, row.probe, row.placebo, moment)
         if key in seen:
             what = f"trained {list(row.trained)}, seed {row.seed}" + ("" if row.probe else f", step {row.step}")
             raise ValueError(f"rows {seen[key]} and {n} are the same measurement ({what}): keep one")

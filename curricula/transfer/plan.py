@@ -31,11 +31,14 @@ class Plan:
     interval: Mapping[str, tuple[float, float]]
     """95 % interval of `predicted`."""
     transfer: Mapping[str, Mapping[str, float]]
-    """transfer[j][i] = T[j -> i]."""
+    """transfer[j][i] = T[j -> i]; beyond the placebo where there is one."""
     search: Mapping[Literal["order", "resamples"], Literal["exact", "insertions"]]
     """How the order and those of the resamples were found: proven best, or the best that insertions led to."""
     notes: tuple[str, ...] = ()
     """What the reader should know about the evidence."""
+    placebo: Mapping[str, Mapping[str, float]] | None = None
+    """placebo[j][i]: what training on j's prompts with shuffled rewards did to i; None without placebo runs. The order, its
+    gains and the predictions are of both together, which a run at the same learning rate will see."""
     measured: Measured | None = None
     """What the stages in the file say, where it holds a run."""
 
@@ -53,6 +56,8 @@ class Plan:
             "interval": {name: list(bounds) for name, bounds in self.interval.items()},
             "transfer": self.transfer,
         }
+        if self.placebo is not None:
+            document["placebo"] = self.placebo
         if "insertions" in self.search.values():
             document["search"] = dict(self.search)
         if self.measured is not None:
@@ -87,9 +92,11 @@ class Plan:
         j, i = max(pairs, key=lambda pair: abs(self.transfer[pair[0]][pair[1]]))
         change = self.transfer[j][i]
         effect = f"adds {change:.3f} to {i}" if change > 0 else f"takes {-change:.3f} from {i}"
+        beyond = "" if self.placebo is None else f", beyond the {self.placebo[j][i]:+.3f} of shuffled rewards"
         stays = self.order.index(j) > self.order.index(i)
         outcome = "so it stays" if stays else f"so the stage on {i} overwrites it"
-        return f"The largest transfer: training on {j} {effect}; {j} comes {'after' if stays else 'before'}, {outcome}."
+        place = "after" if stays else "before"
+        return f"The largest transfer: training on {j} {effect}{beyond}; {j} comes {place}, {outcome}."
 
     def _doubt(self) -> str:
         neighbours = list(zip(self.order, self.order[1:], strict=False))

@@ -134,6 +134,7 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     report = fair.on("report")
     published = solver if report is fair else Solver(report, settings)
     predicted, interval = _predictions(published, order)
+    beyond = Effects(report, against="placebo") if report.placebo else published.effects
     return Plan(
         order=order,
         decision="sequence" if gain.are_shown else "mix",
@@ -145,10 +146,8 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
         expected_regret=regret,
         predicted=predicted,
         interval=interval,
-        transfer={
-            name: dict(zip(effects.domains, row, strict=True))
-            for name, row in zip(names, published.effects.transfer().tolist(), strict=True)
-        },
+        transfer=_by_name(beyond),
+        placebo=_by_name(Effects(report.of_placebo())) if report.placebo else None,
         search={
             "order": "exact" if is_exact(len(names)) else "insertions",
             "resamples": "exact" if is_exact(len(names), problems=2) else "insertions",
@@ -195,6 +194,11 @@ def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float]
     mid = solver.predict(order)[0].tolist()
     bounds = zip(low, high, strict=True)
     return dict(zip(domains, mid, strict=True)), dict(zip(domains, bounds, strict=True))
+
+
+def _by_name(effects: Effects) -> dict[str, dict[str, float]]:
+    table = zip(effects.trained, effects.transfer().tolist(), strict=True)
+    return {name: dict(zip(effects.domains, row, strict=True)) for name, row in table}
 
 
 def _notes(effects: Effects, matrix: TransferMatrix) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class Transfer:
     low: np.ndarray
     high: np.ndarray
     source: str
-    """`probes`, `stages` of the run, or both."""
+    """`probes`, `stages` of the run, or both; and what they are beyond, if they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +219,7 @@ def _change(rows: Sequence[Evaluation], name: str, level: float) -> Interval:
 def _transfer(run: LoadedRun) -> Transfer | None:
     if run.transfer is None:
         return None
-    effects = Effects(run.transfer)
+    effects = Effects(run.transfer, against="placebo")
     if not effects.trained:
         return None
     low, high = effects.transfer_interval()
@@ -231,7 +231,7 @@ def _transfer(run: LoadedRun) -> Transfer | None:
         effect=effects.transfer(),
         low=low,
         high=high,
-        source=" and ".join(sorted(kinds)),
+        source=" and ".join(sorted(kinds)) + (", beyond what shuffled rewards did" if run.transfer.placebo else ""),
     )
 
 

@@ -23,7 +23,8 @@ from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfe
 def plan(path: Path) -> Plan:
     """Return what a transfer file recommends.
 
-    Says on standard error where its graders have other versions now, and what its halves have in common.
+    Says on standard error where its graders have other versions now, what its halves have in common, and what spoke against
+    the learning rate of its probes.
     """
     if not holds_transfer(path):
         raise RecipeError(f"transfer file {path} does not exist; `polyphony probe` writes one")
@@ -32,6 +33,9 @@ def plan(path: Path) -> Plan:
         say(f"{path} {matrix.unsplit}")
     for line in other_versions(matrix.provenance.get("graders", {})):
         say(f"{line}; scores measured now are not comparable with the file's")
+    for line in matrix.provenance.get("harm", ()):
+        rate = matrix.provenance.get("learning_rate")
+        say(f"its probes were made at a learning rate of {rate}, which is too high: {line}")
     return make_plan(matrix)
 
 

@@ -1,50 +1,40 @@
 """`polyphony probe`: train on each domain alone for a little while and see what that does to all the others.
 
-K short runs and one joint run of the same total, each from the same starting weights, for every seed. The file grows by one
-row a run, so a probe that is killed goes on at the next run.
+K short runs and one joint run of the same total, each from the same starting weights, for every seed; and, where asked for,
+K with shuffled rewards, and those of one seed at other learning rates. The file grows by one row a run, so a probe that is
+killed goes on at the next run.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
 from polyphony.curricula.files import replace_file
-from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.build import build_trainer, check_probe, grpo_config, load_data
 from polyphony.launch.recipe import Recipe, RecipeError, load_recipe
-from polyphony.launch.sections import CurriculumSection
+from polyphony.launch.verbs.arms import Arm, cost, other_rates, plan_arms, restricted
+from polyphony.launch.verbs.rates import harm, proposal
 from polyphony.rewards.registry import find_reward, version_of
+from polyphony.trainer.checkpoints import save_final
 from polyphony.trainer.engine.engine import Engine
+from polyphony.trainer.evaluation.base_kl import BaseReference
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run import say
 from polyphony.trainer.run.callbacks import CheckWeights
 from polyphony.trainer.run.folder import RunFolder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """One short run from the start: on one domain, or on all of them; `trained` empty measures the start itself."""
-
-    trained: tuple[str, ...]
-    steps: int
-    seed: int
-
-    @property
-    def label(self) -> str:
-        if not self.trained:
-            return "start"
-        return self.trained[0] if len(self.trained) == 1 else "joint"
+from polyphony.trainer.run.provenance import provenance
 
 
 def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine | None:
@@ -72,14 +62,17 @@ class Probe:
         self.engine = engine
         self.is_checked = False
         """Whether the engine was shown to follow the weights; if it did not, every transfer would be nil."""
-        self.file = RunFolder(out).transfer
-        self.matrix = TransferMatrix.load(self.file) if self.file.exists() else None
+        files = {rate: self._file(rate) for rate in (None, *other_rates(recipe))}
+        self.matrices = {rate: TransferMatrix.load(file) for rate, file in files.items() if file.exists()}
+        """By learning rate; None for the recipe's."""
+
+    def _file(self, rate: float | None) -> Path:
+        return RunFolder(self.out if rate is None else self.out / f"rate-{rate:g}").transfer
 
     def run(self, arms: list[Arm]) -> Engine | None:
-        """Make every run that the file does not hold; each adds one row."""
-        rows = self.matrix.rows if self.matrix is not None else ()
-        held = {(row.trained, row.seed) for row in rows}
-        arms = [arm for arm in arms if (arm.trained, arm.seed) not in held]
+        """Make every run that the files do not hold; each adds one row."""
+        held = {(rate, r.trained, r.seed, r.placebo) for rate, matrix in self.matrices.items() for r in matrix.rows}
+        arms = [arm for arm in arms if (arm.rate, arm.trained, arm.seed, arm.is_placebo) not in held]
         if arms:
             say(f"probe: {len(arms)} runs, {cost(self.recipe, arms, items=self._heldout_items())}")
         begun, done, total = time.monotonic(), 0, sum(arm.steps for arm in arms)
@@ -89,7 +82,24 @@ class Probe:
             left = f"  ({(time.monotonic() - begun) / done * (total - done):.0f} s left)" if 0 < done < total else ""
             say(f"probe: seed {arm.seed}, {arm.label}: {_scores(row)}{left}")
         shutil.rmtree(self.out / "scratch", ignore_errors=True)  # where the runs' trainers would have saved
+        self._judge()
         return self.engine
+
+    def _judge(self) -> None:
+        """Say, and note in each file, what speaks against its learning rate."""
+        own = grpo_config(self.recipe, self.out / "scratch").learning_rate
+        harms = {}
+        for rate, matrix in self.matrices.items():
+            shown = own if rate is None else rate
+            harms[shown] = found = harm(matrix)
+            for line in found:
+                say(f"probe: learning rate {shown:g} is too high: {line}")
+            noted = {**matrix.provenance, "learning_rate": shown, "harm": found}
+            if noted != matrix.provenance:
+                self.matrices[rate] = replace(matrix, provenance=noted)
+                self.matrices[rate].save(self._file(rate))
+        if len(harms) > 1:
+            say(f"probe: {proposal(harms)}")
 
     def _heldout_items(self) -> int:
         data = load_data(self.recipe, grpo_config(self.recipe, self.out / "scratch"))
@@ -97,22 +107,45 @@ class Probe:
 
     def _measure(self, arm: Arm) -> Evaluation:
         """Train one run from the start, evaluate it, and add its row to the file; return what is published of it."""
-        trainer = self._train(arm, self._start(arm.seed))
+        start = self._start(arm.seed)
+        trainer = self._train(arm, start)
+        before = self.out / f"base-{arm.seed}.json"
+        if arm.trained and before.exists():  # older versions kept none
+            trainer.evaluator.base = BaseReference.from_json(before.read_text())
         result = trainer.evaluator.run()
+        if not arm.trained:
+            replace_file(before, trainer.evaluator.remember_base().to_json())
         result.check_failures(most=self.recipe.rollouts.max_grader_failures)
         row = result.as_evaluation(
-            trained=arm.trained, step=arm.steps, seed=arm.seed, exposure=dict(trainer.curriculum.drawn), probe=True
+            trained=arm.trained,
+            step=arm.steps,
+            seed=arm.seed,
+            exposure=dict(trainer.curriculum.drawn),
+            probe=True,
+            placebo=arm.is_placebo,
         )
-        if self.matrix is not None and self.matrix.unsplit:  # begun by a version that kept no entropy item by item
+        if self.recipe.probe.keep and len(arm.trained) == 1 and not arm.is_placebo and arm.rate is None:
+            keep_weights(trainer, arm, self.out / "kept" / f"{arm.trained[0]}-{arm.seed}", start=start)
+        matrix = self.matrices.get(arm.rate) or self._begun(arm)
+        if matrix is not None and matrix.unsplit:  # begun by a version that kept no entropy item by item
             row = replace(row, entropy_items={}, kl_items={})
-        self.matrix = self._first(row, result.items) if self.matrix is None else self.matrix.with_row(row)
-        self.matrix.save(self.file)
+        matrix = self._first(row, result.items) if matrix is None else matrix.with_row(row)
+        matrix.save(self._file(arm.rate))
+        self.matrices[arm.rate] = matrix
         return on_half(row, result.items, "report")
+
+    def _begun(self, arm: Arm) -> TransferMatrix | None:
+        """Return the matrix of another learning rate before its first run: the start, which is the same."""
+        if arm.rate is None:
+            return None
+        whole = self.matrices[None]
+        return replace(whole, rows=tuple(row for row in whole.rows if not row.trained and row.seed == arm.seed))
 
     def _train(self, arm: Arm, model: str) -> DomainGRPOTrainer:
         gc.collect()  # the optimizer of the run before
         trainer = build_trainer(restricted(self.recipe, arm, model), self.out / "scratch", engine=self.engine)
         trainer.remove_callback(PrinterCallback)
+        trainer.draws.is_placebo = arm.is_placebo
         self.engine = trainer.policy.engine
         if arm.steps and not self.is_checked:
             trainer.add_callback(CheckWeights(trainer.policy.check))
@@ -134,8 +167,6 @@ class Probe:
             trainer = self._train(
                 Arm(trained=names, steps=int(start.removeprefix("joint:")), seed=seed), self.recipe.model
             )
-            from polyphony.trainer.checkpoints import save_final  # slow to import
-
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 save_final(trainer.policy, Path(scratch) / "weights")
                 (Path(scratch) / "weights").rename(folder)
@@ -157,6 +188,24 @@ class Probe:
         )
 
 
+def keep_weights(trainer: DomainGRPOTrainer, arm: Arm, folder: Path, *, start: str) -> None:
+    """Save what a run ended with, whole or not at all: the adapter where one was trained, else the policy.
+
+    Beside it stands what it was: the domain, steps, seed and learning rate, what it started from, and a run's provenance.
+    """
+    about = {"trained": list(arm.trained), "steps": arm.steps, "seed": arm.seed, "start": start}
+    about |= {"learning_rate": trainer.args.learning_rate}
+    about |= provenance(model=start, tables=trainer.data.tables, rewards=trainer.scorer.rewards)
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        save_final(trainer.policy, Path(scratch) / "weights")
+        adapter = Path(scratch) / "weights" / "adapter"
+        kept = adapter if adapter.is_dir() else adapter.parent
+        replace_file(RunFolder(kept).provenance, json.dumps(about))
+        shutil.rmtree(folder, ignore_errors=True)  # of a probe that was killed before it noted the run
+        kept.rename(folder)
+
+
 def claim_probe(recipe: Recipe, out: Path) -> bool:
     """Make the probe's folder and return True, or check that what it holds is of the same recipe."""
     folder = RunFolder(out)
@@ -173,52 +222,6 @@ def claim_probe(recipe: Recipe, out: Path) -> bool:
     except OSError as error:
         raise RecipeError(f"folder {out} cannot be written: {error.strerror}") from error
     return True
-
-
-def plan_arms(recipe: Recipe, names: list[str]) -> list[Arm]:
-    """Return every run of the probe: per seed the start, each domain alone, and all domains for the same total."""
-    base_seed = int(recipe.grpo.get("seed", 42))
-    arms = []
-    for seed in range(base_seed, base_seed + recipe.probe.seeds):
-        arms.append(Arm(trained=(), steps=0, seed=seed))
-        arms.extend(Arm(trained=(name,), steps=recipe.probe.steps, seed=seed) for name in names)
-        if recipe.probe.joint_arm:
-            arms.append(Arm(trained=tuple(names), steps=recipe.probe.steps * len(names), seed=seed))
-    return arms
-
-
-def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
-    """Return an upper bound of what the runs will generate, in words; `items` are held out, in all domains together."""
-    grpo = recipe.grpo
-    batch = int(grpo.get("per_device_train_batch_size", 8)) * int(grpo.get("gradient_accumulation_steps", 1))
-    lengths = [domain.max_completion_length or 0 for domain in recipe.domains.values()]
-    length = max(int(grpo.get("max_completion_length", 256)), *lengths)
-    steps = sum(arm.steps for arm in arms)
-    if recipe.probe.start.startswith("joint:"):
-        steps += int(recipe.probe.start.removeprefix("joint:")) * len({arm.seed for arm in arms})
-    trained = steps * max(batch, int(grpo.get("generation_batch_size") or batch)) * length
-    samples = recipe.eval.samples + int(recipe.eval.greedy)
-    evaluated = len(arms) * items * samples * length
-    return (
-        f"{steps} optimizer steps and {len(arms)} evaluations: "
-        f"at most {trained / 1e6:.2g} million rollout tokens to train on, "
-        f"and {evaluated / 1e6:.2g} million to evaluate {items} held-out items, {samples} times each"
-    )
-
-
-def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
-    """Return the recipe of one run: the other domains are only watched; shares are equal, whatever the scheduler.
-
-    Entropy is not controlled, and no prompt is known from before: what training does by itself is what a probe measures.
-    """
-    domains = {
-        name: section if name in arm.trained or not arm.trained else replace(section, train=None)
-        for name, section in recipe.domains.items()
-    }
-    grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
-    pool = recipe.pool and replace(recipe.pool, start=None)
-    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySettings(), "pool": pool}
-    return recipe.model_copy(update={"domains": domains, "model": model, "grpo": grpo, **plain})
 
 
 def _scores(row: Evaluation) -> str:

@@ -14,14 +14,21 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 def transfer_table(matrix: TransferMatrix) -> str:
     """Return T[j -> i] as text: a row for each domain trained on, a column for each domain measured.
 
-    Each cell is the change of the mean score with half the width of its 95 % interval; `*` where it excludes zero.
+    Each cell is the change of the mean score with half the width of its 95 % interval; `*` where it excludes zero. With
+    placebo runs, the change beyond theirs, and below it theirs.
     """
-    effects = Effects(matrix)
+    if matrix.placebo:
+        told = ["beyond shuffled rewards:", _transfer(Effects(matrix, against="placebo"))]
+        return "\n".join([*told, "shuffled rewards by themselves:", _transfer(Effects(matrix.of_placebo()))])
+    return _transfer(Effects(matrix))
+
+
+def _transfer(effects: Effects) -> str:
     table, (low, high) = effects.transfer(), effects.transfer_interval()
-    width = max(14, *(len(name) + 2 for name in matrix.domains))
-    lines = ["training on".ljust(14) + "".join(f"{'→ ' + name:>{width}}" for name in matrix.domains)]
+    width = max(14, *(len(name) + 2 for name in effects.domains))
+    lines = ["training on".ljust(14) + "".join(f"{'→ ' + name:>{width}}" for name in effects.domains)]
     for j, name in enumerate(effects.trained):
-        cells = [_cell(table[j, i], low[j, i], high[j, i]) for i in range(len(matrix.domains))]
+        cells = [_cell(table[j, i], low[j, i], high[j, i]) for i in range(len(effects.domains))]
         lines.append(f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 

@@ -61,8 +61,9 @@ def track_decisions(tracker: WandbTracker, step: int, lines: Sequence[Mapping[st
 
 
 def track_transfer(tracker: WandbTracker, step: int, matrix: TransferMatrix) -> None:
-    """Log what training on each domain did to each (`report` half), as a table with intervals and as a heatmap."""
-    effects = Effects(matrix.on("report"))
+    """Log what training on each domain did to each (`report` half), as a table with intervals and as a heatmap; beyond what
+    shuffled rewards did, where that was measured."""
+    effects = Effects(matrix.on("report"), against="placebo")
     if not effects.trained:
         return
     table, (low, high) = effects.transfer(), effects.transfer_interval()
@@ -73,7 +74,8 @@ def track_transfer(tracker: WandbTracker, step: int, matrix: TransferMatrix) -> 
     ]
     tracker.log_table(step, "transfer", ["trained", "measured", "change", "low", "high"], rows)
     cells = [(row[0], row[1], row[2]) for row in rows]
-    tracker.log_heatmap(step, "transfer_heatmap", "What training on one domain did to the others", cells)
+    beyond = ", beyond shuffled rewards" if matrix.placebo else ""
+    tracker.log_heatmap(step, "transfer_heatmap", f"What training on one domain did to the others{beyond}", cells)
 
 
 def _text(prompt: str | list[dict[str, Any]]) -> str:
