@@ -41,5 +41,5 @@ picture: $(STAMP)
 	@test -n "$(CHROMIUM)" || { echo "no Chromium found: install one (apt-get install chromium) or give CHROMIUM=/its/path"; exit 1; }
 	@test -d $(RUN) || { echo "no run in $(RUN): make demo first, or give RUN=another"; exit 1; }
 	mkdir -p build && $(BIN)/polyphony report $(RUN) --out build/picture.html
-	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1200,1370 \
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1200,1400 \
 		--screenshot=launch/report/demo.png file://$(CURDIR)/build/picture.html

@@ -125,6 +125,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", type=Path, help="run folder (default: runs/demo, or the next that is free)")
+    demo.add_argument(
+        "--compare", action="store_true", help="train once more, at a learning rate that is too high, beside the first"
+    )
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:
@@ -374,7 +377,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from polyphony.launch.verbs.demo import demo, demo_tables
 
-    print(demo_tables(demo(arguments.out)))
+    print(demo_tables(demo(arguments.out, compare=arguments.compare)))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

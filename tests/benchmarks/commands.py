@@ -76,7 +76,7 @@ def bench_demo() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         cost = measure(["demo", "--out", f"{folder}/demo"])
     return [
-        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=300)),
+        repeated("demo", "s", [cost.seconds], target=Target(relation="<=", limit=240)),
         repeated("demo_memory", "GiB", [cost.peak_gib], target=Target(relation="<=", limit=6)),
     ]
 
