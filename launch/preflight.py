@@ -30,12 +30,12 @@ from polyphony.launch.build import (
     grpo_config,
     load_data,
     missing_names,
-    remarks,
     tokenizer_of,
 )
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.mistakes import UNSAID
 from polyphony.launch.recipe import Recipe, RecipeError, refusals
+from polyphony.launch.remarks import remarks
 from polyphony.launch.train import changed_keys
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows

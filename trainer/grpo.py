@@ -521,6 +521,10 @@ class DomainGRPOTrainer(GRPOTrainer):
 
         A signal that ends a run raises Interrupted, a SystemExit, once its checkpoint is saved.
         """
+        if self.advantages.settings.sft is not None:
+            raise ValueError(
+                "update.sft: this trainer samples and evaluates; trainer.sft.trainer:DomainSFTTrainer trains"
+            )
         if self.run is None:
             return super().train(resume_from_checkpoint, **given)
         with self.run.owned():

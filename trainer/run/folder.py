@@ -149,6 +149,11 @@ class RunFolder:
         """The summary of a screen, whose ledgers are `answers` and `impossible`."""
         return self.path / "screen.json"
 
+    @property
+    def sampled(self) -> Path:
+        """The summary of a sample of experts' answers, whose ledgers are `sampled` and `rows`."""
+        return self.path / "sample.json"
+
     def ledger(self, name: str) -> Path:
         """Return the line-by-line file of that name."""
         return self.path / f"{name}.jsonl"
