@@ -24,7 +24,7 @@ from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
-from polyphony.trainer.sft.settings import OF_DRAWS
+from polyphony.trainer.sft.settings import OF_DRAWS, answers_file
 from polyphony.trainer.teachers.weights import TeacherWeights
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
     found[""] += _refused(check_weights, recipe)
+    if recipe.sft.answers is not None and recipe.algorithm == "sft":
+        found[""] += _refused(answers_file, recipe.sft.answers)
     if recipe.rft.dedup is not None:
         found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
@@ -145,8 +147,13 @@ def build_trainer(
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
-    except (ValueError, OSError) as error:  # what TRL's arguments are called where they are checked
-        raise RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error))) from error
+    except (ValueError, OSError) as error:
+        raise refusal(error) from error
+
+
+def refusal(error: Exception) -> RecipeError:
+    """Return what a trainer refuses with a recipe's names for what TRL's arguments are called where they are checked."""
+    return RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error)))
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:

@@ -356,12 +356,12 @@ def _sample(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.per_prompt < 1:
         raise RecipeError(f"--per-prompt must be at least 1, got {arguments.per_prompt}")
-    from polyphony.launch.verbs.sample import ROWS, sample, sample_table
+    from polyphony.launch.verbs.sample import sample, sample_table
     from polyphony.trainer.run.folder import RunFolder
 
     folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-sample")
     summary = sample(recipe, folder.path, per_prompt=arguments.per_prompt, teachers=arguments.teachers)
-    print(json.dumps(summary) if arguments.json else f"{sample_table(summary)}\n{folder.ledger(ROWS)}")
+    print(json.dumps(summary) if arguments.json else f"{sample_table(summary)}\n{folder.rows}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError
-from polyphony.launch.verbs.sample import ROWS, SAMPLED, experts_of, sample, sample_table
+from polyphony.launch.verbs.sample import SAMPLED, experts_of, sample, sample_table
 from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY
 from tests.taught import fill, recipe_of
@@ -40,7 +40,7 @@ def test_what_the_reward_accepts_becomes_rows_and_a_torn_sample_goes_on_to_the_s
     sums = summary["domains"]["sums"]
     assert (sums["prompts"], sums["sampled"]) == (8, 24) and 0 < sums["accepted"] <= 16
     assert sums["share"] == sums["accepted"] / 24 and "words" in sample_table(summary)
-    rows = lines(folder, ROWS)
+    rows = lines(folder, "rows")
     assert len(rows) == sum(found["accepted"] for found in summary["domains"].values())
     assert all(row["reward"] == 1.0 and row["completion"] and row["prompt"] for row in rows)
     told = [(row["domain"], row["id"], row["completion"]) for row in rows]

@@ -2,7 +2,7 @@
 
 `algorithm: sft` learns from the rows. What is accepted is said by the recipe's section `rft`: from which reward on, how many
 of a prompt, and one alone of those that say the same. Held-out rows are never asked. A line a prompt goes to the ledger
-`sampled`, from which an unfinished sample goes on; `rows` is written from it at the end.
+`sampled`, from which an unfinished sample goes on; the rows are written from it at the end.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 SAMPLE_DRAW = -1_000_000
 """Stands for the draw in the seeds of experts' answers: training, evaluation and screening do not share them."""
-SAMPLED, ROWS = "sampled", "rows"
-"""A sample's ledgers."""
+SAMPLED = "sampled"
+"""A sample's ledger."""
 
 
 def sample(
@@ -172,7 +172,7 @@ class Asking:
         from polyphony.trainer.run.progress import ProgressLine  # slow to import
 
         size = max(1, int(trainer.args.generation_batch_size or 1) // self.per_prompt)
-        label = f"{self.recipe.name}: prompts asked of {', '.join(sorted(self.experts))}'s expert"
+        label = f"{self.recipe.name}: prompts answered of {', '.join(self.experts)}"
         progress, begun = ProgressLine(label, len(prompts)), time.monotonic()
         for at in range(0, len(prompts), size):
             of_batch = slice(at, at + size)
@@ -254,7 +254,7 @@ def _counted(folder: RunFolder, experts: Mapping[str, Expert]) -> dict[str, dict
 
 
 def _write_rows(folder: RunFolder) -> None:
-    with replacing(folder.ledger(ROWS)) as file:
+    with replacing(folder.rows) as file:
         for line in folder.read(SAMPLED):
             for answer in line["accepted"]:
                 row = {name: line[name] for name in ("domain", "id", "prompt")} | answer

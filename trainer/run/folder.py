@@ -151,8 +151,13 @@ class RunFolder:
 
     @property
     def sampled(self) -> Path:
-        """The summary of a sample of experts' answers, whose ledgers are `sampled` and `rows`."""
+        """The summary of a sample of experts' answers, whose ledger is `sampled`."""
         return self.path / "sample.json"
+
+    @property
+    def rows(self) -> Path:
+        """What a sample has accepted, a row an answer."""
+        return self.ledger("rows")
 
     def ledger(self, name: str) -> Path:
         """Return the line-by-line file of that name."""

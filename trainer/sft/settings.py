@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator
@@ -10,6 +11,9 @@ from pydantic import field_validator
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.records import Domain
+from polyphony.trainer.run.folder import RunFolder
+
+ANSWERS = "sft.answers"
 
 
 @settings
@@ -69,7 +73,7 @@ def check_sft(
         raise ValueError(f"{said[0]} {why}")
     for domain in domains:
         for name in OF_A_DOMAIN:
-            if getattr(domain, name) != type(domain).__dataclass_fields__[name].default:
+            if getattr(domain, name) != Domain.__pydantic_fields__[name].default:  # type: ignore[attr-defined]
                 raise ValueError(f"domains.{domain.name}.{name} {why}")
     for name in sorted(OF_DRAWS & grpo.keys()):
         raise ValueError(f"grpo.{name} {why}")
@@ -88,3 +92,15 @@ def check_sft(
         raise ValueError(f"grpo.{split} with algorithm: sft: every rank holds all weights; leave it out")
     if sft.answers is None:
         raise ValueError("algorithm: sft needs sft.answers, the rows to learn from; `polyphony sample` writes them")
+
+
+def answers_file(source: str) -> Path:
+    """Return the file of rows that is named, or that of a sample's folder. Raises ValueError where there is none."""
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{ANSWERS}: file {path} does not exist")
+    if path.is_dir() and not (rows := RunFolder(path).rows).is_file():
+        raise ValueError(
+            f"{ANSWERS}: folder {path} has no {rows.name}: no `polyphony sample` has come to its end there"
+        )
+    return RunFolder(path).rows if path.is_dir() else path
