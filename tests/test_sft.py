@@ -162,10 +162,13 @@ def test_what_acts_on_draws_is_refused_by_name(recipe, overrides, said):
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
 
 
-def test_answers_that_are_not_there_are_named_before_torch_comes(recipe):
+def test_answers_that_are_not_there_are_named_once_before_torch_comes(recipe, capsys):
     told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=none.jsonl"])
     (line,) = missing_names(told)[""]
     assert line == f"sft.answers: file {recipe.parent / 'none.jsonl'} does not exist"
+    grpo = "grpo={max_steps: 2, bf16: false, max_completion_length: 8}"
+    assert main(["train", str(recipe), "--dry-run", "algorithm=sft", grpo, "sft.answers=none.jsonl"]) == 2
+    assert capsys.readouterr().err == f"polyphony train: {line}\n"
     (recipe.parent / "empty").mkdir()
     told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=empty"])
     assert "has no rows.jsonl" in missing_names(told)[""][0]
