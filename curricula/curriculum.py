@@ -134,6 +134,11 @@ class Curriculum:
         self._check_exhausted()
         return refs
 
+    def count(self, practised: Mapping[str, int]) -> None:
+        """Take in how many prompts of each domain were practised without a draw: a file of answers is learned from."""
+        for name, n in practised.items():
+            self.drawn[name] += n
+
     def refill(self, counts: Mapping[str, int]) -> list[Prompt]:
         """Return up to that many further prompts of each domain for the same draw, in the recipe's order of domains."""
         return [

@@ -18,11 +18,13 @@ from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.grpo_fields import OURS
 from polyphony.launch.recipe import Recipe, RecipeError
+from polyphony.launch.remarks import remarks
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
+from polyphony.trainer.sft.settings import OF_DRAWS, answers_file
 from polyphony.trainer.teachers.weights import TeacherWeights
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
     found[""] += _refused(check_weights, recipe)
+    if recipe.sft.answers is not None and recipe.algorithm == "sft":
+        found[""] += _refused(answers_file, recipe.sft.answers)
     if recipe.rft.dedup is not None:
         found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
     for name, section in recipe.domains.items():
@@ -100,17 +104,23 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
 
 
 def build_trainer(
-    recipe: Recipe, output: Path, *, engine: Engine | None = None, run: RunFolder | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    engine: Engine | None = None,
+    run: RunFolder | None = None,
+    data: DomainData | None = None,
 ) -> DomainGRPOTrainer:
-    """Return the trainer of a recipe; reads and checks all rows before weights are loaded. Raises RecipeError.
+    """Return the trainer of a recipe; reads and checks all rows before weights are loaded, or takes `data`, which has been.
 
-    Checkpoints go to `output`, or into the folder `run`, which was claimed for the recipe and is then kept as a run's.
+    Checkpoints go to `output`, or into the folder `run`, which was claimed for the recipe and is then kept as a run's. Under
+    `algorithm: sft` it samples and evaluates only. Raises RecipeError.
     """
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     args = grpo_config(recipe, output)
     build_scheduler(recipe)
     check_heads(recipe)
-    data = load_data(recipe, args)
+    data = data or load_data(recipe, args)
     if args.process_index == 0:
         for line in remarks(recipe, args):
             say(line)
@@ -137,8 +147,13 @@ def build_trainer(
             processing_class=data.tokenizer,
             peft_config=_peft_config(recipe),
         )
-    except (ValueError, OSError) as error:  # what TRL's arguments are called where they are checked
-        raise RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error))) from error
+    except (ValueError, OSError) as error:
+        raise refusal(error) from error
+
+
+def refusal(error: Exception) -> RecipeError:
+    """Return what a trainer refuses with a recipe's names for what TRL's arguments are called where they are checked."""
+    return RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error)))
 
 
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
@@ -208,40 +223,6 @@ def build_scheduler(recipe: Recipe) -> Scheduler:
         raise RecipeError(f"{where}{error}") from error
 
 
-def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
-    """Return what works, but was hardly meant so: a line for each with its number and a remedy."""
-    found, grpo = [], recipe.grpo
-    trained = sum(not domain.is_watch_only for domain in recipe.domains.values())
-    prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
-    if not args.bf16 and grpo.get("bf16") is None and not grpo.get("fp16"):
-        found.append("no GPU here: the policy takes float32")
-    if prompts < max(2, trained):
-        found.append(
-            f"a draw holds {prompts} prompt{'s' if prompts > 1 else ''} ({args.generation_batch_size} completions in groups "
-            f"of {args.num_generations}) for {trained} trained domain{'s' if trained > 1 else ''}: raise "
-            "grpo.gradient_accumulation_steps or per_device_train_batch_size"
-        )
-    if args.max_steps > 0 and args.warmup_steps >= args.max_steps:
-        found.append(
-            f"grpo.warmup_steps={args.warmup_steps:g} of grpo.max_steps={args.max_steps}: the learning rate is never reached"
-        )
-    if recipe.algorithm == "distil" and recipe.pool is not None and (recipe.pool.look or recipe.pool.refill.max_rounds):
-        found.append("pool.refill and pool.look do nothing in domains with a teacher: no group of theirs is dead")
-    for name, (most, used) in USUAL.items():
-        if (value := getattr(args, name)) is not None and value > most:
-            found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
-    return found
-
-
-USUAL = {
-    "beta": (1, "0 to 0.1: the KL term would outweigh every reward"),
-    "epsilon": (1, "0.1 to 0.3: from 1 on no ratio is clipped from below"),
-    "learning_rate": (1e-3, "1e-6 for all weights to 1e-4 for adapters: one step would move the policy too far"),
-    "temperature": (2, "0.6 to 1.2: completions would be noise"),
-}
-"""Largest value of a field that is no surprise, and what is used."""
-
-
 def _peft_config(recipe: Recipe) -> Any:
     if recipe.lora is None:
         return None
@@ -255,6 +236,7 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
     """Return TRL's GRPOConfig: the recipe's `grpo` untouched, beside it what the run folder decides."""
     import torch
     from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from polyphony.trainer.single import single_config
 
@@ -278,6 +260,9 @@ def grpo_config(recipe: Recipe, output: Path) -> Any:
         ours["loss_type"] = "grpo"  # TRL's own default averages over tokens
     said = {name: value for name, value in recipe.grpo.items() if (name, value) != ("bf16", None)}
     is_single = recipe.algorithm == "distil" and said.get("num_generations") == 1
+    if recipe.algorithm == "sft":
+        ours["learning_rate"], is_single = SFTConfig.learning_rate, True
+        said = {name: value for name, value in said.items() if name not in OF_DRAWS}
     try:
         config = (single_config if is_single else GRPOConfig)(**{**ours, **said})
     except Exception as error:  # TRL and Transformers look into what they are given before they check it

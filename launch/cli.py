@@ -107,6 +107,21 @@ def _add_screen(screen: argparse.ArgumentParser) -> None:
     _json(screen)
 
 
+def _add_sample(sample: argparse.ArgumentParser) -> None:
+    _recipe(sample, "the recipe, YAML; its section `rft` says what is accepted")
+    sample.add_argument(
+        "--teachers",
+        action="append",
+        default=[],
+        metavar="DOMAIN=TEACHER",
+        help="who answers for a domain: a name among the recipe's teachers, a checkpoint, adapter or run folder, a hub "
+        "name, or self; may be repeated (default: domains.<name>.teacher)",
+    )
+    sample.add_argument("--per-prompt", type=int, default=4, metavar="K", help="answers to each prompt")
+    sample.add_argument("--out", type=Path, help="folder (default: runs/<name>-sample); an unfinished one goes on")
+    _json(sample)
+
+
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("transfer", type=Path, nargs="?", help="transfer.json of a probe")
     plan.add_argument(
@@ -338,6 +353,20 @@ def _screen(arguments: argparse.Namespace) -> None:
         print(f"{folder.pool}\n{folder.ledger(IMPOSSIBLE)}")
 
 
+def _sample(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.recipe import RecipeError, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.per_prompt < 1:
+        raise RecipeError(f"--per-prompt must be at least 1, got {arguments.per_prompt}")
+    from polyphony.launch.verbs.sample import sample, sample_table
+    from polyphony.trainer.run.folder import RunFolder
+
+    folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-sample")
+    summary = sample(recipe, folder.path, per_prompt=arguments.per_prompt, teachers=arguments.teachers)
+    print(json.dumps(summary) if arguments.json else f"{sample_table(summary)}\n{folder.rows}")
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
     from polyphony.launch.verbs.plan import plan
@@ -442,6 +471,12 @@ VERBS = {
     "dashboard": Verb("create or update a run's W&B dashboard", "dashboard runs/demo", _add_dashboard, _dashboard),
     "probe": Verb("measure what training on each domain does to the others", "probe recipe.yaml", _add_probe, _probe),
     "screen": Verb("say which training prompts the model can learn from", "screen recipe.yaml", _add_screen, _screen),
+    "sample": Verb(
+        "have experts answer the training prompts; what is right becomes rows for algorithm: sft",
+        "sample recipe.yaml --teachers math=runs/math-expert --per-prompt 4",
+        _add_sample,
+        _sample,
+    ),
     "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
     "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),
     "doctor": Verb("say whether this machine can train, and what will be slow", "doctor", _json, _doctor),

@@ -30,12 +30,13 @@ from polyphony.launch.build import (
     grpo_config,
     load_data,
     missing_names,
-    remarks,
     tokenizer_of,
 )
+from polyphony.launch.build_sft import load_answers
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.mistakes import UNSAID
 from polyphony.launch.recipe import Recipe, RecipeError, refusals
+from polyphony.launch.remarks import remarks
 from polyphony.launch.train import changed_keys
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.rows import load_rows
@@ -43,6 +44,7 @@ from polyphony.trainer.run import say
 from polyphony.trainer.run.changes import check_length, from_now_on
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.sft.settings import answers_file
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -87,8 +89,13 @@ def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[st
     model = known.get("model", {}).get("name")
     return [
         *refusals(lambda: refuse_other_data(known, data.tables, model=model)),
-        *refusals(lambda: check_length(plan_draws(args, data.n_train).steps, reached=_reached(run))),
+        *refusals(lambda: check_length(plan_draws(args, _a_pass(data)).steps, reached=_reached(run))),
     ]
+
+
+def _a_pass(data: DomainData) -> int:
+    """Return the rows of a pass: training prompts, or answers that are learned from."""
+    return sum(map(len, data.answers.values())) or data.n_train
 
 
 def _unheard(data: DomainData) -> list[str]:
@@ -126,6 +133,8 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
     """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    from polyphony.trainer.sft.rows import tables_of
+
     if recipe.model == UNSAID:
         return None, {}, _unread(recipe)
     try:
@@ -137,6 +146,8 @@ def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str
         if any(not domain.is_watch_only for domain in recipe.domains.values()):
             try:
                 data = load_data(recipe, args, told=told)
+                if recipe.algorithm == "sft" and not refusals(answers_file, str(recipe.sft.answers)):  # said already
+                    data = replace(data, answers=tables_of(load_answers(recipe, data)))
                 return data, {name: next(iter(table)) for name, table in data.heldout.items()}, []
             except RecipeError as error:
                 refused.append(str(error))
@@ -184,7 +195,7 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     from polyphony.trainer.slots import plan_draws
     from polyphony.trainer.teachers.teachers import Lesson
 
-    plan, ours = plan_draws(args, data.n_train), recipe.of_trainer
+    plan, ours = plan_draws(args, _a_pass(data)), recipe.of_trainer
     has_bonus = bool(ours.entropy.held("coefficient", data.names) or args.entropy_coef)
     prompts = {name: table.ids for name, table in data.train.items()}
     checks: Sequence[Callable[[], Any]] = (
@@ -260,7 +271,7 @@ def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return how large a run will be, a line each; and that evaluation is most of it, where it is."""
     from polyphony.trainer.slots import plan_draws
 
-    plan, evaluation = plan_draws(args, data.n_train), recipe.eval
+    plan, evaluation = plan_draws(args, _a_pass(data)), recipe.eval
     trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
     tokens = trained * max(data.limits[name] for name in data.train)
     times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
@@ -268,12 +279,16 @@ def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     read = times * sum(len(table) * data.limits[name] for name, table in data.heldout.items())
     share = read / (read + tokens)
     counts = (f"{name} {len(data.train.get(name, ()))} + {len(data.heldout[name])}" for name in data.names)
+    what = (
+        f"{plan.draws:,} draws of {plan.prompts_per_draw:,} prompts, {trained:,} completions, at most {tokens:,} tokens"
+    )
+    if data.answers:
+        what = f"{trained:,} of {_a_pass(data):,} answers, {trained / _a_pass(data):.2g} passes"
     found = [
         f"rows, training + held-out: {', '.join(counts)}",
-        f"training: {plan.steps:,} steps, {plan.draws:,} draws of {plan.prompts_per_draw:,} prompts, {trained:,} "
-        f"completions, at most {tokens:,} tokens",
+        f"training: {plan.steps:,} steps, {what}",
         f"evaluation: {times * items:,} completions, at most {read:,} tokens, {share:.0%} of all",
     ]
-    if share > 0.5:
+    if share > 0.5 and not data.answers:
         found.append("more is sampled for evaluation than for training: raise eval.every, or limit held-out rows")
     return found

@@ -48,6 +48,7 @@ from polyphony.trainer.settings import (
     TrainerSettings,
     UpdateSettings,
 )
+from polyphony.trainer.sft.settings import SECTIONS, SftSettings, check_sft
 from polyphony.trainer.teachers.settings import CURRENT, START, DistilSettings, TeacherSettings
 
 KEY = {"domains": "name", "guardrails": "domain"}
@@ -76,9 +77,9 @@ class Recipe(BaseModel):
     """Of the run: its folder is `runs/<name>`."""
     model: str
     """A name on the Hugging Face hub, or a folder; a relative one is looked for beside the recipe first."""
-    algorithm: Literal["grpo", "rft", "distil"] = "grpo"
+    algorithm: Literal["grpo", "rft", "distil", "sft"] = "grpo"
     """`rft` is rejection-sampling fine-tuning; reinforcement fine-tuning on filtered prompts is `grpo` with `pool`. `distil`
-    is on-policy distillation from `teachers`."""
+    is on-policy distillation from `teachers`, `sft` fine-tuning on a file of answers."""
     advantages: AdvantageKind = UpdateSettings().advantages
     """How the rewards of a group become advantages, in domains that do not say: `group` is (r - mean) / std as in TRL,
     `mean_only` is r - mean."""
@@ -91,9 +92,10 @@ class Recipe(BaseModel):
     """`guard: {}` turns it on."""
     rft: RftSettings = RftSettings()
     distil: DistilSettings = DistilSettings()
+    sft: SftSettings = SftSettings()
     teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
-    """Used by `algorithm: distil` alone; a domain names its own as `domains.<name>.teacher`. One that no domain names is not
-    loaded."""
+    """Used by `algorithm: distil` and by `polyphony sample`; a domain names its own as `domains.<name>.teacher`. One that no
+    domain names is not loaded."""
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
     eval: EvaluationSettings = EvaluationSettings()
@@ -168,6 +170,7 @@ class Recipe(BaseModel):
                 guard=self.guard,
                 rft=self.rft if self.algorithm == "rft" else None,
                 distil=self.distil if self.algorithm == "distil" else None,
+                sft=self.sft if self.algorithm == "sft" else None,
                 teachers=self.teachers,
                 drop_dead=self.update.drop_dead,
             ),
@@ -259,7 +262,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     problems += bad.values()
     if unfound := refusals(_absolute_model, recipe.model, folder, "model"):
         problems, recipe = [*problems, *unfound], recipe.model_copy(update={"model": UNSAID})
-    for check in (_check_engine, _check_keys, _check_trainer):
+    for check in (_check_engine, _check_keys, _check_trainer, _check_sft):
         problems += refusals(check, recipe)
     try:
         recipe = _with_absolute_paths(recipe, folder)
@@ -357,6 +360,21 @@ def _check_trainer(recipe: Recipe) -> None:
     recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
 
 
+def _check_sft(recipe: Recipe) -> None:
+    if recipe.algorithm != "sft":
+        return
+    plain = {key: Recipe.model_fields[key].get_default(call_default_factory=True) for key in SECTIONS}
+    said = [key for key, default in plain.items() if getattr(recipe, key) != default]
+    domains, guardrails = list(recipe.domains.values()), list(recipe.guardrails.values())
+    if recipe.entropy.control != EntropySettings().control:
+        said.append("entropy.control")
+    if (strategy := recipe.cluster.strategy) != ClusterSection().strategy:
+        raise RecipeError(
+            f"cluster.strategy={strategy} with algorithm: sft: every rank holds all weights, as under ddp"
+        )
+    check_sft(recipe.sft, said, domains=domains, guardrails=guardrails, grpo=recipe.grpo)
+
+
 def _check_engine(recipe: Recipe) -> None:
     """Refuse fields of TRL's that nothing would hear, and what is for an engine that does not sample."""
     engine, grpo = recipe.rollouts.engine, recipe.grpo
@@ -388,6 +406,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         name: replace(teacher, model=_absolute_model(teacher.model, folder, f"teachers.{name}.model"))
         for name, teacher in recipe.teachers.items()
     }
+    if recipe.sft.answers is not None:
+        answers = _absolute(recipe.sft.answers, folder, "sft.answers")
+        recipe = recipe.model_copy(update={"sft": replace(recipe.sft, answers=answers)})
     if recipe.pool is not None and recipe.pool.start is not None:
         pool = replace(recipe.pool, start=_absolute(recipe.pool.start, folder, "pool.from"))
         recipe = recipe.model_copy(update={"pool": pool})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyphony.launch.build import OF_ROWS, build_trainer, load_data
+from polyphony.launch.build_sft import build_sft
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
 from polyphony.trainer.run import say
@@ -21,6 +22,7 @@ from polyphony.trainer.run.folder import RunFolder
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
     from polyphony.trainer.grpo import DomainGRPOTrainer
+    from polyphony.trainer.sft.trainer import DomainSFTTrainer
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | None = None) -> Engine | None:
@@ -66,7 +68,7 @@ def shown_prompts(recipe: Recipe, most: int) -> str:
     return "\n".join(lines)
 
 
-def _judged(trainer: DomainGRPOTrainer) -> list[str]:
+def _judged(trainer: DomainGRPOTrainer | DomainSFTTrainer) -> list[str]:
     """Return what judges read and wrote for each domain, training and held-out samples together."""
     whole = trainer.scorer.logged.whole + trainer.evaluator.logged_totals()
     tokens = {domain: total for (domain, name), total in sorted(whole.items()) if name == "judge_tokens"}
@@ -148,7 +150,7 @@ def start(
     *,
     engine: Engine | None = None,
     changed: Mapping[str, tuple[Any, Any]] | None = None,
-) -> DomainGRPOTrainer:
+) -> DomainGRPOTrainer | DomainSFTTrainer:
     """Return a recipe's trainer, ready to train, whose run has what only a recipe knows."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -157,7 +159,8 @@ def start(
     from polyphony.trainer.run.tracking import WandbTracker
 
     folder = RunFolder(out)
-    trainer = build_trainer(recipe, folder.checkpoints, engine=engine, run=folder)
+    build = build_sft if recipe.algorithm == "sft" else build_trainer
+    trainer = build(recipe, folder.checkpoints, engine=engine, run=folder)
     run, is_main = trainer.run, trainer.accelerator.is_main_process
     assert run is not None
     trainer.remove_callback(PrinterCallback)
@@ -176,12 +179,12 @@ def start(
     return trainer
 
 
-def _slow_or_lossy(trainer: DomainGRPOTrainer) -> list[str]:
+def _slow_or_lossy(trainer: DomainGRPOTrainer | DomainSFTTrainer) -> list[str]:
     """Return what works, but not as well as it could."""
     import torch
 
     found = []
-    if not trainer.use_vllm:
+    if not trainer.policy.trainer.use_vllm:
         found.append(
             "rollouts.engine transformers: no vLLM; slower on real models, and completions have no seeds of their own"
         )

@@ -195,7 +195,7 @@ OF_THEIR_OWN = {
     ),
     "model": "the policy's, and a teacher's",
     **dict.fromkeys(
-        ("advantages", "guard", "rft", "distil", "teachers"), "top keys of a recipe, together UpdateSettings"
+        ("advantages", "guard", "rft", "distil", "sft", "teachers"), "top keys of a recipe, together UpdateSettings"
     ),
 }
 """Names that two classes of settings have for different things, or for one thing by reference."""

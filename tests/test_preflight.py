@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from polyphony.launch.build import grpo_config, missing_names, remarks
+from polyphony.launch.build import grpo_config, missing_names
 from polyphony.launch.cli import main
 from polyphony.launch.preflight import preflight
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.remarks import remarks
 from polyphony.trainer.checkpoint_mark import begin_mark, write_mark
 from polyphony.trainer.run.folder import RunFolder
 

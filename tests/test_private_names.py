@@ -23,6 +23,7 @@ RELIED_ON = {
         _generate_single_turn _get_per_token_logps_and_entropies _last_loaded_step _log_completion_extra _logs
         _metrics _step _tokenize_prompts _tokenizer
     """,
+    "trl.trainer.sft_trainer:SFTTrainer": "_total_train_tokens",
     "transformers.trainer:Trainer": """
         _get_grad_norm _get_output_dir _load_from_checkpoint _load_optimizer_and_scheduler _load_rng_state _prepare_inputs
         _run_epoch _save_checkpoint
@@ -95,7 +96,8 @@ def words_of(owner: type) -> set[str]:
 def foreign_bases() -> dict[str, type]:
     trainer = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
     engine = importlib.import_module("trl.generation.vllm_generation").VLLMGeneration
-    return {"GRPOTrainer": trainer, "VLLMGeneration": engine, "Engine": engine}
+    tuner = importlib.import_module("trl.trainer.sft_trainer").SFTTrainer
+    return {"GRPOTrainer": trainer, "SFTTrainer": tuner, "VLLMGeneration": engine, "Engine": engine}
 
 
 def relied_on() -> set[str]:

@@ -26,7 +26,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.prompts.pool_file import load_pools, move_aside, save_pools
-from polyphony.trainer.checkpoint_mark import damage, discard, is_unfinished, read_mark, write_mark
+from polyphony.trainer.checkpoint_mark import begin_mark, damage, discard, is_unfinished, read_mark, write_mark
 from polyphony.trainer.engine.engine import reshard
 from polyphony.trainer.engine.merge import adapter_parameters, merged_parameters
 from polyphony.trainer.policy import Policy
@@ -87,6 +87,21 @@ def whole_or_none(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint.name} could not be saved ({error}); the last complete checkpoint is "
             f"{last.name if last else 'none'}; make room, then go on with --resume"
         ) from error
+
+
+@contextmanager
+def saved_whole(trainer: Any, checkpoint: Path, **others: Any) -> Iterator[None]:
+    """Save a trainer's ledgers beside the weights that are saved meanwhile, last: their file marks the checkpoint as whole,
+    on every rank. `others` as for `save_ledgers`."""
+    with whole_or_none(checkpoint):
+        if trainer.args.should_save:
+            begin_mark(checkpoint)
+        trainer.accelerator.wait_for_everyone()  # before any rank's file
+        yield
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            sizes = trainer.run.folder.sizes() if trainer.run else {}
+            save_ledgers(checkpoint, trainer.curriculum, sizes=sizes, **others)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -76,6 +76,10 @@ class PromptTable:
             tools=_tools(row, with_nulls=self._with_nulls),
         )
 
+    def has(self, prompt_id: str) -> bool:
+        """Whether there is a prompt of this id."""
+        return prompt_id in self._position
+
     def row_of(self, prompt_id: str) -> str:
         """Return where a prompt stands, in words."""
         return f"{self.where}: row {self._position[prompt_id] + 1}{self._place(self._position[prompt_id])}"

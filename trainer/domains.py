@@ -102,6 +102,10 @@ TURN_MARKS = tuple(
 """What turns begin with in the templates of other families: text for another model, that no template of this one knows."""
 
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "[/INST]", "<|endoftext|>", "<|end|>")
+"""And what they end with."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainData:
     """Domains, their tables, their length limits.
@@ -121,6 +125,8 @@ class DomainData:
     """Tokens of the longest prompt together with its longest completion."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
+    answers: Mapping[str, PromptTable] = field(default_factory=dict)
+    """Under `algorithm: sft`, what is learned from, by its place."""
 
     @classmethod
     def load(
@@ -189,7 +195,13 @@ class DomainData:
     @property
     def tables(self) -> dict[str, PromptTable]:
         """All rows, by their place in a recipe."""
-        return {table.where: table for tables in (self.train, self.heldout) for table in tables.values()}
+        every = (self.train, self.heldout, self.answers)
+        return {table.where: table for tables in every for table in tables.values()}
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What no answer holds: the special tokens that frame a turn, and what frames one in templates of other families."""
+        return (*TURN_MARKS, *TURN_ENDS, *self._frames())
 
     @property
     def openings(self) -> dict[str, str]:

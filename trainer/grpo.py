@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,13 @@ from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.arguments import refuse_unheard, sampler_of
-from polyphony.trainer.checkpoint_mark import begin_mark
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
     Chance,
     load_ledgers,
     name_cpu,
-    save_ledgers,
+    saved_whole,
     whole_checkpoints,
-    whole_or_none,
 )
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
@@ -50,7 +47,7 @@ from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.extra_columns import Extra
-from polyphony.trainer.finite import FiniteSteps, forget_gradients, save_batch
+from polyphony.trainer.finite import FiniteSteps, faults_of, norm_of_step
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
 from polyphony.trainer.run.callbacks import Run
@@ -495,24 +492,7 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Leave out a step that is not finite. Relies on Transformers asking for the norm just before the step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        losses = torch.tensor(float(not self.finite.loss_is_finite), device=self.accelerator.device)
-        worst = self.accelerator.reduce(losses, reduction="sum").item()  # type: ignore[union-attr]
-        size = 0.0 if norm is None else float(norm)
-        if self.finite.judge(grad_norm=size, all_losses_finite=not worst):
-            return norm
-        # DeepSpeed steps inside the backward pass; it leaves a step out by itself only in half precision
-        is_too_late = self.is_deepspeed_enabled and self.model_wrapped.was_step_applied()  # type: ignore[union-attr]
-        if not is_too_late:
-            forget_gradients(self.model)
-        if is_too_late or self.finite.in_a_row > self.finite.most:
-            folder, step = Path(self.args.output_dir), self.state.global_step + 1  # type: ignore[arg-type]
-            path = save_batch(self._buffered_inputs, folder, step=step, rank=self.accelerator.process_index)
-            raise RuntimeError(
-                f"step {step}: loss or gradient is not finite, {self.finite.in_a_row} in a row "
-                f"(faults.max_skipped={self.finite.most}); the batch is kept in {path}"
-            )
-        return norm
+        return norm_of_step(self, super()._get_grad_norm(model, grad_norm=grad_norm), self._buffered_inputs)
 
     # --- the run, logs and checkpoints --------------------------------------------------------------------------------
 
@@ -521,16 +501,13 @@ class DomainGRPOTrainer(GRPOTrainer):
 
         A signal that ends a run raises Interrupted, a SystemExit, once its checkpoint is saved.
         """
+        if self.advantages.settings.sft is not None:
+            raise ValueError(
+                "algorithm sft: this trainer samples and evaluates; trainer.sft.trainer:DomainSFTTrainer trains"
+            )
         if self.run is None:
             return super().train(resume_from_checkpoint, **given)
-        with self.run.owned():
-            checkpoint = self.run.begin(resume_from_checkpoint)
-            try:
-                output = super().train(checkpoint, **given)
-            finally:
-                self.run.stopper.rest()
-            self.run.finish()
-        return output
+        return self.run.led(super().train, resume_from_checkpoint, **given)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics beside TRL's, so that one step is one line; an evaluation ends no step."""
@@ -546,31 +523,16 @@ class DomainGRPOTrainer(GRPOTrainer):
         logs.update(self.meter.flush())
         logs.update(self.distil.flush() if self.distil else {})
         logs.update(self.scorer.logged.flush("domain", gather_object))
-        logs.update(self._faults())
+        logs.update(faults_of(self))
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
         super().log(logs, start_time)
 
-    def _faults(self) -> dict[str, float]:
-        """Return the counts of recovered faults since the last log."""
-        counts: dict[str, float] = {"skipped_steps": self.finite.flush()}
-        if self.policy.engine is not None:
-            counts |= asdict(self.policy.engine.flush_faults())
-        return {key("faults", name): count for name, count in counts.items()}
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole, on every rank."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_or_none(folder):
-            if self.args.should_save:
-                begin_mark(folder)
-            self.accelerator.wait_for_everyone()  # before any rank's file
+        with saved_whole(self, folder, **self._remembering):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if not self.args.should_save:
-                return
-            sizes = self.run.folder.sizes() if self.run else {}
-            save_ledgers(folder, self.curriculum, sizes=sizes, **self._remembering)
 
     @property
     def _remembering(self) -> dict[str, Any]:

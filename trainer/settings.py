@@ -27,6 +27,7 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
+from polyphony.trainer.sft.settings import SftSettings
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings, check_teachers
 
 
@@ -224,6 +225,9 @@ class UpdateSettings(RowSettings):
     """Rejection-sampling fine-tuning instead of group advantages: a recipe's `algorithm: rft`."""
     distil: DistilSettings | None = None
     """On-policy distillation: a recipe's `algorithm: distil`."""
+    sft: SftSettings | None = None
+    """Fine-tuning on a file of answers: a recipe's `algorithm: sft`. A `DomainGRPOTrainer` of such settings samples and
+    evaluates, and is not trained."""
     teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
     """By name; `domains.<d>.teacher` says which teaches a domain."""
 
@@ -237,7 +241,8 @@ class UpdateSettings(RowSettings):
     @property
     def algorithm(self) -> str:
         """As a recipe calls it."""
-        return "rft" if self.rft is not None else "distil" if self.distil is not None else "grpo"
+        named = ((self.rft, "rft"), (self.distil, "distil"), (self.sft, "sft"))
+        return next((name for given, name in named if given is not None), "grpo")
 
 
 MAX_GRADER_FAILURES = 0.5
@@ -337,7 +342,8 @@ class TrainerSettings:
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
         refills = self.pool is not None and self.pool.refill.max_rounds > 0
-        check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
+        if self.update.sft is None:
+            check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
 
 
 def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:

@@ -133,6 +133,7 @@ def _read(folder: RunFolder) -> LoadedRun:
     transfer = _read_transfer(folder.transfer, missing)
     lines = _read_lines(folder, "metrics", missing, gives="training curves")
     provenance = as_mapping(_read_json(folder.provenance, missing))
+    read_decisions = _read_optional if recipe.get("algorithm") == "sft" else _read_lines  # by which nothing is drawn
     return LoadedRun(
         name=path.resolve().name,
         path=path,
@@ -143,7 +144,7 @@ def _read(folder: RunFolder) -> LoadedRun:
         metrics=_columns(lines),
         transfer=transfer.on("report") if transfer else None,
         item_ids=(transfer.items if transfer else None) or {},
-        decisions=_read_lines(folder, "decisions", missing, gives="mixture with its reasons"),
+        decisions=read_decisions(folder, "decisions", missing, gives="mixture with its reasons"),
         samples=_read_lines(folder, "samples", missing, gives="sample completions"),
         alarms=with_signals(
             _read_optional(folder, "alarms", missing, gives="alarms"), metrics=lines, recipe=recipe, transfer=transfer

@@ -49,14 +49,14 @@ def parse(names: Sequence[str], overrides: Sequence[str] = ()) -> Asked:
         recipe = recipe_of_run(run, overrides, needs=("domains.", "model", "processing_class"))
     else:
         raise RecipeError(f"give a recipe: {models[0]} is not inside a run folder")
-    return Asked(models=tuple(map(_weights_of, models)), recipe=recipe)
+    return Asked(models=tuple(map(weights_of, models)), recipe=recipe)
 
 
 def evaluate(question: Asked) -> list[HeldoutResult]:
     """Return what each of the models does on the held-out sets."""
     results, engine = [], None
     for model in question.models:
-        if engine is not None and not _same_shape(*question.models, trusts_code=question.recipe.trusts_code):
+        if engine is not None and not same_shape(*question.models, trusts_code=question.recipe.trusts_code):
             engine = None
         result, engine = evaluate_model(question.recipe, model, engine=engine)
         results.append(result)
@@ -164,7 +164,7 @@ def _as_dict(result: HeldoutResult, name: str) -> dict[str, Any]:
     }
 
 
-def _same_shape(first: str, second: str, *, trusts_code: bool) -> bool:
+def same_shape(first: str, second: str, *, trusts_code: bool) -> bool:
     """Say whether one engine can serve both models: the same architecture and sizes."""
     from transformers import AutoConfig  # slow to import
 
@@ -180,7 +180,7 @@ def _run_of(model: str) -> RunFolder | None:
     return next((run for run in runs if run.recipe.is_file() or run.settings.is_file()), None)
 
 
-def _weights_of(model: str) -> str:
+def weights_of(model: str) -> str:
     """Return the folder of the weights where a run folder is named."""
     folder = RunFolder(Path(model))
     if not (folder.recipe.is_file() or folder.holds_run):

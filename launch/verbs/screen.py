@@ -21,6 +21,7 @@ from polyphony.curricula.files import replace_file, replacing
 from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.launch.build import build_trainer
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.launch.train import claim_folder
@@ -85,9 +86,7 @@ class Screening:
 
     def resume(self) -> None:
         """Take over what an earlier screening in this folder learned; an answer that it was writing is cut off."""
-        answers = self.folder.ledger(ANSWERS)
-        if answers.exists():
-            os.truncate(answers, answers.read_bytes().rfind(b"\n") + 1)
+        cut_torn_line(self.folder.ledger(ANSWERS))
         prompts = {name: pool.ids for name, pool in self.pools.items()}
         if saved := own_pool(self.folder.pool, prompts, say=say):
             self.trainer.curriculum.adopt_pools(saved)
@@ -150,31 +149,17 @@ class Screening:
         return (name, prompt_id) in self.ungraded or not self._is_open(pool, pool.place_of(prompt_id))
 
     def _visit(self, batch: Sequence[tuple[int, str, str]]) -> None:
-        from polyphony.trainer.engine.vllm import Request, completion_seed  # slow to import
-
         trainer, size = self.trainer, self.group_size
         asked = trainer.data.tokenized(trainer.data.train[name][prompt_id] for _, name, prompt_id in batch)
-        chosen = [(visits, prompt) for (visits, _, _), prompt in zip(batch, asked, strict=True)]
-        prompts = [prompt for _, prompt in chosen for _ in range(size)]
-        requests = [
-            Request(
-                prompt_ids=prompt.ids,
-                seed=completion_seed(trainer.args.seed, SCREEN_DRAW - chosen[i // size][0], prompt.id, 0, i % size),
-                max_tokens=trainer.data.limits[prompt.domain],
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-        completions = trainer.policy.read(prompts, trainer.policy.complete(requests, size))
-        rewards = trainer.scorer(completions)
-        for k, (visits, prompt) in enumerate(chosen):
-            of_group = slice(k * size, (k + 1) * size)
-            graded = [r for r in rewards[of_group] if r is not None]
+        draws = [SCREEN_DRAW - visits for visits, _, _ in batch]
+        for (visits, _, _), prompt, answers in zip(batch, asked, groups_of(trainer, asked, draws, size), strict=True):
+            graded = [c.reward for c in answers if c.reward is not None]
             if not graded:
                 self.ungraded.add((prompt.domain, prompt.id))
             self.pools[prompt.domain].observe(prompt.id, graded)
             if graded and max(graded) <= 0:
                 line = {"domain": prompt.domain, "id": prompt.id, "visit": visits}
-                self.folder.append(ANSWERS, line | {"answers": [c.text.strip() for c in completions[of_group]]})
+                self.folder.append(ANSWERS, line | {"answers": [c.text.strip() for c in answers]})
 
     def _answers(self) -> dict[tuple[str, str], Counter]:
         """Return how often each answer was given to each prompt that failed; a visit made twice counts once."""
@@ -185,6 +170,41 @@ class Screening:
 
     def _save(self) -> None:
         save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
+
+
+def groups_of(
+    trainer: DomainGRPOTrainer,
+    asked: Sequence[Prompt],
+    draws: Sequence[int],
+    size: int,
+    *,
+    graded_as: Sequence[Prompt] | None = None,
+) -> list[list[Completion]]:
+    """Return `size` graded answers to each prompt; `draws` stand for the draw in the seeds.
+
+    `graded_as` are the prompts as the reward gets them, where the model was asked with more in them.
+    """
+    from polyphony.trainer.engine.vllm import Request, completion_seed  # slow to import
+
+    places = [k for k in range(len(asked)) for _ in range(size)]
+    requests = [
+        Request(
+            prompt_ids=asked[k].ids,
+            seed=completion_seed(trainer.args.seed, draws[k], asked[k].id, 0, i % size),
+            max_tokens=trainer.data.limits[asked[k].domain],
+        )
+        for i, k in enumerate(places)
+    ]
+    said = trainer.policy.complete(requests, size)
+    read = trainer.policy.read([(graded_as or asked)[k] for k in places], said)
+    graded = [replace(c, reward=reward) for c, reward in zip(read, trainer.scorer(read), strict=True)]
+    return [graded[k * size : (k + 1) * size] for k in range(len(asked))]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take away the beginning of a line that a process was writing when it was killed."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def describe(pool: PromptPool) -> dict[str, Any]:

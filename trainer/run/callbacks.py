@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.files import replace_file
@@ -65,9 +64,9 @@ logger = logging.getLogger(__name__)
 
 
 class Trained(Protocol):
-    """What a run needs of its trainer, `DomainGRPOTrainer`, which nothing imports back."""
+    """What a run needs of its trainer, `DomainGRPOTrainer` or `DomainSFTTrainer`, which nothing imports back."""
 
-    args: GRPOConfig
+    args: Any
     state: Any
     accelerator: Any
     callback_handler: Any
@@ -196,6 +195,17 @@ class Run(TrainerCallback):
                 if not has_begun and not self.folder.holds_run:
                     self.folder.give_up(keep=own)
                 raise
+
+    def led(self, train: Callable[..., Any], resume: str | bool | None = None, **given: Any) -> Any:
+        """Have Transformers' `train` train, from the newest checkpoint if asked to, and leave the folder complete."""
+        with self.owned():
+            checkpoint = self.begin(resume)
+            try:
+                output = train(checkpoint, **given)
+            finally:
+                self.stopper.rest()
+            self.finish()
+        return output
 
     def begin(self, resume: str | bool | None = None) -> str | None:
         """Make the folder ready; return the checkpoint to go on from, None for a start. Collective over ranks.
@@ -376,8 +386,8 @@ class Run(TrainerCallback):
                 self.say(f"{path} {why}: the distance to the base model is not measured from here on")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        drawn = sum(self.trainer.curriculum.drawn.values())
-        state.epoch = drawn / self.trainer.data.n_train
+        if self.trainer.curriculum.draws:  # else Transformers has counted rows of a file, and right
+            state.epoch = sum(self.trainer.curriculum.drawn.values()) / self.trainer.data.n_train
         try:
             if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
                 self._look(state, control)

@@ -149,6 +149,16 @@ class RunFolder:
         """The summary of a screen, whose ledgers are `answers` and `impossible`."""
         return self.path / "screen.json"
 
+    @property
+    def sampled(self) -> Path:
+        """The summary of a sample of experts' answers, whose ledger is `sampled`."""
+        return self.path / "sample.json"
+
+    @property
+    def rows(self) -> Path:
+        """What a sample has accepted, a row an answer."""
+        return self.ledger("rows")
+
     def ledger(self, name: str) -> Path:
         """Return the line-by-line file of that name."""
         return self.path / f"{name}.jsonl"

@@ -5,7 +5,9 @@ Transformers is imported inside functions: a recipe that names no such weights d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +64,26 @@ class TeacherWeights:
                 f"{where}: {folder} is an adapter of {of}, the policy is {base}: give the merged checkpoint, a run's final/"
             )
         return cls("adapter", settings.model)
+
+
+@contextmanager
+def as_checkpoint(weights: TeacherWeights, *, base: str, trusts_code: bool = False) -> Iterator[str]:
+    """Have the weights as a folder, or a name on the hub, that loads by itself: an adapter is merged into a copy meanwhile.
+
+    `base` is the policy's model, which `self` and `self@start` are as well.
+    """
+    if weights.kind != "adapter":
+        yield weights.path or base
+        return
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code = {"trust_remote_code": trusts_code}
+    with tempfile.TemporaryDirectory() as copied:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **code)
+        PeftModel.from_pretrained(model, weights.path).merge_and_unload().save_pretrained(copied)
+        AutoTokenizer.from_pretrained(base, **code).save_pretrained(copied)
+        yield copied
 
 
 def _is_same(left: str, right: str) -> bool:

@@ -1,0 +1,221 @@
+"""`algorithm: sft`: experts' answers are sampled, learned from and evaluated; a resume is exact; what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.sft_config import SFTConfig
+
+from polyphony.launch.build import grpo_config, load_data, missing_names
+from polyphony.launch.build_sft import build_sft
+from polyphony.launch.cli import main
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.train import claim_folder, start
+from polyphony.launch.verbs.sample import sample
+from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.sft.rows import read_answers
+from polyphony.trainer.sft.settings import OF_DRAWS
+from tests.conftest import POLICY, write_rows
+from tests.taught import recipe_of
+
+SMALL = ["domains.sums.train.size=12", "domains.words.train.size=12", "grpo.per_device_train_batch_size=4"]
+SFT = ["algorithm=sft", "teachers={}", "domains.sums.teacher=null", "domains.words.teacher=null", "curriculum={}"]
+STEPS = ["grpo.max_steps=4", "eval.every=2", "checkpoint.every=2"]
+
+
+def learning(folder, answers, *overrides):
+    """The recipe of the sample, to learn from what it wrote."""
+    document = json.loads((folder / "recipe.yaml").read_text())
+    del document["grpo"]["num_generations"]
+    (folder / "sft.yaml").write_text(json.dumps(document))
+    return load_recipe(folder / "sft.yaml", [*SFT, *SMALL, f"sft.answers={answers}", *STEPS, *overrides])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A recipe, and what the policy itself answers right, of two domains."""
+    folder = tmp_path_factory.mktemp("world")
+    domains = {"sums": ("arithmetic", "t"), "words": ("strings", "t")}
+    told = recipe_of(folder, {"t": {"model": "self"}}, *SMALL, "distil.others=skip", **domains)
+    sample(told, folder / "sampled", per_prompt=2)
+    return folder
+
+
+def lines(run, name="metrics"):
+    return RunFolder(run).read(name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    recipe = learning(world, world / "sampled")
+    claim_folder(recipe, world / "whole", resume=False)
+    start(recipe, world / "whole").train()
+    return world / "whole"
+
+
+@pytest.mark.slow
+def test_what_was_sampled_is_learned_evaluated_and_reported(world, undisturbed, capsys):
+    metrics = lines(undisturbed)
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics if "heldout/sums/score" in line] == [0, 2, 4]
+    rows = json.loads((undisturbed / "transfer.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["trained"] == ["sums", "words"] and sum(rows[-1]["exposure"].values()) == 16
+    known = json.loads((undisturbed / "provenance.json").read_text())["data"]
+    n_answers = len(lines(world / "sampled", "rows"))
+    assert sum(known[f"sft.answers ({name})"]["rows"] for name in ("sums", "words")) == n_answers
+    assert main(["eval", str(undisturbed), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"sums", "words"}
+    assert main(["report", str(undisturbed)]) == 0
+    assert (undisturbed / "final" / "model.safetensors").read_bytes() != (POLICY / "model.safetensors").read_bytes()
+
+
+class PulledPlug(TrainerCallback):
+    """Ends the process, nearly, after the third step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(world, undisturbed):
+    recipe, cut = learning(world, world / "sampled"), world / "cut"
+    claim_folder(recipe, cut, resume=False)
+    trainer = start(recipe, cut)
+    trainer.add_callback(PulledPlug())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    start(recipe, cut).train(resume_from_checkpoint=True)
+
+    def numbers(run):
+        timed = ("runtime", "per_second", "train_loss")
+        return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in lines(run)]
+
+    assert numbers(cut) == numbers(undisturbed)
+    assert (cut / "transfer.json").read_bytes() == (undisturbed / "transfer.json").read_bytes()
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (cut, undisturbed)]
+    assert weights[0] == weights[1]
+    ledger = RunFolder(world / "sampled").rows  # other answers now
+    kept = ledger.read_bytes()
+    ledger.write_bytes(kept + kept.splitlines(keepends=True)[0])
+    with pytest.raises(RecipeError, match=r"sft.answers \(sums\): its rows are not those that the run has practised"):
+        start(recipe, cut)
+    ledger.write_bytes(kept)
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_the_answers_tokens_alone(world, tmp_path):
+    n_answers = len(lines(world / "sampled", "rows"))
+    whole = [f"grpo.per_device_train_batch_size={n_answers}", "grpo.max_steps=1", "grpo.learning_rate=0"]
+    trainer = build_sft(learning(world, world / "sampled", *whole), tmp_path / "run")
+    answers = read_answers(str(world / "sampled"), trainer.data)
+    end = trainer.data.tokenizer.eos_token_id
+    assert all(answer.ids[-1] == end and trainer.policy.decode(answer.ids) == answer.text for answer in answers)
+    with torch.no_grad():
+        logps = trainer.policy.token_logps([a.prompt.ids for a in answers], [a.ids for a in answers])
+    trainer.train()
+    told = [value for of in logps for value in of]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(-sum(told) / len(told), abs=1e-4)
+    assert sum(trainer.curriculum.drawn.values()) == n_answers
+    with pytest.raises(ValueError, match="algorithm sft: this trainer samples and evaluates"):
+        trainer.sampler.train()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pool={}"], "pool with algorithm: sft"),
+        (["guard={}"], "guard with algorithm: sft"),
+        (["update.drop_dead=always"], "update with algorithm: sft"),
+        (["curriculum.scheduler=joint"], "curriculum with algorithm: sft"),
+        (["teachers={t: {model: self}}"], "teachers with algorithm: sft"),
+        (["entropy.control=coefficient"], "entropy.control with algorithm: sft"),
+        (["domains.sums.weight=2"], "domains.sums.weight with algorithm: sft"),
+        (
+            ["domains.words.diversity={partitioner: exact, shape: [1, 0]}"],
+            "domains.words.diversity with algorithm: sft",
+        ),
+        (["grpo.num_generations=4"], "grpo.num_generations with algorithm: sft"),
+        (["grpo.beta=0.1"], "grpo.beta with algorithm: sft"),
+        (["grpo.temperature=0.7"], "grpo.temperature=0.7 with algorithm: sft"),
+        (["cluster.strategy=zero2"], "cluster.strategy=zero2 with algorithm: sft"),
+        (
+            ["guardrails={sums: {max_drop: 0.1, action: rollback}}"],
+            "guardrails.sums.action=rollback with algorithm: sft",
+        ),
+        (["sft.answers=null"], "algorithm: sft needs sft.answers"),
+    ],
+)
+def test_what_acts_on_draws_is_refused_by_name(recipe, overrides, said):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=rows.jsonl", *overrides])
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_answers_that_are_not_there_are_named_once_before_torch_comes(recipe, capsys):
+    told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=none.jsonl"])
+    (line,) = missing_names(told)[""]
+    assert line == f"sft.answers: file {recipe.parent / 'none.jsonl'} does not exist"
+    grpo = "grpo={max_steps: 2, bf16: false, max_completion_length: 8}"
+    assert main(["train", str(recipe), "--dry-run", "algorithm=sft", grpo, "sft.answers=none.jsonl"]) == 2
+    assert capsys.readouterr().err == f"polyphony train: {line}\n"
+    (recipe.parent / "empty").mkdir()
+    told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=empty"])
+    assert "has no rows.jsonl" in missing_names(told)[""][0]
+
+
+RIGHT = {"domain": "sums", "id": "train-1", "completion": "1"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"domain": "sums", "id": "train-1", "response": "1"}, "has no `completion`, did you mean `response`?"),
+        (RIGHT | {"completion": " "}, "a `completion` is text, and not empty, got ' '"),
+        (
+            RIGHT | {"completion": "<|start_header_id|>1"},
+            "'<|start_header_id|>' is of a chat template, not of an answer",
+        ),
+        (RIGHT | {"domain": "sum"}, "unknown domain 'sum'; did you mean 'sums'?"),
+        (RIGHT | {"id": "heldout-1"}, "id 'heldout-1' is of a held-out row of domain 'sums'"),
+        (RIGHT | {"id": "7"}, "id '7' is of no training row of domain 'sums'"),
+        (RIGHT | {"prompt": "1 + 1 ="}, "it answers '1 + 1 =', and the prompt of id 'train-1' is 'train sums 1 ='"),
+        (RIGHT | {"completion": "1 " * 600}, "tokens with its prompt, the context holds"),
+        (None, "sft.answers: no rows in"),
+    ],
+)
+def test_rows_that_cannot_be_learned_from_are_named(recipe, tmp_path, row, said):
+    write_rows(tmp_path / "rows.jsonl", [] if row is None else [RIGHT, row])
+    grpo = "grpo={max_steps: 2, bf16: false, max_completion_length: 8}"
+    told = load_recipe(recipe, ["algorithm=sft", grpo, "sft.answers=rows.jsonl"])
+    data = load_data(told, grpo_config(told, tmp_path))
+    with pytest.raises(ValueError) as refused:
+        read_answers(told.sft.answers, data)
+    assert said in str(refused.value) and str(refused.value).startswith("sft.answers")
+
+
+SAMPLING = """
+    cache_implementation chat_template_kwargs disable_dropout ds3_gather_for_generation generation_kwargs
+    max_completion_length min_p num_generations_eval repetition_penalty temperature top_k top_p
+    transformers_continuous_batching_config use_transformers_continuous_batching use_transformers_paged use_vllm
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_max_model_length vllm_mode vllm_model_impl
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex
+    vllm_tensor_parallel_size
+"""
+"""Fields of GRPO alone that say how held-out answers are sampled."""
+
+
+def test_every_field_of_grpo_is_one_of_fine_tuning_too_or_of_sampling_or_is_refused():
+    own = {f.name for f in fields(GRPOConfig)} - {f.name for f in fields(SFTConfig)}
+    assert own - {*SAMPLING.split()} == OF_DRAWS - {"loss_type", "use_liger_kernel"}
+    assert UpdateSettings(sft={"answers": "x"}).algorithm == "sft"
