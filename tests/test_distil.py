@@ -13,7 +13,7 @@ from polyphony.launch.build import build_trainer
 from polyphony.launch.train import claim_folder, start
 from polyphony.trainer.metrics import METRICS
 from tests.conftest import POLICY
-from tests.taught import fill, recipe_of
+from tests.taught import drawn, fill, recipe_of
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +21,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("shelf"))
-
-
-def drawn(trainer) -> dict:
-    """Train; return what TRL got of the last draw, before it was shuffled."""
-    outputs, keep = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(keep(inputs)) or outputs[-1]
-    trainer.train()
-    return outputs[-1]
 
 
 def rows_of(trainer, domain) -> list[int]:

@@ -286,7 +286,10 @@ class Run(TrainerCallback):
 
     def _record_origin(self, step: int, *, is_going_on: bool) -> None:
         """Write where the numbers come from; say what is another version or another setting than before this step."""
-        origin = provenance(model=self.model, tables=self.trainer.data.tables, rewards=self.trainer.scorer.rewards)
+        trainer = self.trainer
+        teachers = trainer.lesson.origins if trainer.lesson and self.is_main else {}
+        data, rewards = trainer.data.tables, trainer.scorer.rewards
+        origin = provenance(model=self.model, tables=data, rewards=rewards, teachers=teachers)
         self.recorder.provenance = origin
         if not self.is_main:
             return
