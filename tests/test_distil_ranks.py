@@ -21,7 +21,7 @@ def shelf(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("shelf"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
 def test_ranks_without_a_row_of_a_teacher_run_it_all_the_same(shelf, tmp_path, strategy):
     teachers = {"expert": {"model": str(shelf / "expert")}, "then": {"model": "self@start"}}
     teachers |= {"moved": {"model": str(shelf / "moved")}}
