@@ -169,9 +169,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
         made |= {"optimizers": optimizers if any(optimizers) else None}
         outset = Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
-        self._steer_and_watch(args, curriculum, settings, model)
-        if outset and self.lesson:
-            outset.refuse_other_teachers(self.lesson)
+        self._steer_and_watch(args, curriculum, settings, model, outset)
         slotted = slot_arguments(args, self.plan)
         super().__init__(
             model=model,
@@ -192,9 +190,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._walk_and_evaluate(engine, settings)
         self.run = Run(self, outset, model=name).attach() if outset else None
 
-    def _steer_and_watch(self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any) -> None:
+    def _steer_and_watch(
+        self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any, outset: Outset | None
+    ) -> None:
         """Make what steers a run and what watches it: these need rows and no weights."""
         self.lesson = Lesson.of(settings.update.teachers, self.data, model=model) if settings.update.distil else None
+        if outset and self.lesson:
+            outset.refuse_other_teachers(self.lesson)
         given, self.probes = with_probes(curriculum)
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
@@ -196,6 +197,8 @@ class Teachers:
         model.eval().requires_grad_(requires_grad=False)
         if trainer.is_deepspeed_enabled:
             return prepare_deepspeed(model, trainer.accelerator)
+        if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 2:
+            return fsdp2_prepare_model(trainer.accelerator, model)  # TRL's splits what only the first rank has loaded
         if trainer.is_fsdp_enabled:
             return prepare_fsdp(model, trainer.accelerator)
         return trainer.accelerator.prepare_model(model, evaluation_mode=True)
