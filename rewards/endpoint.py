@@ -271,7 +271,7 @@ class Endpoint:
             found = question.content(reply)
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise _UnansweredError(question.missing, "maybe") from None
-        usage = reply.get("usage") if isinstance(reply, dict) else None
+        usage: Any = reply.get("usage") if isinstance(reply, dict) else None
         for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
             said = usage.get(name)
             spent[name] += said if type(said) is int and 0 <= said <= MOST_TOKENS else 0

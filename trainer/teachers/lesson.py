@@ -77,7 +77,8 @@ class Lesson:
         domain = next(domain for domain, teacher in self.of_domain.items() if teacher == name)
         (first,) = self.data.tokenized([next(iter(self.data.train[domain]))])
         ids = self._read(Completion(ids=(), prompt=first)) or ()
-        return self.endpoints[name].tried([*ids[:TRIED], self.data.tokenizer.eos_token_id])
+        end: Any = self.data.tokenizer.eos_token_id
+        return self.endpoints[name].tried([*ids[:TRIED], end])
 
     @property
     def origins(self) -> dict[str, dict[str, Any]]:
