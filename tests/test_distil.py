@@ -12,9 +12,11 @@ import torch
 from transformers import TrainerCallback
 
 from polyphony.launch.build import build_trainer
+from polyphony.launch.preflight import preflight
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.train import claim_folder, start
 from polyphony.trainer.metrics import METRICS
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.teachers.distil import Distil
 from tests.conftest import POLICY
 from tests.taught import drawn, fill, recipe_of
@@ -225,6 +227,7 @@ def test_a_run_that_is_stopped_while_it_distils_goes_on_bit_for_bit(shelf, tmp_p
     (expert / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(RecipeError, match=r"^teachers\.t: its weights are not those that the run began with"):
         start(loaded, tmp_path / "cut")
+    assert "teachers.t: its weights are not" in next(preflight(loaded, run=RunFolder(tmp_path / "cut")))
     (expert / "model.safetensors").write_bytes(weights)
     start(loaded, tmp_path / "cut").train(resume_from_checkpoint=True)
 

@@ -60,6 +60,7 @@ from polyphony.trainer.run.tracking import WandbTracker, track_completions, trac
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import DrawPlan
+from polyphony.trainer.teachers.lesson import Lesson
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Trained(Protocol):
     accelerator: Any
     callback_handler: Any
     data: DomainData
+    lesson: Lesson | None
     plan: DrawPlan
     curriculum: Curriculum
     probes: TransferMatrix | None

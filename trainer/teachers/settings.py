@@ -125,6 +125,8 @@ def check_teachers(
 
 WHOLE = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """How a run samples whose teacher is behind an endpoint: log-probabilities come from there as the model has them."""
+OFF = {"top_k": -1}
+"""Other ways to say so."""
 
 
 def _check_source(name: str, teacher: TeacherSettings, of_trl: Callable[[str], Any]) -> None:
@@ -138,7 +140,7 @@ def _check_source(name: str, teacher: TeacherSettings, of_trl: Callable[[str], A
     if teacher.model in (CURRENT, START):
         raise ValueError(f"{where}: model {teacher.model} and an endpoint exclude each other; leave out one")
     for field, whole in WHOLE.items():
-        if (value := of_trl(field)) not in (None, whole):
+        if (value := of_trl(field)) not in (None, whole, OFF.get(field)):
             raise ValueError(
                 f"grpo.{field}={value:g} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
                 f"cut off; sample so ({field} {whole}), or load the teacher here (model)"
