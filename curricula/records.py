@@ -113,8 +113,7 @@ class Completion:
     whether it was cut off; the reward a number; in training, the shortcut watch its signs. There, what the ranks tell each
     other of it is a place in a `Group`; at an evaluation they also send the few texts that people are shown, and the token
     ids of the items on which the distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A
-    completion of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote; a
-    teacher's log-probabilities will be a field beside `logps`, one a token.
+    completion of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote.
     """
 
     ids: Sequence[int]
@@ -131,6 +130,10 @@ class Completion:
     """None until it was graded, and where the grader failed."""
     signs: tuple[str, ...] = ()
     """Of shortcuts and loops, see `polyphony.trainer.shortcuts`; looked for in training alone."""
+    feedback: str | None = None
+    """What the reward told of it by `log_extra("feedback", ..)`, for teachers that read it; None where it told nothing."""
+    teacher_logps: Sequence[float] | None = None
+    """Of each token, by a teacher behind an endpoint; NaN where it gave none, None without such a teacher."""
 
     @property
     def surprisal(self) -> float | None:

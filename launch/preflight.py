@@ -71,7 +71,10 @@ def preflight(
     yield from refused
     ungraded = [line for name, row in rows.items() for line in _tried(recipe.domains[name], row, offline=offline)]
     yield from ungraded
-    unplanned = [] if data is None or named or wrong else [*_unplanned(recipe, args, data), *_unfit(run, args, data)]
+    unplanned = []
+    if data is not None and not (named or wrong):
+        unplanned = [*_untaught(recipe, data, run, offline=offline), *_unplanned(recipe, args, data)]
+        unplanned += _unfit(run, args, data)
     yield from unplanned
     if data is not None and not (named or wrong or ungraded or unplanned):
         for line in [*remarks(recipe, args), *_unheard(data), *sizes(recipe, args, data), *_changes(recipe, run)]:
@@ -193,13 +196,11 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     from polyphony.trainer.dead_rows import may_drop_dead
     from polyphony.trainer.run.outset import Cadence
     from polyphony.trainer.slots import plan_draws
-    from polyphony.trainer.teachers.teachers import Lesson
 
     plan, ours = plan_draws(args, _a_pass(data)), recipe.of_trainer
     has_bonus = bool(ours.entropy.held("coefficient", data.names) or args.entropy_coef)
     prompts = {name: table.ids for name, table in data.train.items()}
     checks: Sequence[Callable[[], Any]] = (
-        lambda: Lesson.of(ours.update.teachers, data, model=recipe.model) if ours.update.distil else None,
         lambda: check_heads(recipe),
         lambda: _schedule(args, plan.steps),
         lambda: Cadence.of(args, plan, ours),
@@ -214,6 +215,23 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
         ),
     )
     return [line for check in checks for line in refusals(check)]
+
+
+def _untaught(recipe: Recipe, data: DomainData, run: RunFolder | None, *, offline: bool) -> list[str]:
+    """Return why a teacher could not teach, or would be another than the run that goes on began with; asks endpoints."""
+    from polyphony.trainer.run.origins import refuse_other_teachers
+    from polyphony.trainer.teachers.lesson import Lesson
+
+    if recipe.algorithm != "distil":
+        return []
+    asked = {name: _asked_once(teacher) for name, teacher in recipe.teachers.items()}
+
+    def look() -> None:
+        lesson = Lesson.of(asked, data, model=recipe.model, offline=offline)
+        if run is not None and run.provenance.is_file():
+            refuse_other_teachers(read_object(run.provenance), lesson.origins)
+
+    return refusals(look)
 
 
 def _schedule(args: GRPOConfig, steps: int) -> None:
@@ -257,8 +275,9 @@ def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
 
 
 def _asked_once(reward: Any) -> Any:
-    """Return a judge that gives up at once where nobody answers; any other reward as it is."""
-    if isinstance(client := getattr(reward, "client", None), Mapping) and is_dataclass(reward):
+    """Return a judge, or a teacher behind an endpoint, that gives up at once where nobody answers; all else as it is."""
+    client, has_endpoint = getattr(reward, "client", None), getattr(reward, "endpoint", None) is not None
+    if has_endpoint and isinstance(client, Mapping) and is_dataclass(reward):
         return replace(reward, client={**client, "patience_s": PATIENCE_S})  # type: ignore[type-var]
     return reward
 

@@ -404,6 +404,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     model = _absolute_model(recipe.model, folder, "model")
     teachers = {
         name: replace(teacher, model=_absolute_model(teacher.model, folder, f"teachers.{name}.model"))
+        if teacher.model is not None and teacher.endpoint is None
+        else teacher
         for name, teacher in recipe.teachers.items()
     }
     if recipe.sft.answers is not None:

@@ -1,7 +1,7 @@
-"""Ask a model behind an OpenAI-compatible endpoint: many questions at a time, politely, and never twice the same.
+"""Ask a server behind an OpenAI-compatible endpoint: many questions at a time, politely, and never twice the same.
 
 A question that stays unanswered is None with the reason counted and logged. An endpoint that answers nobody is waited for;
-when `patience_s` is over, the run is to end.
+when `patience_s` is over, the run is to end. What is asked is `chat.py`'s, for judges, and of teachers the trainer's.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import logging
 import math
 import os
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate, parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import httpx
 
 from polyphony.rewards.registry import GraderGoneError
+from polyphony.rewards.reply_cache import keep, kept
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Between two tries, doubled each time, give or take a half; unless the server says how long to wait."""
 PROBE_S = 5.0
 """For an endpoint to say that it is there."""
-MAX_REPLY_BYTES = 1 << 20
-"""A verdict has a few hundred; what sends more is read no further."""
 MOST_TOKENS = 1 << 30
 """Of one reply; what says that it used more is not counted."""
 _ANSWERED = "answered"
@@ -45,13 +43,20 @@ _ANSWERED = "answered"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One request: chat messages, and how its reply is read."""
+    """One request, and how its reply is read."""
 
-    messages: list[dict[str, str]]
-    schema: dict[str, Any]
-    """The JSON schema of a valid reply, which servers that can will enforce."""
-    parse: Callable[[str], Any]
-    """Reads the reply; raises ValueError on anything but a valid one."""
+    path: str
+    """Behind the endpoint's address."""
+    body: Mapping[str, Any] | None
+    """JSON; None asks by GET."""
+    content: Callable[[Any], Any]
+    """Takes out of the reply what is asked for. What it raises means that this is not there: asking again may help."""
+    parse: Callable[[Any], Any]
+    """Reads that; raises ValueError on anything but valid content: asking again would not help."""
+    missing: str
+    """Said where `content` finds nothing."""
+    most_bytes: int = 1 << 20
+    """Of a reply; what sends more is read no further. A verdict has a few hundred."""
 
 
 class _UnansweredError(Exception):
@@ -77,16 +82,19 @@ _health: dict[str, _Health] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """Where the judge lives and how it may be asked."""
+    """Where a server lives and how it may be asked.
+
+    Example: `asyncio.run(Endpoint(url="http://127.0.0.1:8001/v1", model="m").send([question]))`
+    """
+
+    who: ClassVar[str] = "endpoint"
+    """Whom messages name."""
 
     url: str
     """Up to and with `/v1`."""
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable that holds the key; sent only where it is set."""
-    temperature: float = 0.0
-    max_tokens: int = 64
-    """A verdict is short; a reasoning model needs thousands."""
     concurrency: int = 16
     """Requests under way at a time."""
     requests_per_minute: float | None = None
@@ -95,26 +103,34 @@ class Endpoint:
     """How long to go on asking where nobody is answered; a server that loads a large model is up within minutes."""
     timeout_s: float = 60.0
     """Of one try, from connecting to the last byte."""
-    structured: bool = True
-    """Send the schema as `response_format`; off for servers that refuse it."""
     cache: str | None = None
     """A SQLite file on a local disk that keeps valid replies by content; None keeps none."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"judge: endpoint must be an http(s) address up to /v1, got {self.url!r}")
-        for name in ("max_tokens", "concurrency", "patience_s", "timeout_s", "requests_per_minute"):
+            raise ValueError(f"{self.who}: endpoint must be an http(s) address up to /v1, got {self.url!r}")
+        self._check_positive("concurrency", "patience_s", "timeout_s", "requests_per_minute")
+        if self.cache and not Path(self.cache).parent.is_dir():
+            raise ValueError(f"{self.who}: cache {self.cache!r} would lie in a folder that does not exist")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"judge: {name} must be > 0, got {value}")
-        if self.cache and not Path(self.cache).parent.is_dir():
-            raise ValueError(f"judge: cache {self.cache!r} would lie in a folder that does not exist")
+                raise ValueError(f"{self.who}: {name} must be > 0, got {value}")
 
-    async def ask(self, questions: Sequence[Question], *, spent: Counter[str] | None = None) -> list[Any]:
+    async def send(
+        self,
+        questions: Sequence[Question],
+        *,
+        spent: Counter[str] | None = None,
+        reasons: Counter[str] | None = None,
+    ) -> list[Any]:
         """Return the parsed replies in order; None for a question that got no valid one. Equal ones are asked once.
 
-        `spent` counts the tokens that the server says it read and wrote. Raises GraderGoneError where for `patience_s`
-        nobody was answered: a judge that is gone must not turn a run's rewards into nothing.
+        `spent` counts the tokens that the server says it read and wrote, `reasons` why questions stayed unanswered, which
+        is logged without it. Raises GraderGoneError where for `patience_s` nobody was answered: a judge that is gone must
+        not turn a run's rewards into nothing.
         """
         outcomes: Counter[str] = Counter()
         slots = asyncio.Semaphore(self.concurrency)
@@ -124,22 +140,23 @@ class Endpoint:
             "headers": {"accept-encoding": "identity", **self._headers()},  # what is packed may unpack to anything
             "verify": self.url.startswith("https"),  # reading the certificates takes longer than most verdicts
         }
-        bodies = [self._body(question) for question in questions]
-        keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
-        asked = {key: (body, question) for key, body, question in zip(keys, bodies, questions, strict=True)}
+        keys = [(question.path, _key_of(question)) for question in questions]
+        asked = dict(zip(keys, questions, strict=True))
         spent = Counter() if spent is None else spent
         try:
             async with httpx.AsyncClient(**settings) as client, asyncio.TaskGroup() as tasks:
                 found = [
-                    tasks.create_task(self._answer(client, slots, key, *asking, outcomes, spent))
-                    for key, asking in asked.items()
+                    tasks.create_task(self._answer(client, slots, key, question, outcomes, spent))
+                    for (_, key), question in asked.items()
                 ]
         except BaseExceptionGroup as group:  # of a kind: all were cancelled by the first
             raise group.exceptions[0] from None
         outcomes.pop(_ANSWERED, None)
-        if outcomes:
-            reasons = ", ".join(f"{why} ({count})" for why, count in outcomes.most_common(5))
-            logger.warning("judge: %d of %d unanswered: %s", outcomes.total(), len(asked), reasons)
+        if reasons is not None:
+            reasons.update(outcomes)
+        elif outcomes:
+            told = ", ".join(f"{why} ({count})" for why, count in outcomes.most_common(5))
+            logger.warning("%s: %d of %d unanswered: %s", self.who, outcomes.total(), len(asked), told)
         by_key = dict(zip(asked, (task.result() for task in found), strict=True))
         return [by_key[key] for key in keys]
 
@@ -148,30 +165,29 @@ class Endpoint:
         client: httpx.AsyncClient,
         slots: asyncio.Semaphore,
         key: str,
-        body: dict[str, Any],
         question: Question,
         outcomes: Counter[str],
         spent: Counter[str],
     ) -> Any:
-        kept = _kept(self.cache, key) if self.cache else None
-        if kept is not None:
+        known = kept(self.cache, key) if self.cache else None
+        if known is not None:
             with contextlib.suppress(ValueError):  # a row that something else wrote is asked for again
-                return question.parse(kept)
+                return question.parse(known)
         try:
             async with slots:
-                reply = await self._ask_until_answered(client, body, random.Random(key), spent)
+                reply = await self._ask_until_answered(client, question, random.Random(key), spent)
             verdict = question.parse(reply)
         except (_UnansweredError, ValueError) as error:
             outcomes[str(error)] += 1
             return None
         outcomes[_ANSWERED] += 1
         if self.cache:
-            _keep(self.cache, key, reply)
+            keep(self.cache, key, reply)
         return verdict
 
     async def _ask_until_answered(
-        self, client: httpx.AsyncClient, body: dict[str, Any], rng: random.Random, spent: Counter[str]
-    ) -> str:
+        self, client: httpx.AsyncClient, question: Question, rng: random.Random, spent: Counter[str]
+    ) -> Any:
         """Ask until there is a reply. Raises _UnansweredError where only this question goes without, GraderGoneError where
         all have for `patience_s`."""
         health, began, tries, alone = _health.setdefault(self.url, _Health()), time.monotonic(), 0, 0
@@ -181,7 +197,7 @@ class Endpoint:
             try:
                 await _pace(self.url, self.requests_per_minute)
                 asked_at = time.monotonic()
-                reply = await asyncio.wait_for(self._ask_once(client, body, spent), self.timeout_s)
+                reply = await asyncio.wait_for(self._ask_once(client, question, spent), self.timeout_s)
                 self._note_answer(health)
                 return reply
             except TimeoutError:
@@ -199,7 +215,7 @@ class Endpoint:
                 raise failure
             if now >= last + self.patience_s:
                 raise GraderGoneError(
-                    f"judge: {self.url} has answered nobody for {now - last:.0f} s ({failure}; client.patience_s is "
+                    f"{self.who}: {self.url} has answered nobody for {now - last:.0f} s ({failure}; client.patience_s is "
                     f"{self.patience_s:g})"
                 )
             backoff_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries - 1, 10)) * rng.uniform(0.5, 1.5)
@@ -223,18 +239,24 @@ class Endpoint:
             return
         health.told_at = time.monotonic()
         logger.warning(
-            "judge: %s does not answer (%s); asking again in %.1f s, for %.0f s more", self.url, failure, wait_s, left_s
+            "%s: %s does not answer (%s); asking again in %.1f s, for %.0f s more",
+            self.who,
+            self.url,
+            failure,
+            wait_s,
+            left_s,
         )
 
     def _note_answer(self, health: _Health) -> None:
         now = time.monotonic()
         if health.told_at > health.answered_at:
-            logger.warning("judge: %s answers again", self.url)
+            logger.warning("%s: %s answers again", self.who, self.url)
         health.answered_at = now
 
-    async def _ask_once(self, client: httpx.AsyncClient, body: dict[str, Any], spent: Counter[str]) -> str:
-        content = b""
-        async with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
+    async def _ask_once(self, client: httpx.AsyncClient, question: Question, spent: Counter[str]) -> Any:
+        content, address = b"", f"{self.url.rstrip('/')}{question.path}"
+        method, most = ("GET" if question.body is None else "POST"), question.most_bytes
+        async with client.stream(method, address, json=question.body) as response:
             status = response.status_code
             if status != 200:
                 is_down = status in (408, 409, 429, 502, 503, 504)
@@ -242,36 +264,26 @@ class Endpoint:
                 raise _UnansweredError(f"status {status}", again, _retry_after(response))
             async for chunk in response.aiter_raw():
                 content += chunk
-                if len(content) > MAX_REPLY_BYTES:
-                    raise _UnansweredError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB", "maybe")
+                if len(content) > most:
+                    raise _UnansweredError(f"a reply of more than {most >> 20} MiB", "maybe")
         try:
             reply = json.loads(content)
-            text = reply["choices"][0]["message"]["content"]
+            found = question.content(reply)
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _UnansweredError("no chat completion in the response", "maybe") from None
-        usage = reply.get("usage")
+            raise _UnansweredError(question.missing, "maybe") from None
+        usage: Any = reply.get("usage") if isinstance(reply, dict) else None
         for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
             said = usage.get(name)
             spent[name] += said if type(said) is int and 0 <= said <= MOST_TOKENS else 0
-        if not isinstance(text, str):
-            raise _UnansweredError("an empty message", "maybe")
-        return text
-
-    def _body(self, question: Question) -> dict[str, Any]:
-        body = {
-            "model": self.model,
-            "messages": question.messages,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
-        if self.structured:
-            schema = {"name": "verdict", "schema": question.schema, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return body
+        return found
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.api_key_env)
         return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _key_of(question: Question) -> str:
+    return hashlib.sha256(json.dumps(question.body, sort_keys=True).encode()).hexdigest()
 
 
 def _retry_after(response: httpx.Response) -> float | None:
@@ -297,31 +309,3 @@ async def _pace(url: str, requests_per_minute: float | None) -> None:
         turn = max(now, _next_slot.get(url, 0.0))
         _next_slot[url] = turn + 60.0 / requests_per_minute
     await asyncio.sleep(turn - now)
-
-
-def _kept(cache: str, key: str) -> str | None:
-    row = _with_cache(cache, "SELECT reply FROM replies WHERE key = ?", (key,))
-    return row[0] if row and isinstance(row[0], str) else None
-
-
-def _keep(cache: str, key: str, reply: str) -> None:
-    _with_cache(cache, "INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
-
-
-def _with_cache(cache: str, statement: str, values: tuple[str, ...]) -> Any:
-    """Return the first row that a statement finds; one that is damaged is set aside, and a new one begun."""
-    for _ in range(2):
-        try:
-            with contextlib.closing(sqlite3.connect(cache, timeout=30.0)) as database, database:  # ranks share the file
-                database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-                return database.execute(statement, values).fetchone()
-        except sqlite3.OperationalError as error:  # locked, full, not to be written: the judge is asked all the same
-            logger.warning("judge: cache %s: %s", cache, error)
-            return None
-        except sqlite3.DatabaseError as error:
-            aside = f"{cache}.damaged-{time.time_ns()}"
-            logger.warning("judge: cache %s is damaged (%s); set aside as %s", cache, error, aside)
-            for part in ("", "-journal", "-wal"):
-                with contextlib.suppress(FileNotFoundError):  # another rank was first
-                    Path(cache + part).replace(aside + part)
-    return None

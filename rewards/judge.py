@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import completion_text
-from polyphony.rewards.endpoint import Endpoint, Question
+from polyphony.rewards.chat import ChatEndpoint, ChatQuestion
 from polyphony.rewards.registry import check_arguments, settled
 
 RUBRIC = "Judge how well the response does what the request asks: content, correctness, clarity and style."
@@ -67,7 +67,7 @@ class Judge:
     is_slow: ClassVar[bool] = True
     version: ClassVar[int] = 2
     client: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of `Endpoint`: concurrency, requests_per_minute, patience_s, timeout_s, cache, .."""
+    """Further fields of `ChatEndpoint`: concurrency, requests_per_minute, patience_s, timeout_s, cache, .."""
     tokenizer: str | None = None
     """Folder of the judge's tokenizer, whose own special tokens are broken too; None breaks those of the usual templates."""
 
@@ -94,7 +94,7 @@ class Judge:
         rows = len(completions)
         return [_pairwise(a, b) for a, b in zip(verdicts[:rows], verdicts[rows:], strict=True)]
 
-    def _questions(self, prompts: list, completions: list, columns: Mapping[str, Any]) -> list[Question]:
+    def _questions(self, prompts: list, completions: list, columns: Mapping[str, Any]) -> list[ChatQuestion]:
         rubrics = [rubric or self.rubric for rubric in columns.get("rubric") or [None] * len(prompts)]
         rows = list(zip(map(_conversation, prompts), map(completion_text, completions), rubrics, strict=True))
         if self.mode == "pointwise":
@@ -106,12 +106,12 @@ class Judge:
         first = [_comparison(p, r, (text, other), self.tokenizer) for (p, text, r), other in pairs]
         return first + [_comparison(p, r, (other, text), self.tokenizer) for (p, text, r), other in pairs]
 
-    def _score_question(self, prompt: str, text: str, rubric: str) -> Question:
+    def _score_question(self, prompt: str, text: str, rubric: str) -> ChatQuestion:
         low, high = self.scale
         task = f'{rubric}\nReply with {{"score": n}} and nothing else, n a whole number from {low} to {high}.'
         schema = _object("score", {"type": "integer", "minimum": low, "maximum": high})
         messages = _messages(task, {"Request": prompt, "Response": text}, self.tokenizer)
-        return Question(messages=messages, schema=schema, parse=partial(_score, low=low, high=high))
+        return ChatQuestion(messages=messages, schema=schema, parse=partial(_score, low=low, high=high))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +125,7 @@ class SameMeaning:
     model: str
     criterion: str = "Judge whether the two responses to the request say the same in substance, whatever their words."
     client: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of `Endpoint`."""
+    """Further fields of `ChatEndpoint`."""
     is_slow: ClassVar[bool] = True
     tokenizer: str | None = None
     """Folder of the judge's tokenizer, as of `Judge`."""
@@ -153,28 +153,30 @@ class SameMeaning:
                 matrix[i][j] = matrix[j][i] = verdict
         return matrices
 
-    def _question(self, prompt: str, text: str, other: str) -> Question:
+    def _question(self, prompt: str, text: str, other: str) -> ChatQuestion:
         task = f'{self.criterion}\nReply with {{"same": true}} or {{"same": false}} and nothing else.'
         texts = {"Request": prompt, "First response": text, "Second response": other}
         messages = _messages(task, texts, self.tokenizer)
-        return Question(messages=messages, schema=_object("same", {"type": "boolean"}), parse=_is_same)
+        return ChatQuestion(messages=messages, schema=_object("same", {"type": "boolean"}), parse=_is_same)
 
 
-def _endpoint(url: str, model: str, client: Mapping[str, Any]) -> Endpoint:
+def _endpoint(url: str, model: str, client: Mapping[str, Any]) -> ChatEndpoint:
     if said := sorted({"url", "model"} & set(client)):
         raise ValueError(f"judge: client: {', '.join(said)}: said by endpoint and model already")
-    check_arguments(Endpoint, client, where="judge: client")
-    return Endpoint(url=url, model=model, **client)
+    check_arguments(ChatEndpoint, client, where="judge: client")
+    return ChatEndpoint(url=url, model=model, **client)
 
 
-def _comparison(prompt: str, rubric: str, responses: tuple[str, str], tokenizer: str | None) -> Question:
+def _comparison(prompt: str, rubric: str, responses: tuple[str, str], tokenizer: str | None) -> ChatQuestion:
     task = (
         f"{rubric}\nCompare the two responses; their order and their length mean nothing. "
         'Reply with {"better": "first"}, {"better": "second"} or {"better": "tie"} and nothing else.'
     )
     texts = {"Request": prompt, "First response": responses[0], "Second response": responses[1]}
     messages = _messages(task, texts, tokenizer)
-    return Question(messages=messages, schema=_object("better", {"enum": ["first", "second", "tie"]}), parse=_better)
+    return ChatQuestion(
+        messages=messages, schema=_object("better", {"enum": ["first", "second", "tie"]}), parse=_better
+    )
 
 
 @functools.cache

@@ -62,6 +62,8 @@ def be_taught(folder: Path, overrides: Sequence[str]) -> None:
     """Distil for two steps from teachers of whom this rank has not all; write what it saw of the last draw."""
     from polyphony.launch.build import build_trainer
 
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        let_fsdp_start_on_cpus()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         leave_shared_memory_alone()
     trainer = build_trainer(load_recipe(folder / "recipe.yaml", overrides), folder / "run")

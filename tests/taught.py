@@ -42,6 +42,14 @@ def recipe_of(folder, teachers, *overrides, **domains):
     return load_recipe(folder / "recipe.yaml", overrides)
 
 
+def drawn(trainer) -> dict:
+    """Train; return what TRL got of the last draw, before it was shuffled."""
+    outputs, keep = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(keep(inputs)) or outputs[-1]
+    trainer.train()
+    return outputs[-1]
+
+
 def fill(shelf):
     """Save weights: the policy with rows of padding in its embedding, an expert, an adapter that does nothing, one that
     does."""

@@ -12,7 +12,7 @@ import pytest
 
 from polyphony.curricula.records import Completion, Domain, Prompt
 from polyphony.rewards import endpoint, find_reward
-from polyphony.rewards.endpoint import Endpoint, Question
+from polyphony.rewards.chat import ChatEndpoint, ChatQuestion
 from polyphony.rewards.judge import broken
 from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.rewards.registry import GraderGoneError, settled
@@ -322,9 +322,9 @@ def test_tokens_are_counted_by_domain():
 @pytest.mark.parametrize("said", [10**400, -5, True, 1.5, "7", None])
 def test_tokens_that_can_not_be_are_not_counted(said):
     reply = {"choices": [{"message": {"content": '{"score": 10}'}}], "usage": {"prompt_tokens": said}}
-    spent, question = Counter(), Question(messages=[], schema={}, parse=str)
+    spent, question = Counter(), ChatQuestion(messages=[], schema={}, parse=str)
     with Server(json.dumps(reply).encode()) as server:
-        assert asyncio.run(Endpoint(url=server.url, model="j").ask([question], spent=spent)) == ['{"score": 10}']
+        assert asyncio.run(ChatEndpoint(url=server.url, model="j").ask([question], spent=spent)) == ['{"score": 10}']
     assert spent.total() == 0
 
 
@@ -608,4 +608,4 @@ def test_pairwise_without_references_is_refused():
 
 
 def test_an_endpoint_asked_nothing_answers_nothing():
-    assert settled([Endpoint(url="http://127.0.0.1:1/v1", model="j").ask([])]) == [[]]
+    assert settled([ChatEndpoint(url="http://127.0.0.1:1/v1", model="j").ask([])]) == [[]]

@@ -1,4 +1,4 @@
-"""The judge against the real server: vLLM's OpenAI endpoint, with a tiny model that was never trained."""
+"""The judge, and a teacher, against the real server: vLLM's OpenAI endpoint, with a tiny model that was never trained."""
 
 import asyncio
 import json
@@ -12,8 +12,10 @@ import urllib.request
 
 import pytest
 
+from polyphony.launch.build import build_trainer
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
+from tests.taught import drawn, recipe_of
 from tests.test_judge import INJECTIONS, Server
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -59,9 +61,14 @@ def save_untrained_model(folder):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_untrained_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -151,3 +158,18 @@ def test_no_turn_is_opened_by_judged_text_in_the_tokens_that_a_real_server_recei
     counts = [sum(token in special for token in ids) for ids in received]
     assert counts[:-1] == [frame] * len(texts)
     assert counts[-1] > len(CONTROL)  # unbroken, the server takes them for what they are
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_the_student_teaches_nothing_through_the_real_server(url, folder, tmp_path):
+    """And says the same at the second time, its prefix cache being on."""
+    domains = {"a": ("strings", "t"), "b": ("arithmetic", "t")}
+    loaded = recipe_of(tmp_path, {"t": {"endpoint": url}}, f"model={folder}", "grpo.temperature=1", **domains)
+    trainer = build_trainer(loaded, tmp_path / "run")
+    advantages = drawn(trainer)["advantages"]
+    assert advantages.dim() == 2 and advantages.abs().max() < 1e-5
+    rows = list(trainer._rollout.rows.values())
+    again = trainer.distil.teachers.heard(rows)
+    for row, heard in zip(rows, again, strict=True):
+        assert len(row.teacher_logps) == len(row.ids) > 0
+        assert heard.teacher_logps == pytest.approx(row.teacher_logps, abs=1e-5)

@@ -8,6 +8,7 @@ import torch
 from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import find_reward, other_versions, version_of
 from polyphony.trainer.data import PromptTable
+from polyphony.trainer.run.origins import origin_of, refuse_other_teachers
 from polyphony.trainer.run.provenance import provenance, refuse_other_data, versions_since
 
 
@@ -119,6 +120,21 @@ def test_rows_and_weights_that_are_others_now_are_refused_by_name(weights):
     (weights / "model-1.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="its weights are not those that the run began with"):
         refuse_other_data(known, rows("2"), model=str(weights))
+
+
+def test_a_teacher_that_is_another_now_is_refused_by_name(weights):
+    says = {"name": "expert", "says": [-1.0, -2.0, -0.5]}
+    known = provenance(model="m", tables={}, rewards={}, teachers={"t": origin_of(str(weights)), "far": says})
+    refuse_other_teachers(known, {"t": origin_of(str(weights)), "far": says | {"says": [-1.01, -2.0, -0.48]}})
+    refuse_other_teachers({}, {"far": says})  # as an older version noted it
+    with pytest.raises(ValueError, match=r"^teachers\.far: its log-probabilities .* \(expert then, other now\)"):
+        refuse_other_teachers(known, {"far": {"name": "other", "says": [-1.0, -3.0, -0.5]}})
+    (weights / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^teachers\.t: adapter_config\.json is not as the run began with"):
+        refuse_other_teachers(known, {"t": origin_of(str(weights))})
+    (weights / "model-1.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"^teachers\.t: its weights are not those that the run began with"):
+        refuse_other_teachers(known, {"t": origin_of(str(weights))})
 
 
 def test_another_tokenizer_or_configuration_beside_the_same_weights_is_refused_by_name(weights):

@@ -6,14 +6,15 @@ import inspect
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from polyphony.curricula.records import Prompt
-from polyphony.launch.build import build_trainer, grpo_config
+from polyphony.curricula.records import Completion, Prompt
+from polyphony.launch.build import build_trainer, check_names, grpo_config
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.run.folder import UNFINISHED_FILE
 from polyphony.trainer.settings import UpdateSettings
@@ -37,6 +38,18 @@ def test_a_context_stands_where_the_policy_reads_the_last_message():
     assert in_context("It is {answer}, {{so}}.", row()).prompt == "It is 4, {so}.\n\n2 + 2 ="
     assert in_context("{answer}! {prompt}", row(chat)).prompt == [chat[0], {"role": "user", "content": "4! 2 + 2 ="}]
     assert in_context("{prompt}", row("a {brace}")).prompt == "a {brace}"  # what is filled in is not filled in again
+
+
+def test_of_the_attempt_a_teacher_may_read_its_text_its_reward_and_what_the_reward_told_of_it():
+    context = "{prompt} {attempt}: {reward}. {feedback} {answer}"
+    said = Completion(ids=(1,), prompt=row(), text="5 {x}", reward=0.5)
+    told = replace(said, feedback="Too high.", reward=None)
+    assert in_context(context, row(), said).prompt == "2 + 2 = 5 {x}: 0.5. The reward is 0.5. 4"
+    assert in_context(context, row(), told).prompt == "2 + 2 = 5 {x}: unknown. Too high. 4"
+    assert in_context(context, row()).prompt == "2 + 2 = : .  4"
+    taken = replace(row(), columns={"reward": 1})
+    with pytest.raises(ValueError, match="row '7' has a field 'reward', which in a context is the attempt's"):
+        in_context("{reward}", taken, said)
 
 
 @pytest.mark.parametrize("name", ["proof", "note"])
@@ -89,6 +102,7 @@ def test_distillation_averages_over_each_completion_unless_the_recipe_says_other
 
 # --- refused by the recipe --------------------------------------------------------------------------------------------
 
+THERE = "{endpoint: 'http://127.0.0.1:9/v1'}"
 WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
 
 
@@ -112,7 +126,12 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*BOTH, "distil.clip=0"], "distil.clip: "),
         ([*BOTH, "teachers.t.model=./gone"], "teachers.t.model: folder "),
         ([*BOTH, "teachers.t.modle=self"], "unknown key 'teachers.t.modle'; did you mean 'model'?"),
-        ([*BOTH, "teachers.t.endpoint=http://x"], "unknown key 'teachers.t.endpoint'"),
+        ([*BOTH, "teachers.t={context: '{prompt}'}"], "teachers.t: needs weights: model, or endpoint"),
+        ([*BOTH, "teachers.t.endpoint=http://x/v1"], "teachers.t: model self and an endpoint exclude each other"),
+        ([*BOTH, "teachers.t.client={timeout_s: 5}"], "teachers.t.client: it is for a teacher behind an endpoint"),
+        ([*BOTH, f"teachers.t={THERE}", "grpo.temperature=0.7"], "grpo.temperature=0.7 with teachers.t.endpoint: "),
+        ([*BOTH, f"teachers.t={THERE}", "grpo.top_p=0.9"], "grpo.top_p=0.9 with teachers.t.endpoint: "),
+        ([*BOTH, f"teachers.t={THERE}", "grpo.top_k=20"], "grpo.top_k=20 with teachers.t.endpoint: "),
         ([*BOTH, "teachers.t.context='{answer'"], "teachers.t.context: "),
     ],
 )
@@ -120,6 +139,21 @@ def test_what_contradicts_is_one_line(recipe, overrides, line):
     with pytest.raises(RecipeError) as refused:
         load_recipe(recipe, overrides)
     assert refused.value.problems[0].startswith(line), refused.value.problems
+
+
+@pytest.mark.parametrize(
+    ("teacher", "line"),
+    [
+        ("{endpoint: 'tutor:8000'}", "teachers.t: endpoint must be an http(s) address up to /v1, got 'tutor:8000'"),
+        ("{endpoint: 'http://x/v1', client: {cache: a}}", "teachers.t.client: unknown argument 'cache'"),
+        ("{endpoint: 'http://x/v1', client: {timeout_s: 0}}", "teachers.t: timeout_s must be > 0, got 0"),
+        ("{endpoint: 'http://x/v1', client: {timeout_s: a}}", "teachers.t.client: timeout_s: expected"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_one_is_one_line(recipe, teacher, line):
+    with pytest.raises(RecipeError) as refused:
+        check_names(load_recipe(recipe, [*BOTH, f"teachers.t={teacher}"]))
+    assert str(refused.value).startswith(line)
 
 
 def test_only_taught_domains_do_not_need_a_group(recipe):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ from polyphony.trainer.settings import (
 )
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
+from polyphony.trainer.teachers.context import FEEDBACK
 from polyphony.trainer.teachers.distil import Distil
-from polyphony.trainer.teachers.teachers import Lesson, Teachers
+from polyphony.trainer.teachers.lesson import Lesson
+from polyphony.trainer.teachers.teachers import Teachers
 from polyphony.trainer.weight_names import load_converted
 
 
@@ -164,7 +167,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
         made |= {"optimizers": optimizers if any(optimizers) else None}
         outset = Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
-        self._steer_and_watch(args, curriculum, settings, model)
+        self._steer_and_watch(args, curriculum, settings, model, outset)
         slotted = slot_arguments(args, self.plan)
         super().__init__(
             model=model,
@@ -185,9 +188,13 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._walk_and_evaluate(engine, settings)
         self.run = Run(self, outset, model=name).attach() if outset else None
 
-    def _steer_and_watch(self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any) -> None:
+    def _steer_and_watch(
+        self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any, outset: Outset | None
+    ) -> None:
         """Make what steers a run and what watches it: these need rows and no weights."""
         self.lesson = Lesson.of(settings.update.teachers, self.data, model=model) if settings.update.distil else None
+        if outset and self.lesson:
+            outset.refuse_other_teachers(self.lesson)
         given, self.probes = with_probes(curriculum)
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
@@ -273,9 +280,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._rollout = rollout = self._roll_out(len(inputs))
         self.policy.rest()
         self._row_entropy = None
-        if self.extra.columns:
-            for column, values in self.extra.flush(list(rollout.rows.values())).items():
-                self._log_completion_extra(column, values)
         output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
         self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
@@ -327,13 +331,27 @@ class DomainGRPOTrainer(GRPOTrainer):
             # starting the dataloader consumed random numbers that an uninterrupted run did not consume here
             self._chance_of_draw()
             self._chance_of_draw = None
-        before = BeforeDraw(self.curriculum) if self.scorer.slow | self.fusion.slow else None
+        remote = self.lesson.endpoints if self.lesson else ()
+        before = BeforeDraw(self.curriculum) if self.scorer.slow | self.fusion.slow or remote else None
         try:
-            return self.draws.roll_out(n_rows)
+            return self._heard(self.draws.roll_out(n_rows))
         except GraderGoneError as error:
             if before is not None:
                 self._save_before(before)
             raise self.run.ended_by(error) if self.run else error from None
+
+    def _heard(self, rollout: Rollout) -> Rollout:
+        """Show what rewards told of each completion; add it to the rows, and what teachers behind endpoints say."""
+        rows = list(rollout.rows.values())
+        told = self.extra.flush(rows) if self.extra.columns else {}
+        for column, values in told.items():
+            self._log_completion_extra(column, values)
+        rows = [
+            c if said is None else replace(c, feedback=str(said))
+            for c, said in zip(rows, told.get(FEEDBACK, [None] * len(rows)), strict=True)
+        ]
+        rows = self.distil.teachers.heard(rows) if self.distil else rows
+        return replace(rollout, rows=dict(zip(rollout.rows, rows, strict=True)))
 
     @contextmanager
     def chance_as_saved(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32"
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
         "num_generations": 4,

@@ -59,6 +59,7 @@ from polyphony.trainer.run.tracking import WandbTracker, track_completions, trac
 from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import DrawPlan
+from polyphony.trainer.teachers.lesson import Lesson
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Trained(Protocol):
     accelerator: Any
     callback_handler: Any
     data: DomainData
+    lesson: Lesson | None
     plan: DrawPlan
     curriculum: Curriculum
     probes: TransferMatrix | None
@@ -296,7 +298,10 @@ class Run(TrainerCallback):
 
     def _record_origin(self, step: int, *, is_going_on: bool) -> None:
         """Write where the numbers come from; say what is another version or another setting than before this step."""
-        origin = provenance(model=self.model, tables=self.trainer.data.tables, rewards=self.trainer.scorer.rewards)
+        trainer = self.trainer
+        teachers = trainer.lesson.origins if trainer.lesson and self.is_main else {}
+        data, rewards = trainer.data.tables, trainer.scorer.rewards
+        origin = provenance(model=self.model, tables=data, rewards=rewards, teachers=teachers)
         self.recorder.provenance = origin
         if not self.is_main:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 MAY_CHANGE = {
@@ -10,6 +11,8 @@ MAY_CHANGE = {
     "checkpoint.": "",
     "faults.": "",
     "guardrails.": "what may be lost",
+    "teachers.*.client.": "",
+    "teachers.*.endpoint": "",
     "tracking.": "",
     "eval.shown": "",
     "rollouts.max_grader_failures": "",
@@ -29,13 +32,13 @@ MAY_CHANGE = {
     "grpo.logging_": "",
 }
 """Beginnings of the settings with other values of which a run may go on, as they change nothing of what was practised and
-measured; and what they change from there on, beside themselves."""
+measured; and what they change from there on, beside themselves. A star stands for a name."""
 
 
 def may_change(key: str) -> str | None:
     """Return what another value of a setting changes from now on; None where that would be what was, too."""
     begins = {begin if begin[-1] in "._" else f"{begin}.": words for begin, words in MAY_CHANGE.items()}
-    return next((words for begin, words in begins.items() if f"{key}.".startswith(begin)), None)
+    return next((words for begin, words in begins.items() if fnmatchcase(f"{key}.", f"{begin}*")), None)
 
 
 def from_now_on(changes: Mapping[str, tuple[Any, Any]], *, step: int) -> list[str]:

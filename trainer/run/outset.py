@@ -14,6 +14,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.run.origins import refuse_other_teachers
 from polyphony.trainer.run.provenance import refuse_other_data, settings_of_script
 from polyphony.trainer.settings import CheckpointSettings, EvaluationSettings, TrainerSettings
 from polyphony.trainer.slots import DrawPlan
@@ -101,6 +102,11 @@ class Outset:
         if folder.holds_run and folder.provenance.is_file():
             refuse_other_data(read_object(folder.provenance), data.tables, model=made["model"])
         return cls(folder=folder, cadence=cadence, settings=settings, said=said, changed=changed)
+
+    def refuse_other_teachers(self, lesson: Any) -> None:
+        """Raise ValueError for a teacher of a `Lesson` that is another than the run in the folder began with."""
+        if self.folder.holds_run and self.folder.provenance.is_file():
+            refuse_other_teachers(read_object(self.folder.provenance), lesson.origins)
 
     def arguments(self, args: GRPOConfig) -> GRPOConfig:
         """Return a copy of `args` for a run that evaluates and keeps checkpoints itself, in its folder."""

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -26,8 +25,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY
 from polyphony.rewards.registry import Reward, other_versions, version_of
-from polyphony.trainer.checkpoint_mark import digests
 from polyphony.trainer.data import PromptTable
+from polyphony.trainer.run.origins import digest, origin_of, refuse_other_weights
 from polyphony.trainer.settings import TrainerSettings
 
 PACKAGES = (
@@ -44,9 +43,15 @@ PACKAGES = (
 )
 
 
-def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain."""
-    files = _beside_weights(Path(model))
+def provenance(
+    *,
+    model: str,
+    tables: Mapping[str, PromptTable],
+    rewards: Mapping[str, Reward],
+    teachers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return what is needed to say later what a run was; `tables` by their place in the recipe, `rewards` by domain,
+    `teachers` by name where they come from."""
     return {
         "python": platform.python_version(),
         "packages": {
@@ -54,9 +59,10 @@ def provenance(*, model: str, tables: Mapping[str, PromptTable], rewards: Mappin
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
-        "model": {"name": model, "sha256": _weights_hash(Path(model))} | ({"files": files} if files else {}),
+        "model": origin_of(model),
         "graders": {name: version_of(reward) for name, reward in rewards.items()},
         "data": {place: _data(table) for place, table in tables.items()},
+        **({"teachers": dict(teachers)} if teachers else {}),
     }
 
 
@@ -72,20 +78,8 @@ def refuse_other_data(known: Mapping[str, Any], tables: Mapping[str, PromptTable
                 f"{place}: its rows are not those that the run has practised and measured ({then.get('rows')} then, "
                 f"{now['rows']} now, and their digests differ): give them back, or start anew"
             )
-    if not isinstance(model, str):
-        return
-    began, folder = known.get("model", {}), Path(model)
-    then, now = began.get("sha256"), _weights_hash(folder)
-    if then is not None and now is not None and then != now:
-        raise ValueError(
-            f"model {model}: its weights are not those that the run began with; give them back, or start anew"
-        )
-    then, now = began.get("files") or {}, _beside_weights(folder) if began.get("files") else {}
-    if others := [name for name in sorted(then | now) if then.get(name) != now.get(name)]:
-        raise ValueError(
-            f"model {model}: {', '.join(others)} {'is' if len(others) == 1 else 'are'} not as the run began with; give back "
-            "what was there, or start anew"
-        )
+    if isinstance(model, str):
+        refuse_other_weights(known.get("model", {}), f"model {model}", folder=model)
 
 
 def versions_since(known: Mapping[str, Any], now: Mapping[str, Any], *, step: int) -> list[str]:
@@ -239,41 +233,12 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def _weights_hash(folder: Path) -> str | None:
-    """Hash of the weight files of a local folder; None for a hub name, which carries its own revision."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        return None
-    each = _digests(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-    return _digest(b"".join(map(bytes.fromhex, each)))
-
-
-@lru_cache(maxsize=4)
-def _digests(files: tuple[tuple[Path, int, int], ...]) -> list[str]:
-    """Return the sha256 of files, read once a process while size and time stay as they are."""
-    return digests([path for path, *_ in files])
-
-
-BESIDE_WEIGHTS = tuple(
-    """
-    *config.json *token*.json vocab.* merges.txt *.model *.tiktoken chat_template* additional_chat_templates/* *.py
-    """.split()  # noqa: SIM905
-)
-"""What says how a folder's weights are used: configuration, tokenizer, chat template, code of its own."""
-
-
-def _beside_weights(folder: Path) -> dict[str, str]:
-    """Hashes of a local folder's small files, by name; none for a hub name."""
-    paths = sorted({path for pattern in BESIDE_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
-    return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in paths}
-
-
 def _data(table: PromptTable) -> dict[str, Any]:
     """Rows, the hash of their ids and of all that is in them, the ids of those that were left out, what was said of them."""
     content = hashlib.sha256()
     for prompt in table:
         content.update(json.dumps([prompt.id, prompt.prompt, prompt.columns], sort_keys=True, default=_stable).encode())
-    found: dict[str, Any] = {"rows": len(table), "sha256": _digest("\n".join(table.ids).encode())}
+    found: dict[str, Any] = {"rows": len(table), "sha256": digest("\n".join(table.ids).encode())}
     found["content"] = content.hexdigest()
     also = {"left_out": table.left_out, "told": table.told}
     return found | {name: value for name, value in also.items() if value}
@@ -282,7 +247,3 @@ def _data(table: PromptTable) -> dict[str, Any]:
 def _stable(value: Any) -> str:
     """Return what stands for a value that JSON does not know, the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

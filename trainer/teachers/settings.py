@@ -22,18 +22,27 @@ class TeacherSettings:
     Example: `TeacherSettings(model="self", context="{prompt} The answer is {answer}.")`
     """
 
-    model: str
+    model: str | None = None
     """A checkpoint's folder or a name on the hub, with the policy's vocabulary; the folder of an adapter of the recipe's
     model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step, frozen (with `lora`, the
-    base without the adapter). A relative folder is looked for beside the recipe first."""
+    base without the adapter). A relative folder is looked for beside the recipe first. With `endpoint`, the name by which
+    it is served there; null: the only one."""
+    endpoint: str | None = None
+    """Address, up to and with `/v1`, of a server that scores token ids as vLLM's does (`prompt_logprobs`) and has the
+    policy's vocabulary. The run samples at temperature 1, nothing cut off."""
+    client: Mapping[str, Any] = Field(default_factory=dict)
+    """How the endpoint is asked, as a judge's is: `api_key_env`, `concurrency`, `requests_per_minute`, `patience_s`,
+    `timeout_s`."""
     context: str | None = None
     """What the teacher reads where the policy reads the prompt's last message: text with fields of the row in braces,
-    `{answer}`, and `{prompt}` for that message, which else comes after the text. Null: it reads what the policy does."""
+    `{answer}`, and `{prompt}` for that message, which else comes after the text. Of the very completion that it scores:
+    `{attempt}`, its text; `{reward}`; `{feedback}`, what the domain's reward told of it by `log_extra("feedback", ..)`, else
+    the reward in words. Null: it reads what the policy does."""
 
     @field_validator("model")
     @classmethod
-    def _is_a_name(cls, model: str) -> str:
-        if not model.strip() or not model.isprintable():
+    def _is_a_name(cls, model: str | None) -> str | None:
+        if model is not None and (not model.strip() or not model.isprintable()):
             raise ValueError("expected a folder, a name on the Hugging Face hub, self or self@start")
         return model
 
@@ -90,6 +99,8 @@ def check_teachers(
         return
     if not taught:
         raise ValueError("algorithm: distil needs a teacher: teachers.<name>, and domains.<name>.teacher")
+    for name, teacher in teachers.items():
+        _check_source(name, teacher, of_trl)
     for domain in domains:
         if domain.teacher is not None:
             _check_pupil(domain, teachers)
@@ -110,6 +121,30 @@ def check_teachers(
             "pool.refill.max_rounds=0"
         )
     _check_loss(of_trl)
+
+
+WHOLE = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+"""How a run samples whose teacher is behind an endpoint: log-probabilities come from there as the model has them."""
+OFF = {"top_k": -1}
+"""Other ways to say so."""
+
+
+def _check_source(name: str, teacher: TeacherSettings, of_trl: Callable[[str], Any]) -> None:
+    where = f"teachers.{name}"
+    if teacher.model is None and teacher.endpoint is None:
+        raise ValueError(f"{where}: needs weights: model, or endpoint")
+    if teacher.endpoint is None:
+        if teacher.client:
+            raise ValueError(f"{where}.client: it is for a teacher behind an endpoint; leave it out")
+        return
+    if teacher.model in (CURRENT, START):
+        raise ValueError(f"{where}: model {teacher.model} and an endpoint exclude each other; leave out one")
+    for field, whole in WHOLE.items():
+        if (value := of_trl(field)) not in (None, whole, OFF.get(field)):
+            raise ValueError(
+                f"grpo.{field}={value:g} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
+                f"cut off; sample so ({field} {whole}), or load the teacher here (model)"
+            )
 
 
 def _check_pupil(domain: Domain, teachers: Mapping[str, TeacherSettings]) -> None:

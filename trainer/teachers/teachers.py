@@ -2,85 +2,34 @@
 
 Adapters share one base: with full weights a frozen copy, which is `self@start` too; with a policy that is an adapter itself
 the policy's own base, whose tensors are not copied. A teacher of its own weights waits in the memory of the host where
-there are several. Every rank runs every teacher on as many rows, because forward passes of sharded weights are collective.
+there are several. Every rank runs every teacher on as many rows, because forward passes of sharded weights are collective;
+it asks one behind an endpoint about its own rows, as soon as they are graded.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from polyphony.curricula.records import Completion, Domain, Prompt
-from polyphony.trainer.domains import DomainData, context_of
+from polyphony.curricula.records import Completion
+from polyphony.rewards.registry import settled
 from polyphony.trainer.policy import Policy
-from polyphony.trainer.teachers.context import in_context
-from polyphony.trainer.teachers.settings import TeacherSettings
-from polyphony.trainer.teachers.weights import TeacherWeights, check_vocabulary
+from polyphony.trainer.scoring import together
+from polyphony.trainer.teachers.lesson import Lesson
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lesson:
-    """Who teaches which domain, found and checked before weights are loaded.
-
-    Example: `Lesson.of(settings.update.teachers, data, model="Qwen/Qwen3-0.6B").of_domain["math"]`
-    """
-
-    teachers: Mapping[str, TeacherSettings]
-    """By name, those that teach a domain."""
-    weights: Mapping[str, TeacherWeights]
-    of_domain: Mapping[str, str]
-    """The teacher's name, for domains that have one."""
-    data: DomainData
-    model: Any
-    """What the policy is made of: a model, or its name."""
-
-    @classmethod
-    def of(cls, teachers: Mapping[str, TeacherSettings], data: DomainData, *, model: Any) -> Lesson:
-        """Find weights, compare vocabularies, fill every training row into its teacher's context. Raises ValueError."""
-        of_domain = {domain.name: domain.teacher for domain in data.domains if domain.teacher is not None}
-        named = {name: teachers[name] for name in sorted(set(of_domain.values()))}
-        base = model if isinstance(model, str) else model.name_or_path
-        weights = {name: TeacherWeights.of(name, teacher, base=base) for name, teacher in named.items()}
-        for name, found in weights.items():
-            check_vocabulary(name, found, data.tokenizer)
-        lesson = cls(teachers=named, weights=weights, of_domain=of_domain, data=data, model=model)
-        for domain in data.domains:
-            if domain.name in of_domain:
-                lesson._check_room(domain)
-        return lesson
-
-    def read(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
-        """Return the token ids of prompts as their domains' teachers read them."""
-        return [self._read(prompt) for prompt in prompts]
-
-    def _read(self, prompt: Prompt) -> Sequence[int]:
-        context = self.teachers[self.of_domain[prompt.domain]].context
-        return prompt.ids if context is None else self.data.tokenized([in_context(context, prompt)])[0].ids
-
-    def _check_room(self, domain: Domain) -> None:
-        """Raise ValueError for a row that does not fit into its teacher's template or memory."""
-        name = self.of_domain[domain.name]
-        context, weights = self.teachers[name].context, self.weights[name]
-        room = context_of(weights.path) if weights.kind == "checkpoint" else self.data.context
-        if context is None and weights.kind != "checkpoint":
-            return
-        table, limit = self.data.train[domain.name], self.data.limits[domain.name]
-        for prompt in table:
-            asked = prompt if context is None else in_context(context, prompt)
-            if room is not None and (n := len(self.data.tokenized([asked])[0].ids)) + limit > room:
-                raise ValueError(
-                    f"teachers.{name}: {table.row_of(prompt.id)}: {n} tokens to read and {limit} to score, "
-                    f"its context holds {room}"
-                )
+Row = tuple[list[int], list[int]]
+"""Token ids that a teacher reads, and that it scores."""
 
 
 class Teachers:
@@ -97,6 +46,7 @@ class Teachers:
             trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
         kinds = {found.kind for found in lesson.weights.values()}
+        self._here = [name for name in lesson.teachers if lesson.weights[name].kind != "endpoint"]
         has_adapter = isinstance(trainer.model, PeftModel)
         if "start" in kinds and has_adapter and isinstance(lesson.model, PeftModel):
             raise ValueError(
@@ -113,25 +63,59 @@ class Teachers:
         for loaded in self._loaded.values() if self._is_waiting else ():
             loaded.to("cpu")
 
-    def logps(self, completions: Sequence[Completion]) -> list[torch.Tensor | None]:
-        """Return, for each completion of this rank, its teacher's log-probability of each token [T]; None without one."""
-        found: list[torch.Tensor | None] = [None] * len(completions)
-        of = [self.lesson.of_domain.get(completion.prompt.domain) for completion in completions]
-        for name in self.lesson.teachers:
-            places = [i for i, teacher in enumerate(of) if teacher == name]
-            most = max(gather_object([len(places)]))
-            if not most:
-                continue
-            prompts = self.lesson.read([completions[i].prompt for i in places])
-            rows = [(list(ids), list(completions[i].ids)) for ids, i in zip(prompts, places, strict=True)]
-            # a rank with fewer rows runs its own first one again, which nobody reads
-            spare = rows[0] if rows else (list(completions[0].prompt.ids), list(completions[0].ids))
-            scored = self._score(name, rows + [spare] * (most - len(rows)))
-            for i, logps in zip(places, scored[: len(places)], strict=True):
-                found[i] = logps
+    def heard(self, completions: Sequence[Completion]) -> list[Completion]:
+        """Return them with what teachers behind endpoints say; collective where there are such.
+
+        Raises GraderGoneError on every rank where one of them answers nobody any more.
+        """
+        if not self.lesson.endpoints:
+            return list(completions)
+        return together(lambda: self._asked(completions), self.lesson.endpoints, gather_object)
+
+    def _asked(self, completions: Sequence[Completion]) -> list[Completion]:
+        found, places = list(completions), {}
+        asking = []
+        for name, endpoint in self.lesson.endpoints.items():
+            rows = self._rows(name, completions)
+            places[name] = [i for i, row in rows.items() if row is not None]
+            asking.append(endpoint.ask([row for row in rows.values() if row is not None]))
+            for i in rows:
+                found[i] = replace(found[i], teacher_logps=(math.nan,) * len(found[i].ids))
+        for told, of in zip(settled(asking), places.values(), strict=True):
+            for logps, i in zip(told, of, strict=True):
+                found[i] = replace(found[i], teacher_logps=logps)
         return found
 
-    def _score(self, name: str, rows: Sequence[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    def _rows(self, name: str, completions: Sequence[Completion]) -> dict[int, Row | None]:
+        """Return by place what a teacher reads and what it scores of each of its completions; None where it has no room."""
+        of_domain = self.lesson.of_domain
+        places = [i for i, c in enumerate(completions) if of_domain.get(c.prompt.domain) == name]
+        read = self.lesson.read([completions[i] for i in places])
+        return {
+            i: None if ids is None else (list(ids), list(completions[i].ids))
+            for i, ids in zip(places, read, strict=True)
+        }
+
+    def logps(self, completions: Sequence[Completion]) -> list[torch.Tensor | None]:
+        """Return, for each completion of this rank, its teacher's log-probability of each token [T]; None without one.
+
+        NaN where the teacher has none. What is behind an endpoint has been `heard`.
+        """
+        device = self.policy.trainer.accelerator.device
+        found = [None if (t := c.teacher_logps) is None else torch.tensor(t, device=device) for c in completions]
+        for name in self._here:
+            rows = self._rows(name, completions)
+            most = max(gather_object([len(rows)]))
+            if not most:
+                continue
+            # a rank with fewer rows runs one again, which nobody reads
+            spare = next(filter(None, rows.values()), (list(completions[0].prompt.ids), list(completions[0].ids)))
+            scored = self._score(name, [row or spare for row in rows.values()] + [spare] * (most - len(rows)))
+            for (i, row), logps in zip(rows.items(), scored[: len(rows)], strict=True):
+                found[i] = torch.full((len(completions[i].ids),), math.nan, device=device) if row is None else logps
+        return found
+
+    def _score(self, name: str, rows: Sequence[Row]) -> list[torch.Tensor]:
         """Score in micro-batches of rows of like length."""
         size = self.policy.trainer.args.per_device_train_batch_size
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
@@ -213,6 +197,8 @@ class Teachers:
         model.eval().requires_grad_(requires_grad=False)
         if trainer.is_deepspeed_enabled:
             return prepare_deepspeed(model, trainer.accelerator)
+        if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 2:
+            return fsdp2_prepare_model(trainer.accelerator, model)  # TRL's splits what only the first rank has loaded
         if trainer.is_fsdp_enabled:
             return prepare_fsdp(model, trainer.accelerator)
         return trainer.accelerator.prepare_model(model, evaluation_mode=True)

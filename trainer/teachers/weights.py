@@ -33,9 +33,9 @@ class TeacherWeights:
     Example: `TeacherWeights.of("tutor", TeacherSettings(model="self@start"), base="Qwen/Qwen3-0.6B").kind` is `start`.
     """
 
-    kind: Literal["current", "start", "adapter", "checkpoint"]
+    kind: Literal["current", "start", "adapter", "checkpoint", "endpoint"]
     path: str = ""
-    """A folder, or a name on the hub."""
+    """A folder, a name on the hub, or an endpoint's address."""
 
     @classmethod
     def of(cls, name: str, settings: TeacherSettings, *, base: str) -> TeacherWeights:
@@ -43,13 +43,19 @@ class TeacherWeights:
 
         Raises ValueError for a folder that is not there, not whole, or of an adapter of another model.
         """
+        if settings.endpoint is not None:
+            # httpx is slow to import
+            from polyphony.trainer.teachers.endpoint import TeacherEndpoint
+
+            return cls("endpoint", TeacherEndpoint.of(name, settings).url)
         if settings.model in (CURRENT, START):
             return cls("current" if settings.model == CURRENT else "start")
-        where, folder = f"teachers.{name}.model", Path(settings.model)
+        model = str(settings.model)
+        where, folder = f"teachers.{name}.model", Path(model)
         if not folder.is_dir():
-            if settings.model.startswith((".", "/", "~")) or folder.exists():
+            if model.startswith((".", "/", "~")) or folder.exists():
                 raise ValueError(f"{where}: folder {folder} does not exist")
-            return cls("checkpoint", settings.model)
+            return cls("checkpoint", model)
         said = next((file for file in (ADAPTER, CONFIG) if (folder / file).is_file()), None)
         if said is None or is_unfinished(folder):
             why = "was cut off while being saved" if is_unfinished(folder) else f"has neither {CONFIG} nor {ADAPTER}"
@@ -57,13 +63,13 @@ class TeacherWeights:
         if why := _lacking(folder, FILES[said]):
             raise ValueError(f"{where}: {folder}: {why}")
         if said == CONFIG:
-            return cls("checkpoint", settings.model)
+            return cls("checkpoint", model)
         of = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
         if not _is_same(of, base):
             raise ValueError(
                 f"{where}: {folder} is an adapter of {of}, the policy is {base}: give the merged checkpoint, a run's final/"
             )
-        return cls("adapter", settings.model)
+        return cls("adapter", model)
 
 
 @contextmanager
