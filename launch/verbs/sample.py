@@ -108,6 +108,8 @@ def _expert(recipe: Recipe, domain: str, teacher: str) -> Expert:
         raise RecipeError(f"{where}: a watched domain has no training prompts to answer")
     try:
         settings = recipe.teachers.get(teacher) or TeacherSettings(model=teacher)
+        if settings.endpoint or settings.model is None:
+            raise ValueError("is behind an endpoint, which scores answers and gives none: name its weights")
         if Path(settings.model).is_dir():
             settings = replace(settings, model=str(Path(weights_of(settings.model)).resolve()))
         weights = TeacherWeights.of(teacher, settings, base=recipe.model)

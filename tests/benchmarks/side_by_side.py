@@ -142,6 +142,7 @@ class SideBySide:
         """Return a fresh trainer of ours."""
         folder = claim_folder(self.recipe, self.next_folder(), resume=False)
         trainer = start(self.recipe, folder, engine=self.engine)
+        assert isinstance(trainer, DomainGRPOTrainer)
         self.prompts, self.seeds = [], []
         draws, recorder = itertools.count(), trainer.draws.recorder
         assert recorder is not None

@@ -52,7 +52,7 @@ def trained(model: str, folder: Path, *, engine: Any, precision: str = "float32"
         "seed": 1,
     }
     domain = Domain(name="even", kind="structured", train=ROWS[:8], heldout=ROWS[8:], reward=evenness)
-    of_vllm = {} if engine == "transformers" else {"vllm_max_model_length": 64}
+    of_vllm: dict[str, Any] = {} if engine == "transformers" else {"vllm_max_model_length": 64}
     args = GRPOConfig(**settings | of_vllm | changes)
     return DomainGRPOTrainer(model, args, domains=[domain], curriculum="joint", engine=engine)
 
