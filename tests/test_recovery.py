@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,9 @@ from polyphony.curricula.records import Domain, Evaluation, Group
 from polyphony.curricula.schedulers.fixed import Sequential
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.forgetting import stages
+from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.trainer.checkpoint_mark import write_mark
+from polyphony.trainer.run.recovery import Rescue
 from tests.test_guardrails import ones, row
 
 DOMAINS = [Domain(name=name, kind="structured", train=[0]) for name in ("math", "code", "talk")]
@@ -30,7 +34,14 @@ def drawn(c, own, n=4):
     refs = c.draw(n)
     rewards = [float((own + k) % 3 == 0) for k in range(4)]
     groups = [
-        Group(prompt_id=ref.id, domain=ref.domain, draw=0, rewards=tuple(rewards), lengths=(5,) * 4, truncated=(False,) * 4)
+        Group(
+            prompt_id=ref.id,
+            domain=ref.domain,
+            draw=0,
+            rewards=tuple(rewards),
+            lengths=(5,) * 4,
+            truncated=(False,) * 4,
+        )
         for ref in refs
     ]
     c.observe(groups, {ref.domain: 0.5 for ref in refs})
@@ -158,3 +169,142 @@ def test_a_domain_that_was_hurt_in_its_own_stage_is_not_held_to_the_damage():
     assert (since, change.high < 0) == ("since its best evaluation", True)
     after = [*run, recovered(24, ones(85), ones(10)), row(34, ("math",), math=ones(88), code=ones(10))]
     assert check([MATH], after) == []
+
+
+# --- a run's recoveries -----------------------------------------------------------------------------------------------
+
+
+def rescue(folder, said, *, knows_start=True, **guardrail):
+    c = Curriculum(domains=DOMAINS[:2], prompts=PROMPTS, scheduler=Sequential(), total_draws=12)
+    weights = {"weights": lambda policy, teacher: None, "knows_start": lambda policy: knows_start}
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True),
+        data=SimpleNamespace(domains=DOMAINS[:2], spare={}),
+        curriculum=c,
+        policy=None,
+        own_best=SimpleNamespace(**weights),
+    )
+    rails = [Guardrail(domain="math", max_drop=0.1, action="recover", **guardrail)]
+    return Rescue(trainer, rails, folder, say=said.append), c, rails
+
+
+def looked(it, c, rails, step, math, *, recovery=False):
+    """Record an evaluation; return the alarms and what each broken guardrail led to."""
+    c.record(
+        Evaluation(
+            trained=("math", "code"),
+            step=step,
+            seed=0,
+            scores={"math": tuple(math), "code": (1.0, 0.0)},
+            recovery=recovery,
+        )
+    )
+    alarms = [alarm.message for alarm in it.look(step)]
+    return alarms, [it.begin(verdict) for verdict in check(rails, c.evaluations)]
+
+
+def test_a_recovery_has_so_many_draws_and_a_run_so_many_recoveries(tmp_path):
+    said: list[str] = []
+    it, c, rails = rescue(tmp_path, said, by="refresh", draws=2, times=2)
+    assert looked(it, c, rails, 0, ones(90)) == looked(it, c, rails, 1, ones(90)) == ([], [])
+    for time in range(2):
+        step = 10 * (time + 1)
+        assert looked(it, c, rails, step, ones(20)) == ([], [c.recoveries.open.reason])
+        assert c.recoveries.open.reason == "recovery: math is practised by its own reward for at most 2 draws"
+        c.draw(4)
+        assert not it.is_spent
+        assert looked(it, c, rails, step + 1, ones(30), recovery=True) == ([], [""])  # it goes on
+        assert it.metrics()["recovery/math/change"] == pytest.approx(-0.6)
+        c.draw(4)
+        assert it.is_spent
+        (alarm,), done = looked(it, c, rails, step + 2, ones(30), recovery=True)
+        assert alarm.startswith("recovery: math is not back after 2 draws: -0.600 (-0.") and done == [""]
+        assert c.recoveries.open is None
+    assert looked(it, c, rails, 30, ones(20)) == ([], ["warned: its recoveries are spent (2)"])
+    assert (c.recoveries.total, c.recoveries.begun, it.metrics()) == (4, {"math": 2}, {"recovery/math/draws": 4.0})
+    assert len(said) == 2
+
+
+def test_a_regained_domain_is_left_and_the_scheduler_told(tmp_path):
+    said: list[str] = []
+    it, c, rails = rescue(tmp_path, said, draws=9)
+    for step, level in enumerate((90, 90, 20)):
+        looked(it, c, rails, step, ones(level))
+    c.draw(4)
+    assert looked(it, c, rails, 3, ones(89), recovery=True) == ([], [])
+    assert c.recoveries.open is None and said == [f"step 3: {c.evidence().notes[0]}"]
+    assert said[0].startswith("step 3: recovery: math is back after 1 draw: +0.000")
+
+
+def whole(folder, step):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    write_mark(path, ledgers={}, curriculum={})
+    return path
+
+
+def test_what_is_distilled_is_the_best_of_the_kept_checkpoints_and_the_start(tmp_path):
+    it, c, rails = rescue(tmp_path, [])
+    looked(it, c, rails, 0, ones(50))
+    for step, level in ((1, 70), (2, 80), (3, 80), (4, 60)):
+        looked(it, c, rails, step, ones(level))
+        it.mark(whole(tmp_path, step))
+        assert {path.name for path in it.kept} == {f"checkpoint-{min(step, 3)}"}  # of equals the newer
+    assert looked(it, c, rails, 5, ones(10))[1][0].startswith(
+        "recovery: math is distilled from checkpoint-3 for at most"
+    )
+    c.recoveries.end()
+    (tmp_path / "checkpoint-3" / "polyphony.json").unlink()
+    it.forget_gone()
+    assert it.kept == set()
+    looked(it, c, rails, 6, ones(30))
+    assert c.recoveries.open.teacher == "self@start"
+    c.recoveries.end()
+    it.trainer.own_best.knows_start = lambda policy: False
+    assert "no checkpoint was as good as its start" in looked(it, c, rails, 7, ones(10))[1][0]
+
+
+# --- refused by the recipe, whose model has no weights ----------------------------------------------------------------
+
+RECOVER = "guardrails.words={max_drop: 0.1, action: recover}"
+WATCHED = [RECOVER, "domains.words.train=null"]
+ALONE = ["algorithm=distil", "rollouts.engine=transformers", "teachers={t: {model: self}}", "domains.sums.teacher=t"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (WATCHED, "guardrails.words: action: recover needs prompts"),
+        ([RECOVER, "guardrails.words.prompts=sums-train.jsonl"], "guardrails.words.prompts: a trained domain is rec"),
+        ([*WATCHED, "guardrails.words.prompts=gone.jsonl"], "guardrails.words.prompts: "),
+        (
+            ["guardrails.words={max_drop: 0.1, prompts: sums-train.jsonl}"],
+            "guardrails.words.prompts are for action: rec",
+        ),
+        ([RECOVER, "guardrails.words.draws=0"], "guardrails.words.draws: Input should be greater than or equal to 1"),
+        ([RECOVER, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with guardrails.words.by: distil"),
+        ([RECOVER, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with guardrails.words"),
+        (
+            [RECOVER, *ALONE, "guardrails.words.by=refresh", "distil.others=skip"],
+            "guardrails.words.by: refresh, and dis",
+        ),
+    ],
+)
+def test_what_cannot_be_recovered_is_refused_in_one_line(recipe, overrides, line):
+    from polyphony.launch.build import check_names  # late: without torch
+
+    with pytest.raises(RecipeError) as refused:
+        check_names(load_recipe(recipe, overrides))
+    assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_rows_to_recover_a_watched_domain_with_are_read_and_those_that_are_held_out_left_out(recipe, tmp_path):
+    from polyphony.launch.build import grpo_config, load_data  # late: with torch
+
+    held = (tmp_path / "words-heldout.jsonl").read_text().splitlines()[:1]
+    (tmp_path / "more.jsonl").write_text("\n".join([*(tmp_path / "words-train.jsonl").read_text().splitlines(), *held]))
+    loaded = load_recipe(recipe, [*WATCHED, "guardrails.words.prompts=more.jsonl"])
+    with pytest.warns(UserWarning, match="guardrails.words.prompts: 1 of 5 rows repeat held-out rows"):
+        data = load_data(loaded, grpo_config(loaded, tmp_path))
+    assert list(data.spare["words"].ids) == [f"train-{i}" for i in range(4)]
+    assert (data.n_train, "guardrails.words.prompts" in data.tables) == (4, True)

@@ -119,6 +119,8 @@ class DomainData:
     """Tokens that prompt and completion may fill together; None where the model does not say."""
     longest: int = 0
     """Tokens of the longest prompt together with its longest completion."""
+    spare: Mapping[str, PromptTable] = field(default_factory=dict)
+    """Per domain that is only watched, the rows to recover it with (`guardrails.<d>.prompts`)."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
 
@@ -132,6 +134,7 @@ class DomainData:
         context: int | None = None,
         settings: DataSettings | None = None,
         folder: Path | None = None,
+        spare: Mapping[str, Any] | None = None,
         told: Told | None = None,
     ) -> DomainData:
         """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
@@ -151,9 +154,8 @@ class DomainData:
         def tables(split: str) -> dict[str, PromptTable]:
             found = {}
             for domain in domains:
-                source = getattr(domain, split)
+                where, source = _source(domain, split, spare or {})
                 if source is not None:
-                    where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
                     table.tell()
@@ -162,7 +164,7 @@ class DomainData:
                     table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
             return found
 
-        heldout, train = tables("heldout"), tables("train")
+        heldout, train, to_recover = tables("heldout"), tables("train"), tables("prompts")
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
@@ -170,6 +172,7 @@ class DomainData:
             domains=tuple(domains),
             train=train,
             heldout=heldout,
+            spare=to_recover,
             limits=limits,
             tokenizer=tokenizer,
             context=context,
@@ -180,7 +183,8 @@ class DomainData:
         for table in heldout.values():
             if len(table) < 2:
                 raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
-        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken))
+        dropped = [_resolve_overlap(rows, heldout, taken) for rows in (train, to_recover)]
+        return replace(data, longest=longest, dropped=dropped[0] | dropped[1])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,7 +193,11 @@ class DomainData:
     @property
     def tables(self) -> dict[str, PromptTable]:
         """All rows, by their place in a recipe."""
-        return {table.where: table for tables in (self.train, self.heldout) for table in tables.values()}
+        return {t.where: t for tables in (self.train, self.heldout, self.spare) for t in tables.values()}
+
+    def rows_of(self, domain: str) -> PromptTable:
+        """Return what is practised of a domain: its training rows, or those that a watched one is recovered with."""
+        return self.train[domain] if domain in self.train else self.spare[domain]
 
     @property
     def openings(self) -> dict[str, str]:
@@ -323,7 +331,8 @@ class DomainData:
         Warns with their number and the first three. Raises ValueError where a table has no others.
         """
         longest, done, of = 0, 0, sum(map(len, self.tables.values()))
-        for name, table in ((name, table) for tables in (self.train, self.heldout) for name, table in tables.items()):
+        every = (self.train, self.heldout, self.spare)
+        for name, table in ((name, table) for tables in every for name, table in tables.items()):
             lengths, rest = {}, iter(table)
             while prompts := list(islice(rest, TOLD_EVERY)):
                 lengths |= {prompt.id: len(prompt.ids) + self.limits[name] for prompt in self.tokenized(prompts)}
@@ -362,6 +371,13 @@ def context_of(model: Any, **code: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def _source(domain: Domain, split: str, spare: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return where a recipe has rows of a domain, and what it has there: `prompts` are those of its guardrail."""
+    if split == "prompts":
+        return f"guardrails.{domain.name}.prompts", spare.get(domain.name)
+    return f"domains.{domain.name}.{split}", getattr(domain, split)
+
+
 def _reward_of(domain: Domain) -> Any:
     try:
         return find_reward(domain.reward)
@@ -397,7 +413,7 @@ def _resolve_overlap(
         found = find_overlap(table, heldout.values())
         if not found:
             continue
-        message = f"domains.{name}.train: {len(found)} of {len(table)} rows repeat held-out rows"
+        message = f"{table.where}: {len(found)} of {len(table)} rows repeat held-out rows"
         why = f" ({table.shown(found)})"
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")

@@ -26,6 +26,7 @@ from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
+from polyphony.trainer.guarded import check_recoveries
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings, check_teachers
 
@@ -338,6 +339,12 @@ class TrainerSettings:
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
         refills = self.pool is not None and self.pool.refill.max_rounds > 0
         check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
+        check_recoveries(self.guardrails, domains, self.update.distil, of_trl)
+
+    @property
+    def spare(self) -> dict[str, Any]:
+        """By domain that is only watched, the rows to recover it with."""
+        return {guardrail.domain: guardrail.prompts for guardrail in self.guardrails if guardrail.prompts is not None}
 
 
 def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:

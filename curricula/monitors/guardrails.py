@@ -36,8 +36,9 @@ class Guardrail:
     lost holds zero, or `draws` are spent. They are steps of the run, which is not longer for them."""
     by: Literal["distil", "refresh"] = "distil"
     """How it is recovered. `distil`: from the checkpoint, or the start, at which it scored highest, as under `algorithm:
-    distil`; it teaches every token where a lost reward teaches none. One checkpoint more is kept for each such guardrail.
-    `refresh`: by its own reward."""
+    distil`; it teaches every token where a lost reward teaches none. For each such guardrail one checkpoint more is kept on
+    disk, of the usual size (with `lora` of the adapter alone), and a second model is in memory meanwhile. `refresh`: by its
+    own reward."""
     draws: int = Field(default=20, ge=1)
     """Most draws of one recovery; after the last there is an evaluation, as at every `eval.every` steps. By default a
     recovery takes fewer steps than lie between two evaluations."""

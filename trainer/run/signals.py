@@ -115,7 +115,7 @@ SIGNALS: Mapping[str, Signal] = {
     },
     "guardrail": Signal(
         number="a domain has lost more than its guardrail's max_drop, with 95 % confidence over all evaluations",
-        remedy="a lower learning_rate, more of this domain, or action: rollback",
+        remedy="a lower learning_rate, more of this domain, or action: rollback or recover",
     ),
 }
 """Every kind of alarm, once."""
