@@ -174,7 +174,7 @@ def test_a_domain_that_was_hurt_in_its_own_stage_is_not_held_to_the_damage():
 # --- a run's recoveries -----------------------------------------------------------------------------------------------
 
 
-def rescue(folder, said, *, knows_start=True, **guardrail):
+def rescue(folder, *, knows_start=True, **guardrail):
     c = Curriculum(domains=DOMAINS[:2], prompts=PROMPTS, scheduler=Sequential(), total_draws=12)
     weights = {"weights": lambda policy, teacher: None, "knows_start": lambda policy: knows_start}
     trainer = SimpleNamespace(
@@ -185,7 +185,7 @@ def rescue(folder, said, *, knows_start=True, **guardrail):
         own_best=SimpleNamespace(**weights),
     )
     rails = [Guardrail(domain="math", max_drop=0.1, action="recover", **guardrail)]
-    return Rescue(trainer, rails, folder, say=said.append), c, rails
+    return Rescue(trainer, rails, folder), c, rails
 
 
 def looked(it, c, rails, step, math, *, recovery=False):
@@ -204,8 +204,7 @@ def looked(it, c, rails, step, math, *, recovery=False):
 
 
 def test_a_recovery_has_so_many_draws_and_a_run_so_many_recoveries(tmp_path):
-    said: list[str] = []
-    it, c, rails = rescue(tmp_path, said, by="refresh", draws=2, times=2)
+    it, c, rails = rescue(tmp_path, by="refresh", draws=2, times=2)
     assert looked(it, c, rails, 0, ones(90)) == looked(it, c, rails, 1, ones(90)) == ([], [])
     for time in range(2):
         step = 10 * (time + 1)
@@ -218,22 +217,20 @@ def test_a_recovery_has_so_many_draws_and_a_run_so_many_recoveries(tmp_path):
         c.draw(4)
         assert it.is_spent
         (alarm,), done = looked(it, c, rails, step + 2, ones(30), recovery=True)
-        assert alarm.startswith("recovery: math is not back after 2 draws: -0.600 (-0.") and done == [""]
+        assert alarm.startswith("math is not back after 2 draws: -0.600 (-0.") and done == [""]
         assert c.recoveries.open is None
     assert looked(it, c, rails, 30, ones(20)) == ([], ["warned: its recoveries are spent (2)"])
     assert (c.recoveries.total, c.recoveries.begun, it.metrics()) == (4, {"math": 2}, {"recovery/math/draws": 4.0})
-    assert len(said) == 2
 
 
 def test_a_regained_domain_is_left_and_the_scheduler_told(tmp_path):
-    said: list[str] = []
-    it, c, rails = rescue(tmp_path, said, draws=9)
+    it, c, rails = rescue(tmp_path, draws=9)
     for step, level in enumerate((90, 90, 20)):
         looked(it, c, rails, step, ones(level))
     c.draw(4)
-    assert looked(it, c, rails, 3, ones(89), recovery=True) == ([], [])
-    assert c.recoveries.open is None and said == [f"step 3: {c.evidence().notes[0]}"]
-    assert said[0].startswith("step 3: recovery: math is back after 1 draw: +0.000")
+    (told,), done = looked(it, c, rails, 3, ones(89), recovery=True)
+    assert told.startswith("math is back after 1 draw: +0.000 (-0.") and done == []
+    assert c.recoveries.open is None and c.evidence().notes == (f"recovery: {told}",)
 
 
 def whole(folder, step):
@@ -244,7 +241,7 @@ def whole(folder, step):
 
 
 def test_what_is_distilled_is_the_best_of_the_kept_checkpoints_and_the_start(tmp_path):
-    it, c, rails = rescue(tmp_path, [])
+    it, c, rails = rescue(tmp_path)
     looked(it, c, rails, 0, ones(50))
     for step, level in ((1, 70), (2, 80), (3, 80), (4, 60)):
         looked(it, c, rails, step, ones(level))

@@ -86,8 +86,9 @@ def test_a_drop_is_recovered_from_the_domains_own_checkpoint_and_a_resume_inside
     start(loaded, tmp_path / "cut").train(resume_from_checkpoint=True)
     folder = RunFolder(tmp_path / "whole")
     assert spans(folder) == [None, None, "safety", "safety", "safety", "safety", None]
-    (alarm,) = [line for line in folder.read("alarms") if line["kind"] == "guardrail"]
-    assert "recovery: safety is distilled from checkpoint-1 for at most 4 draws" in alarm["message"]
+    begun, over = [line["message"] for line in folder.read("alarms") if line["kind"] in ("guardrail", "recovery")]
+    assert "recovery: safety is distilled from checkpoint-1 for at most 4 draws" in begun
+    assert over.startswith("safety is back after 4 draws: ")
     last = folder.decisions()[-1]
     assert last["evidence"]["draw"] == 2 and any(
         "safety is back after 4 draws:" in n for n in last["evidence"]["notes"]

@@ -157,7 +157,7 @@ class Run(TrainerCallback):
         """Its text, to be written where it changed."""
         self.tracker: WandbTracker | None = None
         self.progress: ProgressLine | None = None
-        self.rescue = Rescue(trainer, self.guardrails, self.folder.checkpoints, say=lambda text: self.say(text))
+        self.rescue = Rescue(trainer, self.guardrails, self.folder.checkpoints)
         self._is_aside = False
         self._stopped_by = ""
         self._evaluated_at: int | None = None

@@ -6,7 +6,7 @@ What they draw is the curriculum's (`curricula.recovery`), what is learned from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,12 @@ class Recovered(Protocol):
 class Rescue:
     """Begin, follow and end the recoveries that guardrails ask for.
 
-    Example: `Rescue(trainer, guardrails, folder.checkpoints, say=print).begin(verdict)`
+    Example: `Rescue(trainer, guardrails, folder.checkpoints).begin(verdict)`
     """
 
-    def __init__(
-        self, trainer: Recovered, guardrails: Sequence[Guardrail], checkpoints: Path, *, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, trainer: Recovered, guardrails: Sequence[Guardrail], checkpoints: Path) -> None:
         """Raises ValueError where rows to recover a watched domain with were not read."""
-        self.trainer, self.checkpoints, self.say = trainer, checkpoints, say
+        self.trainer, self.checkpoints = trainer, checkpoints
         self.guardrails = {guardrail.domain: guardrail for guardrail in guardrails if guardrail.action == "recover"}
         self._ended = ""
         """The domain whose recovery the last evaluation ended."""
@@ -82,7 +80,10 @@ class Rescue:
         return ledger.open.reason
 
     def look(self, step: int) -> list[Alarm]:
-        """Take in an evaluation: end the recovery that is open where its domain is regained, or its draws are spent."""
+        """Take in an evaluation: end the recovery that is open where its domain is regained, or its draws are spent.
+
+        Returns what tells of the end, however it came.
+        """
         curriculum = self.trainer.curriculum
         self._ended, self._change = "", None
         opened = curriculum.recoveries.open
@@ -101,14 +102,11 @@ class Rescue:
             return []
         curriculum.recoveries.end()
         self._ended = name
-        told = (
-            f"recovery: {name} is {'back' if is_back else 'not back'} after {_draws(opened.drawn)}: {change.mid:+.3f} "
-        )
-        told += f"({change.low:+.3f} to {change.high:+.3f}) {since}"
-        curriculum.note(told)
-        if self.trainer.accelerator.is_main_process:
-            self.say(f"step {step}: {told}")
-        return [] if is_back else [Alarm(step=step, domain=name, kind="guardrail", message=told)]
+        after = "1 draw" if opened.drawn == 1 else f"{opened.drawn} draws"
+        lost = f"{change.mid:+.3f} ({change.low:+.3f} to {change.high:+.3f}) {since}"
+        told = f"{name} is {'back' if is_back else 'not back'} after {after}: {lost}"
+        curriculum.note(f"recovery: {told}")
+        return [Alarm(step=step, domain=name, kind="recovery", message=told)]
 
     @property
     def is_spent(self) -> bool:
@@ -189,7 +187,3 @@ class Rescue:
         except ValueError as error:
             return "", str(error)
         return checkpoint.name, damage(checkpoint)
-
-
-def _draws(n: int) -> str:
-    return "1 draw" if n == 1 else f"{n} draws"
