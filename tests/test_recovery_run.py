@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,12 +34,15 @@ class Damage(TrainerCallback):
                 parameter.data += self.size * parameter.data.std() * noise
 
 
-class PulledPlug(TrainerCallback):
-    """Ends the process, nearly, in the fourth step: before its checkpoint."""
+class Kept(TrainerCallback):
+    """Copies the run's folder as a kill after the third step's checkpoint would leave it."""
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            raise KeyboardInterrupt
+    def __init__(self, run, copy):
+        self.run, self.copy = run, copy
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            shutil.copytree(self.run, self.copy)
 
 
 def recipe(folder, guardrail, *, watched=False, **grpo):
@@ -80,9 +84,7 @@ def numbers(folder) -> list[dict]:
 
 def test_a_drop_is_recovered_from_the_domains_own_checkpoint_and_a_resume_inside_is_bit_equal(tmp_path):
     loaded = recipe(tmp_path, {"by": "distil", "draws": 4})
-    trained(loaded, tmp_path / "whole", damage=0.2)
-    with pytest.raises(KeyboardInterrupt):
-        trained(loaded, tmp_path / "cut", PulledPlug(), damage=0.2)
+    trained(loaded, tmp_path / "whole", Kept(tmp_path / "whole", tmp_path / "cut"), damage=0.2)
     start(loaded, tmp_path / "cut").train(resume_from_checkpoint=True)
     folder = RunFolder(tmp_path / "whole")
     assert spans(folder) == [None, None, "safety", "safety", "safety", "safety", None]

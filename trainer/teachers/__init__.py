@@ -1,6 +1,6 @@
 """Teachers: weights and a context that score the policy's own answers, token by token (`algorithm: distil`).
 
 `settings.py` is what a recipe says, `context.py` what a teacher reads and the policy does not, `weights.py` what is found
-of their files before anything is loaded, `teachers.py` the models, one at a time, and `distil.py` what the update makes of
-their log-probabilities.
+of their files before anything is loaded, `teachers.py` the models, one at a time, `distil.py` what the update makes of
+their log-probabilities, and `recovery.py` the teacher that a guardrail's recovery has, under any algorithm.
 """
