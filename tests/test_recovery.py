@@ -300,7 +300,7 @@ def test_rows_to_recover_a_watched_domain_with_are_read_and_those_that_are_held_
 
     held = (tmp_path / "words-heldout.jsonl").read_text().splitlines()[:1]
     (tmp_path / "more.jsonl").write_text("\n".join([*(tmp_path / "words-train.jsonl").read_text().splitlines(), *held]))
-    loaded = load_recipe(recipe, [*WATCHED, "guardrails.words.prompts=more.jsonl"])
+    loaded = load_recipe(recipe, [*WATCHED, "guardrails.words.prompts=more.jsonl", "data.overlap=keep"])
     with pytest.warns(UserWarning, match="guardrails.words.prompts: 1 of 5 rows repeat held-out rows"):
         data = load_data(loaded, grpo_config(loaded, tmp_path))
     assert list(data.spare["words"].ids) == [f"train-{i}" for i in range(4)]

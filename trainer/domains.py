@@ -183,8 +183,7 @@ class DomainData:
         for table in heldout.values():
             if len(table) < 2:
                 raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
-        dropped = [_resolve_overlap(rows, heldout, taken) for rows in (train, to_recover)]
-        return replace(data, longest=longest, dropped=dropped[0] | dropped[1])
+        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken, spare=to_recover))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -406,10 +405,15 @@ def _limit(domain: Domain, most: int | None) -> int:
 
 
 def _resolve_overlap(
-    train: Mapping[str, PromptTable], heldout: Mapping[str, PromptTable], settings: DataSettings
+    train: Mapping[str, PromptTable],
+    heldout: Mapping[str, PromptTable],
+    settings: DataSettings,
+    *,
+    spare: Mapping[str, PromptTable],
 ) -> dict[str, int]:
+    """Do what is asked with rows that repeat held-out ones; `spare` ones, to recover a domain with, are never kept."""
     dropped = {}
-    for name, table in train.items():
+    for name, table in [*train.items(), *spare.items()]:
         found = find_overlap(table, heldout.values())
         if not found:
             continue
@@ -417,7 +421,7 @@ def _resolve_overlap(
         why = f" ({table.shown(found)})"
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")
-        if settings.overlap == "keep":
+        if settings.overlap == "keep" and table not in spare.values():
             table.warn(f"{message}{why}; kept, as asked for")
             continue
         table.warn(f"{message}{why}; left out")
