@@ -27,9 +27,11 @@ from polyphony.curricula.records import (
     Prompt,
     abs_advantage,
     mean,
+    own,
     pass_rate,
     rounded,
 )
+from polyphony.curricula.recovery import Recoveries, Recovery
 from polyphony.curricula.schedulers import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -78,8 +80,11 @@ class Curriculum:
         total_draws: int,
         seed: int = 0,
         pool: PoolSettings | None = None,
+        spare: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """With `pool`, each domain's prompts are chosen by what is known of their pass rates, else pass by pass.
+
+        `spare` are prompts of domains that are only watched, to recover them with.
 
         Raises ValueError where the pool is to start from a file that cannot be read or knows none of the prompts.
         """
@@ -100,6 +105,8 @@ class Curriculum:
         self.samplers: Mapping[str, PassSampler | PromptPool] = self.pools or {
             name: PassSampler(prompts[name], seed=seed, name=name) for name in self.names
         }
+        self.spare = {name: PassSampler(ids, seed=seed, name=name) for name, ids in (spare or {}).items()}
+        self.recoveries = Recoveries()
         self.known = self._adopt_known(pool.start) if pool and pool.start else 0
         """Prompts that the pool's file knew of."""
         self.draws = 0
@@ -121,6 +128,8 @@ class Curriculum:
     def draw(self, n: int) -> list[Prompt]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
         self.basis = self.evidence()
+        if self.recoveries.open is not None:
+            return self._draw_for(self.recoveries.open, n)
         self.decision = self.scheduler.decide(self.basis, self._state)
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
@@ -139,6 +148,31 @@ class Curriculum:
         for name, n in practised.items():
             self.drawn[name] += n
 
+    def _draw_for(self, recovery: Recovery, n: int) -> list[Prompt]:
+        """Return `n` prompts of the domain in recovery; what the scheduler knows, and what domains are owed, waits."""
+        name = recovery.domain
+        self.decision = recovery.decision(self.names, self._state)
+        self._stages = sorted({*self._stages, ""})
+        self.draws += 1
+        self.recoveries.count(n)
+        if name in self.drawn:
+            self.drawn[name] += n
+        return [Prompt(domain=name, id=prompt_id) for prompt_id in self.sampler_of(name).draw(n)]
+
+    def sampler_of(self, name: str) -> PassSampler | PromptPool:
+        """Return what chooses a domain's prompts, those of a watched one for its recovery."""
+        return self.samplers[name] if name in self.samplers else self.spare[name]
+
+    def is_recovered(self, name: str) -> bool:
+        """Whether the draws just now are of this domain's recovery."""
+        return self.recoveries.open is not None and self.recoveries.open.domain == name
+
+    @property
+    def exposure(self) -> dict[str, int]:
+        """Prompts drawn of each domain so far, those of watched ones in recoveries among them."""
+        recovered = self.recoveries.prompts
+        return {**self.drawn, **{name: n for name, n in recovered.items() if name not in self.drawn}}
+
     def refill(self, counts: Mapping[str, int]) -> list[Prompt]:
         """Return up to that many further prompts of each domain for the same draw, in the recipe's order of domains."""
         return [
@@ -155,9 +189,9 @@ class Curriculum:
     ) -> None:
         """Take in what the last draw gave: its groups, and per domain the mean token entropy in nats.
 
-        `lessons` are those of domains with a teacher.
+        `lessons` are those of domains with a teacher. Of a recovery's draw the scheduler sees nothing.
         """
-        by_domain: dict[str, list[Seen]] = {name: [] for name in self.names}
+        by_domain: dict[str, list[Seen]] = {name: [] for name in (*self.names, *self.spare)}
         for group in groups:
             if group.domain not in by_domain:
                 raise ValueError(
@@ -165,11 +199,13 @@ class Curriculum:
                 )
             graded = group.graded
             by_domain[group.domain].append((group, graded))
-            if self.pools:
+            if group.domain in self.pools:
                 self.pools[group.domain].observe(group.prompt_id, graded)
+        if self.recoveries.open is not None:
+            return
         self._last = tuple(
-            _taught(_domain_stats(seen, (entropy or {}).get(name, math.nan)), (lessons or {}).get(name))
-            for name, seen in by_domain.items()
+            _taught(_domain_stats(by_domain[name], (entropy or {}).get(name, math.nan)), (lessons or {}).get(name))
+            for name in self.names
         )
 
     def record(self, evaluation: Evaluation) -> None:
@@ -205,17 +241,18 @@ class Curriculum:
             self.rolled_back = True
 
     def evidence(self) -> Evidence:
-        """Return the evidence that the scheduler decides from."""
+        """Return the evidence that the scheduler decides from: what was drawn and measured in recoveries is none."""
+        recovered = self.recoveries.prompts
         return Evidence(
-            draw=self.draws,
+            draw=self.draws - self.recoveries.total,
             total_draws=self.total_draws,
             domains=self.names,
             kinds=tuple(d.kind for d in self.domains),
             weights=tuple(d.weight for d in self.domains),
             sizes=tuple(len(self.samplers[name].ids) for name in self.names),
-            drawn=tuple(self.drawn[name] for name in self.names),
+            drawn=tuple(self.drawn[name] - recovered.get(name, 0) for name in self.names),
             last=self._last,
-            evaluations=tuple(self.evaluations),
+            evaluations=own(self.evaluations),
             notes=tuple(self._notes),
             alarms=tuple(self._alarms),
         )
@@ -225,6 +262,7 @@ class Curriculum:
         if self.decision is None:
             return {}
         shares = {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
+        shares |= {f"{name}/mixture": float(self.is_recovered(name)) for name in self.spare}
         shown = (State.ACTIVE, State.DEFERRED, State.IMPOSSIBLE, State.MASTERED)
         counts = {name: pool.counts() for name, pool in self.pools.items()}
         return shares | {f"{name}/{s.name.lower()}": float(counts[name][s]) for name in counts for s in shown}
@@ -259,6 +297,8 @@ class Curriculum:
             "notes": list(self._notes),
             "alarms": list(self._alarms),
             "stages": list(self._stages),
+            "recoveries": self.recoveries.state_dict(),
+            "spare": {name: sampler.state_dict() for name, sampler in self.spare.items()},
             "rolled_back": self.rolled_back,
         }
 
@@ -274,6 +314,10 @@ class Curriculum:
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
         self.rolled_back = state.get("rolled_back", False)
+        self.recoveries.load_state_dict(state.get("recoveries", {}))  # older versions had none
+        for name, sampler in self.spare.items():
+            if name in state.get("spare", {}):
+                sampler.load_state_dict(state["spare"][name])
 
     def _check_exhausted(self) -> None:
         """Warn, once for each domain, where only waiting prompts are left; with `when_exhausted: stop`, stop where all

@@ -13,7 +13,7 @@ from itertools import chain
 from operator import add
 from typing import Any
 
-from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of, null_of
+from polyphony.curricula.records import Decision, DomainStats, Evaluation, Evidence, Prompt, nan_of, null_of, own
 from polyphony.curricula.schedulers import Scheduler
 
 
@@ -29,13 +29,22 @@ class Replayed:
     """The other scheduler's."""
 
 
-def decision_line(evidence: Evidence, decision: Decision, refs: Sequence[Prompt]) -> dict[str, Any]:
-    """Return one draw's line of `decisions.jsonl`; `refs` are the prompts that were drawn. JSON-able."""
+def decision_line(
+    evidence: Evidence, decision: Decision, refs: Sequence[Prompt], *, draw: int | None = None, recovered: str = ""
+) -> dict[str, Any]:
+    """Return one draw's line of `decisions.jsonl`; `refs` are the prompts that were drawn. JSON-able.
+
+    `draw` is the run's own number of it, where recoveries came before; `recovered` is the domain of a recovery, whose draws
+    the scheduler does not decide.
+    """
     counts = Counter(ref.domain for ref in refs)
+    names = evidence.domains if recovered in ("", *evidence.domains) else (*evidence.domains, recovered)
+    mixture = dict(zip(evidence.domains, decision.mixture, strict=True))
     return {
-        "draw": evidence.draw,
-        "mixture": dict(zip(evidence.domains, decision.mixture, strict=True)),
-        "counts": {name: counts[name] for name in evidence.domains},
+        "draw": evidence.draw if draw is None else draw,
+        "mixture": {name: mixture.get(name, 1.0) for name in names},
+        "counts": {name: counts[name] for name in names},
+        **({"recovery": recovered} if recovered else {}),
         "reason": decision.reason,
         "stage": decision.stage,
         "evidence": evidence_as_json(evidence),
@@ -60,7 +69,7 @@ def evidence_from_json(document: Mapping[str, Any], evaluations: Sequence[Evalua
 
     Raises ValueError where the run has fewer rows than the line had seen.
     """
-    seen = document["evaluations"]
+    seen, evaluations = document["evaluations"], own(evaluations)
     if seen > len(evaluations):
         raise ValueError(f"draw {document['draw']} had seen {seen} evaluations, the run's file has {len(evaluations)}")
     columns = {name: [nan_of(v) for v in values] for name, values in document["last"].items()}
@@ -79,6 +88,8 @@ def replay(
     state: Mapping[str, Any] = {}
     replayed = []
     for line in lines:
+        if "recovery" in line:  # no scheduler was asked
+            continue
         evidence = evidence_from_json(line["evidence"], evaluations)
         decision = scheduler.decide(evidence, state)
         state = decision.state
@@ -130,7 +141,7 @@ def wholes(
     return found
 
 
-DECIDED = ("step", "draw", "mixture", "stage", "reason")
+DECIDED = ("step", "draw", "mixture", "stage", "reason", "recovery")
 """What a line says of the decision itself."""
 
 

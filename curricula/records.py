@@ -393,6 +393,9 @@ class Evaluation:
     """A probe whose rewards were shuffled among the completions of each prompt: what it changed is the noise's work."""
     rolled_back: bool = False
     """Since the row before, a guardrail took the weights back to a checkpoint: the change is not of practice alone."""
+    recovery: bool = False
+    """What was practised since the row before was a guardrail's recovery of the domain in `trained`: no stage, and no
+    evidence for schedulers."""
 
     @property
     def has_gaps(self) -> bool:
@@ -416,6 +419,7 @@ class Evaluation:
         }
         row |= {"placebo": True} if self.placebo else {}
         row |= {"rolled_back": True} if self.rolled_back else {}
+        row |= {"recovery": True} if self.recovery else {}
         # last, because a run that goes on reads a row without them
         by_item = {"entropy_items": self.entropy_items, "kl_items": self.kl_items}
         return row | {key: {name: list(pairs) for name, pairs in of.items()} for key, of in by_item.items() if of}
@@ -435,7 +439,13 @@ class Evaluation:
             probe=bool(row.get("probe", False)),
             placebo=bool(row.get("placebo", False)),
             rolled_back=bool(row.get("rolled_back", False)),
+            recovery=bool(row.get("recovery", False)),
         )
+
+
+def own(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
+    """Return the evaluations that are a scheduler's own: not those during a recovery."""
+    return tuple(evaluation for evaluation in evaluations if not evaluation.recovery)
 
 
 def _pairs(by_domain: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:

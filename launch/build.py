@@ -68,6 +68,8 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
         found[""] += _refused(answers_file, recipe.sft.answers)
     if recipe.rft.dedup is not None:
         found[""] += [f"rft.dedup: {line}" for line in _refused(find_partitioner, recipe.rft.dedup)]
+    for name, rows in recipe.of_trainer.spare.items():
+        found[""] += _refused(lambda rows, where: check_source(rows, where=where), rows, f"guardrails.{name}.prompts")
     for name, section in recipe.domains.items():
         for key, check in _CHECKS.items():
             if (value := getattr(section, key)) is not None:
@@ -194,6 +196,7 @@ def load_data(recipe: Recipe, args: GRPOConfig, *, told: Told | None = None) -> 
             args=args,
             context=context,
             settings=recipe.data,
+            spare=recipe.of_trainer.spare,
             told=told,
         )
     except (ValueError, TypeError) as error:

@@ -401,6 +401,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         )
         for name, domain in recipe.domains.items()
     }
+    guardrails = {
+        name: replace(guardrail, prompts=_absolute(guardrail.prompts, folder, f"guardrails.{name}.prompts"))
+        for name, guardrail in recipe.guardrails.items()
+    }
     model = _absolute_model(recipe.model, folder, "model")
     teachers = {
         name: replace(teacher, model=_absolute_model(teacher.model, folder, f"teachers.{name}.model"))
@@ -417,7 +421,13 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     transfer = _absolute(recipe.curriculum.transfer, folder, "curriculum.transfer")
     curriculum = recipe.curriculum.model_copy(update={"transfer": transfer})
     return recipe.model_copy(
-        update={"domains": domains, "model": model, "curriculum": curriculum, "teachers": teachers}
+        update={
+            "domains": domains,
+            "model": model,
+            "curriculum": curriculum,
+            "teachers": teachers,
+            "guardrails": guardrails,
+        }
     )
 
 

@@ -93,7 +93,7 @@ def test_a_deletion_that_is_cut_off_leaves_an_unfinished_one(saved, monkeypatch)
 
 
 def test_the_newest_are_kept_and_the_best_with_them(folder):
-    keep_newest(folder, 1, also=folder / "checkpoint-2")
+    keep_newest(folder, 1, also={folder / "checkpoint-2"})
     assert names(folder) == ["checkpoint-10", "checkpoint-12", "checkpoint-2"]
 
 

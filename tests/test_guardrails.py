@@ -87,7 +87,7 @@ def test_no_domain_that_stands_still_breaks_a_guardrail_more_often_than_the_erro
     ("change", "message"),
     [
         ({"max_drop": 2}, "Guardrail 'safety': max_drop: Input should be less than or equal to 1, got 2"),
-        ({"action": "shout"}, "'safety': action: Input should be 'warn', 'stop' or 'rollback', got 'shout'"),
+        ({"action": "shout"}, "'safety': action: Input should be 'warn', 'stop', 'rollback' or 'recover', got 'shout'"),
     ],
 )
 def test_a_wrong_setting_is_named(change, message):

@@ -16,12 +16,13 @@ B rows of this rank, G completions a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from polyphony.curricula.records import AdvantageKind, Domain, Group, mean, passed
+from polyphony.curricula.recovery import Recoveries
 from polyphony.rewards.partitions import connected, find_partitioner
 from polyphony.trainer.settings import RftSettings, UpdateSettings
 
@@ -61,6 +62,8 @@ class Advantages:
     """Domains with a teacher: each of their tokens is learned from, so none of their groups is dead."""
     find_suspects: Callable[[Group], Sequence[int]]
     """The places of a group's suspects (`ShortcutWatch.suspects`)."""
+    recoveries: Recoveries = field(default_factory=Recoveries)
+    """Of the run: a domain that is distilled to recover it is taught meanwhile."""
     partitioner: Any = None
     """Tells classes of accepted completions apart, for rft with `dedup`."""
 
@@ -103,6 +106,8 @@ class Advantages:
 
     def is_useful(self, group: Group) -> bool:
         """Return whether a group can move the policy."""
+        if self.recoveries.teaches(group.domain):
+            return True
         if self.settings.rft:
             return self.settings.rft.is_useful(group)
         is_left_out = self.settings.distil is not None and self.settings.distil.others == "skip"

@@ -11,7 +11,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,10 +236,10 @@ def best_to_go_back_to(folder: Path) -> tuple[Path | None, str]:
     return (None, f"{best.name}, the best checkpoint: {why}") if why else (best, "")
 
 
-def keep_newest(folder: Path, keep: int, also: Path | None = None) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and `also` (the best one)."""
+def keep_newest(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and `also` (the best ones)."""
     for path in whole_checkpoints(folder)[:-keep]:
-        if path != also:
+        if path not in also:
             discard(path)
 
 

@@ -123,6 +123,8 @@ class DomainData:
     """Tokens that prompt and completion may fill together; None where the model does not say."""
     longest: int = 0
     """Tokens of the longest prompt together with its longest completion."""
+    spare: Mapping[str, PromptTable] = field(default_factory=dict)
+    """Per domain that is only watched, the rows to recover it with (`guardrails.<d>.prompts`)."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
     answers: Mapping[str, PromptTable] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class DomainData:
         context: int | None = None,
         settings: DataSettings | None = None,
         folder: Path | None = None,
+        spare: Mapping[str, Any] | None = None,
         told: Told | None = None,
     ) -> DomainData:
         """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
@@ -157,9 +160,8 @@ class DomainData:
         def tables(split: str) -> dict[str, PromptTable]:
             found = {}
             for domain in domains:
-                source = getattr(domain, split)
+                where, source = _source(domain, split, spare or {})
                 if source is not None:
-                    where = f"domains.{domain.name}.{split}"
                     rows = load_rows(source, where=where, folder=folder)
                     found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
                     table.tell()
@@ -168,7 +170,7 @@ class DomainData:
                     table.leave_out_unreadable(_reward_of(domain), most=taken.max_unreadable)
             return found
 
-        heldout, train = tables("heldout"), tables("train")
+        heldout, train, to_recover = tables("heldout"), tables("train"), tables("prompts")
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
@@ -176,6 +178,7 @@ class DomainData:
             domains=tuple(domains),
             train=train,
             heldout=heldout,
+            spare=to_recover,
             limits=limits,
             tokenizer=tokenizer,
             context=context,
@@ -186,7 +189,7 @@ class DomainData:
         for table in heldout.values():
             if len(table) < 2:
                 raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
-        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken))
+        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken, spare=to_recover))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -195,13 +198,17 @@ class DomainData:
     @property
     def tables(self) -> dict[str, PromptTable]:
         """All rows, by their place in a recipe."""
-        every = (self.train, self.heldout, self.answers)
+        every = (self.train, self.heldout, self.answers, self.spare)
         return {table.where: table for tables in every for table in tables.values()}
 
     @property
     def marks(self) -> tuple[str, ...]:
         """What no answer holds: the special tokens that frame a turn, and what frames one in templates of other families."""
         return (*TURN_MARKS, *TURN_ENDS, *self._frames())
+
+    def rows_of(self, domain: str) -> PromptTable:
+        """Return what is practised of a domain: its training rows, or those that a watched one is recovered with."""
+        return self.train[domain] if domain in self.train else self.spare[domain]
 
     @property
     def openings(self) -> dict[str, str]:
@@ -335,7 +342,8 @@ class DomainData:
         Warns with their number and the first three. Raises ValueError where a table has no others.
         """
         longest, done, of = 0, 0, sum(map(len, self.tables.values()))
-        for name, table in ((name, table) for tables in (self.train, self.heldout) for name, table in tables.items()):
+        every = (self.train, self.heldout, self.spare)
+        for name, table in ((name, table) for tables in every for name, table in tables.items()):
             lengths, rest = {}, iter(table)
             while prompts := list(islice(rest, TOLD_EVERY)):
                 lengths |= {prompt.id: len(prompt.ids) + self.limits[name] for prompt in self.tokenized(prompts)}
@@ -374,6 +382,13 @@ def context_of(model: Any, **code: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def _source(domain: Domain, split: str, spare: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return where a recipe has rows of a domain, and what it has there: `prompts` are those of its guardrail."""
+    if split == "prompts":
+        return f"guardrails.{domain.name}.prompts", spare.get(domain.name)
+    return f"domains.{domain.name}.{split}", getattr(domain, split)
+
+
 def _reward_of(domain: Domain) -> Any:
     try:
         return find_reward(domain.reward)
@@ -402,18 +417,23 @@ def _limit(domain: Domain, most: int | None) -> int:
 
 
 def _resolve_overlap(
-    train: Mapping[str, PromptTable], heldout: Mapping[str, PromptTable], settings: DataSettings
+    train: Mapping[str, PromptTable],
+    heldout: Mapping[str, PromptTable],
+    settings: DataSettings,
+    *,
+    spare: Mapping[str, PromptTable],
 ) -> dict[str, int]:
+    """Do what is asked with rows that repeat held-out ones; `spare` ones, to recover a domain with, are never kept."""
     dropped = {}
-    for name, table in train.items():
+    for name, table in [*train.items(), *spare.items()]:
         found = find_overlap(table, heldout.values())
         if not found:
             continue
-        message = f"domains.{name}.train: {len(found)} of {len(table)} rows repeat held-out rows"
+        message = f"{table.where}: {len(found)} of {len(table)} rows repeat held-out rows"
         why = f" ({table.shown(found)})"
         if settings.overlap == "error":
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")
-        if settings.overlap == "keep":
+        if settings.overlap == "keep" and table not in spare.values():
             table.warn(f"{message}{why}; kept, as asked for")
             continue
         table.warn(f"{message}{why}; left out")

@@ -165,7 +165,7 @@ class Draws:
                 k: group if group.domain in self.fusion.domains else replace(group, look=look)
                 for k, group in groups.items()
             }
-        fused = self.fusion(list(groups.values()), lambda g: self.data.train[g.domain][g.prompt_id].prompt)
+        fused = self.fusion(list(groups.values()), lambda g: self.data.rows_of(g.domain)[g.prompt_id].prompt)
         if self.is_placebo:  # by place: alike on every rank
             told = f"{self.seed}/{draw}/{refill_round}"
             fused = [g.shuffled(random.Random(f"{told}/{k}")) for k, g in zip(groups, fused, strict=True)]
@@ -185,7 +185,7 @@ class Draws:
         mine = range(rank * this.n_rows, (rank + 1) * this.n_rows)
         places = [i for k in prompts for i in range(k * size + members.start, k * size + members.stop) if i in mine]
         names = dict.fromkeys(prompts[i // size] for i in places)
-        drawn = self.data.tokenized([self.data.train[name.domain][name.id] for name in names])
+        drawn = self.data.tokenized([self.data.rows_of(name.domain)[name.id] for name in names])
         filled_in = dict(zip(names, drawn, strict=True))
         asked = [filled_in[prompts[i // size]] for i in places]
         requests = [

@@ -70,6 +70,7 @@ from polyphony.trainer.slots import plan_draws, slot_arguments, slot_dataset
 from polyphony.trainer.teachers.context import FEEDBACK
 from polyphony.trainer.teachers.distil import Distil
 from polyphony.trainer.teachers.lesson import Lesson
+from polyphony.trainer.teachers.recovery import OwnBest
 from polyphony.trainer.teachers.teachers import Teachers
 from polyphony.trainer.weight_names import load_converted
 
@@ -159,8 +160,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         name = model if isinstance(model, str) else model.name_or_path
         code = code_of(args)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code)
-        read_with = {"tokenizer": tokenizer, "args": args, "context": context_of(model, **code)}
-        self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, **read_with)
+        read = {"tokenizer": tokenizer, "args": args, "context": context_of(model, **code), "spare": settings.spare}
+        self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, **read)
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
@@ -210,9 +211,12 @@ class DomainGRPOTrainer(GRPOTrainer):
             total_draws=self.plan.draws,
             seed=args.seed,
             pool=settings.pool,
+            spare={name: table.ids for name, table in self.data.spare.items()},
         )
         self.shortcuts = ShortcutWatch(self.data.names)
         self.advantages = Advantages.of(settings.update, self.data.domains, self.shortcuts.suspects)
+        self.advantages.recoveries = self.curriculum.recoveries
+        self.own_best = OwnBest(self.data, model=model, settings=settings.update.distil, loss_type=args.loss_type)
         self.entropy = DomainEntropy(self.data.names, settings.entropy)
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
         self.pending_metrics: dict[str, float] = {}
@@ -308,11 +312,12 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _learn(self, output: dict[str, Any], rows: Sequence[Completion]) -> Mapping[str, Lessons]:
         """Put teachers' advantages [B, T] in the place of those by reward [B]. Relies on TRL's loss taking both."""
-        if self.distil is None:
+        distil = self.own_best.of(self.policy, self.curriculum.recoveries.open) or self.distil
+        if distil is None:
             return {}
         old, mask = self._row_logps, output["completion_mask"]
         assert old is not None
-        learned = self.distil(output["advantages"], output.get("old_per_token_logps", old), mask, rows)
+        learned = distil(output["advantages"], output.get("old_per_token_logps", old), mask, rows)
         output["advantages"] = learned.advantages
         return learned.lessons
 
@@ -539,7 +544,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
-        logs.update(self.distil.flush() if self.distil else {})
+        logs.update((self.distil.flush() if self.distil else {}) | self.own_best.flush())
         logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(faults_of(self))
         logs.update(self.pending_metrics)

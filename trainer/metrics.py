@@ -1,7 +1,7 @@
 """Every metric name of ours, once; and sums and counts over draws, divided once when they are logged.
 
 TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
-`heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `distil/<d>/<metric>`, `shortcuts/<d>/<metric>`,
+`heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `distil/<d>/<metric>`, `recovery/<d>/<metric>`, `shortcuts/<d>/<metric>`,
 `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. What a reward logs under a name of its own is
 `domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`. Undefined values are absent, never 0. To add one: its name and
 meaning here, then its value where it is known: `Meter` for `domain/..`, `run/recorder.py` for `heldout/..` and
@@ -51,12 +51,18 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "mastered": "prompts above the band, reviewed on schedule",
     },
     "distil": {
-        "kl": "mean over tokens of log pi - log pi_teacher in nats, with `algorithm: distil`: KL(policy || teacher) on the "
-        "policy's completions",
+        "kl": "mean over tokens of log pi - log pi_teacher in nats, with `algorithm: distil` or a guardrail's `by: "
+        "distil`: KL(policy || teacher) on the policy's completions",
         "advantage": "mean advantage of a token as it is learned from, over the tokens that the teacher scored",
         "clipped": "share of those tokens whose advantage is cut at `distil.clip`",
         "missing": "completions on which the teacher's log-probabilities are no numbers: they have no advantage",
         "factor": "what the domain's advantages are multiplied with, so that its tokens weigh its share of the completions",
+    },
+    "recovery": {
+        "draws": "draws that recoveries of the domain have taken so far (`guardrails.<d>.action: recover`)",
+        "change": "held-out score now minus the one that it is to regain, `steer` half; at evaluations in a recovery",
+        "change_low": "lower end of its 95 % interval, paired by item",
+        "change_high": "upper end of it: the domain is regained where it is not below 0",
     },
     "shortcuts": {
         "answer_repetition": "share of completions that state their answer three times or more",

@@ -26,6 +26,7 @@ from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
+from polyphony.trainer.guarded import check_recoveries
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
 from polyphony.trainer.sft.settings import SftSettings
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings, check_teachers
@@ -344,6 +345,12 @@ class TrainerSettings:
         refills = self.pool is not None and self.pool.refill.max_rounds > 0
         if self.update.sft is None:
             check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
+        check_recoveries(self.guardrails, domains, self.update.distil, of_trl)
+
+    @property
+    def spare(self) -> dict[str, Any]:
+        """By domain that is only watched, the rows to recover it with."""
+        return {guardrail.domain: guardrail.prompts for guardrail in self.guardrails if guardrail.prompts is not None}
 
 
 def with_probes(given: Any) -> tuple[Any, TransferMatrix | None]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -30,9 +30,24 @@ class Guardrail:
     """Its name."""
     max_drop: float = Field(ge=0, le=1)
     """Largest tolerated loss of the mean score. The guardrail acts where the interval of the loss lies wholly above it."""
-    action: Literal["warn", "stop", "rollback"] = "warn"
-    """`warn` raises an alarm; `stop` ends the run; `rollback` reloads the checkpoint whose lowest
-    domain score is highest, and tells the scheduler."""
+    action: Literal["warn", "stop", "rollback", "recover"] = "warn"
+    """`warn` raises an alarm; `stop` ends the run; `rollback` reloads the checkpoint whose lowest domain score is highest,
+    and tells the scheduler; `recover` practises the domain alone, while the schedule waits, until the interval of what it
+    lost holds zero, or `draws` are spent. They are steps of the run, which is not longer for them."""
+    by: Literal["distil", "refresh"] = "distil"
+    """How it is recovered. `distil`: from the checkpoint, or the start, at which it scored highest, as under `algorithm:
+    distil`; it teaches every token where a lost reward teaches none. For each such guardrail one checkpoint more is kept on
+    disk, of the usual size (with `lora` of the adapter alone), and a second model is in memory meanwhile. `refresh`: by its
+    own reward."""
+    draws: int = Field(default=20, ge=1)
+    """Most draws of one recovery; after the last there is an evaluation, as at every `eval.every` steps. By default a
+    recovery takes fewer steps than lie between two evaluations."""
+    times: int = Field(default=3, ge=1)
+    """Most recoveries in a run; from then on its guardrail warns. What three could not mend needs another recipe."""
+    prompts: Any = None
+    """Training rows, in the forms of `domains.<name>.train`, to recover a domain with that is only watched, which needs
+    them; those that repeat a held-out row are left out, whatever `data.overlap` says. A trained domain is
+    recovered with its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +97,20 @@ def check(
             items = len(graded(scores)), len(scores)
             verdicts.append(Verdict(guardrail=guardrail, step=run[-1].step, change=change, since=since, items=items))
     return verdicts
+
+
+def regained(
+    guardrail: Guardrail, run: Sequence[Evaluation], *, watch_only: Sequence[str] = ()
+) -> tuple[Interval, str]:
+    """Return what a domain in recovery has changed by now since its anchor, 95 %, and what that is, in words.
+
+    The last evaluation stands in the place of the one that broke the guardrail, so that the anchor is the same. It is
+    regained where the interval does not lie below zero.
+    """
+    broken = max(n for n, row in enumerate(run) if not row.recovery)
+    now = replace(run[-1], trained=run[broken].trained, recovery=False)
+    then = moment([*run[:broken], now], watch_only=watch_only)
+    return _change(guardrail.domain, then.bwt, then.drawdown, watch_only)
 
 
 def exceeded(

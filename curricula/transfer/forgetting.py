@@ -64,9 +64,9 @@ class Moment:
 
 
 def stages(run: Sequence[Evaluation]) -> list[Stage]:
-    """Return the single-domain stages of a run in order; evaluations under mixtures belong to none."""
+    """Return the single-domain stages of a run in order; evaluations under mixtures and in recoveries belong to none."""
     found, position = [], 1
-    for trained, rows in groupby(run[1:], key=lambda row: row.trained):
+    for trained, rows in groupby(run[1:], key=lambda row: () if row.recovery else row.trained):
         length = len(list(rows))
         if len(trained) == 1:
             found.append(Stage(domain=trained[0], before=position - 1, end=position + length - 1))

@@ -245,7 +245,7 @@ DOCUMENT = {
 
 
 ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
-       "placebo": bool, "rolled_back": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
+       "placebo": bool, "rolled_back": bool, "recovery": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
 """Keys of a row, likewise."""
 
 
@@ -316,7 +316,7 @@ def _check_domains(matrix: TransferMatrix) -> None:
 
 def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
     _check_known(row.trained, matrix.domains, where=f"{where}: trained")
-    if watched := set(row.trained) & set(matrix.watch_only):
+    if (watched := set(row.trained) & set(matrix.watch_only)) and not row.recovery:
         raise ValueError(f"{where}: trained on watch-only domains {sorted(watched)}")
     if row.probe and len(row.trained) > 1 and set(row.trained) != set(matrix.trainable):
         raise ValueError(

@@ -53,6 +53,7 @@ from polyphony.trainer.run.owed import Owed
 from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, versions_since
 from polyphony.trainer.run.recorder import Recorder
+from polyphony.trainer.run.recovery import Rescue
 from polyphony.trainer.run.signals import SIGNALS, Signals
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
@@ -60,6 +61,7 @@ from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.shortcuts import ShortcutWatch
 from polyphony.trainer.slots import DrawPlan
 from polyphony.trainer.teachers.lesson import Lesson
+from polyphony.trainer.teachers.recovery import OwnBest
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Trained(Protocol):
     scorer: Scorer
     policy: Policy
     evaluator: Evaluator
+    own_best: OwnBest
     entropy: DomainEntropy
     shortcuts: ShortcutWatch
     pending_metrics: dict[str, float]
@@ -155,6 +158,7 @@ class Run(TrainerCallback):
         """Its text, to be written where it changed."""
         self.tracker: WandbTracker | None = None
         self.progress: ProgressLine | None = None
+        self.rescue = Rescue(trainer, self.guardrails, self.folder.checkpoints)
         self._is_aside = False
         self._stopped_by = ""
         self._evaluated_at: int | None = None
@@ -275,6 +279,7 @@ class Run(TrainerCallback):
                 f"{folder.checkpoints} has no whole checkpoint: the run starts anew; {attempt.name} keeps its lines"
             )
         forget_damaged_best(folder.checkpoints, say=self.say)
+        self.rescue.forget_gone()
         own_pool(folder.pool, {name: table.ids for name, table in tables.items()}, say=self.say)
         if self.said is not None:
             write_object(folder.settings, self.said)
@@ -396,7 +401,7 @@ class Run(TrainerCallback):
         try:
             if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
                 self._look(state, control)
-            if self._stage_ends(state.global_step):
+            if self._stage_ends(state.global_step) or self._recovery_ends(state.global_step):
                 self._look(state, control)
         except GraderGoneError as error:
             self._owe(error, state.global_step)
@@ -438,10 +443,11 @@ class Run(TrainerCallback):
             self.progress.update(state.global_step, numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the newest checkpoints and the one whose worst domain is best."""
+        """Keep the newest checkpoints, the one whose worst domain is best, and those that recoveries distil from."""
         if state.is_world_process_zero:
             best = self._best(self.folder.checkpoints, state.global_step)
-            keep_newest(self.folder.checkpoints, self.cadence.keep, also=best)
+            also = self.rescue.kept | ({best} if best else set())
+            keep_newest(self.folder.checkpoints, self.cadence.keep, also=also)
             self.recorder.save()
             if self.trainer.curriculum.pools:
                 save_pools(self.folder.pool, self.trainer.curriculum.pool_columns())
@@ -466,6 +472,9 @@ class Run(TrainerCallback):
         """Evaluate, and act on what was lost."""
         self.trainer.pending_metrics.update(self._evaluate(state.global_step))
         control.should_log = True
+        for alarm in self.rescue.look(state.global_step):
+            self._ring(alarm)
+        self.trainer.pending_metrics.update(self.rescue.metrics())
         evaluations = self.trainer.curriculum.evaluations
         for verdict in check(self.guardrails, evaluations, watch_only=self._watched):
             self._act(verdict, control)
@@ -498,13 +507,21 @@ class Run(TrainerCallback):
             return False
         return self.trainer.plan.is_boundary(step) and bool(largest(int(curriculum.stage_ends)))
 
+    def _recovery_ends(self, step: int) -> bool:
+        """Whether the draws of a recovery are spent unmeasured."""
+        return self.rescue.is_spent and self._evaluated_at != step and self.trainer.plan.is_boundary(step)
+
     @property
     def _watched(self) -> list[str]:
         return [d.name for d in self.trainer.data.domains if d.is_watch_only]
 
     def _act(self, verdict: Verdict, control: Any) -> None:
-        """Warn, stop, or go back to the best checkpoint; in every case say so among the alarms."""
+        """Warn, stop, go back to the best checkpoint, or recover; in every case say so among the alarms."""
         action, domain = verdict.guardrail.action, verdict.guardrail.domain
+        if action == "recover":
+            if done := self.rescue.begin(verdict):
+                self._ring(verdict.alarm(done))
+            return
         best, why = self._agreed_best() if action == "rollback" else (None, "")
         done = {"warn": "warned", "stop": "stopped the run"}.get(action, f"stopped the run: {why}")
         if best is not None:
@@ -549,8 +566,9 @@ class Run(TrainerCallback):
         """
         going_back = [guardrail for guardrail in self.guardrails if guardrail.action == "rollback"]
         evaluations = self.trainer.curriculum.evaluations
-        if self._evaluated_at == step != self._rolled_back_at and not exceeded(
-            going_back, evaluations, watch_only=self._watched
-        ):
-            mark_best(folder, whole_checkpoints(folder)[-1], self.recorder.worst_steer_score)
+        if self._evaluated_at == step != self._rolled_back_at:
+            newest = whole_checkpoints(folder)[-1]
+            self.rescue.mark(newest)
+            if not exceeded(going_back, evaluations, watch_only=self._watched):
+                mark_best(folder, newest, self.recorder.worst_steer_score)
         return best_checkpoint(folder)

@@ -41,6 +41,8 @@ UNFINISHED_FILE = "polyphony.json.unfinished"
 """In a checkpoint while it is being saved, and for ever in one that was cut off."""
 BEST_FILE = "best.json"
 """Beside the checkpoints: which one is best."""
+BEST_BY_DOMAIN_FILE = "best_by_domain.json"
+"""Beside the checkpoints: which one is best of each domain that a guardrail distils from it."""
 POOL_FILE = "pool.npz"
 """What is known of the training prompts: in a run's folder, in its checkpoints, and in the folder of a screen."""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY
 from polyphony.rewards.registry import Reward, other_versions, version_of
@@ -159,9 +160,19 @@ def settings_of_script(
         "eval": _plain(settings.evaluation) | {"every": cadence["evaluate_every"]},
         "checkpoint": {"every": cadence["save_every"], "keep": cadence["keep"]},
         "grpo": {name: told(f"grpo.{name}", value, _plain) for name, value in grpo.items()},
-        "guardrails": {g.domain: {"max_drop": g.max_drop, "action": g.action} for g in settings.guardrails},
+        "guardrails": {g.domain: _told_guardrail(g, told) for g in settings.guardrails},
         "script": in_words,
     }
+
+
+def _told_guardrail(guardrail: Guardrail, told: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a guardrail does; of a recovery all that it may."""
+    found: dict[str, Any] = {"max_drop": guardrail.max_drop, "action": guardrail.action}
+    if guardrail.action == "recover":
+        found |= {"by": guardrail.by, "draws": guardrail.draws, "times": guardrail.times}
+    if guardrail.prompts is not None:
+        found["prompts"] = told(f"guardrails.{guardrail.domain}.prompts", guardrail.prompts, _source)
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -102,13 +102,17 @@ class Recorder:
         """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
         assert self.curriculum.basis is not None and self.curriculum.decision is not None
         self._write_reviews(self.curriculum.decision.state.get("reviews", []))
-        line = decision_line(self.curriculum.basis, self.curriculum.decision, refs)
-        samplers = self.curriculum.samplers
+        curriculum, recovery = self.curriculum, self.curriculum.recoveries.open
+        recovered, draw = "" if recovery is None else recovery.domain, curriculum.draws - 1
+        line = decision_line(self.curriculum.basis, self.curriculum.decision, refs, draw=draw, recovered=recovered)
+        samplers = {**curriculum.samplers, **curriculum.spare}
         if self._last_line is None:
             ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
             replace_file(self.folder.prompts, sealed(json.dumps(ids, ensure_ascii=False)))
-        places = [samplers[name].places for name in self.curriculum.names]
-        self.folder.append("decisions", {"step": step, **shortened(line, self._last_line, places)})
+        places = [samplers[name].places if line["counts"][name] else [] for name in line["mixture"]]
+        # those of a recovery have another scheduler's evidence before and after them, and maybe a domain more
+        before = None if recovered or "recovery" in (self._last_line or {}) else self._last_line
+        self.folder.append("decisions", {"step": step, **shortened(line, before, places)})
         self._last_line = line
 
     def record_end(self) -> None:
@@ -134,8 +138,9 @@ class Recorder:
             trained=self._trained_since_last(),
             step=step,
             seed=self.seed,
-            exposure=dict(self.curriculum.drawn),
+            exposure=self.curriculum.exposure,
             rolled_back=self.curriculum.rolled_back,
+            recovery=self.curriculum.recoveries.open is not None,
         )
         if not self.is_by_item:
             row = replace(row, entropy_items={}, kl_items={})
@@ -176,7 +181,7 @@ class Recorder:
         if self.curriculum.stage is not None:
             return (self.curriculum.stage,)
         before = self._run[-1].exposure if self._run else {}
-        return tuple(name for name, n in self.curriculum.drawn.items() if n > before.get(name, 0))
+        return tuple(name for name, n in self.curriculum.exposure.items() if n > before.get(name, 0))
 
     def _add(self, row: Evaluation, items: Mapping[str, Sequence[str]]) -> None:
         kept = replace(row, entropy_items={}, kl_items={})

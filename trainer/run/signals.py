@@ -115,7 +115,11 @@ SIGNALS: Mapping[str, Signal] = {
     },
     "guardrail": Signal(
         number="a domain has lost more than its guardrail's max_drop, with 95 % confidence over all evaluations",
-        remedy="a lower learning_rate, more of this domain, or action: rollback",
+        remedy="a lower learning_rate, more of this domain, or action: rollback or recover",
+    ),
+    "recovery": Signal(
+        number="a guardrail's recovery is over: the interval of what the domain lost holds zero, or its draws are spent",
+        remedy="nothing where it is back; else more draws, by: the other way, or action: rollback",
     ),
 }
 """Every kind of alarm, once."""

@@ -50,7 +50,8 @@ class DomainSFTTrainer(SFTTrainer):
         self.sampler, self.data, self.plan = sampler, sampler.data, plan_draws(args, len(answers))
         self.curriculum, self.probes, self.draws = sampler.curriculum, sampler.probes, sampler.draws
         self.scorer, self.policy, self.evaluator = sampler.scorer, sampler.policy, sampler.evaluator
-        self.entropy, self.shortcuts, self.lesson = sampler.entropy, sampler.shortcuts, sampler.lesson
+        self.entropy, self.shortcuts = sampler.entropy, sampler.shortcuts
+        self.lesson, self.own_best = sampler.lesson, sampler.own_best
         self.finite = sampler.finite
         self.pending_metrics: dict[str, float] = {}
         self._batch: Any = None

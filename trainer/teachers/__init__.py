@@ -2,5 +2,6 @@
 
 `settings.py` is what a recipe says, `context.py` what a teacher reads and the policy does not, `weights.py` what is found
 of their files before anything is loaded, `endpoint.py` how one that is served elsewhere is asked, `lesson.py` who teaches
-which domain, `teachers.py` the models, one at a time, and `distil.py` what the update makes of their log-probabilities.
+which domain, `teachers.py` the models, one at a time, `distil.py` what the update makes of their log-probabilities, and
+`recovery.py` the teacher that a guardrail's recovery has, under any algorithm.
 """
