@@ -104,7 +104,9 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     trainer = SimpleNamespace(
         entropy=SimpleNamespace(pending=[entropy]),
         shortcuts=SimpleNamespace(pending=[shortcut]),
-        curriculum=SimpleNamespace(note=notes.append, drawn={"math": 8}, decision=None),
+        curriculum=SimpleNamespace(
+            note=notes.append, draws=3, drawn={"math": 8}, decision=None, recoveries=SimpleNamespace(open=None)
+        ),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=(), n_train=8),
         args=SimpleNamespace(seed=1, max_grad_norm=1.0),
