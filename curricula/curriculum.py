@@ -244,7 +244,7 @@ class Curriculum:
         """Return the evidence that the scheduler decides from: what was drawn and measured in recoveries is none."""
         recovered = self.recoveries.prompts
         return Evidence(
-            draw=self.draws - self.recoveries.total,
+            draw=self.draws - sum(self.recoveries.draws.values()),
             total_draws=self.total_draws,
             domains=self.names,
             kinds=tuple(d.kind for d in self.domains),

@@ -51,11 +51,6 @@ class Recoveries:
     prompts: dict[str, int] = field(default_factory=dict)
     """Prompts in these, by domain."""
 
-    @property
-    def total(self) -> int:
-        """Draws of all recoveries."""
-        return sum(self.draws.values())
-
     def begin(self, domain: str, *, most: int, teacher: str = "") -> None:
         """Let the next draws be of this domain alone, until `end`."""
         self.open = Recovery(domain=domain, most=most, teacher=teacher)
@@ -71,10 +66,6 @@ class Recoveries:
     def end(self) -> None:
         """Let the scheduler go on."""
         self.open = None
-
-    def teaches(self, domain: str) -> bool:
-        """Whether a domain is distilled just now: each of its tokens is learned from."""
-        return self.open is not None and self.open.domain == domain and bool(self.open.teacher)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on; JSON-able."""

@@ -92,7 +92,7 @@ def test_a_recovery_goes_on_from_its_saved_state():
         drawn(c, 1)
     resumed = curriculum(Sequential())
     resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
-    assert resumed.recoveries == whole.recoveries and resumed.recoveries.teaches("safety")
+    assert resumed.recoveries == whole.recoveries and resumed.recoveries.open.teacher
     assert resumed.draw(4) == whole.draw(4)
     assert json.dumps(resumed.state_dict()) == json.dumps(whole.state_dict())
     old = {key: value for key, value in cut.state_dict().items() if key not in ("recoveries", "spare")}
@@ -220,7 +220,11 @@ def test_a_recovery_has_so_many_draws_and_a_run_so_many_recoveries(tmp_path):
         assert alarm.startswith("math is not back after 2 draws: -0.600 (-0.") and done == [""]
         assert c.recoveries.open is None
     assert looked(it, c, rails, 30, ones(20)) == ([], ["warned: its recoveries are spent (2)"])
-    assert (c.recoveries.total, c.recoveries.begun, it.metrics()) == (4, {"math": 2}, {"recovery/math/draws": 4.0})
+    assert (sum(c.recoveries.draws.values()), c.recoveries.begun, it.metrics()) == (
+        4,
+        {"math": 2},
+        {"recovery/math/draws": 4.0},
+    )
 
 
 def test_a_regained_domain_is_left_and_the_scheduler_told(tmp_path):

@@ -106,7 +106,8 @@ class Advantages:
 
     def is_useful(self, group: Group) -> bool:
         """Return whether a group can move the policy."""
-        if self.recoveries.teaches(group.domain):
+        opened = self.recoveries.open
+        if opened is not None and opened.teacher and opened.domain == group.domain:  # it is learned from token by token
             return True
         if self.settings.rft:
             return self.settings.rft.is_useful(group)

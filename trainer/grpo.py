@@ -312,7 +312,8 @@ class DomainGRPOTrainer(GRPOTrainer):
 
     def _learn(self, output: dict[str, Any], rows: Sequence[Completion]) -> Mapping[str, Lessons]:
         """Put teachers' advantages [B, T] in the place of those by reward [B]. Relies on TRL's loss taking both."""
-        distil = self.own_best.of(self.policy, self.curriculum.recoveries.open) or self.distil
+        ledger = self.curriculum.recoveries
+        distil = (self.own_best.of(self.policy, ledger.open) if ledger.begun else None) or self.distil
         if distil is None:
             return {}
         old, mask = self._row_logps, output["completion_mask"]
@@ -544,7 +545,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             logs.update(self.entropy.metrics())
             logs.update(defined(self.shortcuts.flush()))
         logs.update(self.meter.flush())
-        logs.update((self.distil.flush() if self.distil else {}) | self.own_best.flush())
+        logs.update(self.distil.flush() if self.distil else {})
+        logs.update(self.own_best.flush() if self.curriculum.recoveries.begun else {})
         logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(faults_of(self))
         logs.update(self.pending_metrics)

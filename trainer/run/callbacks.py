@@ -509,6 +509,8 @@ class Run(TrainerCallback):
 
     def _recovery_ends(self, step: int) -> bool:
         """Whether the draws of a recovery are spent unmeasured."""
+        if self.trainer.curriculum.recoveries.open is None:
+            return False
         return self.rescue.is_spent and self._evaluated_at != step and self.trainer.plan.is_boundary(step)
 
     @property
