@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,20 @@ def check_probe(recipe: Recipe) -> None:
             raise RecipeError(f"probe.from: expected joint:<steps> with a whole number of steps, got {start!r}")
     elif start != "base" and not Path(start).is_dir():
         raise RecipeError(f"probe.from: {start!r} is neither base, joint:<steps> nor the folder of a checkpoint")
+
+
+def untaught(recipe: Recipe) -> Recipe:
+    """Return a recipe for what only samples: no teacher is looked for, and groups are of two at least."""
+    if recipe.algorithm != "distil":
+        return recipe
+    domains = {name: replace(domain, teacher=None) for name, domain in recipe.domains.items()}
+    grpo = dict(recipe.grpo)
+    if grpo.get("num_generations") == 1:
+        grpo |= {
+            "num_generations": 2,
+            "per_device_train_batch_size": 2 * int(grpo.get("per_device_train_batch_size", 8)),
+        }
+    return recipe.model_copy(update={"algorithm": "grpo", "teachers": {}, "domains": domains, "grpo": grpo})
 
 
 def check_names(recipe: Recipe) -> None:

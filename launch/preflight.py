@@ -227,7 +227,7 @@ def _untaught(recipe: Recipe, data: DomainData, run: RunFolder | None, *, offlin
     asked = {name: _asked_once(teacher) for name, teacher in recipe.teachers.items()}
 
     def look() -> None:
-        lesson = Lesson.of(asked, data, model=recipe.model, offline=offline)
+        lesson = Lesson.of(asked, data, model=recipe.model, offline=offline, trusts_code=recipe.trusts_code)
         if run is not None and run.provenance.is_file():
             refuse_other_teachers(read_object(run.provenance), lesson.origins)
 

@@ -97,6 +97,11 @@ def test_a_level_is_the_mean_of_two_evaluations():
     assert two == pytest.approx(shares(Adaptive(), [row(0, (0.2, 0.4, 0.4))]))
 
 
+def test_a_run_of_the_rule_that_had_this_name_before_is_told_that_it_goes_by_another(caplog):
+    decision = Adaptive().decide(evidence(3), {"arms": {"mean": []}, "worth": {}})
+    assert "another rule that was called adaptive" in caplog.text and "arms" not in decision.state
+
+
 def test_nothing_was_measured_yet():
     evidence = Evidence(
         draw=0, total_draws=9, domains=NAMES, kinds=("structured",) * 3, weights=(1.0,) * 3, sizes=(9,) * 3,

@@ -132,6 +132,11 @@ def test_an_unknown_scheduler_is_refused_with_those_that_exist():
         find_scheduler("bandit")
 
 
+def test_a_scheduler_that_is_called_otherwise_now_is_refused_with_its_name():
+    with pytest.raises(ValueError, match="scheduler 'need' is called 'adaptive' now"):
+        find_scheduler("need")
+
+
 def test_an_unknown_setting_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match=r"SEC: unknown key 'tau'; known: step_size, temperature"):
         build_scheduler("sec", tau=0.2)

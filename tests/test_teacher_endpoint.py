@@ -205,7 +205,7 @@ def test_a_run_whose_teacher_is_gone_goes_on_from_its_checkpoint_to_the_same_end
 @pytest.mark.slow
 def test_a_row_that_a_server_does_not_score_has_no_advantage_and_is_counted(tmp_path):
     def says(ids):
-        return plain(ids) if len(server.asked) != 3 else [None, *({str(i): {"logprob": -9999.0}} for i in ids[1:])]
+        return plain(ids) if len(server.asked) != 3 else [None, *({str(i): {"logprob": None}} for i in ids[1:])]
 
     with Tutor(says) as server:
         loaded = recipe_of(tmp_path, taught_by(server.url), a=("strings", "t"))

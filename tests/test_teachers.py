@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.records import Completion, Prompt
-from polyphony.launch.build import build_trainer, check_names, grpo_config
+from polyphony.launch.build import build_trainer, check_names, grpo_config, untaught
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.verbs.probe import probe
 from polyphony.trainer.run.folder import UNFINISHED_FILE
 from polyphony.trainer.settings import UpdateSettings
 from polyphony.trainer.single import single_config
 from polyphony.trainer.teachers.context import in_context
-from polyphony.trainer.teachers.settings import TeacherSettings
+from polyphony.trainer.teachers.distil import COLUMNS, Distil
+from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings
 from polyphony.trainer.teachers.weights import differing
 from tests.conftest import POLICY
+from tests.taught import recipe_of
 
 SELF = ["algorithm=distil", "rollouts.engine=transformers", "teachers={t: {model: self}}", "domains.sums.teacher=t"]
 BOTH = [*SELF, "domains.words.teacher=t"]
@@ -243,3 +249,44 @@ def test_padding_is_no_difference_of_vocabularies(tmp_path):
     theirs = AutoTokenizer.from_pretrained(POLICY, pad_token="<|end|>")
     assert ours.pad_token != theirs.pad_token
     assert differing(ours, theirs) == ""
+
+
+def test_a_teacher_that_fails_rarely_stops_no_run_however_large_its_draws():
+    lesson = SimpleNamespace(of_domain={"a": "t"})
+    distil = Distil(DistilSettings(), SimpleNamespace(lesson=lesson), domains=("a",), loss_type="grpo")
+    row = torch.zeros(1, len(COLUMNS), dtype=torch.float64)
+    row[0, COLUMNS.index("taught")], row[0, COLUMNS.index("missing")] = 998, 26
+    distil._factors = {"a": 1.0}
+    for _ in range(3):
+        distil._see(row)
+    row[0, COLUMNS.index("taught")], row[0, COLUMNS.index("missing")] = 100, 156
+    with pytest.raises(RuntimeError, match="on 156 of the last 256 completions"):
+        distil._see(row)
+
+
+def test_a_token_that_a_teacher_never_says_is_clipped_and_the_row_is_kept():
+    prompt = Prompt(domain="a", id="1", prompt="?")
+    told = [torch.tensor([-1.0, -math.inf, -1.0]), torch.tensor([-1.0, math.nan, -1.0])]
+    accelerator = SimpleNamespace(reduce=lambda values, reduction: values)
+    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
+    teachers = SimpleNamespace(logps=lambda rows: told, policy=policy, lesson=SimpleNamespace(of_domain={"a": "t"}))
+    distil = Distil(DistilSettings(), teachers, domains=("a",), loss_type="grpo")
+    old, rows = torch.full((2, 3), -2.0), [Completion(ids=(1, 2, 3), prompt=prompt)] * 2
+    learned = distil(torch.zeros(2), old, torch.ones(2, 3, dtype=torch.long), rows)
+    assert learned.advantages.tolist() == [[1.0, -5.0, 1.0], [0.0, 0.0, 0.0]]
+    assert learned.lessons["a"].kl == pytest.approx((-1 + 5 - 1) / 3)
+    assert distil.flush()["distil/a/missing"] == 1
+
+
+def test_what_only_samples_needs_no_teacher(tmp_path):
+    fields = {"t": {"model": "lab/nowhere"}}
+    loaded = untaught(recipe_of(tmp_path, fields, "grpo.num_generations=1", a=("arithmetic", "t")))
+    assert (loaded.algorithm, loaded.teachers, loaded.domains["a"].teacher) == ("grpo", {}, None)
+    assert grpo_config(loaded, tmp_path / "run").num_generations == 2
+
+
+def test_a_probe_of_distillation_is_refused_before_weights_load(tmp_path):
+    recipe = recipe_of(tmp_path, {"t": {"model": "self@start"}}, a=("arithmetic", "t"), b=("strings", "t"))
+    with pytest.raises(RecipeError, match="algorithm: distil: a probe trains each domain by its own reward"):
+        probe(recipe, tmp_path / "probe")
+    assert not (tmp_path / "probe").exists()

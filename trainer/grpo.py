@@ -193,7 +193,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any, outset: Outset | None
     ) -> None:
         """Make what steers a run and what watches it: these need rows and no weights."""
-        self.lesson = Lesson.of(settings.update.teachers, self.data, model=model) if settings.update.distil else None
+        trusts = code_of(args)["trust_remote_code"]
+        taught = partial(Lesson.of, settings.update.teachers, self.data, model=model, trusts_code=trusts)
+        self.lesson = taught() if settings.update.distil else None
         if outset and self.lesson:
             outset.refuse_other_teachers(self.lesson)
         given, self.probes = with_probes(curriculum)

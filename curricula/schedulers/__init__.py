@@ -57,6 +57,8 @@ def find_scheduler(name: str) -> type:
 
     Raises ValueError that lists the known names.
     """
+    if name == "need":
+        raise ValueError("scheduler 'need' is called 'adaptive' now; its ceiling is each domain's own")
     found = find_class("scheduler", REGISTRY, name)
     if not (isinstance(found, type) and hasattr(found, "decide")):
         raise ValueError(f"scheduler {name!r}: expected a class with a method `decide`, got {found!r:.60}")

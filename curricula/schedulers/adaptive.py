@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -17,6 +18,8 @@ from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_
 from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
 from polyphony.curricula.transfer.matrix import Probes
+
+logger = logging.getLogger(__name__)
 
 LATEST = 2
 """Evaluations whose mean is a domain's level: at 50 items each a standard error of .05 instead of .07."""
@@ -85,6 +88,10 @@ class Adaptive:
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
         k = len(evidence.domains)
+        if "arms" in state:
+            logger.warning(
+                "the run began by another rule that was called adaptive: it goes by held-out scores from here on"
+            )
         live = [n + _live(stats) for n, stats in zip(state.get("live", [0.0] * k), evidence.last, strict=True)]
         marks = list(state.get("marks", []))
         marks += [live] * (len(evidence.evaluations) - state.get("seen", 0))

@@ -100,7 +100,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
 
     Where the model is not the recipe's own, KL(model || recipe's model) is measured on the model's completions.
     """
-    from polyphony.launch.build import build_trainer  # slow to import
+    from polyphony.launch.build import build_trainer, untaught  # slow to import
 
     greedy = recipe.rollouts.engine != "transformers" and not recipe.grpo.get("use_vllm")
     settings = replace(recipe.eval, greedy=greedy)
@@ -108,7 +108,7 @@ def evaluate_model(recipe: Recipe, model: str, *, engine: Engine | None = None) 
     name = str(local.resolve()) if local.is_dir() else model
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(
-            recipe.model_copy(update={"model": name, "eval": settings}), Path(scratch), engine=engine
+            untaught(recipe).model_copy(update={"model": name, "eval": settings}), Path(scratch), engine=engine
         )
         result = trainer.evaluator.run()
     if name != recipe.model and settings.kl_items:

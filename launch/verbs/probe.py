@@ -39,6 +39,10 @@ from polyphony.trainer.run.provenance import provenance
 
 def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine | None:
     """Run what the file in `out` does not hold yet; return the engine, so that a run of the same model can use it."""
+    if recipe.algorithm in ("distil", "sft"):
+        raise RecipeError(
+            f"algorithm: {recipe.algorithm}: a probe trains each domain by its own reward; it needs algorithm grpo or rft"
+        )
     names = [name for name, section in recipe.domains.items() if section.train is not None]
     if len(names) < 2:
         raise RecipeError(f"a probe compares domains: at least 2 need `train` rows, got {names}")
@@ -125,7 +129,9 @@ class Probe:
             placebo=arm.is_placebo,
         )
         if self.recipe.probe.keep and len(arm.trained) == 1 and not arm.is_placebo and arm.rate is None:
-            keep_weights(trainer, arm, self.out / "kept" / f"{arm.trained[0]}-{arm.seed}", start=start)
+            keep_weights(
+                trainer, arm, self.out / "kept" / f"{arm.trained[0]}-{arm.seed}", start=start, of=self.recipe.model
+            )
         matrix = self.matrices.get(arm.rate) or self._begun(arm)
         if matrix is not None and matrix.unsplit:  # begun by a version that kept no entropy item by item
             row = replace(row, entropy_items={}, kl_items={})
@@ -188,8 +194,9 @@ class Probe:
         )
 
 
-def keep_weights(trainer: DomainGRPOTrainer, arm: Arm, folder: Path, *, start: str) -> None:
-    """Save what a run ended with, whole or not at all: the adapter where one was trained, else the policy.
+def keep_weights(trainer: DomainGRPOTrainer, arm: Arm, folder: Path, *, start: str, of: str) -> None:
+    """Save what a run ended with, whole or not at all: the adapter where one was trained on the recipe's model `of`, else
+    the policy, an adapter merged into it.
 
     Beside it stands what it was: the domain, steps, seed and learning rate, what it started from, and a run's provenance.
     """
@@ -200,7 +207,7 @@ def keep_weights(trainer: DomainGRPOTrainer, arm: Arm, folder: Path, *, start: s
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         save_final(trainer.policy, Path(scratch) / "weights")
         adapter = Path(scratch) / "weights" / "adapter"
-        kept = adapter if adapter.is_dir() else adapter.parent
+        kept = adapter if adapter.is_dir() and start == of else adapter.parent
         replace_file(RunFolder(kept).provenance, json.dumps(about))
         shutil.rmtree(folder, ignore_errors=True)  # of a probe that was killed before it noted the run
         kept.rename(folder)

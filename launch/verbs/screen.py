@@ -22,7 +22,7 @@ from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import own_pool, save_pools
 from polyphony.curricula.records import Completion, Prompt
-from polyphony.launch.build import build_trainer
+from polyphony.launch.build import build_trainer, untaught
 from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.launch.train import claim_folder
 from polyphony.trainer.run import say
@@ -54,7 +54,7 @@ def screen(
     folder = RunFolder(out)
     claim_folder(recipe, out, resume=folder.recipe.is_file())
     with folder.locked(say=say):
-        trainer = build_trainer(recipe, out, engine=engine)
+        trainer = build_trainer(untaught(recipe), out, engine=engine)
         if trainer.accelerator.num_processes > 1:
             raise RecipeError("screen runs in one process; give its engine more devices instead")
         screening = Screening(trainer=trainer, folder=folder, most_visits=most_visits)

@@ -43,7 +43,7 @@ def refuse_other_teachers(known: Mapping[str, Any], teachers: Mapping[str, Mappi
         if "says" not in now:
             refuse_other_weights(then, f"teachers.{name}", folder=str(now["name"]))
             continue
-        said = then.get("says", now["says"])
+        said = then.get("says", now["says"] if not then else [])
         apart = [abs(x - y) for x, y in zip(said, now["says"], strict=False)]
         if len(said) != len(now["says"]) or sum(apart) > ALIKE * len(apart):
             raise ValueError(

@@ -51,7 +51,8 @@ class Distil:
     def __init__(self, settings: DistilSettings, teachers: Teachers, *, domains: Sequence[str], loss_type: str) -> None:
         self.settings, self.teachers, self.domains = settings, teachers, tuple(domains)
         self.is_balanced = loss_type in BY_COMPLETION
-        self._missing: dict[str, deque[bool]] = {}
+        self._missing: dict[str, deque[tuple[int, int]]] = {}
+        """By domain, of the last draws: completions that were taught, and that their teacher failed on."""
         self._sums = torch.zeros(len(self.domains), len(COLUMNS), dtype=torch.float64)
         self._factors: dict[str, float] = {}
 
@@ -70,10 +71,11 @@ class Distil:
             if logps is not None:
                 gaps[i, : len(logps)] = logps.float() - old[i, : len(logps)].float()
         has_teacher = torch.tensor([logps is not None for logps in told], device=old.device)
-        taught = has_teacher & gaps.isfinite().all(1)
+        taught = has_teacher & ~gaps.isnan().any(1)
         scored = counted & taught.unsqueeze(1)
         gaps = gaps.masked_fill(~scored, 0.0)
         clipped = gaps.clamp(-clip, clip)
+        finite = torch.where(gaps.isinf(), clipped, gaps)  # a token that the teacher never says
         others = by_reward if self.settings.others == "grpo" else torch.zeros_like(by_reward)
         rewarded = torch.where(taught, self.settings.reward_weight * by_reward, others * ~has_teacher)
         values = (clipped + rewarded.unsqueeze(1)) * counted
@@ -83,7 +85,7 @@ class Distil:
             "taught": taught,
             "missing": has_teacher & ~taught,
             "scored": scored.sum(1),
-            "kl": -gaps.sum(1),
+            "kl": -finite.sum(1),
             "size": clipped.abs().sum(1),
             "advantage": (values * scored).sum(1),
             "clipped": (gaps.abs() > clip).sum(1),
@@ -136,12 +138,15 @@ class Distil:
         self._sums += of
         for name, row in zip(self.domains, total.tolist(), strict=True):
             taught, missing = (int(row[COLUMNS.index(column)]) for column in ("taught", "missing"))
-            last = self._missing.setdefault(name, deque(maxlen=LAST))
-            last.extend([False] * taught + [True] * missing)
-            if len(last) >= FEWEST and sum(last) > self.settings.max_missing * len(last):
+            last = self._missing.setdefault(name, deque())
+            last.append((taught, missing))
+            while sum(map(sum, last)) - sum(last[0]) >= LAST:
+                last.popleft()
+            failed, among = sum(n for _, n in last), sum(map(sum, last))
+            if among >= FEWEST and failed > self.settings.max_missing * among:
                 raise RuntimeError(
                     f"domain {name!r}: the log-probabilities of teacher {self.teachers.lesson.of_domain[name]!r} are no "
-                    f"numbers on {sum(last)} of the last {len(last)} completions; distil.max_missing allows a share of "
+                    f"numbers on {failed} of the last {among} completions; distil.max_missing allows a share of "
                     f"{self.settings.max_missing:g}"
                 )
 

@@ -35,26 +35,42 @@ class Lesson:
     """What the policy is made of: a model, or its name."""
     endpoints: Mapping[str, TeacherEndpoint] = field(default_factory=dict)
     """By teacher, those that were asked."""
+    rooms: Mapping[str, int | None] = field(default_factory=dict)
+    """By teacher, the tokens that its context holds; None where it does not say."""
     said: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By teacher behind an endpoint, the log-probabilities of a first training row's beginning."""
 
     @classmethod
     def of(
-        cls, teachers: Mapping[str, TeacherSettings], data: DomainData, *, model: Any, offline: bool = False
+        cls,
+        teachers: Mapping[str, TeacherSettings],
+        data: DomainData,
+        *,
+        model: Any,
+        offline: bool = False,
+        trusts_code: bool = False,
     ) -> Lesson:
         """Find weights, compare vocabularies, fill every training row into its teacher's context. Raises ValueError.
 
-        Endpoints are asked, but for `offline`.
+        Endpoints are asked, but for `offline`. `trusts_code`: code that comes with a teacher's files may be run.
         """
         of_domain = {domain.name: domain.teacher for domain in data.domains if domain.teacher is not None}
         named = {name: teachers[name] for name in sorted(set(of_domain.values()))}
         base = model if isinstance(model, str) else model.name_or_path
         weights = {name: TeacherWeights.of(name, teacher, base=base) for name, teacher in named.items()}
         for name, found in weights.items():
-            check_vocabulary(name, found, data.tokenizer)
+            check_vocabulary(name, found, data.tokenizer, trusts_code=trusts_code)
         remote = {} if offline else {name: named[name] for name, found in weights.items() if found.kind == "endpoint"}
         there = {name: TeacherEndpoint.of(name, teacher).found(data.tokenizer) for name, teacher in remote.items()}
-        lesson = cls(teachers=named, weights=weights, of_domain=of_domain, data=data, model=model, endpoints=there)
+        rooms = dict.fromkeys(named, data.context) | {name: there[name].room for name in there}
+        rooms |= {name: None for name, found in weights.items() if found.kind == "endpoint" and offline}
+        rooms |= {
+            name: context_of(found.path, trust_remote_code=trusts_code)
+            for name, found in weights.items()
+            if found.kind == "checkpoint"
+        }
+        made = {"teachers": named, "weights": weights, "of_domain": of_domain, "data": data, "model": model}
+        lesson = cls(**made, endpoints=there, rooms=rooms)
         for domain in data.domains:
             if domain.name in of_domain:
                 lesson._check_room(domain)
@@ -70,7 +86,7 @@ class Lesson:
         name = self.of_domain[prompt.domain]
         if (context := self.teachers[name].context) is None:
             return prompt.ids
-        ids, room = self.data.tokenized([in_context(context, prompt, completion)])[0].ids, self._room(name)
+        ids, room = self.data.tokenized([in_context(context, prompt, completion)])[0].ids, self.rooms.get(name)
         return None if room is not None and len(ids) + len(completion.ids) > room else ids
 
     def _tried(self, name: str) -> tuple[float, ...]:
@@ -90,16 +106,10 @@ class Lesson:
         }
         return {**found, **there}
 
-    def _room(self, name: str) -> int | None:
-        weights = self.weights[name]
-        if weights.kind == "endpoint":
-            return self.endpoints[name].room if name in self.endpoints else None
-        return context_of(weights.path) if weights.kind == "checkpoint" else self.data.context
-
     def _check_room(self, domain: Domain) -> None:
         """Raise ValueError for a row that does not fit into its teacher's template or memory."""
         name = self.of_domain[domain.name]
-        context, kind, room = self.teachers[name].context, self.weights[name].kind, self._room(name)
+        context, kind, room = self.teachers[name].context, self.weights[name].kind, self.rooms.get(name)
         if context is None and kind not in ("checkpoint", "endpoint"):
             return
         table, limit = self.data.train[domain.name], self.data.limits[domain.name]

@@ -115,7 +115,9 @@ def _lacking(folder: Path, patterns: tuple[str, ...]) -> str:
     return ""
 
 
-def check_vocabulary(name: str, weights: TeacherWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(
+    name: str, weights: TeacherWeights, tokenizer: PreTrainedTokenizerBase, *, trusts_code: bool = False
+) -> None:
     """Raise ValueError where a teacher's tokens are not the policy's; rows that only pad its embedding do not matter."""
     if weights.kind != "checkpoint":
         return
@@ -123,7 +125,9 @@ def check_vocabulary(name: str, weights: TeacherWeights, tokenizer: PreTrainedTo
 
     where = f"teachers.{name}.model"
     try:
-        theirs, config = AutoTokenizer.from_pretrained(weights.path), AutoConfig.from_pretrained(weights.path)
+        theirs, config = (
+            kind.from_pretrained(weights.path, trust_remote_code=trusts_code) for kind in (AutoTokenizer, AutoConfig)
+        )
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{where}: {weights.path}: its vocabulary cannot be compared with the policy's: {error}"
