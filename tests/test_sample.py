@@ -56,6 +56,16 @@ def test_what_the_reward_accepts_becomes_rows_and_a_torn_sample_goes_on_to_the_s
         sample(recipe, folder, per_prompt=4, teachers=teachers)
 
 
+@pytest.mark.slow
+def test_two_adapters_are_asked_one_after_the_other(recipe, shelf, tmp_path):
+    folder, teachers = tmp_path / "out", [f"sums={shelf / 'idle'}", f"words={shelf / 'moved'}"]
+    summary = sample(recipe, folder, per_prompt=1, teachers=teachers)
+    assert [summary["domains"][name]["sampled"] for name in ("sums", "words")] == [8, 8]
+    ledger = RunFolder(folder).ledger(SAMPLED)  # the first is asked nothing again, the second two prompts
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
+    assert sample(recipe, folder, per_prompt=1, teachers=teachers)["domains"]["words"]["sampled"] == 8
+
+
 @pytest.mark.parametrize(
     ("teachers", "said"),
     [

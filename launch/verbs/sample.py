@@ -64,15 +64,22 @@ def sample(
         for weights in dict.fromkeys(expert.weights for expert in experts.values()):
             asked = {domain: expert for domain, expert in experts.items() if expert.weights == weights}
             with as_checkpoint(weights, base=recipe.model, trusts_code=recipe.trusts_code) as model:
-                if before and not same_shape(before, model, trusts_code=recipe.trusts_code):
+                shape = _lasting(weights, recipe)
+                if before and not same_shape(before, shape, trusts_code=recipe.trusts_code):
                     engine = None
                 lesson = Asking(recipe=recipe, folder=folder, experts=asked, per_prompt=per_prompt)
-                engine, before = lesson.run(model, engine), model
+                engine = lesson.run(model, engine)
+                before = shape if engine is not None else ""
             gc.collect()  # the weights that were asked
         summary = read_object(folder.sampled) | {"domains": _counted(folder, experts)}
         replace_file(folder.sampled, json.dumps(summary, indent=1))
         _write_rows(folder)
     return summary
+
+
+def _lasting(weights: TeacherWeights, recipe: Recipe) -> str:
+    """Return the model with the shape and the tokenizer of the weights: an adapter's merged copy does not last."""
+    return weights.path if weights.kind == "checkpoint" else recipe.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
