@@ -21,6 +21,8 @@ from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.settings import UpdateSettings
 from polyphony.trainer.sft.rows import read_answers
 from polyphony.trainer.sft.settings import OF_DRAWS
+from polyphony.trainer.sft.trainer import sft_config
+from polyphony.trainer.slots import plan_draws
 from tests.conftest import POLICY, write_rows
 from tests.taught import recipe_of
 
@@ -126,6 +128,13 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(world, tmp_path):
     assert sum(trainer.curriculum.drawn.values()) == n_answers
     with pytest.raises(ValueError, match="algorithm sft: this trainer samples and evaluates"):
         trainer.sampler.train()
+
+
+def test_one_process_uses_one_of_several_gpus_as_by_grpo(recipe, tmp_path):
+    grpo = "grpo={max_steps: 2, bf16: false, max_completion_length: 8, use_cpu: true}"
+    args = grpo_config(load_recipe(recipe, ["algorithm=sft", grpo, "sft.answers=rows.jsonl"]), tmp_path)
+    args._n_gpu = 1 + sft_config(args, plan_draws(args, 8)).n_gpu
+    assert sft_config(args, plan_draws(args, 8)).n_gpu == args.n_gpu
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

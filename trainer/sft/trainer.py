@@ -164,4 +164,7 @@ def sft_config(args: GRPOConfig, plan: DrawPlan) -> SFTConfig:
     both = {f.name for f in fields(args) if f.init} - {*ITS_OWN}
     shared = {f.name: getattr(args, f.name) for f in fields(SFTConfig) if f.name in both}
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
-    return SFTConfig(**shared, **prepared, max_steps=plan.steps)
+    config = SFTConfig(**shared, **prepared, max_steps=plan.steps)
+    if config.n_gpu != args.n_gpu:  # asked for first, as Transformers counts GPUs by then
+        config._n_gpu = args.n_gpu  # one of several, else TRL refuses the policy in DataParallel
+    return config
