@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from polyphony.curricula.records import Completion
+from polyphony.launch.build import grpo_config, load_data
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError
-from polyphony.launch.verbs.sample import SAMPLED, experts_of, sample, sample_table
+from polyphony.launch.verbs.sample import SAMPLED, Asking, _counted, experts_of, sample, sample_table
 from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY
 from tests.taught import fill, recipe_of
@@ -64,6 +66,25 @@ def test_two_adapters_are_asked_one_after_the_other(recipe, shelf, tmp_path):
     ledger = RunFolder(folder).ledger(SAMPLED)  # the first is asked nothing again, the second two prompts
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))
     assert sample(recipe, folder, per_prompt=1, teachers=teachers)["domains"]["words"]["sampled"] == 8
+
+
+def test_an_answer_with_a_mark_of_a_chat_template_is_counted_and_not_accepted(recipe, tmp_path):
+    data = load_data(recipe, grpo_config(recipe, tmp_path))
+    prompt = next(iter(data.train["sums"]))
+    texts, rewards = ("1[/INST]", "<|endoftext|>", "1", "[/INST]", "2"), (1.0, 1.0, 1.0, 0.0, None)
+    answers = [
+        Completion(ids=(1,), prompt=prompt, text=text, reward=reward)
+        for text, reward in zip(texts, rewards, strict=True)
+    ]
+    experts, folder = experts_of(recipe, ["sums=self"]), RunFolder(tmp_path)
+    lesson = Asking(recipe=recipe, folder=folder, experts=experts, per_prompt=5)
+    line = lesson._line(data, prompt, answers, data.marks)
+    assert line["marked"] == 2 and [answer["completion"] for answer in line["accepted"]] == ["1"]
+    assert lesson._line(data, prompt, answers[:2], data.marks)["accepted"] == []
+    folder.append(SAMPLED, line)
+    domains = _counted(folder, {"sums": experts["sums"]})
+    assert domains["sums"]["marked"] == 2
+    assert "; 2 hold a mark of a chat template" in sample_table({"domains": domains})
 
 
 @pytest.mark.parametrize(

@@ -182,25 +182,30 @@ class Asking:
 
         size = max(1, int(trainer.args.generation_batch_size or 1) // self.per_prompt)
         label = f"{self.recipe.name}: prompts answered of {', '.join(self.experts)}"
-        progress, begun = ProgressLine(label, len(prompts)), time.monotonic()
+        progress, begun, marks = ProgressLine(label, len(prompts)), time.monotonic(), trainer.data.marks
         for at in range(0, len(prompts), size):
             of_batch = slice(at, at + size)
             asked = trainer.data.tokenized(read[of_batch])
             draws = [SAMPLE_DRAW] * len(asked)
             groups = groups_of(trainer, asked, draws, self.per_prompt, graded_as=prompts[of_batch])
-            lines = [self._line(trainer.data, prompt, of) for prompt, of in zip(prompts[of_batch], groups, strict=True)]
-            self.folder.append(SAMPLED, *lines)
+            told = zip(prompts[of_batch], groups, strict=True)
+            self.folder.append(SAMPLED, *(self._line(trainer.data, prompt, of, marks) for prompt, of in told))
             progress.update(min(at + size, len(prompts)), {})
         progress.close()
         say(f"{len(prompts) * self.per_prompt} answers in {time.monotonic() - begun:.0f} s")
 
-    def _line(self, data: DomainData, prompt: Prompt, answers: Sequence[Completion]) -> dict[str, Any]:
+    def _line(
+        self, data: DomainData, prompt: Prompt, answers: Sequence[Completion], marks: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return a prompt's line of the ledger; what holds a mark of a chat template is no answer to learn from."""
         from polyphony.trainer.advantages import accepted  # slow to import
 
         rft = self.recipe.rft
         partitioner = None if rft.dedup is None else find_partitioner(rft.dedup)
         group = Group.of(answers, draw=SAMPLE_DRAW, with_texts=True)
         begun = data.openings.get(prompt.domain, "")  # a thought that the template began is said with the rest
+        marked = {i for i, answer in enumerate(answers) if any(mark in begun + answer.text for mark in marks)}
+        clean = replace(group, rewards=tuple(None if i in marked else r for i, r in enumerate(group.rewards)))
         return {
             "domain": prompt.domain,
             "id": prompt.id,
@@ -208,10 +213,11 @@ class Asking:
             "sampled": len(answers),
             "graded": len(group.graded),
             "tokens": sum(group.lengths),
+            "marked": sum((r := group.rewards[i]) is not None and r >= rft.accept_from for i in marked),
             "accepted": [
                 {"completion": begun + answers[i].text, "reward": answers[i].reward, "tokens": len(answers[i].ids)}
                 | ({"truncated": True} if answers[i].truncated else {})
-                for i in accepted(group, rft, partitioner)
+                for i in accepted(clean, rft, partitioner)
             ],
         }
 
@@ -253,6 +259,7 @@ def _counted(folder: RunFolder, experts: Mapping[str, Expert]) -> dict[str, dict
             "answered": sum(bool(line["accepted"]) for line in of),
             "sampled": sampled,
             "ungraded": sampled - sum(line["graded"] for line in of),
+            "marked": sum(line.get("marked", 0) for line in of),
             "accepted": accepted,
             "share": accepted / max(1, sampled),
             "tokens": sum(line["tokens"] for line in of),
@@ -277,5 +284,6 @@ def sample_table(summary: Mapping[str, Any]) -> str:
     for name, found in summary["domains"].items():
         cells = (f"{found[c]:>10.0%}" if c == "share" else f"{found[c]:>10,}" for c in columns)
         ungraded = f"; {found['ungraded']} could not be graded" if found["ungraded"] else ""
-        lines.append(f"{name:<16}" + "".join(cells) + f"   {found['teacher']}{ungraded}")
+        marked = f"; {found['marked']} hold a mark of a chat template" if found["marked"] else ""
+        lines.append(f"{name:<16}" + "".join(cells) + f"   {found['teacher']}{ungraded}{marked}")
     return "\n".join(lines)
