@@ -105,6 +105,17 @@ def test_teachers_that_are_not_there_are_named(recipe, tmp_path, teachers, said)
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("field", ["attempt", "reward", "feedback"])
+def test_an_expert_that_reads_an_attempt_is_refused(tmp_path, field):
+    tutor = {"model": "self", "context": f"{{prompt}} {{{field}}}"}
+    with pytest.raises(RecipeError) as refused:
+        experts_of(recipe_of(tmp_path, {"tutor": tutor}, sums=("arithmetic", "tutor")), [])
+    assert str(refused.value) == (
+        f"teacher 'tutor' of domain 'sums': its context reads {{{field}}}, and before its answer there is no attempt: "
+        "leave it out"
+    )
+
+
 WATCHED = {"name": "watched", "kind": "structured", "heldout": "x.jsonl", "reward": "exact"}
 
 

@@ -30,7 +30,7 @@ from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.sft.settings import SftSettings
-from polyphony.trainer.teachers.context import in_context
+from polyphony.trainer.teachers.context import OF_ATTEMPT, fields_of, in_context
 from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
 from polyphony.trainer.teachers.weights import TeacherWeights, as_checkpoint
 
@@ -117,6 +117,10 @@ def _expert(recipe: Recipe, domain: str, teacher: str) -> Expert:
         settings = recipe.teachers.get(teacher) or TeacherSettings(model=teacher)
         if settings.endpoint or settings.model is None:
             raise ValueError("is behind an endpoint, which scores answers and gives none: name its weights")
+        if reads := [name for name in fields_of(settings.context or "") if name in OF_ATTEMPT]:
+            raise ValueError(
+                f"its context reads {{{reads[0]}}}, and before its answer there is no attempt: leave it out"
+            )
         if Path(settings.model).is_dir():
             settings = replace(settings, model=str(Path(weights_of(settings.model)).resolve()))
         weights = TeacherWeights.of(teacher, settings, base=recipe.model)
