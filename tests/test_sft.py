@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -14,11 +15,13 @@ from trl.trainer.sft_config import SFTConfig
 from polyphony.launch.build import grpo_config, load_data, missing_names
 from polyphony.launch.build_sft import build_sft
 from polyphony.launch.cli import main
+from polyphony.launch.preflight import sizes
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.launch.verbs.sample import sample
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.sft.passes import learned, plan_passes, steps_of_pass
 from polyphony.trainer.sft.rows import read_answers
 from polyphony.trainer.sft.settings import OF_DRAWS
 from polyphony.trainer.sft.trainer import sft_config
@@ -128,6 +131,34 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(world, tmp_path):
     assert sum(trainer.curriculum.drawn.values()) == n_answers
     with pytest.raises(ValueError, match="algorithm sft: this trainer samples and evaluates"):
         trainer.sampler.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_pass_ends_with_a_step_of_what_is_left(world, tmp_path, accumulation):
+    n_answers = len(lines(world / "sampled", "rows"))
+    of_batch = next(size for size in (4, 3, 5, 7) if n_answers % size)
+    per_pass = math.ceil(math.ceil(n_answers / of_batch) / accumulation)
+    passes = [f"grpo.per_device_train_batch_size={of_batch}"]
+    passes += [f"grpo.gradient_accumulation_steps={accumulation}", "grpo.max_steps=-1", "grpo.num_train_epochs=3"]
+    recipe = learning(world, world / "sampled", *passes, "eval.every=1", "checkpoint.every=1")
+    trainer = build_sft(recipe, tmp_path / "run")
+    trainer.train()
+    assert trainer.plan.steps == trainer.state.global_step == 3 * per_pass
+    assert trainer.state.epoch == 3 and sum(trainer.curriculum.drawn.values()) == 3 * n_answers
+    told = sizes(recipe, grpo_config(recipe, tmp_path), trainer.data)[1]
+    assert told == f"training: {3 * per_pass} steps, {3 * n_answers} of {n_answers} answers, 3 passes"
+
+
+def test_passes_are_counted_as_transformers_does(recipe, tmp_path):
+    grpo = "grpo={max_steps: -1, num_train_epochs: 1.5, per_device_train_batch_size: 4, gradient_accumulation_steps: 2"
+    grpo += ", bf16: false, max_completion_length: 8, use_cpu: true}"
+    args = grpo_config(load_recipe(recipe, ["algorithm=sft", grpo, "sft.answers=rows.jsonl"]), tmp_path)
+    assert [steps_of_pass(args, n) for n in (1, 8, 9, 17)] == [1, 1, 2, 3]
+    assert plan_passes(args, 17).steps == 5
+    assert [learned(args, steps, 17) for steps in (1, 3, 5)] == [8, 17, 33]
+    args.max_steps = 7
+    assert plan_passes(args, 17).steps == 7
 
 
 def test_one_process_uses_one_of_several_gpus_as_by_grpo(recipe, tmp_path):
