@@ -226,6 +226,7 @@ RIGHT = {"domain": "sums", "id": "train-1", "completion": "1"}
             RIGHT | {"completion": "<|start_header_id|>1"},
             "'<|start_header_id|>' is of a chat template, not of an answer",
         ),
+        (RIGHT | {"truncated": "false"}, "`truncated` is true or false, got 'false'"),
         (RIGHT | {"domain": "sum"}, "unknown domain 'sum'; did you mean 'sums'?"),
         (RIGHT | {"id": "heldout-1"}, "id 'heldout-1' is of a held-out row of domain 'sums'"),
         (RIGHT | {"id": "7"}, "id '7' is of no training row of domain 'sums'"),
