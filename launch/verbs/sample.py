@@ -29,6 +29,7 @@ from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.run.origins import origin_of, refuse_other_weights
 from polyphony.trainer.sft.settings import SftSettings
 from polyphony.trainer.teachers.context import OF_ATTEMPT, fields_of, in_context
 from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
@@ -52,22 +53,21 @@ def sample(
 
     Raises RecipeError, before weights are loaded, for teachers that are not there, and for a folder of something else.
     """
-    experts = experts_of(recipe, teachers)
+    experts, folder = experts_of(recipe, teachers), RunFolder(out)
     check_names(recipe)
-    folder = RunFolder(out)
+    lessons = _lessons(recipe, folder, experts, per_prompt)
     claim_folder(recipe, out, resume=folder.recipe.is_file())
     with folder.locked(say=say):
         told = {domain: asdict(expert.settings) for domain, expert in experts.items()}
-        _note(folder, {"per_prompt": per_prompt, "teachers": told})
+        weights = {domain: origin_of(expert.weights.path or recipe.model) for domain, expert in experts.items()}
+        _note(folder, {"per_prompt": per_prompt, "teachers": told}, weights)
         cut_torn_line(folder.ledger(SAMPLED))
         before = ""
-        for weights in dict.fromkeys(expert.weights for expert in experts.values()):
-            asked = {domain: expert for domain, expert in experts.items() if expert.weights == weights}
-            with as_checkpoint(weights, base=recipe.model, trusts_code=recipe.trusts_code) as model:
-                shape = _lasting(weights, recipe)
+        for lesson in lessons:
+            shape = _lasting(lesson.weights, recipe)
+            with as_checkpoint(lesson.weights, base=recipe.model, trusts_code=recipe.trusts_code) as model:
                 if before and not same_shape(before, shape, trusts_code=recipe.trusts_code):
                     engine = None
-                lesson = Asking(recipe=recipe, folder=folder, experts=asked, per_prompt=per_prompt)
                 engine = lesson.run(model, engine)
                 before = shape if engine is not None else ""
             gc.collect()  # the weights that were asked
@@ -142,10 +142,10 @@ def _check_hub(name: str, where: str) -> None:
         raise RecipeError(f"{where}: {name} is no folder, and not found on the hub: {error}") from error
 
 
-def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
-    """Write down what is asked, or raise RecipeError where the folder's sample was asked something else."""
+def _note(folder: RunFolder, asked: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Write down what is asked, and of which weights by domain; raise RecipeError where the folder's sample is another."""
     if not folder.sampled.is_file():
-        replace_file(folder.sampled, json.dumps(asked, indent=1))
+        replace_file(folder.sampled, json.dumps({**asked, "weights": weights}, indent=1))
         return
     then = read_object(folder.sampled)
     for key, now in asked.items():
@@ -153,6 +153,28 @@ def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
             raise RecipeError(
                 f"{folder.path} holds a sample with {key} {then.get(key)}, not {now}: choose another --out"
             )
+    for domain, now in weights.items():
+        try:
+            began = then.get("weights", {}).get(domain, {})
+            refuse_other_weights(began, f"the teacher of domain {domain!r}", folder=now["name"])
+        except ValueError as error:
+            raise RecipeError(f"{folder.path}: {error}") from error
+
+
+def _lessons(recipe: Recipe, folder: RunFolder, experts: Mapping[str, Expert], per_prompt: int) -> list[Asking]:
+    """Return what each expert's weights are asked; raises RecipeError for rows that one of them cannot be asked."""
+    found = []
+    for weights in dict.fromkeys(expert.weights for expert in experts.values()):
+        asked = {domain: expert for domain, expert in experts.items() if expert.weights == weights}
+        alone = asking(recipe, _lasting(weights, recipe), asked)
+        data = load_data(alone, grpo_config(alone, folder.path))
+        lesson = Asking(recipe=recipe, folder=folder, experts=asked, per_prompt=per_prompt, weights=weights, data=data)
+        try:
+            _check_room(data, lesson.read([prompt for name in asked for prompt in data.train[name]]))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        found.append(lesson)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,22 +185,25 @@ class Asking:
     folder: RunFolder
     experts: Mapping[str, Expert]
     per_prompt: int
+    weights: TeacherWeights
+    data: DomainData
+
+    def read(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts as the expert reads them. Raises ValueError for a field of its context that a row lacks."""
+        contexts = {name: expert.settings.context for name, expert in self.experts.items()}
+        return [p if (context := contexts[p.domain]) is None else in_context(context, p) for p in prompts]
 
     def run(self, model: str, engine: Engine | None) -> Engine | None:
         """Ask for what the ledger does not hold, loading nothing for nothing; return the engine."""
-        recipe = asking(self.recipe, model, self.experts)
-        data = load_data(recipe, grpo_config(recipe, self.folder.path))
+        recipe, data = asking(self.recipe, model, self.experts), self.data
         known = {(line["domain"], line["id"]) for line in self.folder.read(SAMPLED)}
         prompts = [p for name in self.experts for p in data.train[name] if (name, p.id) not in known]
         if not prompts:
             return engine
-        contexts = {name: expert.settings.context for name, expert in self.experts.items()}
-        read = [p if (context := contexts[p.domain]) is None else in_context(context, p) for p in prompts]
-        _check_room(data, read)
         trainer = build_trainer(recipe, self.folder.path, engine=engine, data=data)
         if trainer.accelerator.num_processes > 1:
             raise RecipeError("sample runs in one process; give its engine more devices instead")
-        self._ask(trainer, prompts, read)
+        self._ask(trainer, prompts, self.read(prompts))
         return trainer.policy.engine
 
     def _ask(self, trainer: DomainGRPOTrainer, prompts: Sequence[Prompt], read: Sequence[Prompt]) -> None:
