@@ -202,6 +202,18 @@ def test_what_acts_on_draws_is_refused_by_name(recipe, overrides, said):
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
 
 
+def test_all_that_acts_on_draws_is_refused_at_once(recipe):
+    others = ["pool={}", "domains.sums.weight=2", "grpo.num_generations=4", "grpo.temperature=0.7", "sft.answers=null"]
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", *others])
+    assert str(refused.value) == (
+        "pool, domains.sums.weight, grpo.num_generations with algorithm: sft: a file of answers is learned from, nothing is "
+        "drawn; leave them out; grpo.temperature=0.7 with algorithm: sft: its loss is at 1, and held-out answers are "
+        "sampled as was learned; leave it out; algorithm: sft needs sft.answers, the rows to learn from; `polyphony sample` "
+        "writes them"
+    )
+
+
 def test_answers_that_are_not_there_are_named_once_before_torch_comes(recipe, capsys):
     told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=none.jsonl"])
     (line,) = missing_names(told)[""]
