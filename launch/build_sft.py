@@ -32,11 +32,11 @@ def build_sft(
     answers = load_answers(recipe, data)
 
     from polyphony.trainer.run.outset import Outset
+    from polyphony.trainer.sft.passes import plan_passes
     from polyphony.trainer.sft.rows import tables_of
     from polyphony.trainer.sft.trainer import DomainSFTTrainer
-    from polyphony.trainer.slots import plan_draws
 
-    data, plan = replace(data, answers=tables_of(answers)), plan_draws(args, len(answers))
+    data, plan = replace(data, answers=tables_of(answers)), plan_passes(args, len(answers))
     try:
         outset = Outset.of(run, recipe.of_trainer, args=args, plan=plan, data=data, model=recipe.model)
         sampler = build_trainer(recipe, output, engine=engine, data=data)

@@ -288,10 +288,14 @@ PATIENCE_S = 3.0
 
 def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return how large a run will be, a line each; and that evaluation is most of it, where it is."""
+    from polyphony.trainer.sft.passes import learned, plan_passes
     from polyphony.trainer.slots import plan_draws
 
-    plan, evaluation = plan_draws(args, _a_pass(data)), recipe.eval
+    n_rows, evaluation = _a_pass(data), recipe.eval
+    plan = plan_passes(args, n_rows) if data.answers else plan_draws(args, n_rows)
     trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
+    if data.answers:
+        trained = learned(args, plan.steps, n_rows)
     tokens = trained * max(data.limits[name] for name in data.train)
     times = (1 + math.ceil(plan.steps / evaluation.every)) * (evaluation.samples + evaluation.greedy)
     items = sum(map(len, data.heldout.values()))
@@ -302,7 +306,7 @@ def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
         f"{plan.draws:,} draws of {plan.prompts_per_draw:,} prompts, {trained:,} completions, at most {tokens:,} tokens"
     )
     if data.answers:
-        what = f"{trained:,} of {_a_pass(data):,} answers, {trained / _a_pass(data):.2g} passes"
+        what = f"{trained:,} of {n_rows:,} answers, {trained / n_rows:.2g} passes"
     found = [
         f"rows, training + held-out: {', '.join(counts)}",
         f"training: {plan.steps:,} steps, {what}",

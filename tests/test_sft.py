@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -14,13 +15,17 @@ from trl.trainer.sft_config import SFTConfig
 from polyphony.launch.build import grpo_config, load_data, missing_names
 from polyphony.launch.build_sft import build_sft
 from polyphony.launch.cli import main
+from polyphony.launch.preflight import sizes
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.launch.verbs.sample import sample
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.settings import UpdateSettings
+from polyphony.trainer.sft.passes import learned, plan_passes, steps_of_pass
 from polyphony.trainer.sft.rows import read_answers
 from polyphony.trainer.sft.settings import OF_DRAWS
+from polyphony.trainer.sft.trainer import sft_config
+from polyphony.trainer.slots import plan_draws
 from tests.conftest import POLICY, write_rows
 from tests.taught import recipe_of
 
@@ -128,6 +133,41 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(world, tmp_path):
         trainer.sampler.train()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_pass_ends_with_a_step_of_what_is_left(world, tmp_path, accumulation):
+    n_answers = len(lines(world / "sampled", "rows"))
+    of_batch = next(size for size in (4, 3, 5, 7) if n_answers % size)
+    per_pass = math.ceil(math.ceil(n_answers / of_batch) / accumulation)
+    passes = [f"grpo.per_device_train_batch_size={of_batch}"]
+    passes += [f"grpo.gradient_accumulation_steps={accumulation}", "grpo.max_steps=-1", "grpo.num_train_epochs=3"]
+    recipe = learning(world, world / "sampled", *passes, "eval.every=1", "checkpoint.every=1")
+    trainer = build_sft(recipe, tmp_path / "run")
+    trainer.train()
+    assert trainer.plan.steps == trainer.state.global_step == 3 * per_pass
+    assert trainer.state.epoch == 3 and sum(trainer.curriculum.drawn.values()) == 3 * n_answers
+    told = sizes(recipe, grpo_config(recipe, tmp_path), trainer.data)[1]
+    assert told == f"training: {3 * per_pass} steps, {3 * n_answers} of {n_answers} answers, 3 passes"
+
+
+def test_passes_are_counted_as_transformers_does(recipe, tmp_path):
+    grpo = "grpo={max_steps: -1, num_train_epochs: 1.5, per_device_train_batch_size: 4, gradient_accumulation_steps: 2"
+    grpo += ", bf16: false, max_completion_length: 8, use_cpu: true}"
+    args = grpo_config(load_recipe(recipe, ["algorithm=sft", grpo, "sft.answers=rows.jsonl"]), tmp_path)
+    assert [steps_of_pass(args, n) for n in (1, 8, 9, 17)] == [1, 1, 2, 3]
+    assert plan_passes(args, 17).steps == 5
+    assert [learned(args, steps, 17) for steps in (1, 3, 5)] == [8, 17, 33]
+    args.max_steps = 7
+    assert plan_passes(args, 17).steps == 7
+
+
+def test_one_process_uses_one_of_several_gpus_as_by_grpo(recipe, tmp_path):
+    grpo = "grpo={max_steps: 2, bf16: false, max_completion_length: 8, use_cpu: true}"
+    args = grpo_config(load_recipe(recipe, ["algorithm=sft", grpo, "sft.answers=rows.jsonl"]), tmp_path)
+    args._n_gpu = 1 + sft_config(args, plan_draws(args, 8)).n_gpu
+    assert sft_config(args, plan_draws(args, 8)).n_gpu == args.n_gpu
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +202,18 @@ def test_what_acts_on_draws_is_refused_by_name(recipe, overrides, said):
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
 
 
+def test_all_that_acts_on_draws_is_refused_at_once(recipe):
+    others = ["pool={}", "domains.sums.weight=2", "grpo.num_generations=4", "grpo.temperature=0.7", "sft.answers=null"]
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", *others])
+    assert str(refused.value) == (
+        "pool, domains.sums.weight, grpo.num_generations with algorithm: sft: a file of answers is learned from, nothing is "
+        "drawn; leave them out; grpo.temperature=0.7 with algorithm: sft: its loss is at 1, and held-out answers are "
+        "sampled as was learned; leave it out; algorithm: sft needs sft.answers, the rows to learn from; `polyphony sample` "
+        "writes them"
+    )
+
+
 def test_answers_that_are_not_there_are_named_once_before_torch_comes(recipe, capsys):
     told = load_recipe(recipe, ["algorithm=sft", "grpo={max_steps: 2}", "sft.answers=none.jsonl"])
     (line,) = missing_names(told)[""]
@@ -186,6 +238,7 @@ RIGHT = {"domain": "sums", "id": "train-1", "completion": "1"}
             RIGHT | {"completion": "<|start_header_id|>1"},
             "'<|start_header_id|>' is of a chat template, not of an answer",
         ),
+        (RIGHT | {"truncated": "false"}, "`truncated` is true or false, got 'false'"),
         (RIGHT | {"domain": "sum"}, "unknown domain 'sum'; did you mean 'sums'?"),
         (RIGHT | {"id": "heldout-1"}, "id 'heldout-1' is of a held-out row of domain 'sums'"),
         (RIGHT | {"id": "7"}, "id '7' is of no training row of domain 'sums'"),

@@ -29,8 +29,9 @@ from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.run import say
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.run.origins import origin_of, refuse_other_weights
 from polyphony.trainer.sft.settings import SftSettings
-from polyphony.trainer.teachers.context import in_context
+from polyphony.trainer.teachers.context import OF_ATTEMPT, fields_of, in_context
 from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
 from polyphony.trainer.teachers.weights import TeacherWeights, as_checkpoint
 
@@ -52,27 +53,33 @@ def sample(
 
     Raises RecipeError, before weights are loaded, for teachers that are not there, and for a folder of something else.
     """
-    experts = experts_of(recipe, teachers)
+    experts, folder = experts_of(recipe, teachers), RunFolder(out)
     check_names(recipe)
-    folder = RunFolder(out)
+    lessons = _lessons(recipe, folder, experts, per_prompt)
     claim_folder(recipe, out, resume=folder.recipe.is_file())
     with folder.locked(say=say):
         told = {domain: asdict(expert.settings) for domain, expert in experts.items()}
-        _note(folder, {"per_prompt": per_prompt, "teachers": told})
+        weights = {domain: origin_of(expert.weights.path or recipe.model) for domain, expert in experts.items()}
+        _note(folder, {"per_prompt": per_prompt, "teachers": told}, weights)
         cut_torn_line(folder.ledger(SAMPLED))
         before = ""
-        for weights in dict.fromkeys(expert.weights for expert in experts.values()):
-            asked = {domain: expert for domain, expert in experts.items() if expert.weights == weights}
-            with as_checkpoint(weights, base=recipe.model, trusts_code=recipe.trusts_code) as model:
-                if before and not same_shape(before, model, trusts_code=recipe.trusts_code):
+        for lesson in lessons:
+            shape = _lasting(lesson.weights, recipe)
+            with as_checkpoint(lesson.weights, base=recipe.model, trusts_code=recipe.trusts_code) as model:
+                if before and not same_shape(before, shape, trusts_code=recipe.trusts_code):
                     engine = None
-                lesson = Asking(recipe=recipe, folder=folder, experts=asked, per_prompt=per_prompt)
-                engine, before = lesson.run(model, engine), model
+                engine = lesson.run(model, engine)
+                before = shape if engine is not None else ""
             gc.collect()  # the weights that were asked
         summary = read_object(folder.sampled) | {"domains": _counted(folder, experts)}
         replace_file(folder.sampled, json.dumps(summary, indent=1))
         _write_rows(folder)
     return summary
+
+
+def _lasting(weights: TeacherWeights, recipe: Recipe) -> str:
+    """Return the model with the shape and the tokenizer of the weights: an adapter's merged copy does not last."""
+    return weights.path if weights.kind == "checkpoint" else recipe.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +117,10 @@ def _expert(recipe: Recipe, domain: str, teacher: str) -> Expert:
         settings = recipe.teachers.get(teacher) or TeacherSettings(model=teacher)
         if settings.endpoint or settings.model is None:
             raise ValueError("is behind an endpoint, which scores answers and gives none: name its weights")
+        if reads := [name for name in fields_of(settings.context or "") if name in OF_ATTEMPT]:
+            raise ValueError(
+                f"its context reads {{{reads[0]}}}, and before its answer there is no attempt: leave it out"
+            )
         if Path(settings.model).is_dir():
             settings = replace(settings, model=str(Path(weights_of(settings.model)).resolve()))
         weights = TeacherWeights.of(teacher, settings, base=recipe.model)
@@ -131,10 +142,10 @@ def _check_hub(name: str, where: str) -> None:
         raise RecipeError(f"{where}: {name} is no folder, and not found on the hub: {error}") from error
 
 
-def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
-    """Write down what is asked, or raise RecipeError where the folder's sample was asked something else."""
+def _note(folder: RunFolder, asked: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Write down what is asked, and of which weights by domain; raise RecipeError where the folder's sample is another."""
     if not folder.sampled.is_file():
-        replace_file(folder.sampled, json.dumps(asked, indent=1))
+        replace_file(folder.sampled, json.dumps({**asked, "weights": weights}, indent=1))
         return
     then = read_object(folder.sampled)
     for key, now in asked.items():
@@ -142,6 +153,28 @@ def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
             raise RecipeError(
                 f"{folder.path} holds a sample with {key} {then.get(key)}, not {now}: choose another --out"
             )
+    for domain, now in weights.items():
+        try:
+            began = then.get("weights", {}).get(domain, {})
+            refuse_other_weights(began, f"the teacher of domain {domain!r}", folder=now["name"])
+        except ValueError as error:
+            raise RecipeError(f"{folder.path}: {error}") from error
+
+
+def _lessons(recipe: Recipe, folder: RunFolder, experts: Mapping[str, Expert], per_prompt: int) -> list[Asking]:
+    """Return what each expert's weights are asked; raises RecipeError for rows that one of them cannot be asked."""
+    found = []
+    for weights in dict.fromkeys(expert.weights for expert in experts.values()):
+        asked = {domain: expert for domain, expert in experts.items() if expert.weights == weights}
+        alone = asking(recipe, _lasting(weights, recipe), asked)
+        data = load_data(alone, grpo_config(alone, folder.path))
+        lesson = Asking(recipe=recipe, folder=folder, experts=asked, per_prompt=per_prompt, weights=weights, data=data)
+        try:
+            _check_room(data, lesson.read([prompt for name in asked for prompt in data.train[name]]))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        found.append(lesson)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,22 +185,25 @@ class Asking:
     folder: RunFolder
     experts: Mapping[str, Expert]
     per_prompt: int
+    weights: TeacherWeights
+    data: DomainData
+
+    def read(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts as the expert reads them. Raises ValueError for a field of its context that a row lacks."""
+        contexts = {name: expert.settings.context for name, expert in self.experts.items()}
+        return [p if (context := contexts[p.domain]) is None else in_context(context, p) for p in prompts]
 
     def run(self, model: str, engine: Engine | None) -> Engine | None:
         """Ask for what the ledger does not hold, loading nothing for nothing; return the engine."""
-        recipe = asking(self.recipe, model, self.experts)
-        data = load_data(recipe, grpo_config(recipe, self.folder.path))
+        recipe, data = asking(self.recipe, model, self.experts), self.data
         known = {(line["domain"], line["id"]) for line in self.folder.read(SAMPLED)}
         prompts = [p for name in self.experts for p in data.train[name] if (name, p.id) not in known]
         if not prompts:
             return engine
-        contexts = {name: expert.settings.context for name, expert in self.experts.items()}
-        read = [p if (context := contexts[p.domain]) is None else in_context(context, p) for p in prompts]
-        _check_room(data, read)
         trainer = build_trainer(recipe, self.folder.path, engine=engine, data=data)
         if trainer.accelerator.num_processes > 1:
             raise RecipeError("sample runs in one process; give its engine more devices instead")
-        self._ask(trainer, prompts, read)
+        self._ask(trainer, prompts, self.read(prompts))
         return trainer.policy.engine
 
     def _ask(self, trainer: DomainGRPOTrainer, prompts: Sequence[Prompt], read: Sequence[Prompt]) -> None:
@@ -175,25 +211,30 @@ class Asking:
 
         size = max(1, int(trainer.args.generation_batch_size or 1) // self.per_prompt)
         label = f"{self.recipe.name}: prompts answered of {', '.join(self.experts)}"
-        progress, begun = ProgressLine(label, len(prompts)), time.monotonic()
+        progress, begun, marks = ProgressLine(label, len(prompts)), time.monotonic(), trainer.data.marks
         for at in range(0, len(prompts), size):
             of_batch = slice(at, at + size)
             asked = trainer.data.tokenized(read[of_batch])
             draws = [SAMPLE_DRAW] * len(asked)
             groups = groups_of(trainer, asked, draws, self.per_prompt, graded_as=prompts[of_batch])
-            lines = [self._line(trainer.data, prompt, of) for prompt, of in zip(prompts[of_batch], groups, strict=True)]
-            self.folder.append(SAMPLED, *lines)
+            told = zip(prompts[of_batch], groups, strict=True)
+            self.folder.append(SAMPLED, *(self._line(trainer.data, prompt, of, marks) for prompt, of in told))
             progress.update(min(at + size, len(prompts)), {})
         progress.close()
         say(f"{len(prompts) * self.per_prompt} answers in {time.monotonic() - begun:.0f} s")
 
-    def _line(self, data: DomainData, prompt: Prompt, answers: Sequence[Completion]) -> dict[str, Any]:
+    def _line(
+        self, data: DomainData, prompt: Prompt, answers: Sequence[Completion], marks: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return a prompt's line of the ledger; what holds a mark of a chat template is no answer to learn from."""
         from polyphony.trainer.advantages import accepted  # slow to import
 
         rft = self.recipe.rft
         partitioner = None if rft.dedup is None else find_partitioner(rft.dedup)
         group = Group.of(answers, draw=SAMPLE_DRAW, with_texts=True)
         begun = data.openings.get(prompt.domain, "")  # a thought that the template began is said with the rest
+        marked = {i for i, answer in enumerate(answers) if any(mark in begun + answer.text for mark in marks)}
+        clean = replace(group, rewards=tuple(None if i in marked else r for i, r in enumerate(group.rewards)))
         return {
             "domain": prompt.domain,
             "id": prompt.id,
@@ -201,10 +242,11 @@ class Asking:
             "sampled": len(answers),
             "graded": len(group.graded),
             "tokens": sum(group.lengths),
+            "marked": sum((r := group.rewards[i]) is not None and r >= rft.accept_from for i in marked),
             "accepted": [
                 {"completion": begun + answers[i].text, "reward": answers[i].reward, "tokens": len(answers[i].ids)}
                 | ({"truncated": True} if answers[i].truncated else {})
-                for i in accepted(group, rft, partitioner)
+                for i in accepted(clean, rft, partitioner)
             ],
         }
 
@@ -246,6 +288,7 @@ def _counted(folder: RunFolder, experts: Mapping[str, Expert]) -> dict[str, dict
             "answered": sum(bool(line["accepted"]) for line in of),
             "sampled": sampled,
             "ungraded": sampled - sum(line["graded"] for line in of),
+            "marked": sum(line.get("marked", 0) for line in of),
             "accepted": accepted,
             "share": accepted / max(1, sampled),
             "tokens": sum(line["tokens"] for line in of),
@@ -270,5 +313,6 @@ def sample_table(summary: Mapping[str, Any]) -> str:
     for name, found in summary["domains"].items():
         cells = (f"{found[c]:>10.0%}" if c == "share" else f"{found[c]:>10,}" for c in columns)
         ungraded = f"; {found['ungraded']} could not be graded" if found["ungraded"] else ""
-        lines.append(f"{name:<16}" + "".join(cells) + f"   {found['teacher']}{ungraded}")
+        marked = f"; {found['marked']} hold a mark of a chat template" if found["marked"] else ""
+        lines.append(f"{name:<16}" + "".join(cells) + f"   {found['teacher']}{ungraded}{marked}")
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def read_answers(source: str, data: DomainData) -> list[Completion]:
             raise ValueError(
                 f"{where}: {mark!r} is of a chat template, not of an answer: give what was said without it"
             )
-        found.append(Completion(ids=(), prompt=prompt, text=text, truncated=bool(row.get("truncated"))))
+        found.append(Completion(ids=(), prompt=prompt, text=text, truncated=_is_truncated(row, where)))
     if left_out:
         warnings.warn(f"{ANSWERS}: {left_out} of {len(rows)} answer prompts that are left out", stacklevel=2)
     if not found:
@@ -80,6 +80,13 @@ def _said(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: a `completion` is text, and not empty, got {text!r:.60}")
     return text
+
+
+def _is_truncated(row: Mapping[str, Any], where: str) -> bool:
+    truncated = row.get("truncated")
+    if truncated is not None and not isinstance(truncated, bool):
+        raise ValueError(f"{where}: `truncated` is true or false, got {truncated!r:.60}")
+    return bool(truncated)
 
 
 def _tokenized(found: Sequence[Completion], data: DomainData, rows: Rows) -> list[Completion]:

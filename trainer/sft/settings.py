@@ -64,34 +64,39 @@ def check_sft(
     guardrails: Sequence[Guardrail],
     grpo: Mapping[str, Any],
 ) -> None:
-    """Raise ValueError for what has no meaning where a file of answers is learned from.
+    """Raise ValueError for all that has no meaning where a file of answers is learned from.
 
     `said` are the names of a recipe's `SECTIONS` that are not as they are where nobody says them.
     """
-    why = "with algorithm: sft: a file of answers is learned from, nothing is drawn; leave it out"
-    if said:
-        raise ValueError(f"{said[0]} {why}")
+    unheard = [*said]
     for domain in domains:
-        for name in OF_A_DOMAIN:
-            if getattr(domain, name) != Domain.__pydantic_fields__[name].default:  # type: ignore[attr-defined]
-                raise ValueError(f"domains.{domain.name}.{name} {why}")
-    for name in sorted(OF_DRAWS & grpo.keys()):
-        raise ValueError(f"grpo.{name} {why}")
+        defaults = {name: Domain.__pydantic_fields__[name].default for name in OF_A_DOMAIN}  # type: ignore[attr-defined]
+        unheard += [
+            f"domains.{domain.name}.{name}" for name, plain in defaults.items() if getattr(domain, name) != plain
+        ]
+    unheard += [f"grpo.{name}" for name in sorted(OF_DRAWS & grpo.keys())]
+    problems = []
+    if unheard:
+        it = "it" if len(unheard) == 1 else "them"
+        why = f"a file of answers is learned from, nothing is drawn; leave {it} out"
+        problems.append(f"{', '.join(unheard)} with algorithm: sft: {why}")
     for guardrail in guardrails:
         if guardrail.action not in ACTIONS:
-            raise ValueError(
+            problems.append(
                 f"guardrails.{guardrail.domain}.action={guardrail.action} with algorithm: sft: the rows that follow are the "
                 f"same, so that it would be lost again; {' or '.join(ACTIONS)}"
             )
     if (temperature := grpo.get("temperature", 1.0)) != 1.0:
-        raise ValueError(
+        problems.append(
             f"grpo.temperature={temperature} with algorithm: sft: its loss is at 1, and held-out answers are sampled as "
             "was learned; leave it out"
         )
     if split := next((name for name in ("deepspeed", "fsdp") if grpo.get(name)), None):
-        raise ValueError(f"grpo.{split} with algorithm: sft: every rank holds all weights; leave it out")
+        problems.append(f"grpo.{split} with algorithm: sft: every rank holds all weights; leave it out")
     if sft.answers is None:
-        raise ValueError("algorithm: sft needs sft.answers, the rows to learn from; `polyphony sample` writes them")
+        problems.append("algorithm: sft needs sft.answers, the rows to learn from; `polyphony sample` writes them")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def answers_file(source: str) -> Path:

@@ -24,8 +24,9 @@ from polyphony.trainer.finite import faults_of, norm_of_step
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.outset import Outset
+from polyphony.trainer.sft.passes import plan_passes
 from polyphony.trainer.sft.rows import WithDomains, dataset_of
-from polyphony.trainer.slots import DrawPlan, plan_draws
+from polyphony.trainer.slots import DrawPlan
 from polyphony.trainer.weight_names import load_converted
 
 ITS_OWN = ("loss_type", "max_steps", "remove_unused_columns", "shuffle_dataset")
@@ -47,7 +48,7 @@ class DomainSFTTrainer(SFTTrainer):
     def __init__(
         self, sampler: DomainGRPOTrainer, answers: Sequence[Completion], *, args: GRPOConfig, outset: Outset | None
     ) -> None:
-        self.sampler, self.data, self.plan = sampler, sampler.data, plan_draws(args, len(answers))
+        self.sampler, self.data, self.plan = sampler, sampler.data, plan_passes(args, len(answers))
         self.curriculum, self.probes, self.draws = sampler.curriculum, sampler.probes, sampler.draws
         self.scorer, self.policy, self.evaluator = sampler.scorer, sampler.policy, sampler.evaluator
         self.entropy, self.shortcuts = sampler.entropy, sampler.shortcuts
@@ -164,4 +165,7 @@ def sft_config(args: GRPOConfig, plan: DrawPlan) -> SFTConfig:
     both = {f.name for f in fields(args) if f.init} - {*ITS_OWN}
     shared = {f.name: getattr(args, f.name) for f in fields(SFTConfig) if f.name in both}
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
-    return SFTConfig(**shared, **prepared, max_steps=plan.steps)
+    config = SFTConfig(**shared, **prepared, max_steps=plan.steps)
+    if config.n_gpu != args.n_gpu:  # asked for first, as Transformers counts GPUs by then
+        config._n_gpu = args.n_gpu  # one of several, else TRL refuses the policy in DataParallel
+    return config
