@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
     from polyphony.trainer.domains import DomainData
+    from polyphony.trainer.slots import DrawPlan
 
 
 def preflight(
@@ -84,7 +85,6 @@ def preflight(
 def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return why a run cannot go on: its rows or its model are others, or it would be over before where it is."""
     from polyphony.trainer.run.provenance import refuse_other_data
-    from polyphony.trainer.slots import plan_draws
 
     if run is None:
         return []
@@ -92,13 +92,17 @@ def _unfit(run: RunFolder | None, args: GRPOConfig, data: DomainData) -> list[st
     model = known.get("model", {}).get("name")
     return [
         *refusals(lambda: refuse_other_data(known, data.tables, model=model)),
-        *refusals(lambda: check_length(plan_draws(args, _a_pass(data)).steps, reached=_reached(run))),
+        *refusals(lambda: check_length(_plan(args, data).steps, reached=_reached(run))),
     ]
 
 
-def _a_pass(data: DomainData) -> int:
-    """Return the rows of a pass: training prompts, or answers that are learned from."""
-    return sum(map(len, data.answers.values())) or data.n_train
+def _plan(args: GRPOConfig, data: DomainData) -> DrawPlan:
+    """Return the plan of a run on training prompts, or on answers that are learned from."""
+    from polyphony.trainer.sft.passes import plan_passes
+    from polyphony.trainer.slots import plan_draws
+
+    answers = sum(map(len, data.answers.values()))
+    return plan_passes(args, answers) if answers else plan_draws(args, data.n_train)
 
 
 def _unheard(data: DomainData) -> list[str]:
@@ -195,9 +199,8 @@ def _unplanned(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return why a run could not make its first draw, or not keep to its settings: what is found out without weights."""
     from polyphony.trainer.dead_rows import may_drop_dead
     from polyphony.trainer.run.outset import Cadence
-    from polyphony.trainer.slots import plan_draws
 
-    plan, ours = plan_draws(args, _a_pass(data)), recipe.of_trainer
+    plan, ours = _plan(args, data), recipe.of_trainer
     has_bonus = bool(ours.entropy.held("coefficient", data.names) or args.entropy_coef)
     prompts = {name: table.ids for name, table in data.train.items()}
     checks: Sequence[Callable[[], Any]] = (
@@ -288,11 +291,9 @@ PATIENCE_S = 3.0
 
 def sizes(recipe: Recipe, args: GRPOConfig, data: DomainData) -> list[str]:
     """Return how large a run will be, a line each; and that evaluation is most of it, where it is."""
-    from polyphony.trainer.sft.passes import learned, plan_passes
-    from polyphony.trainer.slots import plan_draws
+    from polyphony.trainer.sft.passes import learned
 
-    n_rows, evaluation = _a_pass(data), recipe.eval
-    plan = plan_passes(args, n_rows) if data.answers else plan_draws(args, n_rows)
+    plan, evaluation, n_rows = _plan(args, data), recipe.eval, sum(map(len, data.answers.values()))
     trained = plan.draws * plan.prompts_per_draw * (args.num_generations or 1)
     if data.answers:
         trained = learned(args, plan.steps, n_rows)
