@@ -125,9 +125,8 @@ def check_vocabulary(
 
     where = f"teachers.{name}.model"
     try:
-        theirs, config = (
-            kind.from_pretrained(weights.path, trust_remote_code=trusts_code) for kind in (AutoTokenizer, AutoConfig)
-        )
+        theirs = AutoTokenizer.from_pretrained(weights.path, trust_remote_code=trusts_code)
+        config = AutoConfig.from_pretrained(weights.path, trust_remote_code=trusts_code)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{where}: {weights.path}: its vocabulary cannot be compared with the policy's: {error}"
