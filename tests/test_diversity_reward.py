@@ -356,6 +356,9 @@ class Walk:
     def draw(self, n):
         return [Prompt(domain="stories", id="p")] * n
 
+    def rows_of(self, domain):
+        return self.train[domain]
+
     def tokenized(self, prompts):
         return [replace(prompt, ids=[1]) for prompt in prompts]
 

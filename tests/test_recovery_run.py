@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import claim_folder, start
+from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.folder import RunFolder
 from tests.conftest import POLICY
 from tests.taught import GRPO, lab
@@ -98,6 +99,8 @@ def test_a_drop_is_recovered_from_the_domains_own_checkpoint_and_a_resume_inside
     assert [row["step"] for row in folder.read("transfer")[1:] if row.get("recovery")] == [3, 4, 5, 6]
     kls = [line["distil/safety/kl"] for line in numbers(folder) if "distil/safety/kl" in line]
     assert len(kls) == 4 and kls[-1] < 0.5 * max(kls)
+    told = {name.rsplit("/", 1)[1] for line in numbers(folder) for name in line if name.startswith("recovery/")}
+    assert told == set(METRICS["recovery"])
     assert [line["recovery/safety/draws"] for line in numbers(folder) if "recovery/safety/draws" in line] == [
         1,
         2,
