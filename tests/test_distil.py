@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from polyphony.launch.build import build_trainer
 from polyphony.launch.preflight import preflight
@@ -60,6 +60,28 @@ def test_a_teacher_that_is_the_student_teaches_nothing(shelf, tmp_path, lora):
     assert most.pop("moved") > 0.01  # so it is the adapter that was switched on, and off again for the base
     assert max(most.values()) < 1e-5, most
     assert last_logged(trainer)["distil/moved/kl"] != 0
+
+
+def test_the_start_of_an_adapter_is_the_base_below_it(tmp_path):
+    teachers = {"now": {"model": "self"}, "then": {"model": "self@start"}}
+    domains = {"a": ("arithmetic", "now"), "b": ("strings", "then")}
+    lora = "lora={r: 2, target_modules: [q_proj]}"
+    trainer = build_trainer(recipe_of(tmp_path, teachers, lora, **domains), tmp_path / "run")
+    torch.manual_seed(0)
+    for key, parameter in trainer.model.named_parameters():
+        if "lora_B" in key:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    advantages = drawn(trainer)["advantages"]
+    assert advantages[rows_of(trainer, "a")].abs().max() < 1e-5
+    assert advantages[rows_of(trainer, "b")].abs().max() > 0.01
+    rows = list(trainer._rollout.rows.values())
+    told, base = trainer.distil.teachers.logps(rows), AutoModelForCausalLM.from_pretrained(POLICY)
+    for i in rows_of(trainer, "b"):
+        ids = torch.tensor([*rows[i].prompt.ids, *rows[i].ids])
+        with torch.no_grad():
+            logps = base(ids.unsqueeze(0)).logits[0, len(rows[i].prompt.ids) - 1 : -1].log_softmax(-1)
+        expected = logps.gather(1, torch.tensor(rows[i].ids).unsqueeze(1)).squeeze(1)
+        assert (told[i] - expected).abs().max() < 1e-4
 
 
 def test_two_equal_teachers_are_one(shelf, tmp_path):

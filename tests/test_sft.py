@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
@@ -113,6 +114,30 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(world, undisturbed):
     with pytest.raises(RecipeError, match=r"sft.answers \(sums\): its rows are not those that the run has practised"):
         start(recipe, cut)
     ledger.write_bytes(kept)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_learned_and_goes_on_bit_for_bit(world, tmp_path):
+    recipe = learning(
+        world, world / "sampled", "lora={r: 2, target_modules: [q_proj, v_proj]}", "grpo.learning_rate=1e-2"
+    )
+    claim_folder(recipe, tmp_path / "whole", resume=False)
+    start(recipe, tmp_path / "whole").train()
+    claim_folder(recipe, tmp_path / "cut", resume=False)
+    trainer = start(recipe, tmp_path / "cut")
+    trainer.add_callback(PulledPlug())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    resumed = start(recipe, tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    whole, cut = ((tmp_path / run / "transfer.json").read_bytes() for run in ("whole", "cut"))
+    assert whole == cut
+    adapters = [
+        load_file(tmp_path / run / "final" / "adapter" / "adapter_model.safetensors") for run in ("whole", "cut")
+    ]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert all(tensor.any() for name, tensor in adapters[0].items() if "lora_B" in name)  # they begin at 0
 
 
 @pytest.mark.slow
