@@ -255,7 +255,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(predicted_table(json.loads(folder.predicted.read_text())))
     if os.environ.get("RANK", "0") == "0":
-        print(folder.report)
+        from polyphony.launch.report.closing import closing
+        from polyphony.launch.report.numbers import find
+        from polyphony.launch.report.run import read_run
+
+        print(f"{closing(find(read_run(out)))}\nreport: {folder.report}")
     return 0
 
 

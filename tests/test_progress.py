@@ -52,10 +52,23 @@ def test_a_narrow_terminal_is_no_error():
 
 
 def test_without_a_terminal_there_are_plain_lines():
-    said = shown(terminal=False)
-    assert said.splitlines()[0] == "demo  reward 0.500  step 1/2"
-    assert said.splitlines()[-1].startswith("demo  reward 0.750  step 2/2")
-    assert "\x1b" not in said
+    said = shown(terminal=False).splitlines()
+    math = "math score 0.250 reward {} entropy 0.70 (in its band); safety entropy 0.15"
+    assert said[0] == f"demo  reward 0.500  step 1/2: {math.format('0.500')}"
+    assert said[-1].startswith("demo  reward 0.750  step 2/2, ") and said[-1].endswith(f": {math.format('0.750')}")
+    assert "\x1b" not in "".join(said)
+
+
+def test_plain_lines_come_at_every_evaluation_and_seldom_between():
+    out = io.StringIO()
+    line = ProgressLine("demo", 99, domains=["math"], console=Console(file=out, width=40))
+    for step in range(0, 40, 10):
+        line.update(step, {"heldout/math/score": 0.5, "domain/math/entropy_place": 1.5, "domain/math/entropy": 2.0})
+        for between in range(1, 10):
+            line.update(step + between, {"domain/math/reward": 0.25, "domain/math/n": 8})
+    said = out.getvalue().splitlines()
+    assert len(said) == 4 and all(f"step {10 * n}/99" in text for n, text in enumerate(said))
+    assert said[0].endswith("math score 0.500 entropy 2.00 (above its band)")  # in one line, however narrow
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ class LoadedRun:
     evaluations: Sequence[Mapping[str, Any]]
     """Per evaluation, every statistic of every domain with its interval."""
     predicted: Sequence[Mapping[str, Any]]
+    best: Mapping[str, Any]
+    """The checkpoint noted as best and the score of its worst trained domain; empty where none is."""
     is_finished: bool
     missing: tuple[str, ...]
     """One clause for each file or part that is not there or not whole."""
@@ -151,6 +153,7 @@ def _read(folder: RunFolder) -> LoadedRun:
         ),
         evaluations=_read_optional(folder, "evaluations", missing, gives="intervals beyond the score"),
         predicted=_read_predicted(folder.predicted, missing),
+        best=as_mapping(_read_json(folder.best, missing)) if folder.best.is_file() else {},
         is_finished=folder.has_ended or ("end" not in provenance and folder.final.is_dir()),  # of older versions
         missing=tuple(missing),
     )

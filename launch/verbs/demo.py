@@ -8,6 +8,7 @@ from pathlib import Path
 
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.report.closing import closing
 from polyphony.launch.report.numbers import Findings, between, find
 from polyphony.launch.report.report import write_report
 from polyphony.launch.report.run import read_run
@@ -54,7 +55,7 @@ def demo_tables(out: Path) -> str:
     """Return what the demo in this folder did to each domain, what its probes found, and where the report lies."""
     runs = _runs(out, compare=(out / COMPARED).exists())
     found = [find(read_run(run.path)) for run in runs]
-    told = [f"{table(findings)}\n" for findings in found]
+    told = [f"{closing(findings)}\n" for findings in found]
     if len(found) > 1:
         told.append(f"{differences(*found)}\n")
     probes = TransferMatrix.load(RunFolder(out / "probe").transfer)
@@ -65,18 +66,6 @@ def demo_tables(out: Path) -> str:
         f"polyphony demo --compare trains once more at {TOO_HIGH}, which is too high: what does that cost, and whom?"
     )
     return "\n".join([*told, f"report: {runs[0].report}"])
-
-
-def table(findings: Findings) -> str:
-    """Return each domain's held-out score, its change with a 95 % interval, and its entropy, before and after the run."""
-    lines = [f"{findings.run.name:<14}{'held-out score':>18}{'change, 95 % interval':>28}{'entropy':>18}"]
-    for name, change in findings.change.items():
-        before, after = findings.scores[name][0].mid, findings.scores[name][-1].mid
-        entropy = findings.entropy[name]
-        line = f"{name:<14}{before:>11.2f} → {after:.2f}{f'{signed(change.mid)} {bounds(change)}':>28}"
-        line += f"{entropy.before:>11.2f} → {entropy.after:.2f}"
-        lines.append(line + ("   only watched" if name in findings.run.watch_only else ""))
-    return "\n".join(lines)
 
 
 def differences(first: Findings, second: Findings) -> str:

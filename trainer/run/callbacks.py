@@ -353,6 +353,9 @@ class Run(TrainerCallback):
         self._gone = None
         try:
             if state.global_step == 0:
+                if self.progress is not None:
+                    n_items = sum(map(len, self.trainer.data.heldout.values()))
+                    say(f"step 0: held-out scores of {n_items} items")
                 # every tracker of the user's hears of it too
                 self.trainer.callback_handler.on_log(args, state, control, self._evaluate(0))
                 base = self.trainer.evaluator.remember_base()
@@ -439,7 +442,7 @@ class Run(TrainerCallback):
         self._write(state.global_step, numbers)
         for alarm in self.signals.see(state.global_step, numbers):
             self._ring(alarm)
-        if self.progress is not None and state.global_step:
+        if self.progress is not None:
             self.progress.update(state.global_step, numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -123,6 +123,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The name of the checkpoint whose worst trained domain is best, and that score."""
+        return self.checkpoints / BEST_FILE
+
+    @property
     def final(self) -> Path:
         """The trained policy, for `from_pretrained`."""
         return self.path / "final"

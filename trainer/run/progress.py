@@ -33,7 +33,7 @@ class ProgressLine:
         self.domains = tuple(domains)
         self.console = console or Console(stderr=True)
         self._known: dict[str, float] = {}
-        self._started = time.monotonic()
+        self._began = 0.0
         self._said = 0.0
         self._first: int | None = None
         self._bar: Progress | None = None
@@ -57,12 +57,17 @@ class ProgressLine:
             self._live.update(Group(self._bar, domain_table(self.domains, self._known)))
             return
         now = time.monotonic()
-        self._first = step if self._first is None else self._first
-        if now - self._said >= PLAIN_EVERY_S or step == self.total:
+        if self._first is None:
+            self._first, self._began = step, now
+        has_scores = any(f"heldout/{name}/score" in metrics for name in self.domains)
+        if has_scores or now - self._said >= PLAIN_EVERY_S or step == self.total:
             self._said = now
             done = step - self._first
-            left = f", {(self.total - step) * (now - self._started) / done:.0f} s left" if done else ""
-            self.console.print(f"{text}  step {step}/{self.total}{left}", highlight=False)
+            left = f", {(self.total - step) * (now - self._began) / done:.0f} s left" if done else ""
+            each = [plain_domain(name, self._known) for name in self.domains]
+            words = "; ".join(filter(None, each))
+            line = f"{text}  step {step}/{self.total}{left}{f': {words}' if words else ''}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last picture standing and give the terminal back."""
@@ -79,6 +84,24 @@ def mean_reward(domains: Sequence[str], metrics: Mapping[str, float]) -> float:
     counts = [metrics[f"domain/{n}/n"] for n in drawn]
     total = sum(metrics[f"domain/{n}/reward"] * count for n, count in zip(drawn, counts, strict=True))
     return total / sum(counts) if drawn else math.nan
+
+
+def plain_domain(name: str, known: Mapping[str, float]) -> str:
+    """Return what is known of a domain in a few words; empty where nothing is.
+
+    Example: `math score 0.412 reward 0.503 entropy 0.71 (in its band)`
+    """
+    words = [
+        f"{what} {known[key]:.3f}"
+        for what, key in (("score", f"heldout/{name}/score"), ("reward", f"domain/{name}/reward"))
+        if not math.isnan(known.get(key, math.nan))
+    ]
+    entropy = known.get(f"domain/{name}/entropy", known.get(f"heldout/{name}/entropy", math.nan))
+    if not math.isnan(entropy):
+        place = known.get(f"domain/{name}/entropy_place", math.nan)
+        where = "" if math.isnan(place) else f" ({'below' if place < 0 else 'above' if place > 1 else 'in'} its band)"
+        words.append(f"entropy {entropy:.2f}{where}")
+    return " ".join([name, *words]) if words else ""
 
 
 def domain_table(domains: Sequence[str], known: Mapping[str, float]) -> Table:
