@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +85,10 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first run)")
+    report.add_argument(
+        "--out", type=Path, help="file to write (default: in the first run, report.html, of several report-with-B.html)"
+    )
+    report.add_argument("--open", action="store_true", help="show it in a browser")
     _json(report, "print the summary numbers instead")
 
 
@@ -305,14 +309,22 @@ def _report(arguments: argparse.Namespace) -> None:
     from polyphony.trainer.run.folder import RunFolder
 
     if arguments.json:
-        summaries = {run.name: summarise(run) for run in arguments.runs}
-        print(json.dumps(summaries[arguments.runs[0].name] if len(arguments.runs) == 1 else summaries))
+        names = [run.name for run in arguments.runs]
+        keys = names if len(set(names)) == len(names) else map(str, arguments.runs)
+        summaries = dict(zip(keys, map(summarise, arguments.runs), strict=True))
+        print(json.dumps(next(iter(summaries.values())) if len(names) == 1 else summaries))
         return
-    path = arguments.out or RunFolder(arguments.runs[0]).report
+    first, *others = arguments.runs
+    own = RunFolder(first).report
+    path = arguments.out or own.with_stem(
+        "-".join([own.stem, *(["with"] if others else []), *(o.name for o in others)])
+    )
     try:
         print(write_report(arguments.runs, path))
     except OSError as error:
         raise ValueError(f"report {path} cannot be written: {error.strerror}") from error
+    if arguments.open:
+        webbrowser.open(path.resolve().as_uri())
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from polyphony.launch.build import OF_ROWS, build_trainer, load_data
 from polyphony.launch.build_sft import build_sft
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
-from polyphony.trainer.run import say
+from polyphony.trainer.run import say, visible
 from polyphony.trainer.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def shown_prompts(recipe: Recipe, most: int) -> str:
         lines.append(f"{where}: {len(table)} rows, completions of at most {data.limits[table.domain.name]} tokens")
         for prompt in asked:
             lines += [f"--- {table.row_of(prompt.id)}, id {prompt.id}, {len(prompt.ids)} tokens"]
-            lines += [str(data.tokenizer.decode(list(prompt.ids), skip_special_tokens=False))]
+            lines += [visible(str(data.tokenizer.decode(list(prompt.ids), skip_special_tokens=False)))]
             lines += [f"--- its answer: {prompt.columns['answer']!r:.200}"]
     return "\n".join(lines)
 

@@ -12,13 +12,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from polyphony.curricula.intervals import changed
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.halves import halves
 from polyphony.launch.report.charts import Layer, draw_stack, thin, ticks
+from polyphony.launch.report.closing import closing
 from polyphony.launch.report.numbers import budget, find
 from polyphony.launch.report.report import summarise, write_replay, write_report
 from polyphony.launch.report.run import read_run
-from polyphony.launch.report.story import tell
+from polyphony.launch.report.story import signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT
 from polyphony.trainer.metrics import key
 from tests.benchmarks.synthetic_run import FOUR, write_run
@@ -151,7 +153,7 @@ def test_heatmap_marks_as_sure_only_effects_whose_interval_leaves_out_zero(tmp_p
 
 
 def test_sentences_name_what_the_intervals_carry(tmp_path):
-    ran, learned, forgot, entropy, _ = tell(find(read_run(hand_run(tmp_path / "run"))))
+    ran, learned, forgot, entropy, _, _ = tell(find(read_run(hand_run(tmp_path / "run"))))
     assert "20 steps on 2 domains (a and b), watching w" in ran
     assert "rose in b +0.500" in learned and "a +0.400" in learned
     assert "for w the change cannot be told from zero" in learned
@@ -178,7 +180,8 @@ def test_one_lucky_domain_among_twenty_is_not_claimed(tmp_path):
     document = {"version": 1, "domains": names, "kinds": dict.fromkeys(names, "structured")}
     (tmp_path / "transfer.json").write_text(json.dumps(document | {"rows": [row.as_row() for row in rows]}))
     found = find(read_run(tmp_path))
-    assert found.change["d3"].is_above_zero
+    rows = [found.evaluations[n].scores["d3"] for n in (1, 0)]
+    assert changed(*rows).is_above_zero and not found.change["d3"].is_above_zero
     assert "d3" not in tell(found)[1] and "no domain's" in tell(found)[1]
 
 
@@ -195,8 +198,87 @@ def test_mixtures_have_no_backward_transfer_but_a_drawdown(tmp_path):
     found = summarise(hand_run(tmp_path / "run", trained=both))
     assert found["domains"]["a"]["bwt"] is None
     assert found["domains"]["a"]["drawdown"][1] == pytest.approx(-0.2)
-    assert "backward transfer is undefined" in found["story"][2]
+    assert found["story"][2].startswith("Drawdown is ")
+    heads = [e["text"] for e in report(tmp_path, tmp_path / "run").find("th", "domains")]
+    assert "drawdown" in heads and "backward transfer" not in heads
     assert found["transfer"] == {}
+
+
+@pytest.mark.parametrize("kind", ["stages", "mixed", "full"])
+def test_sentences_table_curves_and_closing_table_have_the_same_numbers(tmp_path, kind):
+    both = ((), ("a", "b"), ("a", "b"))
+    make = {"stages": hand_run, "mixed": lambda folder: hand_run(folder, trained=both), "full": write_run}[kind]
+    run = make(tmp_path / "run")
+    findings, page, told = find(read_run(run)), report(tmp_path, run), summarise(run)
+    cells = {e["data-label"]: [] for e in page.find("td", "domains")}
+    for e in page.find("td", "domains"):
+        cells[e["data-label"]].append(e["text"].strip())
+    curves = [json.loads(e["data-hover"])["s"][0] for e in page.find("div", "forgetting") if "data-hover" in e]
+    last = sections_of_last(curves)
+    closing_lines = {line.split()[0]: line for line in closing(findings).splitlines()[1:]}
+    story = " ".join(told["story"])
+    names = told["domains"]
+    for n, name in enumerate(names):
+        for of in ("change", "bwt", "drawdown"):
+            low, mid, high = told["domains"][name][of] or (math.nan,) * 3
+            column = cells.get({"bwt": "backward transfer"}.get(of, of))
+            if column is None or math.isnan(mid):
+                continue
+            written = f"{signed(mid)}[{signed(low)}, {signed(high)}]"
+            assert column[n] == written, (name, of)
+            if of == "change":
+                assert written.replace("[", " [") in closing_lines[name]
+            elif kind == "full" or of != "bwt" or name not in findings.run.watch_only:
+                assert any(point == pytest.approx((mid, low, high), rel=1e-3, abs=1e-6) for point in last), (name, of)
+            if low > 0 or high < 0:
+                said = re.findall(rf"{name} (\S+ \[[^\]]*\])", story)
+                assert of != "change" or written.replace("[", " [") in said
+
+
+def sections_of_last(curves):
+    """(value, low, high) where each curve ends."""
+    return [(ys[-1], low[-1], high[-1]) if low else (ys[-1],) * 3 for _, _, _, ys, low, high in curves]
+
+
+def test_a_run_is_compared_with_the_one_of_its_name_before_it(tmp_path):
+    for name, at, rate in (
+        ("one", "2026-01-01T10:00:00", 1),
+        ("two", "2026-01-02T10:00:00", 2),
+        ("other", "2026-01-03", 3),
+    ):
+        run = hand_run(tmp_path / name, table=STAGES if name == "two" else {**STAGES, 20: (0.5, 0.9, 0.4)})
+        named = "else" if name == "other" else "mine"
+        (run / "recipe.yaml").write_text(
+            f"name: {named}\ndomains: {{a: {{train: x}}}}\ngrpo: {{learning_rate: {rate}}}\n"
+        )
+        (run / "end.json").write_text(json.dumps({"how": "finished", "at": at}))
+    page = report(tmp_path, tmp_path / "two")
+    assert page.find("h1")[0]["text"] == "mine in two, 2026-01-02 10:00"
+    rows = [e["text"].strip() for e in page.find("tr", "changed")]
+    assert rows[1].startswith("a+0.100") and rows[-1] == "grpo.learning_rate12"
+    assert "Against mine in one, 2026-01-01 10:00" in page.find("section", id="changed")[0]["text"]
+    assert not report(tmp_path, tmp_path / "one").find("section", id="changed")
+
+
+@pytest.mark.parametrize(
+    ("alarms", "finished", "says"),
+    [
+        ([], False, "Next: it goes on with `polyphony train --resume run`"),
+        (
+            [{"kind": "collapse", "domain": "a", "step": 1, "remedy": "more rows"}],
+            True,
+            "more rows (for collapse of a)",
+        ),
+        ([], True, "Next: give a a guardrail"),
+    ],
+)
+def test_the_last_sentence_says_what_to_do_next(tmp_path, alarms, finished, says):
+    lost = {0: (0.9, 0.4, 0.5), 10: (0.1, 0.9, 0.5), 20: (0.1, 0.9, 0.5)}
+    run = hand_run(tmp_path / "run", table=lost)
+    (run / "alarms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in alarms))
+    if finished:
+        (run / "end.json").write_text("{}")
+    assert says in tell(find(read_run(run)))[-1]
 
 
 def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
@@ -310,6 +392,15 @@ def test_samples_come_from_start_middle_and_end(tmp_path):
     said = [e["text"] for e in page.find("pre", "samples")]
     assert said[:3] == [f"After {step} steps I say <answer 1>." for step in (0, 20, 40)]
     assert len(said) == 2 * 2 * 3
+
+
+def test_what_would_turn_or_hide_text_stands_as_its_escape(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, items=20)
+    told = {"step": 0, "domain": "arithmetic", "prompt": "a\x1b[2Jb", "completion": "x\u202ey\n\tz\u2066", "score": 1.0}
+    (run / "samples.jsonl").write_text(json.dumps(told) + "\n")
+    text = (write_report([run], tmp_path / "report.html")).read_text()
+    assert "a\\x1b[2Jb" in text and "x\\u202ey\n\tz\\u2066" in text
+    assert not set("\x1b\u202e\u2066") & set(text)
 
 
 def test_names_and_words_of_a_run_cannot_become_markup(tmp_path):

@@ -21,7 +21,7 @@ from polyphony.launch.report import sections
 from polyphony.launch.report.charts import place_whisker
 from polyphony.launch.report.numbers import as_json, find
 from polyphony.launch.report.run import read_run
-from polyphony.launch.report.story import bounds, signed, tell
+from polyphony.launch.report.story import LABELS, bounds, signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT, Sheet
 
 
@@ -75,34 +75,39 @@ class Chapter(NamedTuple):
 
 CHAPTERS = (
     Chapter("domains", "Domain by domain", sections.summary,
-            "Held-out scores on the report half of the items, before and after. Intervals are 95 %, over items, each "
-            "by itself (the sentences above use wider ones that hold together); a change is coloured only where its "
-            "interval leaves out zero.", "domains"),
-    Chapter("score", "Held-out score", sections.held_out,
-            "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
-            "held-out evaluations"),
-    Chapter("forgetting", "Forgetting", sections.forgetting,
-            "Below zero, something was lost. Intervals are 95 %, paired item by item; one that crosses zero proves "
-            "neither loss nor its absence.", "a second evaluation, so no forgetting curves"),
-    Chapter("transfer", "What training on one domain did to the others", sections.transfer,
-            "Change of held-out score in the column's domain after training on the row's alone, and its 95 % interval. "
-            "Bold where the interval leaves out zero; the outlined diagonal is a domain's effect on itself.",
-            "single-domain probes or stages, so no transfer heatmap"),
-    Chapter("plan", "Plan against outcome", sections.predicted,
-            "What the plan predicted for the end of each stage, and what was measured there.", ""),
-    Chapter("reward", "Training reward", sections.reward,
-            "Mean reward of what was drawn; long runs are averaged in short stretches, the pale band is each stretch's "
-            "range.", "training rewards"),
+            "Held-out scores on the report half of the items, before and after. Intervals of changes are over items and "
+            "hold for all domains together with 95 %; a change is coloured only where its interval leaves out zero. "
+            "± is half the 95 % interval of one score.", "domains"),
+    Chapter("alarms", "Alarms", lambda sheet: [f.run.alarms for f in sheet.findings], "What went off, when and where.", ""),
     Chapter("entropy", "Entropy", sections.entropy,
             "Nats per token at the run's temperature. Line: rollouts in training; dots: held-out prompts. The grey "
             "zone is the allowed band around the base model's level; each panel has its own scale.",
             "entropy per domain"),
+    Chapter("transfer", "What training on one domain did to the others", sections.transfer,
+            "Change of held-out score in the column's domain after training on the row's alone, and its 95 % interval. "
+            "Bold where the interval leaves out zero; the outlined diagonal is a domain's effect on itself.",
+            "single-domain probes or stages, so no transfer heatmap"),
+    Chapter("forgetting", "Forgetting", sections.forgetting,
+            "Below zero, something was lost. Intervals are 95 % over all domains together, paired item by item; one that "
+            "crosses zero proves neither loss nor its absence.", "a second evaluation, so no forgetting curves"),
     Chapter("mixture", "What was practised, and why", sections.mixture,
             "Share of prompts drawn from each domain; point at the chart for the scheduler's reason.",
             "scheduler decisions"),
     Chapter("prompts", "Prompt states", sections.pool,
             "Training prompts of each domain by state, from the bottom: active in full colour, deferred pale, "
             "impossible grey, mastered in half colour.", "prompt states"),
+    Chapter("samples", "In its own words", sections.samples,
+            "The same held-out prompts, answered at the start, in the middle and at the end.", "sample completions"),
+    Chapter("score", "Held-out score", sections.held_out,
+            "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
+            "held-out evaluations"),
+    Chapter("plan", "Plan against outcome", sections.predicted,
+            "What the plan predicted for the end of each stage, and what was measured there.", ""),
+    Chapter("changed", "Since the run before", sections.since,
+            "What differs from the newest earlier run of the same name beside it.", ""),
+    Chapter("reward", "Training reward", sections.reward,
+            "Mean reward of what was drawn; long runs are averaged in short stretches, the pale band is each stretch's "
+            "range.", "training rewards"),
     Chapter("rollouts", "Rollout budget", sections.rollouts,
             "Completions of each domain; the pale part was in groups with equal rewards, which teach nothing.",
             "rollout numbers"),
@@ -118,11 +123,8 @@ CHAPTERS = (
     Chapter("degeneration", "Degeneration monitors", sections.degeneration,
             "Shares of completions with a sign of decay; signs that no completion showed are left out.",
             "degeneration monitors"),
-    Chapter("alarms", "Alarms", lambda sheet: [f.run.alarms for f in sheet.findings], "What went off, when and where.", ""),
     Chapter("health", "Health of the run", sections.health, "The trainer's own numbers over all domains.",
             "the trainer's own metrics"),
-    Chapter("samples", "In its own words", sections.samples,
-            "The same held-out prompts, answered at the start, in the middle and at the end.", "sample completions"),
     Chapter("provenance", "Provenance", sections.provenance, "What is needed to make this run again.", ""),
 )  # fmt: skip
 
@@ -157,7 +159,7 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
 
 
 def summarise(run: str | Path) -> dict[str, Any]:
-    """Return a run's numbers and its five sentences (`story`), ready for JSON: undefined is None.
+    """Return a run's numbers and its six sentences (`story`), ready for JSON: undefined is None.
 
     Raises ValueError naming the folder where it holds no file of a run.
     """
@@ -170,11 +172,11 @@ def _page(sheet: Sheet, *, chapters: Sequence[Chapter] = CHAPTERS, replayed: str
     drawn = {chapter.id: getattr(macros, chapter.id)(chapter.find(sheet)).strip() for chapter in chapters}
     return TEMPLATES.get_template("frame.html").render(
         sheet=sheet,
-        title=" · ".join(f.run.name for f in sheet.findings),
+        title=" · ".join(f.run.title for f in sheet.findings),
         light=LIGHT,
         dark=DARK,
         replayed=replayed,
-        stories=[zip(("ran", "learned", "forgot", "entropy", "spent"), tell(f), strict=True) for f in sheet.findings],
+        stories=[zip(LABELS, tell(f), strict=True) for f in sheet.findings],
         chapters=[chapter for chapter in chapters if drawn[chapter.id]],
         drawn=drawn,
         missing=_missing(sheet, [c.lacks for c in chapters if c.lacks and not drawn[c.id]]),

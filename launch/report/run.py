@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +61,16 @@ class LoadedRun:
     best: Mapping[str, Any]
     """The checkpoint noted as best and the score of its worst trained domain; empty where none is."""
     is_finished: bool
+    at: str
+    """When it ended, or wrote its newest metrics: date and time of day, UTC; empty where unknown."""
     missing: tuple[str, ...]
     """One clause for each file or part that is not there or not whole."""
+
+    @property
+    def title(self) -> str:
+        """The recipe's name, the folder's where that is another, and when."""
+        named = str(self.setting("name") or self.name)
+        return f"{named}{'' if named == self.name else f' in {self.name}'}{f', {self.at}' if self.at else ''}"
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -155,8 +164,32 @@ def _read(folder: RunFolder) -> LoadedRun:
         predicted=_read_predicted(folder.predicted, missing),
         best=as_mapping(_read_json(folder.best, missing)) if folder.best.is_file() else {},
         is_finished=folder.has_ended or ("end" not in provenance and folder.final.is_dir()),  # of older versions
+        at=_when(folder),
         missing=tuple(missing),
     )
+
+
+def run_before(run: LoadedRun) -> LoadedRun | None:
+    """Return the newest earlier run of the same name among the folders beside this one; None where there is none."""
+    named = run.setting("name")
+    earlier = []
+    for path in run.path.resolve().parent.iterdir() if named and run.at else ():
+        folder = RunFolder(path)
+        if not path.is_dir() or path == run.path.resolve() or not folder.recipe.is_file():
+            continue
+        if (at := _when(folder)) and at < run.at and _read_recipe(folder.recipe, [])[1].get("name") == named:
+            earlier.append((at, path))
+    return read_run(max(earlier)[1]) if earlier else None
+
+
+def _when(folder: RunFolder) -> str:
+    """Return when a run ended, or else when its metrics were last written."""
+    ended, metrics = _read_json(folder.end, []), folder.ledger("metrics")
+    if at := str(as_mapping(ended).get("at", "")):
+        return at[:16].replace("T", " ")
+    if not metrics.is_file():
+        return ""
+    return datetime.fromtimestamp(metrics.stat().st_mtime, UTC).isoformat(sep=" ", timespec="minutes")[:16]
 
 
 def stage_spans(run: LoadedRun) -> list[tuple[float, float, str]]:

@@ -15,10 +15,11 @@ import numpy as np
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import graded
 from polyphony.launch.report.charts import Figure, Layer, Line, Mark, draw_stack
-from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, fit_exchange
-from polyphony.launch.report.run import LoadedRun, as_mapping
+from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, find, fit_exchange
+from polyphony.launch.report.run import LoadedRun, as_mapping, run_before
 from polyphony.launch.report.story import bounds, signed
 from polyphony.launch.report.theme import Panels, Sheet
+from polyphony.trainer.run import visible
 
 PROMPTS = 3
 """Sample prompts shown a domain."""
@@ -423,8 +424,24 @@ def _said(run: LoadedRun, name: str) -> list[tuple[str, list[Mapping[str, Any]]]
 def as_text(value: Any) -> str:
     """Return a prompt or completion as text, whether it is one or a list of messages."""
     if isinstance(value, list):
-        return "\n".join(str(m.get("content", "")) if isinstance(m, Mapping) else str(m) for m in value)
-    return "" if value is None else str(value)
+        return visible("\n".join(str(m.get("content", "")) if isinstance(m, Mapping) else str(m) for m in value))
+    return "" if value is None else visible(str(value))
+
+
+def since(sheet: Sheet) -> list[tuple[str, list[tuple[str, Interval]], list[tuple[str, str, str]]] | None]:
+    """Return of each run (the run before, [(domain, score now minus then)], [(key, then, now) of the recipe])."""
+    return [_since(f) if sheet.is_single else None for f in sheet.findings]
+
+
+def _since(findings: Findings) -> tuple[str, list[tuple[str, Interval]], list[tuple[str, str, str]]] | None:
+    before = run_before(findings.run)
+    if before is None:
+        return None
+    then, now = (dict(_flat(run.recipe)) for run in (before, findings.run))
+    keys = [(key, then.get(key, "–"), now.get(key, "–")) for key in sorted({*then, *now})]
+    earlier = find(before)
+    scores = [(name, between(earlier, findings, name)) for name in findings.run.domains]
+    return before.title, scores, [(key, old, new) for key, old, new in keys if old != new]
 
 
 def provenance(sheet: Sheet) -> list[list[tuple[str, str]]]:

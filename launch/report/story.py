@@ -1,7 +1,7 @@
-"""What happened, in five sentences made from the numbers: none says more than its intervals carry.
+"""What happened and what to do next, in six sentences made from the numbers: none says more than its intervals carry.
 
-A domain is named as better or worse only where an interval that holds for all domains together (95 %, Bonferroni)
-leaves out zero; for the rest the sentence says that nothing can be told, and how large a loss is still possible.
+A domain is named as better or worse only where its interval, one of those that hold for all domains together, leaves out
+zero; for the rest the sentence says that nothing can be told, and how large a loss is still possible.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ NAMED = 4
 """Domains a sentence names before it counts the rest."""
 
 
+LABELS = ("ran", "learned", "forgot", "entropy", "spent", "next")
+"""What ran, what it gained and lost, what was forgotten, where entropy went, rollouts and alarms, and what to do next."""
+
+
 def tell(findings: Findings) -> list[str]:
-    """Return five sentences: what ran, what it gained and lost, what was forgotten, entropy, rollouts and alarms."""
-    return [_ran(findings), _learned(findings), _forgot(findings), _entropy(findings), _spent(findings)]
+    """Return six sentences, of `LABELS`."""
+    told = (_ran, _learned, _forgot, _entropy, _spent, _next)
+    return [sentence(findings) for sentence in told]
 
 
 def signed(value: float) -> str:
@@ -70,7 +75,7 @@ def _change(findings: Findings) -> str:
         parts.append(f"rose in {_named(up, claims, key=lambda n: -claims[n].mid)}")
     if down:
         parts.append(f"fell in {_named(down, claims, key=lambda n: claims[n].mid)}")
-    together = "95 % intervals" + (f" that hold for all {len(claims)} domains together" if len(claims) > 1 else "")
+    together = "95 % intervals" + (f" that hold for {len(claims)} domains together" if len(claims) > 1 else "")
     if not parts:
         worst = min(claims.values(), key=lambda i: i.low)
         return (
@@ -85,13 +90,12 @@ def _forgot(findings: Findings) -> str:
     if not findings.moments:
         return "Forgetting is not defined before the second evaluation."
     watched = findings.run.watch_only
-    claims = {name: i for name, i in findings.claims("bwt").items() if name not in watched}
-    if claims:
+    if findings.has_stages:
+        claims = {name: i for name, i in findings.claims("bwt").items() if name not in watched}
         since, subject = "since the end of its own stage", "Backward transfer"
     else:
         claims = findings.claims("drawdown")
-        since = "from its best evaluation (cross-fitted)"
-        subject = "No stage has ended, so backward transfer is undefined; drawdown"
+        since, subject = "from its best evaluation (cross-fitted)", "Drawdown"
     if not claims:
         return "Neither backward transfer nor drawdown is defined yet."
     up, down, open_ = _sort(claims)
@@ -120,7 +124,10 @@ def _entropy(findings: Findings) -> str:
     if not (below or above):
         return f"Entropy ended inside its band in every domain; the lowest against its start, {moved}."
     parts = [f"{where} it in {_list(names)}" for where, names in (("below", below), ("above", above)) if names]
-    return f"Entropy left its band, {' and '.join(parts)}; the lowest against its start, {moved}."
+    told = {str(alarm.get("domain")) for alarm in findings.run.alarms if alarm.get("kind") == "collapse"}
+    quiet = [name for name in below if name not in told]
+    unsure = f" (no alarm of {_list(quiet)}: by its interval it may be inside)" if quiet else ""
+    return f"Entropy ended outside its band, {' and '.join(parts)}{unsure}; the lowest against its start, {moved}."
 
 
 def _spent(findings: Findings) -> str:
@@ -138,6 +145,32 @@ def _spent(findings: Findings) -> str:
     where = " in ".join(str(first[key]) for key in ("kind", "domain") if first.get(key))
     return (f"{text[0].upper()}{text[1:]}; {_count(len(run.alarms), 'alarm')} went off, "
             f"the first at step {first.get('step', '?')} ({where}).")  # fmt: skip
+
+
+def _next(findings: Findings) -> str:
+    """Say what the alarms, the losses and the run's end ask for."""
+    run = findings.run
+    if not run.is_finished:
+        return f"Next: it goes on with `polyphony train --resume {run.path.name}` in the folder of its runs."
+    helps: dict[str, list[str]] = {}
+    for alarm in run.alarms:
+        if alarm.get("remedy"):
+            whose = " of ".join(str(alarm[key]) for key in ("kind", "domain") if alarm.get(key))
+            helps.setdefault(str(alarm["remedy"]), []).append(whose)
+    if helps:
+        said = [f"{remedy} (for {_list(list(dict.fromkeys(whose)))})" for remedy, whose in list(helps.items())[:2]]
+        return f"Next, what may help: {'; or '.join(said)}."
+    lost = [name for name, change in findings.claims("change").items() if change.is_below_zero]
+    if lost:
+        watched = [name for name in lost if name in run.watch_only]
+        return (
+            f"Next: give {_list(lost)} a guardrail{', or rows to train on' if watched else ''}, or lower learning_rate."
+        )
+    if not findings.claims("change"):
+        return "Next: give domains held-out rows, so that it can be said what was learned."
+    if all(not change.is_above_zero for change in findings.claims("change").values()):
+        return "Next: more steps, or more held-out items, which narrow the intervals: nothing can be told yet."
+    return "Next: nothing stands out; a second seed would say how far this holds for the recipe."
 
 
 def _sort(claims: Mapping[str, Interval]) -> tuple[list[str], list[str], list[str]]:

@@ -30,6 +30,7 @@ import wandb
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.evaluation.result import HeldoutResult
+from polyphony.trainer.run import visible
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object, write_object
 from polyphony.trainer.settings import WandbSettings
@@ -43,7 +44,10 @@ MOST_ROWS = 2000
 
 def track_completions(tracker: WandbTracker, step: int, result: HeldoutResult) -> None:
     """Log the samples that are kept for people, to be filtered by domain."""
-    rows = [[step, c.prompt.domain, _text(c.prompt.prompt), c.text, c.reward, c.truncated] for c in result.shown]
+    rows = [
+        [step, c.prompt.domain, visible(_text(c.prompt.prompt)), visible(c.text), c.reward, c.truncated]
+        for c in result.shown
+    ]
     tracker.log_table(step, "completions", ["step", "domain", "prompt", "completion", "score", "truncated"], rows)
 
 
