@@ -92,6 +92,11 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     _json(report, "print the summary numbers instead")
 
 
+def _add_watch(watch: argparse.ArgumentParser) -> None:
+    watch.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    watch.add_argument("--once", action="store_true", help="print one picture and stop, as outside a terminal")
+
+
 def _add_dashboard(dashboard: argparse.ArgumentParser) -> None:
     dashboard.add_argument("folder", type=Path, metavar="RUN")
     dashboard.add_argument(
@@ -327,6 +332,12 @@ def _report(arguments: argparse.Namespace) -> None:
         webbrowser.open(path.resolve().as_uri())
 
 
+def _watch(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.verbs.watch import watch
+
+    watch(arguments.runs, once=arguments.once)
+
+
 def _dashboard(arguments: argparse.Namespace) -> None:
     from polyphony.launch.verbs.dashboard import send, specification_of, specify, way_to_send
 
@@ -484,6 +495,7 @@ VERBS = {
         _eval,
     ),
     "report": Verb("write the HTML report of one or more runs", "report runs/demo", _add_report, _report),
+    "watch": Verb("show runs in this terminal while they train", "watch runs/demo", _add_watch, _watch),
     "dashboard": Verb("create or update a run's W&B dashboard", "dashboard runs/demo", _add_dashboard, _dashboard),
     "probe": Verb("measure what training on each domain does to the others", "probe recipe.yaml", _add_probe, _probe),
     "screen": Verb("say which training prompts the model can learn from", "screen recipe.yaml", _add_screen, _screen),

@@ -1,0 +1,155 @@
+"""`polyphony watch`: one run or several in a terminal, from another one, on a shared disk or when they are over.
+
+It reads run folders and nothing else, as the report does; a folder is read anew only after something was written there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from polyphony.launch.report.numbers import Findings, find
+from polyphony.launch.report.run import Series, read_run
+from polyphony.launch.report.story import signed
+from polyphony.trainer.run.folder import LEDGERS, RunFolder
+from polyphony.trainer.run.progress import track
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 9
+"""Characters of a curve."""
+WIDE = 98
+"""Characters of one run; as many stand side by side as there is room for."""
+NEWEST = 3
+"""Alarms shown of a run."""
+STRONGEST = 3
+"""Effects of one domain on another that are shown of a run."""
+
+
+def watch(runs: Sequence[Path], *, every_s: float = 2.0, once: bool = False, console: Console | None = None) -> None:
+    """Show the runs until all are over, or once. Raises ValueError for a folder without any file of a run."""
+    console = console or Console()
+    seen = [Seen(run) for run in runs]
+    if once or not console.is_terminal:
+        console.print(_pictures(seen))
+        return
+    with Live(_pictures(seen), console=console, refresh_per_second=4, screen=False) as live:
+        while not all(one.findings.run.is_finished for one in seen):
+            time.sleep(every_s)
+            live.update(_pictures(seen))
+
+
+class Seen:
+    """A run as it was when it was last written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder, self.path = RunFolder(path), path
+        self._written: tuple[float, ...] = ()
+        self.findings: Findings = find(read_run(path))
+
+    def picture(self) -> RenderableType:
+        """Return the run as it is now."""
+        files = [self.folder.recipe, self.folder.end, *map(self.folder.ledger, LEDGERS)]
+        written = tuple(file.stat().st_mtime for file in files if file.exists())
+        if written != self._written:
+            self.findings, self._written = find(read_run(self.path)), written
+        return picture(self.findings)
+
+
+def _pictures(seen: Sequence[Seen]) -> RenderableType:
+    return Columns([one.picture() for one in seen], width=WIDE) if len(seen) > 1 else seen[0].picture()
+
+
+def picture(findings: Findings) -> Panel:
+    """Return one run: a row a domain with its curves, then throughput, what moved what, and the newest alarms."""
+    run = findings.run
+    of = f" of {run.planned_steps:,}" if run.planned_steps else ""
+    state = "over" if run.is_finished else "running, or stopped"
+    title = f"{run.title}  step {run.steps:,}{of}, {state}"
+    return Panel(Group(_table(findings), *_lines(findings)), title=title, title_align="left", width=WIDE)
+
+
+def _table(findings: Findings) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("domain", "score", "", "lost", "reward", "", "entropy", "", "band", "share"):
+        table.add_column(heading, justify="left" if heading in ("domain", "", "band") else "right", no_wrap=True)
+    metrics = findings.run.metrics
+    for name in findings.run.domains:
+        scores = np.array([interval.mid for interval in findings.scores.get(name, ())])
+        reward, entropy = metrics.get(f"domain/{name}/reward"), metrics.get(f"domain/{name}/entropy")
+        lost = findings.final("drawdown", name)
+        nats = findings.entropy[name]
+        width = nats.high - nats.low
+        place = (nats.after - nats.low) / width if math.isfinite(width) and width > 0 else math.nan
+        table.add_row(
+            name + (" (watched)" if name in findings.run.watch_only else ""),
+            _last(scores),
+            curve(scores),
+            Text(signed(lost.mid), style="bold red" if lost.is_below_zero else ""),
+            _last(_values(reward)),
+            curve(_values(reward)),
+            f"{nats.after:.2f}" if math.isfinite(nats.after) else "–",
+            curve(_values(entropy)),
+            track(place),
+            _last(_values(metrics.get(f"curriculum/{name}/mixture"))),
+        )
+    return table
+
+
+def _values(series: Series | None) -> np.ndarray:
+    return np.empty(0) if series is None else series.values
+
+
+def _last(values: np.ndarray) -> str:
+    return f"{values[-1]:.3f}" if len(values) and math.isfinite(values[-1]) else "–"
+
+
+def curve(values: np.ndarray, width: int = WIDTH) -> str:
+    """Return values [T] as a line of bars between their own least and largest; means where there are more than `width`."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return ""
+    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
+    low, high = means.min(), means.max()
+    heights = (means - low) / (high - low) * (len(BARS) - 1) if high > low else np.zeros(len(means))
+    return "".join(BARS[round(height)] for height in heights)
+
+
+def _lines(findings: Findings) -> list[Text]:
+    run, lines = findings.run, []
+    pace = [
+        f"{run.metrics[key].values[-1]:,.{digits}f} {unit}"
+        for key, digits, unit in (("rollout/tokens_per_s", 0, "tokens/s"), ("step_time", 2, "s a step"))
+        if key in run.metrics
+    ]
+    if pace:
+        lines.append(Text(", ".join(pace)))
+    if moved := _moved(findings):
+        lines.append(Text(f"transfer: {moved}"))
+    for alarm in run.alarms[-NEWEST:]:
+        whose = " of ".join(str(alarm[key]) for key in ("kind", "domain") if alarm.get(key))
+        lines.append(Text(f"step {alarm.get('step', '?')}: {whose}: {alarm.get('message', '')}", style="bold red"))
+    return lines
+
+
+def _moved(findings: Findings) -> str:
+    """Name the strongest effects of a domain on another whose interval leaves out zero."""
+    table = findings.transfer
+    if table is None:
+        return ""
+    sure = [
+        (abs(table.effect[j, k]), f"{trained} → {domain} {signed(float(table.effect[j, k]))}")
+        for j, trained in enumerate(table.trained)
+        for k, domain in enumerate(table.domains)
+        if trained != domain and (table.low[j, k] > 0 or table.high[j, k] < 0)
+    ]
+    return ", ".join(words for _, words in sorted(sure, reverse=True)[:STRONGEST])
