@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import DomainStats, Evaluation, Evidence, mean
-from polyphony.curricula.schedulers.adaptive import Adaptive
 from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
@@ -20,7 +19,7 @@ from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
 from tests.experiments.fast.experts import Experts, Pupil, learn_by_heart, token_logps
 from tests.experiments.fast.loop import CLIP, POLICY, LabRun, base, gradient, load_world, stock_advantages
-from tests.experiments.fast.rules import Wanting
+from tests.experiments.fast.rules import OwnCeiling, Wanting
 from tests.experiments.fast.study import Results, Study
 from tests.experiments.fast.tables import best_rates, holm, ranking, report, tokens_to
 from tests.experiments.fast.worlds import Subject, drawn, make_world, rows
@@ -246,7 +245,7 @@ def test_what_the_registered_study_names_is_what_it_was():
         (0.306232, 0.362422, 0.331346), abs=1e-6
     )  # of the version that was registered
     one, own = (make_scheduler({"scheduler": "need", "ceiling": c}, load_world(SMALL), Path()) for c in ("one", "own"))
-    assert (type(one), type(own)) == (Wanting, Adaptive)
+    assert (type(one), type(own)) == (Wanting, OwnCeiling)
 
 
 def test_an_arms_rate_and_rank_by_hand():

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, DomainStats, Evidence, graded, mean
+from polyphony.curricula.records import Decision, Evidence, graded, mean
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
@@ -23,14 +23,8 @@ logger = logging.getLogger(__name__)
 
 LATEST = 2
 """Evaluations whose mean is a domain's level: at 50 items each a standard error of .05 instead of .07."""
-STILL = 3
-"""Evaluations without a new best after which a domain stands still."""
-BEFORE = 2
-"""Evaluations before those: a best of one would be luck."""
-FOUND = 0.05
-"""Best level below which a domain has found nothing yet, so that it cannot stand still."""
-PRACTISED = 8
-"""Groups with signal within those evaluations: where there was nothing to learn from, standing still says nothing."""
+PRACTICE = 64
+"""Groups of a domain without a new best that halve what it is thought to be able to gain still."""
 ALARM = 0.05
 """Drawdown that doubles a domain's weight in the worth of transfer: two standard errors of a paired difference of about 200
 items."""
@@ -41,9 +35,10 @@ class Adaptive:
     """p_k = floor / K + (1 - floor) u_k / sum_j u_j with u_k = exp(d_k / focus) X_k F_k
 
     d: what the domain lacks, c_k - s_k or 0 if that is negative; s_k is its mean score of the last two evaluations.
-    c: 1, and its own best score from when it stands still: no score of the last three evaluations is more than one
-       standard error above the best before them, that best is above .05, and groups with signal were practised
-       meanwhile. A domain whose answers are all wrong needs most: it may have to find a form first.
+    c: how far it may rise, b_k + (1 - b_k) 2^(-n_k / 64) with b_k its best score. n_k are the groups of it that were
+       practised since the last evaluation with a new best, one standard error above the one before; of the groups
+       between two evaluations at most 64 count, so that one look never takes more than half. A domain whose answers are
+       all wrong needs most at first, as it may have to find a form; one that practice does not move is let go.
     X: 1 + strength x_k where a transfer file is given, with x_k in [-1, 1] the worth of a step on k to all domains, its
        difference from the mean over the mean size and deviation (see `transfer_value`); else 1.
     F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band (see `transfer_value`),
@@ -92,34 +87,47 @@ class Adaptive:
             logger.warning(
                 "the run began by another rule that was called adaptive: it goes by held-out scores from here on"
             )
-        live = [n + _live(stats) for n, stats in zip(state.get("live", [0.0] * k), evidence.last, strict=True)]
-        marks = list(state.get("marks", []))
-        marks += [live] * (len(evidence.evaluations) - state.get("seen", 0))
+        found = self._followed(evidence, state)
         assessed = self.values.assess(evidence, state.get("worth", {})) if self.values else {}
-        kept = {"live": live, "marks": marks[-1 - STILL :], "seen": len(evidence.evaluations)}
-        next_state = kept | ({"worth": assessed} if assessed else {})
+        next_state = found | ({"worth": assessed} if assessed else {})
         if not evidence.evaluations:
             return Decision(mixture=uniform(k), reason="no evaluation yet: uniform", state=next_state)
-        histories = [_history(evidence, name) for name in evidence.domains]
-        since = [now - then for now, then in zip(live, kept["marks"][0], strict=True)]
-        still = [
-            self._has_stopped(history, items=_items(evidence, name), groups=n)
-            for name, history, n in zip(evidence.domains, histories, since, strict=True)
-        ]
-        lacks = [
-            max(0.0, (max(history) if is_still else 1.0) - mean(history[-LATEST:])) if history else 1.0
-            for history, is_still in zip(histories, still, strict=True)
-        ]
+        lacks = self._lacks(evidence, next_state)
         by_need = softmax(lacks, temperature=self.focus)
         weights = [w * f for w, f in zip(by_need, self._factors(assessed, k), strict=True)]
         mixture = tuple(self.floor / k + (1 - self.floor) * share for share in normalised(weights))
-        standing = [name for name, is_still in zip(evidence.domains, still, strict=True) if is_still]
+        unmoved = [name for name, n in zip(evidence.domains, found["unmoved"], strict=True) if n >= PRACTICE]
         reason = f"more to what lacks most: {listed(evidence.domains, lacks)}"
-        reason += f"; at their own ceiling: {', '.join(standing)}" if standing else ""
+        reason += f"; practised without a new best: {', '.join(unmoved)}" if unmoved else ""
         return Decision(mixture=mixture, reason=reason, state=next_state)
 
-    def _has_stopped(self, history: Sequence[float], *, items: int, groups: float) -> bool:
-        return groups >= PRACTISED and stands_still(history, items=items)
+    def _followed(self, evidence: Evidence, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return of each domain the groups since the last evaluation, the best score then and groups since it rose, [K]."""
+        k = len(evidence.domains)
+        groups = [n + stats.groups for n, stats in zip(state.get("groups", [0] * k), evidence.last, strict=True)]
+        best, unmoved = list(state.get("best", [None] * k)), list(state.get("unmoved", [0] * k))
+        seen = state.get("seen", 0) if "best" in state else 0
+        for row in evidence.evaluations[seen:]:
+            for i, name in enumerate(evidence.domains):
+                score = row.mean_score(name)
+                if math.isnan(score):
+                    continue
+                if best[i] is None or score > best[i] + standard_error(best[i], items=_items(evidence, name)):
+                    best[i], unmoved[i] = score, 0
+                else:
+                    unmoved[i] += min(groups[i], PRACTICE)
+                groups[i] = 0
+        return {"groups": groups, "best": best, "unmoved": unmoved, "seen": len(evidence.evaluations)}
+
+    def _lacks(self, evidence: Evidence, followed: Mapping[str, Any]) -> list[float]:
+        """Return d_k, [K]; a domain without a score lacks all."""
+        lacks = []
+        for name, unmoved in zip(evidence.domains, followed["unmoved"], strict=True):
+            history = _history(evidence, name)
+            best = max(history, default=0.0)
+            ceiling = best + (1 - best) * 2 ** (-unmoved / PRACTICE)
+            lacks.append(max(0.0, ceiling - mean(history[-LATEST:])) if history else 1.0)
+        return lacks
 
     def _factors(self, assessed: Mapping[str, Any], k: int) -> Sequence[float]:
         """Return X_k F_k, [K]."""
@@ -132,16 +140,9 @@ class Adaptive:
         return ((1 + strength * worth) * 2 ** np.clip(np.array(assessed["pull"]), -1, 1)).tolist()
 
 
-def stands_still(history: Sequence[float], *, items: int) -> bool:
-    """Return whether a domain's scores, oldest first, have stopped rising; `items` are those of one evaluation.
-
-    One standard error is that of a score of 0s and 1s at the best level, at least that of one at .01 or .99.
-    """
-    if len(history) < BEFORE + STILL:
-        return False
-    best = max(history)
-    error = math.sqrt(max(best * (1 - best), 0.01) / items)
-    return best > FOUND and max(history[-STILL:]) <= max(history[:-STILL]) + error
+def standard_error(score: float, *, items: int) -> float:
+    """Return that of a mean of 0s and 1s; at least that of one at .01 or .99."""
+    return math.sqrt(max(score * (1 - score), 0.01) / items)
 
 
 def _history(evidence: Evidence, name: str) -> list[float]:
@@ -150,8 +151,3 @@ def _history(evidence: Evidence, name: str) -> list[float]:
 
 def _items(evidence: Evidence, name: str) -> int:
     return max(1, len(graded(evidence.evaluations[-1].scores[name])))
-
-
-def _live(stats: DomainStats) -> float:
-    """Return how many groups of the last draw had signal."""
-    return 0.0 if math.isnan(stats.frac_dead) else stats.groups * (1 - stats.frac_dead)

@@ -150,7 +150,7 @@ def _taught(cell: StudyCell, data: DomainData) -> tuple[LabPolicy, dict[str, Any
 
 RULES = {
     ("adaptive", "own"): "tests.experiments.fast.rules:OldAdaptive",
-    ("need", "own"): "adaptive",
+    ("need", "own"): "tests.experiments.fast.rules:OwnCeiling",
     ("need", "one"): "tests.experiments.fast.rules:Wanting",
 }
 """What a study calls a scheduler and the ceiling of its scores, and what it is called since."""

@@ -1,7 +1,8 @@
 """Rules that lost in a study: the registered one names them, the product has them no more.
 
 `OldAdaptive` was the scheduler `adaptive`: shares by learnability, progress and transfer of each domain, estimated anew at
-every draw. `Wanting` is today's `adaptive` with every domain held against the full score for good.
+every draw. `OwnCeiling` was it after that, which held a domain against its own best only where groups with signal had not
+moved it; `Wanting` is the same with every domain held against the full score for good.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pydantic import Field
 
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence, null_of
-from polyphony.curricula.schedulers.adaptive import Adaptive
+from polyphony.curricula.records import Decision, DomainStats, Evidence, graded, mean, null_of
+from polyphony.curricula.schedulers.adaptive import LATEST, Adaptive
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
+from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
 from polyphony.curricula.transfer.matrix import Probes
 
@@ -175,8 +177,82 @@ def _relative(sampled: np.ndarray, value: np.ndarray, sd: np.ndarray) -> np.ndar
     return np.clip((sampled - sampled.mean()) / scale, -1, 1) if scale > 0 else np.zeros_like(value)
 
 
-class Wanting(Adaptive):
+STILL = 3
+"""Evaluations without a new best after which a domain stands still."""
+BEFORE = 2
+"""Evaluations before those: a best of one would be luck."""
+FOUND = 0.05
+"""Best level below which a domain has found nothing yet, so that it cannot stand still."""
+PRACTISED = 8
+"""Groups with signal within those evaluations: where there was nothing to learn from, standing still says nothing."""
+
+
+class OwnCeiling(Adaptive):
+    """Today's rule with another ceiling: 1, and a domain's own best score from when it stands still.
+
+    It stands still when no score of the last three evaluations is more than one standard error above the best before them,
+    that best is above .05, and groups with signal were practised meanwhile.
+    """
+
+    def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
+        k = len(evidence.domains)
+        live = [n + _live(stats) for n, stats in zip(state.get("live", [0.0] * k), evidence.last, strict=True)]
+        marks = list(state.get("marks", []))
+        marks += [live] * (len(evidence.evaluations) - state.get("seen", 0))
+        assessed = self.values.assess(evidence, state.get("worth", {})) if self.values else {}
+        kept = {"live": live, "marks": marks[-1 - STILL :], "seen": len(evidence.evaluations)}
+        next_state = kept | ({"worth": assessed} if assessed else {})
+        if not evidence.evaluations:
+            return Decision(mixture=uniform(k), reason="no evaluation yet: uniform", state=next_state)
+        histories = [_history(evidence, name) for name in evidence.domains]
+        since = [now - then for now, then in zip(live, kept["marks"][0], strict=True)]
+        still = [
+            self._has_stopped(history, items=_items(evidence, name), groups=n)
+            for name, history, n in zip(evidence.domains, histories, since, strict=True)
+        ]
+        lacks = [
+            max(0.0, (max(history) if is_still else 1.0) - mean(history[-LATEST:])) if history else 1.0
+            for history, is_still in zip(histories, still, strict=True)
+        ]
+        by_need = softmax(lacks, temperature=self.focus)
+        weights = [w * f for w, f in zip(by_need, self._factors(assessed, k), strict=True)]
+        mixture = tuple(self.floor / k + (1 - self.floor) * share for share in normalised(weights))
+        standing = [name for name, is_still in zip(evidence.domains, still, strict=True) if is_still]
+        reason = f"more to what lacks most: {listed(evidence.domains, lacks)}"
+        reason += f"; at their own ceiling: {', '.join(standing)}" if standing else ""
+        return Decision(mixture=mixture, reason=reason, state=next_state)
+
+    def _has_stopped(self, history: Sequence[float], *, items: int, groups: float) -> bool:
+        return groups >= PRACTISED and stands_still(history, items=items)
+
+
+class Wanting(OwnCeiling):
     """Holds no domain against its own best level, however long it has stood still."""
 
     def _has_stopped(self, history: Sequence[float], *, items: int, groups: float) -> bool:
         return False
+
+
+def stands_still(history: Sequence[float], *, items: int) -> bool:
+    """Return whether a domain's scores, oldest first, have stopped rising; `items` are those of one evaluation.
+
+    One standard error is that of a score of 0s and 1s at the best level, at least that of one at .01 or .99.
+    """
+    if len(history) < BEFORE + STILL:
+        return False
+    best = max(history)
+    error = math.sqrt(max(best * (1 - best), 0.01) / items)
+    return best > FOUND and max(history[-STILL:]) <= max(history[:-STILL]) + error
+
+
+def _history(evidence: Evidence, name: str) -> list[float]:
+    return [score for row in evidence.evaluations if not math.isnan(score := row.mean_score(name))]
+
+
+def _items(evidence: Evidence, name: str) -> int:
+    return max(1, len(graded(evidence.evaluations[-1].scores[name])))
+
+
+def _live(stats: DomainStats) -> float:
+    """Return how many groups of the last draw had signal."""
+    return 0.0 if math.isnan(stats.frac_dead) else stats.groups * (1 - stats.frac_dead)
