@@ -159,7 +159,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     _recipe(launch, nargs="?")
     _run_folder(launch, "print exactly what will run, then stop")
     launch.add_argument("--address", default="127.0.0.1:8265", help="ray: host:port of the cluster's dashboard")
-    launch.add_argument("--gpus-per-node", type=int, help="slurm, ray: default as many as this machine has")
+    launch.add_argument("--gpus-per-node", type=int, help="slurm: default what each node says; ray: as many as here")
     launch.add_argument("--machines", type=int, default=1, help="local: machines in the group")
     launch.add_argument("--machine-rank", type=int, default=0, help="local: this machine's number, from 0")
     launch.add_argument("--main-address", default="127.0.0.1", help="local: host of machine 0")

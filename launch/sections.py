@@ -209,10 +209,15 @@ class SlurmSection:
     """Wall-clock limit; the job saves a checkpoint before it, and is queued again."""
     signal_s: int = Field(default=120, ge=10)
     """Seconds between the warning signal and the time limit or preemption; a draw and a checkpoint have to fit in."""
+    exclusive: bool = True
+    """Whether the nodes are the job's alone; shared ones need `--gres` or the like in `options`, and ports of their own."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines run first: `module load ..`, `source venv/bin/activate`."""
+    """Shell lines run on the first node, in the activated environment, such as `module load cuda`; one that fails ends the
+    job. They may say how Python is called, `python=(apptainer exec --nv image.sif python)`, or redefine `srun`."""
     options: list[str] = Field(default_factory=list)
     """Further #SBATCH options, such as `--gres=gpu:8` or `--qos=long`."""
+    template: str | None = None
+    """A script of your own instead of `launch/cluster/slurm.sbatch`, with the same placeholders."""
 
     @field_validator("time")
     @classmethod

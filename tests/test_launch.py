@@ -133,6 +133,72 @@ def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_pat
     assert f"--resume {shlex.quote(out)}" in text
 
 
+CONTAINERS = {
+    "shared": ["cluster.slurm.exclusive=false", "cluster.slurm.options=['--gres=gpu:2', '--cpus-per-gpu=8']"],
+    "modules": ["cluster.slurm.setup=['module purge', 'module load cuda/13.0 gcc']"],
+    "apptainer": ["cluster.slurm.setup=['python=(apptainer exec --nv --bind /data polyphony.sif python)']"],
+    "pyxis": ["cluster.slurm.setup=['srun() { command srun --container-image=polyphony.sqsh \"$@\"; }']"],
+}
+"""As launch/README.md writes them out."""
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("engine", ["vllm", "ray"])
+def test_shellcheck_passes_every_script_that_is_written_out(capsys, tmp_path, kind, engine):
+    overrides = [f"rollouts.engine={engine}", "cluster.trainer_nodes=2", *CONTAINERS[kind]]
+    assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "a run"), "--dry-run"]) == 0
+    script = tmp_path / "job"
+    script.write_text(capsys.readouterr().out)
+    checked = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", "--severity=warning", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_nodes_say_themselves_how_many_gpus_they_have(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "gpus_here", lambda: 0)  # a login node
+    overrides = ["rollouts={engine: ray, workers: 2}", "cluster.processes=2"]
+    assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("gpus=") : text.index("on --nodes=1")]
+
+    def spare(**environment: str) -> str:
+        here = 'nvidia-smi() { printf "GPU\\nGPU\\nGPU\\nGPU\\n"; }'
+        words = ["bash", "-uc", f'{here}\n{lines}\necho "$spare"']
+        given = {"PATH": os.environ["PATH"]} | environment
+        return subprocess.run(words, env=given, capture_output=True, text=True, check=True).stdout
+
+    assert spare() == "2,3\n"
+    assert spare(SLURM_GPUS_ON_NODE="3") == "2\n"
+    assert spare(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="4,5,6,GPU-8a") == "6,GPU-8a\n"
+    assert spare(SLURM_GPUS_ON_NODE="2") == spare(SLURM_GPUS_ON_NODE="0") == "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "#SBATCH --nodes=$nodes\n$seup\n",
+            r"$seup is no placeholder; there are $python, $trainer_nodes, $name, $nodes",
+        ),
+        ("echo $(date)\n", "Invalid placeholder in string: line 1, col 6; a dollar of the shell is written $$"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_template_of_ones_own_is_filled_in_or_its_fault_named(capsys, tmp_path, text, message):
+    own = tmp_path / "own.sbatch"
+    if text is not None:
+        own.write_text(text)
+    said = fails(capsys, "launch", "slurm", DEBUG, f"cluster.slurm.template={own}", "--dry-run")
+    assert f"cluster.slurm.template {own}: {message}" in said
+    own.write_text("#SBATCH --nodes=$nodes\necho $$HOME\n$setup\n$recipe\n")
+    assert main(["launch", "slurm", DEBUG, f"cluster.slurm.template={own}", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#SBATCH --nodes=1\necho $HOME\n")
+
+
 def test_a_run_that_was_looked_at_is_queued_again_and_one_that_has_ended_is_not(capsys, tmp_path):
     assert main(["launch", "slurm", DEBUG, "--out", str(tmp_path), "--dry-run"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "scontrol requeue" in line]

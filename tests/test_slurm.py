@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,44 @@ def test_a_job_brings_up_its_own_ray(slurm, tmp_path):
     wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED"), timeout_s=400, log=log)
     assert state(slurm, job) == "COMPLETED", log.read_text()[-2000:]
     assert steps(run) == [1]
+
+
+@pytest.mark.parametrize(
+    ("setup", "said"),
+    [
+        (
+            ["export OTHER=$NOT_SET_ANYWHERE", "set -e; true", "false"],
+            r"polyphony: cluster.slurm.setup\[2\] failed: false",
+        ),
+        (
+            ["python=(no-such-python)", "srun() { echo told >&2; return 7; }"],
+            "polyphony: Ray did not start on .*, exit status 7",
+        ),
+    ],
+    ids=["setup", "ray"],
+)
+def test_what_fails_before_the_run_ends_the_job_with_its_line(slurm, tmp_path, setup, said):
+    run = tmp_path / "run"
+    overrides = ["rollouts={engine: ray, workers: 1}", f"cluster.slurm.setup={json.dumps(setup)}"]
+    job = launched(slurm, DEBUG, *overrides, "--out", str(run))
+    log = run / "logs" / f"slurm-{job}.log"
+    wait_until(lambda: state(slurm, job) == "FAILED", timeout_s=60, log=log)
+    assert re.fullmatch(said, log.read_text().splitlines()[-1])
+
+
+def test_a_folder_that_a_node_does_not_have_is_named(slurm, tmp_path):
+    away = tmp_path / "away"
+    away.mkdir()
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "slurm", DEBUG, "--out", str(tmp_path / "run")]
+    shown = subprocess.run([*command, "--dry-run"], env=slurm, capture_output=True, text=True, check=True, cwd=away)
+    away.rmdir()
+    (tmp_path / "job").write_text(shown.stdout.replace(str(tmp_path / "run" / "logs"), str(tmp_path)))
+    done = subprocess.run(
+        ["sbatch", "--parsable", "job"], env=slurm, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    job, log = done.stdout.strip(), tmp_path / f"slurm-{done.stdout.strip()}.log"
+    wait_until(lambda: state(slurm, job) == "FAILED", timeout_s=60, log=log)
+    assert "polyphony: the folder that the job was sent from cannot be entered on" in log.read_text()
 
 
 def test_what_slurm_refuses_is_one_line(slurm, tmp_path):

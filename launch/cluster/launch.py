@@ -49,10 +49,9 @@ def local(run: Job, machine: here.Machine) -> int:
 def slurm(run: Job, *, gpus_per_node: int | None) -> int:
     """Submit one Slurm job; print its number and where it logs."""
     _check_slurm(run)
-    gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
     recipe, *overrides = run.words
     words = [] if run.resumes else [str(Path(recipe).resolve()), *overrides]
-    text = queue.script(run.recipe, words, run.out, gpus_per_node=gpus)
+    text = queue.script(run.recipe, words, run.out, gpus_per_node=gpus_per_node)
     if run.is_dry:
         print(text, end="")
         return 0

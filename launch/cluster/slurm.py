@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -17,45 +18,90 @@ from polyphony.trainer.run.folder import RunFolder
 HERE = Path(__file__).resolve().parent
 
 
-def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_node: int) -> str:
-    """Return the sbatch script of a recipe. `recipe_words` are the recipe and its overrides, as on the command line."""
+FOUND = '"${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"'
+"""How many GPUs a node has, said by itself when the job runs there."""
+
+
+def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_node: int | None) -> str:
+    """Return the sbatch script of a recipe; None: each node says itself how many GPUs it has.
+
+    `recipe_words` are the recipe and its overrides, as on the command line. Raises RecipeError for a template of the user's
+    that cannot be filled in.
+    """
     cluster, slurm, folder = recipe.cluster, recipe.cluster.slurm, RunFolder(out)
     options = [f"--partition={slurm.partition}"] if slurm.partition else []
     options += [f"--account={slurm.account}"] if slurm.account else []
-    common = {
-        "python": shlex.quote(sys.executable),
+    options += ["--exclusive"] if slurm.exclusive else []
+    activated, python = _environment()
+    values = {
+        "python": python,
         "trainer_nodes": cluster.trainer_nodes,
-        "ray_port": cluster.ray_port,
+        "name": shlex.quote(f"polyphony-{recipe.name}"),
+        "nodes": cluster.trainer_nodes + cluster.rollout_nodes,
+        "rollout_nodes": cluster.rollout_nodes,
+        "time": slurm.time,
+        "signal_s": slurm.signal_s,
+        "logs": shlex.quote(str(folder.logs)),
+        "options": "".join(f"#SBATCH {option}\n" for option in [*options, *slurm.options]),
+        "cwd": shlex.quote(str(Path.cwd())),
+        "setup": "\n".join([*activated, *map(_checked, range(len(slurm.setup)), slurm.setup)]),
+        "ray": _ray(recipe, gpus_per_node=gpus_per_node),
+        "out": shlex.quote(str(out)),
+        "saved": shlex.quote(str(folder.recipe)),
+        "end": shlex.quote(str(folder.end)),
+        "recipe": shlex.join(recipe_words),
     }
-    return Template((HERE / "slurm.sbatch").read_text()).substitute(
-        common,
-        name=shlex.quote(f"polyphony-{recipe.name}"),
-        nodes=cluster.trainer_nodes + cluster.rollout_nodes,
-        rollout_nodes=cluster.rollout_nodes,
-        time=slurm.time,
-        signal_s=slurm.signal_s,
-        logs=shlex.quote(str(folder.logs)),
-        options="".join(f"#SBATCH {option}\n" for option in [*options, *slurm.options]),
-        cwd=shlex.quote(str(Path.cwd())),
-        setup="\n".join(slurm.setup),
-        ray=_ray(recipe, common, gpus_per_node=gpus_per_node),
-        out=shlex.quote(str(out)),
-        saved=shlex.quote(str(folder.recipe)),
-        end=shlex.quote(str(folder.end)),
-        recipe=shlex.join(recipe_words),
-    )
+    if slurm.template is None:
+        return Template((HERE / "slurm.sbatch").read_text()).substitute(values)
+    return _filled_in(Path(slurm.template), values)
 
 
-def _ray(recipe: Recipe, common: dict, *, gpus_per_node: int) -> str:
+def _filled_in(template: Path, values: Mapping[str, object]) -> str:
+    try:
+        return Template(template.read_text()).substitute(values)
+    except OSError as error:
+        raise RecipeError(f"cluster.slurm.template {template}: {error.strerror}") from error
+    except KeyError as error:
+        known = ", ".join(f"${name}" for name in values)
+        raise RecipeError(
+            f"cluster.slurm.template {template}: ${error.args[0]} is no placeholder; there are {known}; "
+            "a dollar of the shell is written $$"
+        ) from error
+    except ValueError as error:
+        raise RecipeError(f"cluster.slurm.template {template}: {error}; a dollar of the shell is written $$") from error
+
+
+def _environment() -> tuple[list[str], str]:
+    """Return the lines that activate this interpreter's environment on a node, and how Python is then called."""
+    prefix = Path(sys.prefix)
+    if (activate := prefix / "bin" / "activate").is_file():
+        return [_ran(f". {shlex.quote(str(activate))}", f"the environment {prefix} cannot be activated")], "python"
+    if (prefix / "conda-meta").is_dir() and (conda := os.environ.get("CONDA_EXE")):
+        hook = f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(str(prefix))}'
+        return [_ran(hook, f"the environment {prefix} cannot be activated")], "python"
+    return [], shlex.quote(sys.executable)
+
+
+def _checked(place: int, line: str) -> str:
+    return _ran(line, f"cluster.slurm.setup[{place}] failed: {line}")
+
+
+def _ran(lines: str, otherwise: str) -> str:
+    """Return shell that runs lines of others as they are used to be run, and ends the job where the last fails."""
+    return f'set +u\n{lines}\nfailed=$?; set +e -u; [ "$failed" -eq 0 ] || stop {shlex.quote(otherwise)}'
+
+
+def _ray(recipe: Recipe, *, gpus_per_node: int | None) -> str:
     cluster = recipe.cluster
     if recipe.rollouts.engine != "ray":
         return ""
-    if cluster.rollout_nodes:
-        head_gpus, resources = "CUDA_VISIBLE_DEVICES=", "--num-cpus=0 --num-gpus=0"
-    else:
-        spare = ",".join(str(i) for i in range(cluster.processes, gpus_per_node))
-        head_gpus, resources = f"CUDA_VISIBLE_DEVICES={spare}", ""
-    return Template((HERE / "slurm.ray").read_text()).substitute(common, head_gpus=head_gpus, head_resources=resources)
+    return Template((HERE / "slurm.ray").read_text()).substitute(
+        trainer_nodes=cluster.trainer_nodes,
+        ray_port=cluster.ray_port,
+        gpus=FOUND if gpus_per_node is None else gpus_per_node,
+        taken='"$gpus"' if cluster.rollout_nodes else cluster.processes,
+        head_resources="--num-cpus=0 --num-gpus=0" if cluster.rollout_nodes else "",
+    )
 
 
 def submit(text: str, out: Path) -> str:
