@@ -84,6 +84,8 @@ class Study:
     probe: Mapping[str, Any]
     tuning: Tuning
     final: Final
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Of arms that were tuned in a study before, by rank there, the candidate first: then nothing is tuned."""
     key: str = ""
     """What decides drawn worlds."""
     digest: str = ""
@@ -95,6 +97,8 @@ class Study:
         key = key if key is not None else _commit_of(path)
         digest = hashlib.sha256(f"{text}/{key}".encode()).hexdigest()[:12]
         study = cls(**yaml.safe_load(text), key=key, digest=digest)
+        if strange := sorted({*study.rates} - {*study.arms}):
+            raise ValueError(f"{path}: rates of {strange}, which are no arms; its arms: {', '.join(study.arms)}")
         if strange := sorted({*study.worlds, *study.tuning.worlds} - set(WORLDS)):
             raise ValueError(f"{path}: unknown worlds {strange}; known: {', '.join(WORLDS)}")
         if not key and "drawn" in study.worlds:
@@ -176,6 +180,8 @@ class Study:
         return self.tuning.worlds, self.tuning.seeds
 
     def _is_tuned(self, arm: str, rows: Sequence[Row]) -> bool:
+        if self.rates:
+            return True
         needed = len(self.tuning.worlds) * len(self.tuning.rates) * len(self.tuning.seeds)
         of_arm = [
             r for r in rows if r["arm"] == arm and r["seed"] in self.tuning.seeds and r["rate"] in self.tuning.rates
@@ -185,7 +191,7 @@ class Study:
     def _tuning(self, rows: Sequence[Row]) -> list[StudyCell]:
         return [
             self.cell(world, arm, rate, seed, given)
-            for arm in self.arms
+            for arm in ([] if self.rates else self.arms)
             if (given := self.settings_of(arm, rows)) is not None
             for world in self.tuning.worlds
             for rate in self.tuning.rates
@@ -204,6 +210,8 @@ class Study:
 
     def chosen(self, rows: Sequence[Row]) -> tuple[list[str], dict[str, float]]:
         """Return the arms of the final part, the candidate first, and the rate of each."""
+        if self.rates:
+            return list(self.rates), dict(self.rates)
         tuned = [row for row in rows if row["seed"] in self.tuning.seeds]
         rates = best_rates(tuned, self._grid)
         ranks = ranking(tuned, self.tuning.worlds, rates)
@@ -348,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in () if arguments.dry else arguments.parts:
         if not run_part(study, part, results, arguments.out, jobs=arguments.jobs, until=until):
             return 1
-    if results.runs:
+    if results.runs and not study.rates:
         print(tuning_report(results.runs, study.tuning.worlds, study.tuning.seeds))
     if any(row["seed"] in study.final.seeds for row in results.runs):
         arms, rates = study.chosen(results.runs)
