@@ -25,6 +25,7 @@ from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OU
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.mistakes import UNSAID, valid_part
 from polyphony.launch.sections import (
+    AlarmsSection,
     ClusterSection,
     CurriculumSection,
     LoraSection,
@@ -111,6 +112,7 @@ class Recipe(BaseModel):
     lora: LoraSection | None = None
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
+    alarms: AlarmsSection = AlarmsSection()
 
     @field_validator("name")
     @classmethod

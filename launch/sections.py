@@ -198,6 +198,17 @@ ALONE = RolloutsSection(engine="ray")
 
 
 @settings
+class AlarmsSection:
+    """What is done when an alarm rings, beside writing it to `alarms.jsonl` and telling W&B."""
+
+    command: str | None = None
+    """A shell command that gets the alarm as a line of JSON on its standard input: `step`, `kind`, `domain`, `message`,
+    `remedy`. What it prints is not kept; its failures are counted and said."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds after which the command is killed, with all that it started."""
+
+
+@settings
 class SlurmSection:
     """What `polyphony launch slurm` asks Slurm for."""
 

@@ -155,6 +155,7 @@ def start(
     from transformers.trainer_callback import PrinterCallback
 
     from polyphony.trainer.checkpoints import whole_checkpoints
+    from polyphony.trainer.run.alarm_command import AlarmCommand
     from polyphony.trainer.run.progress import ProgressLine
     from polyphony.trainer.run.tracking import WandbTracker
 
@@ -174,6 +175,8 @@ def start(
         run.tracker = WandbTracker(
             wandb, name=trainer.args.run_name or recipe.name, folder=out, config=recipe.model_dump()
         )
+    if is_main and recipe.alarms.command:
+        run.alarm_command = AlarmCommand(recipe.alarms.command, timeout_s=recipe.alarms.timeout_s)
     if is_main:
         run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
     for what in _slow_or_lossy(trainer) if is_main else ():

@@ -45,6 +45,7 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
+from polyphony.trainer.run.alarm_command import AlarmCommand
 from polyphony.trainer.run.changes import check_length, from_now_on
 from polyphony.trainer.run.folder import Interrupted
 from polyphony.trainer.run.json_lines import read_object, write_object
@@ -158,6 +159,7 @@ class Run(TrainerCallback):
         """Its text, to be written where it changed."""
         self.tracker: WandbTracker | None = None
         self.progress: ProgressLine | None = None
+        self.alarm_command: AlarmCommand | None = None
         self.rescue = Rescue(trainer, self.guardrails, self.folder.checkpoints)
         self._is_aside = False
         self._stopped_by = ""
@@ -463,6 +465,8 @@ class Run(TrainerCallback):
         self.recorder.save()
         if self.progress is not None:
             self.progress.close()
+        if self.alarm_command is not None and (failed := self.alarm_command.close()):
+            self.say(failed)
         if self.tracker is not None:
             track_decisions(self.tracker, state.global_step, self.folder.decisions())
             if self.recorder.matrix is not None:
@@ -552,7 +556,10 @@ class Run(TrainerCallback):
             return
         remedy = SIGNALS[alarm.kind].remedy
         logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
-        self.folder.append("alarms", alarm.as_line() | {"remedy": remedy})
+        line = alarm.as_line() | {"remedy": remedy}
+        self.folder.append("alarms", line)
+        if self.alarm_command is not None:
+            self.alarm_command.ring(line)
         if self.tracker is not None:
             self.tracker.alert(alarm.title, f"{alarm.message}. What may help: {remedy}")
 
