@@ -21,6 +21,7 @@ from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
+from polyphony.launch.report.run import read_run
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.callbacks import Run
@@ -35,7 +36,7 @@ from polyphony.trainer.run.tracking import (
     track_decisions,
     track_transfer,
 )
-from polyphony.trainer.run.wandb_dashboard import SECTIONS, build_workspace, specification
+from polyphony.trainer.run.wandb_dashboard import CURVES, SECTIONS, build_workspace, specification
 from polyphony.trainer.settings import TrainerSettings, WandbSettings
 from polyphony.trainer.slots import DrawPlan
 from tests.benchmarks.synthetic_run import write_run
@@ -171,9 +172,22 @@ def test_a_mute_server_is_not_reachable_and_an_error_page_is(mute, monkeypatch):
 def test_every_panel_shows_metrics_that_a_run_logs():
     for rows in SECTIONS.values():
         assert all(metric in METRICS[family] for family, metrics in rows.items() for metric in metrics)
+    assert all(m in METRICS[f] for kinds in CURVES.values() for curves in kinds for f, m in curves)
     workspace = build_workspace(name="n", entity="e", project="p", domains=["math", "safety"])
     text = json.dumps(specification(workspace))
     assert "heldout/math/score" in text and "transfer/safety/bwt" in text and "completions" in text
+
+
+def test_a_dashboard_opens_on_entropy_and_forgetting_and_has_no_empty_panel(tmp_path):
+    run = read_run(write_run(tmp_path / "run", steps=20, eval_every=10, items=10))
+    logged = {*run.metrics, *(f"transfer/safety/drawdown{end}" for end in ("", "_low", "_high"))}
+    workspace = build_workspace(name="n", entity="e", project="p", domains=run.domains, logged=logged)
+    *curves, _ = workspace.sections
+    assert [section.name for section in curves][:3] == list(CURVES) and all(s.is_open for s in curves[:3])
+    named = [{getattr(y, "name", y) for y in panel.y} for section in curves for panel in section.panels]
+    assert all(names and names <= logged for names in named)
+    assert len(curves[0].panels) == len(run.domains) and len(curves[1].panels) == 1
+    assert {"transfer/safety/drawdown", "transfer/safety/drawdown_low", "transfer/safety/drawdown_high"} in named
 
 
 def test_without_a_key_the_specification_is_written_and_how_to_push_it_said(tmp_path, capsys, monkeypatch):

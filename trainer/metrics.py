@@ -26,6 +26,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "entropy_unmeasured": "completions of replaced groups without an entropy, because `grpo.top_p` or its like is set",
         "entropy_slope": "change of that entropy per optimizer step over the domain's last 32 draws",
         "entropy_place": "mean of the last 8 draws relative to the band: 0 at its low edge, 1 at its high edge",
+        "entropy_low": "low edge of the domain's entropy band, in nats",
+        "entropy_high": "high edge of it",
         "entropy_coef": "coefficient of the domain's entropy term in the loss, with `entropy.control`",
         "pass_rate": "share of graded completions with reward 1",
         "frac_dead": "share of dead groups, without a gradient: rewards all equal (`algorithm: rft`: none accepted)",
@@ -77,6 +79,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     },
     "heldout": {
         "score": "mean held-out score in [0, 1], `report` half",
+        "score_low": "lower end of its 95 % interval, over items",
+        "score_high": "upper end of it",
         "entropy": "mean token entropy on held-out completions in nats",
         "pass_at_k": "share of held-out items (`report` half) with a full score in any of the k samples",
         "grader_failures": "held-out samples whose grading failed, all items: left out of scores, not correct in pass_at_k",

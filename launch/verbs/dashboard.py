@@ -36,6 +36,7 @@ def specify(run: Path, out: Path) -> tuple[Any, str | None]:
         entity=tracking.get("entity") or ("your-entity" if missing else default_entity()),
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
+        logged=found.metrics.keys(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(specification(workspace), indent=1))

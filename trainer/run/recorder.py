@@ -10,6 +10,7 @@ from typing import Any
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
 from polyphony.curricula.files import replace_file, sealed
+from polyphony.curricula.intervals import bounded_mean
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
@@ -230,6 +231,11 @@ def heldout_metrics(
     scores, passed = published.scores(), published.passed()
     for name in published.samples:
         metrics[key("heldout", "score", name)] = mean(graded(scores[name]))
+        interval = bounded_mean(scores[name])
+        metrics[key("heldout", "score_low", name)], metrics[key("heldout", "score_high", name)] = (
+            interval.low,
+            interval.high,
+        )
         metrics[key("heldout", "pass_at_k", name)] = mean(graded(passed[name]))
         if name in published.entropy:
             metrics[key("heldout", "entropy", name)] = published.entropy[name]

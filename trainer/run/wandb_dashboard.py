@@ -1,13 +1,13 @@
-"""The W&B dashboard as code: one section a family of metrics, one panel a metric with all domains in it.
+"""The W&B dashboard as code: first entropy, forgetting and score of each domain with their bands, then a panel a metric.
 
-Built from domain names and `METRICS` alone, so it is the same for a run that is over and for one that has not begun.
+Built from domain names, `METRICS` and the names that a run has logged, where it has begun.
 """
 
 from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -20,14 +20,25 @@ from polyphony.curricula.files import replace_file
 from polyphony.trainer.metrics import METRICS, key
 from polyphony.trainer.run.tracking import is_reachable, server_url
 
+CURVES: Mapping[str, Sequence[Sequence[tuple[str, str]]]] = {
+    "Entropy against its band": [
+        [("domain", "entropy"), ("heldout", "entropy"), ("domain", "entropy_low"), ("domain", "entropy_high")]
+    ],
+    "Forgetting, with 95 % intervals": [
+        [("transfer", name), ("transfer", f"{name}_low"), ("transfer", f"{name}_high")] for name in ("drawdown", "bwt")
+    ],
+    "Held-out score, with 95 % intervals": [
+        [("heldout", "score"), ("heldout", "score_low"), ("heldout", "score_high")]
+    ],
+}
+"""Titles of sections, and the curves (family, metric) of a panel for each domain: what the dashboard opens on."""
 SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "Held out": {"heldout": ("score", "greedy", "majority", "pass_at_k")},
-    "Forgetting": {"transfer": ("bwt", "drawdown", "fwt")},
-    "Entropy": {"domain": ("entropy", "entropy_place", "entropy_slope", "entropy_coef"), "heldout": ("entropy",)},
+    "Held out": {"heldout": ("greedy", "majority", "pass_at_k"), "transfer": ("fwt",)},
     "Training": {
         "domain": ("reward", "pass_rate", "frac_dead", "mean_length", "clipped_ratio"),
         "curriculum": ("mixture",),
     },
+    "Entropy": {"domain": ("entropy_place", "entropy_slope", "entropy_coef")},
     "Calibration and form": {"heldout": ("overconfidence", "ece", "brier", "auroc", "format_valid", "format_share")},
     "Diversity": {
         "diversity": ("classes", "mean", "collapsed", "reward"),
@@ -35,20 +46,41 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "Distance to the base model": {"heldout": ("kl_base",)},
 }
-"""Titles of sections, and per family the metrics of a panel each; what is not listed W&B finds by itself."""
+"""Titles of sections, and per family the metrics of a panel each, with all domains in it; what is not listed W&B finds by
+itself."""
 OVERALL = ("transfer/bwt", "transfer/drawdown_max", "rollout/useful_token_frac", "rollout/tokens_per_s")
 TABLES = ("completions", "decisions", "transfer")
 """Names that the run logs its tables under; each can be filtered by domain."""
 
 
-def build_workspace(*, name: str, entity: str, project: str, domains: Sequence[str]) -> ws.Workspace:
-    """Return the dashboard of a project's runs over these domains; nothing is sent anywhere."""
+def build_workspace(
+    *, name: str, entity: str, project: str, domains: Sequence[str], logged: Collection[str] = ()
+) -> ws.Workspace:
+    """Return the dashboard of a project's runs over these domains; nothing is sent anywhere.
+
+    `logged` are the names that a run has logged: panels of others are left out; without any, all are there.
+    """
+    panels = {
+        title: [
+            (f"{domain}: {curves[0][1]}", [key(family, metric, domain) for family, metric in curves])
+            for curves in kinds
+            for domain in domains
+        ]
+        for title, kinds in CURVES.items()
+    }
+    for title, rows in SECTIONS.items():
+        panels[title] = [
+            (f"{metric.replace('_', ' ')}: {METRICS[family][metric]}", [key(family, metric, d) for d in domains])
+            for family, metrics in rows.items()
+            for metric in metrics
+        ]
+    panels["The whole run"] = [(metric, [metric]) for metric in OVERALL]
     sections = [
-        ws.Section(name=title, panels=[*_panels(rows, domains)], is_open=True) for title, rows in SECTIONS.items()
+        ws.Section(name=title, panels=drawn, is_open=title != "The whole run")
+        for title, wanted in panels.items()
+        if (drawn := [*_drawn(wanted, logged)])
     ]
-    overall = [wr.LinePlot(title=metric, x="Step", y=[metric]) for metric in OVERALL]
     tables = [wr.WeavePanelSummaryTable(table_name=table) for table in TABLES]
-    sections.append(ws.Section(name="The whole run", panels=[*overall]))
     sections.append(ws.Section(name="Completions, decisions, transfer", panels=[*tables]))
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections)
 
@@ -90,13 +122,7 @@ def _is_logged_in(server: str) -> bool:
         return False
 
 
-def _panels(rows: Mapping[str, Sequence[str]], domains: Sequence[str]) -> list[wr.LinePlot]:
-    return [
-        wr.LinePlot(
-            title=f"{metric.replace('_', ' ')}: {METRICS[family][metric]}",
-            x="Step",
-            y=[key(family, metric, domain) for domain in domains],
-        )
-        for family, metrics in rows.items()
-        for metric in metrics
-    ]
+def _drawn(wanted: Sequence[tuple[str, Sequence[str]]], logged: Collection[str]) -> Iterator[wr.LinePlot]:
+    for title, curves in wanted:
+        if known := [curve for curve in curves if curve in logged or not logged]:
+            yield wr.LinePlot(title=title, x="Step", y=known)
