@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Bring up, or take down, a Slurm of one node on this machine, from Debian's slurm-wlm and munge; all state in one folder.
-#   tests/slurm_node.sh install     tests/slurm_node.sh up FOLDER     tests/slurm_node.sh down FOLDER
+# Bring up, or take down, a Slurm on this machine, from Debian's slurm-wlm and munge; all state in one folder.
+#   tests/slurm_node.sh install     tests/slurm_node.sh up FOLDER [NODES]     tests/slurm_node.sh down FOLDER
+# Of several nodes each has an address and a slurmd of its own: 127.0.0.1, 127.0.0.2 .., which is its name too.
 # Needs root. Clients find it by SLURM_CONF=FOLDER/slurm.conf.
 set -euo pipefail
-action=$1 folder=${2:-}
+action=$1 folder=${2:-} count=${3:-1}
 
 install() {
     export DEBIAN_FRONTEND=noninteractive
@@ -17,19 +18,22 @@ up() {
     dd if=/dev/urandom of="$folder/munge/key" bs=32 count=1 status=none
     chown -R "$(id -u):$(id -g)" "$folder/munge"
     chmod 600 "$folder/munge/key"
-    local ports; ports=$(python3 - <<'PORTS'
-import socket
-held = [socket.socket() for _ in range(2)]
+    local ports; read -ra ports < <(python3 - "$count" <<'PORTS'
+import socket, sys
+held = [socket.socket() for _ in range(1 + int(sys.argv[1]))]
 for s in held: s.bind(("127.0.0.1", 0))
 print(*(s.getsockname()[1] for s in held))
 PORTS
 )
-    read -r ctld_port d_port <<<"$ports"
+    local nodes=() lines=''
+    for ((n = 1; n <= count; n++)); do
+        [ "$count" -eq 1 ] && nodes=("$(hostname -s)") || nodes+=("127.0.0.$n")
+        lines+="NodeName=${nodes[n-1]} NodeHostname=$(hostname -s) NodeAddr=127.0.0.$n Port=${ports[n]} CPUs=$(nproc) State=UNKNOWN"$'\n'
+    done
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
-SlurmctldPort=$ctld_port
-SlurmdPort=$d_port
+SlurmctldPort=${ports[0]}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge/socket
@@ -39,34 +43,36 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/slurmd-%n.log
 KillWait=30
 ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+${lines}PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
     munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \
         --log-file="$folder/munge/log" --seed-file="$folder/munge/seed"
     slurmctld -f "$folder/slurm.conf"
-    slurmd -f "$folder/slurm.conf"
+    for node in "${nodes[@]}"; do
+        mkdir -p "$folder/spool/$node"
+        slurmd -f "$folder/slurm.conf" -N "$node"
+    done
     for _ in $(seq 60); do
         SLURM_CONF="$folder/slurm.conf" sinfo -h -o %T 2>/dev/null | grep -q idle && return
         sleep 0.5
     done
-    echo "the node did not become idle; see $folder/slurmctld.log" >&2
+    echo "the nodes did not become idle; see $folder/slurmctld.log" >&2
     return 1
 }
 
 down() {
-    for file in slurmd.pid slurmctld.pid munge/pid; do
-        [ ! -f "$folder/$file" ] || kill "$(cat "$folder/$file")" 2>/dev/null || true
+    for file in "$folder"/slurmd-*.pid "$folder/slurmctld.pid" "$folder/munge/pid"; do
+        [ ! -f "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
     done
 }
 

@@ -34,7 +34,7 @@ class ProgressLine:
         self.console = console or Console(stderr=True)
         self._known: dict[str, float] = {}
         self._began = 0.0
-        self._said = 0.0
+        self._said, self._told = 0.0, -1
         self._first: int | None = None
         self._bar: Progress | None = None
         self._live: Live | None = None
@@ -60,8 +60,8 @@ class ProgressLine:
         if self._first is None:
             self._first, self._began = step, now
         has_scores = any(f"heldout/{name}/score" in metrics for name in self.domains)
-        if has_scores or now - self._said >= PLAIN_EVERY_S or step == self.total:
-            self._said = now
+        if has_scores or now - self._said >= PLAIN_EVERY_S or (step == self.total and step != self._told):
+            self._said, self._told = now, step
             done = step - self._first
             left = f", {(self.total - step) * (now - self._began) / done:.0f} s left" if done else ""
             each = [plain_domain(name, self._known) for name in self.domains]
