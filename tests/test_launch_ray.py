@@ -24,6 +24,7 @@ import ray
 from polyphony.launch.cli import main
 from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.cluster import ray_job as jobs
+from polyphony.launch.cluster import ray_nodes
 from polyphony.launch.recipe import RecipeError
 from tests.conftest import RECIPES, bare_interpreter
 from tests.forks import free_port
@@ -184,6 +185,41 @@ def test_the_debug_recipe_runs_as_a_job_with_its_workers_on_two_raylets(raylets,
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert (run / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_trainer_may_stand_on_two_nodes(raylets, tmp_path):
+    environment, _, dashboard = raylets
+    run = tmp_path / "run"
+    overrides = ["rollouts.engine=transformers", "tracking.wandb=null", "grpo.max_steps=1", "eval.every=1"]
+    overrides += ["eval.samples=1", "grpo.max_completion_length=8", "cluster.trainer_nodes=2"]
+    overrides += [f"cluster.port={free_port()}"]
+    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "ray", DEBUG, *overrides]
+    done = subprocess.run(
+        [*command, "--address", dashboard, "--out", str(run)],
+        env=environment, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1]
+    assert (done.stdout + done.stderr).count("launch local") == 0  # none of them refused its words
+    assert "(Node pid=" in done.stdout + done.stderr
+
+
+def test_nodes_that_do_not_come_are_counted(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
+    assert ray_nodes.check_nodes(1, timeout_s=0) == ""
+    said = "cluster.trainer_nodes and rollout_nodes are 3 together, the Ray cluster has 1 nodes"
+    assert ray_nodes.check_nodes(3, timeout_s=0) == said
+
+
+def test_a_job_over_several_nodes_is_driven_by_one_that_holds_no_gpu(capsys, tmp_path):
+    overrides = ["rollouts={engine: ray, workers: 2}", "cluster={trainer_nodes: 2, rollout_nodes: 1, processes: 4}"]
+    arguments = [DEBUG, *overrides, "--address", "host:8265", "--gpus-per-node", "8", "--out", str(tmp_path / "run")]
+    assert main(["launch", "ray", *arguments, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "polyphony.launch.cluster.ray_nodes --trainer-nodes 2 --rollout-nodes 1 --gpus 4 -- " in said
+    assert "--entrypoint-num-gpus" not in said
 
 
 @pytest.mark.slow

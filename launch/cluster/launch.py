@@ -75,7 +75,8 @@ def ray(run: Job, *, address: str, gpus_per_node: int | None) -> int:
     """Run on the cluster whose dashboard is at `address`, and follow the job."""
     gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
     address = address if "://" in address else f"http://{address}"
-    command = jobs.plan(address, run.train_words, gpus=run.recipe.cluster.processes if gpus else 0)
+    cluster = run.recipe.cluster
+    command = jobs.plan(address, run.train_words, cluster, gpus=cluster.processes if gpus else 0)
     if run.is_dry:
         print(command)
         return 0

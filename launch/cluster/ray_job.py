@@ -15,17 +15,32 @@ from urllib.error import HTTPError
 from polyphony.launch.cluster.local import Command
 from polyphony.launch.cluster.ray_cluster import ANSWER_S, NEEDS_TOKEN, reason, staged_package, wait_for_port
 from polyphony.launch.recipe import RecipeError
+from polyphony.launch.sections import ClusterSection
 from polyphony.trainer.run import say
 
 
-def plan(address: str, train_words: Sequence[str], *, gpus: int) -> Command:
+def plan(address: str, train_words: Sequence[str], cluster: ClusterSection, *, gpus: int) -> Command:
     """Return the `ray job submit` that runs `polyphony train` on the cluster, on its head node where it takes no GPUs.
 
-    `gpus` are the trainer ranks': Ray has to know of them, or it would give the same to a rollout worker. Recipe, rows,
-    model and run folder are read and written where the job runs: their paths have to be shared.
+    `gpus` are the trainer ranks' of a node: Ray has to know of them, or it would give the same to a rollout worker. Recipe,
+    rows, model and run folder are read and written where the job runs: their paths have to be shared.
     """
     environment = {"py_modules": [str(staged_package())]}  # the `python` there may lack it
     job = ["python", "-P", "-m", "polyphony.launch.cli", "launch", "local", *train_words]
+    if cluster.trainer_nodes + cluster.rollout_nodes > 1:
+        nodes = ["--trainer-nodes", str(cluster.trainer_nodes), "--rollout-nodes", str(cluster.rollout_nodes)]
+        job = [
+            "python",
+            "-P",
+            "-m",
+            "polyphony.launch.cluster.ray_nodes",
+            *nodes,
+            "--gpus",
+            str(gpus),
+            "--",
+            *train_words,
+        ]
+        gpus = 0  # its actors hold them
     words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     words += ["--runtime-env-json", json.dumps(environment), "--entrypoint-num-cpus", "0"]
     words += ["--entrypoint-num-gpus", str(gpus)] if gpus else []
