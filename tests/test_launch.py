@@ -16,7 +16,7 @@ from polyphony.launch.cluster import local
 from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.run.folder import RunFolder
-from tests.conftest import RECIPES
+from tests.conftest import HOUSE, RECIPES
 from tests.test_bad_input import fails
 
 DEBUG = str(RECIPES / "debug.yaml")
@@ -156,6 +156,13 @@ def test_shellcheck_passes_every_script_that_is_written_out(capsys, tmp_path, ki
         check=False,
     )
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_readme_writes_out_what_shellcheck_passes():
+    text = (HOUSE / "launch" / "README.md").read_text()
+    for kind in ("apptainer", "pyxis"):
+        line = CONTAINERS[kind][0].removeprefix("cluster.slurm.setup=")
+        assert f"setup: {line}" in text, kind
 
 
 def test_nodes_say_themselves_how_many_gpus_they_have(capsys, tmp_path, monkeypatch):
