@@ -445,8 +445,15 @@ def _since(findings: Findings) -> tuple[str, list[tuple[str, Interval]], list[tu
 
 
 def provenance(sheet: Sheet) -> list[list[tuple[str, str]]]:
-    """Return with which versions and data each run was made, by key path."""
-    return [list(_flat({"folder": f.run.path.name} | dict(f.run.provenance))) for f in sheet.findings]
+    """Return how each run is made again, and with which versions and data it was made, by key path."""
+    return [list(_flat(_again(f.run) | dict(f.run.provenance))) for f in sheet.findings]
+
+
+def _again(run: LoadedRun) -> dict[str, str]:
+    """Return a run's folder and the command that makes it again; one from Python has a script of its own."""
+    again = f"polyphony train {run.recipe_name} --out AGAIN, with the recipe below" if run.recipe_text else ""
+    of_script = run.recipe_name.endswith(".json")
+    return {"folder": run.path.name, **({"to make it again": again} if again and not of_script else {})}
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
