@@ -204,7 +204,7 @@ class AlarmsSection:
     command: str | None = None
     """A shell command that gets the alarm as a line of JSON on its standard input: `step`, `kind`, `domain`, `message`,
     `remedy`. What it prints is not kept; its failures are counted and said."""
-    timeout_s: float = Field(default=10.0, gt=0)
+    limit_s: float = Field(default=10.0, gt=0)
     """Seconds after which the command is killed, with all that it started."""
 
 

@@ -176,7 +176,7 @@ def start(
             wandb, name=trainer.args.run_name or recipe.name, folder=out, config=recipe.model_dump()
         )
     if is_main and recipe.alarms.command:
-        run.alarm_command = AlarmCommand(recipe.alarms.command, timeout_s=recipe.alarms.timeout_s)
+        run.alarm_command = AlarmCommand(recipe.alarms.command, timeout_s=recipe.alarms.limit_s)
     if is_main:
         run.progress = ProgressLine(recipe.name, trainer.plan.steps, domains=trainer.data.names)
     for what in _slow_or_lossy(trainer) if is_main else ():

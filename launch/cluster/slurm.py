@@ -33,24 +33,24 @@ def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_n
     options += [f"--account={slurm.account}"] if slurm.account else []
     options += ["--exclusive"] if slurm.exclusive else []
     activated, python = _environment()
-    values = {
-        "python": python,
-        "trainer_nodes": cluster.trainer_nodes,
-        "name": shlex.quote(f"polyphony-{recipe.name}"),
-        "nodes": cluster.trainer_nodes + cluster.rollout_nodes,
-        "rollout_nodes": cluster.rollout_nodes,
-        "time": slurm.time,
-        "signal_s": slurm.signal_s,
-        "logs": shlex.quote(str(folder.logs)),
-        "options": "".join(f"#SBATCH {option}\n" for option in [*options, *slurm.options]),
-        "cwd": shlex.quote(str(Path.cwd())),
-        "setup": "\n".join([*activated, *map(_checked, range(len(slurm.setup)), slurm.setup)]),
-        "ray": _ray(recipe, gpus_per_node=gpus_per_node),
-        "out": shlex.quote(str(out)),
-        "saved": shlex.quote(str(folder.recipe)),
-        "end": shlex.quote(str(folder.end)),
-        "recipe": shlex.join(recipe_words),
-    }
+    values = dict(
+        python=python,
+        trainer_nodes=cluster.trainer_nodes,
+        name=shlex.quote(f"polyphony-{recipe.name}"),
+        nodes=cluster.trainer_nodes + cluster.rollout_nodes,
+        rollout_nodes=cluster.rollout_nodes,
+        time=slurm.time,
+        signal_s=slurm.signal_s,
+        logs=shlex.quote(str(folder.logs)),
+        options="".join(f"#SBATCH {option}\n" for option in [*options, *slurm.options]),
+        cwd=shlex.quote(str(Path.cwd())),
+        setup="\n".join([*activated, *map(_checked, range(len(slurm.setup)), slurm.setup)]),
+        ray=_ray(recipe, gpus_per_node=gpus_per_node),
+        out=shlex.quote(str(out)),
+        saved=shlex.quote(str(folder.recipe)),
+        end=shlex.quote(str(folder.end)),
+        recipe=shlex.join(recipe_words),
+    )
     if slurm.template is None:
         return Template((HERE / "slurm.sbatch").read_text()).substitute(values)
     return _filled_in(Path(slurm.template), values)

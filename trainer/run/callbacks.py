@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.monitors import Alarm
 from polyphony.curricula.monitors.guardrails import Verdict, check, exceeded
@@ -36,14 +35,9 @@ from polyphony.trainer.checkpoints import (
     save_final,
     whole_checkpoints,
 )
-from polyphony.trainer.domains import DomainData
-from polyphony.trainer.draws import Draws
-from polyphony.trainer.engine.weight_check import WeightCheck
 from polyphony.trainer.entropy import DomainEntropy
 from polyphony.trainer.evaluation.base_kl import BaseReference
-from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.metrics import defined
-from polyphony.trainer.policy import Policy
 from polyphony.trainer.run import say
 from polyphony.trainer.run.alarm_command import AlarmCommand
 from polyphony.trainer.run.changes import check_length, from_now_on
@@ -58,43 +52,10 @@ from polyphony.trainer.run.recovery import Rescue
 from polyphony.trainer.run.signals import SIGNALS, Signals
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
-from polyphony.trainer.scoring import Scorer
+from polyphony.trainer.run.trained import CheckWeights, Trained
 from polyphony.trainer.shortcuts import ShortcutWatch
-from polyphony.trainer.slots import DrawPlan
-from polyphony.trainer.teachers.lesson import Lesson
-from polyphony.trainer.teachers.recovery import OwnBest
 
 logger = logging.getLogger(__name__)
-
-
-class Trained(Protocol):
-    """What a run needs of its trainer, `DomainGRPOTrainer` or `DomainSFTTrainer`, which nothing imports back."""
-
-    args: Any
-    state: Any
-    accelerator: Any
-    callback_handler: Any
-    data: DomainData
-    lesson: Lesson | None
-    plan: DrawPlan
-    curriculum: Curriculum
-    probes: TransferMatrix | None
-    draws: Draws
-    scorer: Scorer
-    policy: Policy
-    evaluator: Evaluator
-    own_best: OwnBest
-    entropy: DomainEntropy
-    shortcuts: ShortcutWatch
-    pending_metrics: dict[str, float]
-
-    def add_callback(self, callback: Any) -> None:
-        """Have Transformers call it."""
-        ...
-
-    def chance_as_saved(self) -> AbstractContextManager[None]:
-        """Go on from the random numbers of the checkpoint meanwhile; the first draw, from those that this ends with."""
-        ...
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -106,26 +67,6 @@ def _known_sizes(checkpoint: Path | None) -> Mapping[str, int] | None:
     """Return up to which byte a checkpoint that owes an evaluation knows the lines of its own step; None for any other."""
     mark = {} if checkpoint is None else read_mark(checkpoint)
     return mark["ledgers"] if mark.get("curriculum", {}).get("owed", {}).get("step") is not None else None
-
-
-class CheckWeights(TrainerCallback):
-    """Before the first step, see that the engine follows the policy's weights. Raises RuntimeError if it does not.
-
-    Not earlier: DeepSpeed and FSDP shard the policy when training begins.
-    """
-
-    def __init__(self, check_weights: Callable[[], WeightCheck | None], *, say: Callable[[str], None] = say) -> None:
-        self.check_weights = check_weights
-        self.say = say
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self.check_weights()
-        if found is None:
-            return
-        if not found.is_passed:
-            raise RuntimeError(f"the rollout engine does not follow the policy's weights: {found}")
-        if state.is_world_process_zero:
-            self.say(f"weight sync: {found}")
 
 
 class Run(TrainerCallback):
