@@ -82,7 +82,7 @@ def run(words: Sequence[str], *, trainer_nodes: int, rollout_nodes: int, gpus: i
     signal.signal(signal.SIGTERM, tell)
     head, cluster = ray.get(nodes[0].address.remote()), ray.get_runtime_context().gcs_address
     parts = [node.train.remote(list(words), n, trainer_nodes, head, cluster) for n, node in enumerate(nodes)]
-    codes = [ray.get(part) for part in parts]
+    codes: list[Any] = [ray.get(part) for part in parts]
     return next((code for code in codes if code), 0)
 
 

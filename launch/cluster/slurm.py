@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -33,7 +33,8 @@ def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_n
     options += [f"--account={slurm.account}"] if slurm.account else []
     options += ["--exclusive"] if slurm.exclusive else []
     activated, python = _environment()
-    values = dict(
+    return _filled_in(
+        slurm.template,
         python=python,
         trainer_nodes=cluster.trainer_nodes,
         name=shlex.quote(f"polyphony-{recipe.name}"),
@@ -51,24 +52,23 @@ def script(recipe: Recipe, recipe_words: Sequence[str], out: Path, *, gpus_per_n
         end=shlex.quote(str(folder.end)),
         recipe=shlex.join(recipe_words),
     )
-    if slurm.template is None:
-        return Template((HERE / "slurm.sbatch").read_text()).substitute(values)
-    return _filled_in(Path(slurm.template), values)
 
 
-def _filled_in(template: Path, values: Mapping[str, object]) -> str:
+def _filled_in(own: str | None, **values: object) -> str:
+    """Fill in a template of the user's, or ours. Raises RecipeError that names what is wrong with theirs."""
+    path = HERE / "slurm.sbatch" if own is None else Path(own)
     try:
-        return Template(template.read_text()).substitute(values)
+        return Template(path.read_text()).substitute(values)
     except OSError as error:
-        raise RecipeError(f"cluster.slurm.template {template}: {error.strerror}") from error
+        raise RecipeError(f"cluster.slurm.template {path}: {error.strerror}") from error
     except KeyError as error:
         known = ", ".join(f"${name}" for name in values)
         raise RecipeError(
-            f"cluster.slurm.template {template}: ${error.args[0]} is no placeholder; there are {known}; "
+            f"cluster.slurm.template {path}: ${error.args[0]} is no placeholder; there are {known}; "
             "a dollar of the shell is written $$"
         ) from error
     except ValueError as error:
-        raise RecipeError(f"cluster.slurm.template {template}: {error}; a dollar of the shell is written $$") from error
+        raise RecipeError(f"cluster.slurm.template {path}: {error}; a dollar of the shell is written $$") from error
 
 
 def _environment() -> tuple[list[str], str]:

@@ -122,7 +122,8 @@ def _is_logged_in(server: str) -> bool:
         return False
 
 
-def _drawn(wanted: Sequence[tuple[str, Sequence[str]]], logged: Collection[str]) -> Iterator[wr.LinePlot]:
+def _drawn(wanted: Sequence[tuple[str, Sequence[str]]], logged: Collection[str]) -> Iterator[Any]:
     for title, curves in wanted:
-        if known := [curve for curve in curves if curve in logged or not logged]:
+        known: list[Any] = [curve for curve in curves if curve in logged or not logged]
+        if known:
             yield wr.LinePlot(title=title, x="Step", y=known)
