@@ -32,9 +32,9 @@ from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.evaluation.base_kl import BaseReference
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run import say
-from polyphony.trainer.run.trained import CheckWeights
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.provenance import provenance
+from polyphony.trainer.run.trained import CheckWeights
 
 
 def probe(recipe: Recipe, out: Path, *, engine: Engine | None = None) -> Engine | None:
