@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -185,3 +186,180 @@ def test_who_shares_parameters_by_hand(tmp_path):
     assert found.cosine == pytest.approx(-8 / (5 * math.sqrt(30)))
     (same,) = shared_parameters({"a": base, "b": base}, base)
     assert math.isnan(same.core_overlap) and math.isnan(same.sign_conflicts) and math.isnan(same.cosine)
+
+
+def adapter(folder, *, seed: int, base: str = str(POLICY), **changes) -> str:
+    """A LoRA of the lab's policy, moved as if it had been trained."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | changes
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(POLICY), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": base}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [adapter(folder / "a", seed=1), adapter(folder / "b", seed=2, r=2, target_modules=["q_proj"])]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "dare_ties", "slerp"])
+def test_adapters_become_one_adapter_and_what_the_base_is_with_it(tmp_path, adapters, method):
+    """Ranks add up, so that sums are exact: what whole models become, merged with the same weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    weights = (0.6, 0.3) if method != "slerp" else (0.3,)
+    settings = MergeSettings(method=method, weights=weights)
+    out = merge(adapters, tmp_path / "out", base=str(POLICY), settings=settings)
+    found = load_file(out / "model.safetensors")
+    if method == "slerp":  # which PEFT has not
+        assert not (out / "adapter").exists()
+    else:
+        again = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(POLICY), out / "adapter"
+        ).merge_and_unload()
+        assert all(torch.allclose(p, found[n], atol=1e-6) for n, p in again.named_parameters())
+    if method in ("task_arithmetic", "linear"):
+        start, key = load_file(POLICY / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+        total = 1.0 if method == "task_arithmetic" else 0.9
+        expected = start[key].clone()
+        for folder, weight, scale in zip(adapters, weights, (8 / 4, 8 / 2), strict=True):
+            of = load_file(f"{folder}/adapter_model.safetensors")
+            a, b = (of[f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
+            expected += weight / total * scale * (b @ a)
+        assert torch.allclose(found[key], expected, atol=1e-6) and not torch.allclose(found[key], start[key], atol=1e-3)
+    assert json.loads((out / "provenance.json").read_text())["merge"]["experts"][0]["name"] == adapters[0]
+
+
+def with_nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    return tensors
+
+
+def wider(tensors):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    return tensors | {name: torch.zeros(513, 128)}
+
+
+def other_word(folder) -> str:
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document))
+    return str(folder)
+
+
+BAD = {
+    "shapes": "wide: model.layers.0.mlp.gate_proj.weight has shape [513, 128], in .*policy it has shape [512, 128]",
+    "lacks": "lacks: model.norm.weight is missing, in .*policy it has shape [128]",
+    "vocabulary": "other has another vocabulary than .*policy: token",
+    "base": "base .*nowhere: no such folder",
+    "no base": "method ties needs the base that the experts were trained from: --base",
+    "adapter": "expert .*foreign is an adapter of some/model, the base is .*policy",
+    "no adapter's base": "expert .*foreign is an adapter of some/model: say so with --base some/model",
+    "nan": "nan: model.layers.1.mlp.up_proj.weight has weights that are NaN or infinite",
+    "nan adapter": "expert-nan: base_model.*lora_B.weight has weights that are NaN or infinite",
+    "cut off": "expert .*cut was cut off while being saved",
+    "damaged": "expert .*damaged: model.safetensors is damaged: ",
+    "nothing": "expert .*nothing has neither config.json nor adapter_config.json",
+    "occupied": "occupied exists; choose another --out",
+}
+
+
+def bad(case: str, folder) -> dict:
+    """Return what a case gives `merge` beside the method."""
+    base, expert = str(POLICY), None
+    if case == "shapes":
+        expert = changed(folder / "wide", seed=0, edit=wider)
+    elif case == "lacks":
+        expert = changed(
+            folder / "lacks", seed=0, edit=lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}
+        )
+    elif case == "vocabulary":
+        changed(folder / "other", seed=0)
+        expert = other_word(folder / "other")
+    elif case in ("base", "no base"):
+        base = str(folder / "nowhere") if case == "base" else None
+    elif case in ("adapter", "no adapter's base"):
+        expert = adapter(folder / "foreign", seed=0, base="some/model")
+        base = base if case == "adapter" else None
+    elif case == "nan":
+        expert = changed(folder / "nan", seed=0, edit=with_nan)
+    elif case == "nan adapter":
+        expert = adapter(folder / "expert-nan", seed=0)
+        file = folder / "expert-nan" / "adapter_model.safetensors"
+        save_file({n: t * math.nan if "lora_B" in n else t for n, t in load_file(file).items()}, file)
+    elif case == "cut off":
+        expert = changed(folder / "cut", seed=0)
+        (folder / "cut" / "polyphony.json.unfinished").touch()
+    elif case == "damaged":
+        expert = changed(folder / "damaged", seed=0)
+        (folder / "damaged" / "model.safetensors").write_bytes(b"short")
+    elif case == "nothing":
+        (folder / "nothing").mkdir()
+        expert = str(folder / "nothing")
+    return {"base": base, "expert": expert}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_told_in_one_line_and_leaves_nothing(tmp_path, experts, adapters, case):
+    (tmp_path / "in").mkdir()
+    given = bad(case, tmp_path / "in")
+    out = tmp_path / "occupied"
+    if case == "occupied":
+        out.mkdir()
+        (out / "theirs.txt").write_text("kept")
+    method = "linear" if case == "no adapter's base" else "ties"
+    names = [adapters[0] if case == "nan adapter" else experts[0], given["expert"] or experts[1]]
+    with pytest.raises(ValueError, match=re.sub(r"([\[\]])", r"\\\1", BAD[case])) as told:
+        merge(names, out, base=given["base"], settings=MergeSettings(method=method))
+    assert "\n" not in str(told.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "occupied"] if case == "occupied" else ["in"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts_given", "message"),
+    [
+        ({"method": "tie"}, 2, "method 'tie': expected linear, .*; did you mean 'ties'"),
+        ({"weights": (1.0, 2.0, 3.0)}, 2, "weights 1, 2, 3: expected one, or one for each of 2 experts"),
+        ({"weights": (math.nan,)}, 2, "weights nan: expected finite numbers"),
+        ({"weights": (-1.0, 2.0)}, 2, "weights -1, 2: ties takes proportions, none below 0"),
+        ({"method": "task_arithmetic", "weights": (0.0,)}, 2, "weights 0: expected one that is not 0"),
+        ({"method": "slerp", "weights": (1.5,)}, 2, "weight 1.5: under slerp a share, 0 to 1"),
+        ({"method": "slerp"}, 3, "method slerp takes 2 experts, got 3"),
+        ({"method": "interpolate"}, 2, "method interpolate takes 1 expert, got 2"),
+        ({"density": 0.0}, 2, "density 0: expected above 0, at most 1"),
+        ({"method": "linear", "density": 0.5}, 2, "density: method linear keeps all of a difference"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, experts_given, message):
+    with pytest.raises(ValueError, match=message):
+        MergeSettings(**settings).check(experts_given, has_base=True)
+
+
+def test_the_verb_merges_what_run_folders_hold(tmp_path, experts, capsys):
+    from polyphony.launch.cli import main
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: run")
+    shutil.copytree(experts[0], run / "final")
+    given = ["merge", str(run), experts[1], "--base", str(POLICY), "--method", "task_arithmetic"]
+    assert main([*given, "--weight", "1", "0", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    one, out = (load_file(f"{folder}/model.safetensors") for folder in (experts[0], tmp_path / "out"))
+    assert all(torch.allclose(one[name], out[name], atol=1e-6) for name in one)
+    assert main([*given, "--weight", "1", "2", "3", "--out", str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert said == "polyphony merge: weights 1, 2, 3: expected one, or one for each of 2 experts\n"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from polyphony.curricula.files import replace_file
+from polyphony.trainer.merging.adapters import are_combined, combine
 from polyphony.trainer.merging.methods import ELEMENTWISE, merge_tensor
 from polyphony.trainer.merging.settings import MergeSettings
 from polyphony.trainer.merging.sources import Source, found, opened
@@ -33,8 +34,9 @@ PACKAGES = ("polyphony-rl", "mergekit", "peft", "safetensors", "torch")
 def merge(experts: Sequence[str], out: Path, *, settings: MergeSettings, base: str | None = None) -> Path:
     """Merge experts, folders or names on the hub, into the new folder `out`; return it.
 
-    `base` is what they were trained from; adapters of it are experts too. Raises ValueError, in one line, where they do not
-    fit together, or a weight is NaN; there is no folder then.
+    `base` is what they were trained from. Adapters of it are experts too: where all are, and PEFT can, what they become is
+    also there as an adapter, in `adapter/`; else each is merged into a copy of the base first. Raises ValueError, in one
+    line, where they do not fit together, or a weight is NaN; there is no folder then.
     """
     settings.check(len(experts), has_base=base is not None)
     if settings.method != "interpolate" and find_spec("mergekit") is None:
@@ -45,8 +47,11 @@ def merge(experts: Sequence[str], out: Path, *, settings: MergeSettings, base: s
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        with opened(sources, of_base) as (checkpoints, start):
-            _write(checkpoints, start, settings, scratch)
+        if of_base is not None and are_combined(sources, settings):
+            combine(sources, of_base, settings, scratch)
+        else:
+            with opened(sources, of_base) as (checkpoints, start):
+                _write(checkpoints, start, settings, scratch)
         made = {"method": settings.method, "weights": list(settings.of(len(experts))), "seed": settings.seed}
         made |= {"density": settings.kept, **_origins(sources, of_base)}
         replace_file(RunFolder(scratch).provenance, json.dumps({"merge": made, "packages": _versions()}, indent=1))

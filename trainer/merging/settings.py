@@ -65,7 +65,7 @@ class MergeSettings:
             raise ValueError(f"weights {_said(self.weights)}: expected finite numbers")
         if self.method in ("linear", "ties", "cpi") and not all(w >= 0 for w in self.of(experts)):
             raise ValueError(f"weights {_said(self.weights)}: {self.method} takes proportions, none below 0")
-        if sum(self.of(experts)) == 0 and self.method not in SHARE:
+        if not any(self.of(experts)) and self.method not in SHARE:
             raise ValueError(f"weights {_said(self.weights)}: expected one that is not 0")
         if self.method in SHARE and not 0 <= self.of(experts)[0] <= 1:
             raise ValueError(f"weight {_said(self.weights)}: under {self.method} a share, 0 to 1")

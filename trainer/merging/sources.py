@@ -44,11 +44,11 @@ class Source:
             if name.startswith((".", "/", "~")) or folder.exists():
                 raise ValueError(f"{what} {name}: no such folder")
             folder = _fetched(name, what)
-        if is_unfinished(folder):
-            raise ValueError(f"{what} {name} was cut off while being saved")
         is_adapter = (folder / ADAPTER).is_file()
         if not is_adapter and not (folder / CONFIG).is_file():
             raise ValueError(f"{what} {name} has neither {CONFIG} nor {ADAPTER}")
+        if is_unfinished(folder):
+            raise ValueError(f"{what} {name} was cut off while being saved")
         pattern = "adapter_model.safetensors" if is_adapter else "*.safetensors"
         if why := lacking(folder, (pattern,)):
             raise ValueError(f"{what} {name}: {why}")
