@@ -176,6 +176,15 @@ def _add_merge(merge: argparse.ArgumentParser) -> None:
         "--weight", nargs="+", type=float, default=[], metavar="W", help="one for all experts, or one for each"
     )
     merge.add_argument("--density", type=float, metavar="D", help="share of each difference that is kept")
+    merge.add_argument(
+        "--search", action="store_true", help="choose the weights by the deciding half of the recipe's held-out sets"
+    )
+    merge.add_argument("--recipe", help="with --search: the recipe; key.path=value may follow")
+    merge.add_argument(
+        "--share", type=float, default=0.1, help="with --search: most tokens, as a share of a probe's (default: 0.1)"
+    )
+    _json(merge, "with --search: print one JSON object")
+    merge.set_defaults(overrides=[])
     merge.add_argument("--out", type=Path, required=True, help="new folder, for `eval`, `train` and from_pretrained")
 
 
@@ -385,11 +394,23 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.verbs.merge import merge_experts
+    from polyphony.launch.recipe import RecipeError, load_recipe
     from polyphony.trainer.merging.settings import MergeSettings
 
-    settings = MergeSettings(method=arguments.method, weights=tuple(arguments.weight), density=arguments.density)
-    print(merge_experts(arguments.experts, arguments.out, base=arguments.base, settings=settings))
+    given = {"method": arguments.method, "weights": tuple(arguments.weight), "density": arguments.density}
+    settings = MergeSettings(**given)
+    settings.check(len(arguments.experts), has_base=arguments.base is not None)
+    if arguments.search != (arguments.recipe is not None):
+        raise RecipeError("--search and --recipe go together: what is sought is scored on the recipe's held-out sets")
+    recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    from polyphony.launch.verbs.merge import Merging, search
+
+    merging = Merging.of(arguments.experts, base=arguments.base, settings=settings)
+    if recipe is None:
+        print(merging.into(arguments.out))
+        return
+    found = search(merging, recipe, arguments.out, share=arguments.share)
+    print(json.dumps(found.as_json()) if arguments.json else f"{found}\n{arguments.out}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -11,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from polyphony.curricula.transfer.halves import half
+from polyphony.launch.cli import main
+from polyphony.launch.recipe import load_recipe
+from polyphony.launch.verbs.merge import Merging, Search
 from polyphony.trainer.merging import methods
 from polyphony.trainer.merging.merge import merge
 from polyphony.trainer.merging.methods import largest, merge_tensor
+from polyphony.trainer.merging.search import search_weights
 from polyphony.trainer.merging.settings import METHODS, MergeSettings
 from polyphony.trainer.merging.shared import shared_parameters
 from tests.conftest import POLICY
@@ -349,8 +354,6 @@ def test_settings_that_mean_nothing_are_refused(settings, experts_given, message
 
 
 def test_the_verb_merges_what_run_folders_hold(tmp_path, experts, capsys):
-    from polyphony.launch.cli import main
-
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text("name: run")
@@ -363,3 +366,56 @@ def test_the_verb_merges_what_run_folders_hold(tmp_path, experts, capsys):
     assert main([*given, "--weight", "1", "2", "3", "--out", str(tmp_path / "other")]) == 2
     said = capsys.readouterr().err
     assert said == "polyphony merge: weights 1, 2, 3: expected one, or one for each of 2 experts\n"
+    assert main([*given, "--search", "--out", str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err.startswith("polyphony merge: --search and --recipe go together")
+
+
+def test_weights_are_sought_one_at_a_time_and_no_more_than_are_paid_for():
+    def score(weights):
+        return -abs(weights[0] - 0.25) - abs(weights[1] - 1.125)
+
+    settings = MergeSettings(method="task_arithmetic")
+    tried = search_weights(score, settings, experts=2, most=50)
+    assert next(iter(tried)) == (1.0, 1.0) and max(tried, key=tried.get) == (0.25, 1.125)
+    assert len(search_weights(score, settings, experts=2, most=4)) == 4
+    # proportions: (1, 1) again is (.5, .5), and nothing at all is no merge
+    shares = search_weights(lambda w: -w[0], MergeSettings(method="linear"), experts=2, most=50)
+    assert max(shares, key=shares.get) == (0.0, 1.0) and (0.5, 0.5) not in shares and (0.0, 0.0) not in shares
+    alone = search_weights(lambda w: -abs(w[0] - 0.6), MergeSettings(method="slerp"), experts=2, most=50)
+    assert max(alone, key=alone.get) == (0.625,)
+
+
+@pytest.mark.slow
+def test_a_search_sees_the_deciding_half_alone_and_the_other_judges(tmp_path, experts, capsys):
+    """The second expert is noise that says nothing right: the search leaves it away, and the published half shows it."""
+    noise = changed(tmp_path / "noise", seed=9, scale=0.1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document()))
+    given = ["merge", str(POLICY), noise, "--method", "linear", "--search", "--recipe", str(tmp_path / "recipe.yaml")]
+    assert main([*given, "--share", "1e-4", "--out", str(tmp_path / "out"), "--json"]) == 2
+    assert re.search("of a probe's tokens .* do not pay for two weights", capsys.readouterr().err)
+    assert main([*given, "--out", str(tmp_path / "out"), "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert re.match(r"merge: at most 0.0\d+ million tokens, \d+.\d% of a probe's: up to \d+ weights", said.err)
+    assert found["weights"] == [1.0, 0.0] and found["tried"][0]["weights"] == [1.0, 1.0]
+    low, mid, high = found["published"]["sums"]
+    assert mid > 0 and low <= mid <= high
+    merging = Merging.of([str(POLICY), noise], base=None, settings=MergeSettings(method="linear"))
+    seeking = Search(merging=merging, recipe=load_recipe(tmp_path / "recipe.yaml"), scratch=tmp_path / "none")
+    seeking.read()
+    sets = {which: {half(i) for i in data.heldout["sums"].ids} for which, data in seeking.data.items()}
+    assert sets == {"steer": {"steer"}, "report": {"report"}} and seeking.items == 24
+    made = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert made["search"] == found and made["merge"]["weights"] == [1.0, 0.0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["noise", "out", "recipe.yaml"]
+
+
+def document():
+    """A recipe of one domain that the lab's policy knows; Transformers samples."""
+    rows = {"generator": "polyphony.launch.lab.world:rows", "domain": "arithmetic"}
+    domain = {"kind": "structured", "reward": "exact", "train": {**rows, "split": "train", "size": 16}}
+    domain["heldout"] = {**rows, "split": "heldout", "size": 24}
+    grpo = {"max_steps": 1, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
+    grpo |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "seed": 1}
+    quick = {"rollouts": {"engine": "transformers"}, "eval": {"samples": 1, "kl_items": 0}}
+    return {"name": "sought", "model": str(POLICY), "domains": {"sums": domain}, "grpo": grpo, **quick}

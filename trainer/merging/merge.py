@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import islice
@@ -31,12 +31,19 @@ from polyphony.trainer.run.origins import BESIDE_WEIGHTS, origin_of
 PACKAGES = ("polyphony-rl", "mergekit", "peft", "safetensors", "torch")
 
 
-def merge(experts: Sequence[str], out: Path, *, settings: MergeSettings, base: str | None = None) -> Path:
+def merge(
+    experts: Sequence[str],
+    out: Path,
+    *,
+    settings: MergeSettings,
+    base: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Merge experts, folders or names on the hub, into the new folder `out`; return it.
 
     `base` is what they were trained from. Adapters of it are experts too: where all are, and PEFT can, what they become is
     also there as an adapter, in `adapter/`; else each is merged into a copy of the base first. Raises ValueError, in one
-    line, where they do not fit together, or a weight is NaN; there is no folder then.
+    line, where they do not fit together, or a weight is NaN; there is no folder then. `about` is noted beside the weights.
     """
     settings.check(len(experts), has_base=base is not None)
     if settings.method != "interpolate" and find_spec("mergekit") is None:
@@ -54,7 +61,10 @@ def merge(experts: Sequence[str], out: Path, *, settings: MergeSettings, base: s
                 _write(checkpoints, start, settings, scratch)
         made = {"method": settings.method, "weights": list(settings.of(len(experts))), "seed": settings.seed}
         made |= {"density": settings.kept, **_origins(sources, of_base)}
-        replace_file(RunFolder(scratch).provenance, json.dumps({"merge": made, "packages": _versions()}, indent=1))
+        replace_file(
+            RunFolder(scratch).provenance,
+            json.dumps({"merge": made, **(about or {}), "packages": _versions()}, indent=1),
+        )
         scratch.chmod(0o755)
         scratch.replace(out)
     finally:

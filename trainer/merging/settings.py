@@ -19,6 +19,8 @@ tenth (arXiv:2508.21741 says no number: our reading). DARE drops nine tenths of 
 (arXiv:2311.03099); of what reinforcement did we drop half."""
 COUNT = {"slerp": 2, "interpolate": 1}
 """How many experts a method takes, where not any number."""
+PROPORTIONS = ("linear", "ties", "cpi")
+"""Methods whose weights count by their proportions alone."""
 SHARE = ("slerp", "interpolate")
 """Methods whose one weight is a share: of the second expert, of the expert against its base."""
 
@@ -63,7 +65,7 @@ class MergeSettings:
             raise ValueError(f"weights {_said(self.weights)}: expected one, or one for each of {experts} experts")
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"weights {_said(self.weights)}: expected finite numbers")
-        if self.method in ("linear", "ties", "cpi") and not all(w >= 0 for w in self.of(experts)):
+        if self.method in PROPORTIONS and not all(w >= 0 for w in self.of(experts)):
             raise ValueError(f"weights {_said(self.weights)}: {self.method} takes proportions, none below 0")
         if not any(self.of(experts)) and self.method not in SHARE:
             raise ValueError(f"weights {_said(self.weights)}: expected one that is not 0")
