@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from polyphony.trainer.engine.merge import INITS
 from polyphony.trainer.merging.settings import MergeSettings
 from polyphony.trainer.merging.sources import Source
 from polyphony.trainer.merging.tensors import Checkpoint
@@ -46,6 +45,9 @@ def are_combined(sources: Sequence[Source], settings: MergeSettings) -> bool:
 
 
 def _is_plain(source: Source) -> bool:
+    # slow to import
+    from polyphony.trainer.engine.merge import INITS
+
     said = read_object(source.folder / ADAPTER)
     plain = said.get("peft_type") == "LORA" and said.get("bias", "none") == "none"
     plain = plain and said.get("init_lora_weights", True) in INITS

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import islice
@@ -54,17 +55,17 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        if of_base is not None and are_combined(sources, settings):
-            combine(sources, of_base, settings, scratch)
-        else:
-            with opened(sources, of_base) as (checkpoints, start):
-                _write(checkpoints, start, settings, scratch)
-        made = {"method": settings.method, "weights": list(settings.of(len(experts))), "seed": settings.seed}
-        made |= {"density": settings.kept, **_origins(sources, of_base)}
-        replace_file(
-            RunFolder(scratch).provenance,
-            json.dumps({"merge": made, **(about or {}), "packages": _versions()}, indent=1),
-        )
+        with ThreadPoolExecutor(1) as threads:
+            hashing = threads.submit(_origins, sources, of_base)  # meanwhile, on another processor where there is one
+            if of_base is not None and are_combined(sources, settings):
+                combine(sources, of_base, settings, scratch)
+            else:
+                with opened(sources, of_base) as (checkpoints, start):
+                    _write(checkpoints, start, settings, scratch)
+            made = {"method": settings.method, "weights": list(settings.of(len(experts))), "seed": settings.seed}
+            made |= {"density": settings.kept, **hashing.result()}
+        document = {"merge": made, **(about or {}), "packages": _versions()}
+        replace_file(RunFolder(scratch).provenance, json.dumps(document, indent=1))
         scratch.chmod(0o755)
         scratch.replace(out)
     finally:
@@ -78,7 +79,7 @@ def _write(experts: Sequence[Checkpoint], base: Checkpoint | None, settings: Mer
         rewrite(file, out / file.name, lambda name: _merged(name, experts, base, settings))
     for pattern in (*BESIDE_WEIGHTS, "*.safetensors.index.json"):
         for path in first.folder.glob(pattern):
-            if path.is_file() and path != RunFolder(first.folder).provenance:
+            if path.is_file():
                 target = out / path.relative_to(first.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
