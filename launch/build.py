@@ -242,11 +242,16 @@ def build_scheduler(recipe: Recipe) -> Scheduler:
 
 
 def _peft_config(recipe: Recipe) -> Any:
-    if recipe.lora is None:
+    if recipe.lora is None and recipe.adapter is None:
         return None
-    from peft import LoraConfig
+    from peft import LoraConfig, OSFConfig
 
+    if recipe.adapter is not None:
+        adapter = recipe.adapter
+        modules = adapter.target_modules
+        return OSFConfig(effective_rank=adapter.frozen, target_modules=modules, task_type="CAUSAL_LM")
     lora = recipe.lora
+    assert lora is not None
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
 
 

@@ -171,6 +171,32 @@ def _add_score(score: argparse.ArgumentParser) -> None:
     _json(score, 'print {"rewards": [..], "logged": {..}}')
 
 
+def _add_merge(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument(
+        "experts", nargs="+", metavar="EXPERT", help="a checkpoint, an adapter, a run folder or a name on the hub"
+    )
+    merge.add_argument("--base", metavar="MODEL", help="what the experts were trained from")
+    merge.add_argument(
+        "--method",
+        default="ties",
+        help="linear, task_arithmetic, ties, dare_linear, dare_ties, slerp, interpolate or cpi (default: ties)",
+    )
+    merge.add_argument(
+        "--weight", nargs="+", type=float, default=[], metavar="W", help="one for all experts, or one for each"
+    )
+    merge.add_argument("--density", type=float, metavar="D", help="share of each difference that is kept")
+    merge.add_argument(
+        "--search", action="store_true", help="choose the weights by the deciding half of the recipe's held-out sets"
+    )
+    merge.add_argument("--recipe", help="with --search: the recipe; key.path=value may follow")
+    merge.add_argument(
+        "--share", type=float, default=0.1, help="with --search: most tokens, as a share of a probe's (default: 0.1)"
+    )
+    _json(merge, "with --search: print one JSON object")
+    merge.set_defaults(overrides=[])
+    merge.add_argument("--out", type=Path, required=True, help="new folder, for `eval`, `train` and from_pretrained")
+
+
 USAGE_ERROR = 2
 
 
@@ -394,6 +420,26 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(json.dumps(summary) if arguments.json else f"{sample_table(summary)}\n{folder.rows}")
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.recipe import RecipeError, load_recipe
+    from polyphony.trainer.merging.settings import MergeSettings
+
+    given = {"method": arguments.method, "weights": tuple(arguments.weight), "density": arguments.density}
+    settings = MergeSettings(**given)
+    settings.check(len(arguments.experts), has_base=arguments.base is not None)
+    if arguments.search != (arguments.recipe is not None):
+        raise RecipeError("--search and --recipe go together: what is sought is scored on the recipe's held-out sets")
+    recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    from polyphony.launch.verbs.merge import Merging, search
+
+    merging = Merging.of(arguments.experts, base=arguments.base, settings=settings)
+    if recipe is None:
+        print(merging.into(arguments.out))
+        return
+    found = search(merging, recipe, arguments.out, share=arguments.share)
+    print(json.dumps(found.as_json()) if arguments.json else f"{found}\n{arguments.out}")
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
     from polyphony.launch.verbs.plan import plan
@@ -504,6 +550,12 @@ VERBS = {
         "sample recipe.yaml --teachers math=runs/math-expert --per-prompt 4",
         _add_sample,
         _sample,
+    ),
+    "merge": Verb(
+        "merge experts of one base into one model",
+        "merge runs/math runs/code --base Qwen/Qwen3-0.6B --method ties --out runs/merged",
+        _add_merge,
+        _merge,
     ),
     "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
     "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),

@@ -26,6 +26,7 @@ from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.mistakes import UNSAID, valid_part
 from polyphony.launch.sections import (
     AlarmsSection,
+    AdapterSection,
     ClusterSection,
     CurriculumSection,
     LoraSection,
@@ -110,6 +111,8 @@ class Recipe(BaseModel):
     faults: FaultSettings = FaultSettings()
     cluster: ClusterSection = ClusterSection()
     lora: LoraSection | None = None
+    adapter: AdapterSection | None = None
+    """Instead of `lora`."""
     probe: ProbeSection = ProbeSection()
     tracking: TrackingSection = TrackingSection()
     alarms: AlarmsSection = AlarmsSection()
@@ -264,7 +267,7 @@ def _checked(document: dict[str, Any], overrides: Sequence[str], folder: Path) -
     problems += bad.values()
     if unfound := refusals(_absolute_model, recipe.model, folder, "model"):
         problems, recipe = [*problems, *unfound], recipe.model_copy(update={"model": UNSAID})
-    for check in (_check_engine, _check_keys, _check_trainer, _check_sft):
+    for check in (_check_engine, _check_keys, _check_adapter, _check_trainer, _check_sft):
         problems += refusals(check, recipe)
     try:
         recipe = _with_absolute_paths(recipe, folder)
@@ -353,6 +356,17 @@ def _check_keys(recipe: Recipe) -> None:
         for name, section in getattr(recipe, key).items():
             if (own := getattr(section, field)) != name:
                 raise RecipeError(f"{key}.{name}.{field}: its key says it, leave it out; got {own!r}")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    if recipe.adapter is None:
+        return
+    if recipe.lora is not None:
+        raise RecipeError("adapter and lora exclude each other: one adapter is trained; leave out one of the two")
+    if (strategy := recipe.cluster.strategy) != "ddp":
+        raise RecipeError(
+            f"adapter.kind osf with cluster.strategy={strategy}: a layer's gradients are projected whole, which needs ddp"
+        )
 
 
 def _check_trainer(recipe: Recipe) -> None:

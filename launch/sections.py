@@ -267,3 +267,17 @@ class LoraSection:
     """PEFT's `lora_alpha`: adapters are scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Layers that get an adapter, as in PEFT."""
+
+
+@settings
+class AdapterSection:
+    """Train another adapter of PEFT's than LoRA, in its place; `final/` is merged, `final/adapter/` has it alone."""
+
+    kind: Literal["osf"]
+    """`osf`: orthogonal subspace fine-tuning (arXiv:2504.07097). Of every layer the directions with the largest singular
+    values stay as they are, gradients are made orthogonal to them, and the rest is trained: structure against interference.
+    It trains more numbers than LoRA, decomposes every layer at the start, and needs `cluster.strategy: ddp`."""
+    frozen: float = Field(default=0.5, gt=0, lt=1)
+    """Share of each layer's directions that stays as it is; PEFT's own is half."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter, as in PEFT."""

@@ -194,6 +194,8 @@ OF_THEIR_OWN = {
         ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
     ),
     "model": "the policy's, and a teacher's",
+    "kind": "of a domain, and of an adapter",
+    "target_modules": "of LoRA, and of another adapter",
     **dict.fromkeys(
         ("advantages", "guard", "rft", "distil", "sft", "teachers"), "top keys of a recipe, together UpdateSettings"
     ),

@@ -16,6 +16,7 @@ AT_MOST = Target(relation="<=", limit=1.05)
 NOT_HERE = {
     "demo": "trains for minutes, which is what it measures",
     "gpu": "needs a GPU; without one it is four processes with an engine each, minutes of starting",
+    "merge": "two more processes that import torch; `test_merging` merges in this one",
     "workers": "brings up a Ray cluster; `test_ray_engine` samples through one",
     "worker sync": "brings up a Ray cluster; `test_ray_engine` syncs through one",
 }

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, OSFConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
@@ -88,6 +88,39 @@ def test_after_fifty_syncs_the_adapter_on_the_base_from_disk_is_what_was_sent(tm
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").dtype == dtype
 
 
+def test_orthogonal_subspaces_are_merged_into_copies_and_what_is_frozen_stays_so(tmp_path):
+    """After a projected step the largest singular direction of a layer is as it was; what was sent is what is saved."""
+    torch.manual_seed(0)
+    settings = OSFConfig(effective_rank=0.5, target_modules=LAYERS, task_type="CAUSAL_LM")
+    model, ids, start = get_peft_model(base(), settings), torch.arange(12).reshape(1, 12), base()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        last = sent(model)
+    assert last.keys() == dict(start.named_parameters()).keys()
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(
+        model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight, start.state_dict()[key]
+    )
+    was, new = start.state_dict()[key], last[key]
+    assert not torch.allclose(was, new, atol=1e-4)
+    left, size, right = torch.linalg.svd(was)
+    assert torch.allclose(left[:, :64].T @ new @ right[:64].T, torch.diag(size[:64]), atol=1e-3)
+    with torch.no_grad():
+        start.load_state_dict(last, strict=False)
+        assert torch.allclose(model(ids).logits, start(ids).logits, atol=1e-4)
+    trainer = SimpleNamespace(
+        accelerator=one_rank(), model=model, processing_class=AutoTokenizer.from_pretrained(POLICY)
+    )
+    save_final(SimpleNamespace(trainer=trainer), tmp_path / "final")
+    assert same(load_file(tmp_path / "final" / "model.safetensors"), last)
+    again = PeftModel.from_pretrained(base(), tmp_path / "final" / "adapter").merge_and_unload()
+    assert all(torch.allclose(p, last[name], atol=1e-5) for name, p in again.named_parameters())
+    refuse_unmergeable(model, one_rank())
+
+
 def test_what_is_merged_is_the_policy_that_was_trained():
     torch.manual_seed(0)
     model, plain, ids = adapted(use_dora=True), base(), torch.arange(12).reshape(1, 12)
@@ -129,7 +162,7 @@ def test_what_cannot_be_merged_is_refused_by_name(changes, message):
 
 def test_other_adapters_several_adapters_and_the_old_fsdp_are_refused():
     other = get_peft_model(base(), IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="peft_config: peft_type=IA3: expected LORA"):
+    with pytest.raises(ValueError, match="peft_config: peft_type=IA3: expected LORA or OSF"):
         refuse_unmergeable(other, one_rank())
     two = adapted()
     two.add_adapter("second", two.peft_config["default"])
@@ -155,5 +188,5 @@ def test_where_nothing_is_merged_any_adapter_trains(tmp_path):
     given = {"domains": [Domain(name="sums", kind="structured", reward="exact", **rows)], "engine": "transformers"}
     given |= {"peft_config": IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"])}
     assert isinstance(DomainGRPOTrainer(str(POLICY), args, **given).model, PeftModel)
-    with pytest.raises(ValueError, match="peft_config: peft_type=IA3: expected LORA"):
+    with pytest.raises(ValueError, match="peft_config: peft_type=IA3: expected LORA or OSF"):
         DomainGRPOTrainer(str(POLICY), args, run=tmp_path / "run", **given)  # which leaves a merged policy in final/

@@ -197,3 +197,18 @@ def test_a_misspelt_name_leads_to_the_one_that_was_meant(recipe, wrong, said):
     else:
         problems = [line for lines in found.values() for line in lines]
     assert len(problems) == 1 and said in problems[0], problems
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora={r: 2}"], "adapter and lora exclude each other: one adapter is trained"),
+        (["cluster.strategy=zero3"], "adapter.kind osf with cluster.strategy=zero3: .* needs ddp"),
+        (["adapter.kind=oft"], "adapter.kind"),
+        (["adapter.frozen=1.0"], "adapter.frozen"),
+    ],
+)
+def test_another_adapter_stands_in_loras_place(recipe, overrides, message):
+    assert load_recipe(recipe, ["adapter={kind: osf}"]).adapter.frozen == 0.5
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, ["adapter={kind: osf}", *overrides])

@@ -337,10 +337,16 @@ def test_transformers_serves_as_engine_where_there_is_no_vllm(tmp_path):
     assert trainer.policy.check() is None
 
 
-def test_lora_weights_reach_the_engine_merged(tmp_path, engine):
-    from peft import LoraConfig
+def adapter_of(kind: str):
+    from peft import LoraConfig, OSFConfig
 
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    layers = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return LoraConfig(r=4, **layers) if kind == "lora" else OSFConfig(effective_rank=0.5, **layers)
+
+
+@pytest.mark.parametrize("kind", ["lora", "osf"])
+def test_adapters_reach_the_engine_merged(tmp_path, engine, kind):
+    lora = adapter_of(kind)
     changes = {"learning_rate": 1e-2, "max_steps": 2}
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path, **changes), domains=both(), engine=engine, peft_config=lora)
     trainer.train()
@@ -351,11 +357,9 @@ def test_lora_weights_reach_the_engine_merged(tmp_path, engine):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_with_lora_that_goes_on_from_a_checkpoint_ends_bit_for_bit_alike(tmp_path, engine, dtype):
-    from peft import LoraConfig
-
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+@pytest.mark.parametrize(("kind", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("osf", "float32")])
+def test_a_run_with_an_adapter_that_goes_on_from_a_checkpoint_ends_bit_for_bit_alike(tmp_path, engine, kind, dtype):
+    lora = adapter_of(kind)
     changes = {"learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     changes |= {"model_init_kwargs": {"dtype": dtype}}
 

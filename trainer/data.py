@@ -5,10 +5,11 @@ Nothing here reads files (`polyphony.trainer.rows`), tokenises or trains.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -75,6 +76,13 @@ class PromptTable:
             columns=_columns(row),
             tools=_tools(row, with_nulls=self._with_nulls),
         )
+
+    def only(self, ids: Sequence[str]) -> PromptTable:
+        """Return the table of some of its prompts, in that order."""
+        some = copy.copy(self)
+        some._position = {prompt_id: self._position[prompt_id] for prompt_id in ids}
+        some.ids = list(ids)
+        return some
 
     def has(self, prompt_id: str) -> bool:
         """Whether there is a prompt of this id."""

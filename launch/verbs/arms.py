@@ -55,18 +55,28 @@ def other_rates(recipe: Recipe) -> list[float]:
     return sorted(set(recipe.probe.learning_rates) - {recipe.grpo.get("learning_rate")})
 
 
-def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
-    """Return an upper bound of what the runs will generate, in words; `items` are held out, in all domains together."""
+def tokens(recipe: Recipe, arms: list[Arm], *, items: int) -> tuple[int, int]:
+    """Return the most tokens that the runs generate to train on, and to evaluate; `items` are held out, in all domains."""
     grpo = recipe.grpo
     batch = int(grpo.get("per_device_train_batch_size", 8)) * int(grpo.get("gradient_accumulation_steps", 1))
     lengths = [domain.max_completion_length or 0 for domain in recipe.domains.values()]
     length = max(int(grpo.get("max_completion_length", 256)), *lengths)
+    samples = recipe.eval.samples + int(recipe.eval.greedy)
+    trained = _steps(recipe, arms) * max(batch, int(grpo.get("generation_batch_size") or batch)) * length
+    return trained, len(arms) * items * samples * length
+
+
+def _steps(recipe: Recipe, arms: list[Arm]) -> int:
     steps = sum(arm.steps for arm in arms)
     if recipe.probe.start.startswith("joint:"):
         steps += int(recipe.probe.start.removeprefix("joint:")) * len({arm.seed for arm in arms})
-    trained = steps * max(batch, int(grpo.get("generation_batch_size") or batch)) * length
-    samples = recipe.eval.samples + int(recipe.eval.greedy)
-    evaluated = len(arms) * items * samples * length
+    return steps
+
+
+def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
+    """Return an upper bound of what the runs will generate, in words; `items` are held out, in all domains together."""
+    steps, samples = _steps(recipe, arms), recipe.eval.samples + int(recipe.eval.greedy)
+    trained, evaluated = tokens(recipe, arms, items=items)
     return (
         f"{steps} optimizer steps and {len(arms)} evaluations: "
         f"at most {trained / 1e6:.2g} million rollout tokens to train on, "

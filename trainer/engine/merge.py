@@ -1,8 +1,9 @@
 """Adapters merged into copies, tensor by tensor: what an engine is sent and what a run leaves, with the base never written.
 
 PEFT's own `merge` runs on a copy of each layer's base weight, with the adapter in float32, so that the cast to the base's
-type comes last. It is the arithmetic of `PeftModel.from_pretrained(base, "final/adapter").merge_and_unload()`: with the base
-read from disk, in the type and on the kind of device that the policy was trained in, that gives the same bits.
+type comes last; that OSF's cannot be undone, a copy does not mind. It is the arithmetic of
+`PeftModel.from_pretrained(base, "final/adapter").merge_and_unload()`: with the base read from disk, in the type and on the
+kind of device that the policy was trained in, that gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners.lora import Embedding, Linear
+from peft.tuners.lora import Embedding, Linear, LoraLayer
+from peft.tuners.osf import layer as osf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 from trl.distributed import DistributedBackend
 
-MERGED = (Linear, Embedding)
-"""Layers of LoRA whose weights stay of the base's shape, unquantised."""
+MERGED = (Linear, Embedding, osf.Linear)
+"""Layers whose weights stay of the base's shape, unquantised."""
 INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Starts of an adapter that leave the base as it is on disk; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrite it."""
 BASE = "base_layer."
@@ -63,9 +65,11 @@ def refuse_unmergeable(model: Any, accelerator: Any) -> None:
     if len(model.active_adapters) != 1:
         raise ValueError(f"peft_config: active adapters {model.active_adapters}: expected one")
     config: Any = model.peft_config[model.active_adapters[0]]
-    if config.peft_type != PeftType.LORA:
-        raise ValueError(f"peft_config: peft_type={config.peft_type.value}: expected LORA, merged at each weight sync")
-    if config.init_lora_weights not in INITS:
+    if config.peft_type not in (PeftType.LORA, PeftType.OSF):
+        raise ValueError(
+            f"peft_config: peft_type={config.peft_type.value}: expected LORA or OSF, merged at each weight sync"
+        )
+    if config.peft_type == PeftType.LORA and config.init_lora_weights not in INITS:
         raise ValueError(
             f"peft_config: init_lora_weights={config.init_lora_weights!r}: expected one that leaves the frozen base as on "
             f"disk, {', '.join(map(repr, INITS))}"
@@ -80,18 +84,21 @@ def refuse_unmergeable(model: Any, accelerator: Any) -> None:
 
 def _refuse_layer(name: str, layer: Any) -> None:
     if type(layer) not in MERGED:
-        allowed = ", ".join(f"lora.{kind.__name__}" for kind in MERGED)
-        kind = type(layer)
+        allowed = ", ".join(map(_kind, MERGED))
         raise ValueError(
-            f"peft_config: layer {name} is a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}, which is not "
-            f"merged into a plain weight: expected {allowed}"
+            f"peft_config: layer {name} is a {_kind(type(layer))}, which is not merged into a plain weight: expected "
+            f"{allowed}"
         )
-    for adapter, variant in layer.lora_variant.items():
+    for adapter, variant in getattr(layer, "lora_variant", {}).items():
         if type(variant) is not layer.lora_variants[("use_dora",)]:
             raise ValueError(
                 f"peft_config: adapter {adapter!r} of layer {name} is a {type(variant).__name__}: expected LoRA, rsLoRA "
                 "or DoRA"
             )
+
+
+def _kind(layer: type) -> str:
+    return f"{layer.__module__.removeprefix('peft.tuners.').removesuffix('.layer')}.{layer.__name__}"
 
 
 def _refuse_tied(model: PeftModel) -> None:
@@ -124,7 +131,8 @@ class _Copied(torch.nn.Module):
             return [(name, tensor.data) for name, tensor in self.layer.get_base_layer().named_parameters()]
         finally:
             self.layer.merged_adapters.clear()
-            self.layer._caches.clear()
+            if isinstance(self.layer, LoraLayer):
+                self.layer._caches.clear()
 
 
 def _merged(layer: Any, name: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
