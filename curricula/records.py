@@ -530,7 +530,8 @@ class Decision:
     state: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able; handed back at the next draw and saved in checkpoints."""
     stage: str | None = None
-    """The domain whose stage this draw belongs to, where the scheduler works in stages."""
+    """The domain whose stage this draw belongs to, where the scheduler works in stages; of a group of domains all names,
+    `a, b`."""
 
 
 def mean(values: Sequence[float]) -> float:

@@ -9,12 +9,9 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from polyphony.curricula.records import Evaluation
-
-if TYPE_CHECKING:
-    from polyphony.curricula.transfer.matrix import TransferMatrix
 
 ARMS = ("sequence", "groups", "merge", "distil")
 """What a row with `arm` may be."""
@@ -39,6 +36,27 @@ ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dic
        "placebo": bool, "rolled_back": bool, "recovery": bool, "arm": dict, "tokens": int, "entropy_items": dict,
        "kl_items": dict}  # fmt: skip
 """Keys of a row, likewise."""
+
+
+class Matrix(Protocol):
+    """What a `TransferMatrix` holds that is checked."""
+
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+    @property
+    def kinds(self) -> Mapping[str, str]: ...
+    @property
+    def rows(self) -> tuple[Evaluation, ...]: ...
+    @property
+    def items(self) -> Mapping[str, tuple[str, ...]] | None: ...
+    @property
+    def watch_only(self) -> tuple[str, ...]: ...
+    @property
+    def shared(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]: ...
+    @property
+    def trainable(self) -> tuple[str, ...]: ...
+    @property
+    def version(self) -> int: ...
 
 
 WORDS = {int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
@@ -81,7 +99,7 @@ def _read_object(value: Any, shape: Mapping[str, type], *, what: str, where: str
     return found
 
 
-def check_matrix(matrix: TransferMatrix) -> None:
+def check_matrix(matrix: Matrix) -> None:
     """Raise ValueError at the first thing in the matrix that does not hold together."""
     _check_domains(matrix)
     if not any(not row.trained for row in matrix.rows):
@@ -93,7 +111,7 @@ def check_matrix(matrix: TransferMatrix) -> None:
     _check_shared(matrix)
 
 
-def check_version(matrix: TransferMatrix, version: int) -> None:
+def check_version(matrix: Matrix, version: int) -> None:
     """See that a file has nothing that its version has not."""
     if version == 1:
         for n, row in enumerate(matrix.rows):
@@ -108,7 +126,7 @@ def check_version(matrix: TransferMatrix, version: int) -> None:
         raise ValueError(f"rows with `arm` or `tokens`, and `shared`, are of version 4 of the file, got {version}")
 
 
-def _check_shared(matrix: TransferMatrix) -> None:
+def _check_shared(matrix: Matrix) -> None:
     for a, of in matrix.shared.items():
         if not isinstance(of, Mapping):
             raise ValueError(f"shared: of {a!r} an object by domain is told, got {_short(of)}")
@@ -118,7 +136,7 @@ def _check_shared(matrix: TransferMatrix) -> None:
                 raise ValueError(f"shared: of {a!r} and {b!r} {', '.join(SHARED)} are told, got {_short(told)}")
 
 
-def _check_domains(matrix: TransferMatrix) -> None:
+def _check_domains(matrix: Matrix) -> None:
     names = matrix.domains
     if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
         raise ValueError(f"domains must be different, non-empty names, at least one, got {list(names)}")
@@ -132,7 +150,7 @@ def _check_domains(matrix: TransferMatrix) -> None:
         raise ValueError("every domain is watch-only: at least one must be trainable")
 
 
-def check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
+def check_row(row: Evaluation, matrix: Matrix, *, where: str) -> None:
     """Raise ValueError at the first thing in a row that does not fit its matrix."""
     _check_known(row.trained, matrix.domains, where=f"{where}: trained")
     if (watched := set(row.trained) & set(matrix.watch_only)) and not row.recovery:
@@ -209,7 +227,7 @@ def check_lengths(row: Evaluation, first: Evaluation, *, where: str) -> None:
             )
 
 
-def _check_items(matrix: TransferMatrix) -> None:
+def _check_items(matrix: Matrix) -> None:
     first = matrix.rows[0]
     for n, row in enumerate(matrix.rows):
         check_lengths(row, first, where=f"row {n}")
