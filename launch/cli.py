@@ -370,6 +370,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
     from polyphony.launch.verbs.plan import plan
+    from polyphony.launch.verbs.tables import options_table
 
     if arguments.transfer and "=" in arguments.transfer.name:  # without a file the first override stands in its place
         arguments.overrides, arguments.transfer = [str(arguments.transfer), *arguments.overrides], None
@@ -383,6 +384,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise RecipeError("give a transfer.json, or --replay RUN --scheduler NAME")
     made = plan(arguments.transfer)
     print(json.dumps(made.as_json(), allow_nan=False) if arguments.json else made.explain())
+    if made.options and not arguments.json:
+        print(f"\n{options_table(made.options)}")
     for note in made.notes if arguments.json else ():
         print(note, file=sys.stderr)
     return None
