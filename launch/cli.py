@@ -162,6 +162,23 @@ def _add_score(score: argparse.ArgumentParser) -> None:
     _json(score, 'print {"rewards": [..], "logged": {..}}')
 
 
+def _add_merge(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument(
+        "experts", nargs="+", metavar="EXPERT", help="a checkpoint, an adapter, a run folder or a name on the hub"
+    )
+    merge.add_argument("--base", metavar="MODEL", help="what the experts were trained from")
+    merge.add_argument(
+        "--method",
+        default="ties",
+        help="linear, task_arithmetic, ties, dare_linear, dare_ties, slerp, interpolate or cpi (default: ties)",
+    )
+    merge.add_argument(
+        "--weight", nargs="+", type=float, default=[], metavar="W", help="one for all experts, or one for each"
+    )
+    merge.add_argument("--density", type=float, metavar="D", help="share of each difference that is kept")
+    merge.add_argument("--out", type=Path, required=True, help="new folder, for `eval`, `train` and from_pretrained")
+
+
 USAGE_ERROR = 2
 
 
@@ -367,6 +384,14 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(json.dumps(summary) if arguments.json else f"{sample_table(summary)}\n{folder.rows}")
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.verbs.merge import merge_experts
+    from polyphony.trainer.merging.settings import MergeSettings
+
+    settings = MergeSettings(method=arguments.method, weights=tuple(arguments.weight), density=arguments.density)
+    print(merge_experts(arguments.experts, arguments.out, base=arguments.base, settings=settings))
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
     from polyphony.launch.verbs.plan import plan
@@ -479,6 +504,12 @@ VERBS = {
         "sample recipe.yaml --teachers math=runs/math-expert --per-prompt 4",
         _add_sample,
         _sample,
+    ),
+    "merge": Verb(
+        "merge experts of one base into one model",
+        "merge runs/math runs/code --base Qwen/Qwen3-0.6B --method ties --out runs/merged",
+        _add_merge,
+        _merge,
     ),
     "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
     "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),

@@ -60,12 +60,12 @@ class TeacherWeights:
         if said is None or is_unfinished(folder):
             why = "was cut off while being saved" if is_unfinished(folder) else f"has neither {CONFIG} nor {ADAPTER}"
             raise ValueError(f"{where}: {folder} {why}")
-        if why := _lacking(folder, FILES[said]):
+        if why := lacking(folder, FILES[said]):
             raise ValueError(f"{where}: {folder}: {why}")
         if said == CONFIG:
             return cls("checkpoint", model)
         of = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
-        if not _is_same(of, base):
+        if not is_same_model(of, base):
             raise ValueError(
                 f"{where}: {folder} is an adapter of {of}, the policy is {base}: give the merged checkpoint, a run's final/"
             )
@@ -92,11 +92,12 @@ def as_checkpoint(weights: TeacherWeights, *, base: str, trusts_code: bool = Fal
         yield copied
 
 
-def _is_same(left: str, right: str) -> bool:
+def is_same_model(left: str, right: str) -> bool:
+    """Whether two names are of one folder, or one name on the hub."""
     return left == right or (Path(left).is_dir() and Path(left).resolve() == Path(right).resolve())
 
 
-def _lacking(folder: Path, patterns: tuple[str, ...]) -> str:
+def lacking(folder: Path, patterns: tuple[str, ...]) -> str:
     """Return what is missing or damaged among files of weights; empty where nothing is."""
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     if not found:

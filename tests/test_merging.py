@@ -1,0 +1,365 @@
+"""Experts merged: every formula on tensors worked by hand, ours against mergekit's own, folders whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from polyphony.trainer.merging import methods
+from polyphony.trainer.merging.merge import merge
+from polyphony.trainer.merging.methods import largest, merge_tensor
+from polyphony.trainer.merging.settings import METHODS, MergeSettings
+from polyphony.trainer.merging.shared import shared_parameters
+from tests.conftest import POLICY
+
+BASE = [1.0, 1.0, 1.0, 1.0]
+A, B = [5.0, 0.0, 1.5, 3.0], [-1.0, -2.0, 1.1, 2.0]
+"""Differences from the base: 4, -1, .5, 2 and -2, -3, .1, 1."""
+
+
+def merged(experts, base=BASE, **settings) -> list[float]:
+    start = None if base is None else torch.tensor(base)
+    found = merge_tensor([torch.tensor(e) for e in experts], start, MergeSettings(**settings))
+    return pytest.approx(found.tolist(), abs=1e-6)
+
+
+def test_linear_is_the_weighted_mean():
+    assert merged([A, B], None, method="linear", weights=(1.0, 3.0)) == [0.5, -1.5, 1.2, 2.25]
+
+
+def test_task_arithmetic_adds_the_weighted_differences():
+    # .5 (4, -1, .5, 2) + (-2, -3, .1, 1) = (0, -3.5, .35, 2)
+    assert merged([A, B], method="task_arithmetic", weights=(0.5, 1.0)) == [1.0, -2.5, 1.35, 3.0]
+
+
+def test_ties_trims_elects_a_sign_and_averages_what_agrees():
+    # kept: 4, 0, 0, 2 and -2, -3, 0, 0; sums 2, -3, 0, 2; so 4 (the -2 disagrees), -3, 0, 2
+    assert merged([A, B], method="ties", density=0.5) == [5.0, -2.0, 1.0, 3.0]
+    # all kept: 2 of (4, -2) is +: 4; (-1, -3): -2; (.5, .1): .3; (2, 1): 1.5
+    assert merged([A, B], method="ties", density=1.0) == [5.0, -1.0, 1.3, 2.5]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_drops_some_and_makes_up_for_it(method):
+    """What is kept has the magnitude of all, mergekit's reading: 7.5 in sum."""
+    torch.manual_seed(1)
+    delta = torch.tensor(merge_tensor([torch.tensor(A)], torch.tensor(BASE), MergeSettings(method=method)).tolist()) - 1
+    kept = delta != 0
+    assert 0 < kept.sum() < 4 and delta.abs().sum().item() == pytest.approx(7.5, abs=1e-5)
+    scale = delta[kept] / (torch.tensor(A) - 1)[kept]
+    assert scale.tolist() == pytest.approx([scale[0].item()] * len(scale), abs=1e-5)
+
+
+def test_slerp_goes_along_the_arc():
+    half = math.sqrt(0.5)
+    assert merged([[1.0, 0.0], [0.0, 1.0]], None, method="slerp") == [half, half]
+    # a third of 90 degrees: cos 30, sin 30
+    assert merged([[2.0, 0.0], [0.0, 2.0]], None, method="slerp", weights=(1 / 3,)) == [math.sqrt(3), 1.0]
+
+
+def test_interpolation_goes_a_share_of_the_way_from_the_base():
+    assert merged([A], method="interpolate", weights=(0.25,)) == [2.0, 0.75, 1.125, 1.5]
+
+
+def test_cpi_takes_each_core_as_it_is_and_slerps_the_rest():
+    """Cores of a quarter: the 4 of one, the 8 of the other; at right angles SLERP is (a + b) / sqrt 2."""
+    half = math.sqrt(0.5)
+    experts = [[3.0, 0.0, 0.0, 4.0], [0.0, 6.0, 8.0, 0.0]]
+    assert merged(experts, [0.0] * 4, method="cpi", density=0.25) == [3 * half, 6 * half, 8.0, 4.0]
+
+
+def test_where_cores_meet_the_larger_change_is_kept():
+    # cores of one number, the first of both; the rest at right angles: SLERP takes 1 / sqrt 2 of each
+    experts, half = [[5.0, 1.0, 3.0], [-7.0, 5.0, 10.0]], math.sqrt(0.5)
+    assert merged(experts, [0.0, 1.0, 3.0], method="cpi", density=0.34) == [-7.0, 6 * half, 13 * half]
+
+
+def test_the_largest_are_exactly_as_many_and_of_equals_the_first(monkeypatch):
+    assert largest(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.0]), 0.4).tolist() == [False, True, True, False, False]
+    assert largest(torch.tensor([0.0, 3.0, 0.0, 0.0]), 0.9).tolist() == [False, True, False, False]
+    assert largest(torch.tensor(2.0), 0.1).item() is True
+    monkeypatch.setattr(methods, "SAMPLE", 64)
+    torch.manual_seed(0)
+    for numbers in (torch.randn(100, 99), torch.randn(100, 99).mul(4).round()):
+        size = numbers.abs().flatten()
+        found = largest(numbers, 0.2)
+        assert found.sum() == 1980 and size[found.flatten()].min() >= size[~found.flatten()].max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ours_is_mergekits_own(method):
+    """On random tensors of float32, what mergekit makes of whole state dictionaries; CPI is not mergekit's."""
+    from mergekit.merge_methods import merge_state_dicts
+
+    torch.manual_seed(3)
+    base, first, second = ({"w": torch.randn(40, 30)} for _ in range(3))
+    experts, weights = [first, second], (0.3, 0.6)
+    said = {"weight": list(weights)}
+    if method in ("slerp", "interpolate", "cpi"):
+        weights = (0.3,)
+    settings = MergeSettings(method=method, weights=weights)
+    torch.manual_seed(5)
+    if method == "cpi":
+        delta = first["w"] - base["w"]
+        mixed = merge_state_dicts([first, second], "slerp", base=0, parameters={"t": 0.5})["w"]
+        expected = torch.where(largest(delta, 0.1), first["w"], mixed)
+        other = largest(second["w"] - base["w"], 0.1)
+        expected = torch.where(other & ~largest(delta, 0.1), second["w"], expected)
+        shared = other & largest(delta, 0.1) & ((second["w"] - base["w"]).abs() > delta.abs())
+        expected = torch.where(shared, second["w"], expected)
+    elif method == "linear":
+        expected = merge_state_dicts(experts, method, parameters=said)["w"]
+    elif method == "slerp":
+        expected = merge_state_dicts(experts, method, base=0, parameters={"t": 0.3})["w"]
+    elif method == "interpolate":
+        experts = [first]
+        expected = merge_state_dicts([base, first], "linear", parameters={"weight": [0.7, 0.3]})["w"]
+    else:
+        density = {"density": settings.kept} if method != "task_arithmetic" else {}
+        expected = merge_state_dicts([base, *experts], method, base=0, parameters=said | density)["w"]
+    torch.manual_seed(5)
+    found = merge_tensor([e["w"].clone() for e in experts], base["w"], settings)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def changed(folder, *, seed: int, scale: float = 0.01, edit=None):
+    """The lab's policy with other weights, as an expert that was trained from it."""
+    shutil.copytree(POLICY, folder)
+    torch.manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: t + scale * torch.randn_like(t) for n, t in tensors.items()}
+    save_file(edit(tensors) if edit else tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    return [changed(folder / name, seed=seed) for seed, name in enumerate("ab")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_comes_out_is_a_model_folder_that_says_what_it_is(tmp_path, experts, method):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given = experts[:1] if method == "interpolate" else experts
+    out = merge(given, tmp_path / "new" / "out", base=str(POLICY), settings=MergeSettings(method=method))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(POLICY))
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(POLICY).chat_template
+    weights, start, first = (load_file(f"{f}/model.safetensors") for f in (out, POLICY, experts[0]))
+    assert weights.keys() == start.keys()
+    assert all(not torch.equal(weights[n], start[n]) and not torch.equal(weights[n], first[n]) for n in weights)
+    made = json.loads((out / "provenance.json").read_text())["merge"]
+    assert made["method"] == method and [e["name"] for e in made["experts"]] == given
+    assert made["base"]["sha256"] and len({e["sha256"] for e in made["experts"]}) == len(given)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_who_shares_parameters_by_hand(tmp_path):
+    """Two tensors of ten, cores of one number each. In `u` both changed the first most, in opposite directions; in `v` not
+    the same one: 1 of 3 is shared. Differences (4, ..) and (-2, 1, ..); (3) and (0, 5): cosine -8 / (5 sqrt 30)."""
+    zero = {name: torch.zeros(10) for name in "uv"}
+
+    def folder(name, **numbers):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        tensors = {n: zero[n].clone() for n in zero}
+        for tensor, values in numbers.items():
+            tensors[tensor][: len(values)] = torch.tensor(values)
+        save_file(tensors, path / "model.safetensors")
+        return str(path)
+
+    base = folder("base")
+    named = {"a": folder("a", u=[4.0], v=[3.0]), "b": folder("b", u=[-2.0, 1.0], v=[0.0, 5.0])}
+    (found,) = shared_parameters(named, base)
+    assert (found.first, found.second) == ("a", "b")
+    assert found.core_overlap == pytest.approx(1 / 3) and found.sign_conflicts == 1.0
+    assert found.cosine == pytest.approx(-8 / (5 * math.sqrt(30)))
+    (same,) = shared_parameters({"a": base, "b": base}, base)
+    assert math.isnan(same.core_overlap) and math.isnan(same.sign_conflicts) and math.isnan(same.cosine)
+
+
+def adapter(folder, *, seed: int, base: str = str(POLICY), **changes) -> str:
+    """A LoRA of the lab's policy, moved as if it had been trained."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | changes
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(POLICY), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": base}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [adapter(folder / "a", seed=1), adapter(folder / "b", seed=2, r=2, target_modules=["q_proj"])]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "dare_ties", "slerp"])
+def test_adapters_become_one_adapter_and_what_the_base_is_with_it(tmp_path, adapters, method):
+    """Ranks add up, so that sums are exact: what whole models become, merged with the same weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    weights = (0.6, 0.3) if method != "slerp" else (0.3,)
+    settings = MergeSettings(method=method, weights=weights)
+    out = merge(adapters, tmp_path / "out", base=str(POLICY), settings=settings)
+    found = load_file(out / "model.safetensors")
+    if method == "slerp":  # which PEFT has not
+        assert not (out / "adapter").exists()
+    else:
+        again = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(POLICY), out / "adapter"
+        ).merge_and_unload()
+        assert all(torch.allclose(p, found[n], atol=1e-6) for n, p in again.named_parameters())
+    if method in ("task_arithmetic", "linear"):
+        start, key = load_file(POLICY / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+        total = 1.0 if method == "task_arithmetic" else 0.9
+        expected = start[key].clone()
+        for folder, weight, scale in zip(adapters, weights, (8 / 4, 8 / 2), strict=True):
+            of = load_file(f"{folder}/adapter_model.safetensors")
+            a, b = (of[f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
+            expected += weight / total * scale * (b @ a)
+        assert torch.allclose(found[key], expected, atol=1e-6) and not torch.allclose(found[key], start[key], atol=1e-3)
+    assert json.loads((out / "provenance.json").read_text())["merge"]["experts"][0]["name"] == adapters[0]
+
+
+def with_nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    return tensors
+
+
+def wider(tensors):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    return tensors | {name: torch.zeros(513, 128)}
+
+
+def other_word(folder) -> str:
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document))
+    return str(folder)
+
+
+BAD = {
+    "shapes": "wide: model.layers.0.mlp.gate_proj.weight has shape [513, 128], in .*policy it has shape [512, 128]",
+    "lacks": "lacks: model.norm.weight is missing, in .*policy it has shape [128]",
+    "vocabulary": "other has another vocabulary than .*policy: token",
+    "base": "base .*nowhere: no such folder",
+    "no base": "method ties needs the base that the experts were trained from: --base",
+    "adapter": "expert .*foreign is an adapter of some/model, the base is .*policy",
+    "no adapter's base": "expert .*foreign is an adapter of some/model: say so with --base some/model",
+    "nan": "nan: model.layers.1.mlp.up_proj.weight has weights that are NaN or infinite",
+    "nan adapter": "expert-nan: base_model.*lora_B.weight has weights that are NaN or infinite",
+    "cut off": "expert .*cut was cut off while being saved",
+    "damaged": "expert .*damaged: model.safetensors is damaged: ",
+    "nothing": "expert .*nothing has neither config.json nor adapter_config.json",
+    "occupied": "occupied exists; choose another --out",
+}
+
+
+def bad(case: str, folder) -> dict:
+    """Return what a case gives `merge` beside the method."""
+    base, expert = str(POLICY), None
+    if case == "shapes":
+        expert = changed(folder / "wide", seed=0, edit=wider)
+    elif case == "lacks":
+        expert = changed(
+            folder / "lacks", seed=0, edit=lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}
+        )
+    elif case == "vocabulary":
+        changed(folder / "other", seed=0)
+        expert = other_word(folder / "other")
+    elif case in ("base", "no base"):
+        base = str(folder / "nowhere") if case == "base" else None
+    elif case in ("adapter", "no adapter's base"):
+        expert = adapter(folder / "foreign", seed=0, base="some/model")
+        base = base if case == "adapter" else None
+    elif case == "nan":
+        expert = changed(folder / "nan", seed=0, edit=with_nan)
+    elif case == "nan adapter":
+        expert = adapter(folder / "expert-nan", seed=0)
+        file = folder / "expert-nan" / "adapter_model.safetensors"
+        save_file({n: t * math.nan if "lora_B" in n else t for n, t in load_file(file).items()}, file)
+    elif case == "cut off":
+        expert = changed(folder / "cut", seed=0)
+        (folder / "cut" / "polyphony.json.unfinished").touch()
+    elif case == "damaged":
+        expert = changed(folder / "damaged", seed=0)
+        (folder / "damaged" / "model.safetensors").write_bytes(b"short")
+    elif case == "nothing":
+        (folder / "nothing").mkdir()
+        expert = str(folder / "nothing")
+    return {"base": base, "expert": expert}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_told_in_one_line_and_leaves_nothing(tmp_path, experts, adapters, case):
+    (tmp_path / "in").mkdir()
+    given = bad(case, tmp_path / "in")
+    out = tmp_path / "occupied"
+    if case == "occupied":
+        out.mkdir()
+        (out / "theirs.txt").write_text("kept")
+    method = "linear" if case == "no adapter's base" else "ties"
+    names = [adapters[0] if case == "nan adapter" else experts[0], given["expert"] or experts[1]]
+    with pytest.raises(ValueError, match=re.sub(r"([\[\]])", r"\\\1", BAD[case])) as told:
+        merge(names, out, base=given["base"], settings=MergeSettings(method=method))
+    assert "\n" not in str(told.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "occupied"] if case == "occupied" else ["in"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts_given", "message"),
+    [
+        ({"method": "tie"}, 2, "method 'tie': expected linear, .*; did you mean 'ties'"),
+        ({"weights": (1.0, 2.0, 3.0)}, 2, "weights 1, 2, 3: expected one, or one for each of 2 experts"),
+        ({"weights": (math.nan,)}, 2, "weights nan: expected finite numbers"),
+        ({"weights": (-1.0, 2.0)}, 2, "weights -1, 2: ties takes proportions, none below 0"),
+        ({"method": "task_arithmetic", "weights": (0.0,)}, 2, "weights 0: expected one that is not 0"),
+        ({"method": "slerp", "weights": (1.5,)}, 2, "weight 1.5: under slerp a share, 0 to 1"),
+        ({"method": "slerp"}, 3, "method slerp takes 2 experts, got 3"),
+        ({"method": "interpolate"}, 2, "method interpolate takes 1 expert, got 2"),
+        ({"density": 0.0}, 2, "density 0: expected above 0, at most 1"),
+        ({"method": "linear", "density": 0.5}, 2, "density: method linear keeps all of a difference"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, experts_given, message):
+    with pytest.raises(ValueError, match=message):
+        MergeSettings(**settings).check(experts_given, has_base=True)
+
+
+def test_the_verb_merges_what_run_folders_hold(tmp_path, experts, capsys):
+    from polyphony.launch.cli import main
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: run")
+    shutil.copytree(experts[0], run / "final")
+    given = ["merge", str(run), experts[1], "--base", str(POLICY), "--method", "task_arithmetic"]
+    assert main([*given, "--weight", "1", "0", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    one, out = (load_file(f"{folder}/model.safetensors") for folder in (experts[0], tmp_path / "out"))
+    assert all(torch.allclose(one[name], out[name], atol=1e-6) for name in one)
+    assert main([*given, "--weight", "1", "2", "3", "--out", str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert said == "polyphony merge: weights 1, 2, 3: expected one, or one for each of 2 experts\n"

@@ -1,0 +1,93 @@
+"""Checkpoints as files of tensors: found, compared by their headers, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from polyphony.curricula.files import replacing
+
+BLOCK = 1 << 24
+"""Numbers that are worked on at once, where a method takes them one by one: 64 MB of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The safetensors files of a folder.
+
+    Example: `Checkpoint.of("tutor", Path("runs/demo/final")).shapes["model.norm.weight"] == (128,)`
+    """
+
+    name: str
+    """What errors call it."""
+    folder: Path
+    files: dict[str, Path]
+    """By tensor."""
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, name: str, folder: Path) -> Checkpoint:
+        """Read the headers of all files of a folder; `lacking` has looked whether they are whole."""
+        files, shapes = {}, {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as opened:
+                for tensor in opened.keys():  # noqa: SIM118  # of the file, which is no mapping
+                    files[tensor], shapes[tensor] = path, tuple(opened.get_slice(tensor).get_shape())
+        return cls(name, folder, files, shapes)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Return a tensor, or some of its rows. Raises ValueError where a number is NaN or infinite."""
+        # opened each time: what of the file was mapped for the last tensor is given back
+        with safe_open(self.files[name], framework="pt") as opened:
+            tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.name}: {name} has weights that are NaN or infinite")
+        return tensor
+
+    def refuse_other_shapes(self, other: Checkpoint) -> None:
+        """Raise ValueError, naming the first tensor, where another has not the same ones."""
+        for name in sorted(self.shapes.keys() | other.shapes.keys()):
+            ours, theirs = self.shapes.get(name), other.shapes.get(name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{other.name}: {name} {_told(theirs)}, in {self.name} it {_told(ours)}: only models of the same shapes "
+                    "are merged"
+                )
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"has shape {list(shape)}"
+
+
+def blocks(shape: Sequence[int]) -> Iterator[slice | None]:
+    """Return slices of rows that make up a tensor, each of about `BLOCK` numbers; None, all of it, where it is no larger."""
+    size = torch.Size(shape).numel()
+    if size <= BLOCK:
+        yield None
+        return
+    rows = max(1, BLOCK * shape[0] // size)
+    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
+def rewrite(source: Path, target: Path, tensors: Callable[[str], Iterator[torch.Tensor]]) -> None:
+    """Write a safetensors file with the header of `source`, byte for byte, and other numbers in it.
+
+    `tensors` gives each one by its name, whole or in blocks of rows, in any type: it is cast to that of the header.
+    """
+    with source.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    places = {name: at["data_offsets"] for name, at in json.loads(header).items() if name != "__metadata__"}
+    with replacing(target, "wb") as file, safe_open(source, framework="pt") as opened:
+        file.write(length + header)
+        for name, (start, end) in sorted(places.items(), key=lambda at: at[1]):
+            dtype = opened.get_tensor(name).dtype
+            for block in tensors(name):
+                kept = block.to(dtype).contiguous().flatten()
+                file.write(kept.view(torch.uint8).numpy().data)
+            assert file.tell() == 8 + len(header) + end, f"{name}: {end - start} bytes"
