@@ -98,6 +98,12 @@ def _add_dashboard(dashboard: argparse.ArgumentParser) -> None:
 def _add_probe(probe: argparse.ArgumentParser) -> None:
     _recipe(probe, "the recipe, YAML; its section `probe` says how long and from where")
     probe.add_argument("--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished one goes on")
+    probe.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="probe N domains at most, chosen one after the other, fewer where the plan no longer changes (default: all)",
+    )
 
 
 def _add_screen(screen: argparse.ArgumentParser) -> None:
@@ -349,7 +355,7 @@ def _probe(arguments: argparse.Namespace) -> None:
     from polyphony.trainer.run.folder import RunFolder
 
     folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-probe")
-    probe(recipe, folder.path)
+    probe(recipe, folder.path, budget=arguments.budget)
     print(transfer_table(TransferMatrix.load(folder.transfer).on("report")))
     print(f"{folder.transfer}\n{write_report([folder.path], folder.report)}")
 

@@ -296,9 +296,9 @@ def test_options_are_ranked_and_what_was_not_measured_names_the_command_that_wou
     assert options["groups"]["over_mix"] is options["distil"]["over_mix"] is None
     first, last = options["groups"]["how"]["stages"]
     assert set(first) == {"a", "c", "d"} and last == ["b"]  # what a did to b, b's own stage makes up for
-    again = f"`polyphony probe {tmp_path / 'recipe.yaml'} probe.options=[groups] --out {tmp_path}` would"
+    again = f"`polyphony probe {tmp_path / 'recipe.yaml'} probe.ways=[groups] --out {tmp_path}` would"
     assert options["groups"]["note"] == f"not measured: {again}"
-    assert "probe.keep=last probe.options=[distil] --out ANOTHER` would" in options["distil"]["note"]
+    assert "probe.keep=last probe.ways=[distil] --out ANOTHER` would" in options["distil"]["note"]
     assert main(["plan", str(tmp_path / "transfer.json")]) == 0
     said = capsys.readouterr().out
     assert "Best is to merge experts (method ties): it gains +0." in said and "\nmerge " in said

@@ -118,7 +118,7 @@ BAD = [
     (
         ("shared",),
         {"math": {"writing": {"cosine": 1.0}}},
-        "'math' and 'writing' overlap, sign_conflicts, cosine are told",
+        "'math' and 'writing' core_overlap, sign_conflicts, cosine are told",
     ),
     (("rows", 1, "placebo"), True, "row 1: a placebo is of version 3 of the file, got 1"),
     (
@@ -234,7 +234,7 @@ def test_a_placebo_is_no_probe_and_makes_a_file_and_a_ledger_of_version_3(tmp_pa
 def test_an_arm_is_no_joint_run_and_makes_a_file_and_a_ledger_of_version_4(tmp_path):
     *rows, joint = (row | {"probe": True} for row in document()["rows"])
     arms = [joint | {"arm": {"kind": "merge", "method": method}} for method in ("ties", "linear")]
-    shared = {"math": {"writing": {"overlap": 0.2, "sign_conflicts": 0.5, "cosine": 0.1}}}
+    shared = {"math": {"writing": {"core_overlap": 0.2, "sign_conflicts": 0.5, "cosine": 0.1}}}
     whole = {"version": 4, "shared": shared, "rows": [*rows, joint | {"tokens": 70}, *arms]}
     matrix = TransferMatrix.from_json(document() | whole)
     assert [row.tokens for row in matrix.joint_arm] == [70]

@@ -15,7 +15,7 @@ from polyphony.curricula.records import Evaluation
 
 ARMS = ("sequence", "groups", "merge", "distil")
 """What a row with `arm` may be."""
-SHARED = ("overlap", "sign_conflicts", "cosine")
+SHARED = ("core_overlap", "sign_conflicts", "cosine")
 """What `shared` says of two domains' changes of the weights."""
 
 
@@ -52,7 +52,7 @@ class Matrix(Protocol):
     @property
     def watch_only(self) -> tuple[str, ...]: ...
     @property
-    def shared(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]: ...
+    def shared(self) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]: ...
     @property
     def trainable(self) -> tuple[str, ...]: ...
     @property
@@ -132,7 +132,8 @@ def _check_shared(matrix: Matrix) -> None:
             raise ValueError(f"shared: of {a!r} an object by domain is told, got {_short(of)}")
         for b, told in of.items():
             _check_known((a, b), matrix.domains, where="shared")
-            if not (isinstance(told, Mapping) and set(told) == set(SHARED) and all(map(_is_number, told.values()))):
+            is_whole = isinstance(told, Mapping) and set(told) == set(SHARED)
+            if not (is_whole and all(value is None or _is_number(value) for value in told.values())):
                 raise ValueError(f"shared: of {a!r} and {b!r} {', '.join(SHARED)} are told, got {_short(told)}")
 
 

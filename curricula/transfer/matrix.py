@@ -53,10 +53,10 @@ class TransferMatrix:
     """Domains that are measured and never trained: they need no probe and have no place in an order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Versions, hashes of base and data, settings of the probe, what spoke against its learning rate: kept, and told."""
-    shared: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    """shared[a][b], a before b in `domains`: of the changes that training on either alone made to the weights, the `overlap`
-    of their core parameters (Jaccard), the share of the common ones with `sign_conflicts`, and their `cosine`; empty where
-    the probe kept no weights."""
+    shared: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """shared[a][b], a before b in `domains`: of the changes that training on either alone made to the weights, the
+    `core_overlap` of those that changed most (Jaccard), the share of `sign_conflicts` in it, and their `cosine`; None where
+    it is undefined. Empty where the probe kept no weights."""
 
     def __post_init__(self) -> None:
         check_matrix(self)

@@ -255,7 +255,7 @@ def _option(kind: Kind, found: _Found | None, planned: Planned, matrix: Transfer
         )
     if kind == "mix":
         is_known = bool(matrix.joint_arm)
-        note = "" if is_known else _would("probe.joint_arm=true")
+        note = "" if is_known else would("probe.joint_arm=true")
         gain, source = (NOTHING, "measured") if is_known else (None, None)
         return replace(plain, over_mix=gain, source=source, probes=0, note=note)
     if kind == "sequence":
@@ -268,22 +268,23 @@ def _option(kind: Kind, found: _Found | None, planned: Planned, matrix: Transfer
         if len(stages) == 1 or len(stages) == len(planned.order):
             what = "no two domains conflict: it would be mixing" if len(stages) == 1 else "it would be the sequence"
             return replace(plain, note=what)
-        return replace(plain, how={"stages": [list(stage) for stage in stages]}, note=_would("probe.options=[groups]"))
+        return replace(plain, how={"stages": [list(stage) for stage in stages]}, note=would("probe.ways=[groups]"))
     has_weights = matrix.provenance.get("probe", {}).get("keep") is not None
     if kind == "merge":
-        return replace(plain, note=_would("probe.merge=[linear,ties]", anew="" if has_weights else "probe.keep=last"))
-    return replace(plain, note=_would("probe.options=[distil]", anew="" if has_weights else "probe.keep=last"))
+        return replace(plain, note=would("probe.merge=[linear,ties]", anew="" if has_weights else "probe.keep=last"))
+    return replace(plain, note=would("probe.ways=[distil]", anew="" if has_weights else "probe.keep=last"))
 
 
 RECIPE, FOLDER = "RECIPE", "FOLDER"
 """In a note, what stands for the probe's recipe and its folder where these are not known."""
 
 
-def _would(override: str, *, anew: str = "") -> str:
-    """Return what measures an option; `anew`: what was needed from the start and was not there."""
-    if anew:
-        return f"not measured: `polyphony probe {RECIPE} {anew} {override} --out ANOTHER` would"
-    return f"not measured: `polyphony probe {RECIPE} {override} --out {FOLDER}` would"
+def would(override: str = "", *, anew: str = "") -> str:
+    """Return what measures an option, for all that is not measured yet; `anew`: what was needed from the start and was not
+    there.
+    """
+    words = ["polyphony probe", RECIPE, anew, override, "--out", "ANOTHER" if anew else FOLDER]
+    return f"not measured: `{' '.join(word for word in words if word)}` would"
 
 
 def as_recipe(option: Option) -> str:

@@ -19,11 +19,12 @@ from functools import cached_property
 import numpy as np
 
 from polyphony.curricula.intervals import Interval
+from polyphony.curricula.transfer.budget import completed, probed
 from polyphony.curricula.transfer.effects import LEVELS, Effects, Means
 from polyphony.curricula.transfer.forgetting import measure
 from polyphony.curricula.transfer.gains import Gains, gains
 from polyphony.curricula.transfer.matrix import TransferMatrix
-from polyphony.curricula.transfer.options import Option, Planned, groups, weigh
+from polyphony.curricula.transfer.options import Option, Planned, groups, ranked, weigh, would
 from polyphony.curricula.transfer.orders import (
     EXACT_UP_TO,
     MANY_EXACT_UP_TO,
@@ -124,8 +125,11 @@ class Solver:
 def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> Plan:
     """Return the plan of a transfer matrix: decided on the `steer` half, its numbers published from `report`.
 
-    Raises ValueError where a trainable domain has neither a probe nor a stage.
+    Raises ValueError where a trainable domain has neither a probe nor a stage, unless a budget left it out.
     """
+    left = [name for name in matrix.trainable if name not in probed(matrix)]
+    if left and matrix.probes and "budget" in matrix.provenance:
+        return _without(left, make_plan(completed(matrix), settings))
     fair = _without_short_joint_arm(matrix)
     steer = fair.on("steer")
     solver = Solver(steer, settings)
@@ -160,6 +164,17 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
         measured=measure(report),
         options=options,
     )
+
+
+def _without(left: Sequence[str], plan: Plan) -> Plan:
+    """Return the plan of a file with predicted rows: nothing is recommended that rests on them."""
+    names = ", ".join(left)
+    options = [
+        replace(o, over_mix=None, source=None, is_shown=False, note=would()) if o.kind in ("sequence", "groups") else o
+        for o in plan.options
+    ]
+    note = f"{names} were not probed: what training on them does is predicted, so that no order is recommended."
+    return replace(plan, decision="mix", options=ranked(options), notes=(note, *plan.notes))
 
 
 def _chooser(effects: Effects, matrix: TransferMatrix, settings: PlanSettings) -> Chooser:
