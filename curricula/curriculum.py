@@ -215,8 +215,9 @@ class Curriculum:
 
     @property
     def stage(self) -> str | None:
-        """The stage that all draws since the last evaluation belonged to, replay included; None under a mixture."""
-        return self._stages[0] or None if len(self._stages) == 1 else None
+        """The domain whose stage all draws since the last evaluation belonged to, replay included; None under a mixture, and
+        in a stage of several domains."""
+        return self._stages[0] if len(self._stages) == 1 and self._stages[0] in self.names else None
 
     @property
     def stage_ends(self) -> bool:

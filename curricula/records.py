@@ -371,7 +371,7 @@ class Evaluation:
     """What every domain's held-out set said at one moment: one row of the transfer matrix.
 
     `trained` empty is the baseline; one name with `probe` is a single-domain probe; all names with `probe` the joint
-    run; one name without `probe` is a moment in that domain's stage of a run.
+    run; one name without `probe` is a moment in that domain's stage of a run. With `arm`, another way to train all.
     """
 
     trained: tuple[str, ...]
@@ -396,6 +396,11 @@ class Evaluation:
     recovery: bool = False
     """What was practised since the row before was a guardrail's recovery of the domain in `trained`: no stage, and no
     evidence for schedulers."""
+    arm: Mapping[str, Any] = field(default_factory=dict)
+    """Of a probe of all domains that was not trained on all at once, what it was: `kind` is `sequence`, `groups`, `merge` or
+    `distil`, what else there is says how (`stages`; `method` of a merge with its settings)."""
+    tokens: int | None = None
+    """Rollout tokens that its training sampled; None where they were not counted."""
 
     @property
     def has_gaps(self) -> bool:
@@ -420,6 +425,8 @@ class Evaluation:
         row |= {"placebo": True} if self.placebo else {}
         row |= {"rolled_back": True} if self.rolled_back else {}
         row |= {"recovery": True} if self.recovery else {}
+        row |= {"arm": dict(self.arm)} if self.arm else {}
+        row |= {} if self.tokens is None else {"tokens": self.tokens}
         # last, because a run that goes on reads a row without them
         by_item = {"entropy_items": self.entropy_items, "kl_items": self.kl_items}
         return row | {key: {name: list(pairs) for name, pairs in of.items()} for key, of in by_item.items() if of}
@@ -440,6 +447,8 @@ class Evaluation:
             placebo=bool(row.get("placebo", False)),
             rolled_back=bool(row.get("rolled_back", False)),
             recovery=bool(row.get("recovery", False)),
+            arm=dict(row.get("arm", {})),
+            tokens=row.get("tokens"),
         )
 
 
@@ -521,7 +530,8 @@ class Decision:
     state: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able; handed back at the next draw and saved in checkpoints."""
     stage: str | None = None
-    """The domain whose stage this draw belongs to, where the scheduler works in stages."""
+    """The domain whose stage this draw belongs to, where the scheduler works in stages; of a group of domains all names,
+    `a, b`."""
 
 
 def mean(values: Sequence[float]) -> float:

@@ -107,6 +107,12 @@ def _add_dashboard(dashboard: argparse.ArgumentParser) -> None:
 def _add_probe(probe: argparse.ArgumentParser) -> None:
     _recipe(probe, "the recipe, YAML; its section `probe` says how long and from where")
     probe.add_argument("--out", type=Path, help="folder (default: runs/<name>-probe); an unfinished one goes on")
+    probe.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="probe N domains at most, chosen one after the other, fewer where the plan no longer changes (default: all)",
+    )
 
 
 def _add_screen(screen: argparse.ArgumentParser) -> None:
@@ -385,7 +391,7 @@ def _probe(arguments: argparse.Namespace) -> None:
     from polyphony.trainer.run.folder import RunFolder
 
     folder = RunFolder(arguments.out or Path("runs") / f"{recipe.name}-probe")
-    probe(recipe, folder.path)
+    probe(recipe, folder.path, budget=arguments.budget)
     print(transfer_table(TransferMatrix.load(folder.transfer).on("report")))
     print(f"{folder.transfer}\n{write_report([folder.path], folder.report)}")
 
@@ -443,6 +449,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from polyphony.launch.recipe import RecipeError
     from polyphony.launch.verbs.plan import plan
+    from polyphony.launch.verbs.tables import options_table
 
     if arguments.transfer and "=" in arguments.transfer.name:  # without a file the first override stands in its place
         arguments.overrides, arguments.transfer = [str(arguments.transfer), *arguments.overrides], None
@@ -456,6 +463,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise RecipeError("give a transfer.json, or --replay RUN --scheduler NAME")
     made = plan(arguments.transfer)
     print(json.dumps(made.as_json(), allow_nan=False) if arguments.json else made.explain())
+    if made.options and not arguments.json:
+        print(f"\n{options_table(made.options)}")
     for note in made.notes if arguments.json else ():
         print(note, file=sys.stderr)
     return None

@@ -25,8 +25,8 @@ from polyphony.launch.grpo_fields import GONE, GROUP_SIZE, GRPO_KINDS, MEANT, OU
 from polyphony.launch.import_paths import look_in, renamed
 from polyphony.launch.mistakes import UNSAID, valid_part
 from polyphony.launch.sections import (
-    AlarmsSection,
     AdapterSection,
+    AlarmsSection,
     ClusterSection,
     CurriculumSection,
     LoraSection,

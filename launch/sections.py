@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from polyphony.curricula.declarations import near, settings
 from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import named
+from polyphony.trainer.merging.settings import Method
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 
 
@@ -60,6 +61,14 @@ class ProbeSection:
     keep: Literal["last"] | None = None
     """`last` keeps the weights that each domain alone and each seed ended with, in `kept/<domain>-<seed>`: with `lora` the
     adapter to what `provenance.json` beside it calls `start`, else the whole policy. Null keeps none."""
+    merge: list[Method] = Field(default_factory=lambda: ["linear", "ties"])
+    """With `keep`: merges of all domains' kept weights that are measured on the held-out sets, of each seed, with the
+    method's own settings. They train nothing, each costs an evaluation."""
+    ways: list[Literal["sequence", "groups", "distil"]] = Field(default_factory=list)
+    """What else is trained and measured, of each seed, for `polyphony plan` to weigh against training on all domains at
+    once: the order planned from the probes, a stage each; stages of several domains that do not conflict; a pupil that the
+    kept weights teach, each its domain, for half the steps of the joint run. May be added, as may `merge` and `joint_arm`,
+    to a probe that is done."""
 
     @field_validator("learning_rates")
     @classmethod

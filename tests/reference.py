@@ -63,7 +63,11 @@ def allowed(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join("null" if kind is NoneType else allowed(kind) for kind in inner)
     if origin is tuple:
-        return f"list of {PLAIN[inner[0]]}" if Ellipsis in inner else f"[{', '.join(PLAIN[kind] for kind in inner)}]"
+        return (
+            f"list of {PLAIN.get(inner[0]) or allowed(inner[0])}"
+            if Ellipsis in inner
+            else f"[{', '.join(PLAIN[kind] for kind in inner)}]"
+        )
     return f"list of {allowed(inner[0])}" if origin is list else "mapping"
 
 

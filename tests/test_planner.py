@@ -25,6 +25,8 @@ from tests.experiments.decisions import (
     simulate,
     standard_error,
 )
+from tests.experiments.options import WORLDS as PLANTED
+from tests.experiments.options import recommended
 
 QUICK = PlanSettings(resamples=200)
 
@@ -182,7 +184,7 @@ def test_the_json_object_has_the_documented_keys_and_no_nan():
     plan = make_plan(matrix(fragile_writing()), QUICK)
     document = json.loads(json.dumps(plan.as_json(), allow_nan=False))
     assert set(document) == {
-        *("order", "decision", "gain", "confidence", "predicted", "interval", "transfer"),
+        *("order", "decision", "gain", "confidence", "predicted", "interval", "transfer", "options"),
     }
     assert set(document["gain"]) == {"over_mean_order", "over_joint"}
     low, mid, high = document["gain"]["over_mean_order"]
@@ -266,6 +268,40 @@ def test_a_joint_arm_that_had_less_training_than_the_probes_is_left_out():
     assert short.over_joint is None
     assert (short.order, short.decision, short.over_mean_order) == (none.order, none.decision, none.over_mean_order)
     assert "ran 1 steps and the probes 30 together: too few to compare with, so it was left out" in short.explain()
+
+
+@pytest.mark.parametrize("world", PLANTED)
+def test_what_is_truly_best_is_recommended_and_nothing_but_mixing_where_nothing_is(world):
+    best = {"nothing": "mix"}.get(world, world)
+    assert max(PLANTED[world].truth().values()) == PLANTED[world].truth()[best]
+    assert [recommended(world, seed) for seed in range(5)].count(best) >= 4  # the command makes 20: RESULTS.md
+
+
+def test_options_are_ranked_and_what_was_not_measured_names_the_command_that_would(capsys, tmp_path):
+    whole = PLANTED["merge"].matrix(np.random.default_rng(1))
+    kept = [row for row in whole.rows if row.arm.get("kind") not in ("groups", "distil")]
+    conflict = [replace(row, scores=row.scores | {"b": (0.0,) * 400}) if row.trained == ("a",) else row for row in kept]
+    (tmp_path / "recipe.yaml").write_text("")
+    replace(whole, rows=tuple(conflict), provenance={"probe": {"keep": None}}).save(tmp_path / "transfer.json")
+    assert main(["plan", str(tmp_path / "transfer.json"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    options = {option["option"]: option for option in document["options"]}
+    assert document["options"][0]["option"] == "merge" and options["merge"]["how"] == {"method": "ties"}
+    assert (
+        options["merge"]["is_shown"] and options["merge"]["over_mix"][0] > 0 and options["mix"]["over_mix"] == [0, 0, 0]
+    )
+    # experts 4 x 100, which are the probes of one of two seeds; a pupil half as long as the joint run
+    assert [options[k]["tokens"] for k in ("mix", "sequence", "merge", "distil")] == [400, 400, 400, 600]
+    assert (options["mix"]["probes"], options["merge"]["probes"]) == (0, 800)
+    assert options["groups"]["over_mix"] is options["distil"]["over_mix"] is None
+    first, last = options["groups"]["how"]["stages"]
+    assert set(first) == {"a", "c", "d"} and last == ["b"]  # what a did to b, b's own stage makes up for
+    again = f"`polyphony probe {tmp_path / 'recipe.yaml'} probe.ways=[groups] --out {tmp_path}` would"
+    assert options["groups"]["note"] == f"not measured: {again}"
+    assert "probe.keep=last probe.ways=[distil] --out ANOTHER` would" in options["distil"]["note"]
+    assert main(["plan", str(tmp_path / "transfer.json")]) == 0
+    said = capsys.readouterr().out
+    assert "Best is to merge experts (method ties): it gains +0." in said and "\nmerge " in said
 
 
 def mirrored(rng, size):

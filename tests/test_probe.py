@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -13,8 +14,11 @@ from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError, load_recipe
-from polyphony.launch.verbs.arms import cost, plan_arms, restricted
-from polyphony.launch.verbs.probe import Probe, claim_probe, probe
+from polyphony.launch.report.report import write_report
+from polyphony.launch.verbs.arms import Arm, cost, plan_arms, restricted
+from polyphony.launch.verbs.claim import claim_probe
+from polyphony.launch.verbs.experts import taught
+from polyphony.launch.verbs.probe import Probe, probe
 from polyphony.launch.verbs.rates import harm, proposal
 from tests.conftest import RECIPES
 from tests.forks import Fork
@@ -72,6 +76,30 @@ def test_placebos_follow_their_domains_and_other_rates_are_tried_for_one_seed_wi
     assert restricted(tried, arms[-1], "start").grpo["learning_rate"] == 1e-3
 
 
+def test_other_ways_to_one_model_follow_what_they_build_on():
+    tried = recipe("probe.keep=last", "probe.merge=[ties, slerp]", "probe.ways=[groups, distil]")
+    assert [(arm.label, arm.steps) for arm in plan_arms(tried, ["arithmetic", "stories"])][3:] == [
+        ("joint", 4), ("merge ties", 0), ("merge slerp", 0), ("groups", 4), ("distil", 2),
+    ]  # fmt: skip
+    assert [arm.label for arm in plan_arms(recipe(), ["arithmetic", "stories"])][3:] == ["joint"]  # no weights are kept
+    groups = plan_arms(tried, ["arithmetic", "stories"])[-2]
+    staged = restricted(tried, groups, "start", stages=[["stories"], ["arithmetic"]]).curriculum
+    assert (staged.scheduler, staged.model_extra) == ("sequential", {"order": [["stories"], ["arithmetic"]]})
+    pupil = taught(restricted(tried, plan_arms(tried, ["arithmetic", "stories"])[-1], "start"), {"stories": "kept/s"})
+    assert pupil.algorithm == "distil" and pupil.teachers["stories"].model == "kept/s"
+    assert [section.teacher for section in pupil.domains.values()] == [None, "stories", None]
+
+
+def test_the_report_has_other_ways_and_who_shares_parameters(tmp_path):
+    base, *rest = judged().rows[:3]
+    arms = [{}, {"kind": "merge", "method": "ties"}, {"kind": "groups", "stages": [["a"], ["b"]]}]
+    rows = [base, *rest, *(replace(rest[0], trained=("a", "b"), arm=arm) for arm in arms)]
+    told = {"a": {"b": {"core_overlap": 0.125, "sign_conflicts": 0.5, "cosine": None}}}
+    replace(judged(), rows=tuple(rows), shared=told).save(tmp_path / "transfer.json")
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert all(words in page for words in ("all at once", "merge ties", "groups a → b", "<td>0.125</td>", "<td>–</td>"))
+
+
 def judged(own=0.9, watched=0.5, kl=0.2):
     """Two domains and a watched one, 100 items each: all score .5 before, `own` after practice, the watched one `watched`
     after the placebo of a; `kl` nats a token from the start after 4 steps."""
@@ -122,6 +150,8 @@ def test_a_folder_holds_the_probe_of_one_recipe(tmp_path):
     assert not claim_probe(recipe(), tmp_path / "probe")
     with pytest.raises(RecipeError, match="holds a probe of another recipe; choose another --out"):
         claim_probe(recipe("probe.steps=3"), tmp_path / "probe")
+    more = recipe("probe.ways=[distil]", "probe.merge=[cpi]")  # is measured beside what is there
+    assert not claim_probe(more, tmp_path / "probe") and load_recipe(tmp_path / "probe" / "recipe.yaml") == more
 
 
 def rows(folder) -> list[dict]:
@@ -180,6 +210,15 @@ def test_weights_are_kept_with_what_they_are_and_another_rate_has_a_file_of_its_
     about = json.loads((kept / "provenance.json").read_text())
     assert (about["trained"], about["seed"], about["learning_rate"]) == (["stories"], 1, 2e-4)
     assert about["start"] == about["model"]["name"] == tried.model
+
+    # an expert merged with its copy is the expert
+    shutil.copytree(kept, kept.with_name("arithmetic-1"))
+    merged = Arm(trained=("arithmetic", "stories"), steps=0, seed=1, kind="merge", method="linear")
+    again = Probe(tried, folder, engine)
+    again.run([merged])
+    assert again.matrices[None].arms[0].scores == own.probes[0].scores
+    assert again.matrices[None].shared["arithmetic"]["stories"]["cosine"] == pytest.approx(1)
+    shutil.rmtree(kept.with_name("arithmetic-1"))
 
     # killed between the weights and their row
     replace(own, rows=own.rows[::2]).save(folder / "transfer.json")

@@ -136,6 +136,14 @@ def test_a_row_names_what_was_trained_since_the_row_before(tmp_path):
     assert ours.matrix.rows[-1].exposure == {"math": 4, "stories": 4}
 
 
+def test_a_stage_of_several_domains_trained_all_of_them(tmp_path):
+    ours = recorder(tmp_path, scheduler=Sequential(order=(("math", "stories"),)))
+    ours.record_heldout(0, result())
+    ours.curriculum.draw(2)
+    ours.record_heldout(1, result())
+    assert ours.matrix.rows[-1].trained == ("math", "stories") and ours.curriculum.decision.stage == "math, stories"
+
+
 def test_backward_transfer_appears_once_a_stage_has_ended(tmp_path):
     ours = recorder(tmp_path, scheduler=Sequential(order=("math", "stories")))
     first = ours.record_heldout(0, result(report=0.5))

@@ -27,6 +27,7 @@ CASES = [(name, SETTINGS.get(name, {})) for name in REGISTRY] + [
     ("adaptive", {"transfer": TRANSFER}),
     ("e2h", {"order": ("d3", "d0", "d1", "d2")}),
     ("sequential", {"order": ("d3", "d0", "d1", "d2")}),
+    ("sequential", {"order": (("d3", "d0"), "d1", ("d2",))}),
 ]
 IDS = [f"{name}{n}" for n, (name, _) in enumerate(CASES)]
 DRAWS, BATCH = 48, 7
@@ -49,7 +50,7 @@ class Rank:
         world.rng = np.random.default_rng(draw)  # so that a restored run sees what the first one saw
         if draw % 4 == 0:
             stage = curriculum.decision.stage if curriculum.decision else None
-            trained = () if draw == 0 else (stage,) if stage else world.names
+            trained = () if draw == 0 else (stage,) if stage in world.names else world.names
             curriculum.record(world.evaluate(trained, step=draw, exposure=dict(curriculum.drawn)))
         refs = curriculum.draw(BATCH)
         self.lines.append(decision_line(curriculum.basis, curriculum.decision, refs))
@@ -111,6 +112,17 @@ def test_one_domain_gets_everything(name, settings):
         settings = {"transfer": world.probe()}
     skill, curriculum = world.train(build_scheduler(name, **settings), draws=12)
     assert curriculum.drawn == {"d0": 12 * 16} and skill[0] > 0.3
+
+
+def test_a_group_of_domains_is_a_stage_as_long_as_its_domains_have_alone():
+    rank = Rank("sequential", {"order": (("d3", "d0"), "d1", ("d2",))})
+    for draw in range(8):
+        rank.step(draw * 6)  # of 48 draws
+        rank.curriculum.draws = (draw + 1) * 6
+    assert [line["stage"] for line in rank.lines] == ["d3, d0"] * 4 + ["d1"] * 2 + ["d2"] * 2
+    assert rank.lines[0]["mixture"] == {"d0": 0.5, "d1": 0.0, "d2": 0.0, "d3": 0.5}
+    with pytest.raises(ValueError, match=r"order \[\('d0', 'd1'\), 'd2'\] must name each trainable domain once"):
+        Rank("sequential", {"order": (("d0", "d1"), "d2")})
 
 
 def test_a_scheduler_is_found_by_import_path():

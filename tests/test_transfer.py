@@ -109,7 +109,17 @@ def test_with_row_checks_the_row_against_the_others():
 
 
 BAD = [
-    (("version",), 4, "version 4 .* only 1, 2 and 3"),
+    (("version",), 5, "version 5 .* only 1 to 4"),
+    (("rows", 3, "arm"), {"kind": "merge"}, "`arm` or `tokens`, and `shared`, are of version 4 of the file, got 1"),
+    (("rows", 3, "arm"), {"kind": "blend"}, "row 3: an arm is a probe of all of .* whose kind is one of sequence"),
+    (("rows", 1, "arm"), {"kind": "merge"}, r"row 1: an arm is a probe of all of .* got probe True of \['math'\]"),
+    (("rows", 1, "tokens"), -1, "row 1: tokens must be an integer >= 0, got -1"),
+    (("shared",), {"math": {"code": {}}}, r"shared: unknown domains \['code'\]"),
+    (
+        ("shared",),
+        {"math": {"writing": {"cosine": 1.0}}},
+        "'math' and 'writing' core_overlap, sign_conflicts, cosine are told",
+    ),
     (("rows", 1, "placebo"), True, "row 1: a placebo is of version 3 of the file, got 1"),
     (
         ("rows", 3, "placebo"),
@@ -219,6 +229,21 @@ def test_a_placebo_is_no_probe_and_makes_a_file_and_a_ledger_of_version_3(tmp_pa
     assert (
         matrix.head_line()["version"] == 3 and TransferMatrix.from_lines([matrix.head_line()]).placebo == matrix.placebo
     )
+
+
+def test_an_arm_is_no_joint_run_and_makes_a_file_and_a_ledger_of_version_4(tmp_path):
+    *rows, joint = (row | {"probe": True} for row in document()["rows"])
+    arms = [joint | {"arm": {"kind": "merge", "method": method}} for method in ("ties", "linear")]
+    shared = {"math": {"writing": {"core_overlap": 0.2, "sign_conflicts": 0.5, "cosine": 0.1}}}
+    whole = {"version": 4, "shared": shared, "rows": [*rows, joint | {"tokens": 70}, *arms]}
+    matrix = TransferMatrix.from_json(document() | whole)
+    assert [row.tokens for row in matrix.joint_arm] == [70]
+    assert [row.arm["method"] for row in matrix.arms] == ["ties", "linear"]
+    matrix.save(tmp_path / "transfer.json")
+    assert TransferMatrix.load(tmp_path / "transfer.json") == matrix
+    assert TransferMatrix.from_lines([matrix.head_line()]).arms == matrix.arms
+    with pytest.raises(ValueError, match="rows 4 and 6 are the same measurement"):
+        matrix.with_row(matrix.arms[0])
 
 
 def test_a_ledger_whose_head_was_written_before_becomes_a_file_of_version_2():

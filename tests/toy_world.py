@@ -74,7 +74,8 @@ class ToyWorld:
             curriculum.observe([self.answer(ref, draw) for ref in refs])
             self.practise(np.array([sum(ref.domain == name for ref in refs) / prompts for name in self.names]))
             if (draw + 1) % every == 0:
-                trained = [curriculum.decision.stage] if curriculum.decision.stage else self.names
+                stage = curriculum.decision.stage
+                trained = [stage] if stage in self.names else self.names
                 curriculum.record(self.evaluate(trained, step=draw + 1, exposure=dict(curriculum.drawn)))
         return self.skill.copy(), curriculum
 

@@ -94,6 +94,8 @@ class Draws:
     is_placebo: bool = False
     """Whether each group's rewards are shuffled among its completions: as large an update on the same prompts, with as many
     dead groups, whose expected direction is none."""
+    tokens: int = 0
+    """Sampled by all ranks in the draws so far."""
     recorder: Recorder | None = None
     """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
 
@@ -108,6 +110,7 @@ class Draws:
             fresh = self._sample(draw, rollout.rounds + 1, found, n_rows)
             rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
         self.failures.see(rollout.sampled)
+        self.tokens += sum(sum(group.lengths) for group in rollout.sampled)
         return rollout
 
     def answer(self, rows: Sequence[Mapping[str, Any]], copies: int) -> Rollout:

@@ -39,7 +39,7 @@ class E2H:
     """Width of the focus, in levels; 0.5 as released: a neighbour of the level in focus has e^-2 = 0.14 of its q."""
 
     def decide(self, evidence: Evidence, state: Mapping[str, Any]) -> Decision:
-        order = Sequential(order=self.order).resolve_order(evidence)
+        order = [name for (name,) in Sequential(order=self.order).stages(evidence)]
         shares = self._cosine(evidence) if self.kind == "cosine" else self._gaussian(evidence)
         by_name = dict(zip(order, shares, strict=True))
         reason = (

@@ -13,6 +13,7 @@ score between seeds; pooled with the others it would hide every effect among the
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class SeedNoise:
         if not freedom:
             return cls(sd=np.zeros(len(pool)), correlation=0.0, seeds=min(seeds, default=0))
         covariance = np.sum([_covariance(training) for training in repeated], axis=0) / freedom
-        items = np.sum([[_item_variance(each) for each in training] for training in repeated], axis=0) / freedom
+        items = np.sum([[item_variance(each) for each in training] for training in repeated], axis=0) / freedom
         own = np.diag(covariance) - items
         variance = np.array([max(0.0, own[pool == name].mean()) for name in pool])
         return cls(sd=np.sqrt(variance), correlation=_correlation(covariance, variance, pool), seeds=min(seeds))
@@ -81,7 +82,7 @@ def _correlation(covariance: np.ndarray, variance: np.ndarray, pool: np.ndarray)
     return float(np.clip(block[~np.eye(len(members), dtype=bool)].mean() / variance[members[0]], 0, 1))
 
 
-def _item_variance(each: np.ndarray) -> float:
+def item_variance(each: np.ndarray) -> float:
     """Return the part of the seeds' sum of squares that item noise alone would give: (S - 1) times the interaction's
     mean square over the number of items.
     """
@@ -140,9 +141,15 @@ class Effects:
     Example: `Effects(matrix.on("steer")).transfer()` is T [J, K].
     """
 
-    def __init__(self, matrix: TransferMatrix, *, against: Literal["start", "placebo"] = "start") -> None:
-        """Against `placebo`, a training is compared with one on the same prompts with shuffled rewards, if all have one."""
-        found = _trainings(matrix) if against == "start" or not matrix.placebo else _beyond_placebo(matrix)
+    def __init__(
+        self, matrix: TransferMatrix, *, against: Literal["start", "placebo"] = "start", with_arms: bool = False
+    ) -> None:
+        """Against `placebo`, a training is compared with one on the same prompts with shuffled rewards, if all have one.
+
+        Without arms, other ways to train all domains are no trainings: what the probes say does not depend on them.
+        """
+        is_plain = against == "start" or not matrix.placebo
+        found = _trainings(matrix, with_arms=with_arms) if is_plain else _beyond_placebo(matrix)
         self.domains = matrix.domains
         self.trained = tuple(name for name in matrix.trainable if any(label == name for label, *_ in found))
         self.labels = tuple(label for label, *_ in found)
@@ -188,7 +195,8 @@ class Effects:
         return replace(drawn, after=drawn.after + self.noise.draws(drawn.after.shape, rng=rng))
 
     def rows_of(self, label: str, seeds: Sequence[int] | None = None) -> list[int]:
-        """Return the positions of a domain's trainings (or of the `JOINT` run), of all seeds or of those given."""
+        """Return the positions of a domain's trainings (or of the `JOINT` run, or of an arm by its `label_of`), of all
+        seeds or of those given."""
         pairs = enumerate(zip(self.labels, self.seeds, strict=True))
         return [n for n, (name, seed) in pairs if name == label and (seeds is None or seed in seeds)]
 
@@ -261,13 +269,22 @@ class Effects:
         return SeedNoise.estimate(changes, pools=watched)
 
 
-def _trainings(matrix: TransferMatrix) -> list[tuple[str, int, tuple[Evaluation, ...], Evaluation]]:
-    """Return (domain or JOINT, seed, rows before, row after) of each training that counts as evidence."""
+def label_of(row: Evaluation) -> str:
+    """Return what a training is named by: its domain, JOINT, or what makes an arm differ from others."""
+    if row.arm:
+        return json.dumps(row.arm, sort_keys=True)
+    return row.trained[0] if len(row.trained) == 1 else JOINT
+
+
+def _trainings(
+    matrix: TransferMatrix, *, with_arms: bool = False
+) -> list[tuple[str, int, tuple[Evaluation, ...], Evaluation]]:
+    """Return (label, seed, rows before, row after) of each training that counts as evidence."""
     start = matrix.baselines(probe=True)
     found = []
-    for row in (*matrix.probes, *matrix.joint_arm):
+    for row in (*matrix.probes, *matrix.joint_arm, *(matrix.arms if with_arms else ())):
         own = tuple(base for base in start if base.seed == row.seed)
-        found.append((row.trained[0] if len(row.trained) == 1 else JOINT, row.seed, own or start, row))
+        found.append((label_of(row), row.seed, own or start, row))
     probed = {label for label, *_ in found}
     for run in matrix.runs():
         for stage in stages(run):

@@ -46,7 +46,7 @@ def crossfitted(effects: Effects, chooser: Chooser, *, rng: np.random.Generator)
     folds = min(FOLDS, *(items.shape[1] for items in effects.after))
     if folds < 2:
         return np.nan, np.nan
-    groups = _seed_groups(effects)
+    groups = seed_groups(effects)
     orders = {}
     for fold, group in product(range(folds), range(len(groups))):
         part = Part(fold, folds, rest=True)
@@ -105,7 +105,7 @@ def _value(effects: Effects, folds: Sequence[_Linear]) -> float:
     return total
 
 
-def _seed_groups(effects: Effects) -> list[Sequence[int] | None]:
+def seed_groups(effects: Effects) -> list[Sequence[int] | None]:
     """Return two disjoint groups of the seeds that every training has, or one group of all if there are not two."""
     common = set(effects.seeds)
     for label in effects.labels:
@@ -149,13 +149,13 @@ def gains(
     value = over_mean_order(transfer, order[None])[0] / size
     largest = over_mean_order(noise, luckiest) / size
     q = np.quantile(largest, 0.95)
-    over_mean = _around(mid, value - q, value + q)
+    over_mean = around(mid, value - q, value + q)
     if not has_joint:
         return Gains(over_mean_order=over_mean, over_joint=None)
     base, moved = _mean_order_over_joint(effects, point), _mean_order_over_joint(effects, drawn)
     shift, value = moved - base, value + base[0]
     low, high = np.quantile(shift - largest, LEVELS[0]), np.quantile(shift + largest, LEVELS[1])
-    return Gains(over_mean_order=over_mean, over_joint=_around(mid_joint, value - high, value - low))
+    return Gains(over_mean_order=over_mean, over_joint=around(mid_joint, value - high, value - low))
 
 
 def _mean_order_over_joint(effects: Effects, means: Means) -> np.ndarray:
@@ -167,6 +167,6 @@ def _mean_order_over_joint(effects: Effects, means: Means) -> np.ndarray:
     return effects.own_levels(means).mean(axis=1) + kept - joint
 
 
-def _around(mid: float, low: float, high: float) -> Interval:
+def around(mid: float, low: float, high: float) -> Interval:
     """Return the interval; the point comes from parts of the evidence and the ends from all of it, so it is kept inside."""
     return Interval(float(low), float(min(max(mid, low), high)), float(high))

@@ -2,7 +2,7 @@
 
 `effects` turns the probes into T[j -> i] with intervals, `forgetting` turns a run's stages into BWT and its kin.
 
-Each check of what makes a matrix valid names the offender: no wrong file may become a plausible order.
+What makes a matrix valid is in `checks`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +20,20 @@ from pydantic import BeforeValidator
 
 from polyphony.curricula.files import replace_file, seal_of, sealed, unsealed
 from polyphony.curricula.records import Evaluation, Kind
+from polyphony.curricula.transfer.checks import (
+    check_duplicates,
+    check_lengths,
+    check_matrix,
+    check_row,
+    check_version,
+    read_document,
+    read_row,
+)
 from polyphony.curricula.transfer.halves import Half, on_half
 
-VERSIONS = (1, 2, 3)
-"""Those that are read: 3 has a placebo's rows, 2 has none and an item that could not be graded, which is null in both; all
-others are of version 1."""
+VERSIONS = (1, 2, 3, 4)
+"""Those that are read: 4 tells tokens of rows, other ways to train all domains (`arm`) or what domains share; 3 has a
+placebo's rows, 2 has none and an item that could not be graded, which is null in all three; all others are of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +53,10 @@ class TransferMatrix:
     """Domains that are measured and never trained: they need no probe and have no place in an order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Versions, hashes of base and data, settings of the probe, what spoke against its learning rate: kept, and told."""
+    shared: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """shared[a][b], a before b in `domains`: of the changes that training on either alone made to the weights, the
+    `core_overlap` of those that changed most (Jaccard), the share of `sign_conflicts` in it, and their `cosine`; None where
+    it is undefined. Empty where the probe kept no weights."""
 
     def __post_init__(self) -> None:
         check_matrix(self)
@@ -62,7 +74,7 @@ class TransferMatrix:
         """Build from the document whose keys `DOCUMENT` and `ROW` list."""
         document = read_document(document)
         if document["version"] not in VERSIONS:
-            raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only 1, 2 and 3")
+            raise ValueError(f"version {document['version']!r} of the transfer file is not supported, only 1 to 4")
         items = document.get("items")
         matrix = cls(
             domains=tuple(document["domains"]),
@@ -71,16 +83,9 @@ class TransferMatrix:
             items=None if items is None else {name: tuple(map(str, ids)) for name, ids in items.items()},
             watch_only=tuple(document.get("watch_only", ())),
             provenance=dict(document.get("provenance", {})),
+            shared=dict(document.get("shared", {})),
         )
-        if document["version"] == 1:
-            for n, row in enumerate(matrix.rows):
-                if gaps := [(name, items.index(None)) for name, items in row.scores.items() if None in items]:
-                    (name, item), *_ = gaps
-                    raise ValueError(
-                        f"row {n}, domain {name!r}, item {item}: version 1 of the file has a score for every item, got None"
-                    )
-        if document["version"] < 3 and (placebo := [n for n, row in enumerate(matrix.rows) if row.placebo]):
-            raise ValueError(f"row {placebo[0]}: a placebo is of version 3 of the file, got {document['version']}")
+        check_version(matrix, document["version"])
         return matrix
 
     @classmethod
@@ -96,12 +101,12 @@ class TransferMatrix:
     def head_line(self) -> dict[str, Any]:
         """Return the first line of a run's ledger: the document with a probe's rows; the run's own follow, a line each."""
         head = replace(self, rows=self.rows[:1]).as_json() | {"rows": [r.as_row() for r in self.rows if r.probe]}
-        return {"step": 0, **head, **({"version": 3} if self._has_placebo else {})}
+        return {"step": 0, **head} | ({"version": self.version} if self.version > 2 else {})
 
     def as_json(self) -> dict[str, Any]:
         """Return the document that `from_json` reads."""
         document: dict[str, Any] = {
-            "version": 3 if self._has_placebo else 2 if self.has_gaps else 1,
+            "version": self.version,
             "domains": list(self.domains),
             "kinds": dict(self.kinds),
         }
@@ -111,6 +116,8 @@ class TransferMatrix:
             document["watch_only"] = list(self.watch_only)
         if self.provenance:
             document["provenance"] = dict(self.provenance)
+        if self.shared:
+            document["shared"] = {a: {b: dict(told) for b, told in of.items()} for a, of in self.shared.items()}
         return document | {"rows": [row.as_row() for row in self.rows]}
 
     def save(self, path: str | Path) -> None:
@@ -128,12 +135,19 @@ class TransferMatrix:
     def with_row(self, row: Evaluation) -> TransferMatrix:
         """Return the matrix with one more row, checked against the others, which are not checked again."""
         n = len(self.rows)
-        _check_row(row, self, where=f"row {n}")
-        _check_lengths(row, self.rows[0], where=f"row {n}")
+        check_row(row, self, where=f"row {n}")
+        check_lengths(row, self.rows[0], where=f"row {n}")
         grown = copy.copy(self)
         object.__setattr__(grown, "rows", (*self.rows, row))
-        _check_duplicates(grown.rows)
+        check_duplicates(grown.rows)
         return grown
+
+    @property
+    def version(self) -> int:
+        """The lowest version of the file that can tell it."""
+        if self.shared or any(row.arm or row.tokens is not None for row in self.rows):
+            return 4
+        return 3 if any(row.placebo for row in self.rows) else 2 if self.has_gaps else 1
 
     @property
     def has_gaps(self) -> bool:
@@ -157,11 +171,8 @@ class TransferMatrix:
     @property
     def probes(self) -> tuple[Evaluation, ...]:
         """Rows trained on one domain alone from the probe's start."""
-        return tuple(row for row in self.rows if row.probe and len(row.trained) == 1 and not row.placebo)
-
-    @property
-    def _has_placebo(self) -> bool:
-        return any(row.placebo for row in self.rows)
+        alone = (row for row in self.rows if row.probe and len(row.trained) == 1)
+        return tuple(row for row in alone if not row.placebo and not row.arm)
 
     @property
     def placebo(self) -> tuple[Evaluation, ...]:
@@ -177,7 +188,12 @@ class TransferMatrix:
     @property
     def joint_arm(self) -> tuple[Evaluation, ...]:
         """Rows trained on all domains at once, for the same total number of steps."""
-        return tuple(row for row in self.rows if row.probe and len(row.trained) > 1)
+        return tuple(row for row in self.rows if row.probe and len(row.trained) > 1 and not row.arm)
+
+    @property
+    def arms(self) -> tuple[Evaluation, ...]:
+        """Rows of other ways to train all domains."""
+        return tuple(row for row in self.rows if row.arm)
 
     def baselines(self, *, probe: bool) -> tuple[Evaluation, ...]:
         """Return the baseline rows of the probes or of the run; all of them where the file makes no difference.
@@ -230,200 +246,6 @@ def copy_document(ledger: IO[bytes], out: IO[bytes]) -> None:
     write(b"]")
     digest.update(b"}")
     out.write(seal_of(digest))
-
-
-DOCUMENT = {
-    "version": int,
-    "domains": list,
-    "kinds": dict,
-    "rows": list,
-    "items": dict,
-    "watch_only": list,
-    "provenance": dict,
-}
-"""Keys of the file and what each holds; the first four are required."""
-
-
-ROW = {"trained": list, "step": int, "seed": int, "scores": dict, "entropy": dict, "exposure": dict, "probe": bool,
-       "placebo": bool, "rolled_back": bool, "recovery": bool, "entropy_items": dict, "kl_items": dict}  # fmt: skip
-"""Keys of a row, likewise."""
-
-
-WORDS = {int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
-
-
-def read_document(document: Any) -> dict[str, Any]:
-    """Return the file's object; an optional key that is null counts as absent. Raises ValueError for a wrong shape."""
-    found = _read_object(document, DOCUMENT, what="a transfer file", where="")
-    for name, ids in found.get("items", {}).items():
-        if not isinstance(ids, list) or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):
-            raise ValueError(f"items of {name!r} must be a list of ids, text or integers, got {_short(ids)}")
-    return found
-
-
-def read_row(row: Any, *, where: str) -> Evaluation:
-    """Return one row of the file as an Evaluation. Raises ValueError that names the row for a wrong shape."""
-    found = _read_object(row, ROW, what="a row", where=f"{where}: ")
-    for name, items in found["scores"].items():
-        if not isinstance(items, list):
-            raise ValueError(f"{where}: scores of {name!r} must be a list, one score an item, got {_short(items)}")
-    for key in ("entropy_items", "kl_items"):
-        for name, pairs in found.get(key, {}).items():
-            if not isinstance(pairs, list) or not all(pair is None or isinstance(pair, list) for pair in pairs):
-                raise ValueError(f"{where}: {key} of {name!r} must be a list of [nats, tokens], got {_short(pairs)}")
-    return Evaluation.from_row(found)
-
-
-def _read_object(value: Any, shape: Mapping[str, type], *, what: str, where: str) -> dict[str, Any]:
-    """Return the keys that hold something. Raises ValueError unless the first four are there and all are of `shape`."""
-    required = list(shape)[:4]
-    found = {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else {}
-    if not set(required) <= set(found):
-        raise ValueError(f"{where}{what} is an object with {', '.join(required)}, got {_short(value)}")
-    if unknown := set(found) - set(shape):
-        raise ValueError(f"{where}unknown keys {sorted(unknown)}; allowed: {sorted(shape)}")
-    for key, kind in shape.items():
-        # true is an integer to Python, not to a reader of the file
-        if key in found and (not isinstance(found[key], kind) or (kind is int and isinstance(found[key], bool))):
-            raise ValueError(f"{where}{key} must be {WORDS[kind]}, got {_short(found[key])}")
-    return found
-
-
-def check_matrix(matrix: TransferMatrix) -> None:
-    """Raise ValueError at the first thing in the matrix that does not hold together."""
-    _check_domains(matrix)
-    if not any(not row.trained for row in matrix.rows):
-        raise ValueError('no baseline: one row must have "trained": [] (scores before any training)')
-    for n, row in enumerate(matrix.rows):
-        _check_row(row, matrix, where=f"row {n}")
-    _check_items(matrix)
-    _check_duplicates(matrix.rows)
-
-
-def _check_domains(matrix: TransferMatrix) -> None:
-    names = matrix.domains
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
-        raise ValueError(f"domains must be different, non-empty names, at least one, got {list(names)}")
-    if set(matrix.kinds) != set(names):
-        raise ValueError(f"kinds must name each domain once: domains {list(names)}, kinds {sorted(matrix.kinds)}")
-    for name, kind in matrix.kinds.items():
-        if kind not in ("structured", "open_ended"):
-            raise ValueError(f"domain {name!r}: kind is structured or open_ended, got {kind!r}")
-    _check_known(matrix.watch_only, names, where="watch_only")
-    if set(matrix.watch_only) == set(names):
-        raise ValueError("every domain is watch-only: at least one must be trainable")
-
-
-def _check_row(row: Evaluation, matrix: TransferMatrix, *, where: str) -> None:
-    _check_known(row.trained, matrix.domains, where=f"{where}: trained")
-    if (watched := set(row.trained) & set(matrix.watch_only)) and not row.recovery:
-        raise ValueError(f"{where}: trained on watch-only domains {sorted(watched)}")
-    if row.probe and len(row.trained) > 1 and set(row.trained) != set(matrix.trainable):
-        raise ValueError(
-            f"{where}: a probe trains one domain, or all {list(matrix.trainable)} as the joint run; "
-            f"got {list(row.trained)}"
-        )
-    if row.placebo and not (row.probe and len(row.trained) == 1):
-        raise ValueError(f"{where}: a placebo is a probe of one domain, got probe {row.probe} of {list(row.trained)}")
-    for key in ("step", "seed"):
-        value = getattr(row, key)
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{where}: {key} must be an integer >= 0, got {value!r}")
-    if set(row.scores) != set(matrix.domains):
-        raise ValueError(f"{where}: scores must name each of {list(matrix.domains)} once, got {sorted(row.scores)}")
-    for name, items in row.scores.items():
-        _check_scores(items, where=f"{where}, domain {name!r}")
-    _check_pairs(row, where=where)
-    _check_known(row.entropy, matrix.domains, where=f"{where}: entropy")
-    for name, nats in row.entropy.items():
-        if not (_is_number(nats) and nats >= 0):
-            raise ValueError(f"{where}, domain {name!r}: entropy must be finite and >= 0 nats, got {nats!r}")
-    _check_known(row.exposure, matrix.domains, where=f"{where}: exposure")
-    for name, drawn in row.exposure.items():
-        if not isinstance(drawn, int) or drawn < 0:
-            raise ValueError(f"{where}, domain {name!r}: exposure counts prompts, an integer >= 0, got {drawn!r}")
-
-
-def _check_scores(items: Sequence[Any], *, where: str) -> None:
-    if not items:
-        raise ValueError(f"{where}: no scores; a held-out set needs at least one item")
-    if set(map(type, items)) == {float} and not math.isnan(sum(items)) and min(items) >= 0 and max(items) <= 1:
-        return  # the usual case, fast
-    for n, value in enumerate(items):
-        if value is not None and not (_is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"{where}, item {n}: a score must be a number in [0, 1], or null, got {value!r}")
-
-
-def _check_pairs(row: Evaluation, *, where: str) -> None:
-    """See that what is told item by item beside the scores is (nats, tokens), an entry a score."""
-    for key, of in (("entropy_items", row.entropy_items), ("kl_items", row.kl_items)):
-        _check_known(of, tuple(row.scores), where=f"{where}: {key}")
-        for name, pairs in of.items():
-            if len(pairs) != len(row.scores[name]):
-                raise ValueError(f"{where}, domain {name!r}: {len(pairs)} {key} for {len(row.scores[name])} scores")
-            for n, pair in enumerate(pairs):
-                if not (_is_pair(pair) if key == "kl_items" else pair is not None and _is_pair(pair) and pair[0] >= 0):
-                    raise ValueError(f"{where}, domain {name!r}, item {n}: {key} holds [nats, tokens], got {pair!r}")
-
-
-def _is_pair(pair: Any) -> bool:
-    """Whether it is (nats, tokens), or None for an item that was not measured."""
-    if pair is None:
-        return True
-    return len(pair) == 2 and _is_number(pair[0]) and type(pair[1]) is int and pair[1] >= 0
-
-
-def _check_lengths(row: Evaluation, first: Evaluation, *, where: str) -> None:
-    for name, items in row.scores.items():
-        if len(items) != len(first.scores[name]):
-            raise ValueError(
-                f"{where}, domain {name!r}: {len(items)} items, but row 0 has {len(first.scores[name])}; "
-                "scores are compared item by item"
-            )
-
-
-def _check_items(matrix: TransferMatrix) -> None:
-    first = matrix.rows[0]
-    for n, row in enumerate(matrix.rows):
-        _check_lengths(row, first, where=f"row {n}")
-    if matrix.items is None:
-        return
-    if set(matrix.items) != set(matrix.domains):
-        raise ValueError(f"items must name each of {list(matrix.domains)} once, got {sorted(matrix.items)}")
-    for name, ids in matrix.items.items():
-        if len(ids) != len(first.scores[name]):
-            raise ValueError(f"domain {name!r}: {len(ids)} item ids for {len(first.scores[name])} scores")
-        if len(set(ids)) < 2:
-            raise ValueError(f"domain {name!r}: items to be split in halves need at least 2 different ids, got {ids}")
-
-
-def _check_duplicates(rows: Sequence[Evaluation]) -> None:
-    seen: dict[tuple, int] = {}
-    for n, row in enumerate(rows):
-        # a probe is one training run a seed: a second row of it would be counted as a second run
-        moment = None if row.probe else row.step
-        key = (frozenset(row.trained), row.seed, row.probe, row.placebo, moment)
-        if key in seen:
-            what = f"trained {list(row.trained)}, seed {row.seed}" + ("" if row.probe else f", step {row.step}")
-            raise ValueError(f"rows {seen[key]} and {n} are the same measurement ({what}): keep one")
-        seen[key] = n
-
-
-def _check_known(names: Any, known: Sequence[str], *, where: str) -> None:
-    listed = list(names)
-    if unknown := [name for name in listed if name not in known]:
-        raise ValueError(f"{where}: unknown domains {unknown}; known: {list(known)}")
-    if len(set(listed)) != len(listed):
-        raise ValueError(f"{where}: {listed} names a domain twice")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # isfinite overflows on a long integer
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_probes(given: Any) -> TransferMatrix:

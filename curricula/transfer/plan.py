@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.transfer.forgetting import Measured
+from polyphony.curricula.transfer.options import Option, as_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,8 @@ class Plan:
     gains and the predictions are of both together, which a run at the same learning rate will see."""
     measured: Measured | None = None
     """What the stages in the file say, where it holds a run."""
+    options: tuple[Option, ...] = ()
+    """All ways to one model of all domains, the recommended one first; none where there is one domain."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `polyphony plan --json` prints; undefined values as None."""
@@ -55,6 +58,7 @@ class Plan:
             "predicted": self.predicted,
             "interval": {name: list(bounds) for name, bounds in self.interval.items()},
             "transfer": self.transfer,
+            "options": [option.as_json() for option in self.options],
         }
         if self.placebo is not None:
             document["placebo"] = self.placebo
@@ -73,8 +77,20 @@ class Plan:
         """Return a paragraph that says what to do, why, and how sure that is."""
         if len(self.order) == 1:
             return f"There is one trainable domain, {self.order[0]}: nothing to order."
-        parts = [self._advice(), self._reason(), self._doubt(), self._prediction(), *self.notes]
+        parts = [self._choice(), self._advice(), self._reason(), self._doubt(), self._prediction(), *self.notes]
         return " ".join(part for part in parts if part)
+
+    def _choice(self) -> str:
+        """Name what is better than both mixing and an order, where anything is."""
+        best = self.options[0] if self.options else None
+        if best is None or best.kind in ("mix", "sequence") or best.over_mix is None:
+            return ""
+        how = as_recipe(best) or ", ".join(f"{key} {value}" for key, value in best.how.items())
+        what = {"groups": "train in groups", "merge": "merge experts", "distil": "distil experts into one model"}
+        return (
+            f"Best is to {what[best.kind]} ({how}): it gains {_signed(best.over_mix)} in mean score over training on all "
+            "domains at once."
+        )
 
     def _advice(self) -> str:
         gain = f"The best order by measured transfer is {', '.join(self.order)}. "

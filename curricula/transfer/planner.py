@@ -19,10 +19,12 @@ from functools import cached_property
 import numpy as np
 
 from polyphony.curricula.intervals import Interval
+from polyphony.curricula.transfer.budget import completed, probed
 from polyphony.curricula.transfer.effects import LEVELS, Effects, Means
 from polyphony.curricula.transfer.forgetting import measure
 from polyphony.curricula.transfer.gains import Gains, gains
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.options import Option, Planned, groups, ranked, weigh, would
 from polyphony.curricula.transfer.orders import (
     EXACT_UP_TO,
     MANY_EXACT_UP_TO,
@@ -123,10 +125,14 @@ class Solver:
 def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> Plan:
     """Return the plan of a transfer matrix: decided on the `steer` half, its numbers published from `report`.
 
-    Raises ValueError where a trainable domain has neither a probe nor a stage.
+    Raises ValueError where a trainable domain has neither a probe nor a stage, unless a budget left it out.
     """
+    left = [name for name in matrix.trainable if name not in probed(matrix)]
+    if left and matrix.probes and "budget" in matrix.provenance:
+        return _without(left, make_plan(completed(matrix), settings))
     fair = _without_short_joint_arm(matrix)
-    solver = Solver(fair.on("steer"), settings)
+    steer = fair.on("steer")
+    solver = Solver(steer, settings)
     effects, names = solver.effects, solver.names
     order = solver.order()
     precedence, regret = _confidence(solver, order)
@@ -135,9 +141,11 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     published = solver if report is fair else Solver(report, settings)
     predicted, interval = _predictions(published, order)
     beyond = Effects(report, against="placebo") if report.placebo else published.effects
+    options = _options(solver, steer, order, gain)
+    tried = next((o for o in options if o.kind == "sequence" and o.source == "measured"), None)
     return Plan(
         order=order,
-        decision="sequence" if gain.are_shown else "mix",
+        decision="sequence" if (gain.are_shown if tried is None else tried.is_shown) else "mix",
         over_mean_order=gain.over_mean_order,
         over_joint=gain.over_joint,
         precedence={
@@ -154,7 +162,19 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
         },
         notes=_notes(effects, matrix),
         measured=measure(report),
+        options=options,
     )
+
+
+def _without(left: Sequence[str], plan: Plan) -> Plan:
+    """Return the plan of a file with predicted rows: nothing is recommended that rests on them."""
+    names = ", ".join(left)
+    options = [
+        replace(o, over_mix=None, source=None, is_shown=False, note=would()) if o.kind in ("sequence", "groups") else o
+        for o in plan.options
+    ]
+    note = f"{names} were not probed: what training on them does is predicted, so that no order is recommended."
+    return replace(plan, decision="mix", options=ranked(options), notes=(note, *plan.notes))
 
 
 def _chooser(effects: Effects, matrix: TransferMatrix, settings: PlanSettings) -> Chooser:
@@ -186,6 +206,12 @@ def _gains(solver: Solver, order: Sequence[str]) -> Gains:
         return Gains(over_mean_order=Interval(0.0, 0.0, 0.0), over_joint=None)
     chosen = np.array([solver.names.index(name) for name in order])
     return gains(solver.effects, solver.chooser, chosen, solver.drawn, luckiest=solver.luckiest, rng=solver.rng)
+
+
+def _options(solver: Solver, matrix: TransferMatrix, order: tuple[str, ...], gain: Gains) -> tuple[Option, ...]:
+    stages = groups(solver.effects, order)
+    planned = Planned(order=order, over_joint=gain.over_joint, is_shown=gain.are_shown, stages=stages)
+    return weigh(matrix, planned, resamples=solver.settings.resamples, rng=solver.rng)
 
 
 def _predictions(solver: Solver, order: Sequence[str]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:

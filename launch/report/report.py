@@ -23,6 +23,7 @@ from polyphony.launch.report.numbers import as_json, find
 from polyphony.launch.report.run import read_run
 from polyphony.launch.report.story import LABELS, bounds, signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT, Sheet
+from polyphony.launch.report.ways import shared, ways
 
 
 def _tight(value: float, digits: int) -> str:
@@ -87,6 +88,13 @@ CHAPTERS = (
             "Change of held-out score in the column's domain after training on the row's alone, and its 95 % interval. "
             "Bold where the interval leaves out zero; the outlined diagonal is a domain's effect on itself.",
             "single-domain probes or stages, so no transfer heatmap"),
+    Chapter("ways", "Other ways to one model", ways,
+            "Held-out score of each domain, the mean over seeds, after each way that the probe has measured; "
+            "`polyphony plan` weighs them, with intervals and what they cost.", ""),
+    Chapter("shared", "Who shares parameters with whom", shared,
+            "Of what training on either domain alone changed: how far the tenths of the parameters that each changed "
+            "most overlap (Jaccard; two random tenths .05), the share of the common ones moved in opposite directions, and "
+            "the cosine of all changes. Means over seeds.", ""),
     Chapter("forgetting", "Forgetting", sections.forgetting,
             "Below zero, something was lost. Intervals are 95 % over all domains together, paired item by item; one that "
             "crosses zero proves neither loss nor its absence.", "a second evaluation, so no forgetting curves"),

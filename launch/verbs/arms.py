@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from polyphony.curricula.monitors.entropy_control import EntropySettings
+from polyphony.curricula.transfer.options import PUPIL
 from polyphony.launch.recipe import Recipe
 from polyphony.launch.sections import CurriculumSection
 
@@ -19,11 +22,20 @@ class Arm:
     is_placebo: bool = False
     rate: float | None = None
     """Learning rate, where it is not the recipe's: such an arm has a file of its own."""
+    kind: str = ""
+    """`sequence`, `groups`, `merge` or `distil`: another way to one model of all domains than to train on all at once."""
+    method: str = ""
+    """Of a merge."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from the others of a probe."""
+        return self.rate, self.trained, self.seed, self.is_placebo, self.kind, self.method
 
     @property
     def label(self) -> str:
-        if not self.trained:
-            return "start"
+        if not self.trained or self.kind:
+            return f"{self.kind} {self.method}".strip() or "start"
         name = self.trained[0] if len(self.trained) == 1 else "joint"
         return name + (", placebo" if self.is_placebo else "") + (f", at {self.rate:g}" if self.rate else "")
 
@@ -38,9 +50,20 @@ def plan_arms(recipe: Recipe, names: list[str]) -> list[Arm]:
         arms.extend(_alone(recipe, names, seed))
         if recipe.probe.joint_arm:
             arms.append(Arm(trained=tuple(names), steps=recipe.probe.steps * len(names), seed=seed))
+        arms.extend(_merges(recipe, names, seed))
+    for kind in recipe.probe.ways:  # what they are is known once all domains were probed
+        steps = recipe.probe.steps * len(names)
+        steps = max(1, round(PUPIL * steps)) if kind == "distil" else steps
+        seeds = range(base_seed, base_seed + recipe.probe.seeds)
+        arms.extend(Arm(trained=tuple(names), steps=steps, seed=seed, kind=kind) for seed in seeds)
     for rate in other_rates(recipe):
         arms.extend(_alone(recipe, names, base_seed, rate))
     return arms
+
+
+def _merges(recipe: Recipe, names: list[str], seed: int) -> list[Arm]:
+    methods = dict.fromkeys(recipe.probe.merge if recipe.probe.keep else ())
+    return [Arm(trained=tuple(names), steps=0, seed=seed, kind="merge", method=method) for method in methods]
 
 
 def _alone(recipe: Recipe, names: list[str], seed: int, rate: float | None = None) -> list[Arm]:
@@ -84,8 +107,9 @@ def cost(recipe: Recipe, arms: list[Arm], *, items: int) -> str:
     )
 
 
-def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
-    """Return the recipe of one run: the other domains are only watched; shares are equal, whatever the scheduler.
+def restricted(recipe: Recipe, arm: Arm, model: str, *, stages: Sequence[Sequence[str]] = ()) -> Recipe:
+    """Return the recipe of one run: the other domains are only watched; shares are equal, whatever the scheduler, or go by
+    `stages`.
 
     Entropy is not controlled, and no prompt is known from before: what training does by itself is what a probe measures.
     """
@@ -96,5 +120,8 @@ def restricted(recipe: Recipe, arm: Arm, model: str) -> Recipe:
     grpo = {**recipe.grpo, "max_steps": max(arm.steps, 1), "seed": arm.seed, "save_strategy": "no"}
     grpo |= {} if arm.rate is None else {"learning_rate": arm.rate}
     pool = recipe.pool and replace(recipe.pool, start=None)
-    plain = {"curriculum": CurriculumSection(scheduler="joint"), "entropy": EntropySettings(), "pool": pool}
+    curriculum = CurriculumSection(scheduler="joint")
+    if stages:
+        curriculum = CurriculumSection(scheduler="sequential", order=[list(s) for s in stages])  # type: ignore[call-arg]
+    plain = {"curriculum": curriculum, "entropy": EntropySettings(), "pool": pool}
     return recipe.model_copy(update={"domains": domains, "model": model, "grpo": grpo, **plain})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.decision_log import Replayed, replay
 from polyphony.curricula.schedulers import Scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.options import FOLDER, RECIPE
 from polyphony.curricula.transfer.planner import Plan, make_plan
 from polyphony.launch.build import build_scheduler
 from polyphony.launch.import_paths import renamed
@@ -21,7 +24,7 @@ from polyphony.trainer.run.folder import RunFolder, holds_transfer, read_transfe
 
 
 def plan(path: Path) -> Plan:
-    """Return what a transfer file recommends.
+    """Return what a transfer file recommends; what would measure an option is told as a command of the file's own probe.
 
     Says on standard error where its graders have other versions now, what its halves have in common, and what spoke against
     the learning rate of its probes.
@@ -36,7 +39,12 @@ def plan(path: Path) -> Plan:
     for line in matrix.provenance.get("harm", ()):
         rate = matrix.provenance.get("learning_rate")
         say(f"its probes were made at a learning rate of {rate}, which is too high: {line}")
-    return make_plan(matrix)
+    made, folder = make_plan(matrix), RunFolder(path.parent)
+    if not folder.recipe.is_file() or "probe" not in matrix.provenance:
+        return made
+    names = {RECIPE: str(folder.recipe), FOLDER: str(folder.path)}
+    notes = [functools.reduce(lambda text, name: text.replace(name, names[name]), names, o.note) for o in made.options]
+    return replace(made, options=tuple(replace(o, note=n) for o, n in zip(made.options, notes, strict=True)))
 
 
 def replay_table(replayed: Sequence[Replayed], *, scheduler: str) -> str:

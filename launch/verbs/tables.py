@@ -9,6 +9,7 @@ from typing import Any
 from polyphony.curricula.intervals import UNDEFINED, Interval
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.options import Option, as_recipe
 
 
 def transfer_table(matrix: TransferMatrix) -> str:
@@ -30,6 +31,20 @@ def _transfer(effects: Effects) -> str:
     for j, name in enumerate(effects.trained):
         cells = [_cell(table[j, i], low[j, i], high[j, i]) for i in range(len(effects.domains))]
         lines.append(f"{name:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def options_table(options: Sequence[Option]) -> str:
+    """Return the options, the recommended one first: gain over mixing, tokens, and how, or what would measure it."""
+    lines = [f"{'option':<10}{'over mixing, 95 %':<30}{'rollout tokens':<26}how"]
+    for n, option in enumerate(options):
+        gain = "not known" if option.over_mix is None else "{1:+.3f} ({0:+.3f} to {2:+.3f})".format(*option.over_mix)
+        gain = "-" if option.kind == "mix" and option.over_mix else gain
+        how = as_recipe(option) or ", ".join(f"{key} {value}" for key, value in option.how.items())
+        told = [how, option.source or "", option.note, "recommended" if n == 0 else ""]
+        cost = "not counted" if option.tokens is None else f"{option.tokens / 1e6:.3g} M"
+        cost += f", probes {option.probes / 1e6:.3g} M" if option.probes else ""
+        lines.append(f"{option.kind:<10}{gain:<30}{cost:<26}{'; '.join(part for part in told if part)}")
     return "\n".join(lines)
 
 

@@ -26,7 +26,8 @@ from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.curricula.transfer.planner import make_plan
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.verbs.arms import Arm
-from polyphony.launch.verbs.probe import Probe, claim_probe
+from polyphony.launch.verbs.claim import claim_probe
+from polyphony.launch.verbs.probe import Probe
 from polyphony.trainer.run import say
 
 MEASURED_FILE = "orders.json"

@@ -74,7 +74,8 @@ def run(kind: str, out: Path, environment: dict[str, str], slurm: Path) -> str:
     )
     restarts = next(word for word in shown.stdout.split() if word.startswith("Restarts="))
     assert state(environment, job) == "COMPLETED" and steps(folder) == [*range(1, STEPS + 1)], log.read_text()[-3000:]
-    return f"{kind:<10}{state(environment, job):<12}{restarts:<12}steps 1 to {STEPS} once each, {time.monotonic() - began:.0f} s"
+    took = f"{time.monotonic() - began:.0f} s"
+    return f"{kind:<10}{state(environment, job):<12}{restarts:<12}steps 1 to {STEPS} once each, {took}"
 
 
 def main() -> None:
