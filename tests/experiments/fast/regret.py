@@ -52,7 +52,7 @@ FINAL_SEED = 101
 class RegretWorld:
     """One drawn world, trained in every way.
 
-    Example: `RegretWorld(key="a/0", tokens=75_000).probe().rows`
+    Example: `RegretWorld(key="a/0", tokens=75_000).probe(Path("a.part.json")).rows`
     """
 
     key: str
@@ -119,10 +119,12 @@ class RegretWorld:
 
     # --- probes and options -------------------------------------------------------------------------------------------
 
-    def probe(self) -> TransferMatrix:
-        """Return all rows of a probe with every arm."""
-        self.matrix, whole = None, PROBE * self.tokens
-        for seed in SEEDS:
+    def probe(self, kept: Path) -> TransferMatrix:
+        """Return all rows of a probe with every arm; those of each seed are kept in a file until all are there."""
+        whole = PROBE * self.tokens
+        self.matrix = TransferMatrix.load(kept) if kept.exists() else None
+        done = {row.seed for row in self.matrix.rows} if self.matrix else set()
+        for seed in (seed for seed in SEEDS if seed not in done):
             self._add(base()[0], (), seed, tokens=None)
             experts = self.experts(whole, seed)
             for name, weights in experts.items():
@@ -132,6 +134,8 @@ class RegretWorld:
                 merged = self.merged(experts, method)
                 self._add(merged, self.names, seed, {"kind": "merge", "method": method}, tokens=0)
             self._add(self.pupil(experts, PUPIL * whole, seed), self.names, seed, {"kind": "distil"})
+            assert self.matrix is not None
+            self.matrix.save(kept)
         assert self.matrix is not None
         stages = _stages(self.matrix)
         if 1 < len(stages) < len(self.names):
@@ -226,7 +230,9 @@ def run_world(world: RegretWorld, file: RegretFile, out: Path, *, until: float) 
     """Run what the file does not hold of a world; return whether all of it is there."""
     saved = out / f"{world.key.replace('/', '-')}.json"
     if not saved.exists():
-        world.probe().save(saved)
+        kept = saved.with_suffix(".part.json")
+        world.probe(kept).save(saved)
+        kept.unlink()
     matrix = TransferMatrix.load(saved)
     probes = sum(row.tokens or 0 for row in matrix.rows)
     plan = make_plan(matrix)
