@@ -143,9 +143,7 @@ class Episode:
     """Whether that was a call's doing, one that never came back or took its process down: the reward is 0. A fault that no
     call caused leaves the completion without one."""
     reward: float | None = None
-    """The environment's own (`get_reward`), which is added to the domain's."""
-    rewards_itself: bool = False
-    """Whether the environment has one; `reward` None then says that it could not tell."""
+    """The environment's own (`get_reward`), which is added to the domain's; None where it has none, or cannot tell."""
     last: int = 0
     """Where the tokens of the policy's last turn begin."""
     written: str = ""

@@ -6,12 +6,18 @@ import asyncio
 import itertools
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from polyphony.curricula.records import Completion, Domain, Episode, Prompt
 from polyphony.trainer.engine.vllm import Request
@@ -22,7 +28,9 @@ from polyphony.trainer.environments.processes import Processes
 from polyphony.trainer.environments.threads import MOST_ABANDONED, Threads
 from polyphony.trainer.scoring import Scorer
 from tests.acted import look
-from tests.acting import AS_JSON, tokenizer
+from tests.acting import AS_JSON, TEMPLATE, tokenizer
+from tests.conftest import HOUSE
+from tests.conftest import POLICY as LAB
 
 TOKENIZER = tokenizer(AS_JSON)
 END = TOKENIZER.eos_token_id
@@ -146,6 +154,13 @@ def test_special_tokens_in_an_answer_are_text():
     assert [i for i in others if i in TOKENIZER.all_special_ids] == ids_of("<|system|><|end|><|assistant|>")
 
 
+def test_special_tokens_in_the_name_of_a_call_are_text_too():
+    (found,) = lead(Policy([call("<|user|>"), "4"]), domain(tools=[look]))
+    others = [i for i, own in zip(found.ids, found.tool_mask, strict=True) if not own]
+    assert "Tool <|user|> not found." in TOKENIZER.decode(others)
+    assert [i for i in others if i in TOKENIZER.all_special_ids] == ids_of("<|system|><|end|><|assistant|>")
+
+
 class Counter:
     """Adds up; as in TRL's documentation, but for `seed`."""
 
@@ -247,7 +262,7 @@ def give(kind: str):
     if kind == "exit":
         raise SystemExit(3)
     odd = {"bytes": b"caf\xc3\xa9 \xff", "none": None, "dict": {"a": 1}, "list": [1, 2]}
-    odd |= {"generator": (i for i in "ab"), "image": [{"type": "image", "image": 1}]}
+    odd |= {"half": "a \ud800 b", "generator": (i for i in "ab"), "image": [{"type": "image", "image": 1}]}
     return odd[kind]
 
 
@@ -258,6 +273,7 @@ def give(kind: str):
         (call("give", kind="exit"), "{'error': '3'}", "raised"),
         (call("give", kind="bytes"), "café \ufffd", None),
         (call("give", kind="none"), "None", None),
+        (call("give", kind="half"), "a ? b", None),
         (call("give", kind="dict"), "{'a': 1}", None),
         (call("give", kind="list"), "[1, 2]", None),
         (
@@ -437,6 +453,26 @@ def test_a_call_that_hangs_takes_its_process_down_and_the_others_begin_again():
     assert workers() == []
 
 
+def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started():
+    specs = {"sums": {"environment": UNRULY, "tools": []}}
+    command = [sys.executable, "-m", "polyphony.trainer.environments.worker_main"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(command, env=environ, **pipes) as worker:
+        asked = [{"what": "reset", "given": {"answer": "1", "seed": 1}}]
+        asked += [{"what": "calls", "given": [{"name": "misbehave", "arguments": {"how": "child"}}]}]
+        worker.stdin.write(b"%s\n" % json.dumps(specs).encode())
+        for job in asked:
+            worker.stdin.write(b"%s\n" % json.dumps({"seat": 1, "domain": "sums"} | job).encode())
+            worker.stdin.flush()
+            worker.stdout.readline()  # that it is ready, and what `reset` says
+        while not sleeping():
+            time.sleep(0.01)
+        worker.stdin.close()
+        assert worker.wait(10) == -signal.SIGKILL
+    assert sleeping() == []
+
+
 def test_a_call_that_ends_its_process_costs_its_episode():
     (found,) = lead(Policy([call("misbehave", how="exit"), "x"]), domain(environment=UNRULY, reward=None), processes=1)
     assert (found.episode.is_forfeit, found.episode.fault) == (True, "calls: the process ended")
@@ -481,6 +517,48 @@ def test_rewards_of_episodes_are_added_forfeited_or_missing():
     assert graded([episode(**changes) for changes in given]) == [1.0, 1.5, 0.0, None]
     alone = Scorer([replace(domain(), reward=EnvironmentReward())])
     assert alone([episode(reward=0.5), episode()]) == [0.5, None]
+
+
+def test_the_environment_of_the_readme_is_one():
+    (block,) = re.findall(
+        r"```python\n# my_game.py\n(.*?)```", (HOUSE / "trainer" / "README.md").read_text(), re.DOTALL
+    )
+    exec(block, found := {})
+    policy = Policy(["done"], [call("guess", number=4), call("guess", number=1), "done"])
+    lost, won = lead(policy, domain(environment=found["Guess"], reward=None))
+    assert [m["content"] for m in won.episode.messages if m["role"] == "tool"] == ["wrong", "right"]
+    assert (lost.episode.reward, won.episode.reward) == (0.0, 1.0)
+
+
+FORGETFUL = TEMPLATE.replace(
+    "message.content }}",
+    "(('(' + message.reasoning_content + ')') if message.reasoning_content and not LATER else '') + message.content }}",
+)
+"""Shows thoughts, but none before LATER."""
+
+
+@pytest.mark.parametrize(
+    ("later", "changes", "message"),
+    [
+        ("messages[-1].role == 'user'", {"environment": Game}, "drops earlier thoughts once the user speaks again"),
+        ("messages[-1].role == 'tool'", {"tools": [look]}, "drops earlier thoughts once a tool has answered"),
+        ("false", {"tools": [look]}, None),
+    ],
+)
+def test_a_template_that_drops_earlier_thoughts_is_refused(later, changes, message):
+    thinking = tokenizer(AS_JSON)
+    thinking.chat_template = FORGETFUL.replace("LATER", later)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        Acting.of(domain(**changes), thinking)
+
+
+def test_a_template_without_tools_is_refused():
+    plain = AutoTokenizer.from_pretrained(LAB)
+    with pytest.raises(ValueError, match=r"domains\.sums\.tools: the chat template shows no calls of tools"):
+        Acting.of(domain(tools=[look]), plain)
+    unread = tokenizer(None)
+    with pytest.raises(ValueError, match=r"domains.sums.tools: .*response"):
+        Acting.of(domain(tools=[look]), unread)
 
 
 @pytest.mark.parametrize(

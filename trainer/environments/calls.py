@@ -149,11 +149,16 @@ def content_of(value: Any) -> tuple[str, str]:
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
         if any(part["type"] != "text" for part in value):
             return str({"error": "the tool returned more than text, which this policy does not read"}), "bad_results"
-        return "\n".join(str(part.get("text", "")) for part in value), ""
+        return whole("\n".join(str(part.get("text", "")) for part in value)), ""
     try:
-        return str(value), ""
+        return whole(str(value)), ""
     except Exception as error:  # a user's class may raise anything
         return str({"error": f"the tool's answer cannot be written: {error}"}), "bad_results"
+
+
+def whole(text: str) -> str:
+    """Return a text without halves of characters (lone surrogates), which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 async def _caught(awaitable: Any) -> Any:
@@ -169,7 +174,7 @@ def _settled(value: Any) -> Any:
 
 def _text(method: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
-        return value
+        return value and whole(value)
     content, odd = content_of(value) if isinstance(value, list) else ("", "odd")
     if odd:
         raise TypeError(f"{method} returned {value!r:.60}, expected text or None")

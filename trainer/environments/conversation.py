@@ -262,8 +262,7 @@ class Conversations:
             self._finish(led)
 
     def _finish(self, led: Led) -> None:
-        environment, acting = None, led.acting
-        assert acting is not None
+        environment = None
         led.attempt += 1  # of what is still being sampled for it, nothing counts
         if led.seat is not None:
             environment = self._host(led).environment(led.seat)
@@ -283,7 +282,6 @@ class Conversations:
             fault=led.fault,
             is_forfeit=led.is_forfeit,
             reward=led.own_reward,
-            rewards_itself=acting.has_reward,
             last=last,
             written="\n".join(turns),
             environment=environment,

@@ -16,6 +16,8 @@ from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.environments.threads import Threads
 from polyphony.trainer.policy import Policy
 
+NONE = {"type": "function", "function": {"name": "none", "description": "", "parameters": {"type": "object"}}}
+
 
 class Episodes:
     """Completions of a policy in all domains; a domain that does not act has one turn.
@@ -61,8 +63,8 @@ class Episodes:
 
     @property
     def tools(self) -> list[Any]:
-        """The tools of all domains, as the template shows them; those of none where a domain is only spoken to."""
-        return [dict(schema) for one in self._acting.values() for schema in one.schemas] or [{}]
+        """The tools of all domains, as the template shows them; where they are only spoken to one that is never called."""
+        return [dict(schema) for one in self._acting.values() for schema in one.schemas] or [NONE]
 
     def complete(
         self,

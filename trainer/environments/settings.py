@@ -51,6 +51,10 @@ def check_acting(
         raise ValueError(
             f"{where} with vllm_structured_outputs_regex: a call would have to match it too; leave out one"
         )
+    if "stop" in (of_trl("generation_kwargs") or {}):
+        raise ValueError(
+            f"{where} with generation_kwargs.stop: a turn that ends at it has no end for the next to follow"
+        )
     by_name = {domain.name: domain for domain in acting}
     for guardrail in guardrails:
         if guardrail.action == "recover" and guardrail.by != "refresh" and guardrail.domain in by_name:

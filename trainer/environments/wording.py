@@ -90,9 +90,9 @@ class Wording:
         is_tools = messages[0]["role"] == "tool"
         stand_in: dict[str, Any] = {"role": "assistant", "content": "" if is_tools else "dummy"}
         if is_tools:  # some templates take the answer's name from the call
-            stand_in["tool_calls"] = _call_of(messages[0]["name"])
+            stand_in["tool_calls"] = _call_of(self._spelled(messages[0]["name"]))
         begun = [{"role": "user", "content": "dummy"}, stand_in]
-        spelled = [{**message, "content": self._spelled(message["content"])} for message in messages]
+        spelled = [{**m, **{n: self._spelled(m[n]) for n in ("content", "name") if n in m}} for m in messages]
         before = self._encoded(self._rendered(begun, opens=False))
         whole = self._encoded(self._rendered([*begun, *spelled], opens=True))
         # what a template writes behind the end of a turn belongs to what follows; one without such an end ends by itself
