@@ -42,6 +42,8 @@ class Wording:
         self._tokenizer: Any = tokenizer
         self._kwargs = dict(chat_template_kwargs)
         self._tools = list(tools)
+        self._names = {tool["function"]["name"] for tool in tools}
+        self._known: dict[str, list[int]] = {}
         if tools and not supports_tool_calling(tokenizer):
             raise ValueError("the chat template shows no calls of tools and their answers")
         self._template: str | None = None
@@ -93,14 +95,23 @@ class Wording:
             stand_in["tool_calls"] = _call_of(self._spelled(messages[0]["name"]))
         begun = [{"role": "user", "content": "dummy"}, stand_in]
         spelled = [{**m, **{n: self._spelled(m[n]) for n in ("content", "name") if n in m}} for m in messages]
-        before = self._encoded(self._rendered(begun, opens=False))
+        before = self._before(begun, messages[0]["name"] if is_tools else "")
         whole = self._encoded(self._rendered([*begun, *spelled], opens=True))
-        # what a template writes behind the end of a turn belongs to what follows; one without such an end ends by itself
-        ends = [i for i, token in enumerate(before) if token == self._tokenizer.eos_token_id]
-        before = before[: ends[-1] + 1] if ends else before
         if whole[: len(before)] != before:
             raise ValueError("the chat template shows a turn otherwise once another follows it")
         return whole[len(before) :]
+
+    def _before(self, begun: Sequence[Message], called: str) -> list[int]:
+        """Return the tokens up to the end of the stand-in for a turn, which are the same for all that call one tool."""
+        if called in self._known:
+            return self._known[called]
+        before = self._encoded(self._rendered(begun, opens=False))
+        # what a template writes behind the end of a turn belongs to what follows; one without such an end ends by itself
+        ends = [i for i, token in enumerate(before) if token == self._tokenizer.eos_token_id]
+        before = before[: ends[-1] + 1] if ends else before
+        if not called or called in self._names:  # others the policy makes up
+            self._known[called] = before
+        return before
 
     def parsed(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """Return what the policy said as a message, with `tool_calls` where it called; text where it is malformed."""
