@@ -6,6 +6,7 @@ Frozen records. K domains, G completions a group. Undefined is NaN, never 0; a g
 from __future__ import annotations
 
 import functools
+import json
 import math
 import random
 import re
@@ -46,7 +47,15 @@ class Domain:
     heldout: Any = None
     """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None
-    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's."""
+    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's. May be
+    left out where the environment has `get_reward`, whose reward is added to it."""
+    environment: Any = None
+    """What the policy acts in, over several turns: an import path `pkg.module:Class`, a mapping `{name, **arguments}`, in
+    Python also a class or what makes one, as TRL's `environment_factory`: `reset(**columns)`, public methods as tools,
+    optionally `get_reward()`; and `reply(message)`, what the user says where no tool was called."""
+    tools: Any = None
+    """What the policy may call: a list of `python` (a program in the sandbox), import paths of functions, mappings `{name,
+    **arguments}`, in Python also functions. With type hints and docstrings, as TRL has them."""
     weight: float = Field(default=1.0, ge=0)
     """Relative share under the `joint` scheduler."""
     advantages: AdvantageKind | None = None
@@ -78,6 +87,11 @@ class Domain:
     def is_watch_only(self) -> bool:
         return self.train is None
 
+    @property
+    def acts(self) -> bool:
+        """Whether its policy may call tools, or goes on after its first turn."""
+        return self.environment is not None or bool(self.tools)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -105,6 +119,52 @@ UNNAMED = Prompt(domain="", id="")
 """Of a completion that has just come out of an engine, which knows token ids only."""
 
 
+FAILURES = ("unknown_tools", "bad_arguments", "raised", "bad_results")
+"""How calls fail, of which the policy is told: there is no such tool, it does not take the arguments, it raised an error, or
+its answer is no text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episode:
+    """What came of a completion of several turns, in a domain that acts."""
+
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """After the prompt, in order: what the assistant, tools and users said."""
+    turns: int = 0
+    """Of the policy."""
+    calls: int = 0
+    failures: tuple[str, ...] = ()
+    """Of each call that failed, one of `FAILURES`."""
+    cut: Literal["turns", "length"] | None = None
+    """The limit that ended it while the policy was calling tools or was spoken to: of turns, or of tokens."""
+    fault: str | None = None
+    """What went wrong in the environment, in words."""
+    is_forfeit: bool = False
+    """Whether that was a call's doing, one that never came back or took its process down: the reward is 0. A fault that no
+    call caused leaves the completion without one."""
+    reward: float | None = None
+    """The environment's own (`get_reward`), which is added to the domain's; None where it has none, or cannot tell."""
+    last: int = 0
+    """Where the tokens of the policy's last turn begin."""
+    written: str = ""
+    """What the policy said in all turns, a line each."""
+    environment: Any = field(default=None, compare=False, repr=False)
+    """The instance, for rewards that look at it; only where it lives in this process."""
+
+    @property
+    def transcript(self) -> str:
+        """What was said, a line and who said it for each; of calls the name and the arguments."""
+        lines = []
+        for message in self.messages:
+            said = " ".join(filter(None, (message.get("reasoning_content"), message.get("content"))))
+            calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+            called = [f"{call.get('name')}({json.dumps(call.get('arguments'), default=str)})" for call in calls]
+            who = f"{message['role']} {message.get('name', '')}".strip()
+            lines.append(f"[{who}] " + " ".join(filter(None, (said, *called))))
+        ended = self.fault or (f"cut off at the limit of {self.cut}" if self.cut else "")
+        return "\n".join([*lines, *([f"[{ended}]"] if ended else [])])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """What came back to one prompt; filled in step by step, by `replace`.
@@ -113,17 +173,22 @@ class Completion:
     whether it was cut off; the reward a number; in training, the shortcut watch its signs. There, what the ranks tell each
     other of it is a place in a `Group`; at an evaluation they also send the few texts that people are shown, and the token
     ids of the items on which the distance to the base model is measured (`EvaluationSettings.shown`, `kl_items`). A
-    completion of several turns will hold all tokens after the prompt, and a mask of those that the policy wrote.
+    completion of several turns holds all tokens after the prompt, and a mask of those that the policy wrote; its prompt is
+    the one that its environment had begun with.
     """
 
     ids: Sequence[int]
     """Token ids, the end-of-sequence token included."""
     logps: Sequence[float] | None = None
-    """Of each token under the sampling distribution; None where the engine does not tell."""
+    """Of each token under the sampling distribution; None where the engine does not tell. Of tokens that the policy did not
+    write, 0."""
+    tool_mask: Sequence[int] | None = None
+    """TRL's: 1 for a token that the policy wrote, 0 for one of a tool's answer or of what frames it; None: it wrote all."""
     version: int | None = None
     """Number of the weight sync whose weights sampled it; None where the engine does not count."""
     prompt: Prompt = UNNAMED
     text: str = ""
+    """Of several turns, the last."""
     truncated: bool = False
     """Whether it ran into the length limit."""
     reward: float | None = None
@@ -134,6 +199,32 @@ class Completion:
     """What the reward told of it by `log_extra("feedback", ..)`, for teachers that read it; None where it told nothing."""
     teacher_logps: Sequence[float] | None = None
     """Of each token, by a teacher behind an endpoint; NaN where it gave none, None without such a teacher."""
+    episode: Episode | None = None
+    """None in a domain that does not act."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy wrote."""
+        return len(self.ids) if self.tool_mask is None else sum(self.tool_mask)
+
+    @property
+    def written(self) -> str:
+        """What the policy said, in all turns."""
+        return self.text if self.episode is None else self.episode.written
+
+    @property
+    def to_read(self) -> str:
+        """What was said, for people: of several turns who said it before each."""
+        return self.text if self.episode is None else self.episode.transcript
+
+    @property
+    def answer(self) -> Completion:
+        """The last turn alone, of several."""
+        if self.episode is None:
+            return self
+        last, logps = self.episode.last, self.logps
+        logps = None if logps is None else logps[last:]
+        return replace(self, ids=self.ids[last:], logps=logps, tool_mask=None, episode=None)
 
     @property
     def surprisal(self) -> float | None:
@@ -171,7 +262,7 @@ class Group:
     rewards: tuple[float | None, ...]
     """[G]; None where the grader failed, which is never evidence of difficulty."""
     lengths: tuple[int, ...]
-    """[G], tokens."""
+    """[G], tokens that the policy wrote."""
     truncated: tuple[bool, ...]
     """[G]; True where the completion ran into the length limit."""
     surprisals: tuple[float | None, ...] = ()
@@ -182,6 +273,8 @@ class Group:
     """[G] where texts of a group are compared with each other, else empty."""
     prints: tuple[int, ...] = ()
     """[G]; a number of each completion's token ids, alike where these are."""
+    episodes: tuple[Episode, ...] = ()
+    """[G] in a domain that acts, else empty; what is counted of each, without what was said."""
     fused: Fused | None = None
     """In a domain with a diversity reward: `rewards` are the quality then, and these are what the update learns from."""
     look: int | None = None
@@ -209,12 +302,13 @@ class Group:
             domain=prompt.domain,
             draw=draw,
             rewards=tuple(c.reward for c in completions),
-            lengths=tuple(len(c.ids) for c in completions),
+            lengths=tuple(c.length for c in completions),
             truncated=tuple(c.truncated for c in completions),
             surprisals=tuple(c.surprisal for c in completions),
             signs=tuple(c.signs for c in completions),
             texts=tuple(c.text for c in completions) if with_texts else (),
             prints=tuple(hash(tuple(c.ids)) for c in completions),
+            episodes=tuple(_counts(c.episode) for c in completions if c.episode is not None),
         )
 
     def joined(self, other: Group) -> Group:
@@ -291,6 +385,11 @@ class Group:
         return abs_advantage(tuple([r for r in self.learned if r is not None]))
 
 
+def _counts(episode: Episode) -> Episode:
+    """Return an episode without what was said in it: what ranks tell each other."""
+    return replace(episode, messages=(), written="", environment=None)
+
+
 @functools.lru_cache(maxsize=KINDS)
 def pass_rate(graded: tuple[float, ...]) -> float:
     """Return the share of the rewards that pass; NaN for none."""
@@ -314,7 +413,7 @@ def repeated(items: Sequence[T], size: int) -> tuple[T, ...]:
     return tuple(islice(cycle(items), size))
 
 
-COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts", "prints")
+COLUMNS = ("rewards", "lengths", "truncated", "surprisals", "signs", "texts", "prints", "episodes")
 """The fields of a group that have an entry a completion."""
 
 

@@ -22,6 +22,7 @@ from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.launch.remarks import remarks
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
+from polyphony.trainer.environments.calls import functions_of, make_environment
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
@@ -112,6 +113,8 @@ def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
 
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "environment": lambda environment, where: make_environment(environment),
+    "tools": lambda tools, where: functions_of(tools),
     "train": lambda source, where: check_source(source, where=where),
     "heldout": lambda source, where: check_source(source, where=where),
     "reward": lambda reward, where: find_reward(reward),
@@ -158,6 +161,7 @@ def build_trainer(
             update=ours.update,
             faults=ours.faults,
             checkpoint=ours.checkpoint,
+            environments=ours.environments,
             max_grader_failures=ours.max_grader_failures,
             run=run,
             guardrails=ours.guardrails if run else (),

@@ -259,6 +259,8 @@ def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
     from polyphony.trainer.scoring import Scorer
 
     where = f"domains.{domain.name}.reward"
+    if domain.reward is None:  # its environments reward, and nobody has acted
+        return []
     try:
         scorer = Scorer([domain])
     except ValueError as error:

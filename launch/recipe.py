@@ -37,6 +37,7 @@ from polyphony.launch.sections import (
 )
 from polyphony.launch.yaml_text import read_value, read_yaml
 from polyphony.trainer.arguments import UNHEARD, complaints
+from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.settings import (
@@ -100,6 +101,7 @@ class Recipe(BaseModel):
     domain names is not loaded."""
     update: RowSettings = RowSettings()
     rollouts: RolloutsSection = RolloutsSection()
+    environments: EnvironmentSettings = EnvironmentSettings()
     eval: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     data: DataSettings = DataSettings()
@@ -181,6 +183,7 @@ class Recipe(BaseModel):
             ),
             faults=self.faults,
             checkpoint=self.checkpoint,
+            environments=self.environments,
             guardrails=list(self.guardrails.values()),
             max_grader_failures=self.rollouts.max_grader_failures,
         )

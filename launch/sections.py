@@ -86,6 +86,10 @@ class TrackingSection:
     """Null logs nothing to W&B."""
 
 
+BY_ENVIRONMENT = object()
+"""Stands for the reward that a domain leaves to its environment."""
+
+
 @settings
 class RecipeDomain(Domain):
     """One subject: trained if it has `train`, else only watched. Held-out rows and a reward are required."""
@@ -93,7 +97,11 @@ class RecipeDomain(Domain):
     heldout: Any  # type: ignore[reportGeneralTypeIssues]  # required here
     """Rows for held-out evaluation, at least two; in the same forms as `train`, never trained on."""
     reward: Any  # type: ignore[reportGeneralTypeIssues]
-    """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`."""
+    """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`. May be left
+    out where the environment has `get_reward`, whose reward is added to it."""
+    tools: list[Any] | None = None  # type: ignore[reportIncompatibleVariableOverride]
+    """What the policy may call: `python` (a program in the sandbox), import paths of functions, mappings `{name,
+    **arguments}` of classes whose public methods are tools. With type hints and docstrings, as TRL has them."""
     diversity: Diversity | None = None
     """Without it the reward alone counts."""
 
@@ -113,10 +121,29 @@ class RecipeDomain(Domain):
             return source
         raise ValueError("expected a path, a list of them, or a mapping with `path` or `generator`")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_leave_the_reward_to_its_environment(cls, given: Any) -> Any:
+        """Fill in what stands for a reward that is left out; whether the environment has one is seen with its rows."""
+        said = given if isinstance(given, Mapping) else getattr(given, "kwargs", None) or {}
+        if said.get("environment") is None or said.get("reward") is not None:
+            return given
+        return {**said, "reward": BY_ENVIRONMENT}
+
     @field_validator("reward")
     @classmethod
     def _names_a_reward(cls, reward: Any) -> Any:
-        return named(reward)
+        return None if reward is BY_ENVIRONMENT else named(reward)
+
+    @field_validator("environment")
+    @classmethod
+    def _names_an_environment(cls, environment: Any) -> Any:
+        return None if environment is None else named(environment, method="reset")
+
+    @field_validator("tools")
+    @classmethod
+    def _names_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        return None if tools is None else [named(tool) for tool in tools]
 
     @field_validator("diversity")
     @classmethod

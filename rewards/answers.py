@@ -27,9 +27,14 @@ _FENCE = re.compile(r"^([ \t]{0,16})(`{3,}|~{3,})([ \t]{0,3}[\w+-]*)[^\n]*\n?", 
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """Return the text: the string itself, or the contents of the assistant's messages joined by newlines."""
+    """Return the text: the string itself, or the contents of the assistant's messages joined by newlines.
+
+    Of several turns, of those after the last that somebody else said: what was said before a tool's answer is no answer.
+    """
     if isinstance(completion, str):
         return completion
+    others = [i for i, message in enumerate(completion) if message.get("role") != "assistant"]
+    completion = completion[others[-1] + 1 :] if others else completion
     return "\n".join(str(message.get("content") or "") for message in completion if message.get("role") == "assistant")
 
 

@@ -39,8 +39,8 @@ that. Without it they are about `answer_signature`.
 
 HOOKS = ("log_metric", "log_extra", "trainer_state")
 """What TRL hands to every reward beside the columns, and we to those whose signature takes it."""
-OFFERED = (*HOOKS, "id", "domain")
-"""With what else a signature may take: the names of each row."""
+OFFERED = (*HOOKS, "id", "domain", "environments")
+"""With what else a signature may take: the names of each row, and where the policy acted the instances it acted in."""
 
 
 REGISTRY = {

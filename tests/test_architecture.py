@@ -191,7 +191,7 @@ OF_THEIR_OWN = {
     "start": "of a probe's weights, and of what a pool knows",
     "keep": "how many checkpoints, and which weights of a probe",
     **dict.fromkeys(
-        ("heldout", "reward", "diversity"), "of RecipeDomain, which is stricter than the Domain it builds on"
+        ("heldout", "reward", "diversity", "tools"), "of RecipeDomain, which is stricter than the Domain it builds on"
     ),
     "model": "the policy's, and a teacher's",
     "kind": "of a domain, and of an adapter",

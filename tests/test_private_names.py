@@ -21,7 +21,7 @@ RELIED_ON = {
     "trl.trainer.grpo_trainer:GRPOTrainer": """
         _buffered_inputs _calculate_rewards _compute_loss _entropy_bonus_enabled _generate_and_score_completions
         _generate_single_turn _get_per_token_logps_and_entropies _last_loaded_step _log_completion_extra _logs
-        _metrics _step _tokenize_prompts _tokenizer
+        _metrics _step _tokenize_prompts _tokenizer _tool_call_loop
     """,
     "trl.trainer.sft_trainer:SFTTrainer": "_total_train_tokens",
     "transformers.trainer:Trainer": """

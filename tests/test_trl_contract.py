@@ -70,6 +70,10 @@ def test_the_committed_losses_are_those_that_the_trainer_computes():
             GRPOTrainer._generate_single_turn,
             ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
         ),
+        (
+            GRPOTrainer._tool_call_loop,
+            ["prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields"],
+        ),
         (GRPOTrainer._calculate_rewards, ["inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._save_checkpoint, ["model", "trial"]),
         (GRPOTrainer._load_optimizer_and_scheduler, ["checkpoint"]),

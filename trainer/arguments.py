@@ -27,24 +27,24 @@ class Unheard:
 HEARD = frozenset(
     """
     accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices beta bf16 bf16_full_eval
-    cast_lm_head_to_fp32 dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
-    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta
-    disable_dropout disable_tqdm do_eval do_predict do_train entropy_coef_delta entropy_coef_max entropy_coef_min
-    entropy_target epsilon epsilon_high fp16 fp16_full_eval fsdp fsdp_config full_determinism generation_batch_size
-    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy hub_token importance_sampling_level include_num_input_tokens_seen
-    learning_rate liger_kernel_config local_rank log_completions_hub_repo log_level log_level_replica log_multimodal
-    log_on_each_node log_unique_prompts logging_first_step logging_nan_inf_filter logging_steps logging_strategy loss_type
-    lr_scheduler_kwargs lr_scheduler_type mask_truncated_completions max_grad_norm min_p model_init_kwargs
-    neftune_noise_alpha num_completions_to_print num_generations num_iterations off_policy_mask_threshold optim optim_args
-    optim_target_modules pad_to_multiple_of parallelism_config per_device_train_batch_size project push_to_hub
-    ref_model_mixup_alpha ref_model_sync_steps repetition_penalty report_to restore_callback_states_from_checkpoint
-    resume_from_checkpoint router_aux_loss_coef run_name sapo_temperature_neg sapo_temperature_pos save_on_each_node
-    skip_memory_metrics steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k top_p
-    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
-    trackio_static_space_id trust_remote_code use_bias_correction_kl use_cache use_cpu vespo_k_neg vespo_k_pos
-    vespo_lambda_neg vespo_lambda_pos warmup_steps weight_decay
+    cast_lm_head_to_fp32 dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta disable_dropout
+    disable_tqdm do_eval do_predict do_train entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target epsilon
+    epsilon_high fp16 fp16_full_eval fsdp fsdp_config full_determinism generation_batch_size gradient_accumulation_steps
+    gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision
+    hub_strategy hub_token importance_sampling_level include_num_input_tokens_seen learning_rate liger_kernel_config
+    local_rank log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
+    logging_first_step logging_nan_inf_filter logging_steps logging_strategy loss_type lr_scheduler_kwargs lr_scheduler_type
+    mask_truncated_completions max_grad_norm max_tool_calling_iterations min_p model_init_kwargs neftune_noise_alpha
+    num_completions_to_print num_generations num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
+    pad_to_multiple_of parallelism_config per_device_train_batch_size project push_to_hub ref_model_mixup_alpha
+    ref_model_sync_steps repetition_penalty report_to restore_callback_states_from_checkpoint resume_from_checkpoint
+    router_aux_loss_coef run_name sapo_temperature_neg sapo_temperature_pos save_on_each_node skip_memory_metrics
+    steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k top_p torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id trust_remote_code
+    use_bias_correction_kl use_cache use_cpu vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos warmup_steps
+    weight_decay
     """.split()  # noqa: SIM905
 )
 """Handed over untouched: TRL, Transformers and whatever samples do with it what they do without us."""
@@ -108,7 +108,6 @@ UNHEARD: dict[str, tuple[Unheard, ...]] = {
     "label_names": (Unheard(allowed=(None,), why=_LABELS),),
     "label_smoothing_factor": (Unheard(allowed=(0.0,), why=_LABELS),),
     "length_column_name": (Unheard(allowed=("length",), why="prompts are drawn by the curriculum, not by length"),),
-    "max_tool_calling_iterations": (Unheard(allowed=(None,), why="there are no tools to call"),),
     "multi_objective_aggregation": (
         Unheard(
             allowed=("sum_then_normalize",),

@@ -21,6 +21,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
 from polyphony.trainer.data import PromptTable
+from polyphony.trainer.environments.acting import Acting, those_that_act
 from polyphony.trainer.rows import load_rows
 from polyphony.trainer.settings import DataSettings
 
@@ -127,6 +128,8 @@ class DomainData:
     """Per domain that is only watched, the rows to recover it with (`guardrails.<d>.prompts`)."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
+    acting: Mapping[str, Acting] = field(default_factory=dict)
+    """Domains that act: their environments, tools and words."""
     answers: Mapping[str, PromptTable] = field(default_factory=dict)
     """Under `algorithm: sft`, what is learned from, by its place."""
 
@@ -151,11 +154,10 @@ class DomainData:
         _check_names(domains)
         shared = args.chat_template_kwargs or {}  # a domain's own arguments win
         domains = [replace(d, chat_template_kwargs={**shared, **d.chat_template_kwargs}) for d in domains]  # type: ignore[dict-item]
+        domains, acting = those_that_act(domains, tokenizer)
         taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None
-        told = told or _told_nobody
-
-        read: list[int] = []
+        told, read = told or _told_nobody, list[int]()
 
         def tables(split: str) -> dict[str, PromptTable]:
             found = {}
@@ -182,6 +184,7 @@ class DomainData:
             limits=limits,
             tokenizer=tokenizer,
             context=context,
+            acting=acting,
         )
         data._check_text()
         longest = data._leave_out_overlong(told)
@@ -277,6 +280,8 @@ class DomainData:
             return self.tokenizer(prompt.prompt, add_special_tokens=not is_begun)["input_ids"]  # type: ignore[return-value]
         tools: dict[str, Any] = {"tools": list(prompt.tools)} if prompt.tools else {}
         try:
+            if prompt.domain in self.acting:
+                return self.acting[prompt.domain].wording.prompt(prompt.prompt)
             encoded = self.tokenizer.apply_chat_template(
                 prompt.prompt,
                 add_generation_prompt=True,
@@ -325,9 +330,12 @@ class DomainData:
         return tuple(sorted(mark for mark in framing if len(mark) > 2 and not mark.isalnum()))
 
     def _check_tools(self) -> None:
-        """Warn where rows have functions that the policy would not be shown."""
+        """Warn where rows have functions that the policy would not be shown; refuse what a domain that acts cannot use."""
         for table in self.tables.values():
             prompt = next((prompt for prompt in table if prompt.tools), None)
+            if acting := self.acting.get(table.domain.name):
+                acting.check_rows(table, with_tools=prompt)
+                continue
             if prompt is None:
                 continue
             shown, hidden = self.tokenized([prompt, replace(prompt, tools=())])

@@ -24,7 +24,8 @@ from polyphony.curricula.records import Completion, Group, Prompt, Rollout, repe
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.engine.vllm import Request, completion_seed
+from polyphony.trainer.engine.vllm import OnFinished, Request, completion_seed
+from polyphony.trainer.environments.episodes import Episodes
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import EarlyGrading, Failures, Scorer, together
@@ -96,6 +97,8 @@ class Draws:
     dead groups, whose expected direction is none."""
     tokens: int = 0
     """Sampled by all ranks in the draws so far."""
+    episodes: Episodes | None = None
+    """Leads episodes, where a domain acts."""
     recorder: Recorder | None = None
     """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
 
@@ -127,7 +130,7 @@ class Draws:
             )
             for i, prompt in enumerate(prompts)
         ]
-        read = self.policy.read(prompts, self.policy.complete(requests, copies))
+        read = self.policy.read(prompts, self._complete(prompts, requests, copies))
         scorer = self.scorer.apart()
         rewards = together(lambda: scorer(read), scorer.slow, gather_object)
         graded = [replace(c, reward=reward) for c, reward in zip(read, rewards, strict=True)]
@@ -201,7 +204,7 @@ class Draws:
         ]
         started = time.perf_counter()
         ahead = EarlyGrading(self.scorer, asked, self.policy.read)
-        completions = self.policy.complete(requests, len(members), ahead.take if self.scorer.slow else None)
+        completions = self._complete(asked, requests, len(members), ahead.take if self.scorer.slow else None)
         seconds = time.perf_counter() - started
         read = self.policy.read(asked, completions)
         rewards = together(lambda: ahead.scores(read), self.scorer.slow, gather_object)
@@ -209,6 +212,13 @@ class Draws:
         graded = [replace(c, reward=r, signs=s) for c, r, s in zip(read, rewards, signs, strict=True)]
         rows = dict(zip(places, graded, strict=True))
         return rows, self._gathered(this.draw, rows, len(members)), seconds
+
+    def _complete(
+        self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int, on_finished: OnFinished | None = None
+    ) -> list[Completion]:
+        if self.episodes is None:
+            return self.policy.complete(requests, copies, on_finished)
+        return self.episodes.complete(prompts, requests, copies, on_finished)
 
     def _gathered(self, draw: int, rows: Mapping[int, Completion], members: int) -> dict[int, Group]:
         """Return the groups of all ranks, of so many members each; tokens stay where they were made.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,13 @@ from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
+from polyphony.trainer.environments.episodes import Episodes
+from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, faults_of, norm_of_step
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, refuse_unknown, sums_by_owner
+from polyphony.trainer.policy import Policy, own_mask, refuse_unknown, sums_by_owner
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
@@ -86,7 +88,8 @@ INSTEAD = {
     "eval_dataset": "a domain's heldout=",
     "reward_funcs": "a domain's reward=, weighted: {name: weighted, parts: ..}",
     "reward_processing_classes": "a reward that holds its own tokenizer",
-    "tools": "a column `tools` of the rows; they are shown, not called",
+    "tools": "a domain's tools=; a column `tools` of the rows is shown, not called",
+    "environment_factory": "a domain's environment=",
 }
 """What TRL's trainer takes and this one does not, and what to give instead."""
 
@@ -142,6 +145,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         update: UpdateSettings | Mapping[str, Any] | None = None,
         faults: FaultSettings | Mapping[str, Any] | None = None,
         checkpoint: CheckpointSettings | Mapping[str, Any] | None = None,
+        environments: EnvironmentSettings | Mapping[str, Any] | None = None,
         max_grader_failures: float = MAX_GRADER_FAILURES,
         run: str | Path | RunFolder | None = None,
         guardrails: Sequence[Guardrail | Mapping[str, Any]] = (),
@@ -153,7 +157,8 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> None:
         _refuse(of_trl)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
-        given |= {"checkpoint": checkpoint, "guardrails": guardrails, "max_grader_failures": max_grader_failures}
+        given |= {"checkpoint": checkpoint, "environments": environments, "guardrails": guardrails}
+        given |= {"max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(**given).with_samples(args.num_generations_eval)
         refuse_unknown(engine)
         refuse_unheard(args, engine=engine, has_run=run is not None)
@@ -184,9 +189,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy = Policy(
             self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
-        if outset or sampler_of(args, engine) != "transformers":  # which samples from the policy itself, nothing merged
-            refuse_unmergeable(self.model, self.accelerator)
-        self._walk_and_evaluate(engine, settings)
+        self._walk_and_evaluate(engine, settings, merges=outset is not None)
         self.run = Run(self, outset, model=name).attach() if outset else None
 
     def _steer_and_watch(
@@ -229,8 +232,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._without_dead: list[dict[str, Any]] | None = None
         self._chance_of_draw: Callable[[], None] | None = None
 
-    def _walk_and_evaluate(self, engine: str | Engine | EngineFactory, settings: TrainerSettings) -> None:
+    def _walk_and_evaluate(self, engine: Any, settings: TrainerSettings, *, merges: bool) -> None:
         """Make what samples from the policy: its engine, the draws, the held-out evaluation."""
+        if merges or sampler_of(self.args, engine) != "transformers":  # which samples from the policy, nothing merged
+            refuse_unmergeable(self.model, self.accelerator)
         pool = settings.pool
         refill_rounds, look = (pool.refill.max_rounds, pool.look) if pool else (0, None)
         if pool:
@@ -241,6 +246,9 @@ class DomainGRPOTrainer(GRPOTrainer):
             self.policy.attach(engine)
         if pool:
             pool.check_uneven(self.policy.joint)
+        self.episodes = Episodes.of(self.data, self.policy, settings.environments) if self.data.acting else None
+        if self.episodes:
+            self.tools = self.episodes.tools  # by which TRL knows that rows may hold what the policy did not write
         self.draws = Draws(
             data=self.data,
             curriculum=self.curriculum,
@@ -253,6 +261,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             failures=Failures(most=settings.max_grader_failures),
             look=look,
             refill_rounds=refill_rounds,
+            episodes=self.episodes,
         )
         self.distil: Distil | None = None
         if self.lesson is not None and (distil := settings.update.distil):
@@ -271,6 +280,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             settings=settings.evaluation,
             seed=self.args.seed,
             fusion=self.fusion,
+            episodes=self.episodes,
         )
 
     # --- one draw -------------------------------------------------------------------------------------------------
@@ -296,7 +306,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
         lessons = self._learn(output, list(rollout.rows.values()))
         if lessons or not self.advantages.is_stock:
-            self._show_advantages(output["advantages"], output["completion_mask"])
+            self._show_advantages(output["advantages"], own_mask(output))
         per_token = {name: total / tokens for name, (total, tokens) in entropy.items()}
         self.curriculum.observe(rollout.sampled, per_token, lessons)
         self.meter.add(
@@ -318,7 +328,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         distil = (self.own_best.of(self.policy, ledger.open) if ledger.begun else None) or self.distil
         if distil is None:
             return {}
-        old, mask = self._row_logps, output["completion_mask"]
+        old, mask = self._row_logps, own_mask(output)
         assert old is not None
         learned = distil(output["advantages"], output.get("old_per_token_logps", old), mask, rows)
         output["advantages"] = learned.advantages
@@ -397,10 +407,19 @@ class DomainGRPOTrainer(GRPOTrainer):
         return [c.prompt.ids for c in self._finished.rows.values()], None, {}
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple:
-        """Hand over the completions. Relies on TRL calling it once a draw, since tools are refused."""
+        """Hand over the completions. Relies on TRL calling it once a draw, since its loop over tools is ours."""
         completions = list(self._finished.rows.values())
-        logps = None if completions[0].logps is None else [c.logps for c in completions]
+        logps = None if any(c.logps is None for c in completions) else [c.logps for c in completions]
         return [c.ids for c in completions], logps
+
+    def _tool_call_loop(self, prompts: list, prompt_ids: list, ids: list, completions: list, logps: Any, *rest: Any):
+        """Hand over which tokens the policy wrote, and what was said; all tools have answered."""
+        rows = list(self._finished.rows.values())
+        masks = [[1] * len(row.ids) if row.tool_mask is None else list(row.tool_mask) for row in rows]
+        said = [list(r.episode.messages) if r.episode else own for r, own in zip(rows, completions, strict=True)]
+        acted = [row.episode for row in rows if row.episode]
+        calls, failures = sum(e.calls for e in acted), sum(len(e.failures) for e in acted)
+        return masks, said, ids, logps, calls, failures, [[] for _ in rows]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hand over the rewards of all ranks, [B_global, 1]; NaN where a grader failed, which TRL leaves out."""
@@ -438,7 +457,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         entropy, self._loss_entropy = self._loss_entropy, None
         if self.entropy.control is None or entropy is None:
             return loss
-        bonus = self.entropy.bonus(entropy, inputs["completion_mask"], inputs[ROW_COEFFICIENT])
+        bonus = self.entropy.bonus(entropy, own_mask(inputs), inputs[ROW_COEFFICIENT])
         return loss - bonus / self.current_gradient_accumulation_steps
 
     def _domain_entropy(
@@ -460,7 +479,7 @@ class DomainGRPOTrainer(GRPOTrainer):
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         names = self.data.names
-        sums = sums_by_owner(entropy, mask, [names.index(domain) for domain in domains], n=len(names))
+        sums = sums_by_owner(entropy, own_mask(output), [names.index(domain) for domain in domains], n=len(names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         found = {name: (total, tokens) for name, (total, tokens) in zip(names, totals, strict=True)}
         unmeasured: Counter[str] = Counter()
@@ -531,9 +550,10 @@ class DomainGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "algorithm sft: this trainer samples and evaluates; trainer.sft.trainer:DomainSFTTrainer trains"
             )
-        if self.run is None:
-            return super().train(resume_from_checkpoint, **given)
-        return self.run.led(super().train, resume_from_checkpoint, **given)
+        with closing(self.episodes) if self.episodes else nullcontext():
+            if self.run is None:
+                return super().train(resume_from_checkpoint, **given)
+            return self.run.led(super().train, resume_from_checkpoint, **given)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics beside TRL's, so that one step is one line; an evaluation ends no step."""

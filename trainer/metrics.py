@@ -1,11 +1,11 @@
 """Every metric name of ours, once; and sums and counts over draws, divided once when they are logged.
 
 TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
-`heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `distil/<d>/<metric>`, `recovery/<d>/<metric>`, `shortcuts/<d>/<metric>`,
-`transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. What a reward logs under a name of its own is
-`domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`. Undefined values are absent, never 0. To add one: its name and
-meaning here, then its value where it is known: `Meter` for `domain/..`, `run/recorder.py` for `heldout/..` and
-`transfer/..`, the owner's `metrics` or `flush` for the others.
+`heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `distil/<d>/<metric>`, `environment/<d>/<metric>`,
+`recovery/<d>/<metric>`, `shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. What a
+reward logs under a name of its own is `domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`. Undefined values are
+absent, never 0. To add one: its name and meaning here, then its value where it is known: `Meter` for `domain/..`,
+`run/recorder.py` for `heldout/..` and `transfer/..`, the owner's `metrics` or `flush` for the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from polyphony.curricula.records import Group, passed
+from polyphony.trainer.environments.counts import EpisodeSums
 
 METRICS: Mapping[str, Mapping[str, str]] = {
     "domain": {
@@ -111,6 +112,18 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "collapsed": "share of groups whose answers all say the same",
         "reward": "mean of the fused reward that advantages are computed from; quality alone is domain/<d>/reward",
         "failures": "groups whose partitioner failed: their completions have no reward",
+    },
+    "environment": {
+        "turns": "turns of the policy per completion, in domains with `environment` or `tools`",
+        "calls": "calls of tools per completion",
+        "unknown_tools": "share of the calls that name no tool",
+        "bad_arguments": "share of them with arguments that the tool does not take",
+        "raised": "share of them in which the tool raised an error",
+        "bad_results": "share of them that were answered by something else than text",
+        "cut_by_turns": "share of completions that `grpo.max_tool_calling_iterations` ended while they called tools",
+        "cut_by_length": "share that ended because what was said to them did not fit into their length",
+        "forfeits": "completions with reward 0 because a call did not come back, or took its process down",
+        "faults": "completions without a reward because their environment failed, by no call's doing",
     },
     "transfer": {
         "bwt": "backward transfer: score now minus score at the end of its last stage (watch-only: minus "
@@ -319,6 +332,8 @@ class Meter:
     sums: dict[str, DomainSums] = field(default_factory=dict)
     diversity: dict[str, DiversitySums] = field(default_factory=dict)
     """Of the domains with a diversity reward."""
+    acted: dict[str, EpisodeSums] = field(default_factory=dict)
+    """Of the domains that act."""
     seconds: float = 0.0
     """Spent generating."""
     draws: int = 0
@@ -342,6 +357,8 @@ class Meter:
         """
         for group in (*groups, *discarded):
             self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
+            for episode in group.episodes:
+                self.acted.setdefault(group.domain, EpisodeSums()).add(episode)
         for group in groups:
             self.sums[group.domain].update_with(group, is_useful=self.is_useful(group))
             if group.fused is not None:
@@ -366,6 +383,9 @@ class Meter:
             if counted.completions
             for metric, value in counted.metrics().items()
         }
+        acted, self.acted = self.acted, {}
+        for name, episodes in acted.items():
+            metrics.update({key("environment", metric, name): value for metric, value in episodes.metrics().items()})
         for name, compared in diversity.items():
             metrics.update({key("diversity", metric, name): value for metric, value in compared.metrics().items()})
         tokens = sum(s.tokens for s in sums.values())

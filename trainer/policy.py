@@ -8,7 +8,7 @@ update; collective where the policy is split over ranks. B rows, P prompt tokens
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,6 +25,7 @@ from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Engine, EngineFactory, find_engine
 from polyphony.trainer.engine.merge import merged_parameters
+from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 
@@ -62,7 +63,8 @@ class Policy:
         """Completions a prompt; a group may straddle ranks."""
         self._passes, self._turn = passes, turn
         self._silent = data.framing.union(self.trainer.eos_token_ids)
-        self._ends = {*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id}
+        self.ends = frozenset({*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id})
+        """Tokens that end a turn; a completion that has none at its end was cut off."""
         self._allowed: float | None = None
         self._has_dropout = has_dropout(self.trainer.model)
         if self._has_dropout:
@@ -163,8 +165,7 @@ class Policy:
         each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
         """
         if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
-            if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
-                self.sync()
+            self._sync_if_older()
             return self.engine.complete(requests, on_finished)
         if not requests:  # a rank without a row in this round; by `joint` none waits for it
             return []
@@ -175,6 +176,21 @@ class Policy:
             Completion(ids=i[: r.max_tokens], logps=None if p is None else p[: r.max_tokens])
             for r, i, p in zip(requests, ids, logps or [None] * len(ids), strict=True)
         ]
+
+    def converse(self, turns: Turns) -> None:
+        """Sample all turns with the policy's present weights; where TRL generates, in batches of those that are ready."""
+        if self.engine is not None:
+            self._sync_if_older()
+            self.engine.converse(turns)
+            return
+        while asked := turns.waiting("all"):
+            for (place, _), completion in zip(asked, self.complete([r for _, r in asked], 1), strict=True):
+                turns.take(place, completion)
+
+    def _sync_if_older(self) -> None:
+        assert self.engine is not None
+        if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
+            self.sync()
 
     def close(self) -> None:
         """Let go of what the engine holds outside this process."""
@@ -205,6 +221,16 @@ class Policy:
         split = "over ranks that split the policy's weights (zero3 or fsdp)"
         return f"engine transformers {split}" if trainer.is_fsdp_enabled or is_zero3 else ""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the engine's ranks sample together."""
+        return self.engine is not None and self.engine.is_shared
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that the engine has room for in one sequence; None where it does not say."""
+        return None if self.engine is None else self.engine.room
+
     # --- what token ids say -----------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -214,7 +240,9 @@ class Policy:
     def read(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Completion]:
         """Return the completions with prompt and text; one without an end-of-sequence token was cut off."""
         return [
-            replace(c, prompt=prompt, text=self.decode(c.ids), truncated=c.ids[-1] not in self._ends)
+            c  # an episode knows what it began with, and what of it is an answer
+            if c.episode is not None
+            else replace(c, prompt=prompt, text=self.decode(c.ids), truncated=c.ids[-1] not in self.ends)
             for prompt, c in zip(prompts, completions, strict=True)
         ]
 
@@ -333,6 +361,7 @@ class Policy:
     def entropy_sums(self, completions: Sequence[Completion]) -> list[tuple[float, int]]:
         """Return summed token entropy (nats) and token count of each completion."""
         _, entropy, mask = self.forward([c.prompt.ids for c in completions], [c.ids for c in completions])
+        mask = mask * own_tokens(completions, mask)
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
     def token_logps(self, prompt_ids: Rows, completion_ids: Rows) -> list[list[float]]:
@@ -391,6 +420,21 @@ def _padded(rows: Rows, side: str, padding: int) -> tuple[torch.Tensor, torch.Te
     tensors = [torch.tensor(row) for row in rows]
     ids = pad(tensors, padding_value=padding, padding_side=side)
     return ids, pad([torch.ones_like(t) for t in tensors], padding_side=side)
+
+
+def own_tokens(completions: Sequence[Completion], mask: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of padded completions the policy wrote, as far as completions say, shaped like `mask` [B, T]."""
+    own = torch.ones_like(mask)
+    for i, completion in enumerate(completions):
+        if completion.tool_mask is not None:
+            own[i, : len(completion.tool_mask)] = torch.tensor(completion.tool_mask, device=mask.device)
+    return own
+
+
+def own_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mask [B, T] of what the policy wrote, of a batch of TRL's: `tool_mask` is there where a domain acts."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def sums_by_owner(values: torch.Tensor, mask: torch.Tensor, owner: Sequence[int], *, n: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from polyphony.curricula.records import Completion, Domain, Group, Prompt
+from polyphony.curricula.records import Completion, Domain, Episode, Group, Prompt
 from polyphony.rewards import Reward, find_reward
 from polyphony.rewards.registry import GraderGoneError, ask, misfit, settled
 from polyphony.trainer.extra_columns import Extra
@@ -90,10 +90,13 @@ class Scorer:
         scores: list[float | None] = [None] * len(completions)
         by_domain: dict[str, list[int]] = {}
         for i, completion in enumerate(completions):
-            by_domain.setdefault(completion.prompt.domain, []).append(i)
+            if (episode := completion.episode) is not None and episode.fault is not None:
+                scores[i] = 0.0 if episode.is_forfeit else None  # what a call did not come back from must not hide it
+            else:
+                by_domain.setdefault(completion.prompt.domain, []).append(i)
         for name, places in by_domain.items():
             for i, score in zip(places, self._score(name, [completions[i] for i in places]), strict=True):
-                scores[i] = score
+                scores[i] = with_own(score, completions[i].episode)
         return scores
 
     def _score(self, name: str, completions: list[Completion]) -> list[float | None]:
@@ -130,6 +133,13 @@ class Scorer:
         hooks |= {"trainer_state": self.state_of()}
         values = _call(self.rewards[name], [completion], hooks, opening=self.openings.get(name, ""))
         return _as_scores(name, values, 1)[0]
+
+
+def with_own(score: float | None, episode: Episode | None) -> float | None:
+    """Return a reward with the environment's own added, as TRL adds them: one that is not told is left out of the sum."""
+    if episode is None or episode.reward is None:
+        return score
+    return episode.reward if score is None else score + episode.reward
 
 
 def together(ask: Callable[[], list[T]], slow: Collection[str], gather: Callable[[list], list]) -> list[T]:
@@ -199,15 +209,26 @@ class Failures:
 def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any], *, opening: str) -> list[Any]:
     is_chat = not isinstance(completions[0].prompt.prompt, str)
     texts = [opening + completion.text for completion in completions]
+    episodes = [completion.episode for completion in completions]
     names = {name for completion in completions for name in completion.prompt.columns}
     columns: dict[str, list[Any]] = {n: [s.prompt.columns.get(n) for s in completions] for n in sorted(names)}
     arguments = {
         "prompts": [s.prompt.prompt for s in completions],
-        "completions": [[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
+        "completions": [
+            [dict(message) for message in episode.messages]
+            if episode is not None
+            else [{"role": "assistant", "content": text}]
+            if is_chat
+            else text
+            for text, episode in zip(texts, episodes, strict=True)
+        ],
         "completion_ids": [s.ids for s in completions],
         "id": [s.prompt.id for s in completions],
         "domain": [s.prompt.domain for s in completions],
     }
+    instances = [episode and episode.environment for episode in episodes]
+    if any(instance is not None for instance in instances):
+        arguments["environments"] = instances
     return settled([ask(reward, {**columns, **arguments, **hooks})])[0]
 
 

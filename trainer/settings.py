@@ -26,6 +26,7 @@ from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
 from polyphony.rewards.registry import named
+from polyphony.trainer.environments.settings import EnvironmentSettings, check_acting
 from polyphony.trainer.guarded import check_recoveries
 from polyphony.trainer.run.folder import holds_transfer, read_transfer
 from polyphony.trainer.sft.settings import SftSettings
@@ -287,6 +288,7 @@ class TrainerSettings:
     update: UpdateSettings
     faults: FaultSettings
     checkpoint: CheckpointSettings
+    environments: EnvironmentSettings
     guardrails: tuple[Guardrail, ...]
     max_grader_failures: float
 
@@ -304,6 +306,7 @@ class TrainerSettings:
             update=as_settings(UpdateSettings, given.get("update")),
             faults=as_settings(FaultSettings, given.get("faults")),
             checkpoint=as_settings(CheckpointSettings, given.get("checkpoint")),
+            environments=as_settings(EnvironmentSettings, given.get("environments")),
             guardrails=tuple(as_settings(Guardrail, guardrail) for guardrail in guardrails),
             max_grader_failures=max_grader_failures,
         )
@@ -342,6 +345,7 @@ class TrainerSettings:
         if self.evaluation.greedy and (engine == "transformers" or of_trl("use_vllm")):
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
+        check_acting(domains, self.guardrails, algorithm=self.update.algorithm, engine=engine, of_trl=of_trl)
         refills = self.pool is not None and self.pool.refill.max_rounds > 0
         if self.update.sft is None:
             check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)

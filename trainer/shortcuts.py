@@ -52,8 +52,8 @@ class ShortcutWatch:
     def _signs(self, completion: Completion, median: float) -> tuple[str, ...]:
         solution = completion.prompt.columns.get("solution")
         found = degeneration(
-            completion.text,
-            tokens=len(completion.ids),
+            completion.written,
+            tokens=completion.length,
             median_correct_tokens=median,
             reference=solution if isinstance(solution, str) else None,
         )

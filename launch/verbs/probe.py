@@ -282,7 +282,11 @@ class Probe:
             provenance={
                 "probe": self.recipe.model_dump(by_alias=True)["probe"],
                 "model": self.recipe.model,
-                "graders": {name: version_of(find_reward(section.reward)) for name, section in domains.items()},
+                "graders": {
+                    name: version_of(find_reward(section.reward))
+                    for name, section in domains.items()
+                    if section.reward is not None
+                },
             },
         )
 

@@ -111,6 +111,8 @@ def experts_of(recipe: Recipe, given: Sequence[str]) -> dict[str, Expert]:
 
 def _expert(recipe: Recipe, domain: str, teacher: str) -> Expert:
     where = f"teacher {teacher!r} of domain {domain!r}"
+    if recipe.domains[domain].acts:
+        raise RecipeError(f"{where}: the domain acts, over several turns, and what is sampled are answers of one")
     if recipe.domains[domain].is_watch_only:
         raise RecipeError(f"{where}: a watched domain has no training prompts to answer")
     try:
@@ -256,6 +258,7 @@ def asking(recipe: Recipe, model: str, names: Mapping[str, Any]) -> Recipe:
     domains = {
         name: replace(domain, teacher=None, train=domain.train if name in names else None)
         for name, domain in recipe.domains.items()
+        if not domain.acts
     }
     plain = {
         "curriculum": CurriculumSection(scheduler="joint"),

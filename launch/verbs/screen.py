@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +196,10 @@ def groups_of(
         )
         for i, k in enumerate(places)
     ]
-    said = trainer.policy.complete(requests, size)
+    complete = trainer.policy.complete
+    if trainer.episodes is not None:
+        complete = partial(trainer.episodes.complete, [asked[k] for k in places])
+    said = complete(requests, size)
     read = trainer.policy.read([(graded_as or asked)[k] for k in places], said)
     graded = [replace(c, reward=reward) for c, reward in zip(read, trainer.scorer(read), strict=True)]
     return [graded[k * size : (k + 1) * size] for k in range(len(asked))]

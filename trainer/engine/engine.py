@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from polyphony.curricula.declarations import unknown
 from polyphony.curricula.records import Completion
 from polyphony.trainer.engine.merge import merged_parameters
+from polyphony.trainer.engine.turns import Turns, converse
 from polyphony.trainer.engine.vllm import (
     EngineSettings,
     OnFinished,
@@ -60,6 +61,10 @@ class Engine(VLLMGeneration):
     """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
     is_asleep: bool = False
     """True while it holds no weights: only a sync wakes it."""
+    is_shared: bool = False
+    """True where ranks sample together, so that none can go on with a turn alone."""
+    room: int | None = None
+    """Tokens of the longest sequence; None where it does not say."""
     _names: dict[str, str] | None = None
     """Of parameters that a checkpoint calls otherwise; asked of the policy once."""
 
@@ -132,6 +137,12 @@ class Engine(VLLMGeneration):
         `on_finished` gets completions that are whole before the others are, as far as the engine can tell.
         """
         raise NotImplementedError
+
+    def converse(self, turns: Turns) -> None:
+        """Sample all turns, in batches of those that are ready at a time; one that can take requests up meanwhile does."""
+        while asked := turns.waiting("all"):
+            for (place, _), completion in zip(asked, self.complete([r for _, r in asked]), strict=True):
+                turns.take(place, completion)
 
     def flush_faults(self) -> EngineFaults:
         """Return the counts since the last call."""
@@ -213,6 +224,7 @@ class InProcessEngine(Engine):
             changes["enable_sleep_mode"] = True
         with classes_left_alone():
             self.llm = start_llm(self.settings(), **changes)
+        self.room = self.llm.model_config.max_model_len
         self.rest()
         self.accelerator.wait_for_everyone()
 
@@ -237,11 +249,19 @@ class InProcessEngine(Engine):
         """Sample one completion a request, in order."""
         if not requests:  # a rank without a row of this refill
             return []
-        # the engine shares the process's generators with the trainer, whose shuffles must not depend on it
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with self._chance_apart():
             completions = sample(self.llm, requests, self.sampling, on_finished)
         return [replace(c, version=self.version) for c in completions]
+
+    def converse(self, turns: Turns) -> None:
+        """Sample all turns; each is begun as soon as it is asked for, while others are sampled."""
+        with self._chance_apart():
+            converse(self.llm, turns, self.sampling, version=self.version)
+
+    def _chance_apart(self) -> AbstractContextManager[None]:
+        """Keep the generators that the engine shares with the trainer, whose shuffles must not depend on it, as they are."""
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        return torch.random.fork_rng(devices=devices)
 
 
 def find_engine(name: str) -> EngineFactory:

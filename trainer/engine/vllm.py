@@ -121,7 +121,7 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         llm = LLM(**{**arguments, **changes, **settings.more})
     except ValidationError as error:
         raise ValueError(f"vLLM does not take {settings.model}: {said_of(error.errors()[0]['msg'])}") from error
-    _check_room(llm, settings.longest)
+    check_room(llm, settings.longest)
     return llm
 
 
@@ -156,14 +156,14 @@ def sample(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(requests) < 2:
             raise
-    _abort(llm)
+    abort_all(llm)
     middle = len(requests) // 2
     try:
         return [c for half in (requests[:middle], requests[middle:]) for c in _sample(llm, half, sampling)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _abort(llm)
+        abort_all(llm)
         raise RuntimeError(
             f"the rollout engine ran out of memory on {len(requests)} completions and again on half of them: lower "
             "max_completion_length or the generation batch, or change vllm_gpu_memory_utilization"
@@ -177,9 +177,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _sample(
-    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
-) -> list[Completion]:
+def sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+    """Return vLLM's SamplingParams of each request."""
     from vllm import SamplingParams  # slow to import
 
     shared = {
@@ -194,13 +193,19 @@ def _sample(
         **sampling.more,
     }
     greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    params = [
+    return [
         SamplingParams(seed=r.seed, max_tokens=r.max_tokens, **(greedy if r.is_greedy else shared)) for r in requests
     ]
-    _check_room(llm, max((len(r.prompt_ids) + r.max_tokens for r in requests), default=0))
+
+
+def _sample(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+) -> list[Completion]:
+    params = sampling_params(requests, sampling)
+    check_room(llm, max((len(r.prompt_ids) + r.max_tokens for r in requests), default=0))
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
     if on_finished is None:
-        return [_completion(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+        return [completion_of(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
     # a request's name is its number, behind which newer engines put a random tail that outputs do not have
     names = llm.enqueue(prompts, params, use_tqdm=False)
     places = {name.partition("-")[0]: i for i, name in enumerate(names)}
@@ -209,12 +214,12 @@ def _sample(
         for output in llm.llm_engine.step():
             if output.finished:
                 place = places[output.request_id]
-                found[place] = _completion(output.outputs[0])
+                found[place] = completion_of(output.outputs[0])
                 on_finished(place, found[place])
     return [found[i] for i in range(len(requests))]
 
 
-def _check_room(llm: Any, longest: int) -> None:
+def check_room(llm: Any, longest: int) -> None:
     """Raise ValueError for a prompt and completion that vLLM would cut short without a word."""
     room = llm.model_config.max_model_len
     if longest > room:
@@ -224,7 +229,7 @@ def _check_room(llm: Any, longest: int) -> None:
         )
 
 
-def _abort(llm: Any) -> None:
+def abort_all(llm: Any) -> None:
     """Take back what an interrupted call left in the engine, and its cached blocks."""
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -233,7 +238,8 @@ def _abort(llm: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _completion(output: Any) -> Completion:
+def completion_of(output: Any) -> Completion:
+    """Return what vLLM sampled for one request."""
     ids = list(output.token_ids)
     # `logprobs=0` tells the sampled token alone, so the flat list has one entry a token
     assert len(output.logprobs.logprobs) == len(ids)

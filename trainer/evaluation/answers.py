@@ -66,6 +66,7 @@ def answer_probability(completion: Completion, decode: Callable[[Sequence[int]],
 
     The answer is what the completion marks as such, else its last line.
     """
+    completion = completion.answer
     text, logps = completion.text, completion.logps
     answer = final_answer(text) or text.rstrip().rpartition("\n")[2].strip()
     start = text.rfind(answer)

@@ -19,6 +19,7 @@ from polyphony.rewards.registry import as_score
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
+from polyphony.trainer.environments.episodes import Episodes
 from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
@@ -44,6 +45,8 @@ class Evaluator:
     seed: int
     fusion: Fusion = field(default_factory=Fusion)
     """What tells the answers of a domain apart, where it rewards difference."""
+    episodes: Episodes | None = None
+    """Leads episodes, where a domain acts."""
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
     _unpublished: Scorer = field(init=False)
@@ -89,7 +92,8 @@ class Evaluator:
                 shown=_to_be_read(sampled[j * k]) if prompt.id in shown[prompt.domain] else None,
                 ids=(
                     (list(prompt.ids), list(sampled[j * k].ids))
-                    if prompt.id in self.data.heldout[prompt.domain].ids[: self.settings.kl_items]
+                    if sampled[j * k].episode is None  # tokens that others wrote would count as the policy's
+                    and prompt.id in self.data.heldout[prompt.domain].ids[: self.settings.kl_items]
                     else None
                 ),
             )
@@ -102,7 +106,8 @@ class Evaluator:
 
     def _graded(self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int) -> list[Completion]:
         """Return the completions with their rewards; what a reward logs is kept of the items that are published alone."""
-        completions = self.policy.read(prompts, self.policy.complete(requests, copies))
+        complete = self.policy.complete if self.episodes is None else partial(self.episodes.complete, prompts)
+        completions = self.policy.read(prompts, complete(requests, copies))
         published = {name: set(self._published(name)) for name in self.data.heldout}
         halves: tuple[list[int], list[int]] = ([], [])
         for i, prompt in enumerate(prompts):
@@ -194,4 +199,5 @@ class Evaluator:
 def _to_be_read(completion: Completion) -> Completion:
     """Return what of a completion is shown to people: no tokens, no columns."""
     prompt = replace(completion.prompt, columns={}, ids=())
-    return replace(completion, prompt=prompt, ids=(), logps=None)
+    episode = completion.episode and replace(completion.episode, environment=None)
+    return replace(completion, prompt=prompt, ids=(), logps=None, tool_mask=None, episode=episode)

@@ -27,6 +27,8 @@ from polyphony.curricula.records import Domain
 from polyphony.curricula.schedulers import REGISTRY
 from polyphony.rewards.registry import Reward, other_versions, version_of
 from polyphony.trainer.data import PromptTable
+from polyphony.trainer.environments.acting import EnvironmentReward
+from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.run.origins import digest, origin_of, refuse_other_weights
 from polyphony.trainer.settings import TrainerSettings
 
@@ -132,10 +134,11 @@ def settings_of_script(
             return in_words[key]
 
     def told_domain(domain: Domain) -> dict[str, Any]:
-        how = {"train": _source, "heldout": _source, "reward": _part}
+        how = {"train": _source, "heldout": _source, "reward": _part, "environment": _part, "tools": _parts}
         given = {f.name: getattr(domain, f.name) for f in fields(Domain) if f.name != "name"}  # type: ignore[arg-type]
         key = f"domains.{domain.name}"
-        return {n: told(f"{key}.{n}", v, how.get(n, _plain)) for n, v in given.items() if v is not None}
+        said = {n: v for n, v in given.items() if v is not None and not isinstance(v, EnvironmentReward)}
+        return {n: told(f"{key}.{n}", v, how.get(n, _plain)) for n, v in said.items()}
 
     update = settings.update
     trl = {f.name: (getattr(args, f.name), f.default) for f in fields(args) if f.init and not f.name.startswith(UNTOLD)}
@@ -144,6 +147,7 @@ def settings_of_script(
     sections = {"advantages": update.advantages, "guard": update.guard, "rft": update.rft, "pool": settings.pool}
     sections |= {"distil": update.distil, "teachers": update.teachers or None}
     sections |= {"entropy": settings.entropy, "faults": settings.faults}
+    sections["environments"] = None if settings.environments == EnvironmentSettings() else settings.environments
     return {
         "model": told("model", str(Path(model).resolve()) if _is_folder(model) else model, _plain),
         "algorithm": update.algorithm,
@@ -214,6 +218,11 @@ def _part(part: Any) -> Any:
     raise TypeError(type(part))
 
 
+def _parts(parts: Any) -> Any:
+    """Return the tools of a domain, each as `_part` does."""
+    return [_part(part) for part in parts] if isinstance(parts, list | tuple) else _part(parts)
+
+
 def _scheduler(given: Any) -> Mapping[str, Any]:
     """Return a scheduler's name or import path, and its settings."""
     if isinstance(given, str | Mapping):
@@ -228,7 +237,7 @@ def _scheduler(given: Any) -> Mapping[str, Any]:
 def _words(value: Any) -> str:
     """Return what a thing of the script's is, the same in every process."""
     count = f"{len(value)} x " if isinstance(value, Sequence) and not isinstance(value, str) else ""
-    kind = value if inspect.isfunction(value) else type(value)
+    kind = value if inspect.isfunction(value) or inspect.isclass(value) else type(value)
     return f"{count}{kind.__module__}.{kind.__qualname__}"
 
 

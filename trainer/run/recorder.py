@@ -152,7 +152,7 @@ class Recorder:
         published = replace(result.on("report"), entropy=report.entropy)
         answers = {name: published.read(name) for name in published.answers}
         for c in published.shown if self.is_main else ():
-            shown = {"domain": c.prompt.domain, "prompt": c.prompt.prompt, "completion": c.text, "score": c.reward}
+            shown = {"domain": c.prompt.domain, "prompt": c.prompt.prompt, "completion": c.to_read, "score": c.reward}
             self.folder.append("samples", {"step": step, **shown})
         if self.is_main:
             self.folder.append("evaluations", {"step": step, "domains": _details(answers)})

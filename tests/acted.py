@@ -1,0 +1,80 @@
+"""An environment for worker processes, which import this file: it imports nothing that is slow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+
+def look(what: str) -> str:
+    """
+    Look at a number.
+
+    Args:
+        what: The number.
+    """
+    return f"{what} is it"
+
+
+class Looking:
+    """Rewards looks that were even in number."""
+
+    def reset(self, seed: int) -> str:
+        self.looks = 0
+        return " look"
+
+    def look(self, what: str) -> str:
+        """
+        Look at a number.
+
+        Args:
+            what: The number.
+        """
+        self.looks += 1
+        return f"{what} is it, {self.looks}"
+
+    def get_reward(self) -> float:
+        return float(self.looks % 2 == 0)
+
+
+class Unruly:
+    """Counts, and does what it is told; rewards a count of two."""
+
+    def __init__(self, step: int = 1) -> None:
+        self.step = step
+
+    def reset(self, answer: str, seed: int) -> str | None:
+        if answer == "gone":
+            raise OSError("the server is down")
+        self.count, self.answer = 0, answer
+        return f" in {os.getpid()}"
+
+    def add(self) -> str:
+        """Add to the count."""
+        self.count += self.step
+        return f"{self.count} of {self.answer} in {os.getpid()}"
+
+    def misbehave(self, how: str) -> str:
+        """
+        Do something that tools should not.
+
+        Args:
+            how: What.
+        """
+        if how == "hang":
+            time.sleep(60)
+        if how == "exit":
+            os._exit(7)
+        if how == "child":
+            os.posix_spawn("/bin/sleep", ["sleep", "61.5"], dict(os.environ))
+            time.sleep(60)
+        if how == "killed":
+            mark = os.environ["ONCE"]
+            if not os.path.exists(mark):  # noqa: PTH110
+                open(mark, "w").close()  # noqa: PTH123
+                os.kill(os.getpid(), signal.SIGKILL)
+        return "still here"
+
+    def get_reward(self) -> float:
+        return float(self.count == 2)

@@ -1,0 +1,104 @@
+"""Sampling for whom one answer is not the end: requests come while others are sampled, and answers bring new ones.
+
+`Turns` says what is to be sampled and takes what was. One vLLM takes a request up between two of its steps, so that none
+waits for another; engines that only know batches sample what there is, batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.vllm import (
+    Request,
+    Sampling,
+    abort_all,
+    check_room,
+    completion_of,
+    is_out_of_memory,
+    sampling_params,
+)
+
+Wait = Literal["none", "any", "all"]
+"""For what is waited where nothing is to be sampled yet: nothing, the next request, all that could come before a sample."""
+
+
+class Turns(Protocol):
+    """What is sampled over several turns."""
+
+    def waiting(self, wait: Wait) -> Sequence[tuple[int, Request]]:
+        """Return the requests that are to be sampled now, each with its place; none after waiting says that all is over."""
+        ...
+
+    def take(self, place: int, completion: Completion) -> None:
+        """Take in what was sampled for the request of a place, which may have another one afterwards."""
+        ...
+
+
+class Running:
+    """The requests inside one vLLM, by the number that is the head of their name there.
+
+    Example: `running = Running(llm, sampling); running.start([(0, request)]); running.finished()`
+    """
+
+    def __init__(self, llm: Any, sampling: Sampling) -> None:
+        self._llm, self._sampling = llm, sampling
+        self._requests: dict[str, tuple[int, Request]] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def start(self, asked: Sequence[tuple[int, Request]]) -> None:
+        """Hand requests to the engine. Raises ValueError for one that it has no room for."""
+        requests = [request for _, request in asked]
+        check_room(self._llm, max(len(r.prompt_ids) + r.max_tokens for r in requests))
+        prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
+        names = self._llm.enqueue(prompts, sampling_params(requests, self._sampling), use_tqdm=False)
+        # a request's name is its number, behind which newer engines put a random tail that outputs do not have
+        self._requests |= zip((name.partition("-")[0] for name in names), asked, strict=True)
+
+    def finished(self) -> list[tuple[int, Completion]]:
+        """Let the engine make one step, and return what is whole by it."""
+        outputs = [output for output in self._llm.llm_engine.step() if output.finished]
+        return [(self._requests.pop(o.request_id)[0], completion_of(o.outputs[0])) for o in outputs]
+
+    def abort(self) -> list[tuple[int, Request]]:
+        """Take all requests back out of the engine, and return them."""
+        abort_all(self._llm)
+        taken, self._requests = list(self._requests.values()), {}
+        return taken
+
+
+def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int) -> None:
+    """Sample all turns with weights of this version; the engine is never idle while there is a request.
+
+    Out of memory, what was in the engine is sampled again, from then on half as many at a time, once. Raises RuntimeError
+    where that is too much as well.
+    """
+    running, backlog, most = Running(llm, sampling), deque[tuple[int, Request]](), 0
+    while True:
+        backlog.extend(turns.waiting("none" if running or backlog else "any"))
+        if not (running or backlog):
+            return
+        room = len(backlog) if not most else max(0, min(len(backlog), most - len(running)))
+        if room:
+            running.start([backlog.popleft() for _ in range(room)])
+        try:
+            whole = running.finished()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            taken = running.abort()
+            if most or len(taken) < 2:
+                raise RuntimeError(
+                    f"the rollout engine ran out of memory on {len(taken)} completions: lower max_completion_length or "
+                    "environments.episodes, or change vllm_gpu_memory_utilization"
+                ) from error
+            most = len(taken) // 2
+            backlog.extendleft(reversed(taken))
+            continue
+        for place, completion in whole:
+            turns.take(place, replace(completion, version=version))

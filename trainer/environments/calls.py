@@ -1,0 +1,188 @@
+"""One instance of an environment with its tools, and what is asked of it: the same in a thread and in a worker process.
+
+The protocol is TRL's `environment_factory`: `reset(**columns) -> str | None`, public methods as tools, optionally
+`get_reward() -> float | None`. Ours beside it is `reply(message) -> str | None`. Methods and tools may be asynchronous.
+Imports no torch: worker processes start with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from polyphony.rewards.registry import find, settled
+
+ENVIRONMENTS: dict[str, str] = {}
+"""Registry name to `module:Class`."""
+TOOLS = {"python": "polyphony.trainer.environments.python_tool:Python"}
+"""Registry name to `module:Class`, whose public methods are the tools."""
+
+Ask = Literal["reset", "calls", "reply", "reward"]
+"""What an instance is asked for."""
+OWN = ("reset", "get_reward", "reply")
+"""Methods that are no tools."""
+NAMES_OF_ROW = ("seed", "id", "domain")
+"""What `reset` gets beside the columns, where its signature names it."""
+
+
+def make_environment(spec: Any) -> Any:
+    """Return a new instance of an environment: by name, import path or mapping, or of a class or what makes one.
+
+    Raises ValueError for what makes none.
+    """
+    if isinstance(spec, str | Mapping):
+        spec = find("environment", ENVIRONMENTS, spec)
+    made = spec() if inspect.isclass(spec) or inspect.isroutine(spec) or hasattr(spec, "func") else spec
+    if not callable(getattr(made, "reset", None)):
+        raise ValueError(f"environment {spec!r:.60}: expected a method `reset`, {type(made).__name__} has none")
+    return made
+
+
+def functions_of(specs: Sequence[Any]) -> dict[str, Callable[..., Any]]:
+    """Return the functions that tools are, by name; an object's are its public methods. Raises ValueError."""
+    found: dict[str, Callable[..., Any]] = {}
+    for spec in specs:
+        tool = find("tool", TOOLS, spec)
+        of = {tool.__name__: tool} if inspect.isroutine(tool) else methods_of(tool)
+        if not of:
+            raise ValueError(f"tool {spec!r:.60}: expected a function, or a class with public methods")
+        found |= _apart(found, of)
+    return found
+
+
+def methods_of(instance: Any) -> dict[str, Callable[..., Any]]:
+    """Return the methods of an instance that are tools, by name; as in TRL those of its class, no property is read."""
+    names = [name for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction)]
+    return {name: getattr(instance, name) for name in names if not name.startswith("_") and name not in OWN}
+
+
+def _apart(known: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
+    if twice := sorted(known.keys() & more.keys()):
+        raise ValueError(f"two tools are called {twice[0]!r}")
+    return more
+
+
+class Instance:
+    """One environment, or none, with the tools that may be called in it.
+
+    Example: `Instance(environment=Counter(), functions={}).answers([{"function": {"name": "add", "arguments": {"n": 1}}}])`
+    """
+
+    def __init__(self, *, environment: Any, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self.environment = environment
+        own = {} if environment is None else methods_of(environment)
+        self.functions = {**functions, **_apart(functions, own)}
+
+    @classmethod
+    def made(cls, environment: Any, tools: Sequence[Any]) -> Instance:
+        """Return one of what a domain says. Raises ValueError."""
+        return cls(
+            environment=None if environment is None else make_environment(environment), functions=functions_of(tools)
+        )
+
+    def ask(self, what: Ask, given: Any) -> Any:
+        """Return what an instance is asked for; what its environment raises is raised."""
+        if what == "calls":
+            return self.answers(given)
+        if self.environment is None:
+            return None
+        if what == "reset":
+            return _text("reset", _settled(self.environment.reset(**self._taken(given))))
+        if what == "reply":
+            return _text("reply", _settled(self.environment.reply(given)))
+        return _number(_settled(self.environment.get_reward()))
+
+    def _taken(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a row's columns and names `reset` takes."""
+        parameters = inspect.signature(self.environment.reset).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {n: v for n, v in given.items() if n in parameters or (takes_all and n not in NAMES_OF_ROW)}
+
+    def answers(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """Return for each call who answered, what, and how it failed (`records.FAILURES`; empty: not).
+
+        Errors are told as TRL tells them. Those that are asynchronous run together.
+        """
+        begun = [self._begun(call) for call in calls]
+        waiting = [_caught(value) for _, value, _ in begun if inspect.isawaitable(value)]
+        came = iter(settled(waiting))
+        found = []
+        for name, value, failure in begun:
+            value = next(came) if inspect.isawaitable(value) else value
+            if isinstance(value, Exception):
+                value, failure = {"error": str(value)}, failure or "raised"
+            content, odd = content_of(value)
+            found.append({"name": name, "content": content, "failure": failure or odd})
+        return found
+
+    def _begun(self, call: Mapping[str, Any]) -> tuple[str, Any, str]:
+        """Return a call's name, its result or what is to be awaited for it, and how it failed."""
+        function = call.get("function", call)
+        name = str(function.get("name", "unknown"))
+        if (kind := call.get("type", "function")) != "function":
+            return name, {"error": f"Unsupported tool call type: {kind}"}, "unknown_tools"
+        if name not in self.functions:
+            return name, {"error": f"Tool {name} not found."}, "unknown_tools"
+        tool, arguments = self.functions[name], function.get("arguments")
+        try:
+            return name, tool(**arguments), ""
+        except (Exception, SystemExit) as error:  # a user's may raise anything; the policy is told
+            return name, {"error": str(error)}, "raised" if _fits(tool, arguments) else "bad_arguments"
+
+
+def _fits(tool: Callable[..., Any], arguments: Any) -> bool:
+    try:
+        inspect.signature(tool).bind(**arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def content_of(value: Any) -> tuple[str, str]:
+    """Return an answer as the policy reads it, as TRL writes it, and a failure where it is no text and holds none."""
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode(errors="replace"), ""
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        return str({"error": f"the tool returned a {type(value).__name__}, which is no answer"}), "bad_results"
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        if any(part["type"] != "text" for part in value):
+            return str({"error": "the tool returned more than text, which this policy does not read"}), "bad_results"
+        return whole("\n".join(str(part.get("text", "")) for part in value)), ""
+    try:
+        return whole(str(value)), ""
+    except Exception as error:  # a user's class may raise anything
+        return str({"error": f"the tool's answer cannot be written: {error}"}), "bad_results"
+
+
+def whole(text: str) -> str:
+    """Return a text without halves of characters (lone surrogates), which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
+async def _caught(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except Exception as error:  # as above
+        return error
+
+
+def _settled(value: Any) -> Any:
+    return settled([value])[0]
+
+
+def _text(method: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value and whole(value)
+    content, odd = content_of(value) if isinstance(value, list) else ("", "odd")
+    if odd:
+        raise TypeError(f"{method} returned {value!r:.60}, expected text or None")
+    return content
+
+
+def _number(value: Any) -> float | None:
+    number = math.nan if value is None else float(value)
+    if math.isinf(number):
+        raise ValueError(f"get_reward returned {number}; what cannot be told is None")
+    return None if math.isnan(number) else number

@@ -1,0 +1,420 @@
+"""The episodes of one batch, led from turn to turn: what the engine samples next, and what is asked of environments.
+
+No episode waits for another: one whose tool has answered goes on while others are sampled or wait for theirs. What a call
+did not come back from ends its episode with reward 0; a fault that no call caused leaves it without a reward; an episode
+whose process went down with another's begins again, from its seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from polyphony.curricula.records import Completion, Episode, Prompt
+from polyphony.trainer.engine.turns import Wait
+from polyphony.trainer.engine.vllm import OnFinished, Request
+from polyphony.trainer.environments.acting import Acting, Event, Events
+from polyphony.trainer.environments.calls import Ask
+
+MOST_RESTARTS = 3
+"""Of an episode whose process went down with others'."""
+START_S = 120.0
+"""What a process with its environments may take to start, on a busy host."""
+
+
+class Host(Protocol):
+    """Where instances of environments live."""
+
+    def open(self, acting: Acting, *, alone: bool = False) -> int:
+        """Return a seat: an instance for one episode; with `alone` no other's call can take it down."""
+        ...
+
+    def is_ready(self, seat: int) -> bool:
+        """Whether what holds the instance has started."""
+        ...
+
+    def ask(self, seat: int, what: Ask, given: Any) -> None:
+        """Ask an instance; what comes back is an event."""
+        ...
+
+    def environment(self, seat: int) -> Any:
+        """Return the environment itself, where it lives in this process."""
+        ...
+
+    def drop(self, seat: int) -> list[int]:
+        """Give up an instance that does not come back; return the seats that are lost with it."""
+        ...
+
+    def close(self, seat: int) -> None:
+        """Let an episode be over."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What episodes are led by."""
+
+    acting: Mapping[str, Acting]
+    hosts: Callable[[Acting], Host]
+    timeout_s: float
+    episodes: int | None
+    """At once; None: all."""
+    most_turns: int | None
+    """That call tools, of an episode (TRL's `max_tool_calling_iterations`)."""
+    context: int | None
+    """Tokens that a prompt and its episode may have together."""
+    ends: frozenset[int]
+    """Tokens that end a turn."""
+    ending: int
+    """One of them, which stands for a completion of which nothing was said."""
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Led:
+    """One completion on its way."""
+
+    place: int
+    prompt: Prompt
+    request: Request
+    acting: Acting | None
+    seat: int | None = None
+    asked: Ask | None = None
+    deadline: float = 0.0
+    attempt: int = 0
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logps: list[float] | None = field(default_factory=list)
+    messages: list[Mapping[str, Any]] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+    """Where each turn of the policy begins."""
+    calls: int = 0
+    rounds: int = 0
+    """Turns that called tools."""
+    failures: list[str] = field(default_factory=list)
+    version: int | None = None
+    cut: Literal["turns", "length"] | None = None
+    fault: str | None = None
+    is_forfeit: bool = False
+    own_reward: float | None = None
+
+    def begin_again(self, prompt: Prompt) -> None:
+        """Forget what was said and done."""
+        self.prompt, self.seat, self.asked, self.attempt = prompt, None, None, self.attempt + 1
+        self.ids, self.mask, self.logps, self.messages, self.spans = [], [], [], [], []
+        self.calls, self.rounds, self.failures, self.version = 0, 0, [], None
+
+    def next_request(self, room: int) -> Request:
+        """Return the request of its next turn: a seed a completion and turn."""
+        seed = self.request.seed
+        if self.spans:
+            digest = hashlib.sha256(f"{seed}/{len(self.spans)}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+        return replace(self.request, prompt_ids=[*self.prompt.ids, *self.ids], seed=seed, max_tokens=room)
+
+    def add(self, completion: Completion) -> None:
+        """Take in what the policy said in a turn."""
+        self.spans.append(len(self.ids))
+        self.ids += completion.ids
+        self.mask += [1] * len(completion.ids)
+        self.version = completion.version
+        if completion.logps is None:
+            self.logps = None
+        elif self.logps is not None:
+            self.logps += completion.logps
+
+    def add_others(self, ids: Sequence[int]) -> None:
+        """Take in what was said to it."""
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        if self.logps is not None:
+            self.logps += [0.0] * len(ids)
+
+
+class Conversations:
+    """The turns of one batch, for an engine to sample.
+
+    Example: `batch = Conversations(prompts, requests, rules, events); policy.converse(batch); batch.completions()`
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        rules: Rules,
+        events: Events,
+        on_finished: OnFinished | None = None,
+    ) -> None:
+        self._rules, self._events, self._on_finished = rules, events, on_finished
+        self._asked = prompts
+        self._done: dict[int, Completion] = {}
+        self._seats: dict[int, Led] = {}
+        self._sampled: dict[int, tuple[Led, int]] = {}
+        """What is being sampled: by its number an episode and its attempt."""
+        self._numbers = itertools.count()
+        self._ready: list[tuple[int, Request]] = []
+        self._unbegun: deque[Led] = deque()
+        for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            led = Led(place=place, prompt=prompt, request=request, acting=rules.acting.get(prompt.domain))
+            if led.acting is None:
+                self._sample(led, request)
+            else:
+                self._unbegun.append(led)
+        self._left = len(prompts)
+
+    def completions(self) -> list[Completion]:
+        """Return what came of each, in order."""
+        return [self._done[place] for place in range(len(self._done))]
+
+    # --- what the engine asks -----------------------------------------------------------------------------------------
+
+    def waiting(self, wait: Wait) -> list[tuple[int, Request]]:
+        """Return what is to be sampled now."""
+        self._hear(block=False)
+        while wait != "none" and self._left and (not self._ready or (wait == "all" and self._at_work)):
+            self._hear(block=True)
+        ready, self._ready = self._ready, []
+        return ready
+
+    def take(self, place: int, completion: Completion) -> None:
+        """Take in a turn; `place` is the number that it was asked under."""
+        led, attempt = self._sampled.pop(place)
+        if attempt != led.attempt:  # its process went down meanwhile
+            return
+        if led.acting is None:
+            self._tell(led.place, completion)
+            return
+        before = [*led.prompt.ids, *led.ids]
+        led.add(completion)
+        said = led.acting.wording.parsed(completion.ids, before)
+        led.messages.append(said)
+        self._after_turn(led, led.acting, said)
+
+    # --- from turn to turn --------------------------------------------------------------------------------------------
+
+    def _begin_some(self) -> None:
+        most = self._rules.episodes
+        while self._unbegun and (most is None or len(self._seats) < most):
+            led = self._unbegun.popleft()
+            self._begin(led)
+
+    def _begin(self, led: Led, *, alone: bool = False) -> None:
+        assert led.acting is not None
+        led.seat = self._host(led).open(led.acting, alone=alone)
+        self._seats[led.seat] = led
+        asked, row = self._asked[led.place], led.prompt
+        names = {"seed": seed_of(asked), "id": asked.id, "domain": asked.domain}
+        self._ask(led, "reset", {**names, "prompt": row.prompt, **row.columns})
+
+    def _after_turn(self, led: Led, acting: Acting, said: Mapping[str, Any]) -> None:
+        calls = said.get("tool_calls")
+        if led.ids[-1] not in self._rules.ends:  # it ran into the limit, and what it was about to say is unknown
+            self._end(led)
+        elif calls:
+            if self._rules.most_turns is not None and led.rounds >= self._rules.most_turns:
+                led.cut = "turns"
+                self._end(led)
+                return
+            led.rounds += 1
+            led.calls += len(calls)
+            self._ask(led, "calls", calls)
+        elif acting.has_reply:
+            self._ask(led, "reply", dict(said))
+        else:
+            self._end(led)
+
+    def _go_on(self, led: Led, acting: Acting, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Add what was said to the policy, and ask for its next turn; as in TRL, what does not fit ends the episode."""
+        room = self._room(led)
+        if sum(len(m["content"]) for m in messages) > acting.wording.longest_token * room:
+            suffix = [0] * room  # longer than the room, whatever its tokens
+        else:
+            suffix = acting.wording.after(messages)
+        if len(suffix) >= room:
+            led.cut = "length"
+            self._end(led)
+            return
+        led.messages += messages
+        led.add_others(suffix)
+        self._sample(led, led.next_request(room - len(suffix)))
+
+    def _room(self, led: Led) -> int:
+        room = led.request.max_tokens
+        if self._rules.context is not None:
+            room = min(room, self._rules.context - len(led.prompt.ids))
+        return room - len(led.ids)
+
+    def _sample(self, led: Led, request: Request) -> None:
+        number = next(self._numbers)
+        self._sampled[number] = led, led.attempt
+        self._ready.append((number, request))
+
+    def _end(self, led: Led) -> None:
+        if led.acting is not None and led.acting.has_reward and led.fault is None:
+            self._ask(led, "reward", None)
+        else:
+            self._finish(led)
+
+    def _finish(self, led: Led) -> None:
+        environment = None
+        led.attempt += 1  # of what is still being sampled for it, nothing counts
+        if led.seat is not None:
+            environment = self._host(led).environment(led.seat)
+            self._host(led).close(led.seat)
+            del self._seats[led.seat]
+        if not led.spans:  # nothing was said: TRL wants a token all the same, which nothing is learned from
+            led.ids, led.mask, led.logps = [self._rules.ending], [0], [0.0]
+        ends = [*led.spans[1:], len(led.ids)]
+        turns = [self._own(led, a, b) for a, b in zip(led.spans, ends, strict=False)]
+        last = led.spans[-1] if led.spans else 0
+        episode = Episode(
+            messages=tuple(led.messages),
+            turns=len(led.spans),
+            calls=led.calls,
+            failures=tuple(led.failures),
+            cut=led.cut,
+            fault=led.fault,
+            is_forfeit=led.is_forfeit,
+            reward=led.own_reward,
+            last=last,
+            written="\n".join(turns),
+            environment=environment,
+        )
+        completion = Completion(
+            ids=led.ids,
+            logps=led.logps,
+            tool_mask=led.mask,
+            version=led.version,
+            prompt=led.prompt,
+            text=turns[-1] if turns else "",
+            truncated=led.cut == "length" or (led.fault is None and led.ids[-1] not in self._rules.ends),
+            episode=episode,
+        )
+        self._tell(led.place, completion)
+
+    def _own(self, led: Led, first: int, last: int) -> str:
+        return self._rules.decode([t for t, own in zip(led.ids[first:last], led.mask[first:last], strict=True) if own])
+
+    def _tell(self, place: int, completion: Completion) -> None:
+        self._done[place] = completion
+        self._left -= 1
+        if self._on_finished is not None:
+            self._on_finished(place, completion)
+
+    # --- what environments are asked, and answer ------------------------------------------------------------------------
+
+    @property
+    def _at_work(self) -> bool:
+        return any(led.asked is not None for led in self._seats.values())
+
+    def _host(self, led: Led) -> Host:
+        assert led.acting is not None
+        return self._rules.hosts(led.acting)
+
+    def _ask(self, led: Led, what: Ask, given: Any) -> None:
+        assert led.seat is not None
+        host = self._host(led)
+        limit = self._rules.timeout_s + (0.0 if host.is_ready(led.seat) else START_S)
+        led.asked, led.deadline = what, time.monotonic() + limit
+        host.ask(led.seat, what, given)
+
+    def _hear(self, *, block: bool) -> None:
+        """Take in what environments answered; where asked to, wait for one answer, or for a limit to pass."""
+        self._begin_some()
+        timeout = None
+        if block:
+            at_work = [led.deadline for led in self._seats.values() if led.asked is not None]
+            timeout = max(0.0, min(at_work, default=time.monotonic()) - time.monotonic())
+        try:
+            event = self._events.get(block=block, timeout=timeout)
+            while True:
+                self._take_in(event)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        now = time.monotonic()
+        for led in [led for led in self._seats.values() if led.asked is not None and led.deadline <= now]:
+            if led.seat in self._seats:  # it may have begun again with another
+                self._give_up(led)
+        self._begin_some()
+
+    def _take_in(self, event: Event) -> None:
+        led = self._seats.get(event.seat)
+        if led is None or led.acting is None:  # of an episode that was given up
+            return
+        if event.lost is not None:
+            self._lose(led, event)
+            return
+        what, led.asked = led.asked, None
+        if event.error is not None:
+            self._fail(led, f"{what}: {event.error}")
+        elif what == "reset":
+            self._open(led, led.acting, event.value)
+        elif what == "calls":
+            led.failures += [answer["failure"] for answer in event.value if answer["failure"]]
+            said = [{"role": "tool", "name": a["name"], "content": a["content"]} for a in event.value]
+            self._go_on(led, led.acting, said)
+        elif what == "reply" and event.value is not None:
+            self._go_on(led, led.acting, [{"role": "user", "content": event.value}])
+        elif what == "reply":
+            self._end(led)
+        else:
+            led.own_reward = event.value
+            self._finish(led)
+
+    def _open(self, led: Led, acting: Acting, told: str | None) -> None:
+        """Show the policy what its environment begins with, at the end of the prompt's last message as in TRL."""
+        asked = self._asked[led.place]
+        if told:
+            messages: Any = asked.prompt
+            shown = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + told}]
+            led.prompt = replace(asked, prompt=shown, ids=acting.wording.prompt(messages, told))
+        if (room := self._room(led)) < 1:
+            self._fail(led, f"reset: the prompt has {len(led.prompt.ids)} tokens, the context {self._rules.context}")
+        else:
+            self._sample(led, led.next_request(room))
+
+    def _fail(self, led: Led, what: str, *, is_forfeit: bool = False) -> None:
+        led.fault, led.is_forfeit, led.asked = what, is_forfeit, None
+        self._finish(led)
+
+    def _give_up(self, led: Led) -> None:
+        """End an episode whose environment is past its limit; those that shared its process begin again."""
+        assert led.seat is not None
+        what, lost = led.asked, self._host(led).drop(led.seat)
+        del self._seats[led.seat]
+        led.seat = None
+        self._fail(led, f"{what}: no answer within {self._rules.timeout_s:g} s", is_forfeit=what == "calls")
+        for other in [self._seats[seat] for seat in lost if seat in self._seats]:
+            self._again(other, alone=False)
+
+    def _lose(self, led: Led, event: Event) -> None:
+        if event.lost == "its_own" and led.asked == "calls":
+            del self._seats[event.seat]
+            led.seat = None
+            self._fail(led, "calls: the process ended", is_forfeit=True)
+        else:
+            self._again(led, alone=event.lost != "others")
+
+    def _again(self, led: Led, *, alone: bool) -> None:
+        assert led.seat is not None
+        del self._seats[led.seat]
+        self._ready = [(number, request) for number, request in self._ready if self._sampled[number][0] is not led]
+        if led.attempt >= MOST_RESTARTS:
+            led.seat = None
+            self._fail(led, f"the environment's process was lost {led.attempt + 1} times")
+            return
+        led.begin_again(self._asked[led.place])
+        self._begin(led, alone=alone)
+
+
+def seed_of(prompt: Prompt) -> int:
+    """Return what an environment is seeded with for a row: the same at every draw, for every completion of its group."""
+    digest = hashlib.sha256(f"{prompt.domain}/{prompt.id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
