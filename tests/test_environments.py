@@ -14,17 +14,20 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from polyphony.curricula.records import Domain
+from polyphony.curricula.records import Completion, Domain
 from polyphony.launch import cli
 from polyphony.launch.build import missing_names
 from polyphony.launch.lab.world import rows
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.train import train
+from polyphony.trainer.engine.engine import Engine, InProcessEngine
 from polyphony.trainer.engine.turns import converse
 from polyphony.trainer.engine.vllm import Request, Sampling
+from polyphony.trainer.environments.episodes import Episodes
+from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.metrics import METRICS
-from polyphony.trainer.policy import sums_by_owner
+from polyphony.trainer.policy import Policy, sums_by_owner
 from tests.acted import Looking, look
 from tests.acting import tokenizer
 from tests.test_trainer import POLICY, config, domain, losses
@@ -72,7 +75,7 @@ class Playing:
 @pytest.mark.parametrize(("loss_type", "beta", "dead"), [("dapo", 0.0, "always"), ("grpo", 0.1, "never")])
 def test_losses_of_episodes_are_those_of_stock_trl(tmp_path, engine, loss_type, beta, dead):
     changes = {"loss_type": loss_type, "beta": beta, "max_completion_length": 48, "max_tool_calling_iterations": 2}
-    changes |= {"max_steps": 2}
+    changes |= {"max_steps": 2, "gradient_accumulation_steps": 1}
     off = {"curriculum": "joint", "update": {"drop_dead": dead}, "engine": engine}
     acting = domain("arithmetic", reward=parity, tools=[look])
     ours = DomainGRPOTrainer(POLICY, config(tmp_path, **changes), domains=[acting], processing_class=tokenizer(), **off)
@@ -84,7 +87,7 @@ def test_losses_of_episodes_are_those_of_stock_trl(tmp_path, engine, loss_type, 
     assert {1, 2, 3} <= {e.turns for e in acted}
 
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    prompts = [rollout.rows[i].prompt.prompt for rollout in rollouts for i in range(0, 32, 8)]
+    prompts = [rollout.rows[i].prompt.prompt for rollout in rollouts for i in range(0, 16, 8)]
     stock = GRPOTrainer(
         POLICY,
         lambda prompts, completions, **columns: [rewards.pop(0) for _ in prompts],
@@ -166,12 +169,38 @@ def test_a_turn_is_begun_while_others_are_sampled():
     assert [len(there) for _, there in llm.begun] == [1, 2, 3, 3, 2, 1]
 
 
+def test_an_engine_that_only_knows_batches_samples_what_is_ready_at_a_time():
+    batches = []
+
+    def complete(requests):
+        batches.append([request.prompt_ids[0] for request in requests])
+        return [Completion(ids=[5], version=3) for _ in requests]
+
+    turns = TwoTurns(2, 6)
+    Engine.converse(SimpleNamespace(complete=complete), turns)
+    assert batches == [[0, 1], [0, 1]]
+    assert turns.taken == [(0, 1, 3), (1, 1, 3), (10, 1, 3), (11, 1, 3)]
+
+
 def test_out_of_memory_the_turns_are_sampled_half_as_many_at_a_time():
     llm, turns = Stepping(most=2), TwoTurns(2, 2, 2, 2)
     converse(llm, turns, Sampling(), version=7)
     assert sorted(turns.taken) == sorted([*((i, 2, 7) for i in range(4)), *((i, 1, 7) for i in range(10, 14))])
     with pytest.raises(RuntimeError, match=r"ran out of memory on 2 completions: lower .* environments.episodes"):
         converse(Stepping(most=1), TwoTurns(2, 2, 2, 2), Sampling(), version=7)
+
+
+def test_ranks_that_sample_together_hold_no_episodes():
+    data = SimpleNamespace(acting={"sums": None}, context=None)
+    shared = [
+        Policy.is_shared.fget(SimpleNamespace(engine=SimpleNamespace(is_shared=engine.is_shared), world_size=n))
+        for engine in (Engine, InProcessEngine)
+        for n in (1, 2)
+    ]
+    assert shared == [False, True, False, False]
+    for policy in (SimpleNamespace(joint="", is_shared=True), SimpleNamespace(joint="zero3", is_shared=False)):
+        with pytest.raises(ValueError, match="domain 'sums' acts, over several turns: not with"):
+            Episodes.of(data, policy, EnvironmentSettings())
 
 
 class IncrementEnv:
@@ -271,7 +300,7 @@ def test_early_stop_refill_rft_and_entropy_control_take_episodes(tmp_path, engin
 
 def test_a_run_that_goes_on_makes_the_episodes_that_it_would_have_made(tmp_path, engine):
     changes = {"max_steps": 2, "max_completion_length": 30, "max_tool_calling_iterations": 2}
-    changes |= {"save_strategy": "steps", "save_steps": 1}
+    changes |= {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
 
     def trained(resume=None):
         acting = domain("arithmetic", reward=parity, environment=Looking)

@@ -223,8 +223,8 @@ class Policy:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the engine's ranks sample together."""
-        return self.engine is not None and self.engine.is_shared
+        """Whether there are several ranks that sample together with one engine of ours."""
+        return self.engine is not None and self.engine.is_shared and self.world_size > 1
 
     @property
     def room(self) -> int | None:

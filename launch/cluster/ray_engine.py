@@ -70,8 +70,6 @@ WORKERS_SHARE = 0.9
 class RayEngine(Engine):
     """An engine of several workers; before a draw, the policy's weights are sent to all of them."""
 
-    is_shared = True
-
     def __init__(
         self, *arguments: Any, rollouts: RolloutsSection, gpu_memory_utilization: float = WORKERS_SHARE, **named: Any
     ) -> None:

@@ -61,8 +61,8 @@ class Engine(VLLMGeneration):
     """Weight syncs so far; the weights that a completion was sampled with are known by this number."""
     is_asleep: bool = False
     """True while it holds no weights: only a sync wakes it."""
-    is_shared: bool = False
-    """True where ranks sample together, so that none can go on with a turn alone."""
+    is_shared: bool = True
+    """Whether all ranks have to call `complete` together, so that of several none can go on with a turn alone."""
     room: int | None = None
     """Tokens of the longest sequence; None where it does not say."""
     _names: dict[str, str] | None = None
@@ -208,6 +208,8 @@ EngineFactory = Callable[..., Engine]
 
 class InProcessEngine(Engine):
     """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place."""
+
+    is_shared = False
 
     def _init_vllm(self) -> None:
         changes: dict[str, Any] = {}
