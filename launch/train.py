@@ -159,8 +159,6 @@ def start(
     from polyphony.trainer.run.progress import ProgressLine
     from polyphony.trainer.run.tracking import WandbTracker
 
-    if is_first_rank():
-        say(f"{recipe.name}: reading rows, then loading {recipe.model}")
     folder = RunFolder(out)
     build = build_sft if recipe.algorithm == "sft" else build_trainer
     trainer = build(recipe, folder.checkpoints, engine=engine, run=folder)
