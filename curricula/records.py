@@ -208,11 +208,6 @@ class Completion:
         return len(self.ids) if self.tool_mask is None else sum(self.tool_mask)
 
     @property
-    def written(self) -> str:
-        """What the policy said, in all turns."""
-        return self.text if self.episode is None else self.episode.written
-
-    @property
     def to_read(self) -> str:
         """What was said, for people: of several turns who said it before each."""
         return self.text if self.episode is None else self.episode.transcript
@@ -383,6 +378,11 @@ class Group:
         For binary rewards it is 2 sqrt(p (1 - p)) (SEC, arXiv:2505.14970).
         """
         return abs_advantage(tuple([r for r in self.learned if r is not None]))
+
+
+def written(completions: Iterable[Completion]) -> list[tuple[str, int]]:
+    """Return what the policy said in each completion, in all turns, and in how many tokens."""
+    return [(c.text if c.episode is None else c.episode.written, c.length) for c in completions]
 
 
 def _counts(episode: Episode) -> Episode:

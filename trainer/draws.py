@@ -112,8 +112,9 @@ class Draws:
         while rollout.rounds < self.refill_rounds and (found := self._replacements(rollout)):
             fresh = self._sample(draw, rollout.rounds + 1, found, n_rows)
             rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
-        self.failures.see(rollout.sampled)
-        self.tokens += sum(sum(group.lengths) for group in rollout.sampled)
+        sampled = rollout.sampled
+        self.failures.see(sampled)
+        self.tokens += sum(sum(group.lengths) for group in sampled)
         return rollout
 
     def answer(self, rows: Sequence[Mapping[str, Any]], copies: int) -> Rollout:

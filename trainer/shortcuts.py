@@ -26,7 +26,7 @@ from polyphony.curricula.monitors.signs import (
     DomainSigns,
     tally,
 )
-from polyphony.curricula.records import Completion, Group, passed
+from polyphony.curricula.records import Completion, Group, passed, written
 from polyphony.rewards.style import degeneration
 from polyphony.trainer.advantages import rare_successes
 from polyphony.trainer.metrics import key
@@ -47,13 +47,14 @@ class ShortcutWatch:
     def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:
         """Return the signs that each completion shows."""
         medians = {name: self.domains[name].median_length for name in {c.prompt.domain for c in completions}}
-        return [self._signs(c, medians[c.prompt.domain]) for c in completions]
+        told = written(completions)
+        return [self._signs(c, *of, medians[c.prompt.domain]) for c, of in zip(completions, told, strict=True)]
 
-    def _signs(self, completion: Completion, median: float) -> tuple[str, ...]:
+    def _signs(self, completion: Completion, text: str, tokens: int, median: float) -> tuple[str, ...]:
         solution = completion.prompt.columns.get("solution")
         found = degeneration(
-            completion.written,
-            tokens=completion.length,
+            text,
+            tokens=tokens,
             median_correct_tokens=median,
             reference=solution if isinstance(solution, str) else None,
         )
