@@ -33,6 +33,14 @@ def test_a_picture_has_every_domain_with_its_numbers_and_nothing_is_cut_off(tmp_
     assert "step 20: collapse of facts: entropy fell" in said
 
 
+@pytest.mark.parametrize("width", [98, 80, 72])
+def test_numbers_stand_whole_in_a_narrow_terminal(tmp_path, width):
+    run = write_run(tmp_path / "run", steps=40, eval_every=20, items=20)
+    said, told = shown(run, width=width), Seen(run).findings
+    assert "…" not in said and max(map(len, said.splitlines())) <= width
+    assert all(f"{told.scores[name][-1].mid:.3f}" in said for name in told.run.domains)
+
+
 def test_runs_stand_side_by_side_where_there_is_room(tmp_path):
     runs = [write_run(tmp_path / name, steps=20, items=20) for name in ("one", "two")]
     wide, narrow = shown(*runs, width=200), shown(*runs, width=100)

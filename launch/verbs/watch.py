@@ -40,12 +40,12 @@ def watch(runs: Sequence[Path], *, every_s: float = 2.0, once: bool = False, con
     console = console or Console()
     seen = [Seen(run) for run in runs]
     if once or not console.is_terminal:
-        console.print(_pictures(seen))
+        console.print(_pictures(seen, console.width))
         return
-    with Live(_pictures(seen), console=console, refresh_per_second=4, screen=False) as live:
+    with Live(_pictures(seen, console.width), console=console, refresh_per_second=4, screen=False) as live:
         while not all(one.findings.run.is_finished for one in seen):
             time.sleep(every_s)
-            live.update(_pictures(seen))
+            live.update(_pictures(seen, console.width))
 
 
 class Seen:
@@ -56,29 +56,34 @@ class Seen:
         self._written: tuple[float, ...] = ()
         self.findings: Findings = find(read_run(path))
 
-    def picture(self) -> RenderableType:
-        """Return the run as it is now."""
+    def picture(self, width: int = WIDE) -> RenderableType:
+        """Return the run as it is now, in so many characters a line."""
         files = [self.folder.recipe, self.folder.end, *map(self.folder.ledger, LEDGERS)]
         written = tuple(file.stat().st_mtime for file in files if file.exists())
         if written != self._written:
             self.findings, self._written = find(read_run(self.path)), written
-        return picture(self.findings)
+        return picture(self.findings, width)
 
 
-def _pictures(seen: Sequence[Seen]) -> RenderableType:
-    return Columns([one.picture() for one in seen], width=WIDE) if len(seen) > 1 else seen[0].picture()
+def _pictures(seen: Sequence[Seen], room: int) -> RenderableType:
+    width = min(WIDE, room)
+    return Columns([one.picture(width) for one in seen], width=width) if len(seen) > 1 else seen[0].picture(width)
 
 
-def picture(findings: Findings) -> Panel:
-    """Return one run: a row a domain with its curves, then throughput, what moved what, and the newest alarms."""
+def picture(findings: Findings, width: int = WIDE) -> Panel:
+    """Return one run: a row a domain with its curves, then throughput, what moved what, and the newest alarms.
+
+    In fewer than `WIDE` characters a line the curves are shorter, or left out.
+    """
     run = findings.run
     of = f" of {run.planned_steps:,}" if run.planned_steps else ""
     state = "over" if run.is_finished else "running, or stopped"
     title = f"{run.title}  step {run.steps:,}{of}, {state}"
-    return Panel(Group(_table(findings), *_lines(findings)), title=title, title_align="left", width=WIDE)
+    curves = max(0, WIDTH - math.ceil((WIDE - width) / 3))
+    return Panel(Group(_table(findings, curves), *_lines(findings)), title=title, title_align="left", width=width)
 
 
-def _table(findings: Findings) -> Table:
+def _table(findings: Findings, curves: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("domain", "score", "", "lost", "reward", "", "entropy", "", "band", "share"):
         table.add_column(heading, justify="left" if heading in ("domain", "", "band") else "right", no_wrap=True)
@@ -93,12 +98,12 @@ def _table(findings: Findings) -> Table:
         table.add_row(
             name + (" (watched)" if name in findings.run.watch_only else ""),
             _last(scores),
-            curve(scores),
+            curve(scores, curves),
             Text(signed(lost.mid), style="bold red" if lost.is_below_zero else ""),
             _last(_values(reward)),
-            curve(_values(reward)),
+            curve(_values(reward), curves),
             f"{nats.after:.2f}" if math.isfinite(nats.after) else "–",
-            curve(_values(entropy)),
+            curve(_values(entropy), curves),
             track(place),
             _last(_values(metrics.get(f"curriculum/{name}/mixture"))),
         )
@@ -116,7 +121,7 @@ def _last(values: np.ndarray) -> str:
 def curve(values: np.ndarray, width: int = WIDTH) -> str:
     """Return values [T] as a line of bars between their own least and largest; means where there are more than `width`."""
     values = values[np.isfinite(values)]
-    if not len(values):
+    if not len(values) or not width:
         return ""
     means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
     low, high = means.min(), means.max()
