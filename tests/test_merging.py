@@ -17,7 +17,7 @@ from polyphony.launch.recipe import load_recipe
 from polyphony.launch.verbs.merge import Merging, Search
 from polyphony.trainer.merging import methods
 from polyphony.trainer.merging.merge import merge
-from polyphony.trainer.merging.methods import largest, merge_tensor
+from polyphony.trainer.merging.methods import BLOCKWISE, largest, merge_tensor
 from polyphony.trainer.merging.search import search_weights
 from polyphony.trainer.merging.settings import METHODS, MergeSettings
 from polyphony.trainer.merging.shared import shared_parameters
@@ -131,6 +131,17 @@ def test_ours_is_mergekits_own(method):
     torch.manual_seed(5)
     found = merge_tensor([e["w"].clone() for e in experts], base["w"], settings)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", BLOCKWISE)
+def test_a_tensor_in_blocks_is_the_tensor(tmp_path, experts, method, monkeypatch):
+    given = experts[:1] if method == "interpolate" else experts
+    settings = MergeSettings(method=method)
+    whole = load_file(merge(given, tmp_path / "whole", base=str(POLICY), settings=settings) / "model.safetensors")
+    monkeypatch.setattr(methods, "BLOCK", 1000)
+    monkeypatch.setattr(methods, "SAMPLE", 256)
+    cut = load_file(merge(given, tmp_path / "cut", base=str(POLICY), settings=settings) / "model.safetensors")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def changed(folder, *, seed: int, scale: float = 0.01, edit=None):

@@ -63,7 +63,7 @@ def combine(sources: Sequence[Source], base: Source, settings: MergeSettings, ou
     for source in (*sources, base):
         weights = Checkpoint.of(source.name, source.folder)
         for name in weights.shapes:
-            weights.read(name)
+            weights.numbers(name)
     model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
     names = [f"expert-{n}" for n in range(len(sources))]
     for name, source in zip(names, sources, strict=True):

@@ -1,7 +1,7 @@
 """Merge experts into a model folder that `eval`, `train` and Transformers read, whole or not at all.
 
-One tensor is in memory at a time, of every expert. Configuration, tokenizer and the types of numbers are the first expert's;
-what it was made from stands beside it.
+One tensor, or a block of it, is in memory at a time, of every expert. Configuration, tokenizer and the types of numbers are
+the first expert's; what it was made from stands beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import islice
@@ -22,10 +23,10 @@ import torch
 
 from polyphony.curricula.files import replace_file
 from polyphony.trainer.merging.adapters import are_combined, combine
-from polyphony.trainer.merging.methods import ELEMENTWISE, merge_tensor
+from polyphony.trainer.merging.methods import BLOCKWISE, Trim, blocks, merge_tensor
 from polyphony.trainer.merging.settings import MergeSettings
 from polyphony.trainer.merging.sources import Source, found, opened
-from polyphony.trainer.merging.tensors import Checkpoint, blocks, rewrite
+from polyphony.trainer.merging.tensors import Checkpoint, rewrite
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.origins import BESIDE_WEIGHTS, origin_of
 
@@ -88,21 +89,32 @@ def _write(experts: Sequence[Checkpoint], base: Checkpoint | None, settings: Mer
 def _merged(
     name: str, experts: Sequence[Checkpoint], base: Checkpoint | None, settings: MergeSettings
 ) -> Iterator[torch.Tensor]:
-    """Yield a merged tensor, in blocks of rows where its numbers are merged one by one."""
-    kept = experts[0].read(name, slice(0, 0) if experts[0].shapes[name] else None)
-    if not kept.is_floating_point():
+    """Yield a merged tensor, in blocks where its numbers are merged one by one."""
+    if not experts[0].read(name).is_floating_point():
         yield _same(name, experts)
+        return
+
+    def merged(part: slice | None) -> torch.Tensor:
+        tensors = [expert.numbers(name, part) for expert in experts]
+        return merge_tensor(tensors, None if base is None else base.numbers(name, part), settings, trims)
+
+    trims: list[Trim] = []
+    if settings.method in BLOCKWISE:
+        size = torch.Size(experts[0].shapes[name]).numel()
+        if base is not None and settings.method == "ties":
+            trims = [Trim.of(size, settings.kept, partial(_difference, expert, base, name)) for expert in experts]
+        yield from map(merged, blocks(size))
         return
     # of its name alone, so that what DARE drops does not depend on the order of tensors
     seed = settings.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    shape = experts[0].shapes[name]
-    for rows in blocks(shape) if settings.method in ELEMENTWISE else (None,):
-        tensors = [expert.read(name, rows).to(torch.float32, copy=True) for expert in experts]
-        start = None if base is None else base.read(name, rows).float()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            merged = merge_tensor(tensors, start, settings)
-        yield merged
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = merged(None)
+    yield whole
+
+
+def _difference(expert: Checkpoint, base: Checkpoint, name: str, part: slice) -> torch.Tensor:
+    return expert.numbers(name, part).sub_(base.numbers(name, part))
 
 
 def _same(name: str, experts: Sequence[Checkpoint]) -> torch.Tensor:

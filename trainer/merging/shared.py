@@ -48,10 +48,10 @@ def shared_parameters(experts: Mapping[str, str], base: str) -> tuple[SharedPara
     with opened(sources, of_base) as (checkpoints, start):
         assert start is not None
         for name in start.shapes:
-            zero = start.read(name)
-            if not zero.is_floating_point():
+            if not start.read(name).is_floating_point():
                 continue
-            deltas = {e: c.read(name).float() - zero.float() for e, c in zip(experts, checkpoints, strict=True)}
+            zero = start.numbers(name)
+            deltas = {e: c.numbers(name).sub_(zero) for e, c in zip(experts, checkpoints, strict=True)}
             cores = {expert: largest(delta, DENSITY["cpi"]) for expert, delta in deltas.items()}
             for expert, delta in deltas.items():
                 squares[expert] += _product(delta, delta)

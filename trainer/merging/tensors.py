@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,6 @@ import torch
 from safetensors import safe_open
 
 from polyphony.curricula.files import replacing
-
-BLOCK = 1 << 24
-"""Numbers that are worked on at once, where a method takes them one by one: 64 MB of float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +37,22 @@ class Checkpoint:
                     files[tensor], shapes[tensor] = path, tuple(opened.get_slice(tensor).get_shape())
         return cls(name, folder, files, shapes)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Return a tensor, or some of its rows. Raises ValueError where a number is NaN or infinite."""
-        # opened each time: what of the file was mapped for the last tensor is given back
+    def read(self, name: str, part: slice | None = None) -> torch.Tensor:
+        """Return a tensor, or some of its numbers in a row, as they stand in the file.
+
+        What is looked at of the file counts as the process's memory for as long as the tensor lives: it is opened each time.
+        """
         with safe_open(self.files[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+            tensor = opened.get_tensor(name)
+        return tensor if part is None else tensor.flatten()[part]
+
+    def numbers(self, name: str, part: slice | None = None) -> torch.Tensor:
+        """Return a tensor, or some of its numbers in a row, in float32. Raises ValueError where one is NaN or infinite."""
+        numbers = self.read(name, part).to(torch.float32, copy=True)
         # a sum that is finite is of finite numbers, and needs no second tensor
-        if (
-            tensor.is_floating_point()
-            and not tensor.sum(dtype=torch.float32).isfinite()
-            and not tensor.isfinite().all()
-        ):
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():
             raise ValueError(f"{self.name}: {name} has weights that are NaN or infinite")
-        return tensor
+        return numbers
 
     def refuse_other_shapes(self, other: Checkpoint) -> None:
         """Raise ValueError, naming the first tensor, where another has not the same ones."""
@@ -69,20 +69,10 @@ def _told(shape: tuple[int, ...] | None) -> str:
     return "is missing" if shape is None else f"has shape {list(shape)}"
 
 
-def blocks(shape: Sequence[int]) -> Iterator[slice | None]:
-    """Return slices of rows that make up a tensor, each of about `BLOCK` numbers; None, all of it, where it is no larger."""
-    size = torch.Size(shape).numel()
-    if size <= BLOCK:
-        yield None
-        return
-    rows = max(1, BLOCK * shape[0] // size)
-    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-
-
 def rewrite(source: Path, target: Path, tensors: Callable[[str], Iterator[torch.Tensor]]) -> None:
     """Write a safetensors file with the header of `source`, byte for byte, and other numbers in it.
 
-    `tensors` gives each one by its name, whole or in blocks of rows, in any type: it is cast to that of the header.
+    `tensors` gives each one by its name, whole or in blocks, in any type: it is cast to that of the header.
     """
     with source.open("rb") as file:
         length = file.read(8)
