@@ -42,8 +42,9 @@ class Domain:
     """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
     train: Any = None
     """Training rows: a path (of a file, of a folder, a glob) or a list of paths, `hf://org/name`, `{path, name, split,
-    revision, limit}` (`name`: a hub set's config), `{generator: pkg.module:function, **arguments}`; in Python also a list of
-    dicts or a `datasets.Dataset`. Without them the domain is watch-only."""
+    revision, limit}` (`name`: a hub set's config), `{generator: pkg.module:function, **arguments}`, `{environment:
+    pkg.module:Class, count, seed}` (of its class method `rows`); in Python also a list of dicts or a `datasets.Dataset`.
+    Without them the domain is watch-only."""
     heldout: Any = None
     """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None

@@ -119,7 +119,7 @@ class RecipeDomain(Domain):
             source.strip() if isinstance(source, str) else source and isinstance(source, Mapping | list)
         ):
             return source
-        raise ValueError("expected a path, a list of them, or a mapping with `path` or `generator`")
+        raise ValueError("expected a path, a list of them, or a mapping with `path`, `generator` or `environment`")
 
     @model_validator(mode="before")
     @classmethod

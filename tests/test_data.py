@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.data import PromptTable, content_id
+from polyphony.trainer.domains import find_overlap
+from polyphony.trainer.environments.calls import methods_of
 from polyphony.trainer.rows import load_rows
 
 MATH = Domain(name="math", kind="structured", reward="exact")
@@ -91,13 +94,19 @@ def test_a_limit_takes_the_first_rows(tmp_path):
     [
         ({"generator": "nowhere:rows"}, "generator 'nowhere:rows' cannot be imported"),
         ({"generator": "builtins:len", "wrong": 1}, "generator 'builtins:len'"),
-        ({"file": "x"}, "unknown key 'file'; known: generator, limit, name, path, revision, split"),
-        ({"split": "x"}, r"expected `path` \(with `split`, `limit`\) or `generator`"),
+        ({"file": "x"}, "unknown key 'file'; known: environment, generator, limit, name, path, revision, split"),
+        ({"split": "x"}, r"expected `path` \(with `split`, `limit`\), `generator` or"),
         ({"path": "x.jsonl", "lmit": 1}, "unknown key 'lmit'; did you mean 'limit'"),
         ({"path": "x.jsonl", "split": "test"}, "split 'test' is for hf:// sources and folders"),
         ({"generator": 5}, "expected generator: pkg.module:function"),
         ({"generator": "math:sqrt", "x": 4}, "generator 'math:sqrt'"),
         ({"generator": "time:time"}, "expected rows, a path, hf://org/name or a generator, got generator 'time:time'"),
+        ({"environment": f"{__name__}:Sums"}, "count must be a whole number of at least 1, got 0"),
+        ({"environment": f"{__name__}:Sums", "count": 2, "seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"environment": f"{__name__}:Sums", "count": 2, "sead": 1}, "unknown key 'sead'; did you mean 'seed'"),
+        ({"environment": f"{__name__}:Sums", "count": 99}, "Sums': rows raised OverflowError: only 50 are there"),
+        ({"environment": f"{__name__}:Tooled", "count": 2}, r"Tooled' makes no rows: it has no class method rows\(count"),
+        ({"environment": "nowhere:Game", "count": 2}, "domains.math.train: environment 'nowhere:Game'"),
         (5, "expected rows, a path, hf://org/name or a generator, got int 5"),
         ((row for row in ()), "got generator <generator"),
         ("hf://", "expected hf://org/name, got 'hf://'"),
@@ -191,6 +200,43 @@ def test_bad_rows_are_errors_that_name_the_place(rows, message):
 def counted(size):
     for i in range(size):
         yield {"prompt": f"{i} ="}
+
+
+class Sums:
+    """An environment that makes its own rows."""
+
+    def reset(self, first):
+        return f"{first} + {first} ="
+
+    @classmethod
+    def rows(cls, count, seed):
+        if count > 50:
+            raise OverflowError("only 50 are there")
+        return ({"prompt": "Add.", "first": 100 * seed + n} for n in range(count))
+
+
+class Tooled:
+    """One whose tool is called as a maker of rows is."""
+
+    def reset(self):
+        return None
+
+    def rows(self, table: str) -> str:
+        """Count the rows of a table."""
+        return table
+
+
+def test_an_environment_may_make_its_own_rows():
+    source = {"environment": f"{__name__}:Sums", "count": 3, "seed": 2}
+    assert [row["first"] for row in load_rows(source, where="x")] == [200, 201, 202]
+    playing = replace(MATH, environment=f"{__name__}:Sums")
+    train, heldout = (
+        PromptTable(load_rows({**source, "seed": seed}, where=name), domain=playing, where=name, is_chat=True)
+        for name, seed in (("train", 2), ("heldout", 3))
+    )
+    assert (len(train), find_overlap(train, [heldout])) == (3, {})  # one prompt, and other columns
+    assert len(find_overlap(train, [train])) == 3
+    assert methods_of(Sums()) == {} and list(methods_of(Tooled())) == ["rows"]
 
 
 def test_a_generator_function_may_yield_its_rows():

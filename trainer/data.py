@@ -102,6 +102,8 @@ class PromptTable:
 
     def said(self, prompt_id: str) -> tuple[str, str]:
         """Return what the user says in a row, and all that stands in it; without the domain's own system prompt."""
+        if self.domain.environment is not None:  # whose columns are what is played
+            return (text := content_text(self.rows[self._position[prompt_id]], with_columns=True)), text
         prompt = _as_written(self.rows[self._position[prompt_id]]["prompt"], with_nulls=self._with_nulls)
         if isinstance(prompt, str):
             return prompt, prompt
@@ -218,7 +220,7 @@ class PromptTable:
     def _checked_id(self, i: int, row: Mapping[str, Any]) -> str:
         given = row.get("id")
         try:
-            known = content_id(row)
+            known = content_id(row, with_columns=self.domain.environment is not None)
             str(given).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{self.where}: row {i + 1}: half a character (a lone surrogate) in its text") from error
@@ -227,11 +229,17 @@ class PromptTable:
         return known if given is None else str(given)
 
 
-def content_id(row: Mapping[str, Any]) -> str:
-    """Return 16 hex digits of the row's prompt, answer and tools: the same on every machine and after every restart."""
+def content_id(row: Mapping[str, Any], *, with_columns: bool = False) -> str:
+    """Return 16 hex digits of the row's content: the same on every machine and after every restart."""
+    return hashlib.sha256(content_text(row, with_columns=with_columns).encode()).hexdigest()[:16]
+
+
+def content_text(row: Mapping[str, Any], *, with_columns: bool = False) -> str:
+    """Return the row's prompt, answer and tools as text; with its other columns where an environment begins with them."""
     said = [row["prompt"], _answer(row), *([tools] if (tools := row.get("tools")) else [])]
-    content = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    if with_columns:
+        said.append({k: v for k, v in row.items() if k not in ("prompt", "id", "tools") and v is not None})
+    return json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _as_written(prompt: Any, *, with_nulls: bool) -> str | list[dict[str, Any]]:

@@ -5,6 +5,7 @@ What a row means, and which id it has, is `polyphony.trainer.data`. Errors name 
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import pkgutil
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.declarations import near, nearest
+from polyphony.trainer.environments.calls import make_environment
 
 Rows = Sequence[Mapping[str, Any]]
 
 KEYS = ("path", "name", "split", "revision", "limit")
-"""Of a source that is a mapping, unless it has a generator."""
+"""Of a source that is a mapping, unless it has a generator or an environment."""
+OF_ENVIRONMENT = ("environment", "count", "seed")
+"""Of one that has an environment."""
 MANY_ENTRIES = 20_000
 """More files and folders than a data set has: somebody named the root of a disk."""
 MANY_FILES = 1000
@@ -96,7 +100,8 @@ def load_rows(source: Any, *, where: str, folder: Path | None = None) -> Rows:
 
     `source` is rows already (a list or a `datasets.Dataset`), a path (`.jsonl`, `.json`, `.parquet`, the first two also as
     `.gz` or `.zst`; a folder, what `save_to_disk` wrote, a glob; relative to `folder`) or a list of paths, `hf://org/name`,
-    `{path, name, split, revision, limit}`, or `{generator: "pkg.module:function", **arguments}`.
+    `{path, name, split, revision, limit}`, `{generator: "pkg.module:function", **arguments}`, or `{environment: "pkg.module:
+    Class", count, seed}`: what its class method `rows(count, seed)` returns.
     Raises ValueError naming `where` for a missing file, a malformed line (with its number) or an unknown form.
     """
     if isinstance(source, Mapping):
@@ -130,6 +135,8 @@ def _load_mapping(source: dict[str, Any], *, where: str, folder: Path | None) ->
     _check_mapping(source, where=where)
     if "generator" in source:
         return _generated(source, where=where)
+    if "environment" in source:
+        return _of_environment(source, where=where)
     path, limit = source["path"], source.get("limit")
     hub = {key: source[key] for key in ("name", "revision") if source.get(key) is not None}
     rows = _load_path(path, split=source.get("split") or "train", hub=hub, where=where, folder=folder)
@@ -141,12 +148,20 @@ def _check_mapping(source: Mapping[Any, Any], *, where: str) -> None:
         if not isinstance(source["generator"], str) or not all(isinstance(key, str) for key in source):
             raise ValueError(f"{where}: expected generator: pkg.module:function and its arguments, got {source!r:.200}")
         return
-    if odd := [key for key in source if key not in KEYS]:
-        raise ValueError(f"{where}: unknown key {odd[0]!r:.200}; {nearest(str(odd[0]), (*KEYS, 'generator'))}")
+    known = OF_ENVIRONMENT if "environment" in source else KEYS
+    if odd := [key for key in source if key not in known]:
+        more = () if known is OF_ENVIRONMENT else ("generator", "environment")
+        raise ValueError(f"{where}: unknown key {odd[0]!r:.200}; {nearest(str(odd[0]), (*known, *more))}")
+    if known is OF_ENVIRONMENT:
+        for key, least in (("count", 1), ("seed", 0)):
+            number = source.get(key, 0)
+            if type(number) is not int or number < least:
+                raise ValueError(f"{where}: {key} must be a whole number of at least {least}, got {number!r:.200}")
+        return
     if not _is_path(path := source.get("path")) or not str(path).strip():
         raise ValueError(
-            f"{where}: expected `path` (with `split`, `limit`) or `generator`, got {sorted(source)}; a hub set also takes "
-            "`name`, its config, and `revision`"
+            f"{where}: expected `path` (with `split`, `limit`), `generator` or `environment`, got {sorted(source)}; a hub "
+            "set also takes `name`, its config, and `revision`"
         )
     for key in ("name", "split", "revision"):
         if not isinstance(source.get(key), str | None):
@@ -162,14 +177,31 @@ def _generated(source: dict[str, Any], *, where: str) -> Rows:
         generator = pkgutil.resolve_name(name)
     except Exception as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"{where}: generator {name!r} cannot be imported: {error}") from error
+    return _returned(generator, source, where=where, of=f"generator {name!r}")
+
+
+def _of_environment(source: Mapping[str, Any], *, where: str) -> Rows:
+    spec = source["environment"]
     try:
-        rows = generator(**source)
+        make = getattr(make_environment(spec), "rows", None)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    # a class method: other public methods are its tools
+    if not inspect.isclass(getattr(make, "__self__", None)):
+        raise ValueError(f"{where}: environment {spec!r:.60} makes no rows: it has no class method rows(count, seed)")
+    asked = {"count": source["count"], "seed": source.get("seed", 0)}
+    return _returned(make, asked, where=where, of=f"environment {spec!r:.60}: rows")
+
+
+def _returned(make: Any, given: Mapping[str, Any], *, where: str, of: str) -> Rows:
+    try:
+        rows = make(**given)
         rows = list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__getitem__") else rows
     except TypeError as error:
-        raise ValueError(f"{where}: generator {name!r}: {error}") from error
+        raise ValueError(f"{where}: {of}: {error}") from error
     except Exception as error:  # a user's may raise anything
-        raise ValueError(f"{where}: generator {name!r} raised {type(error).__name__}: {error}") from error
-    return _with_length(rows, where=where, of=f"generator {name!r}")
+        raise ValueError(f"{where}: {of} raised {type(error).__name__}: {error}") from error
+    return _with_length(rows, where=where, of=of)
 
 
 def _head(rows: Rows, limit: int) -> Rows:
@@ -180,7 +212,7 @@ def _head(rows: Rows, limit: int) -> Rows:
 
 def _with_length(rows: Any, *, where: str, of: str) -> Rows:
     if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        got = f"{of}, which returned {rows!r:.60}" if of.startswith("generator") else of
+        got = f"{of}, which returned {rows!r:.60}" if of.startswith(("generator", "environment")) else of
         raise ValueError(f"{where}: expected rows, a path, hf://org/name or a generator, got {got}")
     return rows
 
