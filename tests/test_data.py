@@ -102,10 +102,16 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"generator": "math:sqrt", "x": 4}, "generator 'math:sqrt'"),
         ({"generator": "time:time"}, "expected rows, a path, hf://org/name or a generator, got generator 'time:time'"),
         ({"environment": f"{__name__}:Sums"}, "count must be a whole number of at least 1, got 0"),
-        ({"environment": f"{__name__}:Sums", "count": 2, "seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        (
+            {"environment": f"{__name__}:Sums", "count": 2, "seed": -1},
+            "seed must be a whole number of at least 0, got -1",
+        ),
         ({"environment": f"{__name__}:Sums", "count": 2, "sead": 1}, "unknown key 'sead'; did you mean 'seed'"),
         ({"environment": f"{__name__}:Sums", "count": 99}, "Sums': rows raised OverflowError: only 50 are there"),
-        ({"environment": f"{__name__}:Tooled", "count": 2}, r"Tooled' makes no rows: it has no class method rows\(count"),
+        (
+            {"environment": f"{__name__}:Tooled", "count": 2},
+            r"Tooled' makes no rows: it has no class method rows\(count",
+        ),
         ({"environment": "nowhere:Game", "count": 2}, "domains.math.train: environment 'nowhere:Game'"),
         (5, "expected rows, a path, hf://org/name or a generator, got int 5"),
         ((row for row in ()), "got generator <generator"),
