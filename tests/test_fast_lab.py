@@ -14,6 +14,7 @@ from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.grpo import DomainGRPOTrainer
+from tests.experiments.fast import regret
 from tests.experiments.fast.cell import StudyCell, make_scheduler
 from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
@@ -295,3 +296,24 @@ def test_evaluations_stay_within_a_quarter_of_what_is_trained_on():
         cell = StudyCell(world=world, arm="joint", settings={}, rate=1e-4, seed=1)
         asked = cell.deciding * len(make_world(world)) * cell.draws // cell.every
         assert 0.15 < asked / (cell.draws * 64) <= 0.2
+
+
+def test_regret_is_against_the_best_option_and_mixing_pays_for_the_plan(tmp_path):
+    """By hand: the best is the pupil's .6; the plan said sequence, .5; mixing with the probes' tokens has .45."""
+    values = {
+        "mix": 0.4,
+        "mix_charged": 0.45,
+        "sequence": 0.5,
+        "groups": None,
+        "linear": 0.3,
+        "ties": 0.2,
+        "distil": 0.6,
+    }
+    for world in ("k/0", "k/1"):
+        lines = [{"world": world, "what": what, "value": value} for what, value in values.items()]
+        plan = {"world": world, "what": "plan", "recommended": "sequence"}
+        with (tmp_path / "regret.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (*lines, plan))
+    told = regret.report(regret.RegretFile(tmp_path / "regret.jsonl"), ["k/0", "k/1", "k/2"])
+    assert "recommended sequence, regret 0.100, mixing's 0.150" in told
+    assert "regret difference: -0.0500 (-0.0500 to -0.0500) over 2 worlds" in told

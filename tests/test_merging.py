@@ -290,6 +290,7 @@ BAD = {
     "damaged": "expert .*damaged: model.safetensors is damaged: ",
     "nothing": "expert .*nothing has neither config.json nor adapter_config.json",
     "occupied": "occupied exists; choose another --out",
+    "config": "theta: rope_parameters is .*7.0.* in its config.json, .* in that of .*policy: the merged weights",
 }
 
 
@@ -322,6 +323,11 @@ def bad(case: str, folder) -> dict:
     elif case == "damaged":
         expert = changed(folder / "damaged", seed=0)
         (folder / "damaged" / "model.safetensors").write_bytes(b"short")
+    elif case == "config":
+        expert = changed(folder / "theta", seed=0)
+        said = json.loads((folder / "theta" / "config.json").read_text())
+        said["rope_parameters"] = {**said["rope_parameters"], "rope_theta": 7.0}
+        (folder / "theta" / "config.json").write_text(json.dumps(said))
     elif case == "nothing":
         (folder / "nothing").mkdir()
         expert = str(folder / "nothing")
@@ -342,6 +348,38 @@ def test_what_does_not_fit_is_told_in_one_line_and_leaves_nothing(tmp_path, expe
         merge(names, out, base=given["base"], settings=MergeSettings(method=method))
     assert "\n" not in str(told.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "occupied"] if case == "occupied" else ["in"])
+
+
+def test_of_a_folder_that_a_merge_made_for_itself_nothing_stays_when_it_fails(tmp_path, experts):
+    nan = changed(tmp_path / "nan", seed=0, edit=with_nan)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        merge([experts[0], nan], tmp_path / "deep" / "er" / "out", settings=MergeSettings(method="linear"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*file/out: "):
+        merge(experts, tmp_path / "file" / "out", settings=MergeSettings(method="linear"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nan"]
+
+
+@pytest.mark.parametrize("where", ["base", "first"])
+def test_an_output_layer_that_is_tied_may_stand_in_a_file_or_not(tmp_path, experts, where):
+    """As in models on the hub; a model that Transformers saves anew has none. Files of other formats do not count."""
+    with_head = tmp_path / "head"
+    shutil.copytree(POLICY if where == "base" else experts[0], with_head)
+    tensors = load_file(with_head / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, with_head / "model.safetensors", metadata={"format": "pt"})
+    save_file({"tok_embeddings.weight": torch.ones(2)}, with_head / "consolidated.safetensors")
+    base, given = (str(with_head), experts) if where == "base" else (str(POLICY), [str(with_head), experts[1]])
+    settings = MergeSettings(method="task_arithmetic", weights=(0.5,))
+    found = load_file(merge(given, tmp_path / "out", base=base, settings=settings) / "model.safetensors")
+    plain = load_file(merge(experts, tmp_path / "plain", base=str(POLICY), settings=settings) / "model.safetensors")
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert ("lm_head.weight" in found) == (where == "first")
+    assert where == "base" or torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def test_an_expert_without_weight_has_no_core():
+    assert merged([A, B], method="cpi", weights=(1.0, 0.0)) == A
 
 
 @pytest.mark.parametrize(

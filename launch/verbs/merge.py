@@ -20,7 +20,7 @@ from polyphony.launch.verbs.arms import plan_arms, tokens
 from polyphony.launch.verbs.evaluate import compare_results, weights_of
 from polyphony.launch.verbs.tables import changes_table
 from polyphony.trainer.merging.search import Weights, search_weights, with_weights
-from polyphony.trainer.merging.settings import MergeSettings
+from polyphony.trainer.merging.settings import MergeSettings, check_out
 from polyphony.trainer.run import say
 
 if TYPE_CHECKING:
@@ -65,12 +65,14 @@ class Chosen:
     tokens: int
     """The most that it generated."""
     published: Mapping[str, Mapping[str, Interval]]
-    """By domain and statistic, the chosen weights minus the first ones on the half that is published; empty where these are
-    the chosen ones."""
+    """By domain and statistic, the best weights minus the first ones on the half that is published; empty where these are
+    the best ones."""
+    is_refuted: bool = False
+    """Whether a domain is worse there, by interval: the first weights are kept then."""
 
     @property
     def weights(self) -> Weights:
-        return max(self.tried, key=self.tried.__getitem__)
+        return next(iter(self.tried)) if self.is_refuted else max(self.tried, key=self.tried.__getitem__)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
@@ -145,8 +147,10 @@ def search(merging: Merging, recipe: Recipe, out: Path, *, share: float, engine:
 
     What it will generate is said before. Raises RecipeError where that buys too little.
     """
-    if out.exists():
-        raise RecipeError(f"{out} exists; choose another --out")
+    try:
+        out = check_out(out)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if not share > 0:
         raise RecipeError(f"--share {share:g}: expected a share of a probe's tokens, above 0")
     recipe = recipe.model_copy(update={"model": merging.base or merging.experts[0]})
@@ -161,6 +165,9 @@ def search(merging: Merging, recipe: Recipe, out: Path, *, share: float, engine:
         if found.weights != (first := next(iter(tried))):
             before, after = (seeking.evaluate(weights, "report") for weights in (first, found.weights))
             found = replace(found, published=compare_results(before, after))
+            if lost := [name for name, of in found.published.items() if "score" in of and of["score"].high < 0]:
+                say(f"merge: on the published half {', '.join(lost)} is worse than with {_said(first)}: these are kept")
+                found = replace(found, is_refuted=True)
     merging.into(out, weights=found.weights, about={"search": found.as_json()})
     return found
 

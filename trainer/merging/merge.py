@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,8 +24,8 @@ import torch
 
 from polyphony.curricula.files import replace_file
 from polyphony.trainer.merging.adapters import are_combined, combine
-from polyphony.trainer.merging.methods import BLOCKWISE, Trim, blocks, merge_tensor
-from polyphony.trainer.merging.settings import MergeSettings
+from polyphony.trainer.merging.methods import BLOCKWISE, OF_MERGEKIT, Trim, blocks, merge_tensor
+from polyphony.trainer.merging.settings import MergeSettings, check_out
 from polyphony.trainer.merging.sources import Source, found, opened
 from polyphony.trainer.merging.tensors import Checkpoint, rewrite
 from polyphony.trainer.run.folder import RunFolder
@@ -48,36 +49,44 @@ def merge(
     line, where they do not fit together, or a weight is NaN; there is no folder then. `about` is noted beside the weights.
     """
     settings.check(len(experts), has_base=base is not None)
-    if settings.method != "interpolate" and find_spec("mergekit") is None:
-        raise ValueError(f"method {settings.method} needs mergekit: pip install 'polyphony-rl[merge]'")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose another --out")
+    out = check_out(out)
     sources, of_base = found(experts, base)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    as_adapters = of_base is not None and are_combined(sources, settings)
+    if not as_adapters and settings.method in OF_MERGEKIT and find_spec("mergekit") is None:
+        raise ValueError(f"method {settings.method} needs mergekit: pip install 'polyphony-rl[merge]'")
+    new = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from error
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         with ThreadPoolExecutor(1) as threads:
             hashing = threads.submit(_origins, sources, of_base)  # meanwhile, on another processor where there is one
-            if of_base is not None and are_combined(sources, settings):
+            if as_adapters:
+                assert of_base is not None
                 combine(sources, of_base, settings, scratch)
             else:
                 with opened(sources, of_base) as (checkpoints, start):
                     _write(checkpoints, start, settings, scratch)
             made = {"method": settings.method, "weights": list(settings.of(len(experts))), "seed": settings.seed}
-            made |= {"density": settings.kept, **hashing.result()}
+            made |= {"density": settings.kept, **({"by": "peft"} if as_adapters else {}), **hashing.result()}
         document = {"merge": made, **(about or {}), "packages": _versions()}
         replace_file(RunFolder(scratch).provenance, json.dumps(document, indent=1))
         scratch.chmod(0o755)
         scratch.replace(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty holds the model
+            for folder in new:
+                folder.rmdir()
     return out
 
 
 def _write(experts: Sequence[Checkpoint], base: Checkpoint | None, settings: MergeSettings, out: Path) -> None:
     first = experts[0]
     for file in sorted(set(first.files.values())):
-        rewrite(file, out / file.name, lambda name: _merged(name, experts, base, settings))
+        rewrite(file, out / file.name, lambda name: _merged(first.copies.get(name, name), experts, base, settings))
     for pattern in (*BESIDE_WEIGHTS, "*.safetensors.index.json"):
         for path in first.folder.glob(pattern):
             if path.is_file():

@@ -20,6 +20,8 @@ from polyphony.trainer.merging.settings import MergeSettings
 
 BLOCKWISE = ("linear", "task_arithmetic", "interpolate", "ties")
 """Methods that take each number by itself, so that a tensor can be merged a block at a time."""
+OF_MERGEKIT = ("linear", "task_arithmetic", "dare_linear", "dare_ties", "slerp", "cpi")
+"""Methods whose arithmetic is mergekit's, in whole or in part."""
 BLOCK = 1 << 20
 """Numbers that are worked on at once there: 4 MB of float32, which a processor's cache holds."""
 SAMPLE = 1 << 16
@@ -145,7 +147,7 @@ def _isolated(
         total += weight
         mixed = _slerp(mixed, expert, weight / total if total else 0.0)
     merged, most = mixed.clone(), torch.zeros_like(base)
-    for expert in experts:
+    for expert in (expert for expert, weight in zip(experts, weights, strict=True) if weight):
         delta = expert - base
         size = delta.abs().mul_(largest(delta, share))
         wins = size > most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from polyphony.curricula.declarations import nearest
@@ -75,6 +76,14 @@ class MergeSettings:
             raise ValueError(f"density {self.density:g}: expected above 0, at most 1")
         if self.density is not None and self.method not in DENSITY:
             raise ValueError(f"density: method {self.method} keeps all of a difference; leave it out")
+
+
+def check_out(out: Path) -> Path:
+    """Return the folder that a merge goes to, where that is to be had. Raises ValueError where something is there."""
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists; choose another --out")
+    return out
 
 
 def _said(weights: tuple[float, ...]) -> str:

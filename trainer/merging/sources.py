@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,18 @@ from polyphony.trainer.teachers.weights import (
 
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 """Files of a model on the hub."""
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = tuple(
+    """
+    tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json vocab.txt merges.txt tokenizer.model spiece.model
+    """.split()  # noqa: SIM905
+)
+ALIKE = tuple(
+    """
+    model_type hidden_act num_attention_heads num_key_value_heads head_dim rope_parameters rms_norm_eps layer_norm_eps
+    layer_norm_epsilon tie_word_embeddings sliding_window
+    """.split()  # noqa: SIM905
+)
+"""What of a configuration must be the same: what weights of equal shapes are read by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +112,33 @@ def opened(sources: Sequence[Source], base: Source | None) -> Iterator[tuple[lis
         first, *others = experts if of_base is None else [of_base, *experts]
         for other in others:
             first.refuse_other_shapes(other)
+            _refuse_other_config(first, other)
             _refuse_other_vocabulary(first, other)
         yield experts, of_base
 
 
+def _refuse_other_config(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise ValueError where weights of the same shapes are read otherwise."""
+    ours, theirs = (read_object(model.folder / CONFIG) for model in (first, other))
+    if ours == theirs:
+        return
+    # slow to import
+    from transformers import AutoConfig
+
+    with suppress(ValueError, OSError, KeyError):  # a model of its own code goes by what its file says
+        # fills in what a version of Transformers leaves out, or calls otherwise
+        ours, theirs = (AutoConfig.from_pretrained(m.folder).get_text_config().to_dict() for m in (first, other))
+    for name in ALIKE:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{other.name}: {name} is {theirs.get(name)} in its {CONFIG}, {ours.get(name)} in that of {first.name}: the "
+                "merged weights would fit neither"
+            )
+
+
 def _refuse_other_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
-    if all(_content(first.folder / name) == _content(other.folder / name) for name in TOKENIZER):
+    names = (*TOKENIZER, *{path.name for model in (first, other) for path in model.folder.glob("*.tiktoken")})
+    if all(_content(first.folder / name) == _content(other.folder / name) for name in names):
         return
     # slow to import
     from transformers import AutoTokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,11 @@ import torch
 from safetensors import safe_open
 
 from polyphony.curricula.files import replacing
+from polyphony.trainer.run.json_lines import read_object
+from polyphony.trainer.teachers.weights import CONFIG
+
+OUTPUT, EMBEDDINGS = "lm_head.weight", (".embed_tokens.weight", ".wte.weight")
+"""What Transformers' models call their output layer and their embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +31,21 @@ class Checkpoint:
     files: dict[str, Path]
     """By tensor."""
     shapes: dict[str, tuple[int, ...]]
+    copies: dict[str, str]
+    """Tensors of the files that a model reads another for: its output layer, where that is tied to its embeddings. They have
+    no shape here, for a model saved anew has none."""
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Checkpoint:
         """Read the headers of all files of a folder; `lacking` has looked whether they are whole."""
         files, shapes = {}, {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in _files(folder):
             with safe_open(path, framework="pt") as opened:
                 for tensor in opened.keys():  # noqa: SIM118  # of the file, which is no mapping
                     files[tensor], shapes[tensor] = path, tuple(opened.get_slice(tensor).get_shape())
-        return cls(name, folder, files, shapes)
+        copies = _copies(folder, shapes)
+        shapes = {tensor: shape for tensor, shape in shapes.items() if tensor not in copies}
+        return cls(name, folder, files, shapes, copies)
 
     def read(self, name: str, part: slice | None = None) -> torch.Tensor:
         """Return a tensor, or some of its numbers in a row, as they stand in the file.
@@ -63,6 +73,21 @@ class Checkpoint:
                     f"{other.name}: {name} {_told(theirs)}, in {self.name} it {_told(ours)}: only models of the same shapes "
                     "are merged"
                 )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that a model is loaded from: those of its index, else the one of that name, else all."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return sorted({folder / file for file in read_object(index).get("weight_map", {}).values()})
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _copies(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    said = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    tied = said.get("tie_word_embeddings", said.get("text_config", {}).get("tie_word_embeddings"))
+    embeddings = [name for name, of in shapes.items() if name.endswith(EMBEDDINGS) and of == shapes.get(OUTPUT)]
+    return {OUTPUT: embeddings[0]} if tied and embeddings else {}
 
 
 def _told(shape: tuple[int, ...] | None) -> str:
