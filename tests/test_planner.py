@@ -290,9 +290,9 @@ def test_options_are_ranked_and_what_was_not_measured_names_the_command_that_wou
     assert (
         options["merge"]["is_shown"] and options["merge"]["over_mix"][0] > 0 and options["mix"]["over_mix"] == [0, 0, 0]
     )
-    # experts 4 x 100, which are the probes of one of two seeds; a pupil half as long as the joint run
+    # experts 4 x 100, a pupil half as long as the joint run; of two seeds the probes: experts, joint run and three arms
     assert [options[k]["tokens"] for k in ("mix", "sequence", "merge", "distil")] == [400, 400, 400, 600]
-    assert (options["mix"]["probes"], options["merge"]["probes"]) == (0, 800)
+    assert (options["mix"]["probes"], options["merge"]["probes"]) == (0, 3200)
     assert options["groups"]["over_mix"] is options["distil"]["over_mix"] is None
     first, last = options["groups"]["how"]["stages"]
     assert set(first) == {"a", "c", "d"} and last == ["b"]  # what a did to b, b's own stage makes up for

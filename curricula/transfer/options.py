@@ -91,6 +91,13 @@ class Planned(NamedTuple):
     is_shown: bool
     stages: tuple[tuple[str, ...], ...]
     """The groups."""
+    has_short_joint: bool
+    """Whether a joint run is there that had too little training to compare with."""
+
+    @property
+    def wants_joint(self) -> str:
+        """What would measure mixing, with which all is compared."""
+        return would(anew="probe.joint_arm=true") if self.has_short_joint else would("probe.joint_arm=true")
 
 
 def weigh(matrix: TransferMatrix, planned: Planned, *, resamples: int, rng: np.random.Generator) -> tuple[Option, ...]:
@@ -123,6 +130,8 @@ class _Found(NamedTuple):
     arm: Mapping[str, Any]
     over_mix: Interval
     tokens: float | None
+    is_shown: bool
+    """Whether it is above mixing: with one seed, whose luck no interval knows, nothing is."""
 
 
 def _measured(matrix: TransferMatrix, *, resamples: int, rng: np.random.Generator) -> dict[str, _Found]:
@@ -133,13 +142,15 @@ def _measured(matrix: TransferMatrix, *, resamples: int, rng: np.random.Generato
     effects, labels = Effects(matrix, with_arms=True), list(arms)
     point = _gains(effects, effects.means(), labels)[0]
     width = _widths(effects, labels, resamples=resamples, rng=rng)
+    has_seeds = _between_seeds(effects)[2] > 0
     found = {}
     for kind in dict.fromkeys(arm["kind"] for arm in arms.values()):
         places = [n for n, label in enumerate(labels) if arms[label]["kind"] == kind]
         n = places[int(point[places].argmax())]
         mid = _crossfitted(effects, [labels[n] for n in places]) if len(places) > 1 else point[n]
         spent = _mean([row.tokens for row in matrix.arms if label_of(row) == labels[n]])
-        found[kind] = _Found(arms[labels[n]], around(mid, point[n] - width[n], point[n] + width[n]), spent)
+        gain = around(mid, point[n] - width[n], point[n] + width[n])
+        found[kind] = _Found(arms[labels[n]], gain, spent, gain.is_above_zero and has_seeds)
     return found
 
 
@@ -217,13 +228,13 @@ class _Costs:
     joint: float | None
     """Of the joint run, or what it would take."""
     probes: int | None
-    """Of all single-domain runs in the file."""
+    """Of all runs in the file, without their evaluations and placebos."""
 
     @classmethod
     def of(cls, matrix: TransferMatrix) -> _Costs:
         by_name = [_mean([r.tokens for r in matrix.probes if r.trained == (name,)]) for name in matrix.trainable]
         alone = None if None in by_name else sum(n for n in by_name if n is not None)
-        rows = [row.tokens for row in matrix.rows if row.probe and len(row.trained) == 1]
+        rows = [row.tokens for row in (*matrix.probes, *matrix.joint_arm, *matrix.arms)]
         probes = None if None in rows else sum(n for n in rows if n is not None)
         return cls(alone=alone, joint=_mean([r.tokens for r in matrix.joint_arm]) or alone, probes=probes)
 
@@ -250,19 +261,19 @@ def _option(kind: Kind, found: _Found | None, planned: Planned, matrix: Transfer
     plain = Option(kind=kind, how={}, over_mix=None, source=None, tokens=tokens, probes=costs.probes)
     if found is not None:
         how = {key: value for key, value in found.arm.items() if key != "kind"}
-        return replace(
-            plain, how=how, over_mix=found.over_mix, source="measured", is_shown=found.over_mix.is_above_zero
-        )
+        return replace(plain, how=how, over_mix=found.over_mix, source="measured", is_shown=found.is_shown)
     if kind == "mix":
         is_known = bool(matrix.joint_arm)
-        note = "" if is_known else would("probe.joint_arm=true")
+        note = "" if is_known else planned.wants_joint
         gain, source = (NOTHING, "measured") if is_known else (None, None)
         return replace(plain, over_mix=gain, source=source, probes=0, note=note)
     if kind == "sequence":
-        note = "" if planned.over_joint is not None else "its gain over mixing is not known without a joint run"
+        note = "" if planned.over_joint is not None else planned.wants_joint
         how = {"stages": [[name] for name in planned.order]}
         known = {"over_mix": planned.over_joint, "source": None if planned.over_joint is None else "predicted"}
         return replace(plain, how=how, is_shown=planned.is_shown, note=note, **known)
+    if any(row.arm["kind"] == kind for row in matrix.arms):  # it was trained, and has nothing to be compared with
+        return replace(plain, note=planned.wants_joint)
     if kind == "groups":
         stages = planned.stages
         if len(stages) == 1 or len(stages) == len(planned.order):

@@ -82,8 +82,7 @@ class Plan:
 
     def _choice(self) -> str:
         """Name what is better than both mixing and an order, where anything is."""
-        best = self.options[0] if self.options else None
-        if best is None or best.kind in ("mix", "sequence") or best.over_mix is None:
+        if (best := self._best) is None or best.over_mix is None:
             return ""
         how = as_recipe(best) or ", ".join(f"{key} {value}" for key, value in best.how.items())
         what = {"groups": "train in groups", "merge": "merge experts", "distil": "distil experts into one model"}
@@ -92,11 +91,19 @@ class Plan:
             "domains at once."
         )
 
+    @property
+    def _best(self) -> Option | None:
+        """What is recommended, where that is neither mixing nor an order."""
+        best = self.options[0] if self.options else None
+        return best if best is not None and best.kind not in ("mix", "sequence") and best.is_shown else None
+
     def _advice(self) -> str:
         gain = f"The best order by measured transfer is {', '.join(self.order)}. "
         gain += f"It gains {_signed(self.over_mean_order)} in mean score over a random order"
         if self.over_joint is not None:
             gain += f" and {_signed(self.over_joint)} over training on all domains at once"
+        if self._best is not None:
+            return f"{gain}."
         if self.decision == "sequence":
             return f"{gain}. Train in this order (scheduler: bwt)."
         doubt = "that is not shown to be better than nothing" if self.over_joint is None else "not both are above zero"

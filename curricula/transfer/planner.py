@@ -135,14 +135,17 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     solver = Solver(steer, settings)
     effects, names = solver.effects, solver.names
     order = solver.order()
-    precedence, regret = _confidence(solver, order)
     gain = _gains(solver, order)
+    options = _options(solver, steer, order, gain, has_short_joint=fair is not matrix)
+    tried = next((o for o in options if o.kind == "sequence" and o.source == "measured"), None)
+    if tried is not None and tried.is_shown:  # the one that was trained: another may have come to look best since
+        order = tuple(name for stage in tried.how["stages"] for name in stage)
+        gain = _gains(solver, order)
+    precedence, regret = _confidence(solver, order)
     report = fair.on("report")
     published = solver if report is fair else Solver(report, settings)
     predicted, interval = _predictions(published, order)
     beyond = Effects(report, against="placebo") if report.placebo else published.effects
-    options = _options(solver, steer, order, gain)
-    tried = next((o for o in options if o.kind == "sequence" and o.source == "measured"), None)
     return Plan(
         order=order,
         decision="sequence" if (gain.are_shown if tried is None else tried.is_shown) else "mix",
@@ -208,9 +211,16 @@ def _gains(solver: Solver, order: Sequence[str]) -> Gains:
     return gains(solver.effects, solver.chooser, chosen, solver.drawn, luckiest=solver.luckiest, rng=solver.rng)
 
 
-def _options(solver: Solver, matrix: TransferMatrix, order: tuple[str, ...], gain: Gains) -> tuple[Option, ...]:
-    stages = groups(solver.effects, order)
-    planned = Planned(order=order, over_joint=gain.over_joint, is_shown=gain.are_shown, stages=stages)
+def _options(
+    solver: Solver, matrix: TransferMatrix, order: tuple[str, ...], gain: Gains, *, has_short_joint: bool
+) -> tuple[Option, ...]:
+    planned = Planned(
+        order=order,
+        over_joint=gain.over_joint,
+        is_shown=gain.are_shown,
+        stages=groups(solver.effects, order),
+        has_short_joint=has_short_joint,
+    )
     return weigh(matrix, planned, resamples=solver.settings.resamples, rng=solver.rng)
 
 
