@@ -111,7 +111,8 @@ def _add_probe(probe: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         metavar="N",
-        help="probe N domains at most, chosen one after the other, fewer where the plan no longer changes (default: all)",
+        help="probe N domains at most, chosen one after the other, fewer where the plan no longer changes (default: all); "
+        "by a part of them no plan recommends more than mixing",
     )
 
 

@@ -277,6 +277,43 @@ def test_what_is_truly_best_is_recommended_and_nothing_but_mixing_where_nothing_
     assert [recommended(world, seed) for seed in range(5)].count(best) >= 4  # the command makes 20: RESULTS.md
 
 
+def test_a_plan_says_one_thing():
+    plan = make_plan(PLANTED["groups"].matrix(np.random.default_rng(0)), QUICK)
+    assert plan.options[0].kind == "groups"
+    assert "Best is to train in groups" in plan.explain() and "together (scheduler" not in plan.explain()
+
+
+def test_the_order_that_was_trained_is_the_one_that_is_recommended():
+    whole = PLANTED["sequence"].matrix(np.random.default_rng(0))
+    other = ["b", "a", "c", "d"]
+    rows = [
+        replace(row, arm={"kind": "sequence", "stages": [[name] for name in other]})
+        if row.arm.get("kind") == "distil"
+        else row
+        for row in whole.rows
+    ]
+    rows = [
+        replace(r, scores=dict.fromkeys(r.scores, (1.0,) * 400)) if r.arm.get("kind") == "sequence" else r for r in rows
+    ]
+    plan = make_plan(replace(whole, rows=tuple(rows)), QUICK)
+    assert make_plan(whole, QUICK).order != tuple(other)
+    assert (plan.order, plan.decision, plan.options[0].kind) == (tuple(other), "sequence", "sequence")
+    assert "Train in this order" in plan.explain()
+    # by one seed nothing measured is shown to be better
+    alone = make_plan(replace(whole, rows=tuple(r for r in rows if r.seed == 0)), QUICK)
+    assert not next(o for o in alone.options if o.source == "measured" and o.kind == "sequence").is_shown
+
+
+def test_without_a_joint_run_what_was_trained_asks_for_one():
+    whole = PLANTED["merge"].matrix(np.random.default_rng(0))
+    rows = tuple(row for row in whole.rows if row.trained != whole.trainable or row.arm)
+    notes = {o.kind: o.note for o in make_plan(replace(whole, rows=rows), QUICK).options}
+    assert set(notes.values()) == {"not measured: `polyphony probe RECIPE probe.joint_arm=true --out FOLDER` would"}
+    short = tuple(replace(r, step=1) if r.trained == whole.trainable and not r.arm else r for r in whole.rows)
+    notes = {o.kind: o.note for o in make_plan(replace(whole, rows=short), QUICK).options}
+    assert "probe.joint_arm=true --out ANOTHER" in notes["mix"]
+
+
 def test_options_are_ranked_and_what_was_not_measured_names_the_command_that_would(capsys, tmp_path):
     whole = PLANTED["merge"].matrix(np.random.default_rng(1))
     kept = [row for row in whole.rows if row.arm.get("kind") not in ("groups", "distil")]

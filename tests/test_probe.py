@@ -6,12 +6,15 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from polyphony.curricula.records import Evaluation
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.curricula.transfer.planner import make_plan
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_report
@@ -21,6 +24,7 @@ from polyphony.launch.verbs.experts import taught
 from polyphony.launch.verbs.probe import Probe, probe
 from polyphony.launch.verbs.rates import harm, proposal
 from tests.conftest import RECIPES
+from tests.experiments.options import WORLDS as PLANTED
 from tests.forks import Fork
 
 
@@ -229,3 +233,36 @@ def test_weights_are_kept_with_what_they_are_and_another_rate_has_a_file_of_its_
     assert load_file(kept / "adapter_model.safetensors") and [path.name for path in kept.parent.iterdir()] == [
         "stories-1"
     ]
+
+
+class Chooses(Probe):
+    """A probe whose runs are rows that are there already."""
+
+    def __init__(self, out, whole):
+        self.recipe, self.out, self.whole, self.made = recipe(), out, whole, []
+        self.experts = SimpleNamespace(domains=whole.trainable)
+        self.matrices = {None: replace(whole, rows=whole.baselines(probe=True))}
+
+    def _all(self, arms):
+        for arm in (arm for arm in arms if arm.trained and arm.trained not in self.made):
+            rows = [r for r in self.whole.rows if (r.trained, r.seed, r.arm) == (arm.trained, 0, {})]
+            self.matrices[None] = replace(self.matrices[None], rows=(*self.matrices[None].rows, *rows))
+            self.made.append(arm.trained)
+
+    def _compare(self):
+        pass
+
+
+def test_a_budget_probes_so_many_domains_and_its_plan_is_to_mix(tmp_path, capsys):
+    whole = PLANTED["sequence"].matrix(np.random.default_rng(0))
+    names = whole.trainable
+    arms = [Arm(seed=0, trained=trained, steps=1) for trained in ((), *((name,) for name in names), names)]
+    some = Chooses(tmp_path, whole)
+    some._chosen(arms, 2)
+    assert len(some.made) == 2 and names not in some.made
+    assert "2 domains were probed" in capsys.readouterr().err
+    kept = TransferMatrix.load(tmp_path / "transfer.json")
+    assert kept.provenance["budget"] == 2 and make_plan(kept).options[0].kind == "mix"
+    every = Chooses(tmp_path, whole)
+    every._chosen(arms, len(names))
+    assert set(every.made) == {names, *((name,) for name in names)}
