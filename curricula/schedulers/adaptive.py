@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
-from polyphony.curricula.records import Decision, Evidence, graded, mean
+from polyphony.curricula.records import Decision, Evidence, graded
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
@@ -21,8 +21,6 @@ from polyphony.curricula.transfer.matrix import Probes
 
 logger = logging.getLogger(__name__)
 
-LATEST = 2
-"""Evaluations whose mean is a domain's level: at 50 items each a standard error of .05 instead of .07."""
 PRACTICE = 64
 """Groups of a domain without a new best that halve what it is thought to be able to gain still."""
 ALARM = 0.05
@@ -34,11 +32,13 @@ items."""
 class Adaptive:
     """p_k = floor / K + (1 - floor) u_k / sum_j u_j with u_k = exp(d_k / focus) X_k F_k
 
-    d: what the domain lacks, c_k - s_k or 0 if that is negative; s_k is its mean score of the last two evaluations.
+    d: what the domain lacks, c_k - s_k or 0 if that is negative; s_k is its mean score at the last evaluation.
     c: how far it may rise, b_k + (1 - b_k) 2^(-n_k / 64) with b_k its best score. n_k are the groups of it that were
        practised since the last evaluation with a new best, one standard error above the one before; of the groups
-       between two evaluations at most 64 count, so that one look never takes more than half. A domain whose answers are
-       all wrong needs most at first, as it may have to find a form; one that practice does not move is let go.
+       between two evaluations at most 64 count, so that one look never takes more than half, and none where the score
+       has fallen more than one standard error below the best: that domain is not standing still, it is being lost. A
+       domain whose answers are all wrong needs most at first, as it may have to find a form; one that practice does not
+       move, with signal in its groups or without, is let go.
     X: 1 + strength x_k where a transfer file is given, with x_k in [-1, 1] the worth of a step on k to all domains, its
        difference from the mean over the mean size and deviation (see `transfer_value`); else 1.
     F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band (see `transfer_value`),
@@ -112,9 +112,10 @@ class Adaptive:
                 score = row.mean_score(name)
                 if math.isnan(score):
                     continue
-                if best[i] is None or score > best[i] + standard_error(best[i], items=_items(evidence, name)):
+                error = 0.0 if best[i] is None else standard_error(best[i], items=_items(evidence, name))
+                if best[i] is None or score > best[i] + error:
                     best[i], unmoved[i] = score, 0
-                else:
+                elif score >= best[i] - error:
                     unmoved[i] += min(groups[i], PRACTICE)
                 groups[i] = 0
         return {"groups": groups, "best": best, "unmoved": unmoved, "seen": len(evidence.evaluations)}
@@ -126,7 +127,7 @@ class Adaptive:
             history = _history(evidence, name)
             best = max(history, default=0.0)
             ceiling = best + (1 - best) * 2 ** (-unmoved / PRACTICE)
-            lacks.append(max(0.0, ceiling - mean(history[-LATEST:])) if history else 1.0)
+            lacks.append(max(0.0, ceiling - history[-1]) if history else 1.0)
         return lacks
 
     def _factors(self, assessed: Mapping[str, Any], k: int) -> Sequence[float]:

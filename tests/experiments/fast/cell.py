@@ -150,10 +150,11 @@ def _taught(cell: StudyCell, data: DomainData) -> tuple[LabPolicy, dict[str, Any
 
 RULES = {
     ("adaptive", "own"): "tests.experiments.fast.rules:OldAdaptive",
+    ("polyphony.curricula.schedulers.adaptive:Adaptive", "own"): "tests.experiments.fast.rules:Patient",
     ("need", "own"): "tests.experiments.fast.rules:OwnCeiling",
     ("need", "one"): "tests.experiments.fast.rules:Wanting",
 }
-"""What a study calls a scheduler and the ceiling of its scores, and what it is called since."""
+"""What a study calls a scheduler and the ceiling of its scores, and what it is called since; `product`: the one there is."""
 
 
 def make_scheduler(settings: Mapping[str, Any], data: DomainData, probe_file: Path) -> Scheduler:

@@ -2,7 +2,8 @@
 
 `OldAdaptive` was the scheduler `adaptive`: shares by learnability, progress and transfer of each domain, estimated anew at
 every draw. `OwnCeiling` was it after that, which held a domain against its own best only where groups with signal had not
-moved it; `Wanting` is the same with every domain held against the full score for good.
+moved it; `Wanting` is the same with every domain held against the full score for good. `Patient` was it next: today's rule
+with a level over two evaluations, which also let a domain go that had lost what it could.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import Field
 from polyphony.curricula.declarations import settings
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.records import Decision, DomainStats, Evidence, graded, mean, null_of
-from polyphony.curricula.schedulers.adaptive import LATEST, Adaptive
+from polyphony.curricula.schedulers.adaptive import PRACTICE, Adaptive, standard_error
 from polyphony.curricula.schedulers.online_transfer import entropy_prior, score_prior
 from polyphony.curricula.schedulers.shares import listed, normalised, softmax, uniform
 from polyphony.curricula.schedulers.transfer_value import TransferValue
@@ -177,6 +178,8 @@ def _relative(sampled: np.ndarray, value: np.ndarray, sd: np.ndarray) -> np.ndar
     return np.clip((sampled - sampled.mean()) / scale, -1, 1) if scale > 0 else np.zeros_like(value)
 
 
+LATEST = 2
+"""Evaluations whose mean was a domain's level: at 50 items each a standard error of .05 instead of .07."""
 STILL = 3
 """Evaluations without a new best after which a domain stands still."""
 BEFORE = 2
@@ -185,6 +188,35 @@ FOUND = 0.05
 """Best level below which a domain has found nothing yet, so that it cannot stand still."""
 PRACTISED = 8
 """Groups with signal within those evaluations: where there was nothing to learn from, standing still says nothing."""
+
+
+class Patient(Adaptive):
+    """Today's rule with the mean of two evaluations for a level, where falling counts as standing still."""
+
+    def _followed(self, evidence: Evidence, state: Mapping[str, Any]) -> dict[str, Any]:
+        k = len(evidence.domains)
+        groups = [n + stats.groups for n, stats in zip(state.get("groups", [0] * k), evidence.last, strict=True)]
+        best, unmoved = list(state.get("best", [None] * k)), list(state.get("unmoved", [0] * k))
+        for row in evidence.evaluations[state.get("seen", 0) :]:
+            for i, name in enumerate(evidence.domains):
+                score = row.mean_score(name)
+                if math.isnan(score):
+                    continue
+                if best[i] is None or score > best[i] + standard_error(best[i], items=_items(evidence, name)):
+                    best[i], unmoved[i] = score, 0
+                else:
+                    unmoved[i] += min(groups[i], PRACTICE)
+                groups[i] = 0
+        return {"groups": groups, "best": best, "unmoved": unmoved, "seen": len(evidence.evaluations)}
+
+    def _lacks(self, evidence: Evidence, followed: Mapping[str, Any]) -> list[float]:
+        lacks = []
+        for name, unmoved in zip(evidence.domains, followed["unmoved"], strict=True):
+            history = _history(evidence, name)
+            best = max(history, default=0.0)
+            ceiling = best + (1 - best) * 2 ** (-unmoved / PRACTICE)
+            lacks.append(max(0.0, ceiling - mean(history[-LATEST:])) if history else 1.0)
+        return lacks
 
 
 class OwnCeiling(Adaptive):

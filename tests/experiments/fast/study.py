@@ -232,7 +232,7 @@ class Study:
     def _extras(self, rows: Sequence[Row]) -> list[StudyCell]:
         arms, rates = self.chosen(rows)
         cells = []
-        for arm in (arms[0], "joint"):
+        for arm in (arms[0], "joint") if self.final.extras else ():
             given = {**(self.settings_of(arm, rows) or {}), **self.final.extras}
             for world in self.worlds:
                 cells += [self.cell(world, f"{arm}+", rates[arm], seed, given) for seed in self.final.seeds]
