@@ -21,8 +21,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ METHODS = ("linear", "ties")
 OPTIONS = ("sequence", "groups", *METHODS, "distil")
 DECIDING, PUBLISHED = 200, 600
 FINAL_SEED = 101
+FILE = "regret.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -292,6 +295,10 @@ def report(file: RegretFile, keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _through(world: RegretWorld, *, out: Path, until: float) -> bool:
+    return time.monotonic() < until and run_world(world, RegretFile(out / FILE), out, until=until)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the arguments, run as far as the time goes, print; 1 where something is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,16 +306,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--key", required=True, help="decides the worlds")
     parser.add_argument("--worlds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=75_000, help="rollout tokens of every option")
+    parser.add_argument("--jobs", type=int, default=2, help="worlds at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file, until = RegretFile(arguments.out / "regret.jsonl"), time.monotonic() + 60 * arguments.minutes
+    until = time.monotonic() + 60 * arguments.minutes
     keys = [f"{arguments.key}/{n}" for n in range(arguments.worlds)]
-    done = [
-        time.monotonic() < until
-        and run_world(RegretWorld(key=key, tokens=arguments.tokens), file, arguments.out, until=until)
-        for key in keys
-    ]
+    worlds = [RegretWorld(key=key, tokens=arguments.tokens) for key in keys]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        done = list(pool.map(partial(_through, out=arguments.out, until=until), worlds))
+    file = RegretFile(arguments.out / FILE)
     print(report(file, keys))
     return int(not all(done))
 
