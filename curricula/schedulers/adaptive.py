@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 PRACTICE = 64
 """Groups of a domain without a new best that halve what it is thought to be able to gain still."""
+FALL = 2 * math.sqrt(2)
+"""Standard errors below its best from which a domain has fallen: two of a difference, for the best is a lucky one."""
 ALARM = 0.05
 """Drawdown that doubles a domain's weight in the worth of transfer: two standard errors of a paired difference of about 200
 items."""
@@ -36,9 +38,9 @@ class Adaptive:
     c: how far it may rise, b_k + (1 - b_k) 2^(-n_k / 64) with b_k its best score. n_k are the groups of it that were
        practised since the last evaluation with a new best, one standard error above the one before; of the groups
        between two evaluations at most 64 count, so that one look never takes more than half, and none where the score
-       has fallen more than one standard error below the best: that domain is not standing still, it is being lost. A
-       domain whose answers are all wrong needs most at first, as it may have to find a form; one that practice does not
-       move, with signal in its groups or without, is let go.
+       has fallen below the best by more than two standard errors of a difference: that domain is not standing still, it
+       is being lost. A domain whose answers are all wrong needs most at first, as it may have to find a form; one that
+       practice does not move, with signal in its groups or without, is let go.
     X: 1 + strength x_k where a transfer file is given, with x_k in [-1, 1] the worth of a step on k to all domains, its
        difference from the mean over the mean size and deviation (see `transfer_value`); else 1.
     F: 2^E_k with E_k in [-1, 1], above 1 where k raises the entropy of domains below their band (see `transfer_value`),
@@ -115,7 +117,7 @@ class Adaptive:
                 error = 0.0 if best[i] is None else standard_error(best[i], items=_items(evidence, name))
                 if best[i] is None or score > best[i] + error:
                     best[i], unmoved[i] = score, 0
-                elif score >= best[i] - error:
+                elif score >= best[i] - FALL * error:
                     unmoved[i] += min(groups[i], PRACTICE)
                 groups[i] = 0
         return {"groups": groups, "best": best, "unmoved": unmoved, "seen": len(evidence.evaluations)}
