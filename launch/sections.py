@@ -42,8 +42,8 @@ class ProbeSection:
     """The weights every probe run starts from: `base` (the recipe's model), `joint:<steps>` (after that many steps on all
     domains), or a checkpoint's folder. From the base model, part of what is measured is learning of the answer format;
     from a trained policy it is mostly forgetting, smaller and harder to measure. `base` is the default because in the lab
-    its probes ranked 24 trained orders better (rank correlation .33 against .06; one world, one training seed:
-    launch/lab/RESULTS.md)."""
+    its probes ranked 24 trained orders better (rank correlation .33 against .06; one world, one training seed, a
+    learning rate that is too high: launch/lab/RESULTS.md)."""
     joint_arm: bool = True
     """Also train on all domains together for the same total of steps: the baseline of a sequence of domains."""
     placebo: bool = False
@@ -311,7 +311,8 @@ class AdapterSection:
 
     kind: Literal["osf"]
     """`osf`: orthogonal subspace fine-tuning (arXiv:2504.07097). Of every layer the directions with the largest singular
-    values stay as they are, gradients are made orthogonal to them, and the rest is trained: structure against interference.
+    values are frozen, gradients are made orthogonal to them, and the rest is trained: structure against interference. What
+    AdamW makes of an orthogonal gradient is so only nearly.
     It trains more numbers than LoRA, decomposes every layer at the start, and needs `cluster.strategy: ddp`."""
     frozen: float = Field(default=0.5, gt=0, lt=1)
     """Share of each layer's directions that stays as it is; PEFT's own is half."""

@@ -93,8 +93,8 @@ def test_half_is_even_and_half_goes_by_score():
     assert mixture == pytest.approx([1 / 6 + 0.2881, 1 / 6 + 0.1060, 1 / 6 + 0.1060], abs=1e-4)
 
 
-def test_a_level_is_the_mean_of_two_evaluations():
-    rows = [row(0, (0.9, 0.4, 0.4)), row(4, (0.1, 0.4, 0.4)), row(8, (0.3, 0.4, 0.4))]
+def test_a_level_is_the_last_evaluation():
+    rows = [row(0, (0.9, 0.4, 0.4)), row(4, (0.1, 0.4, 0.4)), row(8, (0.2, 0.4, 0.4))]
     assert shares(Adaptive(), rows, groups=0) == pytest.approx(shares(Adaptive(), [row(0, (0.2, 0.4, 0.4))]))
 
 
@@ -115,19 +115,19 @@ LOW = [row(4 * n, (s, 0.2 + 0.1 * n, 0.2 + 0.1 * n)) for n, s in enumerate((0.1,
 """The first stands still at .3 from the second evaluation on; the others rise."""
 
 
-def lacking(first, others=0.45):
+def lacking(first, others=0.4):
     """The first domain's share, by what it lacks beside two that lack so much."""
     return 1 / 6 + 0.5 / (1 + 2 * math.exp((others - first) / 0.2))
 
 
 def test_what_practice_does_not_move_comes_down_to_its_own_best():
-    # three evaluations after 12 groups each brought nothing: .3 + .7 x 2^(-36 / 64) - .3 = .474; others 1 - .55
+    # three evaluations after 12 groups each brought nothing: .3 + .7 x 2^(-36 / 64) - .3 = .474; others 1 - .6
     assert shares(Adaptive(), LOW)[0] == pytest.approx(lacking(0.7 * 2 ** (-36 / 64)), abs=1e-4)
     # one standard error of 100 items at .3 is .046: .34 is no new best, .36 is, and all is open again
     for score, unmoved in ((0.34, 36), (0.36, 0)):
         rows = [*LOW[:4], row(16, (score, 0.6, 0.6))]
         best = max(score, 0.3)
-        lacks = best + (1 - best) * 2 ** (-unmoved / 64) - (0.3 + score) / 2
+        lacks = best + (1 - best) * 2 ** (-unmoved / 64) - score
         assert shares(Adaptive(), rows)[0] == pytest.approx(lacking(lacks), abs=1e-4)
 
 
@@ -138,6 +138,16 @@ def test_one_look_never_takes_more_than_half_of_what_is_open():
 
 def test_only_practice_counts():
     assert shares(Adaptive(), LOW, groups=0)[0] == pytest.approx(lacking(0.7), abs=1e-4)
+
+
+def test_what_falls_is_not_let_go():
+    # two standard errors of a difference of 100 items at .6 are .139: at .47 it stands still, at .45 it has fallen
+    for score, unmoved in ((0.47, 24), (0.45, 0)):
+        rows = [row(0, (0.6, 0.6, 0.6)), row(4, (score, 0.6, 0.6)), row(8, (score, 0.6, 0.6))]
+        # the others stand still at .6
+        others = 0.4 * 2 ** (-24 / 64)
+        lacks = 0.6 + 0.4 * 2 ** (-unmoved / 64) - score
+        assert shares(Adaptive(), rows)[0] == pytest.approx(lacking(lacks, others), abs=1e-4)
 
 
 def test_a_fall_below_its_own_best_is_a_lack_again():

@@ -200,6 +200,17 @@ def test_a_setting_out_of_range_is_refused(name, settings):
             "adaptive has no 'window' any more: it goes by held-out scores, no longer by rewards",
         ),
         (
+            {"scheduler": "polyphony.curricula.schedulers.adaptive:Adaptive", "alarm": 0.1},
+            "adaptive has no 'alarm' any more: it is .05 for good",
+        ),
+        ({"scheduler": "adaptive", "ceiling": "own"}, "adaptive has no 'ceiling' any more: how far a domain may rise"),
+        (
+            {"scheduler": "adaptive", "strength": 0.5},
+            "strength: 0.5: weighs measured transfer: give `transfer`, or leave",
+        ),
+        ({"adaptive": {"strength": 0.5}}, "strength: 0.5: weighs measured transfer: give `transfer`, or leave it out"),
+        ({"scheduler": "need"}, "scheduler 'need' is called 'adaptive' now; how far a domain may rise"),
+        (
             {"scheduler": "sequential", "order": "arithmetic"},
             "Sequential: order: Input should be a valid tuple, got 'ari",
         ),

@@ -32,6 +32,7 @@ REGISTRY = {
 
 GONE = {
     "alarm": "it is .05 for good",
+    "ceiling": "how far a domain may rise comes down with practice that brings no new best",
     "seed": "nothing is sampled any more",
     "window": "it goes by held-out scores, no longer by rewards and their slope, which pac still does",
 }
@@ -58,7 +59,7 @@ def find_scheduler(name: str) -> type:
     Raises ValueError that lists the known names.
     """
     if name == "need":
-        raise ValueError("scheduler 'need' is called 'adaptive' now; its ceiling is each domain's own")
+        raise ValueError(f"scheduler 'need' is called 'adaptive' now; {GONE['ceiling']}")
     found = find_class("scheduler", REGISTRY, name)
     if not (isinstance(found, type) and hasattr(found, "decide")):
         raise ValueError(f"scheduler {name!r}: expected a class with a method `decide`, got {found!r:.60}")
@@ -80,7 +81,9 @@ def as_scheduler(
     settings = {str(key): value for key, value in mapping.items()}
     name = settings.pop("scheduler", "auto")
     kind = find_scheduler(name)
-    _check_gone(settings if name == "adaptive" else settings.get("adaptive"))
+    of_adaptive = settings if issubclass(kind, find_scheduler("adaptive")) else settings.get("adaptive")
+    if isinstance(of_adaptive, Mapping):
+        _check_adaptive(of_adaptive, has_transfer=settings.get("transfer") is not None)
     _check_keys(kind, name, settings, is_given="scheduler" in mapping)
     fields = getattr(kind, "__dataclass_fields__", {})
     told = {"entropy_band": entropy.band, "entropy_control": entropy.held("sampling", domains)}
@@ -103,10 +106,14 @@ def build_scheduler(name: str, /, **settings: Any) -> Scheduler:
         raise ValueError(f"scheduler {name!r} refuses {settings}: {error}") from error
 
 
-def _check_gone(settings: Any) -> None:
-    for key, why in GONE.items() if isinstance(settings, Mapping) else ():
+def _check_adaptive(settings: Mapping[str, Any], *, has_transfer: bool) -> None:
+    for key, why in GONE.items():
         if key in settings:
             raise ValueError(f"adaptive has no {key!r} any more: {why}")
+    if settings.get("strength") and not has_transfer:
+        raise ValueError(
+            f"strength: {settings['strength']}: weighs measured transfer: give `transfer`, or leave it out"
+        )
 
 
 def _check_keys(kind: type, name: str, settings: Mapping[str, Any], *, is_given: bool) -> None:
