@@ -150,8 +150,21 @@ def report(
         lines = [_line(rows, world, arm, joint, every) for arm in shown if _of(rows, world, arm, every=every)]
         rare = [row for row in _of(rows, world, arms[0]) if row["every"] != every]
         lines += [_cells(f"{arms[0]}, every {rare[0]['every']}", rare, joint, 0)] if rare else []
-        head = ["arm", "rate", "average", "to joint", "worst", "to joint", "watched", "to joint", "in band"]
-        out += ["", world, "", *_table([*head, "rollout", "evaluation", "probe", "tokens to joint's end"], lines), ""]
+        lines += [["start", *_start(joint)]] if joint and joint[0]["looks"] else []
+        head = [
+            "arm, + with pool and decay and to joint+",
+            "seeds",
+            "rate",
+            "average",
+            "to joint",
+            "worst",
+            "to joint",
+            "watched",
+            "to joint",
+            "in band",
+        ]
+        head += ["rollout", "evaluation", "probe", "tokens to joint's end"]
+        out += ["", world, "", *_table(head, lines), ""]
         for arm in shown:
             of_arm = _of(rows, world, arm, every=every)
             for measure in MEASURES if of_arm else ():
@@ -161,13 +174,22 @@ def report(
 
 def _line(rows: Sequence[Row], world: str, arm: str, joint: Sequence[Row], every: int) -> list[str]:
     found = _of(rows, world, arm, every=every)
+    joint = _of(rows, world, "joint+", every=every) if arm.endswith("+") else joint
     probes = [r["tokens"]["probe"] for r in _of(rows, world, "probe") if r["rate"] == found[0]["rate"]]
     is_planned = found[0]["settings"].get("transfer") == "probe"
     return _cells(arm, found, joint, probes[0] if probes and is_planned else 0)
 
 
+def _start(joint: Sequence[Row]) -> list[str]:
+    """Return what stands before the first draw, of the published items that are shown on the way."""
+    row = joint[0]
+    row = {**row, "shown": row["looks"][0][2]}
+    told = [cell for measure in (*MEASURES, "watched") for cell in (f"{score(row, measure, of='shown'):.3f}", "")]
+    return ["", "", *told, *[""] * 5]
+
+
 def _cells(name: str, found: Sequence[Row], joint: Sequence[Row], probed: int) -> list[str]:
-    cells = [name, f"{found[0]['rate']:g}"]
+    cells = [name, str(len(found)), f"{found[0]['rate']:g}"]
     for measure in (*MEASURES, "watched"):
         cells += [f"{mean([score(row, measure) for row in found]):.3f}", _signed(paired(found, joint, measure)[0])]
     ends = {row["seed"]: score(row, "average", of="shown") for row in joint}
@@ -179,7 +201,7 @@ def _cells(name: str, found: Sequence[Row], joint: Sequence[Row], probed: int) -
 
 
 def _tests(rows: Sequence[Row], arms: Sequence[str], tuning: Sequence[str], every: int) -> list[str]:
-    """Return the registered tests of the candidate against joint, and its distance to the best published arm."""
+    """Return the registered tests of the candidate against joint, and its distance to every other arm."""
     candidate, out = arms[0], ["", f"candidate: {arms[0]}"]
     places = [(world, measure) for world in tuning for measure in MEASURES]
     found = {
@@ -191,8 +213,8 @@ def _tests(rows: Sequence[Row], arms: Sequence[str], tuning: Sequence[str], ever
     adjusted = holm({name: p for name, (_, p) in found.items()})
     for name, (interval, p) in found.items():
         out.append(f"{name}, to joint: {_signed(interval)}, p {p:.4f}, by Holm {adjusted[name]:.4f}")
-    published = next((arm for arm in arms if arm in PUBLISHED), None)
-    for world, measure in places if published and published != candidate else ():
-        ours, theirs = (_of(rows, world, str(arm), every=every) for arm in (candidate, published))
-        out.append(f"{world} {measure}, to {published}: {_signed(paired(ours, theirs, measure)[0])}")
+    others = [arm for arm in arms if arm not in (candidate, "joint")]
+    for (world, measure), other in itertools.product(places, others):
+        ours, theirs = (_of(rows, world, arm, every=every) for arm in (candidate, other))
+        out.append(f"{world} {measure}, to {other}: {_signed(paired(ours, theirs, measure)[0])}")
     return out
