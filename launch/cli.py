@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may stand after options too, where argparse by itself no longer looks for them."""
     parser = _parser()
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--version"]:
+        from importlib import metadata  # slow to import, as is what follows
+
+        parser.exit(message=f"polyphony {metadata.version('polyphony-rl')}\n")
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        from polyphony.curricula.declarations import nearest
+
+        parser.error(f"no verb {words[0]!r}; {nearest(words[0], VERBS)}")
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -37,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polyphony", description="RL post-training of one language model over many domains."
     )
+    parser.add_argument("--version", action="store_true", help="print it, and stop")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         verb.add(

@@ -186,3 +186,15 @@ def test_a_row_without_an_answer_is_not_graded_by_exact(capsys, tmp_path):
 def test_a_reward_that_raises_scores_null(capsys, completions):
     assert main(["score", str(completions), "--reward", "tests.test_cli:broken", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rewards"] == [None, None, None]
+
+
+def test_a_misspelt_verb_names_the_nearest_and_the_version_is_told(capsys):
+    for words, code, said in (
+        (["tarin", "x.yaml"], 2, "polyphony: error: no verb 'tarin'; did you mean 'train'?"),
+        (["xyzzy"], 2, "no verb 'xyzzy'; known: dashboard, demo, "),
+        (["--version"], 0, "polyphony 0."),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        told = capsys.readouterr()
+        assert ended.value.code == code and said in told.out + told.err
