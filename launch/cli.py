@@ -82,6 +82,15 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument(
+        "--from", dest="files", nargs="+", required=True, type=Path, metavar="ROWS", help="files of rows, a domain each"
+    )
+    init.add_argument("--out", type=Path, required=True, help="file to write")
+    init.add_argument("--model", help="a name on the hub, or a folder (default: a small one)")
+    init.add_argument("--reward", help="for all files, where none is to be guessed: a name, or an import path")
+
+
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "names",
@@ -344,6 +353,12 @@ def _check_before(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _init(arguments: argparse.Namespace) -> None:
+    from polyphony.launch.verbs.init import MODEL, init
+
+    print(init(arguments.files, arguments.out, model=arguments.model or MODEL, reward=arguments.reward))
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     from polyphony.launch.verbs.evaluate import evaluate, parse, results_as_json, results_table
 
@@ -553,6 +568,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "init": Verb(
+        "write a recipe for rows that you have", "init --from sums.jsonl facts.jsonl --out mine.yaml", _add_init, _init
+    ),
     "train": Verb("train a recipe", "train recipe.yaml grpo.max_steps=200", _add_train, _train),
     "eval": Verb(
         "score a model on a recipe's held-out sets, or compare two on the same items",

@@ -5,10 +5,8 @@ A key's meaning is the docstring under its field, its range the field's own, so 
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from polyphony.curricula.declarations import MOST
 from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe
+from polyphony.launch.schema import classes_in, meanings
 from polyphony.trainer.arguments import DIFFERS, HEARD, UNHEARD
 from polyphony.trainer.metrics import METRICS, OF_THE_RUN
 from polyphony.trainer.run.signals import SIGNALS
@@ -38,19 +37,6 @@ PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text",
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 NAMES = {"domains": "<name>", "guardrails": "<domain>", "teachers": "<name>"}
 """How a section by name is written in a path."""
-
-
-def meanings(kind: type) -> dict[str, str]:
-    """Return the docstring under each field of a class and of those that it builds on, each in one line."""
-    found: dict[str, str] = {}
-    for owner in reversed([k for k in kind.__mro__ if k.__module__.startswith("polyphony")]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, below in zip(tree.body, tree.body[1:], strict=False):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Constant):
-                found[ast.unparse(field.target)] = " ".join(str(text.value).split())
-    return found
 
 
 def allowed(annotation: Any) -> str:
@@ -92,12 +78,6 @@ def table(rows: list[tuple[str, ...]], *head: str) -> list[str]:
     """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-
-
-def classes_in(annotation: Any) -> list[type]:
-    """Return the classes of settings that a field of this type holds, alone, by name or beside null."""
-    parts = [annotation, *get_args(annotation)]
-    return [part for part in parts if isinstance(part, type) and hasattr(part, "__pydantic_fields__")]
 
 
 def section(path: str, kind: Any, summary: str) -> Iterator[str]:

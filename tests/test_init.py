@@ -1,0 +1,103 @@
+"""`polyphony init`: from somebody's rows to a recipe that passes the preflight and trains."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from polyphony.launch.cli import main
+from polyphony.launch.recipe import load_recipe
+from polyphony.launch.schema import schema
+from polyphony.launch.verbs.init import Guess
+from polyphony.launch.yaml_text import read_yaml
+from tests.conftest import POLICY, RECIPES
+
+CHANCE = random.Random(0)
+SUMS = [{"question": f"{a} + {b} =", "target": str(a + b)} for a in range(9) for b in range(9)]
+CAPITALS = [{"prompt": f"The capital of land {n}?", "answer": f"town {n * 7}"} for n in range(60)]
+LETTERS = [{"prompt": f"Which letter, {n}? A: {n} B: {-n}", "answer": CHANCE.choice("AB")} for n in range(60)]
+STEPS = [
+    {"prompt": f"How many, {n}?", "answer": "Count " + "one more, " * 30 + f"so it is\n#### {n}"} for n in range(60)
+]
+ESSAYS = [{"prompt": f"Write, {n}.", "answer": "a long text, " * 20 + str(n)} for n in range(60)]
+CALLS = [
+    {"prompt": f"Look up {n}.", "answer": json.dumps([{"name": "look", "arguments": {"n": n}}])} for n in range(60)
+]
+
+
+def written(folder: Path, name: str, rows) -> Path:
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("rows", "reward"),
+    [
+        (SUMS, "math"),
+        (STEPS, "math"),
+        (CAPITALS, "short_answer"),
+        (LETTERS, "multiple_choice"),
+        (CALLS, "function_call"),
+    ],
+)
+def test_a_reward_is_one_that_takes_references_for_right_and_others_for_wrong(tmp_path, rows, reward):
+    guess = Guess.of(written(tmp_path, "rows", rows), None)
+    assert guess.reward == reward, guess.why
+    prompts = {split: {row["prompt"] for row in getattr(guess, split)} for split in ("train", "heldout")}
+    assert not prompts["train"] & prompts["heldout"] and len(prompts["heldout"]) >= 16 and guess.size == len(rows)
+
+
+def test_a_recipe_passes_the_preflight_and_trains(tmp_path, capsys, monkeypatch):
+    files = [written(tmp_path, "Sums-easy", SUMS), written(tmp_path, "capitals", CAPITALS)]
+    out = tmp_path / "new" / "mine.yaml"
+    given = ["init", "--from", *map(str, files), "--model", str(POLICY), "--out", str(out)]
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{out}\n"
+    assert "Sums-easy.jsonl: reward math (of 48 references 100% are right, of another row's" in said.err
+    assert "`prompt` is its `question`, `answer` is its `target`" in said.err
+    text = out.read_text()
+    assert text.startswith("# yaml-language-server: $schema=mine.schema.json\n")
+    assert Draft202012Validator(json.loads((out.parent / "mine.schema.json").read_text())).is_valid(read_yaml(out))
+    assert list(load_recipe(out).domains) == ["sums_easy", "capitals"]
+    quick = ["rollouts.engine=transformers", "grpo.max_steps=1", "grpo.max_completion_length=8", "eval.samples=1"]
+    quick += ["grpo.gradient_accumulation_steps=1", "grpo.bf16=false", "eval.kl_items=0", "grpo.use_cpu=true"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(out), "--dry-run"]) == 0
+    assert main(["train", str(out), *quick]) == 0
+    assert (tmp_path / "runs" / "mine" / "final" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(given) == 2
+    assert capsys.readouterr().err == f"polyphony init: {out} exists; choose another --out\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (SUMS[:20], "20 different rows; at least 40 are needed"),
+        ([{"ask": str(n)} for n in range(60)], "no column is a prompt in every row; it has ask, known are prompt, "),
+        ([{"prompt": str(n)} for n in range(60)], "no column is a reference: give --reward judge"),
+        (ESSAYS, "takes its references, 'a long text, a long"),
+    ],
+)
+def test_rows_that_nothing_can_be_made_of_are_told_in_one_line(tmp_path, capsys, rows, message):
+    file = written(tmp_path, "rows", rows)
+    assert main(["init", "--from", str(file), "--out", str(tmp_path / "mine.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"polyphony init: {file}: ") and message in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_the_schema_takes_our_recipes_and_underlines_mistakes():
+    check = Draft202012Validator(schema())
+    for recipe in RECIPES.glob("*.yaml"):
+        assert not list(check.iter_errors(read_yaml(recipe))), recipe
+    document = read_yaml(RECIPES / "debug.yaml")
+    for change in ({"evall": {}}, {"grpo": {"learning_rte": 1}}, {"eval": {"every": 0}}, {"domains": {}}):
+        assert not check.is_valid(document | change), change
+    assert "no gradient" in schema()["$defs"]["RowSettings"]["properties"]["drop_dead"]["description"]
