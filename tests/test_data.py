@@ -363,3 +363,12 @@ def test_an_empty_parquet_is_named(tmp_path):
     Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "rows.parquet"))
     with pytest.raises(ValueError, match=r"no rows in .*rows\.parquet"):
         table(load_rows("rows.parquet", where="x", folder=tmp_path))
+
+
+def test_a_skill_names_a_part_of_a_domain_in_metric_keys():
+    rows = [{"prompt": "1", "skill": "adding up"}, {"prompt": "2"}, {"prompt": "3", "skill": "v1.2"}]
+    found = table(rows)
+    assert [found.skills.get(i) for i in found.ids] == ["adding up", None, "v1.2"]
+    for odd in ("a/b", "", 3, ["x"]):
+        with pytest.raises(ValueError, match=r"domains.math.train: row 1: column `skill` names a part of the domain"):
+            table([{"prompt": "1", "skill": odd}])

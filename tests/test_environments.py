@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,13 +235,22 @@ def heldout_rows():
     return rows(domain="arithmetic", split="heldout", size=8)
 
 
+def with_skills(domain):
+    """The rows are of two skills, in turns."""
+    parts = {
+        split: [{**row, "skill": ("low", "high")[n % 2]} for n, row in enumerate(getattr(domain, split))]
+        for split in ("train", "heldout")
+    }
+    return replace(domain, **parts)
+
+
 def test_an_environment_of_trls_documentation_is_trained_and_evaluated_with_its_run(tmp_path, engine):
     one = domain("arithmetic", reward=by_counter, environment=IncrementEnv)
     with pytest.warns(UserWarning, match=r"domains.arithmetic.environment: its reset takes no `seed`"):
         trainer = DomainGRPOTrainer(
             POLICY,
-            config(tmp_path, max_steps=1, seed=3, learning_rate=0.0, max_completion_length=40, eval_steps=1),
-            domains=[one, domain("strings")],
+            config(tmp_path, max_steps=1, seed=1, learning_rate=0.0, max_completion_length=40, eval_steps=1),
+            domains=[with_skills(one), domain("strings")],
             curriculum="joint",
             engine=engine,
             processing_class=tokenizer(),
@@ -271,6 +281,18 @@ def test_an_environment_of_trls_documentation_is_trained_and_evaluated_with_its_
     assert told["domain/arithmetic/entropy"] == pytest.approx(sums[0] / sums[1], rel=1e-4)
     assert told["domain/arithmetic/mean_length"] == pytest.approx(sum(c.length for c in found) / len(found))
     assert mask.sum() > own.sum()
+    # its skills together are the domain
+    of_skill = [
+        {m: told.get(f"skill/arithmetic/{s}/{m}", 0.0) for m in ("n", "reward", "entropy")} for s in ("low", "high")
+    ]
+    assert sum(s["n"] for s in of_skill) == told["domain/arithmetic/n"]
+    owners = [trainer.data.skills["arithmetic", c.prompt.id].endswith("low") for c in found]
+    low, high = sums_by_owner(entropy, own, [1 - is_low for is_low in owners], n=2).tolist()
+    for (total, n), skill in zip((low, high), of_skill, strict=True):
+        assert skill["entropy"] == pytest.approx(total / n if n else 0.0, rel=1e-4)
+    scores = [told[f"skill/arithmetic/{s}/score"] for s in ("low", "high")]
+    assert min(scores) <= told["heldout/arithmetic/score"] <= max(scores)
+    assert told["skill/arithmetic/low/heldout_entropy"] > 0
     of_family = {name.rpartition("/")[2]: value for name, value in told.items() if name.startswith("environment/")}
     assert of_family.keys() == METRICS["environment"].keys()
     assert of_family["turns"] == pytest.approx(sum(c.episode.turns for c in found) / len(found))

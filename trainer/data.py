@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -45,6 +46,8 @@ class PromptTable:
         """Rows left out because an identical one without an `id` of its own came before."""
         self.told: list[str] = []
         """What was said of its rows when they were read, a line each: which repeat, which were left out and why."""
+        self.skills: dict[str, str] = {}
+        """By id, what a row says in its column `skill`, where it does."""
         self.answered = 0
         """Conversations whose last message is the assistant's: as a rule the answer, left in."""
         self.left_out: list[str] = []
@@ -211,11 +214,21 @@ class PromptTable:
         prompt_id = self._checked_id(i, {**row, "prompt": prompt, "tools": tools})
         if prompt_id not in self._position:
             self._position[prompt_id] = i
+            if (skill := row.get("skill")) is not None:
+                self.skills[prompt_id] = self._checked_skill(i, skill)
         elif given is None:
             self.repeated += 1
         else:
             first = self._position[prompt_id] + 1
             raise ValueError(f"{self.where}: id {prompt_id!r} stands in row {first} and again in row {i + 1}")
+
+    def _checked_skill(self, i: int, skill: Any) -> str:
+        if not isinstance(skill, str) or not re.fullmatch(r"\w[\w .+-]*", skill):
+            raise ValueError(
+                f"{self.where}: row {i + 1}: column `skill` names a part of the domain in metric keys: letters, digits, "
+                f"spaces and _.+-, got {skill!r:.60}"
+            )
+        return skill
 
     def _checked_id(self, i: int, row: Mapping[str, Any]) -> str:
         given = row.get("id")

@@ -132,6 +132,8 @@ class DomainData:
     """Domains that act: their environments, tools and words."""
     answers: Mapping[str, PromptTable] = field(default_factory=dict)
     """Under `algorithm: sft`, what is learned from, by its place."""
+    skills: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """By domain and id of a row with a column `skill`, that part of the domain: `domain/skill`, as in metric keys."""
 
     @classmethod
     def load(
@@ -185,6 +187,7 @@ class DomainData:
             tokenizer=tokenizer,
             context=context,
             acting=acting,
+            skills=_skills((*heldout.values(), *train.values(), *to_recover.values())),
         )
         data._check_text()
         longest = data._leave_out_overlong(told)
@@ -367,6 +370,10 @@ class DomainData:
                     f"{self.context}",
                 )
         return longest
+
+
+def _skills(tables: Iterable[PromptTable]) -> dict[tuple[str, str], str]:
+    return {(t.domain.name, i): f"{t.domain.name}/{skill}" for t in tables for i, skill in t.skills.items()}
 
 
 def _told_nobody(what: str, done: int, of: int | None) -> None:

@@ -26,7 +26,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import Completion, Domain, Lessons, Rollout
+from polyphony.curricula.records import Completion, Domain, Group, Lessons, Rollout
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
@@ -223,7 +223,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.advantages.recoveries = self.curriculum.recoveries
         self.own_best = OwnBest(self.data, model=model, settings=settings.update.distil, loss_type=args.loss_type)
         self.entropy = DomainEntropy(self.data.names, settings.entropy)
-        self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful)
+        self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful, skill_of=self.data.skills)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
         self._row_entropy: torch.Tensor | None = None
@@ -300,14 +300,14 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
         of_rows = [rollout.groups[place // self.num_generations] for place in rollout.rows]
-        entropy, unmeasured = self._domain_entropy(output, [group.domain for group in of_rows])
+        entropy, unmeasured = self._domain_entropy(output, of_rows)
         if not self.advantages.is_stock:
             first_row = self.policy.rank * len(inputs)
             output["advantages"] = self.advantages(output["advantages"], rollout.groups_of_rows, first_row)
         lessons = self._learn(output, list(rollout.rows.values()))
         if lessons or not self.advantages.is_stock:
             self._show_advantages(output["advantages"], own_mask(output))
-        per_token = {name: total / tokens for name, (total, tokens) in entropy.items()}
+        per_token = {name: total / n for name, (total, n) in entropy.items() if name in self.data.names}
         self.curriculum.observe(rollout.sampled, per_token, lessons)
         self.meter.add(
             groups,
@@ -461,11 +461,11 @@ class DomainGRPOTrainer(GRPOTrainer):
         return loss - bonus / self.current_gradient_accumulation_steps
 
     def _domain_entropy(
-        self, output: Mapping[str, Any], domains: Sequence[str]
+        self, output: Mapping[str, Any], groups: Sequence[Group]
     ) -> tuple[dict[str, tuple[float, float]], Counter[str]]:
-        """Return summed token entropy (nats) and token count by domain, over all rows of all ranks.
+        """Return summed token entropy (nats) and token count by domain, and by skill, over all rows of all ranks.
 
-        `domains` [B] are those of this rank's rows. Second, by domain, how many completions of replaced groups it leaves
+        `groups` [B] are those of this rank's rows. Second, by domain, how many completions of replaced groups it leaves
         out. Always the policy's own entropy at the run's temperature, whatever sampling cuts off. One reduction of a fixed
         shape: domains are listed alike on every rank, drawn or not.
         """
@@ -478,8 +478,14 @@ class DomainGRPOTrainer(GRPOTrainer):
                     self.model, ids, attention, mask.size(1), self.args.per_device_train_batch_size
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
-        names = self.data.names
-        sums = sums_by_owner(entropy, own_mask(output), [names.index(domain) for domain in domains], n=len(names))
+        skills, own = self.data.skills, own_mask(output)
+        names = [*self.data.names, *sorted(set(skills.values()))]
+        sums = sums_by_owner(entropy, own, [names.index(group.domain) for group in groups], n=len(names))
+        of_skill = {row: skills[at] for row, g in enumerate(groups) if (at := (g.domain, g.prompt_id)) in skills}
+        if of_skill:
+            rows = list(of_skill)
+            owners = [names.index(skill) for skill in of_skill.values()]
+            sums += sums_by_owner(entropy[rows], own[rows], owners, n=len(names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         found = {name: (total, tokens) for name, (total, tokens) in zip(names, totals, strict=True)}
         unmeasured: Counter[str] = Counter()
@@ -489,11 +495,12 @@ class DomainGRPOTrainer(GRPOTrainer):
         is_the_policys = self.policy.sampling.is_the_policys
         for group in self._finished.discarded:
             for surprisal, length in zip(group.surprisals, group.lengths, strict=True):
-                total, tokens = found[group.domain]
                 if surprisal is None or not is_the_policys:
                     unmeasured[group.domain] += 1
-                else:
-                    found[group.domain] = (total + surprisal, tokens + length)
+                    continue
+                for name in filter(None, (group.domain, skills.get((group.domain, group.prompt_id)))):
+                    total, tokens = found[name]
+                    found[name] = (total + surprisal, tokens + length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}, unmeasured
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
@@ -517,7 +524,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         answers = {name: published.read(name) for name in published.answers}
         trained = self.run.recorder.practised_last() if self.run else ()
         logged = self.evaluator.flush_logged()
-        found = heldout_metrics(published, answers, trained=trained) | grader_failures(result) | logged
+        found = heldout_metrics(published, answers, trained=trained, skills=self.data.skills)
+        found |= grader_failures(result) | logged
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         is_training = self.model.training
         self.model.eval()  # by which TRL tells the logs of an evaluation

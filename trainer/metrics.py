@@ -2,7 +2,8 @@
 
 TRL's own keys stay as they are; ours stand beside them: `domain/<d>/<metric>`, `curriculum/<d>/<metric>`,
 `heldout/<d>/<metric>`, `diversity/<d>/<metric>`, `distil/<d>/<metric>`, `environment/<d>/<metric>`,
-`recovery/<d>/<metric>`, `shortcuts/<d>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>` and `faults/<metric>`. What a
+`recovery/<d>/<metric>`, `shortcuts/<d>/<metric>`, `skill/<d>/<skill>/<metric>`, `transfer/<d>/<metric>`, `rollout/<metric>`
+and `faults/<metric>`. What a
 reward logs under a name of its own is `domain/<d>/logged/<name>` and `heldout/<d>/logged/<name>`. Undefined values are
 absent, never 0. To add one: its name and meaning here, then its value where it is known: `Meter` for `domain/..`,
 `run/recorder.py` for `heldout/..` and `transfer/..`, the owner's `metrics` or `flush` for the others.
@@ -124,6 +125,13 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "cut_by_length": "share that ended because what was said to them did not fit into their length",
         "forfeits": "completions with reward 0 because a call did not come back, or took its process down",
         "faults": "completions without a reward because their environment failed, by no call's doing",
+    },
+    "skill": {
+        "reward": "`domain/<d>/reward` of the rows with one `skill` (a column); `<d>` is domain/skill here",
+        "entropy": "`domain/<d>/entropy` of them",
+        "n": "completions sampled of them",
+        "score": "mean held-out score of such items in [0, 1], `report` half",
+        "heldout_entropy": "mean token entropy on their held-out completions in nats",
     },
     "transfer": {
         "bwt": "backward transfer: score now minus score at the end of its last stage (watch-only: minus "
@@ -334,6 +342,9 @@ class Meter:
     """Of the domains with a diversity reward."""
     acted: dict[str, EpisodeSums] = field(default_factory=dict)
     """Of the domains that act."""
+    skill_of: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """By domain and id of a prompt; those without one are not in it."""
+    skills: dict[str, DomainSums] = field(default_factory=dict)
     seconds: float = 0.0
     """Spent generating."""
     draws: int = 0
@@ -350,13 +361,15 @@ class Meter:
         rounds: int = 0,
         unmeasured: Mapping[str, int] | None = None,
     ) -> None:
-        """Take in one draw: its groups, per domain the summed entropy and its token count, and the time it took.
+        """Take in one draw: its groups, per domain and skill the summed entropy and its token count, the time it took.
 
         `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`; `unmeasured` counts
         their completions, by domain, that the entropies leave out.
         """
         for group in (*groups, *discarded):
             self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
+            if skill := self.skill_of.get((group.domain, group.prompt_id)):
+                self.skills.setdefault(skill, DomainSums()).add(group, is_useful=self.is_useful(group))
             for episode in group.episodes:
                 self.acted.setdefault(group.domain, EpisodeSums()).add(episode)
         for group in groups:
@@ -366,7 +379,7 @@ class Meter:
         self.draws += 1
         self.rounds += rounds
         for name, (total, tokens) in entropy.items():
-            sums = self.sums.setdefault(name, DomainSums())
+            sums = (self.sums if name in self.domains else self.skills).setdefault(name, DomainSums())
             sums.entropy += total
             sums.entropy_tokens += tokens
         for name, count in (unmeasured or {}).items():
@@ -383,6 +396,10 @@ class Meter:
             if counted.completions
             for metric, value in counted.metrics().items()
         }
+        skills, self.skills = self.skills, {}
+        for name, counted in skills.items():
+            told = counted.metrics()
+            metrics.update({key("skill", metric, name): told[metric] for metric in ("reward", "entropy", "n")})
         acted, self.acted = self.acted, {}
         for name, episodes in acted.items():
             metrics.update({key("environment", metric, name): value for metric, value in episodes.metrics().items()})

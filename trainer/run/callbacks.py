@@ -89,6 +89,7 @@ class Run(TrainerCallback):
             domains=trainer.data.domains,
             curriculum=trainer.curriculum,
             seed=trainer.args.seed,
+            skills=trainer.data.skills,
             is_main=self.is_main,
         )
         self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)

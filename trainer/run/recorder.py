@@ -11,7 +11,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
 from polyphony.curricula.files import replace_file, sealed
 from polyphony.curricula.intervals import bounded_mean
-from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean
+from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean, per_token
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix, without_items
@@ -41,6 +41,8 @@ class Recorder:
     curriculum: Curriculum
     seed: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    skills: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """Of rows, by domain and id."""
     is_main: bool = True
     """False on ranks other than 0: they keep the same memory and write nothing."""
     matrix: TransferMatrix | None = None
@@ -206,7 +208,7 @@ class Recorder:
         self, trained: Sequence[str], published: HeldoutResult, answers: Mapping[str, Answers]
     ) -> dict[str, float]:
         assert self.matrix is not None
-        metrics = heldout_metrics(published, answers, trained=trained)
+        metrics = heldout_metrics(published, answers, trained=trained, skills=self.skills)
         if len(self._published) > 1:
             now = moment(self._published, watch_only=self.matrix.watch_only)
             for name in published.items:
@@ -221,13 +223,18 @@ class Recorder:
 
 
 def heldout_metrics(
-    published: HeldoutResult, answers: Mapping[str, Answers], *, trained: Sequence[str] = ()
+    published: HeldoutResult,
+    answers: Mapping[str, Answers],
+    *,
+    trained: Sequence[str] = (),
+    skills: Mapping[tuple[str, str], str] | None = None,
 ) -> dict[str, float]:
     """Return the `heldout/<d>` metrics of what is published of one evaluation, and of its answers.
 
-    `trained` are the domains trained since the one before: their distance to the base model is told apart.
+    `trained` are the domains trained since the one before: their distance to the base model is told apart. `skills` are
+    those of items, by domain and id.
     """
-    metrics = variety_metrics(published.variety)
+    metrics = variety_metrics(published.variety) | (_of_skills(published, skills) if skills else {})
     scores, passed = published.scores(), published.passed()
     for name in published.samples:
         metrics[key("heldout", "score", name)] = mean(graded(scores[name]))
@@ -247,6 +254,19 @@ def heldout_metrics(
         metrics[key("heldout", "kl_current")] = mean_kl(published.base_kl, trained)
         metrics[key("heldout", "kl_others")] = mean_kl(published.base_kl, others)
     return defined(metrics)
+
+
+def _of_skills(published: HeldoutResult, skills: Mapping[tuple[str, str], str]) -> dict[str, float]:
+    scores: dict[str, list[float | None]] = {}
+    pairs: dict[str, list[tuple[float, int]]] = {}
+    for name, items in published.scores().items():
+        entropy = published.item_entropy.get(name, ())
+        for n, item in enumerate(published.items[name]):
+            if skill := skills.get((name, item)):
+                scores.setdefault(skill, []).append(items[n])
+                pairs.setdefault(skill, []).extend(entropy[n : n + 1])
+    found = {key("skill", "score", skill): mean(graded(of)) for skill, of in scores.items()}
+    return found | {key("skill", "heldout_entropy", skill): per_token(of) for skill, of in pairs.items()}
 
 
 def grader_failures(result: HeldoutResult) -> dict[str, float]:
