@@ -20,6 +20,7 @@ from polyphony.launch import cli
 from polyphony.launch.build import missing_names
 from polyphony.launch.lab.world import rows
 from polyphony.launch.recipe import RecipeError, load_recipe
+from polyphony.launch.report.report import write_report
 from polyphony.launch.train import train
 from polyphony.trainer.engine.engine import Engine, InProcessEngine
 from polyphony.trainer.engine.turns import converse
@@ -293,6 +294,8 @@ def test_an_environment_of_trls_documentation_is_trained_and_evaluated_with_its_
     scores = [told[f"skill/arithmetic/{s}/score"] for s in ("low", "high")]
     assert min(scores) <= told["heldout/arithmetic/score"] <= max(scores)
     assert told["skill/arithmetic/low/heldout_entropy"] > 0
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "Skill by skill" in page and f"→ {told['skill/arithmetic/high/score']:.3f}</td>" in page
     of_family = {name.rpartition("/")[2]: value for name, value in told.items() if name.startswith("environment/")}
     assert of_family.keys() == METRICS["environment"].keys()
     assert of_family["turns"] == pytest.approx(sum(c.episode.turns for c in found) / len(found))

@@ -21,6 +21,7 @@ from polyphony.launch.report import sections
 from polyphony.launch.report.charts import place_whisker
 from polyphony.launch.report.numbers import as_json, find
 from polyphony.launch.report.run import read_run
+from polyphony.launch.report.skills import skills
 from polyphony.launch.report.story import LABELS, bounds, signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT, Sheet
 from polyphony.launch.report.ways import shared, ways
@@ -109,6 +110,9 @@ CHAPTERS = (
     Chapter("score", "Held-out score", sections.held_out,
             "One dot an evaluation, with its 95 % interval. All panels share their axes; the strip below is the stage.",
             "held-out evaluations"),
+    Chapter("skills", "Skill by skill", skills,
+            "Parts of a domain, by the rows' column `skill`: the first value that was logged and the last. Held-out scores "
+            "are of the report half; nothing is scheduled by them.", ""),
     Chapter("plan", "Plan against outcome", sections.predicted,
             "What the plan predicted for the end of each stage, and what was measured there.", ""),
     Chapter("changed", "Since the run before", sections.since,
