@@ -291,7 +291,7 @@ def test_the_registered_study_says_its_parts_and_resumes(tmp_path):
     assert json.loads(results.file.read_text())["study"] == study.digest
 
 
-def test_evaluations_stay_within_a_quarter_of_what_is_trained_on():
+def test_evaluations_stay_within_a_quarter_of_the_completions_that_are_trained_on():
     for world in ("even", "uneven", "many"):
         cell = StudyCell(world=world, arm="joint", settings={}, rate=1e-4, seed=1)
         asked = cell.deciding * len(make_world(world)) * cell.draws // cell.every
