@@ -5,8 +5,8 @@ than the alarm `kl_step` allows. A domain that is practised alone ends below its
 blamed for. Shuffled rewards, which teach nothing, take score from a domain other than the one practised; that one's own
 answers they move at random, as no reward does, so that it says nothing. The last two are tested with 95 % confidence over
 all domains: that nothing is shown against a rate means as much as the held-out sets are large. Tried once in the demo's
-world (20 steps, one seed, no table kept): nothing spoke against 2e-4, noise alone against 5e-4, all three against 1e-3; without
-placebo runs 5e-4 passes.
+world (20 steps, one seed, no table kept): nothing spoke against 2e-4, noise alone against 5e-4, which passes without placebo
+runs, all three against 1e-3.
 """
 
 from __future__ import annotations
