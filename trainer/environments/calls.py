@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from polyphony.rewards.registry import find, settled
 
-ENVIRONMENTS: dict[str, str] = {}
+ENVIRONMENTS = {"textarena": "polyphony.trainer.environments.games:TextArena"}
 """Registry name to `module:Class`."""
 TOOLS = {"python": "polyphony.trainer.environments.python_tool:Python"}
 """Registry name to `module:Class`, whose public methods are the tools."""
