@@ -316,6 +316,8 @@ class Curriculum:
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
         self.rolled_back = state.get("rolled_back", False)
         self.recoveries.load_state_dict(state.get("recoveries", {}))  # older versions had none
+        if (opened := self.recoveries.open) is not None and opened.domain not in {*self.samplers, *self.spare}:
+            self.recoveries.end()  # of a domain that is only watched, whose guardrail with its rows was taken away
         for name, sampler in self.spare.items():
             if name in state.get("spare", {}):
                 sampler.load_state_dict(state["spare"][name])

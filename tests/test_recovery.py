@@ -100,6 +100,17 @@ def test_a_recovery_goes_on_from_its_saved_state():
     assert resumed.recoveries.open is None
 
 
+def test_the_recovery_of_a_domain_whose_guardrail_was_taken_away_is_over_at_the_resume():
+    cut = curriculum(Sequential())
+    cut.recoveries.begin("safety", most=2)
+    drawn(cut, 0)
+    resumed = Curriculum(domains=DOMAINS, prompts=PROMPTS, scheduler=Sequential(), total_draws=12)
+    resumed.load_state_dict(cut.state_dict())
+    assert resumed.recoveries.open is None
+    assert {ref.domain for ref in resumed.draw(4)} == {"math"}
+    assert resumed.exposure["safety"] == 4
+
+
 @pytest.mark.parametrize("hurt", ["code", "safety"])
 def test_decisions_say_what_was_a_recovery_and_a_replay_leaves_it_out(hurt):
     c, lines, kept, before = curriculum(Sequential()), [], [], None
@@ -285,6 +296,10 @@ ALONE = ["algorithm=distil", "rollouts.engine=transformers", "teachers={t: {mode
         ([RECOVER, "guardrails.words.draws=0"], "guardrails.words.draws: Input should be greater than or equal to 1"),
         ([RECOVER, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with guardrails.words.by: distil"),
         ([RECOVER, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with guardrails.words"),
+        (
+            [RECOVER, "grpo.importance_sampling_level=sequence"],
+            "grpo.importance_sampling_level=sequence with guardrails.words.by: distil",
+        ),
         (
             [RECOVER, *ALONE, "guardrails.words.by=refresh", "distil.others=skip"],
             "guardrails.words.by: refresh, and dis",

@@ -26,7 +26,7 @@ from polyphony.trainer.single import single_config
 from polyphony.trainer.teachers.context import in_context
 from polyphony.trainer.teachers.distil import COLUMNS, Distil
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings
-from polyphony.trainer.teachers.weights import differing
+from polyphony.trainer.teachers.weights import FILES, differing, lacking
 from tests.conftest import POLICY
 from tests.taught import recipe_of
 
@@ -129,6 +129,7 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*BOTH, "grpo.loss_type=bnpo"], "grpo.loss_type=bnpo with algorithm: distil"),
         ([*BOTH, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with algorithm: distil"),
         ([*BOTH, "grpo.cast_lm_head_to_fp32=true"], "grpo.cast_lm_head_to_fp32=True with algorithm: distil"),
+        ([*BOTH, "grpo.importance_sampling_level=sequence"], "grpo.importance_sampling_level=sequence with"),
         ([*BOTH, "distil.clip=0"], "distil.clip: "),
         ([*BOTH, "teachers.t.model=./gone"], "teachers.t.model: folder "),
         ([*BOTH, "teachers.t.modle=self"], "unknown key 'teachers.t.modle'; did you mean 'model'?"),
@@ -138,6 +139,11 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*BOTH, f"teachers.t={THERE}", "grpo.temperature=0.7"], "grpo.temperature=0.7 with teachers.t.endpoint: "),
         ([*BOTH, f"teachers.t={THERE}", "grpo.top_p=0.9"], "grpo.top_p=0.9 with teachers.t.endpoint: "),
         ([*BOTH, f"teachers.t={THERE}", "grpo.top_k=20"], "grpo.top_k=20 with teachers.t.endpoint: "),
+        *(
+            ([*BOTH, f"teachers.t={THERE}", f"grpo.generation_kwargs={{{said}}}"], f"grpo.generation_kwargs.{name}=")
+            for said in ("temperature: 0.5", "top_p: 0.9", "top_k: 20", "min_p: 0.1", "repetition_penalty: 1.2")
+            for name in [said.partition(":")[0]]
+        ),
         ([*BOTH, "teachers.t.context='{answer'"], "teachers.t.context: "),
     ],
 )
@@ -190,6 +196,27 @@ def half_written(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def a_shard_without_an_index(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
+def one_shard_of_three(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00003.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def empty_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def half_a_pickle(folder):
+    torch.save({"model.norm.weight": torch.ones(64)}, folder / "whole.bin")
+    (folder / "pytorch_model.bin").write_bytes((folder / "whole.bin").read_bytes()[:-100])
+    (folder / "model.safetensors").unlink()
+
+
 def without_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -219,6 +246,10 @@ def cut_off(folder):
         (foreign, "has another vocabulary than the policy: token "),
         (ends_otherwise, "has another vocabulary than the policy: eos_token is '<|end|>' here and '<|user|>' there"),
         (half_written, "model.safetensors is damaged"),
+        (a_shard_without_an_index, "model.safetensors.index.json is missing, by which model-00001-of-"),
+        (one_shard_of_three, "1 of 3 files are there: model-00001-of-00003.safetensors"),
+        (empty_pickle, "pytorch_model.bin is damaged"),
+        (half_a_pickle, "pytorch_model.bin is damaged"),
         (without_weights, r"no weights \("),
         (without_tokenizer, "its vocabulary cannot be compared|has another vocabulary"),
         (too_small, "has an embedding of 600 tokens, the policy's last is 634"),
@@ -233,6 +264,11 @@ def test_a_teacher_that_cannot_teach_is_refused_before_weights_are_loaded(recipe
     loaded = load_recipe(recipe, [*BOTH, "teachers.t.model=expert"])
     with pytest.raises(RecipeError, match=f"^teachers.t.model: .*({says})"):
         build_trainer(loaded, tmp_path / "run")
+
+
+def test_weights_that_pytorch_wrote_before_it_zipped_them_are_whole(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert lacking(tmp_path, FILES["config.json"]) == ""
 
 
 def test_a_row_that_its_teacher_cannot_read_is_refused_before_weights_are_loaded(recipe, tmp_path):

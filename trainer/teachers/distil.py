@@ -109,15 +109,16 @@ class Distil:
         found: dict[str, float] = {}
         for name, row in zip(self.domains, sums.tolist(), strict=True):
             of = dict(zip(COLUMNS, row, strict=True))
-            if not of["taught"] + of["missing"]:
-                continue
-            metrics = {
-                "kl": _ratio(of["kl"], of["scored"]),
-                "advantage": _ratio(of["advantage"], of["scored"]),
-                "clipped": _ratio(of["clipped"], of["scored"]),
-                "missing": of["missing"],
-                "factor": self._factors[name],
-            }
+            metrics: dict[str, float] = {}
+            if of["taught"] + of["missing"]:
+                metrics = {
+                    "kl": _ratio(of["kl"], of["scored"]),
+                    "advantage": _ratio(of["advantage"], of["scored"]),
+                    "clipped": _ratio(of["clipped"], of["scored"]),
+                    "missing": of["missing"],
+                }
+            if metrics or (of["completions"] and self._factors[name] != 1):
+                metrics["factor"] = self._factors[name]
             found |= {key("distil", metric, name): value for metric, value in metrics.items()}
         return defined(found)
 

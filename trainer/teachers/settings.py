@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -76,6 +76,13 @@ UNBALANCED = {
 }
 """Losses that take no advantage a token, or not one whose domains can be balanced, and why."""
 
+AGAINST_TOKENS = {
+    "off_policy_mask_threshold": "it drops whole completions by the sign of one advantage",
+    "cast_lm_head_to_fp32": "teachers compute in their own precision",
+    "importance_sampling_level": "one ratio a completion gives all its tokens the mean of their advantages",
+}
+"""Fields of TRL's that a teacher's advantages a token exclude, and why."""
+
 
 def check_teachers(
     teachers: Mapping[str, TeacherSettings],
@@ -139,11 +146,16 @@ def _check_source(name: str, teacher: TeacherSettings, of_trl: Callable[[str], A
         return
     if teacher.model in (CURRENT, START):
         raise ValueError(f"{where}: model {teacher.model} and an endpoint exclude each other; leave out one")
-    for field, whole in WHOLE.items():
-        if (value := of_trl(field)) not in (None, whole, OFF.get(field)):
+    kwargs = of_trl("generation_kwargs")
+    more = kwargs if isinstance(kwargs, Mapping) else {}
+    given = {field: of_trl(field) for field in WHOLE}
+    given |= {f"generation_kwargs.{field}": more.get(field) for field in WHOLE}
+    for key, value in given.items():
+        field = key.rpartition(".")[2]
+        if value not in (None, WHOLE[field], OFF.get(field)):
             raise ValueError(
-                f"grpo.{field}={value:g} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
-                f"cut off; sample so ({field} {whole}), or load the teacher here (model)"
+                f"grpo.{key}={value} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
+                f"cut off; sample so ({field} {WHOLE[field]}), or load the teacher here (model)"
             )
 
 
@@ -159,9 +171,12 @@ def _check_loss(of_trl: Callable[[str], Any]) -> None:
     loss = of_trl("loss_type")
     if loss in UNBALANCED:
         raise ValueError(f"grpo.loss_type={loss} with algorithm: distil: it {UNBALANCED[loss]}; grpo and dapo can")
-    for name, why in (
-        ("off_policy_mask_threshold", "it drops whole completions by the sign of one advantage"),
-        ("cast_lm_head_to_fp32", "teachers compute in their own precision"),
-    ):
-        if of_trl(name):
-            raise ValueError(f"grpo.{name}={of_trl(name)} with algorithm: distil: {why}; leave it out")
+    for said, why in against_tokens(of_trl):
+        raise ValueError(f"{said} with algorithm: distil: {why}; leave it out")
+
+
+def against_tokens(of_trl: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is said of TRL's fields that advantages a token exclude, each with why."""
+    for name, why in AGAINST_TOKENS.items():
+        if (value := of_trl(name)) and value != "token":
+            yield f"grpo.{name}={value}", why
