@@ -174,6 +174,17 @@ def test_a_token_that_pads_the_policys_embedding_and_not_its_teachers_costs_the_
     assert trainer.distil.teachers.logps(rows)[0].isnan().all()
 
 
+def test_groups_of_a_taught_domain_are_whole_and_none_is_replaced(shelf, tmp_path):
+    pool = ["pool={look: 2, refill: {max_rounds: 2}}", "grpo.num_generations=4", "grpo.per_device_train_batch_size=16"]
+    overrides = [*pool, *(f"domains.{name}.reward=tests.taught:right" for name in "ab")]
+    teachers, domains = {"t": {"model": str(shelf / "expert")}}, {"a": ("strings", "t"), "b": ("strings", None)}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, **domains), tmp_path / "run")
+    advantages = drawn(trainer)["advantages"]
+    sizes = {name: [len(g.rewards) for g in trainer._rollout.sampled if g.domain == name] for name in domains}
+    assert sizes["a"] == [4, 4] and len(sizes["b"]) > 2 and set(sizes["b"]) == {2}  # of the one without, as ever
+    assert all(advantages[i].abs().max() > 0 for i in rows_of(trainer, "a"))
+
+
 def test_a_domain_without_a_teacher_may_be_left_out(shelf, tmp_path):
     teachers, domains = {"t": {"model": str(shelf / "expert")}}, {"a": ("strings", "t"), "b": ("strings", None)}
     trainer = build_trainer(recipe_of(tmp_path, teachers, "distil.others=skip", **domains), tmp_path / "run")
@@ -211,7 +222,7 @@ def uneven(tmp_path_factory):
     return trainer, output
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo"])
 def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch, loss_type):
     trainer, output = uneven
     mask, domains = output["completion_mask"], ("short", "long")
@@ -233,7 +244,7 @@ def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch
     if loss_type in ("grpo", "dapo"):  # whose weights sum to one
         assert whole == pytest.approx(1, abs=1e-4)
     factor = distil.flush()["distil/short/factor"]
-    assert factor == (1 if loss_type == "grpo" else pytest.approx((3 / 6) / (6 / 66)))
+    assert factor == (1 if loss_type in ("grpo", "sapo") else pytest.approx((3 / 6) / (6 / 66)))
 
 
 def test_rows_on_which_a_teacher_fails_have_no_advantage_and_too_many_stop_the_run(shelf, tmp_path):

@@ -26,7 +26,7 @@ from polyphony.trainer.single import single_config
 from polyphony.trainer.teachers.context import in_context
 from polyphony.trainer.teachers.distil import COLUMNS, Distil
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings
-from polyphony.trainer.teachers.weights import FILES, differing, lacking
+from polyphony.trainer.teachers.weights import FILES, TeacherWeights, differing, lacking
 from tests.conftest import POLICY
 from tests.taught import recipe_of
 
@@ -125,6 +125,7 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*SELF, "grpo.num_generations=1"], "domain 'words' has no teacher, and a group of one"),
         ([*BOTH, "grpo.num_generations=1", "distil.reward_weight=0.5"], "distil.reward_weight=0.5 with grpo.num_gen"),
         ([*SELF, "distil.others=skip", "pool={}"], "pool.refill would replace every group of domain 'words'"),
+        ([*BOTH, "pool={when_exhausted: stop}"], "pool.when_exhausted=stop, and every trained domain has a teacher"),
         ([*BOTH, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with algorithm: distil"),
         ([*BOTH, "grpo.loss_type=bnpo"], "grpo.loss_type=bnpo with algorithm: distil"),
         ([*BOTH, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with algorithm: distil"),
@@ -266,6 +267,12 @@ def test_a_teacher_that_cannot_teach_is_refused_before_weights_are_loaded(recipe
         build_trainer(loaded, tmp_path / "run")
 
 
+def test_of_a_run_the_final_weights_teach(tmp_path):
+    shutil.copytree(POLICY, tmp_path / "run" / "final")
+    found = TeacherWeights.of("t", TeacherSettings(model=str(tmp_path / "run")), base=str(POLICY))
+    assert found == TeacherWeights("checkpoint", str(tmp_path / "run" / "final"))
+
+
 def test_weights_that_pytorch_wrote_before_it_zipped_them_are_whole(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert lacking(tmp_path, FILES["config.json"]) == ""
@@ -295,18 +302,39 @@ def test_a_teacher_that_fails_rarely_stops_no_run_however_large_its_draws():
     distil._factors = {"a": 1.0}
     for _ in range(3):
         distil._see(row)
+    other = Distil(DistilSettings(), distil.teachers, domains=("a",), loss_type="grpo")  # of a resume
+    other.load_state_dict(json.loads(json.dumps(distil.state_dict())))
+    assert other._missing == distil._missing and distil._missing["a"]
     row[0, COLUMNS.index("taught")], row[0, COLUMNS.index("missing")] = 100, 156
     with pytest.raises(RuntimeError, match="on 156 of the last 256 completions"):
         distil._see(row)
 
 
+def telling(told, **of_domain):
+    """Teachers that say this."""
+    accelerator = SimpleNamespace(reduce=lambda values, reduction: values)
+    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
+    return SimpleNamespace(logps=lambda rows: told, policy=policy, lesson=SimpleNamespace(of_domain=of_domain))
+
+
+def test_what_a_scheduler_hears_of_a_lesson_is_what_is_learned_from():
+    told = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-3.0])]
+    distil = Distil(DistilSettings(reward_weight=2), telling(told, a="t", b="t"), domains=("a", "b"), loss_type="dapo")
+    rows = [
+        Completion(ids=(1,) * n, prompt=Prompt(domain=name, id="1", prompt="?")) for name, n in (("a", 3), ("b", 1))
+    ]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    learned = distil(torch.tensor([0.5, 0.25]), torch.full((2, 3), -2.0), mask, rows)
+    # a: (1 + 2 x .5) x (1/2) / (3/4); b: (-1 + 2 x .25) x (1/2) / (1/4)
+    assert learned.advantages.tolist() == [pytest.approx([4 / 3] * 3), pytest.approx([-1, 0, 0])]
+    assert learned.lessons["a"].abs_advantage == pytest.approx(4 / 3)
+    assert learned.lessons["b"].abs_advantage == pytest.approx(1)
+
+
 def test_a_token_that_a_teacher_never_says_is_clipped_and_the_row_is_kept():
     prompt = Prompt(domain="a", id="1", prompt="?")
     told = [torch.tensor([-1.0, -math.inf, -1.0]), torch.tensor([-1.0, math.nan, -1.0])]
-    accelerator = SimpleNamespace(reduce=lambda values, reduction: values)
-    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
-    teachers = SimpleNamespace(logps=lambda rows: told, policy=policy, lesson=SimpleNamespace(of_domain={"a": "t"}))
-    distil = Distil(DistilSettings(), teachers, domains=("a",), loss_type="grpo")
+    distil = Distil(DistilSettings(), telling(told, a="t"), domains=("a",), loss_type="grpo")
     old, rows = torch.full((2, 3), -2.0), [Completion(ids=(1, 2, 3), prompt=prompt)] * 2
     learned = distil(torch.zeros(2), old, torch.ones(2, 3, dtype=torch.long), rows)
     assert learned.advantages.tolist() == [[1.0, -5.0, 1.0], [0.0, 0.0, 0.0]]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from polyphony.curricula.declarations import nearest, settings
+from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain
 from polyphony.trainer.teachers.context import fields_of
 
@@ -23,10 +24,10 @@ class TeacherSettings:
     """
 
     model: str | None = None
-    """A checkpoint's folder or a name on the hub, with the policy's vocabulary; the folder of an adapter of the recipe's
-    model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step, frozen (with `lora`, the
-    base without the adapter). A relative folder is looked for beside the recipe first. With `endpoint`, the name by which
-    it is served there; null: the only one."""
+    """A checkpoint's folder, a run's for its `final/`, or a name on the hub, with the policy's vocabulary; the folder of an
+    adapter of the recipe's model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step,
+    frozen (with `lora`, the base without the adapter). A relative folder is looked for beside the recipe first. With
+    `endpoint`, the name by which it is served there; null: the only one."""
     endpoint: str | None = None
     """Address, up to and with `/v1`, of a server that scores token ids as vLLM's does (`prompt_logprobs`) and has the
     policy's vocabulary. The run samples at temperature 1, nothing cut off."""
@@ -90,9 +91,9 @@ def check_teachers(
     domains: Sequence[Domain],
     of_trl: Callable[[str], Any],
     *,
-    refills: bool,
+    pool: PoolSettings | None,
 ) -> None:
-    """Raise ValueError for what contradicts; `distil` is None under another algorithm, `refills` is the pool's."""
+    """Raise ValueError for what contradicts; `distil` is None under another algorithm."""
     taught = {domain.name: domain.teacher for domain in domains if domain.teacher is not None}
     is_single = of_trl("num_generations") == 1
     if distil is None:
@@ -122,7 +123,12 @@ def check_teachers(
             f"domain {alone[0]!r} has no teacher, and a group of one (grpo.num_generations=1) teaches nothing by its "
             "rewards: give it a teacher, or distil.others: skip"
         )
-    if alone and distil.others == "skip" and refills:
+    if not alone and pool is not None and pool.when_exhausted == "stop":
+        raise ValueError(
+            "pool.when_exhausted=stop, and every trained domain has a teacher, which teaches as much of prompts that are "
+            "always right, or never: leave it out"
+        )
+    if alone and distil.others == "skip" and pool is not None and pool.refill.max_rounds:
         raise ValueError(
             f"pool.refill would replace every group of domain {alone[0]!r}, which distil.others: skip leaves out: set "
             "pool.refill.max_rounds=0"

@@ -17,6 +17,7 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError, safe_open
 
 from polyphony.trainer.checkpoint_mark import is_unfinished
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
 
@@ -61,6 +62,8 @@ class TeacherWeights:
             if model.startswith((".", "/", "~")) or folder.exists():
                 raise ValueError(f"{where}: folder {folder} does not exist")
             return cls("checkpoint", model)
+        if not any((folder / file).is_file() for file in FILES) and (final := RunFolder(folder).final).is_dir():
+            model, folder = str(final), final
         said = next((file for file in (ADAPTER, CONFIG) if (folder / file).is_file()), None)
         if said is None or is_unfinished(folder):
             why = "was cut off while being saved" if is_unfinished(folder) else f"has neither {CONFIG} nor {ADAPTER}"
