@@ -84,7 +84,8 @@ class Curriculum:
     ) -> None:
         """With `pool`, each domain's prompts are chosen by what is known of their pass rates, else pass by pass.
 
-        `spare` are prompts of domains that are only watched, to recover them with.
+        `spare` are prompts to recover domains with: of those that are only watched, and of others that may not practise all
+        of theirs.
 
         Raises ValueError where the pool is to start from a file that cannot be read or knows none of the prompts.
         """
@@ -157,11 +158,8 @@ class Curriculum:
         self.recoveries.count(n)
         if name in self.drawn:
             self.drawn[name] += n
-        return [Prompt(domain=name, id=prompt_id) for prompt_id in self.sampler_of(name).draw(n)]
-
-    def sampler_of(self, name: str) -> PassSampler | PromptPool:
-        """Return what chooses a domain's prompts, those of a watched one for its recovery."""
-        return self.samplers[name] if name in self.samplers else self.spare[name]
+        sampler = self.spare[name] if name in self.spare else self.samplers[name]
+        return [Prompt(domain=name, id=prompt_id) for prompt_id in sampler.draw(n)]
 
     def is_recovered(self, name: str) -> bool:
         """Whether the draws just now are of this domain's recovery."""
@@ -263,7 +261,7 @@ class Curriculum:
         if self.decision is None:
             return {}
         shares = {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
-        shares |= {f"{name}/mixture": float(self.is_recovered(name)) for name in self.spare}
+        shares |= {f"{name}/mixture": float(self.is_recovered(name)) for name in self.spare if name not in self.names}
         shown = (State.ACTIVE, State.DEFERRED, State.IMPOSSIBLE, State.MASTERED)
         counts = {name: pool.counts() for name, pool in self.pools.items()}
         return shares | {f"{name}/{s.name.lower()}": float(counts[name][s]) for name in counts for s in shown}
@@ -316,6 +314,8 @@ class Curriculum:
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
         self.rolled_back = state.get("rolled_back", False)
         self.recoveries.load_state_dict(state.get("recoveries", {}))  # older versions had none
+        if (opened := self.recoveries.open) is not None and opened.domain not in {*self.samplers, *self.spare}:
+            self.recoveries.end()  # of a domain that is only watched, whose guardrail with its rows was taken away
         for name, sampler in self.spare.items():
             if name in state.get("spare", {}):
                 sampler.load_state_dict(state["spare"][name])

@@ -588,7 +588,7 @@ class Lessons:
     kl: float
     """Mean over tokens of log pi - log pi_teacher, nats: an unbiased estimate of KL(policy || teacher)."""
     abs_advantage: float
-    """Mean |advantage| of a token, clipped."""
+    """Mean |advantage| of a token, as it is learned from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

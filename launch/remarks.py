@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from polyphony.launch.recipe import Recipe
@@ -27,12 +28,32 @@ def remarks(recipe: Recipe, args: GRPOConfig) -> list[str]:
         found.append(
             f"grpo.warmup_steps={args.warmup_steps:g} of grpo.max_steps={args.max_steps}: the learning rate is never reached"
         )
-    if recipe.algorithm == "distil" and recipe.pool is not None and (recipe.pool.look or recipe.pool.refill.max_rounds):
-        found.append("pool.refill and pool.look do nothing in domains with a teacher: no group of theirs is dead")
+    if recipe.algorithm == "distil" and recipe.pool is not None:
+        found.append(
+            "pool: prompts of domains with a teacher are sorted by pass rate as well: what is always right, or never, is "
+            "drawn less, though the teacher has as much to say of it"
+        )
+        if recipe.pool.look or recipe.pool.refill.max_rounds:
+            found.append("pool.refill and pool.look do nothing in domains with a teacher: no group of theirs is dead")
+    found += _apart(recipe)
     for name, (most, used) in USUAL.items():
         if (value := getattr(args, name)) is not None and value > most:
             found.append(f"grpo.{name}={value:g} is far outside what is used, {used}")
     return found
+
+
+def _apart(recipe: Recipe) -> list[str]:
+    """Return why few checkpoints, or none, can become the teacher of a recovery: only those of evaluated weights do."""
+    evaluated, saved = recipe.eval.every, recipe.checkpoint.every or recipe.eval.every
+    both = math.lcm(evaluated, saved)
+    if both == max(evaluated, saved):
+        return []
+    return [
+        f"guardrails.{guardrail.domain}: recovered from a checkpoint that was evaluated, of which there is one every {both} "
+        f"steps (eval.every={evaluated}, checkpoint.every={saved}), else from the start: let one divide the other"
+        for guardrail in recipe.of_trainer.guardrails
+        if guardrail.action == "recover" and guardrail.by == "distil"
+    ]
 
 
 USUAL = {

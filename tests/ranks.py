@@ -78,6 +78,37 @@ def be_taught(folder: Path, overrides: Sequence[str]) -> None:
     torch.save(seen, folder / f"rank-{rank}.pt")
 
 
+def be_recovered(recipe: Path, run: Path, overrides: Sequence[str]) -> None:
+    """Train a domain that is lost after two steps and recovered in the third; write what this rank saw of that draw."""
+    from polyphony.launch.train import start
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        leave_shared_memory_alone()
+    trainer = start(load_recipe(recipe, overrides), run)
+    outputs, keep = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(keep(inputs)) or outputs[-1]
+    trainer.train()
+    logged = {k: v for line in trainer.state.log_history for k, v in line.items() if k.startswith(("distil/", "recov"))}
+    seen = {name: outputs[2][name].cpu() for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+    seen |= {"advantages": outputs[2]["advantages"].cpu(), "logged": logged}
+    seen |= {"draws": trainer.curriculum.recoveries.draws}
+    torch.save(seen, run.parent / f"rank-{trainer.accelerator.process_index}.pt")
+
+
+def be_tuned(recipe: Path, folder: Path, overrides: Sequence[str]) -> None:
+    """Fine-tune on answers; write what this rank saw."""
+    from polyphony.launch.build_sft import build_sft
+
+    trainer = build_sft(load_recipe(recipe, overrides), folder / "run")
+    trainer.train()
+    seen = {"losses": losses_of(trainer), "drawn": dict(trainer.curriculum.drawn)}
+    (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+
+
+def losses_of(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def built(recipe: Recipe, out: Path, *, kind: str, engine: Any) -> Any:
     """Return the recipe's trainer, or one with a kind of adapter that no recipe has."""
     from polyphony.launch.build import build_trainer, grpo_config, load_data
@@ -172,7 +203,7 @@ def trained(trainer: Any) -> dict[str, Any]:
         "sampled": [[len(g.rewards) for g in r.sampled] for r in rollouts],
         "rounds": [r.rounds for r in rollouts],
         "own_ids": [[list(c.ids) for c in r.rows.values()] for r in rollouts],
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": losses_of(trainer),
         "drawn": dict(trainer.curriculum.drawn),
         "check": check.is_passed,
         "differing": differing(trainer),

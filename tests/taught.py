@@ -42,6 +42,21 @@ def recipe_of(folder, teachers, *overrides, **domains):
     return load_recipe(folder / "recipe.yaml", overrides)
 
 
+def right(completions, **columns):
+    """A reward that is always the same."""
+    return [1.0] * len(completions)
+
+
+def odd(completion_ids, **columns):
+    """A reward that most groups have both of."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def lost_after_two(completions, trainer_state=None, **columns):
+    """A reward that finds all right, but nothing while two steps have been taken."""
+    return [float(trainer_state is None or trainer_state.global_step != 2)] * len(completions)
+
+
 def drawn(trainer) -> dict:
     """Train; return what TRL got of the last draw, before it was shuffled."""
     outputs, keep = [], trainer._generate_and_score_completions

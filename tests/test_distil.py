@@ -46,14 +46,16 @@ def last_logged(trainer) -> dict:
     return {k: v for line in trainer.state.log_history for k, v in line.items()}
 
 
-@pytest.mark.parametrize("lora", [[], ["lora={r: 2, target_modules: [q_proj]}"]], ids=["full", "lora"])
-def test_a_teacher_that_is_the_student_teaches_nothing(shelf, tmp_path, lora):
+@pytest.mark.parametrize(
+    "kind", [[], ["lora={r: 2, target_modules: [q_proj]}"], ["grpo.temperature=0.5"]], ids=["full", "lora", "cool"]
+)
+def test_a_teacher_that_is_the_student_teaches_nothing(shelf, tmp_path, kind):
     teachers = {"now": {"model": "self"}, "then": {"model": "self@start"}, "again": {"model": str(POLICY)}}
     teachers |= {"wide": {"model": str(shelf / "padded")}, "idle": {"model": str(shelf / "idle")}}
     teachers |= {"moved": {"model": str(shelf / "moved")}}
     domains = {name: ("strings" if n % 2 else "arithmetic", name) for n, name in enumerate(teachers)}
     size = "grpo.per_device_train_batch_size=18"
-    trainer = build_trainer(recipe_of(tmp_path, teachers, size, *lora, **domains), tmp_path / "run")
+    trainer = build_trainer(recipe_of(tmp_path, teachers, size, *kind, **domains), tmp_path / "run")
     # three rows a teacher, batched by themselves: the policy's own pass has all eighteen
     advantages = drawn(trainer)["advantages"]
     most = {name: float(advantages[rows_of(trainer, name)].abs().max()) for name in teachers}
@@ -143,6 +145,46 @@ def test_groups_of_others_learn_by_reward_and_rewards_may_be_added(shelf, tmp_pa
     assert (output["advantages"] - expected).abs().max() < 1e-4
 
 
+def test_the_factor_of_a_domain_without_a_teacher_is_logged_where_it_is_not_one(shelf, tmp_path):
+    overrides = ["grpo.loss_type=dapo", "domains.a.max_completion_length=2", "grpo.num_generations=3"]
+    teachers, domains = {"t": {"model": "self"}}, {"a": ("strings", "t"), "b": ("strings", None)}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, **domains), tmp_path / "run")
+    mask = drawn(trainer)["completion_mask"]
+    tokens = {name: int(mask[rows_of(trainer, name)].sum()) for name in domains}
+    logged = last_logged(trainer)
+    for name in tokens:
+        assert logged[f"distil/{name}/factor"] == pytest.approx(0.5 / (tokens[name] / sum(tokens.values())))
+    assert [name for name in logged if name.startswith("distil/b/")] == ["distil/b/factor"]
+
+
+def test_a_token_that_pads_the_policys_embedding_and_not_its_teachers_costs_the_row_its_advantage(shelf, tmp_path):
+    teachers, overrides = {"t": {"model": str(POLICY)}}, [f"model={shelf / 'padded'}", "distil.max_missing=0.5"]
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, a=("strings", "t")), tmp_path / "run")
+    sample = trainer.policy._turn
+
+    def padded(ids, *rest):
+        said, more = sample(ids, *rest)
+        return [[703, *said[0][1:]], *said[1:]], more
+
+    trainer.policy._turn = padded
+    advantages = drawn(trainer)["advantages"]
+    assert advantages[0].abs().max() == 0 and advantages.isfinite().all()
+    assert last_logged(trainer)["distil/a/missing"] == 1
+    rows = list(trainer._rollout.rows.values())[:1]  # as on a rank that has no other
+    assert trainer.distil.teachers.logps(rows)[0].isnan().all()
+
+
+def test_groups_of_a_taught_domain_are_whole_and_none_is_replaced(shelf, tmp_path):
+    pool = ["pool={look: 2, refill: {max_rounds: 2}}", "grpo.num_generations=4", "grpo.per_device_train_batch_size=16"]
+    overrides = [*pool, *(f"domains.{name}.reward=tests.taught:right" for name in "ab")]
+    teachers, domains = {"t": {"model": str(shelf / "expert")}}, {"a": ("strings", "t"), "b": ("strings", None)}
+    trainer = build_trainer(recipe_of(tmp_path, teachers, *overrides, **domains), tmp_path / "run")
+    advantages = drawn(trainer)["advantages"]
+    sizes = {name: [len(g.rewards) for g in trainer._rollout.sampled if g.domain == name] for name in domains}
+    assert sizes["a"] == [4, 4] and len(sizes["b"]) > 2 and set(sizes["b"]) == {2}  # of the one without, as ever
+    assert all(advantages[i].abs().max() > 0 for i in rows_of(trainer, "a"))
+
+
 def test_a_domain_without_a_teacher_may_be_left_out(shelf, tmp_path):
     teachers, domains = {"t": {"model": str(shelf / "expert")}}, {"a": ("strings", "t"), "b": ("strings", None)}
     trainer = build_trainer(recipe_of(tmp_path, teachers, "distil.others=skip", **domains), tmp_path / "run")
@@ -180,7 +222,7 @@ def uneven(tmp_path_factory):
     return trainer, output
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo"])
 def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch, loss_type):
     trainer, output = uneven
     mask, domains = output["completion_mask"], ("short", "long")
@@ -202,7 +244,7 @@ def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch
     if loss_type in ("grpo", "dapo"):  # whose weights sum to one
         assert whole == pytest.approx(1, abs=1e-4)
     factor = distil.flush()["distil/short/factor"]
-    assert factor == (1 if loss_type == "grpo" else pytest.approx((3 / 6) / (6 / 66)))
+    assert factor == (1 if loss_type in ("grpo", "sapo") else pytest.approx((3 / 6) / (6 / 66)))
 
 
 def test_rows_on_which_a_teacher_fails_have_no_advantage_and_too_many_stop_the_run(shelf, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from polyphony.curricula.schedulers.fixed import Joint
 from polyphony.curricula.schedulers.sec import SEC
 from polyphony.curricula.transfer.halves import halves
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from tests.experiments.fast import regret
+from polyphony.trainer.teachers.distil import Distil
+from polyphony.trainer.teachers.settings import DistilSettings
+from tests.experiments.fast import experts, regret
 from tests.experiments.fast.cell import StudyCell, make_scheduler
 from tests.experiments.fast.decoder import Decoder
 from tests.experiments.fast.exam import Course, Exam
@@ -176,6 +179,29 @@ def test_a_pupil_of_itself_learns_nothing_and_one_of_another_comes_nearer_to_it(
             told = [token_logps(teachers[r.prompt.domain], [r])[0] for r in rows]
             toward = [((a - b) * (t - b).clamp(-5, 5)).mean() for a, b, t in zip(after, before, told, strict=True)]
             assert float(torch.stack(toward).mean()) > 0
+
+
+def test_a_pupils_update_is_the_products(data, monkeypatch):
+    weights, config, _ = base()
+    generator = torch.Generator().manual_seed(0)
+    moved = {n: w + 0.05 * torch.randn(w.shape, generator=generator) * (w.dim() > 1) for n, w in weights.items()}
+    teacher, kept = Decoder(moved, config), {}
+    monkeypatch.setattr(experts, "weighted_gradient", lambda w, c, rows, values: kept.update(rows=rows, values=values))
+    pupil = Pupil(data=data, scheduler=Joint(), rate=0.0, draws=1, seed=1, teachers=dict.fromkeys(data.train, teacher))
+    pupil._gradient(pupil._draws.roll_out(64))
+    rows, longest = kept["rows"], max(len(row.ids) for row in kept["rows"])
+    old, mask = torch.zeros(len(rows), longest), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        old[i, : len(row.ids)], mask[i, : len(row.ids)] = torch.tensor(row.logps), 1
+    accelerator = SimpleNamespace(reduce=lambda sums, reduction: sums)
+    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
+    lesson = SimpleNamespace(of_domain=dict.fromkeys(data.train, "t"))
+    teachers = SimpleNamespace(logps=lambda told: token_logps(teacher, told), policy=policy, lesson=lesson)
+    distil = Distil(DistilSettings(), teachers, domains=data.names, loss_type="grpo")
+    advantages = distil(torch.zeros(len(rows)), old, mask, rows).advantages
+    assert advantages.abs().max() > 0.1
+    for i, value in enumerate(kept["values"]):
+        assert (advantages[i, : len(value)] - value * len(value) * len(rows)).abs().max() < 1e-4
 
 
 def test_what_is_learned_by_heart_are_the_best_distinct_answers(data):

@@ -24,6 +24,10 @@ def test_without_a_gpu_the_policy_takes_float32_and_it_is_said(tmp_path, recipe)
     assert remarks(told, args) == ["no GPU here: the policy takes float32"]
 
 
+RECOVERED = ["guardrails.words={max_drop: 0.1, action: recover}"]
+TAUGHT = ["algorithm=distil", "teachers={t: {model: self}}", "domains.sums.teacher=t", "domains.words.teacher=t"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -32,6 +36,19 @@ def test_without_a_gpu_the_policy_takes_float32_and_it_is_said(tmp_path, recipe)
         (["grpo.warmup_steps=1"], []),
         (["grpo.warmup_steps=2"], ["grpo.warmup_steps=2 of grpo.max_steps=2: the learning rate is never reached"]),
         (["grpo.beta=5"], ["grpo.beta=5 is far outside what is used, 0 to 0.1: "]),
+        (
+            [*RECOVERED, "eval.every=4", "checkpoint.every=6"],
+            ["guardrails.words: recovered from a checkpoint that was evaluated, of which there is one every 12 steps"],
+        ),
+        ([*RECOVERED, "eval.every=4", "checkpoint.every=8"], []),
+        ([*RECOVERED, "guardrails.words.by=refresh", "eval.every=4", "checkpoint.every=6"], []),
+        (
+            [*TAUGHT, "pool={}"],
+            [
+                "pool: prompts of domains with a teacher are sorted by pass rate as well: ",
+                "pool.refill and pool.look do nothing in domains with a teacher",
+            ],
+        ),
         (
             ["grpo.learning_rate=0.1", "grpo.temperature=9"],
             ["grpo.learning_rate=0.1 is ", "grpo.temperature=9 is far "],

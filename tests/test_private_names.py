@@ -25,8 +25,8 @@ RELIED_ON = {
     """,
     "trl.trainer.sft_trainer:SFTTrainer": "_total_train_tokens",
     "transformers.trainer:Trainer": """
-        _get_grad_norm _get_output_dir _load_from_checkpoint _load_optimizer_and_scheduler _load_rng_state _prepare_inputs
-        _run_epoch _save_checkpoint
+        _get_grad_norm _get_output_dir _get_train_sampler _load_from_checkpoint _load_optimizer_and_scheduler
+        _load_rng_state _prepare_inputs _run_epoch _save_checkpoint
     """,
     "transformers.training_args:TrainingArguments": "_n_gpu",
     "transformers.configuration_utils:PreTrainedConfig": "_attn_implementation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,30 @@ def test_a_recovery_goes_on_from_its_saved_state():
     old = {key: value for key, value in cut.state_dict().items() if key not in ("recoveries", "spare")}
     resumed.load_state_dict(old)  # of an older version
     assert resumed.recoveries.open is None
+
+
+def test_a_recovery_practises_none_of_the_rows_that_repeat_held_out_ones():
+    c = Curriculum(
+        domains=DOMAINS, prompts=PROMPTS, scheduler=Sequential(), total_draws=12, spare={"math": ["math/2", "math/5"]}
+    )
+    drawn(c, 0)
+    c.recoveries.begin("math", most=2)
+    assert {ref.id for _ in range(2) for ref in c.draw(4)} == {"math/2", "math/5"}
+    assert (c.drawn["math"], c.evidence().drawn[0], c.metrics()["math/mixture"]) == (12, 4, 1)
+    c.recoveries.end()
+    drawn(c, 1)
+    assert c.metrics()["math/mixture"] == 1 and c.drawn["math"] == 16
+
+
+def test_the_recovery_of_a_domain_whose_guardrail_was_taken_away_is_over_at_the_resume():
+    cut = curriculum(Sequential())
+    cut.recoveries.begin("safety", most=2)
+    drawn(cut, 0)
+    resumed = Curriculum(domains=DOMAINS, prompts=PROMPTS, scheduler=Sequential(), total_draws=12)
+    resumed.load_state_dict(cut.state_dict())
+    assert resumed.recoveries.open is None
+    assert {ref.domain for ref in resumed.draw(4)} == {"math"}
+    assert resumed.exposure["safety"] == 4
 
 
 @pytest.mark.parametrize("hurt", ["code", "safety"])
@@ -286,6 +311,10 @@ ALONE = ["algorithm=distil", "rollouts.engine=transformers", "teachers={t: {mode
         ([RECOVER, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with guardrails.words.by: distil"),
         ([RECOVER, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with guardrails.words"),
         (
+            [RECOVER, "grpo.importance_sampling_level=sequence"],
+            "grpo.importance_sampling_level=sequence with guardrails.words.by: distil",
+        ),
+        (
             [RECOVER, *ALONE, "guardrails.words.by=refresh", "distil.others=skip"],
             "guardrails.words.by: refresh, and dis",
         ),
@@ -309,3 +338,21 @@ def test_rows_to_recover_a_watched_domain_with_are_read_and_those_that_are_held_
         data = load_data(loaded, grpo_config(loaded, tmp_path))
     assert list(data.spare["words"].ids) == [f"train-{i}" for i in range(4)]
     assert (data.n_train, "guardrails.words.prompts" in data.tables) == (4, True)
+    assert data.to_recover(["words"]) == {"words": [f"train-{i}" for i in range(4)]}
+
+
+def test_a_trained_domain_that_keeps_rows_which_repeat_held_out_ones_is_recovered_with_the_others(recipe, tmp_path):
+    from polyphony.launch.build import grpo_config, load_data  # late: with torch
+
+    held = (tmp_path / "words-heldout.jsonl").read_text().splitlines()[:1]
+    rows = (tmp_path / "words-train.jsonl").read_text().splitlines()
+    (tmp_path / "more.jsonl").write_text("\n".join([*rows, *held]))
+    loaded = load_recipe(recipe, [RECOVER, "domains.words.train=more.jsonl", "data.overlap=keep"])
+    with pytest.warns(UserWarning, match="1 of 5 rows repeat held-out rows .* kept"):
+        data = load_data(loaded, grpo_config(loaded, tmp_path))
+    assert len(data.train["words"]) == 5
+    assert data.to_recover(["words"]) == {"words": [f"train-{i}" for i in range(4)]}
+    assert data.to_recover([]) == data.to_recover(["sums"]) == {}
+    every = replace(data, repeating={"words": frozenset(data.train["words"].ids)})
+    with pytest.raises(ValueError, match=r"guardrails\.words: action: recover, and all its training rows repeat"):
+        every.to_recover(["words"])

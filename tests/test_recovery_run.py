@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from polyphony.launch.recipe import load_recipe
+from polyphony.launch.report.report import write_report
 from polyphony.launch.train import claim_folder, start
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.run.folder import RunFolder
@@ -109,6 +110,9 @@ def test_a_drop_is_recovered_from_the_domains_own_checkpoint_and_a_resume_inside
         4,
     ]
     assert sorted(path.name for path in folder.checkpoints.glob("checkpoint-*"))[:1] == ["checkpoint-1"]
+    page = " ".join(write_report([tmp_path / "whole"], tmp_path / "report.html").read_text().split())
+    assert page.count("recovery: safety is distilled from checkpoint-1 for at most 4 draws") >= 2  # an alarm, a reason
+    assert over in page and f"<td>{kls[0]:.3f}</td><td>{kls[-1]:.3f}</td>" in page.partition('id="lessons"')[2]
 
     cut = RunFolder(tmp_path / "cut")
     assert numbers(cut) == numbers(folder) and cut.decisions() == folder.decisions()

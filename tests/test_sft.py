@@ -28,7 +28,10 @@ from polyphony.trainer.sft.settings import OF_DRAWS
 from polyphony.trainer.sft.trainer import sft_config
 from polyphony.trainer.slots import plan_draws
 from tests.conftest import POLICY, write_rows
+from tests.forks import forked_ranks
+from tests.ranks import be_tuned, losses_of
 from tests.taught import recipe_of
+from tests.test_training_group import told_to_ranks
 
 SMALL = ["domains.sums.train.size=12", "domains.words.train.size=12", "grpo.per_device_train_batch_size=4"]
 SFT = ["algorithm=sft", "teachers={}", "domains.sums.teacher=null", "domains.words.teacher=null", "curriculum={}"]
@@ -173,6 +176,26 @@ def test_a_pass_ends_with_a_step_of_what_is_left(world, tmp_path, accumulation):
     assert trainer.state.epoch == 3 and sum(trainer.curriculum.drawn.values()) == 3 * n_answers
     told = sizes(recipe, grpo_config(recipe, tmp_path), trainer.data)[1]
     assert told == f"training: {3 * per_pass} steps, {3 * n_answers} of {n_answers} answers, 3 passes"
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_process_does_where_the_last_batch_of_a_pass_is_not_full(world, tmp_path):
+    n_answers = len(lines(world / "sampled", "rows"))
+    # the second rank has no answer in the last batch
+    size = next(size for size in (4, 3, 5, 7) if 0 < n_answers % (2 * size) <= size)
+    passes = ["grpo.max_steps=-1", "grpo.num_train_epochs=2", "grpo.learning_rate=1e-3", "eval.every=100"]
+    both = [*SFT, *SMALL, f"sft.answers={world / 'sampled'}", *passes, "checkpoint.every=100"]
+    alone = build_sft(
+        learning(world, world / "sampled", *both, f"grpo.per_device_train_batch_size={2 * size}"), tmp_path / "alone"
+    )
+    alone.train()
+    told = told_to_ranks("ddp", tmp_path)
+    overrides = [*both, f"grpo.per_device_train_batch_size={size}"]
+    for rank in forked_ranks(be_tuned, world / "sft.yaml", tmp_path, overrides, log=tmp_path / "log", **told):
+        assert rank.wait(200) == 0, rank.said[-5000:]
+    for seen in (json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1)):
+        assert seen["drawn"] == dict(alone.curriculum.drawn) and sum(seen["drawn"].values()) == 2 * n_answers
+        assert seen["losses"] == pytest.approx(losses_of(alone), abs=1e-4)
 
 
 def test_passes_are_counted_as_transformers_does(recipe, tmp_path):

@@ -26,7 +26,7 @@ from polyphony.trainer.single import single_config
 from polyphony.trainer.teachers.context import in_context
 from polyphony.trainer.teachers.distil import COLUMNS, Distil
 from polyphony.trainer.teachers.settings import DistilSettings, TeacherSettings
-from polyphony.trainer.teachers.weights import differing
+from polyphony.trainer.teachers.weights import FILES, TeacherWeights, differing, lacking
 from tests.conftest import POLICY
 from tests.taught import recipe_of
 
@@ -125,10 +125,12 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*SELF, "grpo.num_generations=1"], "domain 'words' has no teacher, and a group of one"),
         ([*BOTH, "grpo.num_generations=1", "distil.reward_weight=0.5"], "distil.reward_weight=0.5 with grpo.num_gen"),
         ([*SELF, "distil.others=skip", "pool={}"], "pool.refill would replace every group of domain 'words'"),
+        ([*BOTH, "pool={when_exhausted: stop}"], "pool.when_exhausted=stop, and every trained domain has a teacher"),
         ([*BOTH, "grpo.loss_type=vespo"], "grpo.loss_type=vespo with algorithm: distil"),
         ([*BOTH, "grpo.loss_type=bnpo"], "grpo.loss_type=bnpo with algorithm: distil"),
         ([*BOTH, "grpo.off_policy_mask_threshold=0.5"], "grpo.off_policy_mask_threshold=0.5 with algorithm: distil"),
         ([*BOTH, "grpo.cast_lm_head_to_fp32=true"], "grpo.cast_lm_head_to_fp32=True with algorithm: distil"),
+        ([*BOTH, "grpo.importance_sampling_level=sequence"], "grpo.importance_sampling_level=sequence with"),
         ([*BOTH, "distil.clip=0"], "distil.clip: "),
         ([*BOTH, "teachers.t.model=./gone"], "teachers.t.model: folder "),
         ([*BOTH, "teachers.t.modle=self"], "unknown key 'teachers.t.modle'; did you mean 'model'?"),
@@ -138,6 +140,11 @@ WATCHED = ["domains.words.train=null", "domains.words.teacher=t"]
         ([*BOTH, f"teachers.t={THERE}", "grpo.temperature=0.7"], "grpo.temperature=0.7 with teachers.t.endpoint: "),
         ([*BOTH, f"teachers.t={THERE}", "grpo.top_p=0.9"], "grpo.top_p=0.9 with teachers.t.endpoint: "),
         ([*BOTH, f"teachers.t={THERE}", "grpo.top_k=20"], "grpo.top_k=20 with teachers.t.endpoint: "),
+        *(
+            ([*BOTH, f"teachers.t={THERE}", f"grpo.generation_kwargs={{{said}}}"], f"grpo.generation_kwargs.{name}=")
+            for said in ("temperature: 0.5", "top_p: 0.9", "top_k: 20", "min_p: 0.1", "repetition_penalty: 1.2")
+            for name in [said.partition(":")[0]]
+        ),
         ([*BOTH, "teachers.t.context='{answer'"], "teachers.t.context: "),
     ],
 )
@@ -190,6 +197,27 @@ def half_written(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def a_shard_without_an_index(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
+def one_shard_of_three(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00003.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def empty_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def half_a_pickle(folder):
+    torch.save({"model.norm.weight": torch.ones(64)}, folder / "whole.bin")
+    (folder / "pytorch_model.bin").write_bytes((folder / "whole.bin").read_bytes()[:-100])
+    (folder / "model.safetensors").unlink()
+
+
 def without_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -219,6 +247,10 @@ def cut_off(folder):
         (foreign, "has another vocabulary than the policy: token "),
         (ends_otherwise, "has another vocabulary than the policy: eos_token is '<|end|>' here and '<|user|>' there"),
         (half_written, "model.safetensors is damaged"),
+        (a_shard_without_an_index, "model.safetensors.index.json is missing, by which model-00001-of-"),
+        (one_shard_of_three, "1 of 3 files are there: model-00001-of-00003.safetensors"),
+        (empty_pickle, "pytorch_model.bin is damaged"),
+        (half_a_pickle, "pytorch_model.bin is damaged"),
         (without_weights, r"no weights \("),
         (without_tokenizer, "its vocabulary cannot be compared|has another vocabulary"),
         (too_small, "has an embedding of 600 tokens, the policy's last is 634"),
@@ -233,6 +265,17 @@ def test_a_teacher_that_cannot_teach_is_refused_before_weights_are_loaded(recipe
     loaded = load_recipe(recipe, [*BOTH, "teachers.t.model=expert"])
     with pytest.raises(RecipeError, match=f"^teachers.t.model: .*({says})"):
         build_trainer(loaded, tmp_path / "run")
+
+
+def test_of_a_run_the_final_weights_teach(tmp_path):
+    shutil.copytree(POLICY, tmp_path / "run" / "final")
+    found = TeacherWeights.of("t", TeacherSettings(model=str(tmp_path / "run")), base=str(POLICY))
+    assert found == TeacherWeights("checkpoint", str(tmp_path / "run" / "final"))
+
+
+def test_weights_that_pytorch_wrote_before_it_zipped_them_are_whole(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert lacking(tmp_path, FILES["config.json"]) == ""
 
 
 def test_a_row_that_its_teacher_cannot_read_is_refused_before_weights_are_loaded(recipe, tmp_path):
@@ -259,18 +302,39 @@ def test_a_teacher_that_fails_rarely_stops_no_run_however_large_its_draws():
     distil._factors = {"a": 1.0}
     for _ in range(3):
         distil._see(row)
+    other = Distil(DistilSettings(), distil.teachers, domains=("a",), loss_type="grpo")  # of a resume
+    other.load_state_dict(json.loads(json.dumps(distil.state_dict())))
+    assert other._missing == distil._missing and distil._missing["a"]
     row[0, COLUMNS.index("taught")], row[0, COLUMNS.index("missing")] = 100, 156
     with pytest.raises(RuntimeError, match="on 156 of the last 256 completions"):
         distil._see(row)
 
 
+def telling(told, **of_domain):
+    """Teachers that say this."""
+    accelerator = SimpleNamespace(reduce=lambda values, reduction: values)
+    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
+    return SimpleNamespace(logps=lambda rows: told, policy=policy, lesson=SimpleNamespace(of_domain=of_domain))
+
+
+def test_what_a_scheduler_hears_of_a_lesson_is_what_is_learned_from():
+    told = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-3.0])]
+    distil = Distil(DistilSettings(reward_weight=2), telling(told, a="t", b="t"), domains=("a", "b"), loss_type="dapo")
+    rows = [
+        Completion(ids=(1,) * n, prompt=Prompt(domain=name, id="1", prompt="?")) for name, n in (("a", 3), ("b", 1))
+    ]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    learned = distil(torch.tensor([0.5, 0.25]), torch.full((2, 3), -2.0), mask, rows)
+    # a: (1 + 2 x .5) x (1/2) / (3/4); b: (-1 + 2 x .25) x (1/2) / (1/4)
+    assert learned.advantages.tolist() == [pytest.approx([4 / 3] * 3), pytest.approx([-1, 0, 0])]
+    assert learned.lessons["a"].abs_advantage == pytest.approx(4 / 3)
+    assert learned.lessons["b"].abs_advantage == pytest.approx(1)
+
+
 def test_a_token_that_a_teacher_never_says_is_clipped_and_the_row_is_kept():
     prompt = Prompt(domain="a", id="1", prompt="?")
     told = [torch.tensor([-1.0, -math.inf, -1.0]), torch.tensor([-1.0, math.nan, -1.0])]
-    accelerator = SimpleNamespace(reduce=lambda values, reduction: values)
-    policy = SimpleNamespace(trainer=SimpleNamespace(accelerator=accelerator))
-    teachers = SimpleNamespace(logps=lambda rows: told, policy=policy, lesson=SimpleNamespace(of_domain={"a": "t"}))
-    distil = Distil(DistilSettings(), teachers, domains=("a",), loss_type="grpo")
+    distil = Distil(DistilSettings(), telling(told, a="t"), domains=("a",), loss_type="grpo")
     old, rows = torch.full((2, 3), -2.0), [Completion(ids=(1, 2, 3), prompt=prompt)] * 2
     learned = distil(torch.zeros(2), old, torch.ones(2, 3, dtype=torch.long), rows)
     assert learned.advantages.tolist() == [[1.0, -5.0, 1.0], [0.0, 0.0, 0.0]]

@@ -128,6 +128,8 @@ class DomainData:
     """Per domain that is only watched, the rows to recover it with (`guardrails.<d>.prompts`)."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Per domain, training rows left out because a held-out row repeats them."""
+    repeating: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Per domain, the ids of training rows that repeat a held-out one and are kept (`data.overlap: keep`)."""
     acting: Mapping[str, Acting] = field(default_factory=dict)
     """Domains that act: their environments, tools and words."""
     answers: Mapping[str, PromptTable] = field(default_factory=dict)
@@ -195,7 +197,8 @@ class DomainData:
         for table in heldout.values():
             if len(table) < 2:
                 raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
-        return replace(data, longest=longest, dropped=_resolve_overlap(train, heldout, taken, spare=to_recover))
+        dropped, repeating = _resolve_overlap(train, heldout, taken, spare=to_recover)
+        return replace(data, longest=longest, dropped=dropped, repeating=repeating)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -215,6 +218,19 @@ class DomainData:
     def rows_of(self, domain: str) -> PromptTable:
         """Return what is practised of a domain: its training rows, or those that a watched one is recovered with."""
         return self.train[domain] if domain in self.train else self.spare[domain]
+
+    def to_recover(self, domains: Iterable[str]) -> dict[str, list[str]]:
+        """Return by domain the ids of what it is recovered with, where that is not all that is trained on: never what
+        repeats a held-out row. Raises ValueError for one of `domains`, which may be recovered, that has nothing else."""
+        found = {name: list(table.ids) for name, table in self.spare.items()}
+        for name in self.repeating.keys() & set(domains):
+            found[name] = [i for i in self.train[name].ids if i not in self.repeating[name]]
+            if not found[name]:
+                raise ValueError(
+                    f"guardrails.{name}: action: recover, and all its training rows repeat held-out rows "
+                    "(data.overlap=keep): nothing is left to recover it with"
+                )
+        return found
 
     @property
     def openings(self) -> dict[str, str]:
@@ -437,9 +453,12 @@ def _resolve_overlap(
     settings: DataSettings,
     *,
     spare: Mapping[str, PromptTable],
-) -> dict[str, int]:
-    """Do what is asked with rows that repeat held-out ones; `spare` ones, to recover a domain with, are never kept."""
-    dropped = {}
+) -> tuple[dict[str, int], dict[str, frozenset[str]]]:
+    """Do what is asked with rows that repeat held-out ones; `spare` ones, to recover a domain with, are never kept.
+
+    Returns by domain how many were left out, and the ids of those that were kept.
+    """
+    dropped, kept = {}, {}
     for name, table in [*train.items(), *spare.items()]:
         found = find_overlap(table, heldout.values())
         if not found:
@@ -450,10 +469,11 @@ def _resolve_overlap(
             raise ValueError(f"{message}, for example id {min(found)!r}{why}")
         if settings.overlap == "keep" and table not in spare.values():
             table.warn(f"{message}{why}; kept, as asked for")
+            kept[name] = frozenset(found)
             continue
         table.warn(f"{message}{why}; left out")
         table.drop(set(found))
         dropped[name] = len(found)
         if len(table) == 0:
             raise ValueError(f"{message}{why}: nothing is left to train on")
-    return dropped
+    return dropped, kept

@@ -216,7 +216,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             total_draws=self.plan.draws,
             seed=args.seed,
             pool=settings.pool,
-            spare={name: table.ids for name, table in self.data.spare.items()},
+            spare=self.data.to_recover(g.domain for g in settings.guardrails if g.action == "recover"),
         )
         self.shortcuts = ShortcutWatch(self.data.names)
         self.advantages = Advantages.of(settings.update, self.data.domains, self.shortcuts.suspects)
@@ -593,6 +593,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _remembering(self) -> dict[str, Any]:
         """What has a state of its own beside the curriculum's."""
         states: dict[str, Any] = {"entropy": self.entropy, "shortcuts": self.shortcuts}
+        states |= {"distil": self.distil} if self.distil else {}
         return states | {"owed": self.run.owed, "signals": self.run.signals} if self.run else states
 
     def _run_epoch(self, **kwargs: Any) -> None:

@@ -7,13 +7,7 @@ from typing import Any
 
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.records import Domain
-from polyphony.trainer.teachers.settings import DistilSettings
-
-NEEDS_ONE = {
-    "off_policy_mask_threshold": "it drops whole completions by the sign of one advantage",
-    "cast_lm_head_to_fp32": "the teacher computes in its own precision",
-}
-"""Fields of TRL's that a teacher's advantages a token exclude, and why."""
+from polyphony.trainer.teachers.settings import DistilSettings, against_tokens
 
 
 def check_recoveries(
@@ -59,6 +53,5 @@ def _check_learning(
         raise ValueError(
             f"grpo.loss_type=vespo with {where}.by: distil: it weighs whole completions by the sign of one advantage"
         )
-    for name, why in NEEDS_ONE.items():
-        if of_trl(name):
-            raise ValueError(f"grpo.{name}={of_trl(name)} with {where}.by: distil: {why}; leave it out, or by: refresh")
+    for said, why in against_tokens(of_trl):
+        raise ValueError(f"{said} with {where}.by: distil: {why}; leave it out, or by: refresh")

@@ -60,7 +60,8 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "advantage": "mean advantage of a token as it is learned from, over the tokens that the teacher scored",
         "clipped": "share of those tokens whose advantage is cut at `distil.clip`",
         "missing": "completions on which the teacher's log-probabilities are no numbers: they have no advantage",
-        "factor": "what the domain's advantages are multiplied with, so that its tokens weigh its share of the completions",
+        "factor": "what the domain's advantages are multiplied with, so that its tokens weigh its share of the completions; "
+        "with a teacher, or where it is not 1",
     },
     "recovery": {
         "draws": "draws that recoveries of the domain have taken so far (`guardrails.<d>.action: recover`)",

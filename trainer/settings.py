@@ -346,9 +346,8 @@ class TrainerSettings:
             by = "use_vllm (TRL's own engine)" if of_trl("use_vllm") else "engine transformers"
             raise ValueError(f"greedy evaluation needs an engine of ours; {by} samples everything alike")
         check_acting(domains, self.guardrails, algorithm=self.update.algorithm, engine=engine, of_trl=of_trl)
-        refills = self.pool is not None and self.pool.refill.max_rounds > 0
         if self.update.sft is None:
-            check_teachers(self.update.teachers, self.update.distil, domains, of_trl, refills=refills)
+            check_teachers(self.update.teachers, self.update.distil, domains, of_trl, pool=self.pool)
         check_recoveries(self.guardrails, domains, self.update.distil, of_trl)
 
     @property

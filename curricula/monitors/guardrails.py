@@ -46,8 +46,8 @@ class Guardrail:
     """Most recoveries in a run; from then on its guardrail warns. What three could not mend needs another recipe."""
     prompts: Any = None
     """Training rows, in the forms of `domains.<name>.train`, to recover a domain with that is only watched, which needs
-    them; those that repeat a held-out row are left out, whatever `data.overlap` says. A trained domain is
-    recovered with its own."""
+    them. A trained domain is recovered with its own. Those that repeat a held-out row are left out, whatever
+    `data.overlap` says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

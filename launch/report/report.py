@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from polyphony.curricula.files import replace_file
 from polyphony.launch.report import sections
 from polyphony.launch.report.charts import place_whisker
+from polyphony.launch.report.lessons import lessons
 from polyphony.launch.report.numbers import as_json, find
 from polyphony.launch.report.run import read_run
 from polyphony.launch.report.skills import skills
@@ -123,6 +124,10 @@ CHAPTERS = (
     Chapter("rollouts", "Rollout budget", sections.rollouts,
             "Completions of each domain; the pale part was in groups with equal rewards, which teach nothing.",
             "rollout numbers"),
+    Chapter("lessons", "What the teachers did", lessons,
+            "How far the policy was from each domain's teacher on its own completions, KL in nats a token, at the first and "
+            "the last draw that was taught; the share of tokens whose advantage was cut at distil.clip; the completions "
+            "that had none, as the teacher's log-probabilities were no numbers.", ""),
     Chapter("quality", "Beyond the score", sections.quality,
             "What held-out evaluation says about reach, calibration and form, with 95 % intervals over prompts. Watch "
             "overconfidence where a domain is not trained: there it grows unseen.",

@@ -108,7 +108,7 @@ class Recorder:
         curriculum, recovery = self.curriculum, self.curriculum.recoveries.open
         recovered, draw = "" if recovery is None else recovery.domain, curriculum.draws - 1
         line = decision_line(self.curriculum.basis, self.curriculum.decision, refs, draw=draw, recovered=recovered)
-        samplers = {**curriculum.samplers, **curriculum.spare}
+        samplers = {**curriculum.spare, **curriculum.samplers}
         if self._last_line is None:
             ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
             replace_file(self.folder.prompts, sealed(json.dumps(ids, ensure_ascii=False)))

@@ -122,14 +122,15 @@ def tables_of(answers: Sequence[Completion]) -> dict[str, PromptTable]:
     }
 
 
-def dataset_of(answers: Sequence[Completion], names: Sequence[str]) -> Dataset:
+def dataset_of(answers: Sequence[Completion], names: Sequence[str], *, filling: int = 0) -> Dataset:
     """Return the answers for TRL's SFTTrainer, tokenized: the loss is on their tokens alone. `domain` is a place in
-    `names`."""
+    `names`; that of the `filling` rows behind them, of which nothing is learned, is the one after the last."""
     return Dataset.from_dict(
         {
-            "input_ids": [[*answer.prompt.ids, *answer.ids] for answer in answers],
-            "labels": [[IGNORED] * len(answer.prompt.ids) + [*answer.ids] for answer in answers],
-            "domain": [names.index(answer.prompt.domain) for answer in answers],
+            "input_ids": [[*answer.prompt.ids, *answer.ids] for answer in answers] + [[0, 0]] * filling,
+            "labels": [[IGNORED] * len(answer.prompt.ids) + [*answer.ids] for answer in answers]
+            + [[IGNORED] * 2] * filling,
+            "domain": [names.index(answer.prompt.domain) for answer in answers] + [len(names)] * filling,
         }
     )
 

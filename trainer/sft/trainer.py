@@ -24,7 +24,7 @@ from polyphony.trainer.finite import faults_of, norm_of_step
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.outset import Outset
-from polyphony.trainer.sft.passes import plan_passes
+from polyphony.trainer.sft.passes import Filled, filling, plan_passes
 from polyphony.trainer.sft.rows import WithDomains, dataset_of
 from polyphony.trainer.slots import DrawPlan
 from polyphony.trainer.weight_names import load_converted
@@ -59,10 +59,11 @@ class DomainSFTTrainer(SFTTrainer):
         self._checkpoint: str | None = None
         name = sampler.model.name_or_path
         padding: Any = sampler.processing_class.pad_token_id
+        self._n_filling = filling(args, len(answers))
         super().__init__(
             model=sampler.model,
             args=sft_config(outset.arguments(args) if outset else args, self.plan),
-            train_dataset=dataset_of(answers, self.curriculum.names),
+            train_dataset=dataset_of(answers, self.curriculum.names, filling=self._n_filling),
             data_collator=WithDomains(DataCollatorForLanguageModeling(pad_token_id=padding)),
             processing_class=sampler.processing_class,
         )
@@ -74,12 +75,18 @@ class DomainSFTTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Count the rows of each domain, on all ranks; check that the loss is finite."""
         self._batch, names = dict(inputs), self.curriculum.names
-        rows = torch.bincount(inputs.pop("domain"), minlength=len(names)).to(self.accelerator.device)
+        rows = torch.bincount(inputs.pop("domain"), minlength=len(names) + 1)[:-1].to(self.accelerator.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.finite.see_loss(loss)
         counts: list[int] = self.accelerator.reduce(rows, reduction="sum").tolist()  # type: ignore[union-attr]
         self.curriculum.count(dict(zip(names, counts, strict=True)))
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Put what fills up the last batch of all ranks behind the answers; one process has no such rows."""
+        if not self._n_filling:
+            return super()._get_train_sampler(train_dataset)
+        return Filled(len(self.train_dataset) - self._n_filling, self._n_filling, seed=self.args.seed)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Leave out a step that is not finite. Relies on Transformers asking for the norm just before the step."""

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ BY_COMPLETION = ("grpo", "sapo")
 """Losses that average over the tokens of each completion first."""
 
 COLUMNS = ("completions", "tokens", "taught", "missing", "scored", "kl", "size", "advantage", "clipped")
-"""What is summed by domain: `kl`, `size` and `clipped` over the `scored` tokens of the completions that were taught."""
+"""What is summed by domain: `kl`, `clipped`, and of advantages their `size` and sum, over the `scored` tokens of the
+completions that were taught."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ class Distil:
             "missing": has_teacher & ~taught,
             "scored": scored.sum(1),
             "kl": -finite.sum(1),
-            "size": clipped.abs().sum(1),
+            "size": (values * scored).abs().sum(1),
             "advantage": (values * scored).sum(1),
             "clipped": (gaps.abs() > clip).sum(1),
         }
@@ -109,15 +111,16 @@ class Distil:
         found: dict[str, float] = {}
         for name, row in zip(self.domains, sums.tolist(), strict=True):
             of = dict(zip(COLUMNS, row, strict=True))
-            if not of["taught"] + of["missing"]:
-                continue
-            metrics = {
-                "kl": _ratio(of["kl"], of["scored"]),
-                "advantage": _ratio(of["advantage"], of["scored"]),
-                "clipped": _ratio(of["clipped"], of["scored"]),
-                "missing": of["missing"],
-                "factor": self._factors[name],
-            }
+            metrics: dict[str, float] = {}
+            if of["taught"] + of["missing"]:
+                metrics = {
+                    "kl": _ratio(of["kl"], of["scored"]),
+                    "advantage": _ratio(of["advantage"], of["scored"]),
+                    "clipped": _ratio(of["clipped"], of["scored"]),
+                    "missing": of["missing"],
+                }
+            if metrics or (of["completions"] and self._factors[name] != 1):
+                metrics["factor"] = self._factors[name]
             found |= {key("distil", metric, name): value for metric, value in metrics.items()}
         return defined(found)
 
@@ -146,8 +149,8 @@ class Distil:
             if among >= FEWEST and failed > self.settings.max_missing * among:
                 raise RuntimeError(
                     f"domain {name!r}: the log-probabilities of teacher {self.teachers.lesson.of_domain[name]!r} are no "
-                    f"numbers on {failed} of the last {among} completions; distil.max_missing allows a share of "
-                    f"{self.settings.max_missing:g}"
+                    f"numbers on {failed} of the last {among} completions, or it has no room for them; distil.max_missing "
+                    f"allows a share of {self.settings.max_missing:g}"
                 )
 
     def _lessons(self, total: torch.Tensor) -> dict[str, Lessons]:
@@ -155,8 +158,19 @@ class Distil:
         for name, row in zip(self.domains, total.tolist(), strict=True):
             of = dict(zip(COLUMNS, row, strict=True))
             if of["scored"]:
-                found[name] = Lessons(kl=of["kl"] / of["scored"], abs_advantage=of["size"] / of["scored"])
+                size = self._factors[name] * of["size"] / of["scored"]
+                found[name] = Lessons(kl=of["kl"] / of["scored"], abs_advantage=size)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides whether teachers fail too often; JSON-able."""
+        return {"missing": {name: [*map(list, last)] for name, last in self._missing.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._missing = {
+            name: deque((taught, missing) for taught, missing in of) for name, of in state["missing"].items()
+        }
 
 
 def _ratio(total: float, count: float) -> float:

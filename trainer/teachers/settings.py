@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from polyphony.curricula.declarations import nearest, settings
+from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain
 from polyphony.trainer.teachers.context import fields_of
 
@@ -23,10 +24,10 @@ class TeacherSettings:
     """
 
     model: str | None = None
-    """A checkpoint's folder or a name on the hub, with the policy's vocabulary; the folder of an adapter of the recipe's
-    model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step, frozen (with `lora`, the
-    base without the adapter). A relative folder is looked for beside the recipe first. With `endpoint`, the name by which
-    it is served there; null: the only one."""
+    """A checkpoint's folder, a run's for its `final/`, or a name on the hub, with the policy's vocabulary; the folder of an
+    adapter of the recipe's model; `self`: the policy as it is at each draw; `self@start`: as it was before the first step,
+    frozen (with `lora`, the base without the adapter). A relative folder is looked for beside the recipe first. With
+    `endpoint`, the name by which it is served there; null: the only one."""
     endpoint: str | None = None
     """Address, up to and with `/v1`, of a server that scores token ids as vLLM's does (`prompt_logprobs`) and has the
     policy's vocabulary. The run samples at temperature 1, nothing cut off."""
@@ -76,6 +77,13 @@ UNBALANCED = {
 }
 """Losses that take no advantage a token, or not one whose domains can be balanced, and why."""
 
+AGAINST_TOKENS = {
+    "off_policy_mask_threshold": "it drops whole completions by the sign of one advantage",
+    "cast_lm_head_to_fp32": "teachers compute in their own precision",
+    "importance_sampling_level": "one ratio a completion gives all its tokens the mean of their advantages",
+}
+"""Fields of TRL's that a teacher's advantages a token exclude, and why."""
+
 
 def check_teachers(
     teachers: Mapping[str, TeacherSettings],
@@ -83,9 +91,9 @@ def check_teachers(
     domains: Sequence[Domain],
     of_trl: Callable[[str], Any],
     *,
-    refills: bool,
+    pool: PoolSettings | None,
 ) -> None:
-    """Raise ValueError for what contradicts; `distil` is None under another algorithm, `refills` is the pool's."""
+    """Raise ValueError for what contradicts; `distil` is None under another algorithm."""
     taught = {domain.name: domain.teacher for domain in domains if domain.teacher is not None}
     is_single = of_trl("num_generations") == 1
     if distil is None:
@@ -115,7 +123,12 @@ def check_teachers(
             f"domain {alone[0]!r} has no teacher, and a group of one (grpo.num_generations=1) teaches nothing by its "
             "rewards: give it a teacher, or distil.others: skip"
         )
-    if alone and distil.others == "skip" and refills:
+    if not alone and pool is not None and pool.when_exhausted == "stop":
+        raise ValueError(
+            "pool.when_exhausted=stop, and every trained domain has a teacher, which teaches as much of prompts that are "
+            "always right, or never: leave it out"
+        )
+    if alone and distil.others == "skip" and pool is not None and pool.refill.max_rounds:
         raise ValueError(
             f"pool.refill would replace every group of domain {alone[0]!r}, which distil.others: skip leaves out: set "
             "pool.refill.max_rounds=0"
@@ -139,11 +152,16 @@ def _check_source(name: str, teacher: TeacherSettings, of_trl: Callable[[str], A
         return
     if teacher.model in (CURRENT, START):
         raise ValueError(f"{where}: model {teacher.model} and an endpoint exclude each other; leave out one")
-    for field, whole in WHOLE.items():
-        if (value := of_trl(field)) not in (None, whole, OFF.get(field)):
+    kwargs = of_trl("generation_kwargs")
+    more = kwargs if isinstance(kwargs, Mapping) else {}
+    given = {field: of_trl(field) for field in WHOLE}
+    given |= {f"generation_kwargs.{field}": more.get(field) for field in WHOLE}
+    for key, value in given.items():
+        field = key.rpartition(".")[2]
+        if value not in (None, WHOLE[field], OFF.get(field)):
             raise ValueError(
-                f"grpo.{field}={value:g} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
-                f"cut off; sample so ({field} {whole}), or load the teacher here (model)"
+                f"grpo.{key}={value} with {where}.endpoint: a server tells log-probabilities at temperature 1, nothing "
+                f"cut off; sample so ({field} {WHOLE[field]}), or load the teacher here (model)"
             )
 
 
@@ -159,9 +177,12 @@ def _check_loss(of_trl: Callable[[str], Any]) -> None:
     loss = of_trl("loss_type")
     if loss in UNBALANCED:
         raise ValueError(f"grpo.loss_type={loss} with algorithm: distil: it {UNBALANCED[loss]}; grpo and dapo can")
-    for name, why in (
-        ("off_policy_mask_threshold", "it drops whole completions by the sign of one advantage"),
-        ("cast_lm_head_to_fp32", "teachers compute in their own precision"),
-    ):
-        if of_trl(name):
-            raise ValueError(f"grpo.{name}={of_trl(name)} with algorithm: distil: {why}; leave it out")
+    for said, why in against_tokens(of_trl):
+        raise ValueError(f"{said} with algorithm: distil: {why}; leave it out")
+
+
+def against_tokens(of_trl: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is said of TRL's fields that advantages a token exclude, each with why."""
+    for name, why in AGAINST_TOKENS.items():
+        if (value := of_trl(name)) and value != "token":
+            yield f"grpo.{name}={value}", why

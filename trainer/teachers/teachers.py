@@ -87,14 +87,20 @@ class Teachers:
         return found
 
     def _rows(self, name: str, completions: Sequence[Completion]) -> dict[int, Row | None]:
-        """Return by place what a teacher reads and what it scores of each of its completions; None where it has no room."""
-        of_domain = self.lesson.of_domain
+        """Return by place what a teacher reads and what it scores of each of its completions; None where it has no room, and
+        for a token that only pads the policy's embedding, of which it has fewer."""
+        of_domain, known = self.lesson.of_domain, self._known(name)
         places = [i for i, c in enumerate(completions) if of_domain.get(c.prompt.domain) == name]
         read = self.lesson.read([completions[i] for i in places])
+        told = [(i, ids, list(completions[i].ids)) for i, ids in zip(places, read, strict=True)]
         return {
-            i: None if ids is None else (list(ids), list(completions[i].ids))
-            for i, ids in zip(places, read, strict=True)
+            i: (list(ids), said) if ids is not None and max(said, default=0) < known else None for i, ids, said in told
         }
+
+    def _known(self, name: str) -> float:
+        """Return how many tokens a teacher's embedding has; one behind an endpoint answers nothing for others."""
+        loaded = self._loaded.get(self.lesson.weights[name].path)
+        return math.inf if loaded is None else _inner(loaded).config.get_text_config().vocab_size
 
     def logps(self, completions: Sequence[Completion]) -> list[torch.Tensor | None]:
         """Return, for each completion of this rank, its teacher's log-probability of each token [T]; None without one.
@@ -109,7 +115,8 @@ class Teachers:
             if not most:
                 continue
             # a rank with fewer rows runs one again, which nobody reads
-            spare = next(filter(None, rows.values()), (list(completions[0].prompt.ids), list(completions[0].ids)))
+            ids = list(completions[0].prompt.ids)
+            spare = next(filter(None, rows.values()), (ids, ids[-1:]))
             scored = self._score(name, [row or spare for row in rows.values()] + [spare] * (most - len(rows)))
             for (i, row), logps in zip(rows.items(), scored[: len(rows)], strict=True):
                 found[i] = torch.full((len(completions[i].ids),), math.nan, device=device) if row is None else logps

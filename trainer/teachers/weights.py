@@ -5,16 +5,19 @@ Transformers is imported inside functions: a recipe that names no such weights d
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 
 from polyphony.trainer.checkpoint_mark import is_unfinished
+from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.teachers.settings import CURRENT, START, TeacherSettings
 
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
 
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 FILES = {ADAPTER: ("adapter_model.safetensors", "adapter_model.bin"), CONFIG: ("*.safetensors", "pytorch_model*.bin")}
-"""What a folder of weights says of them, and in which files they are."""
+"""What a folder of weights says of them, and in which files they are: the first kind that is there is loaded."""
+SHARD = re.compile(r"(?P<model>(?:pytorch_|adapter_)?model)-\d+-of-(?P<n>\d+)")
+PICKLED = b"\x80"
+"""What files of PyTorch before 1.6 begin with; later ones are zip files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class TeacherWeights:
             if model.startswith((".", "/", "~")) or folder.exists():
                 raise ValueError(f"{where}: folder {folder} does not exist")
             return cls("checkpoint", model)
+        if not any((folder / file).is_file() for file in FILES) and (final := RunFolder(folder).final).is_dir():
+            model, folder = str(final), final
         said = next((file for file in (ADAPTER, CONFIG) if (folder / file).is_file()), None)
         if said is None or is_unfinished(folder):
             why = "was cut off while being saved" if is_unfinished(folder) else f"has neither {CONFIG} nor {ADAPTER}"
@@ -99,13 +107,15 @@ def is_same_model(left: str, right: str) -> bool:
 
 def lacking(folder: Path, patterns: tuple[str, ...]) -> str:
     """Return what is missing or damaged among files of weights; empty where nothing is."""
-    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if not found:
+    found = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), None)
+    if found is None:
         return f"no weights ({', '.join(patterns)})"
     for index in folder.glob("*.index.json"):
         shards = set(read_object(index).get("weight_map", {}).values())
         if gone := sorted(shards - {path.name for path in folder.iterdir()}):
             return f"{gone[0]} is missing, which {index.name} names"
+    if why := _cut_short(found):
+        return why
     for path in found:
         if path.suffix == ".safetensors":
             try:
@@ -113,6 +123,27 @@ def lacking(folder: Path, patterns: tuple[str, ...]) -> str:
                     pass
             except (SafetensorError, OSError) as error:
                 return f"{path.name} is damaged: {error}"
+        elif not _is_pytorch(path):
+            return f"{path.name} is damaged: no file of PyTorch's"
+    return ""
+
+
+def _is_pytorch(path: Path) -> bool:
+    with path.open("rb") as file:
+        return is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == PICKLED)
+
+
+def _cut_short(found: Sequence[Path]) -> str:
+    """Return what is missing of weights that several files hold, by the files' names."""
+    names = {path.name for path in found}
+    for path in found:
+        if (of := SHARD.fullmatch(path.stem)) is None or f"{of['model']}{path.suffix}" in names:
+            continue
+        alike = [name for name in names if name.startswith(f"{of['model']}-") and f"-of-{of['n']}." in name]
+        if len(alike) < int(of["n"]):
+            return f"{len(alike)} of {int(of['n'])} files are there: {', '.join(sorted(alike))}"
+        if not (index := path.with_name(f"{of['model']}{path.suffix}.index.json")).is_file():
+            return f"{index.name} is missing, by which {path.name} is loaded"
     return ""
 
 
