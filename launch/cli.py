@@ -519,7 +519,7 @@ def _doctor_gpu(arguments: argparse.Namespace) -> int:
     from polyphony.launch.verbs.doctor_gpu import check_card, measured
 
     check_card()
-    findings, rows = list(machine()), list(measured())
+    rows, findings = list(measured()), list(machine())  # the latter takes the card, which may be another's alone
     if arguments.json:
         told = {"machine": [asdict(finding) for finding in findings], "rows": [row.as_dict() for row in rows]}
         print(json.dumps(told))
