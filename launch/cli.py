@@ -180,6 +180,13 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument(
+        "--gpu", action="store_true", help="measure the spine on this node's cards, for ten minutes at most, as a table"
+    )
+    _json(doctor)
+
+
 def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument("where", choices=["local", "slurm", "ray"], help="the recipe's section `cluster` says how")
     _recipe(launch, nargs="?")
@@ -518,6 +525,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.gpu:
+        return _doctor_gpu(arguments)
     from polyphony.launch.verbs.doctor import doctor
 
     findings = []
@@ -528,6 +537,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
     return int(any(finding.verdict == "broken" for finding in findings))
+
+
+def _doctor_gpu(arguments: argparse.Namespace) -> int:
+    from polyphony.launch.measures.result import table
+    from polyphony.launch.verbs.doctor import machine
+    from polyphony.launch.verbs.doctor_gpu import check_card, measured
+
+    check_card()
+    rows, findings = list(measured()), list(machine())  # the latter takes the card, which may be another's alone
+    if arguments.json:
+        told = {"machine": [asdict(finding) for finding in findings], "rows": [row.as_dict() for row in rows]}
+        print(json.dumps(told))
+    else:
+        print("\n".join([*map(str, findings), "", table(rows)]))
+    return int(any(row.error for row in rows))
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -597,7 +621,7 @@ VERBS = {
     ),
     "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
     "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),
-    "doctor": Verb("say whether this machine can train, and what will be slow", "doctor", _json, _doctor),
+    "doctor": Verb("say whether this machine can train, and what will be slow", "doctor", _add_doctor, _doctor),
     "launch": Verb("train on this machine's GPUs, on Slurm or on Ray", "launch slurm r.yaml", _add_launch, _launch),
     "score": Verb("run a reward over a file of completions", "score rows.jsonl --reward exact", _add_score, _score),
 }

@@ -80,7 +80,7 @@ class ProbeSection:
 
 @settings
 class TrackingSection:
-    """Trackers; others than W&B work through `grpo.report_to`."""
+    """Trackers; others than W&B work through `grpo.report_to`, Trackio with the extra `trackio`."""
 
     wandb: WandbSettings | None = None
     """Null logs nothing to W&B."""

@@ -17,6 +17,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from polyphony.launch.measures.rollouts import differing, parameters
 from polyphony.launch.recipe import Recipe, load_recipe
 from tests.conftest import RECIPES
 
@@ -212,11 +213,6 @@ def trained(trainer: Any) -> dict[str, Any]:
     }
 
 
-def parameters(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the policy's whole parameters as the engine is sent them; collective."""
-    return {name: p.detach().cpu().clone() for name, p in trainer.policy.engine._iter_named_params()}
-
-
 def unlike_saved(trainer: Any, final: Path) -> list[str]:
     """Save the policy as a run does at its end; return the parameters that the file does not hold bit for bit."""
     from safetensors.torch import load_file
@@ -227,25 +223,6 @@ def unlike_saved(trainer: Any, final: Path) -> list[str]:
     trainer.accelerator.wait_for_everyone()
     saved, ours = load_file(final / "model.safetensors"), parameters(trainer)
     return unlike({name: tensor for name, tensor in saved.items() if name in ours}, ours)  # a head may be there twice
-
-
-def differing(trainer: Any) -> list[str]:
-    """Return the names of engine parameters that are not bit for bit the policy's."""
-    ours = parameters(trainer)
-    if not hasattr(trainer.policy.engine, "llm"):
-        return []
-    theirs = trainer.policy.engine.llm.apply_model(
-        lambda model: {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    )[0]
-    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    found = []
-    for name, tensor in theirs.items():
-        pieces = next((p for f, p in fused.items() if f in name), None)
-        key = next((f for f in fused if f in name), "")
-        whole = torch.cat([ours[name.replace(key, piece)] for piece in pieces]) if pieces else ours[name]
-        if not torch.equal(tensor[: len(whole)], whole):  # vLLM pads the vocabulary
-            found.append(name)
-    return found
 
 
 def let_fsdp_start_on_cpus() -> None:

@@ -8,8 +8,10 @@ from dataclasses import asdict
 
 import pytest
 
+from polyphony.launch.measures import LAB, Effort
+from polyphony.launch.measures.groups import GROUPS
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired, read_result, repeated, table
 from tests.benchmarks import commands, gpu, run
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, table
 
 AT_MOST = Target(relation="<=", limit=1.05)
 
@@ -117,16 +119,30 @@ def test_the_cost_of_a_command_is_its_own_time_and_memory():
     assert 0 < cost.peak_gib < 1  # sampled: a command this short may be seen only while it starts
 
 
-def test_what_two_processes_measured_on_a_gpu_is_one_table():
+def test_what_two_processes_measured_on_a_gpu_is_one_table(monkeypatch):
+    values = {"step": 1.0, "sync": 0.1, "peak memory": 6.0, "colocate step": 2.0, "colocate sync": 0.4}
+    values |= {"colocate peak memory": 8.0, "engine": 900.0, "weight check": 0.0}
+
+    def measure(group, policy, folder, *, effort):
+        return [Result(name=name, value=values[name], unit="s", cpu=0.5) for name in GROUPS[group]]
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "_policies", lambda scratch: {"lab": LAB})
+    rows = {row.name: row.ratio for row in gpu.bench_gpu()}
+    against = {
+        "lab step, TRL's colocate": 0.5,
+        "lab sync, TRL's colocate": 0.25,
+        "lab peak memory, TRL's colocate": 0.75,
+    }
+    assert rows == {
+        **{f"lab {name}": None for name in GROUPS["ours"]},
+        **{k: pytest.approx(v) for k, v in against.items()},
+    }
+
+
+def test_a_line_from_another_process_is_the_same_line():
     step = paired("step", "s", clocked((1.1, 1.0)), target=AT_MOST)
-    fields = json.loads(json.dumps(asdict(step)))
-    assert gpu._read(fields, policy="lab").name == "lab step"
-    assert gpu._read(fields, policy="lab").target == AT_MOST
-    seen = {"results": [], "tokens_a_step": 10.0, "device": "X"}
-    ours = gpu.GpuFigures(**seen, step=Timing(1.0, 0.5), sync=Timing(0.1, 0.1), peak_gib=6.0)
-    colocate = gpu.GpuFigures(**seen, step=Timing(2.0, 0.5), sync=Timing(0.4, 0.1), peak_gib=8.0)
-    rows = {row.name: row.ratio for row in gpu._compared("lab", [(ours, colocate)])}
-    assert rows == {"lab step, TRL's colocate": 0.5, "lab sync": 0.25, "lab peak memory": 0.75}
+    assert read_result(json.loads(json.dumps(asdict(step)))) == step
 
 
 def broken():
@@ -168,3 +184,20 @@ def test_every_benchmark_runs(name):
     for result in found:
         numbers = (result.value, result.baseline, result.ratio)
         assert all(math.isfinite(number) for number in numbers if number is not None), result
+
+
+@pytest.mark.slow
+def test_the_engine_is_found_to_follow_the_weights_and_an_engine_that_does_not_is_found_out(tmp_path, monkeypatch):
+    from polyphony.launch.measures.side_by_side import lab_engine
+    from polyphony.launch.measures.spine import ours
+
+    engine = lab_engine()
+    rows = dict(ours(LAB, tmp_path, effort=Effort(pairs=1, steps=1), engine=engine))
+    assert rows.keys() == set(GROUPS["ours"])  # engine, sync and step are measured above
+    assert rows["peak memory"]().value > 0
+    found = rows["weight check"]()
+    assert found.passed
+    assert found.note.endswith("every parameter is the policy's")
+    monkeypatch.setattr(engine, "sync_weights", lambda: None)
+    with pytest.raises(RuntimeError, match="the engine does not follow the policy's weights"):
+        rows["weight check"]()

@@ -111,6 +111,7 @@ def test_a_port_in_use_is_named(capsys):
         (["rollouts.workers=2"], "workers belong to engine: ray, this recipe has engine: vllm"),
         (["rollouts={engine: ray, workers: 0}"], "rollouts.workers: Input should be greater than or equal to 1, got 0"),
         (["cluster.strategy=zero4"], "cluster.strategy: Input should be 'ddp', 'fsdp', 'zero1', 'zero2' or 'zero3'"),
+        (["rollouts={engine: ray, tensor_parallel: 3}"], "tensor_parallel=3 does not divide the model's 4 heads"),
         (["cluster.rollout_nodes=1"], "cluster.rollout_nodes=1 need rollouts.engine: ray, got vllm"),
         (["cluster.slurm.signal_s=1"], "cluster.slurm.signal_s: Input should be greater than or equal to 10, got 1"),
         (["cluster.slurm.partitn=x"], "unknown key 'cluster.slurm.partitn'; did you mean 'partition'?"),
@@ -119,6 +120,25 @@ def test_a_port_in_use_is_named(capsys):
 )
 def test_a_cluster_that_cannot_be_is_named(capsys, overrides, message):
     assert message in fails(capsys, "launch", "slurm", DEBUG, *overrides, "--dry-run")
+
+
+@pytest.mark.parametrize("where", ["local", "slurm", "ray"])
+def test_a_dry_run_needs_no_hub(capsys, tmp_path, where):
+    """HF_HUB_OFFLINE=1 in all tests: what asks a hub there fails, as the run itself would."""
+    asked = [
+        DEBUG,
+        "model=nobody/nothing",
+        "rollouts={engine: ray, tensor_parallel: 2}",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(["launch", where, *asked, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "nobody/nothing" in said.out
+    unchecked = "tensor_parallel=2: whether it divides the heads of nobody/nothing could not be checked, "
+    assert said.err.count("\n") == (where != "ray") and (unchecked in said.err) is (where != "ray")
+    if where == "slurm":
+        assert "model 'nobody/nothing' cannot be loaded" in fails(capsys, "launch", where, *asked)
 
 
 def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_path):

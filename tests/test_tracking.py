@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import socket
@@ -40,6 +41,7 @@ from polyphony.trainer.run.wandb_dashboard import CURVES, SECTIONS, build_worksp
 from polyphony.trainer.settings import TrainerSettings, WandbSettings
 from polyphony.trainer.slots import DrawPlan
 from tests.benchmarks.synthetic_run import write_run
+from tests.conftest import POLICY
 
 KEY = "0" * 40
 
@@ -122,6 +124,26 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     assert [line["kind"] for line in folder.read("alarms")] == ["collapse", "length_collapse"]
     assert all(line["remedy"] in text for line, (_, text) in zip(folder.read("alarms"), told, strict=True))
     assert [note.split(":")[0] for note in notes] == ["math", "talk"]
+
+
+@pytest.mark.slow
+def test_trackio_gets_what_the_run_folder_gets_panels_of_a_domain_together(tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio", reason="needs the extra `trackio`")
+    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.utils import order_metrics_by_plot_preference
+
+    overrides = [f"model={POLICY}", "rollouts.engine=transformers", "grpo.max_steps=1", "grpo.report_to=trackio"]
+    overrides += ["grpo.project=house", "grpo.run_name=mine"]
+    assert main(["train", str(recipe), *overrides, "--out", str(tmp_path / "run")]) == 0
+    told = {name for line in RunFolder(tmp_path / "run").read("metrics") for name in line if "/" in name}
+    assert {"domain/sums/reward", "heldout/words/score", "curriculum/sums/mixture"} <= told
+    stored = SQLiteStorage.get_all_metrics_for_run("house", "mine")
+    assert {f"train/{name}" for name in told} <= set(stored)
+    _, shown = order_metrics_by_plot_preference(stored)  # as its pages have them: accordions, their panels in order
+    for section in ("domain", "heldout", "shortcuts"):
+        owners = [name.split("/")[2] for name in shown["train"]["subgroups"][section] if name.count("/") == 3]
+        assert [owner for owner, _ in itertools.groupby(owners)] == ["sums", "words"]
 
 
 @pytest.mark.slow

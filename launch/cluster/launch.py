@@ -35,6 +35,7 @@ class Job:
 
 def local(run: Job, machine: here.Machine) -> int:
     """Train on this machine, or as one of several that were each started so."""
+    here.check_heads(run.recipe, is_dry=run.is_dry)
     command = here.plan(run.recipe, run.train_words, machine, gpus=here.gpus_here())
     if run.is_dry:
         print(command)
@@ -68,7 +69,7 @@ def _check_slurm(run: Job) -> None:
             f"cluster.rollout_nodes={run.recipe.cluster.rollout_nodes} need rollouts.engine: ray, "
             f"got {run.recipe.rollouts.engine}"
         )
-    here.check_heads(run.recipe)
+    here.check_heads(run.recipe, is_dry=run.is_dry)
 
 
 def ray(run: Job, *, address: str, gpus_per_node: int | None) -> int:

@@ -112,7 +112,6 @@ def group_words(cluster: ClusterSection, machine: Machine, *, gpus: int) -> list
 def check_room(recipe: Recipe, *, gpus: int) -> None:
     """Raise RecipeError where trainer ranks and the rollout workers beside them need more GPUs than there are."""
     cluster, rollouts = recipe.cluster, recipe.rollouts
-    check_heads(recipe)
     if not gpus:
         if cluster.strategy == "fsdp":
             raise RecipeError("cluster.strategy=fsdp needs GPUs: accelerate starts FSDP on none; use ddp or zero2 here")
@@ -128,17 +127,25 @@ def check_room(recipe: Recipe, *, gpus: int) -> None:
         )
 
 
-def check_heads(recipe: Recipe) -> None:
-    """Raise RecipeError where the engine's ranks cannot share the model's attention heads evenly."""
+def check_heads(recipe: Recipe, *, is_dry: bool = False) -> None:
+    """Raise RecipeError where the engine's ranks cannot share the model's attention heads evenly.
+
+    A dry run asks no hub: of a model that this machine does not hold it says that it cannot tell.
+    """
     parallel = recipe.rollouts.tensor_parallel
     if parallel == 1:
         return
-    from transformers import AutoConfig  # slow to import
+    from huggingface_hub.errors import LocalEntryNotFoundError  # slow to import, as the next
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=recipe.trusts_code)
+        config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=recipe.trusts_code, local_files_only=is_dry)
         heads = config.get_text_config().num_attention_heads
     except (ValueError, OSError) as error:
+        if is_dry and isinstance(error.__cause__, LocalEntryNotFoundError):
+            what = f"whether it divides the heads of {recipe.model} could not be checked, it is not on this machine"
+            say(f"rollouts.tensor_parallel={parallel}: {what}")
+            return
         raise RecipeError(f"model {recipe.model!r} cannot be loaded: {error}") from error
     if heads % parallel:
         raise RecipeError(f"rollouts.tensor_parallel={parallel} does not divide the model's {heads} heads")

@@ -223,6 +223,12 @@ def doctor() -> Iterator[Finding]:
         yield from check()
 
 
+def machine() -> Iterator[Finding]:
+    """Yield what a report of a fault says of the machine: releases, cards, drivers."""
+    for check in (packages, extras, engine, devices, cards):
+        yield from check()
+
+
 def packages() -> list[Finding]:
     """The packages that have to fit together."""
     found = []

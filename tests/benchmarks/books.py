@@ -16,6 +16,7 @@ from polyphony.curricula.files import replace_file
 from polyphony.curricula.prompts.pool import PoolSettings
 from polyphony.curricula.records import Domain, Group, Prompt
 from polyphony.curricula.schedulers import build_scheduler
+from polyphony.launch.measures.result import Result, Target, Timing, repeated, timed
 from polyphony.launch.report.report import write_report
 from polyphony.launch.verbs.plan import replay_run
 from polyphony.trainer.checkpoints import load_ledgers, save_ledgers
@@ -24,7 +25,6 @@ from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.settings import EvaluationSettings
-from tests.benchmarks.result import Result, Target, Timing, repeated, timed
 
 MB = 2**20
 BATCH = 512

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.benchmarks.result import Result, Target, Timing, repeated
+from polyphony.launch.measures.result import Result, Target, Timing, repeated
 
 HELP_REPETITIONS = 5
 MEMORY_EVERY_S = 0.2

@@ -10,7 +10,7 @@ import psutil
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt
 from polyphony.curricula.schedulers import build_scheduler
-from tests.benchmarks.result import Result, Target, Timing, repeated, timed
+from polyphony.launch.measures.result import Result, Target, Timing, repeated, timed
 
 DOMAINS, PROMPTS, BATCH, DRAWS = 20, 1_000_000, 128, 200
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired
 from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired
-from tests.benchmarks.training import WARM_UP, step_recipe
+from tests.benchmarks.training import step_recipe
 
 PAIRS = 3
 
@@ -18,7 +18,7 @@ def bench_distil(*, short: bool = False) -> list[Result]:
 
     No row is left out of either update: the policy is its own teacher here, and has advantages that are all but zero.
     """
-    from tests.benchmarks.side_by_side import Block, SideBySide, lab_engine
+    from polyphony.launch.measures.side_by_side import Block, SideBySide, lab_engine
 
     demo = load_recipe(RECIPES / "demo.yaml")
     trained = [name for name, section in demo.domains.items() if section.train is not None]
@@ -35,7 +35,6 @@ def bench_distil(*, short: bool = False) -> list[Result]:
                 recipe=step_recipe(*alike, *more, short=short),
                 engine=lab_engine(),
                 folder=Path(folder) / name,
-                warm_up=WARM_UP,
             )
             for name, more in (("distil", taught), ("grpo", []))
         )

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from polyphony.launch.measures.result import Result, Target, Timing, paired, repeated, timed
 from tests.benchmarks.commands import GIB, HOUSE
-from tests.benchmarks.result import Result, Target, Timing, paired, repeated, timed
 
 LIMIT = 3 * GIB
 SHAPES = {"layers": 22, "width": 2048, "inner": 5632, "keys": 256, "words": 32000}
@@ -33,7 +33,7 @@ import json, os, resource, sys
 from pathlib import Path
 from polyphony.trainer.merging.merge import merge
 from polyphony.trainer.merging.settings import MergeSettings
-from tests.benchmarks.result import timed
+from polyphony.launch.measures.result import timed
 group, method, base, out, *experts = sys.argv[1:]
 if group:
     (Path(group) / "cgroup.procs").write_text(str(os.getpid()))

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
-from tests.benchmarks.training import WARM_UP, describe, step_recipe
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired, repeated, timed
+from tests.benchmarks.training import step_recipe
 
 if TYPE_CHECKING:
+    from polyphony.launch.measures.side_by_side import Block, SideBySide
     from polyphony.trainer.grpo import DomainGRPOTrainer
-    from tests.benchmarks.side_by_side import Block, SideBySide
 
 PAIRS, STEPS = 10, 40
 """Of runs and of steps in each: a step's time varies by a tenth, and 2 % is to be told."""
@@ -23,12 +23,12 @@ REPORT_STEPS, REPORT_DOMAINS = 2000, 20
 
 def bench_logging(*, short: bool = False) -> list[Result]:
     """Time steps with everything that is logged on, and with all of it off, in turns; and what logging itself takes."""
-    from tests.benchmarks.side_by_side import SideBySide, lab_engine
+    from polyphony.launch.measures.side_by_side import SideBySide, describe, lab_engine
 
     with tempfile.TemporaryDirectory() as folder:
         # the same prompts whatever was measured of the last ones
         recipe = step_recipe("curriculum.scheduler=joint", steps=STEPS, short=short)
-        sides = SideBySide(recipe=recipe, engine=lab_engine(), folder=Path(folder), warm_up=WARM_UP)
+        sides = SideBySide(recipe=recipe, engine=lab_engine(), folder=Path(folder))
         inside: list[float] = []
         blocks = in_turns(lambda: _loud(sides, inside), lambda: _quiet(sides), pairs=1 if short else PAIRS)
     return [

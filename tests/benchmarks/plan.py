@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from polyphony.curricula.transfer.orders import Objective, best_orders, search_orders
+from polyphony.launch.measures.result import Result, Target, repeated
 from tests.benchmarks.commands import measure
-from tests.benchmarks.result import Result, Target, repeated
 from tests.experiments.decisions import OWN, World, random
 
 SIZES = (12, 16, 24, 40)

@@ -10,8 +10,8 @@ import numpy as np
 
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
 from polyphony.curricula.prompts.pool_file import Columns, load_pools, save_pools
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired, repeated, timed
 from polyphony.trainer.run.folder import POOL_FILE
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, timed
 
 PROMPTS, FEW = 1_000_000, 1_000
 REPETITIONS, DRAWS, PER_DRAW = 3, 50, 128

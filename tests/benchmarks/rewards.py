@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import psutil
 
+from polyphony.launch.measures.result import Result, Target, repeated, timed, tree_cpu_s
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import Embedding
 from polyphony.trainer.settings import Diversity
-from tests.benchmarks.result import Result, Target, repeated, timed, tree_cpu_s
 
 REPETITIONS = 3
 PROMPTS, GROUP = 40, 8

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from polyphony.launch.cli import set_environment
-from tests.benchmarks.result import Result, failed, table
+from polyphony.launch.measures.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired
 from polyphony.launch.recipe import Recipe, load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired
-from tests.benchmarks.training import WARM_UP, step_recipe
+from tests.benchmarks.training import step_recipe
 
 if TYPE_CHECKING:
-    from tests.benchmarks.side_by_side import Block, SideBySide
+    from polyphony.launch.measures.side_by_side import Block, SideBySide
 
 PAIRS = 5
 
@@ -67,11 +67,11 @@ class UpdateClock:
 
 def bench_update(*, short: bool = False) -> list[Result]:
     """Time updates and whole steps of ours and of stock TRL on the same prompts, completions and rewards, in turns."""
-    from tests.benchmarks.side_by_side import SideBySide, lab_engine
+    from polyphony.launch.measures.side_by_side import SideBySide, lab_engine
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = half_dead_recipe(short=short)
-        sides = SideBySide(recipe=recipe, engine=lab_engine(), folder=Path(folder), warm_up=WARM_UP)
+        sides = SideBySide(recipe=recipe, engine=lab_engine(), folder=Path(folder))
         pairs = in_turns(
             lambda: _run(sides, sides.our_trainer()),
             lambda: _run(sides, sides.stock_trainer()),

@@ -7,10 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired, repeated, tree_cpu_s
 from polyphony.launch.recipe import load_recipe
 from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Result, Target, Timing, in_turns, paired, repeated, tree_cpu_s
-from tests.benchmarks.rollouts import rate_of, requests_of, sync_seconds
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.ray_engine import RayEngine
@@ -22,6 +21,8 @@ PAIRS = 5
 
 def bench_workers() -> list[Result]:
     """Timing 64 prompts x 8 through both workers and through one of them, in turns; one thread each."""
+    from polyphony.launch.measures.rollouts import requests_of
+
     trainer, engine = _running()
     asked = requests_of(trainer)
     trainer.policy.sync()
@@ -31,6 +32,8 @@ def bench_workers() -> list[Result]:
 
 def bench_worker_sync() -> list[Result]:
     """Send the lab policy's weights to two workers."""
+    from polyphony.launch.measures.rollouts import sync_seconds
+
     trainer, _ = _running()
     seconds = sync_seconds(trainer.policy.sync)
     return [repeated("worker sync", "s", seconds, target=Target(relation="<=", limit=0.05), note="to two workers")]
@@ -38,6 +41,8 @@ def bench_worker_sync() -> list[Result]:
 
 def _rate(engine: RayEngine, asked: list[Request], *, workers: int) -> Timing:
     """Return tokens a second with the pool cut down to its first `workers`."""
+    from polyphony.launch.measures.rollouts import rate_of
+
     assert engine.pool is not None
     pool = engine.pool.workers
     engine.pool.workers = pool[:workers]

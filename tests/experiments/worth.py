@@ -23,8 +23,8 @@ import numpy as np
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.curricula.transfer.matrix import TransferMatrix
+from polyphony.launch.measures.result import Result, Target, table
 from polyphony.trainer.run.folder import RunFolder
-from tests.benchmarks.result import Result, Target, table
 from tests.experiments.trials import Trials, over_seeds
 
 RECIPE = Path(__file__).parent / "worth.yaml"

@@ -9,10 +9,11 @@ import torch
 
 from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
+from polyphony.launch.measures import LAB
+from polyphony.launch.measures.spine import random_policy, weight_check
+from polyphony.launch.measures.workers import over_a_worker, received
 from polyphony.launch.recipe import load_recipe
-from tests.benchmarks.gpu import random_policy
 from tests.conftest import RECIPES
-from tests.ranks import differing
 
 LORA = "lora={r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
@@ -48,23 +49,19 @@ def test_half_a_billion_parameters_in_bf16_train(tmp_path, half_billion, more):
 
 
 def test_the_engine_follows_the_weights_and_holds_each_of_them(tmp_path):
-    trainer = build_trainer(load_recipe(DEBUG, QUICK), tmp_path)
-    assert trainer.policy.check().is_passed
-    trainer.policy.sync()
-    assert differing(trainer) == []
+    weight_check(build_trainer(load_recipe(DEBUG, QUICK), tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a worker needs a GPU of its own beside the trainer's")
 @pytest.mark.parametrize("more", [[], [LORA]], ids=["full", "lora"])
 def test_weights_reach_a_worker_over_nccl(tmp_path, more):
-    trainer = build_trainer(load_recipe(DEBUG, [*QUICK, "rollouts={engine: ray, workers: 1}", *more]), tmp_path)
-    try:
-        assert trainer.policy.check().is_passed
-        # as after training: an adapter that changes nothing would hide weights that were sent without it
-        with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.1)
-        assert trainer.policy.check().is_passed
-    finally:
-        trainer.policy.engine.close()
+    with over_a_worker(LAB, tmp_path, "grpo.bf16=false", *more, address="local") as trainer:
+        received(trainer, name="sync")
+
+
+@pytest.mark.timeout(900)  # ten minutes, and what comes before the first row
+def test_the_doctor_finds_nothing_broken(capsys):
+    code = main(["doctor", "--gpu", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["name"]: row["error"] for row in rows if row["error"]} == {}
+    assert code == 0

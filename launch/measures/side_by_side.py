@@ -24,14 +24,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.launch.build import build_trainer, grpo_config
+from polyphony.launch.measures import RECIPES, WARM_UP
+from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired
 from polyphony.launch.recipe import Recipe, load_recipe
 from polyphony.launch.train import claim_folder, start
 from polyphony.rewards import Reward, find_reward
 from polyphony.trainer.engine.engine import InProcessEngine
 from polyphony.trainer.engine.vllm import OnFinished, Request, completion_seed
 from polyphony.trainer.grpo import DomainGRPOTrainer
-from tests.benchmarks.commands import RECIPES
-from tests.benchmarks.result import Timing
 
 
 class TwinEngine(InProcessEngine):
@@ -122,8 +122,7 @@ class SideBySide:
     recipe: Recipe
     engine: TwinEngine
     folder: Path
-    warm_up: int = 2
-    """Steps at the start of every run that are not counted."""
+    warm_up: int = WARM_UP
     prompts: list[Prompt] = field(default_factory=list)
     """What our last run drew, in order."""
     seeds: list[int] = field(default_factory=list)
@@ -182,6 +181,25 @@ class SideBySide:
     def next_folder(self) -> Path:
         """Return where the next run goes."""
         return self.folder / f"run{next(self._runs)}"
+
+
+def step_result(sides: SideBySide, *, pairs: int) -> tuple[Result, list[Block]]:
+    """Run both sides in turns; return the comparison and our blocks."""
+    seen = in_turns(sides.ours, sides.stock, pairs=pairs)
+    result = paired(
+        "step",
+        "s",
+        [(ours.sample, stock.sample) for ours, stock in seen],
+        target=Target(relation="<=", limit=1.05),
+        note=describe(seen),
+    )
+    return result, [ours for ours, _ in seen]
+
+
+def describe(pairs: Sequence[tuple[Block, Block]]) -> str:
+    """Say how much both sides generated."""
+    ours, stock = (statistics.mean(block.tokens for block in side) for side in zip(*pairs, strict=True))
+    return f"{ours:.1f} and {stock:.1f} tokens a step"
 
 
 def stock_trainer(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> GRPOTrainer:

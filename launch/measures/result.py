@@ -1,4 +1,4 @@
-"""What a benchmark returns: a value, the baseline measured by turns with it, and the target it is held to.
+"""What is measured, as a line of a table: a value, the baseline measured by turns with it, and the target it is held to.
 
 Everything that takes time is measured twice at once: by the clock, which targets are for, and by processor time, which
 others on a busy machine disturb less.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -99,6 +99,8 @@ class Result:
     note: str = ""
     error: str = ""
     """Why there is no value, in one line; empty for what was measured."""
+    untried: str = ""
+    """Why it was not even tried, in one line."""
 
     @property
     def passed(self) -> bool | None:
@@ -110,7 +112,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints: the fields and `passed`, the target as in the table, None for no value."""
         changed = {"target": None if self.target is None else str(self.target), "passed": self.passed}
-        return asdict(self) | changed | ({"value": None} if self.error else {})
+        return asdict(self) | changed | ({"value": None} if self.error or self.untried else {})
 
 
 def paired(
@@ -159,6 +161,18 @@ def failed(name: str, error: BaseException) -> Result:
     return Result(name=name, value=float("nan"), unit="", error=" ".join(f"{type(error).__name__}: {error}".split()))
 
 
+def untried(name: str, why: str) -> Result:
+    """Return the line of what could not be measured here."""
+    return Result(name=name, value=float("nan"), unit="", untried=why)
+
+
+def read_result(fields: Mapping[str, Any]) -> Result:
+    """Return a Result that came from another process, as `asdict` had it."""
+    target, spread = fields["target"], fields["spread"]
+    own = {"target": target and Target(**target), "spread": spread and tuple(spread)}
+    return Result(**{**fields, **own})
+
+
 HEADER = ("name", "value", "cpu", "baseline", "ratio", "cpu ratio", "target", "", "n", "spread", "note")
 
 
@@ -170,8 +184,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _cells(result: Result) -> tuple[str, ...]:
-    if result.error:
-        return (result.name, *[""] * 6, "FAILED", "", "", result.error)
+    if result.error or result.untried:
+        return (result.name, *[""] * 6, "FAILED" if result.error else "not run", "", "", result.error or result.untried)
     verdict = {True: "pass", False: "MISSED", None: ""}[result.passed]
     low_high = "" if result.spread is None else "{} to {}".format(*(_number(bound) for bound in result.spread))
     return (
