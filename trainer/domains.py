@@ -189,7 +189,6 @@ class DomainData:
             tokenizer=tokenizer,
             context=context,
             acting=acting,
-            skills=_skills((*heldout.values(), *train.values(), *to_recover.values())),
         )
         data._check_text()
         longest = data._leave_out_overlong(told)
