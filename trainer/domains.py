@@ -193,11 +193,10 @@ class DomainData:
         data._check_text()
         longest = data._leave_out_overlong(told)
         data._check_tools()
-        for table in heldout.values():
-            if len(table) < 2:
-                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
+        data._check_halves()
         dropped, repeating = _resolve_overlap(train, heldout, taken, spare=to_recover)
-        return replace(data, longest=longest, dropped=dropped, repeating=repeating)
+        data = replace(data, longest=longest, skills=_skills(data.tables.values()))
+        return replace(data, dropped=dropped, repeating=repeating)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -361,6 +360,11 @@ class DomainData:
                 what = "a prompt that is text has" if isinstance(prompt.prompt, str) else "the chat template has"
                 said = f"{table.row_of(prompt.id)}: `tools` are not shown to the policy: {what} no place for them"
                 warnings.warn(said, stacklevel=3)
+
+    def _check_halves(self) -> None:
+        for table in self.heldout.values():
+            if len(table) < 2:
+                raise ValueError(f"{table.where}: 1 item; at least 2 are needed, one for each half: steer and report")
 
     def _leave_out_overlong(self, told: Told) -> int:
         """Leave out prompts that the context does not hold with their completions; return the longest that stay, in tokens.
