@@ -58,12 +58,21 @@ def fragile_writing(n=100, **fields):
 def test_the_fragile_domain_goes_last_and_the_prediction_adds_what_comes_after():
     plan = make_plan(matrix(fragile_writing()), QUICK)
     assert plan.order == ("a", "b", "w")
-    assert plan.decision == "sequence"
+    assert plan.is_promising and plan.decision == "mix"  # nothing was trained in this order
     assert plan.predicted == pytest.approx({"w": 0.8, "a": 0.8, "b": 0.8})
     assert plan.transfer["a"] == pytest.approx({"w": -0.3, "a": 0.4, "b": -0.1})
     # the mean order loses half of .3 + .3 + .1 over three domains: (.7 / 2) / 3
     assert plan.over_mean_order.mid == pytest.approx(0.35 / 3)
     assert plan.over_joint is None and plan.measured is None
+
+
+def test_what_is_only_predicted_is_to_be_measured_and_not_followed():
+    names = ("w", "a", "b")
+    plan = make_plan(matrix([*fragile_writing(), row(names, dict.fromkeys(names, 0.7), step=3)]), QUICK)
+    (sequence,) = [option for option in plan.options if option.kind == "sequence"]
+    assert sequence.source == "predicted" and sequence.over_mix.is_above_zero and not sequence.is_shown
+    assert "probe.ways=[sequence] --out FOLDER` would" in sequence.note
+    assert plan.options[0].kind == "mix" and "probe.ways=[sequence] would measure it, so train on all" in plan.explain()
 
 
 def test_gain_over_the_joint_arm_decides_too():
@@ -72,9 +81,9 @@ def test_gain_over_the_joint_arm_decides_too():
     worse = [*fragile_writing(), row(names, dict.fromkeys(names, 0.7), step=3)]
     better = [*fragile_writing(), row(names, dict.fromkeys(names, 0.9), step=3)]
     assert make_plan(matrix(worse), QUICK).over_joint.mid == pytest.approx(0.1)
-    assert make_plan(matrix(worse), QUICK).decision == "sequence"
+    assert make_plan(matrix(worse), QUICK).is_promising
     assert make_plan(matrix(better), QUICK).over_joint.mid == pytest.approx(-0.1)
-    assert make_plan(matrix(better), QUICK).decision == "mix"
+    assert not make_plan(matrix(better), QUICK).is_promising
 
 
 def test_a_watch_only_domain_is_predicted_and_has_no_place_in_the_order():
@@ -184,7 +193,7 @@ def test_the_json_object_has_the_documented_keys_and_no_nan():
     plan = make_plan(matrix(fragile_writing()), QUICK)
     document = json.loads(json.dumps(plan.as_json(), allow_nan=False))
     assert set(document) == {
-        *("order", "decision", "gain", "confidence", "predicted", "interval", "transfer", "options"),
+        *("order", "decision", "is_promising", "gain", "confidence", "predicted", "interval", "transfer", "options"),
     }
     assert set(document["gain"]) == {"over_mean_order", "over_joint"}
     low, mid, high = document["gain"]["over_mean_order"]
@@ -239,7 +248,8 @@ def test_the_explanation_says_what_to_do_why_and_how_sure_it_is():
     text = make_plan(matrix(fragile_writing()), QUICK).explain()
     for said in (
         "a, b, w",
-        "Train in this order",
+        "that is predicted, and such predictions did not come true where they were tried",
+        "would measure it, so train on all domains together (scheduler: adaptive)",
         "takes 0.300 from w",
         "Least certain",
         "One seed a probe",
@@ -288,12 +298,9 @@ def test_the_order_that_was_trained_is_the_one_that_is_recommended():
     other = ["b", "a", "c", "d"]
     rows = [
         replace(row, arm={"kind": "sequence", "stages": [[name] for name in other]})
-        if row.arm.get("kind") == "distil"
+        if row.arm.get("kind") == "sequence"
         else row
         for row in whole.rows
-    ]
-    rows = [
-        replace(r, scores=dict.fromkeys(r.scores, (1.0,) * 400)) if r.arm.get("kind") == "sequence" else r for r in rows
     ]
     plan = make_plan(replace(whole, rows=tuple(rows)), QUICK)
     assert make_plan(whole, QUICK).order != tuple(other)
@@ -327,9 +334,9 @@ def test_options_are_ranked_and_what_was_not_measured_names_the_command_that_wou
     assert (
         options["merge"]["is_shown"] and options["merge"]["over_mix"][0] > 0 and options["mix"]["over_mix"] == [0, 0, 0]
     )
-    # experts 4 x 100, a pupil half as long as the joint run; of two seeds the probes: experts, joint run and three arms
+    # experts 4 x 100, a pupil half as long as the joint run; of two seeds the probes: experts, joint run, four arms
     assert [options[k]["tokens"] for k in ("mix", "sequence", "merge", "distil")] == [400, 400, 400, 600]
-    assert (options["mix"]["probes"], options["merge"]["probes"]) == (0, 3200)
+    assert (options["mix"]["probes"], options["merge"]["probes"]) == (0, 4000)
     assert options["groups"]["over_mix"] is options["distil"]["over_mix"] is None
     first, last = options["groups"]["how"]["stages"]
     assert set(first) == {"a", "c", "d"} and last == ["b"]  # what a did to b, b's own stage makes up for

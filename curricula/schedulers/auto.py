@@ -19,10 +19,10 @@ from polyphony.curricula.transfer.planner import make_plan
 class Auto:
     """The plan's decision: `sequence` is `bwt`, `mix` is `adaptive`; without a transfer file, `adaptive`.
 
-    A sequence is chosen only where it is shown to beat a random order, and the joint run where one was measured: in a
-    study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.06107), and in our lab, at a rate that is too
-    high, 24 orders reached .51 to .60 in mean score where joint training had .53 to .57. Where the plan says `mix`, what
-    was measured moves no share unless `adaptive.strength` is above 0.
+    A sequence is chosen only where one was trained by the probe (`probe.ways=[sequence]`) and is shown to beat the joint
+    run: in a study with 12 matched seeds no data policy beat uniform mixing (arXiv:2609.06107), and in our lab predicted
+    gains of an order did not come true. Where the plan says `mix`, what was measured moves no share unless
+    `adaptive.strength` is above 0.
     """
 
     transfer: Probes = None

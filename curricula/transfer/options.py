@@ -6,8 +6,9 @@ Of what a probe has measured (`arms`; v over the same held-out items, so that o 
 option has bounds that hold for all of them at once with 95 % confidence, and so for whichever is recommended because its g
 looks best. Where an option
 has several variants, methods of merging say, the point between its bounds is cross-fitted: the variant is chosen on some
-items and seeds and valued on others. A sequence that was not trained is valued by its prediction, with the bounds of
-`gains`; anything else that was not measured has no value. J domains, B resamples.
+items and seeds and valued on others. A sequence that was not trained has its prediction, with the bounds of `gains`, and is
+not recommended by it: in the fast lab's drawn worlds such predictions did not come true (launch/lab/RESULTS.md). Anything
+else that was not measured has no value. J domains, B resamples.
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class Planned(NamedTuple):
 
     order: tuple[str, ...]
     over_joint: Interval | None
-    is_shown: bool
     stages: tuple[tuple[str, ...], ...]
     """The groups."""
     has_short_joint: bool
@@ -268,10 +268,10 @@ def _option(kind: Kind, found: _Found | None, planned: Planned, matrix: Transfer
         gain, source = (NOTHING, "measured") if is_known else (None, None)
         return replace(plain, over_mix=gain, source=source, probes=0, note=note)
     if kind == "sequence":
-        note = "" if planned.over_joint is not None else planned.wants_joint
+        note = planned.wants_joint if planned.over_joint is None else would("probe.ways=[sequence]")
         how = {"stages": [[name] for name in planned.order]}
         known = {"over_mix": planned.over_joint, "source": None if planned.over_joint is None else "predicted"}
-        return replace(plain, how=how, is_shown=planned.is_shown, note=note, **known)
+        return replace(plain, how=how, note=note, **known)
     if any(row.arm["kind"] == kind for row in matrix.arms):  # it was trained, and has nothing to be compared with
         return replace(plain, note=planned.wants_joint)
     if kind == "groups":
@@ -288,6 +288,10 @@ def _option(kind: Kind, found: _Found | None, planned: Planned, matrix: Transfer
 
 RECIPE, FOLDER = "RECIPE", "FOLDER"
 """In a note, what stands for the probe's recipe and its folder where these are not known."""
+
+
+MEASURES_ORDER = "`polyphony probe` with probe.ways=[sequence] would measure it"
+"""What a plan says of an order that was not trained."""
 
 
 def would(override: str = "", *, anew: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.transfer.forgetting import Measured
-from polyphony.curricula.transfer.options import Option, as_recipe
+from polyphony.curricula.transfer.options import MEASURES_ORDER, Option, as_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,9 @@ class Plan:
 
     order: tuple[str, ...]
     decision: Literal["sequence", "mix"]
-    """`sequence` only where each gain below has a 95 % interval above zero."""
+    """`sequence` only where an order was trained (`probe.ways=[sequence]`) and is shown to be better than mixing."""
+    is_promising: bool
+    """Whether each gain below, which is predicted, has a 95 % interval above zero: worth a measurement, and no more."""
     over_mean_order: Interval
     """Cross-fitted gain in the mean score over a random order."""
     over_joint: Interval | None
@@ -50,6 +52,7 @@ class Plan:
         document: dict[str, Any] = {
             "order": list(self.order),
             "decision": self.decision,
+            "is_promising": self.is_promising,
             "gain": {
                 "over_mean_order": list(self.over_mean_order),
                 "over_joint": None if self.over_joint is None else list(self.over_joint),
@@ -99,7 +102,7 @@ class Plan:
 
     def _advice(self) -> str:
         gain = f"The best order by measured transfer is {', '.join(self.order)}. "
-        gain += f"It gains {_signed(self.over_mean_order)} in mean score over a random order"
+        gain += f"It is to gain {_signed(self.over_mean_order)} in mean score over a random order"
         if self.over_joint is not None:
             gain += f" and {_signed(self.over_joint)} over training on all domains at once"
         if self._best is not None:
@@ -107,6 +110,8 @@ class Plan:
         if self.decision == "sequence":
             return f"{gain}. Train in this order (scheduler: bwt)."
         doubt = "that is not shown to be better than nothing" if self.over_joint is None else "not both are above zero"
+        if self.is_promising:
+            doubt = f"that is predicted, and such predictions did not come true where they were tried; {MEASURES_ORDER}"
         return f"{gain}; {doubt}, so train on all domains together (scheduler: adaptive)."
 
     def _reason(self) -> str:

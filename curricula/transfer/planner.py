@@ -148,7 +148,8 @@ def make_plan(matrix: TransferMatrix, settings: PlanSettings | None = None) -> P
     beyond = Effects(report, against="placebo") if report.placebo else published.effects
     return Plan(
         order=order,
-        decision="sequence" if (gain.are_shown if tried is None else tried.is_shown) else "mix",
+        decision="sequence" if tried is not None and tried.is_shown else "mix",
+        is_promising=gain.are_shown,
         over_mean_order=gain.over_mean_order,
         over_joint=gain.over_joint,
         precedence={
@@ -177,7 +178,7 @@ def _without(left: Sequence[str], plan: Plan) -> Plan:
         for o in plan.options
     ]
     note = f"{names} were not probed: what training on them does is predicted, so that no order is recommended."
-    return replace(plan, decision="mix", options=ranked(options), notes=(note, *plan.notes))
+    return replace(plan, decision="mix", is_promising=False, options=ranked(options), notes=(note, *plan.notes))
 
 
 def _chooser(effects: Effects, matrix: TransferMatrix, settings: PlanSettings) -> Chooser:
@@ -217,7 +218,6 @@ def _options(
     planned = Planned(
         order=order,
         over_joint=gain.over_joint,
-        is_shown=gain.are_shown,
         stages=groups(solver.effects, order),
         has_short_joint=has_short_joint,
     )

@@ -19,17 +19,17 @@ SAME = 0.01
 def is_settled(matrix: TransferMatrix) -> bool:
     """Whether the last `SETTLED` plans are alike, each of one domain more, the first of two.
 
-    A plan's decision is by what was measured, of the domains probed: predicted rows share the luck of those that they are
-    made of, which no bound knows. Its order is of all domains, those not probed by what is predicted; two plans to mix are
-    alike whatever the order, for nobody would follow it.
+    Whether an order is promising is told of the domains probed alone: predicted rows share the luck of those that they are
+    made of, which no bound knows. The order is of all domains, those not probed by what is predicted; two plans that promise
+    nothing are alike whatever the order, for nobody would follow it.
     """
     names = probed(matrix)
     if len(names) < SETTLED + 1:
         return False
     parts = [_part(matrix, names[:n]) for n in range(len(names) - SETTLED + 1, len(names) + 1)]
-    decisions = {_of_measured(part).decision for part in parts}
-    if decisions != {"sequence"}:
-        return len(decisions) == 1
+    promises = {_of_measured(part).is_promising for part in parts}
+    if promises != {True}:
+        return len(promises) == 1
     orders = [make_plan(completed(part), QUICK).order for part in parts]
     places = np.array([[matrix.trainable.index(name) for name in order] for order in orders])
     transfer = table(completed(parts[-1]).on("steer"))

@@ -1,4 +1,4 @@
-"""How often a plan says `sequence`: where no order matters, and where the best one truly gains four standard errors.
+"""How often a plan calls an order promising: where none matters, and where the best truly gains four standard errors.
 
     python -m tests.experiments.decisions --worlds 300 --sizes 3 4 5 8
 
@@ -110,7 +110,7 @@ def standard_error(matrices: Sequence[TransferMatrix], *, seed: int = 0) -> floa
 
 def share_of_sequences(matrices: Sequence[TransferMatrix]) -> float:
     """Return how often the plan says `sequence`."""
-    return float(np.mean([make_plan(matrix, SETTINGS).decision == "sequence" for matrix in matrices]))
+    return float(np.mean([make_plan(matrix, SETTINGS).is_promising for matrix in matrices]))
 
 
 def simulate(

@@ -116,8 +116,8 @@ def summary(ends: dict[str, dict[str, float]], files: Sequence[Path]) -> str:
         own = measured[",".join(plan.order)]
         rank = 1 + sum(value > own for value in measured.values())
         lines.append(
-            f"{file}: rank correlation {correlation:+.2f}; decision {plan.decision}; planned order {','.join(plan.order)} "
-            f"reached {own:.4f}, rank {rank} of {len(values)}"
+            f"{file}: rank correlation {correlation:+.2f}; promising: {plan.is_promising}; planned order "
+            f"{','.join(plan.order)} reached {own:.4f}, rank {rank} of {len(values)}"
         )
     return "\n".join(lines)
 
