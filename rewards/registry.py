@@ -278,26 +278,31 @@ MOST = 10**12
 """No number that a recipe gives to a part is larger; most are bytes."""
 
 
-def settled(results: Sequence[Any]) -> list[Any]:
+def settled(results: Sequence[Any], *, of: str = "rewards") -> list[Any]:
     """Return the results, with those that are awaitable awaited together.
 
-    On a thread of its own, as the caller's may already run an event loop; always the same, as TRL's: a client that a reward
-    keeps from call to call belongs to the loop it was first used in.
+    On a thread of its own, as the caller's may already run an event loop; always the same `of` those who call, as TRL's: a
+    client that a reward keeps from call to call belongs to the loop it was first used in.
     """
     if not any(inspect.isawaitable(result) for result in results):
         return list(results)
-    loop = _loop_of(os.getpid())
+    with _LOOPS:
+        loop = _loop_of(os.getpid(), of)
     if asyncio._get_running_loop() is loop:  # an asynchronous reward that asks others
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, _gather(results)).result()
     return asyncio.run_coroutine_threadsafe(_gather(results), loop).result()
 
 
+_LOOPS = threading.Lock()
+"""Held while one is looked up: two that ask first, at once, must not get one each."""
+
+
 @functools.cache
-def _loop_of(process: int) -> asyncio.AbstractEventLoop:
+def _loop_of(process: int, of: str) -> asyncio.AbstractEventLoop:
     """Return the loop of this process; a forked one has its own, as threads stay behind."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name=f"{of}-{process}", daemon=True).start()
     return loop
 
 
@@ -306,4 +311,7 @@ async def _gather(results: Sequence[Any]) -> list[Any]:
 
 
 async def _finish(result: Any) -> Any:
-    return await result if inspect.isawaitable(result) else result
+    try:
+        return await result if inspect.isawaitable(result) else result
+    except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop, and leave whoever waits for it waiting
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

@@ -21,11 +21,14 @@ from transformers import AutoTokenizer
 
 from polyphony.curricula.records import Completion, Domain, Episode, Prompt
 from polyphony.trainer.engine.vllm import Request
-from polyphony.trainer.environments import conversation
-from polyphony.trainer.environments.acting import Acting, EnvironmentReward, Events
-from polyphony.trainer.environments.conversation import Conversations, Rules
+from polyphony.trainer.environments import conversation, threads
+from polyphony.trainer.environments.acting import Acting, EnvironmentReward
+from polyphony.trainer.environments.conversation import Conversations
+from polyphony.trainer.environments.hosts import Events
+from polyphony.trainer.environments.led import Rules
 from polyphony.trainer.environments.processes import Processes
-from polyphony.trainer.environments.threads import MOST_ABANDONED, Threads
+from polyphony.trainer.environments.threads import Threads
+from polyphony.trainer.environments.worker_main import packed
 from polyphony.trainer.scoring import Scorer
 from tests.acted import look
 from tests.acting import AS_JSON, TEMPLATE, tokenizer
@@ -379,8 +382,7 @@ def hang(what: str) -> str:
     Args:
         what: How.
     """
-    if what == "hang":
-        threading.Event().wait(30)
+    threading.Event().wait({"hang": 30, "while": 0.2}.get(what, 0))
     return what
 
 
@@ -394,10 +396,13 @@ def test_a_call_past_its_limit_ends_its_episode_and_holds_up_no_other():
 
 
 def test_hanging_threads_stop_the_run_when_they_are_too_many(monkeypatch):
-    threads = Threads(Events(), itertools.count())
-    threads.abandoned = MOST_ABANDONED
-    with pytest.raises(RuntimeError, match=rf"{MOST_ABANDONED + 1} calls of tools or environments hang"):
-        lead(Policy([call("hang", what="hang")]), domain(tools=[hang]), threads=threads, timeout_s=0.1)
+    monkeypatch.setattr(threads, "MOST_ABANDONED", 1)
+    host = Threads(Events(), itertools.count())
+    lead(Policy([call("hang", what="while")]), domain(tools=[hang]), threads=host, timeout_s=0.05)
+    time.sleep(0.3)  # it came back, and counts no more
+    lead(Policy([call("hang", what="hang")]), domain(tools=[hang]), threads=host, timeout_s=0.1)
+    with pytest.raises(RuntimeError, match="2 calls of tools or environments hang"):
+        lead(Policy([call("hang", what="hang")]), domain(tools=[hang]), threads=host, timeout_s=0.1)
 
 
 def test_no_more_episodes_than_asked_for_are_open_at_once():
@@ -459,13 +464,13 @@ def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started():
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     with subprocess.Popen(command, env=environ, **pipes) as worker:
-        asked = [{"what": "reset", "given": {"answer": "1", "seed": 1}}]
-        asked += [{"what": "calls", "given": [{"name": "misbehave", "arguments": {"how": "child"}}]}]
+        asked = [{"what": "reset", "given": packed({"names": {"seed": 1}, "columns": {"answer": "1"}})}]
+        asked += [{"what": "calls", "given": packed([{"name": "misbehave", "arguments": {"how": "child"}}])}]
         worker.stdin.write(b"%s\n" % json.dumps(specs).encode())
         for job in asked:
             worker.stdin.write(b"%s\n" % json.dumps({"seat": 1, "domain": "sums"} | job).encode())
             worker.stdin.flush()
-            worker.stdout.readline()  # that it is ready, and what `reset` says
+            worker.stdout.readline()  # that it has begun
         while not sleeping():
             time.sleep(0.01)
         worker.stdin.close()

@@ -350,7 +350,8 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._chance_of_draw()
             self._chance_of_draw = None
         remote = self.lesson.endpoints if self.lesson else ()
-        before = BeforeDraw(self.curriculum) if self.scorer.slow | self.fusion.slow or remote else None
+        may_end = self.scorer.slow | self.fusion.slow or remote or self.episodes
+        before = BeforeDraw(self.curriculum) if may_end else None
         try:
             return self._heard(self.draws.roll_out(n_rows))
         except GraderGoneError as error:

@@ -78,7 +78,16 @@ def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int) -> Non
     Out of memory, what was in the engine is sampled again, from then on half as many at a time, once. Raises RuntimeError
     where that is too much as well.
     """
-    running, backlog, most = Running(llm, sampling), deque[tuple[int, Request]](), 0
+    running = Running(llm, sampling)
+    try:
+        _converse(running, turns, version)
+    except BaseException:  # the engine is asked again where a run stops to evaluate or save, and would answer these
+        running.abort()
+        raise
+
+
+def _converse(running: Running, turns: Turns, version: int) -> None:
+    backlog, most = deque[tuple[int, Request]](), 0
     while True:
         backlog.extend(turns.waiting("none" if running or backlog else "any"))
         if not (running or backlog):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import queue
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,21 +20,6 @@ from polyphony.rewards import find_reward
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.environments.calls import NAMES_OF_ROW, Instance
 from polyphony.trainer.environments.wording import Wording
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """What came back of one thing that an instance was asked, or what became of the instance."""
-
-    seat: int
-    value: Any = None
-    error: str | None = None
-    """What the environment raised, in words."""
-    lost: str | None = None
-    """The instance is gone with its process: whose doing that was, `its_own`, `maybe` its own or `others`."""
-
-
-Events = queue.SimpleQueue[Event]
 
 
 class EnvironmentReward:

@@ -24,7 +24,7 @@ Ask = Literal["reset", "calls", "reply", "reward"]
 OWN = ("reset", "get_reward", "reply")
 """Methods that are no tools."""
 NAMES_OF_ROW = ("seed", "id", "domain")
-"""What `reset` gets beside the columns, where its signature names it."""
+"""What `reset` gets beside the columns, where its signature names it; a column of that name goes before."""
 
 
 def make_environment(spec: Any) -> Any:
@@ -94,11 +94,12 @@ class Instance:
             return _text("reply", _settled(self.environment.reply(given)))
         return _number(_settled(self.environment.get_reward()))
 
-    def _taken(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what of a row's columns and names `reset` takes."""
+    def _taken(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what of a row's `columns` and `names` the method `reset` takes."""
         parameters = inspect.signature(self.environment.reset).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return {n: v for n, v in given.items() if n in parameters or (takes_all and n not in NAMES_OF_ROW)}
+        named = {n: v for n, v in given["names"].items() if n in parameters}
+        return named | {n: v for n, v in given["columns"].items() if n in parameters or takes_all}
 
     def answers(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Return for each call who answered, what, and how it failed (`records.FAILURES`; empty: not).
@@ -107,12 +108,12 @@ class Instance:
         """
         begun = [self._begun(call) for call in calls]
         waiting = [_caught(value) for _, value, _ in begun if inspect.isawaitable(value)]
-        came = iter(settled(waiting))
+        came = iter(settled(waiting, of="tools"))
         found = []
         for name, value, failure in begun:
             value = next(came) if inspect.isawaitable(value) else value
-            if isinstance(value, Exception):
-                value, failure = {"error": str(value)}, failure or "raised"
+            if isinstance(value, BaseException):
+                value, failure = {"error": said_by(value)}, failure or "raised"
             content, odd = content_of(value)
             found.append({"name": name, "content": content, "failure": failure or odd})
         return found
@@ -120,7 +121,7 @@ class Instance:
     def _begun(self, call: Mapping[str, Any]) -> tuple[str, Any, str]:
         """Return a call's name, its result or what is to be awaited for it, and how it failed."""
         function = call.get("function", call)
-        name = str(function.get("name", "unknown"))
+        name = whole(str(function.get("name", "unknown")))
         if (kind := call.get("type", "function")) != "function":
             return name, {"error": f"Unsupported tool call type: {kind}"}, "unknown_tools"
         if name not in self.functions:
@@ -128,8 +129,8 @@ class Instance:
         tool, arguments = self.functions[name], function.get("arguments")
         try:
             return name, tool(**arguments), ""
-        except (Exception, SystemExit) as error:  # a user's may raise anything; the policy is told
-            return name, {"error": str(error)}, "raised" if _fits(tool, arguments) else "bad_arguments"
+        except BaseException as error:  # a user's, or a program that it runs, may raise anything; the policy is told
+            return name, {"error": said_by(error)}, "raised" if _fits(tool, arguments) else "bad_arguments"
 
 
 def _fits(tool: Callable[..., Any], arguments: Any) -> bool:
@@ -153,7 +154,7 @@ def content_of(value: Any) -> tuple[str, str]:
     try:
         return whole(str(value)), ""
     except Exception as error:  # a user's class may raise anything
-        return str({"error": f"the tool's answer cannot be written: {error}"}), "bad_results"
+        return str({"error": f"the tool's answer cannot be written: {said_by(error)}"}), "bad_results"
 
 
 def whole(text: str) -> str:
@@ -161,15 +162,28 @@ def whole(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def said_by(error: BaseException) -> str:
+    """Return what an error says; its class where that cannot be had."""
+    try:
+        return str(error)
+    except Exception:  # a user's class may raise anything
+        return type(error).__name__
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's class and what it says."""
+    return whole(f"{type(error).__name__}: {said_by(error)}"[:500])
+
+
 async def _caught(awaitable: Any) -> Any:
     try:
         return await awaitable
-    except Exception as error:  # as above
+    except BaseException as error:  # as above; one that leaves would end the loop for all
         return error
 
 
 def _settled(value: Any) -> Any:
-    return settled([value])[0]
+    return settled([value], of="tools")[0]
 
 
 def _text(method: str, value: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 No episode waits for another: one whose tool has answered goes on while others are sampled or wait for theirs. What a call
 did not come back from ends its episode with reward 0; a fault that no call caused leaves it without a reward; an episode
-whose process went down with another's begins again, from its seeds.
+whose process went down with another's begins again, from its seeds. Where several were at work in a process that is late,
+each begins again in one of its own: which of them held up the rest, only that tells.
 """
 
 from __future__ import annotations
@@ -12,129 +13,26 @@ import itertools
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from polyphony.curricula.records import Completion, Episode, Prompt
+from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.engine.turns import Wait
 from polyphony.trainer.engine.vllm import OnFinished, Request
-from polyphony.trainer.environments.acting import Acting, Event, Events
+from polyphony.trainer.environments.acting import Acting
 from polyphony.trainer.environments.calls import Ask
+from polyphony.trainer.environments.hosts import Event, Events, Host
+from polyphony.trainer.environments.led import Led, Rules
 
 MOST_RESTARTS = 3
 """Of an episode whose process went down with others'."""
+MOST_ALONE = 8
+"""Episodes that have a process of their own, at once."""
+BY_POLICY: tuple[Ask | None, ...] = ("calls", "reply")
+"""What the policy brought about, and answers for."""
 START_S = 120.0
-"""What a process with its environments may take to start, on a busy host."""
-
-
-class Host(Protocol):
-    """Where instances of environments live."""
-
-    def open(self, acting: Acting, *, alone: bool = False) -> int:
-        """Return a seat: an instance for one episode; with `alone` no other's call can take it down."""
-        ...
-
-    def is_ready(self, seat: int) -> bool:
-        """Whether what holds the instance has started."""
-        ...
-
-    def ask(self, seat: int, what: Ask, given: Any) -> None:
-        """Ask an instance; what comes back is an event."""
-        ...
-
-    def environment(self, seat: int) -> Any:
-        """Return the environment itself, where it lives in this process."""
-        ...
-
-    def drop(self, seat: int) -> list[int]:
-        """Give up an instance that does not come back; return the seats that are lost with it."""
-        ...
-
-    def close(self, seat: int) -> None:
-        """Let an episode be over."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
-    """What episodes are led by."""
-
-    acting: Mapping[str, Acting]
-    hosts: Callable[[Acting], Host]
-    timeout_s: float
-    episodes: int | None
-    """At once; None: all."""
-    most_turns: int | None
-    """That call tools, of an episode (TRL's `max_tool_calling_iterations`)."""
-    context: int | None
-    """Tokens that a prompt and its episode may have together."""
-    ends: frozenset[int]
-    """Tokens that end a turn."""
-    ending: int
-    """One of them, which stands for a completion of which nothing was said."""
-    decode: Callable[[Sequence[int]], str]
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Led:
-    """One completion on its way."""
-
-    place: int
-    prompt: Prompt
-    request: Request
-    acting: Acting | None
-    seat: int | None = None
-    asked: Ask | None = None
-    deadline: float = 0.0
-    attempt: int = 0
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logps: list[float] | None = field(default_factory=list)
-    messages: list[Mapping[str, Any]] = field(default_factory=list)
-    spans: list[int] = field(default_factory=list)
-    """Where each turn of the policy begins."""
-    calls: int = 0
-    rounds: int = 0
-    """Turns that called tools."""
-    failures: list[str] = field(default_factory=list)
-    version: int | None = None
-    cut: Literal["turns", "length"] | None = None
-    fault: str | None = None
-    is_forfeit: bool = False
-    own_reward: float | None = None
-
-    def begin_again(self, prompt: Prompt) -> None:
-        """Forget what was said and done."""
-        self.prompt, self.seat, self.asked, self.attempt = prompt, None, None, self.attempt + 1
-        self.ids, self.mask, self.logps, self.messages, self.spans = [], [], [], [], []
-        self.calls, self.rounds, self.failures, self.version = 0, 0, [], None
-
-    def next_request(self, room: int) -> Request:
-        """Return the request of its next turn: a seed a completion and turn."""
-        seed = self.request.seed
-        if self.spans:
-            digest = hashlib.sha256(f"{seed}/{len(self.spans)}".encode()).digest()
-            seed = int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
-        return replace(self.request, prompt_ids=[*self.prompt.ids, *self.ids], seed=seed, max_tokens=room)
-
-    def add(self, completion: Completion) -> None:
-        """Take in what the policy said in a turn."""
-        self.spans.append(len(self.ids))
-        self.ids += completion.ids
-        self.mask += [1] * len(completion.ids)
-        self.version = completion.version
-        if completion.logps is None:
-            self.logps = None
-        elif self.logps is not None:
-            self.logps += completion.logps
-
-    def add_others(self, ids: Sequence[int]) -> None:
-        """Take in what was said to it."""
-        self.ids += ids
-        self.mask += [0] * len(ids)
-        if self.logps is not None:
-            self.logps += [0.0] * len(ids)
+"""What a process may take to start, or an instance to be made, on a busy host."""
 
 
 class Conversations:
@@ -200,17 +98,21 @@ class Conversations:
 
     def _begin_some(self) -> None:
         most = self._rules.episodes
-        while self._unbegun and (most is None or len(self._seats) < most):
-            led = self._unbegun.popleft()
+        for led in list(self._unbegun):
+            if most is not None and len(self._seats) >= most:
+                return
+            if led.is_alone and sum(other.is_alone for other in self._seats.values()) >= MOST_ALONE:
+                continue
+            self._unbegun.remove(led)
             self._begin(led)
 
-    def _begin(self, led: Led, *, alone: bool = False) -> None:
+    def _begin(self, led: Led) -> None:
         assert led.acting is not None
-        led.seat = self._host(led).open(led.acting, alone=alone)
+        led.seat = self._host(led).open(led.acting, alone=led.is_alone)
         self._seats[led.seat] = led
         asked, row = self._asked[led.place], led.prompt
         names = {"seed": seed_of(asked), "id": asked.id, "domain": asked.domain}
-        self._ask(led, "reset", {**names, "prompt": row.prompt, **row.columns})
+        self._ask(led, "reset", {"names": names, "columns": {"prompt": row.prompt, **row.columns}})
 
     def _after_turn(self, led: Led, acting: Acting, said: Mapping[str, Any]) -> None:
         calls = said.get("tool_calls")
@@ -268,38 +170,7 @@ class Conversations:
             environment = self._host(led).environment(led.seat)
             self._host(led).close(led.seat)
             del self._seats[led.seat]
-        if not led.spans:  # nothing was said: TRL wants a token all the same, which nothing is learned from
-            led.ids, led.mask, led.logps = [self._rules.ending], [0], [0.0]
-        ends = [*led.spans[1:], len(led.ids)]
-        turns = [self._own(led, a, b) for a, b in zip(led.spans, ends, strict=False)]
-        last = led.spans[-1] if led.spans else 0
-        episode = Episode(
-            messages=tuple(led.messages),
-            turns=len(led.spans),
-            calls=led.calls,
-            failures=tuple(led.failures),
-            cut=led.cut,
-            fault=led.fault,
-            is_forfeit=led.is_forfeit,
-            reward=led.own_reward,
-            last=last,
-            written="\n".join(turns),
-            environment=environment,
-        )
-        completion = Completion(
-            ids=led.ids,
-            logps=led.logps,
-            tool_mask=led.mask,
-            version=led.version,
-            prompt=led.prompt,
-            text=turns[-1] if turns else "",
-            truncated=led.cut == "length" or (led.fault is None and led.ids[-1] not in self._rules.ends),
-            episode=episode,
-        )
-        self._tell(led.place, completion)
-
-    def _own(self, led: Led, first: int, last: int) -> str:
-        return self._rules.decode([t for t, own in zip(led.ids[first:last], led.mask[first:last], strict=True) if own])
+        self._tell(led.place, led.completion(self._rules, environment))
 
     def _tell(self, place: int, completion: Completion) -> None:
         self._done[place] = completion
@@ -319,10 +190,8 @@ class Conversations:
 
     def _ask(self, led: Led, what: Ask, given: Any) -> None:
         assert led.seat is not None
-        host = self._host(led)
-        limit = self._rules.timeout_s + (0.0 if host.is_ready(led.seat) else START_S)
-        led.asked, led.deadline = what, time.monotonic() + limit
-        host.ask(led.seat, what, given)
+        led.ask(what, START_S + self._rules.timeout_s)  # its process may have to start
+        self._host(led).ask(led.seat, what, given)
 
     def _hear(self, *, block: bool) -> None:
         """Take in what environments answered; where asked to, wait for one answer, or for a limit to pass."""
@@ -338,9 +207,9 @@ class Conversations:
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
-        now = time.monotonic()
-        for led in [led for led in self._seats.values() if led.asked is not None and led.deadline <= now]:
-            if led.seat in self._seats:  # it may have begun again with another
+        late = [(seat, led) for seat, led in self._seats.items() if led.asked is not None and led.is_late]
+        for seat, led in late:
+            if self._seats.get(seat) is led:  # it may have begun again with another
                 self._give_up(led)
         self._begin_some()
 
@@ -350,6 +219,10 @@ class Conversations:
             return
         if event.lost is not None:
             self._lose(led, event)
+            return
+        if event.begun is not None:
+            led.is_begun = True
+            led.limit(START_S if event.begun == "making" else self._rules.timeout_s)
             return
         what, led.asked = led.asked, None
         if event.error is not None:
@@ -385,33 +258,48 @@ class Conversations:
         self._finish(led)
 
     def _give_up(self, led: Led) -> None:
-        """End an episode whose environment is past its limit; those that shared its process begin again."""
+        """End an episode whose environment is past its limit, or find out whether it is that one's; those that shared its
+        process begin again."""
         assert led.seat is not None
-        what, lost = led.asked, self._host(led).drop(led.seat)
+        host = self._host(led)
+        beside = [self._seats[seat] for seat in host.beside(led.seat) if seat in self._seats]
+        if not led.is_begun and any(other.is_at_work for other in beside):
+            led.limit(self._rules.timeout_s)  # it waits for others, which have limits
+            return
+        lost = [self._seats[seat] for seat in host.drop(led.seat) if seat in self._seats]
+        suspects = [other for other in lost if other.is_at_work]
+        is_unclear = bool(suspects) or (led.asked in BY_POLICY and not (led.is_begun or led.is_alone))
+        for other in lost:
+            self._again(other, alone=other in suspects or other.attempt > 0)
+        if is_unclear:
+            self._again(led, alone=True)
+        else:
+            what = f"{led.asked}: no answer within {led.given_s:g} s"
+            self._leave(led, what, is_forfeit=led.asked in BY_POLICY)
+
+    def _leave(self, led: Led, what: str, *, is_forfeit: bool = False) -> None:
+        """End an episode whose instance is gone."""
+        assert led.seat is not None
         del self._seats[led.seat]
         led.seat = None
-        self._fail(led, f"{what}: no answer within {self._rules.timeout_s:g} s", is_forfeit=what == "calls")
-        for other in [self._seats[seat] for seat in lost if seat in self._seats]:
-            self._again(other, alone=False)
+        self._fail(led, what, is_forfeit=is_forfeit)
 
     def _lose(self, led: Led, event: Event) -> None:
-        if event.lost == "its_own" and led.asked == "calls":
-            del self._seats[event.seat]
-            led.seat = None
-            self._fail(led, "calls: the process ended", is_forfeit=True)
+        self._host(led).close(event.seat)
+        if event.lost == "its_own" and led.asked in BY_POLICY:
+            self._leave(led, f"{led.asked}: the process ended", is_forfeit=True)
         else:
-            self._again(led, alone=event.lost != "others")
+            self._again(led, alone=event.lost != "others" or led.attempt > 0)
 
     def _again(self, led: Led, *, alone: bool) -> None:
         assert led.seat is not None
-        del self._seats[led.seat]
         self._ready = [(number, request) for number, request in self._ready if self._sampled[number][0] is not led]
         if led.attempt >= MOST_RESTARTS:
-            led.seat = None
-            self._fail(led, f"the environment's process was lost {led.attempt + 1} times")
+            self._leave(led, f"the environment's process was lost {led.attempt + 1} times")
             return
-        led.begin_again(self._asked[led.place])
-        self._begin(led, alone=alone)
+        del self._seats[led.seat]
+        led.begin_again(self._asked[led.place], alone=alone)
+        self._unbegun.appendleft(led)
 
 
 def seed_of(prompt: Prompt) -> int:

@@ -9,8 +9,10 @@ from typing import Any
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import OnFinished, Request
-from polyphony.trainer.environments.acting import Acting, Events
-from polyphony.trainer.environments.conversation import Conversations, Host, Rules
+from polyphony.trainer.environments.acting import Acting
+from polyphony.trainer.environments.conversation import Conversations
+from polyphony.trainer.environments.hosts import Events, Host
+from polyphony.trainer.environments.led import Rules
 from polyphony.trainer.environments.processes import Processes
 from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.environments.threads import Threads

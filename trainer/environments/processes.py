@@ -2,7 +2,8 @@
 
 A process can be ended, so that what does not come back holds up nobody; the other episodes in it begin again elsewhere. What
 a process takes down with it by itself is put on the call that was at work there, where it was the only one; where several
-were, each begins again in a process of its own.
+were, each begins again in a process of its own. One that is killed may be so from outside, or for its memory: that is put on
+a call where the process was its own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from polyphony.trainer.environments.acting import Acting, Event, Events
-from polyphony.trainer.environments.calls import Ask
+from polyphony.trainer.environments.acting import Acting
+from polyphony.trainer.environments.calls import Ask, in_words
+from polyphony.trainer.environments.hosts import Event, Events
+from polyphony.trainer.environments.worker_main import packed
 
 MOST_PROCESSES = 16
+END_S = 10.0
+"""What is waited for a process that was killed."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """By which somebody else ends a process; what crashes ends by another."""
 
@@ -36,9 +41,11 @@ class EnvironmentProcess:
         self.is_alone = is_alone
         self.seats: dict[int, str] = {}
         """With their domains."""
-        self.is_ready = False
-        self._events, self._at_work = events, set[int]()
-        self._is_dropped = False
+        self.is_over = False
+        """Whether it answers no more."""
+        self.is_reaped = threading.Event()
+        """Set once it has ended, with what it started."""
+        self._events, self._at_work, self._is_dropped = events, set[int](), False
         path = os.pathsep.join(dict.fromkeys(entry or str(Path.cwd()) for entry in sys.path))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "polyphony.trainer.environments.worker_main"],
@@ -49,29 +56,29 @@ class EnvironmentProcess:
         )
         self._unsent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._send(specs)
-        for work in (self._write, self._read):
+        for work in (self._write, self._read, self._watch):
             threading.Thread(target=work, name=f"environments-{self._process.pid}", daemon=True).start()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended."""
-        return self._process.poll() is not None
 
     def ask(self, seat: int, what: Ask | Literal["close"], given: Any) -> None:
         """Hand over a job; written by a thread, as a process that hangs reads nothing."""
-        self._at_work |= {seat} if what != "close" else set()
-        self._send({"seat": seat, "domain": self.seats[seat], "what": what, "given": given})
+        try:
+            self._send({"seat": seat, "domain": self.seats[seat], "what": what, "given": packed(given)})
+        except Exception as error:  # a user's column may be anything
+            self._events.put(Event(seat=seat, error=f"it cannot be handed to a process: {in_words(error)}"))
+        if self.is_over:  # its reader may have told of it before this seat was there
+            self._events.put(Event(seat=seat, lost="others"))
 
     def end(self) -> None:
         """End it with all that it started; none of its seats hears of it."""
         self._is_dropped = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if not self.is_reaped.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self.is_reaped.wait(END_S)
         self._unsent.put(None)
 
     def _send(self, job: Mapping[str, Any]) -> None:
-        self._unsent.put(json.dumps(job, default=str).encode() + b"\n")
+        self._unsent.put(json.dumps(job).encode() + b"\n")
 
     def _write(self) -> None:
         assert self._process.stdin
@@ -84,19 +91,31 @@ class EnvironmentProcess:
 
     def _read(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            answer = json.loads(line)
-            self.is_ready = True
-            if "seat" in answer:
-                self._at_work.discard(answer["seat"])
-                self._events.put(Event(**answer))
-        status = self._process.wait()
+        with self._process.stdout as answers:
+            for line in answers:
+                if not line.endswith(b"\n"):  # torn off by the end
+                    break
+                event = Event(**json.loads(line))
+                (self._at_work.add if event.begun else self._at_work.discard)(event.seat)
+                self._events.put(event)
+        self.is_over = True
+        self._unsent.put(None)
+        self.is_reaped.wait()
         if self._is_dropped:
             return
-        is_its_own = -status not in FROM_OUTSIDE
-        blame = {seat: "its_own" if len(self._at_work) == 1 else "maybe" for seat in self._at_work if is_its_own}
+        is_its_own = self.is_alone or -self._process.wait() not in FROM_OUTSIDE
+        blame: Literal["its_own", "maybe"] = "its_own" if len(self._at_work) == 1 else "maybe"
         for seat in list(self.seats):
-            self._events.put(Event(seat=seat, lost=blame.get(seat, "others")))
+            self._events.put(Event(seat=seat, lost=blame if is_its_own and seat in self._at_work else "others"))
+
+    def _watch(self) -> None:
+        """Wait for its end, and end what it started: that would hold its pipes open."""
+        with contextlib.suppress(ChildProcessError):  # as long as it is not reaped, its id is its own
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self.is_reaped.set()
 
 
 class Processes:
@@ -121,8 +140,8 @@ class Processes:
 
     def open(self, acting: Acting, *, alone: bool = False) -> int:
         """Return a seat in the process with the fewest episodes, or in a new one."""
-        self._all = [process for process in self._all if not process.is_over]
-        shared = sorted((p for p in self._all if not p.is_alone), key=lambda p: len(p.seats))
+        self._all = [process for process in self._all if not process.is_reaped.is_set()]
+        shared = sorted((p for p in self._all if not (p.is_alone or p.is_over)), key=lambda p: len(p.seats))
         if alone or not shared or (shared[0].seats and len(shared) < self._most):
             self._all.append(EnvironmentProcess(self._specs, self._events, is_alone=alone))
             shared = self._all[-1:]
@@ -131,25 +150,24 @@ class Processes:
         shared[0].seats[seat] = acting.name
         return seat
 
-    def is_ready(self, seat: int) -> bool:
-        """Whether the process has started."""
-        return self._of[seat].is_ready
-
     def ask(self, seat: int, what: Ask, given: Any) -> None:
-        """Ask an instance; what comes back is an event."""
+        """Ask an instance; what comes back are events."""
         self._of[seat].ask(seat, what, given)
+
+    def beside(self, seat: int) -> Collection[int]:
+        """Return the other seats of its process."""
+        return self._of[seat].seats.keys() - {seat}
 
     def environment(self, seat: int) -> Any:
         """Return nothing: it lives elsewhere."""
         return None
 
-    def drop(self, seat: int) -> list[int]:
+    def drop(self, seat: int) -> Collection[int]:
         """End the process of what does not come back; return the other seats there."""
-        process = self._of[seat]
+        lost, process = self.beside(seat), self._of[seat]
         process.end()
-        lost = [other for other in process.seats if other != seat]
-        for other in process.seats:
-            self._of.pop(other, None)
+        for one in (seat, *lost):
+            del self._of[one]
         return lost
 
     def close(self, seat: int) -> None:
@@ -159,8 +177,8 @@ class Processes:
             return
         if process.is_alone:
             process.end()
-            return
-        process.ask(seat, "close", None)
+        else:
+            process.ask(seat, "close", None)
         del process.seats[seat]
 
     def end(self) -> None:

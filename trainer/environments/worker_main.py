@@ -1,20 +1,37 @@
 """A worker process's own side (`-m polyphony.trainer.environments.worker_main`): it holds environments and is asked things.
 
 The first line from stdin says what environments are made of, by domain; each further one is a thing that an instance is
-asked, answered by a line as soon as it is done, in any order. It ends with its stdin, and takes what it started with it.
+asked. A line says that its turn has come, another answers it as soon as it is done, in any order. The process ends with its
+stdin, and takes what it started with it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import signal
-import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, BinaryIO
 
 from polyphony.trainer.environments.calls import Instance
+from polyphony.trainer.environments.keeper import Keeper
+
+AT_ONCE = 16
+"""Instances of the process that are at work. Once one of them is late, each begins again in a process of its own."""
+
+
+def packed(given: Any) -> str:
+    """Return what an instance is given, for a line: columns may hold more than JSON knows."""
+    return base64.b64encode(pickle.dumps(given)).decode()
+
+
+def unpacked(text: str) -> Any:
+    """Return what was packed; its class, where it is a user's, is imported here."""
+    return pickle.loads(base64.b64decode(text))
 
 
 class EnvironmentWorker:
@@ -22,35 +39,27 @@ class EnvironmentWorker:
 
     def __init__(self, specs: Mapping[str, Any], replies: BinaryIO) -> None:
         self._specs, self._replies = specs, replies
-        self._seats: dict[int, Instance] = {}
-        self._idle: dict[str, list[Instance]] = {name: [] for name in specs}
-        self._lock = threading.Lock()
+        self._seats: dict[int, Keeper] = {}
+        self._idle: dict[str, list[Keeper]] = {name: [] for name in specs}
+        self._at_once, self._lock = threading.Semaphore(AT_ONCE), threading.Lock()
 
     def take(self, job: Mapping[str, Any]) -> None:
         """Begin with a job, or free the seat of an episode that is over."""
-        seat = job["seat"]
+        seat, idle = job["seat"], self._idle[job["domain"]]
         if job["what"] == "close":
-            if (instance := self._seats.pop(seat, None)) is not None:
-                self._idle[job["domain"]].append(instance)
+            if (keeper := self._seats.pop(seat, None)) is not None:
+                idle.append(keeper)
             return
-        threading.Thread(target=self._answer, args=(job,), daemon=True).start()
-
-    def _answer(self, job: Mapping[str, Any]) -> None:
-        try:
-            answer = {"value": self._instance(job["seat"], job["domain"]).ask(job["what"], job["given"])}
-        except BaseException as error:  # a user's may raise anything; the episode ends with it
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        self.reply({"seat": job["seat"], **answer})
-
-    def _instance(self, seat: int, domain: str) -> Instance:
         if seat not in self._seats:
-            idle, spec = self._idle[domain], self._specs[domain]
-            self._seats[seat] = idle.pop() if idle else Instance.made(spec["environment"], spec["tools"])
-        return self._seats[seat]
+            self._seats[seat] = idle.pop() if idle else self._made(**self._specs[job["domain"]])
+        self._seats[seat].ask(job["what"], partial(unpacked, job["given"]), partial(self.reply, seat=seat))
 
-    def reply(self, answer: Mapping[str, Any]) -> None:
+    def _made(self, environment: Any, tools: Any) -> Keeper:
+        return Keeper(partial(Instance.made, environment, tools), self._at_once)
+
+    def reply(self, **told: Any) -> None:
         """Write a line to whoever started this."""
-        line = json.dumps(answer).encode() + b"\n"
+        line = json.dumps(told).encode() + b"\n"
         with self._lock:
             self._replies.write(line)
             self._replies.flush()
@@ -58,11 +67,11 @@ class EnvironmentWorker:
 
 def main() -> None:
     """Answer until stdin closes."""
-    replies = os.fdopen(os.dup(1), "wb")
+    asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # programs that tools start read nothing of what is asked here
     os.dup2(2, 1)  # what an environment prints is not an answer
-    worker = EnvironmentWorker(json.loads(sys.stdin.buffer.readline()), replies)
-    worker.reply({"ready": True})
-    for line in sys.stdin.buffer:
+    worker = EnvironmentWorker(json.loads(asked.readline()), replies)
+    for line in asked:
         worker.take(json.loads(line))
     os.killpg(0, signal.SIGKILL)  # with whatever hangs, and what environments started
 
