@@ -222,7 +222,7 @@ def uneven(tmp_path_factory):
     return trainer, output
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo", "cispo"])
 def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch, loss_type):
     trainer, output = uneven
     mask, domains = output["completion_mask"], ("short", "long")
@@ -233,6 +233,8 @@ def test_a_domains_tokens_weigh_its_share_of_the_completions(uneven, monkeypatch
     advantages = learned(trainer)
     lengths = {name: int(mask[rows_of(trainer, name)].sum()) for name in domains}
     assert lengths == {"short": 6, "long": 60}
+    if loss_type == "cispo":  # whose loss is the advantage times the log-probability
+        advantages = torch.where(mask.bool(), -advantages / trainer._row_logps, 0)
     losses = {}
     for name in domains:
         is_own = torch.zeros(len(mask), 1)

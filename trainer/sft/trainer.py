@@ -59,7 +59,7 @@ class DomainSFTTrainer(SFTTrainer):
         self._checkpoint: str | None = None
         name = sampler.model.name_or_path
         padding: Any = sampler.processing_class.pad_token_id
-        self._n_filling = filling(args, len(answers))
+        self._n_answers, self._n_filling = len(answers), filling(args, len(answers))
         super().__init__(
             model=sampler.model,
             args=sft_config(outset.arguments(args) if outset else args, self.plan),
@@ -86,7 +86,7 @@ class DomainSFTTrainer(SFTTrainer):
         """Put what fills up the last batch of all ranks behind the answers; one process has no such rows."""
         if not self._n_filling:
             return super()._get_train_sampler(train_dataset)
-        return Filled(len(self.train_dataset) - self._n_filling, self._n_filling, seed=self.args.seed)
+        return Filled(self._n_answers, self._n_filling, seed=self.args.seed)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Leave out a step that is not finite. Relies on Transformers asking for the norm just before the step."""
