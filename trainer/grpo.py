@@ -307,7 +307,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         lessons = self._learn(output, list(rollout.rows.values()))
         if lessons or not self.advantages.is_stock:
             self._show_advantages(output["advantages"], own_mask(output))
-        per_token = {name: total / n for name, (total, n) in entropy.items() if name in self.data.names}
+        per_token = {name: total / n for name, (total, n) in entropy.items() if name in self.meter.domains}
         self.curriculum.observe(rollout.sampled, per_token, lessons)
         self.meter.add(
             groups,
@@ -480,13 +480,11 @@ class DomainGRPOTrainer(GRPOTrainer):
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         skills, own = self.data.skills, own_mask(output)
-        names = [*self.data.names, *sorted(set(skills.values()))]
-        sums = sums_by_owner(entropy, own, [names.index(group.domain) for group in groups], n=len(names))
-        of_skill = {row: skills[at] for row, g in enumerate(groups) if (at := (g.domain, g.prompt_id)) in skills}
-        if of_skill:
-            rows = list(of_skill)
-            owners = [names.index(skill) for skill in of_skill.values()]
-            sums += sums_by_owner(entropy[rows], own[rows], owners, n=len(names))
+        names = [*self.meter.domains, *sorted(set(skills.values()))]
+        owners = [(row, g.domain) for row, g in enumerate(groups)]
+        owners += [(row, s) for row, g in enumerate(groups) if (s := skills.get((g.domain, g.prompt_id)))]
+        rows = [row for row, _ in owners]
+        sums = sums_by_owner(entropy[rows], own[rows], [names.index(name) for _, name in owners], n=len(names))
         totals = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         found = {name: (total, tokens) for name, (total, tokens) in zip(names, totals, strict=True)}
         unmeasured: Counter[str] = Counter()

@@ -204,22 +204,28 @@ class DomainSums:
     entropy_tokens: float = 0.0
     entropy_unmeasured: int = 0
 
-    def add(self, group: Group, *, is_useful: bool) -> None:
-        graded = group.unselected
-        tokens = sum(group.lengths)
-        self.groups += 1
-        self.dead += not is_useful
-        self.dead_completions += 0 if is_useful else len(group.rewards)
-        self.alike += group.is_alike
-        self.completions += len(group.rewards)
-        self.failures += len(group.rewards) - len(group.graded)
-        self.graded += len(graded)
-        self.passed += len(passed(graded))
-        self.reward += sum(graded)
-        self.reward_squared += sum(r * r for r in graded)
-        self.tokens += tokens
-        self.useful_tokens += tokens if is_useful else 0
-        self.truncated += sum(group.truncated)
+    @classmethod
+    def of(cls, group: Group, *, is_useful: bool) -> DomainSums:
+        graded, size, tokens = group.unselected, len(group.rewards), sum(group.lengths)
+        return cls(
+            groups=1,
+            dead=int(not is_useful),
+            dead_completions=0 if is_useful else size,
+            alike=int(group.is_alike),
+            completions=size,
+            failures=size - len(group.graded),
+            graded=len(graded),
+            passed=len(passed(graded)),
+            reward=sum(graded),
+            reward_squared=sum(r * r for r in graded),
+            tokens=tokens,
+            useful_tokens=tokens if is_useful else 0,
+            truncated=sum(group.truncated),
+        )
+
+    def add(self, other: DomainSums) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def update_with(self, group: Group, *, is_useful: bool) -> None:
         """Count a group that went on to the update."""
@@ -368,9 +374,10 @@ class Meter:
         their completions, by domain, that the entropies leave out.
         """
         for group in (*groups, *discarded):
-            self.sums.setdefault(group.domain, DomainSums()).add(group, is_useful=self.is_useful(group))
+            counted = DomainSums.of(group, is_useful=self.is_useful(group))
+            self.sums.setdefault(group.domain, DomainSums()).add(counted)
             if skill := self.skill_of.get((group.domain, group.prompt_id)):
-                self.skills.setdefault(skill, DomainSums()).add(group, is_useful=self.is_useful(group))
+                self.skills.setdefault(skill, DomainSums()).add(counted)
             for episode in group.episodes:
                 self.acted.setdefault(group.domain, EpisodeSums()).add(episode)
         for group in groups:
