@@ -341,7 +341,8 @@ def test_a_run_that_goes_on_makes_the_episodes_that_it_would_have_made(tmp_path,
     whole, whole_losses = trained()
     rest, rest_losses = trained(str(tmp_path / "checkpoint-1"))
     assert rest == whole[1:]
-    assert rest_losses[-1] == whole_losses[-1]
+    # when a tool answers decides what vLLM samples together, and so the last digits of its log-probabilities
+    assert rest_losses[-1] == pytest.approx(whole_losses[-1], rel=1e-4)
     assert all(loss != 0 for loss in whole_losses)
 
 
