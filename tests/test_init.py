@@ -24,6 +24,15 @@ STEPS = [
     {"prompt": f"How many, {n}?", "answer": "Count " + "one more, " * 30 + f"so it is\n#### {n}"} for n in range(60)
 ]
 ESSAYS = [{"prompt": f"Write, {n}.", "answer": "a long text, " * 20 + str(n)} for n in range(60)]
+VERLS = [
+    {
+        "prompt": [{"role": "user", "content": f"{n} times 3?"}],
+        "reward_model": {"ground_truth": str(3 * n), "style": "rule"},
+        "data_source": "openai/gsm8k",
+    }
+    for n in range(60)
+]
+CODE = [{"prompt": f"Write f that adds {n}.", "tests": f"assert f(1) == {1 + n}"} for n in range(60)]
 CALLS = [
     {"prompt": f"Look up {n}.", "answer": json.dumps([{"name": "look", "arguments": {"n": n}}])} for n in range(60)
 ]
@@ -48,7 +57,7 @@ def written(folder: Path, name: str, rows) -> Path:
 def test_a_reward_is_one_that_takes_references_for_right_and_others_for_wrong(tmp_path, rows, reward):
     guess = Guess.of(written(tmp_path, "rows", rows), None)
     assert guess.reward == reward, guess.why
-    prompts = {split: {row["prompt"] for row in getattr(guess, split)} for split in ("train", "heldout")}
+    prompts = {split: {json.dumps(row["prompt"]) for row in getattr(guess, split)} for split in ("train", "heldout")}
     assert not prompts["train"] & prompts["heldout"] and len(prompts["heldout"]) >= 16 and guess.size == len(rows)
 
 
@@ -79,7 +88,8 @@ def test_a_recipe_passes_the_preflight_and_trains(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (SUMS[:20], "20 different rows; at least 40 are needed"),
+        (SUMS[:20], "20 different prompts; at least 40 are needed"),
+        ([{"prompt": "One.", "answer": str(n)} for n in range(60)], "1 different prompts; at least 40 are needed"),
         ([{"ask": str(n)} for n in range(60)], "no column is a prompt in every row; it has ask, known are prompt, "),
         ([{"prompt": str(n)} for n in range(60)], "no column is a reference: give --reward judge"),
         (ESSAYS, "takes its references, 'a long text, a long"),

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from polyphony.curricula.files import replace_file
-from polyphony.curricula.records import graded, mean
+from polyphony.curricula.records import Domain, Prompt, graded, mean
 from polyphony.launch.recipe import RecipeError
 from polyphony.launch.schema import schema
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import LIKE_A_PROMPT, LIKE_AN_ANSWER, content_id
+from polyphony.trainer.data import LIKE_A_PROMPT, LIKE_AN_ANSWER, PromptTable, content_id
 from polyphony.trainer.rows import READABLE, load_rows
 from polyphony.trainer.run import say
 from polyphony.trainer.run.json_lines import read_object
@@ -71,9 +71,9 @@ class Guess:
         back = {old: new for new, old in renamed.items()}
         rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
         unique = list({content_id(row): row for row in rows}.values())
-        if len(unique) < LEAST:
+        if (prompts := len({_key(row) for row in unique})) < LEAST:
             raise RecipeError(
-                f"{file}: {len(unique)} different rows; at least {LEAST} are needed to train and to hold out"
+                f"{file}: {prompts} different prompts; at least {LEAST} are needed to train and to hold out"
             )
         found, why = (reward, "as you said") if reward else _reward(unique, file)
         train, heldout = _split(unique)
@@ -125,14 +125,19 @@ def _is_verls(row: Mapping[str, Any]) -> bool:
 
 def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
     """Return the first reward that fits the rows' references, and why."""
-    sample = sorted(rows, key=content_id)[:TRIED]
-    references = [_said(row) for row in sample]
-    if not any(references):
+    domain = Domain(name="rows", kind="structured")
+    try:
+        table = PromptTable(rows, domain=domain, where=str(file), is_chat=True)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    sample = [table[i] for i in sorted(table.ids)[:TRIED]]
+    references = [_said(prompt.columns.get("answer")) for prompt in sample]
+    if not any(references) and "tests" not in sample[0].columns:
         raise RecipeError(f"{file}: no column is a reference: give --reward judge, or an import path, which need none")
     for name in REWARDS:
         reward = find_reward(name)
         ask = getattr(reward, "unreadable", lambda **_: None)
-        if any(ask(**row) is not None for row in sample) or not _is_its_form(name, references, sample):
+        if not _is_its_form(name, references, sample) or any(ask(**p.columns) is not None for p in sample):
             continue
         if name == "code":
             return name, f"its tests are read in {len(sample)} rows tried"
@@ -148,31 +153,37 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
     )
 
 
-def _is_its_form(name: str, references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+def _is_its_form(name: str, references: Sequence[str], sample: Sequence[Prompt]) -> bool:
     """Whether rows look as those of a reward, which may read more than it is meant for."""
+    if name == "code":
+        return all("tests" in prompt.columns for prompt in sample)
     if name == "multiple_choice":
-        return all("choices" in row or re.fullmatch("[A-Z]", text) for row, text in zip(rows, references, strict=True))
+        pairs = zip(sample, references, strict=True)
+        return all("choices" in prompt.columns or re.fullmatch("[A-Z]", text) for prompt, text in pairs)
     if name == "function_call":
         return all(text.lstrip().startswith(("[", "{")) for text in references)
-    if name == "short_answer":
-        return mean([len(text.split()) for text in references]) <= WORDS
-    return name != "code" or all("tests" in row for row in rows)
+    return all(references) and (name != "short_answer" or mean([len(text.split()) for text in references]) <= WORDS)
 
 
-def _scores(reward: Any, rows: Sequence[Mapping[str, Any]], said: Sequence[str]) -> list[float]:
-    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "completions")}
-    prompts = [row["prompt"] for row in rows]
-    return graded(reward(prompts=prompts, completions=list(said), completion_ids=[[0]] * len(rows), **columns))
+def _scores(reward: Any, sample: Sequence[Prompt], said: Sequence[str]) -> list[float]:
+    columns = {key: [prompt.columns.get(key) for prompt in sample] for key in sample[0].columns}
+    prompts = [prompt.prompt for prompt in sample]
+    return graded(reward(prompts=prompts, completions=list(said), completion_ids=[[0]] * len(sample), **columns))
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    found = row["reward_model"]["ground_truth"] if _is_verls(row) else row.get("answer")
-    return "" if found is None else found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+def _said(reference: Any) -> str:
+    if isinstance(reference, str):
+        return reference
+    return "" if reference is None else json.dumps(reference, ensure_ascii=False)
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row["prompt"], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Return training and held-out rows; those with one prompt are on one side, and the side is the prompt's for good."""
-    keys = [hashlib.sha256(json.dumps(row["prompt"], sort_keys=True, default=str).encode()).hexdigest() for row in rows]
+    keys = [_key(row) for row in rows]
     prompts = sorted(set(keys))
     held = set(prompts[: min(MOST, max(FEWEST, int(HELD * len(prompts))), len(prompts) // 2)])
     sides = [
