@@ -36,7 +36,7 @@ def _transfer(effects: Effects) -> str:
 
 def options_table(options: Sequence[Option]) -> str:
     """Return the options, the recommended one first: gain over mixing, tokens, and how, or what would measure it."""
-    lines = [f"{'option':<10}{'over mixing, 95 %':<30}{'rollout tokens':<26}how"]
+    lines = [f"{'option':<10}{'over mixing, 95 %':<30}{'rollout tokens':<32}how"]
     for n, option in enumerate(options):
         gain = "not known" if option.over_mix is None else "{1:+.3f} ({0:+.3f} to {2:+.3f})".format(*option.over_mix)
         gain = "-" if option.kind == "mix" and option.over_mix else gain
@@ -44,7 +44,7 @@ def options_table(options: Sequence[Option]) -> str:
         told = [how, option.source or "", option.note, "recommended" if n == 0 else ""]
         cost = "not counted" if option.tokens is None else f"{option.tokens / 1e6:.3g} M"
         cost += f", probes {option.probes / 1e6:.3g} M" if option.probes else ""
-        lines.append(f"{option.kind:<10}{gain:<30}{cost:<26}{'; '.join(part for part in told if part)}")
+        lines.append(f"{option.kind:<10}{gain:<30}{cost:<32}{'; '.join(part for part in told if part)}")
     return "\n".join(lines)
 
 
