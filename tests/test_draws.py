@@ -292,9 +292,9 @@ def test_the_mean_of_a_domain_is_over_what_was_sampled_unasked():
         look=2,
     )
     assert group.unselected == (1.0, 0.0) and group.graded == (1.0, 0.0, 1.0, 1.0)
-    sums = DomainSums()
-    sums.add(group, is_useful=True)
-    sums.add(replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False)), is_useful=False)
+    sums = DomainSums.of(group, is_useful=True)
+    other = replace(group, rewards=(0.0, 0.0), lengths=(1, 1), truncated=(False, False))
+    sums.add(DomainSums.of(other, is_useful=False))
     metrics = sums.metrics()
     assert metrics["reward"] == metrics["pass_rate"] == 0.25 and metrics["n"] == 6
 

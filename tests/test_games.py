@@ -16,7 +16,7 @@ GAME = {"name": "textarena", "game": "GuessTheNumber-v0"}
 def guessed(game: Instance, number: int, *, moves: int = 9) -> list[str]:
     """Play by halving; return what was said."""
     low, high = 1, 20
-    said = [game.ask("reset", {"game_seed": number, "prompt": "Play this game.", "id": "x"})]
+    said = [game.ask("reset", {"columns": {"game_seed": number, "prompt": "Play this game."}, "names": {"id": "x"}})]
     while said[-1] is not None and len(said) <= moves:
         guess = (low + high) // 2
         said.append(game.ask("reply", f"I say [{guess}]."))
@@ -32,7 +32,7 @@ def test_a_game_is_played_to_its_end_and_rewards():
     assert "is higher" in first[1] and "I say" not in first[1]  # its own words alone
     assert guessed(game, 7) == first  # the game of that number
     assert {tuple(guessed(game, n)) for n in range(6)} != {tuple(first)}
-    game.ask("reset", {"game_seed": 7})
+    game.ask("reset", {"columns": {"game_seed": 7}, "names": {}})
     assert game.ask("reward", None) == 0.0  # not ended
 
 

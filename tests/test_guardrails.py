@@ -107,7 +107,7 @@ def test_a_checkpoint_that_lost_more_than_may_be_lost_is_none_to_go_back_to_sure
 def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, caplog):
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(is_main_process=True),
-        data=SimpleNamespace(domains=(), names=("safety",)),
+        data=SimpleNamespace(domains=(), names=("safety",), skills={}),
         curriculum=None,
         args=SimpleNamespace(seed=1, max_grad_norm=1.0),
         plan=DrawPlan(prompts_per_draw=8, draws=9, steps=9, micro_batches_per_draw=1, micro_batches_per_step=1),

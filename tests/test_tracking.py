@@ -111,7 +111,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
             note=notes.append, draws=3, drawn={"math": 8}, decision=None, recoveries=SimpleNamespace(open=None)
         ),
         accelerator=SimpleNamespace(is_main_process=True),
-        data=SimpleNamespace(domains=(), names=(), n_train=8),
+        data=SimpleNamespace(domains=(), names=(), n_train=8, skills={}),
         args=SimpleNamespace(seed=1, max_grad_norm=1.0),
         plan=DrawPlan(prompts_per_draw=8, draws=9, steps=9, micro_batches_per_draw=1, micro_batches_per_step=1),
     )
