@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -64,17 +65,53 @@ class Unruly:
         """
         if how == "hang":
             time.sleep(60)
+        if how in ("exit", "kill", "child"):
+            os.posix_spawn("/bin/sleep", ["sleep", "61.5"], dict(os.environ))
         if how == "exit":
             os._exit(7)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if how == "child":
-            os.posix_spawn("/bin/sleep", ["sleep", "61.5"], dict(os.environ))
             time.sleep(60)
+        if how == "kind":
+            return type(self.answer).__name__
+        if how == "read":
+            return str(os.read(0, 1))
         if how == "killed":
             mark = os.environ["ONCE"]
             if not os.path.exists(mark):  # noqa: PTH110
                 open(mark, "w").close()  # noqa: PTH123
                 os.kill(os.getpid(), signal.SIGKILL)
         return "still here"
+
+    def sleep(self, s: float) -> str:
+        """
+        Sleep.
+
+        Args:
+            s: Seconds.
+        """
+        time.sleep(s)
+        return "slept"
+
+    async def block(self, s: float) -> str:
+        """
+        Hold up the loop.
+
+        Args:
+            s: Seconds.
+        """
+        return self.sleep(s)
+
+    async def wait(self, s: float) -> str:
+        """
+        Wait.
+
+        Args:
+            s: Seconds.
+        """
+        await asyncio.sleep(s)
+        return "waited"
 
     def get_reward(self) -> float:
         return float(self.count == 2)

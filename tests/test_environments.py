@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from polyphony.curricula.records import Completion, Domain
@@ -22,6 +23,8 @@ from polyphony.launch.lab.world import rows
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.report.report import write_report
 from polyphony.launch.train import train
+from polyphony.rewards.registry import GraderGoneError
+from polyphony.trainer import scoring
 from polyphony.trainer.engine.engine import Engine, InProcessEngine
 from polyphony.trainer.engine.turns import converse
 from polyphony.trainer.engine.vllm import Request, Sampling
@@ -171,6 +174,14 @@ def test_a_turn_is_begun_while_others_are_sampled():
     assert [len(there) for _, there in llm.begun] == [1, 2, 3, 3, 2, 1]
 
 
+def test_an_interrupted_batch_leaves_nothing_in_the_engine():
+    llm, turns = Stepping(), TwoTurns(2, 6, 4)
+    turns.take = lambda place, completion: turns.nothing
+    with pytest.raises(AttributeError):
+        converse(llm, turns, Sampling(), version=7)
+    assert llm.running == {}
+
+
 def test_an_engine_that_only_knows_batches_samples_what_is_ready_at_a_time():
     batches = []
 
@@ -230,6 +241,16 @@ def by_counter(completions, environments, **kwargs):
     """As TRL hands over instances: reward what they hold."""
     assert len(completions) == len(environments)
     return [float(environment.counter % 2) for environment in environments]
+
+
+class SimpleCallback(TrainerCallback):
+    """Does something once a step is over."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_step_end(self, *args, **kwargs):
+        self.do()
 
 
 def heldout_rows():
@@ -344,6 +365,35 @@ def test_a_run_that_goes_on_makes_the_episodes_that_it_would_have_made(tmp_path,
     # when a tool answers decides what vLLM samples together, and so the last digits of its log-probabilities
     assert rest_losses[-1] == pytest.approx(whole_losses[-1], rel=1e-4)
     assert all(loss != 0 for loss in whole_losses)
+
+
+class Mortal(Looking):
+    """Is out of reach once told so."""
+
+    is_gone = False
+
+    def reset(self, seed: int) -> str:
+        if self.is_gone:
+            raise OSError("the server is down")
+        return super().reset(seed)
+
+
+def test_a_run_whose_environments_are_gone_leaves_a_checkpoint(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(scoring, "FEWEST", 1)
+    changes = {"max_steps": 2, "max_completion_length": 30, "max_tool_calling_iterations": 1, "save_strategy": "no"}
+    acting = domain("arithmetic", reward=parity, environment=Mortal)
+    trainer = DomainGRPOTrainer(
+        POLICY,
+        config(tmp_path, gradient_accumulation_steps=1, **changes),
+        domains=[acting],
+        engine=engine,
+        processing_class=tokenizer(),
+        max_grader_failures=0.2,
+        callbacks=[SimpleCallback(lambda: monkeypatch.setattr(Mortal, "is_gone", True))],
+    )
+    with pytest.raises(GraderGoneError, match="domain 'arithmetic': its environment or reward failed on"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
 
 
 class Asking:

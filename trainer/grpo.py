@@ -258,7 +258,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             advantages=self.advantages,
             shortcuts=self.shortcuts,
             seed=self.args.seed,
-            failures=Failures(most=settings.max_grader_failures),
+            failures=Failures(most=settings.max_grader_failures, acting=self.data.acting),
             look=look,
             refill_rounds=refill_rounds,
             episodes=self.episodes,

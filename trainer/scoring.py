@@ -184,8 +184,9 @@ class Failures:
     No checkpoint keeps it: a run that goes on once its grader is mended is not held to what that failed on before.
     """
 
-    def __init__(self, *, most: float) -> None:
-        self.most = most
+    def __init__(self, *, most: float, acting: Collection[str] = ()) -> None:
+        """`acting`: the domains where the environment may be what failed."""
+        self.most, self._acting = most, acting
         """The largest share that a run goes on with."""
         self._last: dict[str, deque[bool]] = {}
         self._named: set[tuple[str, str]] = set()
@@ -200,8 +201,9 @@ class Failures:
         for domain, last in self._last.items():
             failed, seen = sum(last), len(last)
             if seen >= FEWEST and failed > self.most * seen:
+                what = "its environment or reward" if domain in self._acting else "the reward"
                 raise GraderGoneError(
-                    f"domain {domain!r}: the reward failed on {failed} of the last {seen} completions; "
+                    f"domain {domain!r}: {what} failed on {failed} of the last {seen} completions; "
                     f"max_grader_failures allows a share of {self.most:g}"
                 )
 

@@ -8,8 +8,8 @@ opens no turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,6 +26,7 @@ Message = Mapping[str, Any]
 
 OPENS, CLOSES = "\U000f0000", "\U000f0001"
 """Around the number of a special token in a text that is rendered: of the private characters, which no template knows."""
+NO_MARKS = dict.fromkeys(map(ord, OPENS + CLOSES))
 SPELLED = re.compile(f"{OPENS}(\\d+){CLOSES}")
 
 
@@ -51,6 +52,8 @@ class Wording:
             self._template = get_training_chat_template(tokenizer)
         if tools and not any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
             add_response_schema(tokenizer)  # for TRL's known templates; ValueError for others
+        if tools:  # TRL asks the tokenizer once more, where it takes in a draw
+            self._tokenizer.parse_response = partial(_parsed_or_refused, type(tokenizer).parse_response, tokenizer)
 
     def check(self, *, is_spoken_to: bool) -> None:
         """Raise ValueError where what was said, thoughts among it, would be shown otherwise once the next turn has come."""
@@ -135,7 +138,8 @@ class Wording:
         return re.compile("|".join(map(re.escape, self._marks))) if self._marks else None
 
     def _spelled(self, text: str) -> str:
-        """Return a text for the template, with numbers in the place of special tokens."""
+        """Return a text for the template, with numbers in the place of special tokens, and none of its own."""
+        text = text.translate(NO_MARKS)
         if self._mark is None or not self._mark.search(text):
             return text
         return self._mark.sub(lambda found: f"{OPENS}{self._marks.index(found[0])}{CLOSES}", text)
@@ -157,6 +161,14 @@ class Wording:
             chat_template=self._template,
             **self._kwargs,
         )
+
+
+def _parsed_or_refused(parse: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Return what a tokenizer parsed; what is nested too deeply is malformed like other calls."""
+    try:
+        return parse(*given, **named)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _call_of(name: str) -> list[dict[str, Any]]:
