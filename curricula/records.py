@@ -163,7 +163,8 @@ class Episode:
             who = f"{message['role']} {message.get('name', '')}".strip()
             lines.append(f"[{who}] " + " ".join(filter(None, (said, *called))))
         ended = self.fault or (f"cut off at the limit of {self.cut}" if self.cut else "")
-        return "\n".join([*lines, *([f"[{ended}]"] if ended else [])])
+        written = "\n".join([*lines, *([f"[{ended}]"] if ended else [])])
+        return written.encode(errors="replace").decode()  # half a character, as a call's name may hold, no file takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,7 +66,7 @@ class Unruly:
         if how == "hang":
             time.sleep(60)
         if how in ("exit", "kill", "child"):
-            os.posix_spawn("/bin/sleep", ["sleep", "61.5"], dict(os.environ))
+            os.posix_spawn("/bin/sleep", ["sleep", f"61.{os.getppid()}"], dict(os.environ))
         if how == "exit":
             os._exit(7)
         if how == "kill":

@@ -326,6 +326,7 @@ def test_what_is_wrong_with_a_call_is_told_to_the_policy(said, content, failure)
     assert content in answer["content"]
     assert found.episode.failures == ((failure,) if failure else ())
     assert (found.episode.fault, found.text) == (None, "sorry")
+    assert found.episode.transcript.encode()
     assert settled([later("a reward")]) == ["a reward later"]
 
 
@@ -520,8 +521,17 @@ ADD, UNRULY = call("add"), "tests.acted:Unruly"
 
 def sleeping() -> list[str]:
     """Return the processes that an environment had started, as long as they are there."""
-    found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "61.5"]]
-    return [str(process) for process in found if process.status() != psutil.STATUS_ZOMBIE]
+    mine = ["sleep", f"61.{os.getpid()}"]
+    found = [process for process in psutil.process_iter(["cmdline", "status"]) if process.info["cmdline"] == mine]
+    return [str(process) for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def left_sleeping() -> list[str]:
+    """Return those that are still there when a busy host has had the time to end what was killed."""
+    until = time.monotonic() + 2
+    while (found := sleeping()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
 
 
 def workers() -> list[psutil.Process]:
@@ -547,7 +557,7 @@ def test_a_call_that_hangs_takes_its_process_down_and_the_others_begin_again():
     hung, other = lead(policy, domain(environment=UNRULY, reward=None), processes=1, timeout_s=1.5)
     assert (hung.episode.is_forfeit, hung.episode.fault) == (True, "calls: no answer within 1.5 s")
     assert (other.episode.fault, other.episode.reward, other.episode.turns) == (None, 1.0, 3)
-    assert sleeping() == []
+    assert left_sleeping() == []
     assert workers() == []
 
 
@@ -568,7 +578,7 @@ def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started():
             time.sleep(0.01)
         worker.stdin.close()
         assert worker.wait(10) == -signal.SIGKILL
-    assert sleeping() == []
+    assert left_sleeping() == []
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])  # at first, who is killed may be so from outside
@@ -576,7 +586,7 @@ def test_a_call_that_ends_its_process_costs_its_episode_and_leaves_nothing_behin
     said = [call("misbehave", how=how)] * (1 if how == "exit" else 3)
     (found,) = lead(Policy(said), domain(environment=UNRULY, reward=None), processes=1)
     assert (found.episode.is_forfeit, found.episode.fault) == (True, "calls: the process ended")
-    assert sleeping() == []
+    assert left_sleeping() == []
     assert workers() == []
 
 

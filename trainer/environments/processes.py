@@ -110,11 +110,9 @@ class EnvironmentProcess:
 
     def _watch(self) -> None:
         """Wait for its end, and end what it started: that would hold its pipes open."""
-        with contextlib.suppress(ChildProcessError):  # as long as it is not reaped, its id is its own
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self._process.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         self.is_reaped.set()
 
 

@@ -18,8 +18,8 @@ class EnvironmentSettings:
     `grpo.max_completion_length` (tokens of an episode, those of tools' answers among them)."""
 
     tool_timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds that the calls of one turn, a `reset`, a `reply` or a `get_reward` may take. Calls that take longer end their
-    episode with reward 0; in a recipe their process is killed."""
+    """Seconds that the calls of one turn, a `reset`, a `reply` or a `get_reward` may take once it is their turn. Calls and
+    replies that take longer end their episode with reward 0; in a recipe their process is killed."""
     episodes: int | None = Field(default=None, ge=1)
     """Episodes of a rank at once; null: all that a draw or an evaluation has."""
 
