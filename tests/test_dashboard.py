@@ -50,12 +50,14 @@ def test_a_short_run_emits_every_metric_and_no_other_of_our_families(tmp_path, e
     emitted = {(family, rest[-1]) for family, *rest in parts if family in METRICS}
     own = {("domain", "own"), ("heldout", "own")}
     known = {(family, metric) for family, metrics in METRICS.items() for metric in metrics}
-    # tests/test_distil.py, tests/test_environments.py, tests/test_recovery_run.py, tests/test_metrics.py
-    elsewhere = ("distil", "environment", "recovery", "skill")
+    # tests/test_distil.py, tests/test_environments.py, tests/test_recovery_run.py
+    elsewhere = ("distil", "environment", "recovery")
     assert emitted - own == {(family, metric) for family, metric in known if family not in elsewhere}
     assert own <= emitted
     of_the_run = {f"{family}/{rest[0]}" for family, *rest in parts if family in METRICS and len(rest) == 1}
     assert of_the_run == OF_THE_RUN | {"transfer/bwt"}
     domains = {rest[0] for family, *rest in parts if family in METRICS and len(rest) == 2}
     assert domains == {"arithmetic", "stories", "safety"}
-    assert {tuple(rest[1:-1]) for family, *rest in parts if family in METRICS} == {(), ("logged",)}
+    between = {(family == "skill", tuple(rest[1:-1])) for family, *rest in parts if family in METRICS}
+    assert {(False, ()), (False, ("logged",)), (True, ("plus",)), (True, ("story",))} <= between
+    assert {way for is_skill, way in between if not is_skill} == {(), ("logged",)}
