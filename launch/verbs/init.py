@@ -168,7 +168,7 @@ def _is_its_form(name: str, references: Sequence[str], sample: Sequence[Prompt])
 def _scores(reward: Any, sample: Sequence[Prompt], said: Sequence[str]) -> list[float]:
     columns = {key: [prompt.columns.get(key) for prompt in sample] for key in sample[0].columns}
     prompts = [prompt.prompt for prompt in sample]
-    return graded(reward(prompts=prompts, completions=list(said), completion_ids=[[0]] * len(sample), **columns))
+    return list(graded(reward(prompts=prompts, completions=list(said), completion_ids=[[0]] * len(sample), **columns)))
 
 
 def _said(reference: Any) -> str:
