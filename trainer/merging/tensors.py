@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -34,6 +35,7 @@ class Checkpoint:
     copies: dict[str, str]
     """Tensors of the files that a model reads another for: its output layer, where that is tied to its embeddings. They have
     no shape here, for a model saved anew has none."""
+    _last: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Checkpoint:
@@ -50,10 +52,14 @@ class Checkpoint:
     def read(self, name: str, part: slice | None = None) -> torch.Tensor:
         """Return a tensor, or some of its numbers in a row, as they stand in the file.
 
-        What is looked at of the file counts as the process's memory for as long as the tensor lives: it is opened each time.
+        What is looked at of the file counts as the process's memory for as long as the tensor lives: the last one is kept,
+        for its other parts, and the file is opened again for the next.
         """
-        with safe_open(self.files[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name)
+        if self._last.get("name") != name:
+            self._last.clear()
+            with safe_open(self.files[name], framework="pt") as opened:
+                self._last.update(name=name, tensor=opened.get_tensor(name))
+        tensor = self._last["tensor"]
         return tensor if part is None else tensor.flatten()[part]
 
     def numbers(self, name: str, part: slice | None = None) -> torch.Tensor:
