@@ -66,8 +66,9 @@ def run(kind: str, out: Path, environment: dict[str, str], slurm: Path) -> str:
         wait_until(lambda: len(steps(folder)) >= 3, timeout_s=LONGEST_S, log=log)
         event(environment, job, slurm)
         wait_until(lambda: state(environment, job) == "PENDING", timeout_s=LONGEST_S, log=log)
-        # Slurm holds a requeued job back for two minutes
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], env=environment, check=True)
+        # Slurm holds a requeued job back for two minutes; a node that was lost still ends that job's steps for half of one
+        wait = f"StartTime=now+{60 if kind == 'dies' else 3}"
+        subprocess.run(["scontrol", "update", f"JobId={job}", wait], env=environment, check=True)
     wait_until(lambda: state(environment, job) in ("COMPLETED", "FAILED"), timeout_s=LONGEST_S, log=log)
     shown = subprocess.run(
         ["scontrol", "show", "job", job], env=environment, capture_output=True, text=True, check=True
