@@ -307,7 +307,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         lessons = self._learn(output, list(rollout.rows.values()))
         if lessons or not self.advantages.is_stock:
             self._show_advantages(output["advantages"], own_mask(output))
-        per_token = {name: total / n for name, (total, n) in entropy.items() if name in self.meter.domains}
+        domains = self.data.names
+        per_token = {name: total / n for name, (total, n) in entropy.items() if name in domains}
         self.curriculum.observe(rollout.sampled, per_token, lessons)
         self.meter.add(
             groups,
@@ -480,7 +481,7 @@ class DomainGRPOTrainer(GRPOTrainer):
                 )
         entropy: torch.Tensor = self._row_entropy  # type: ignore[assignment]
         skills, own = self.data.skills, own_mask(output)
-        names = [*self.meter.domains, *sorted(set(skills.values()))]
+        names = [*self.data.names, *sorted(set(skills.values()))]
         owners = [(row, g.domain) for row, g in enumerate(groups)]
         owners += [(row, s) for row, g in enumerate(groups) if (s := skills.get((g.domain, g.prompt_id)))]
         rows = [row for row, _ in owners]
