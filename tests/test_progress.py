@@ -61,13 +61,14 @@ def test_without_a_terminal_there_are_plain_lines():
 
 def test_plain_lines_come_at_every_evaluation_and_seldom_between():
     out = io.StringIO()
-    line = ProgressLine("demo", 99, domains=["math"], console=Console(file=out, width=40))
+    line = ProgressLine("[red]demo[/]", 99, domains=["math"], console=Console(file=out, width=40))
     for step in range(0, 40, 10):
         line.update(step, {"heldout/math/score": 0.5, "domain/math/entropy_place": 1.5, "domain/math/entropy": 2.0})
         for between in range(1, 10):
             line.update(step + between, {"domain/math/reward": 0.25, "domain/math/n": 8})
     said = out.getvalue().splitlines()
     assert len(said) == 4 and all(f"step {10 * n}/99" in text for n, text in enumerate(said))
+    assert said[0].startswith("[red]demo[/]  ")  # a run's name is no markup
     assert said[0].endswith("math score 0.500 entropy 2.00 (above its band)")  # in one line, however narrow
 
 

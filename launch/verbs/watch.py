@@ -80,7 +80,7 @@ def picture(findings: Findings, width: int = WIDE) -> Panel:
     state = "over" if run.is_finished else "running, or stopped"
     title = f"{run.title}  step {run.steps:,}{of}, {state}"
     curves = max(0, WIDTH - math.ceil((WIDE - width) / 3))
-    return Panel(Group(_table(findings, curves), *_lines(findings)), title=title, title_align="left", width=width)
+    return Panel(Group(_table(findings, curves), *_lines(findings)), title=Text(title), title_align="left", width=width)
 
 
 def _table(findings: Findings, curves: int) -> Table:

@@ -67,7 +67,7 @@ class ProgressLine:
             each = [plain_domain(name, self._known) for name in self.domains]
             words = "; ".join(filter(None, each))
             line = f"{text}  step {step}/{self.total}{left}{f': {words}' if words else ''}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last picture standing and give the terminal back."""
