@@ -315,6 +315,7 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         train(recipe, out, resume=arguments.resume is not None)
     except Interrupted as stopped:
+        _close(out)
         print(f"polyphony train: {stopped}; go on with --resume {out}", file=sys.stderr)
         return 128 + stopped.number
     folder = RunFolder(out)
@@ -322,13 +323,20 @@ def _train(arguments: argparse.Namespace) -> int:
         from polyphony.launch.verbs.tables import predicted_table
 
         print(predicted_table(json.loads(folder.predicted.read_text())))
-    if os.environ.get("RANK", "0") == "0":
-        from polyphony.launch.report.closing import closing
-        from polyphony.launch.report.numbers import find
-        from polyphony.launch.report.run import read_run
-
-        print(f"{closing(find(read_run(out)))}\nreport: {folder.report}")
+    _close(out)
     return 0
+
+
+def _close(out: Path) -> None:
+    """Print how a run ended, and where its report lies; on the first rank."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from polyphony.launch.report.closing import closing
+    from polyphony.launch.report.numbers import find
+    from polyphony.launch.report.run import read_run
+    from polyphony.trainer.run.folder import RunFolder
+
+    print(f"{closing(find(read_run(out)))}\nreport: {RunFolder(out).report}", flush=True)
 
 
 def _check_before(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from polyphony.launch.build_sft import build_sft
 from polyphony.launch.import_paths import looked_in
 from polyphony.launch.recipe import Recipe, RecipeError, claimed_recipe, load_recipe
 from polyphony.trainer.run import say, visible
-from polyphony.trainer.run.folder import RunFolder
+from polyphony.trainer.run.folder import Interrupted, RunFolder
 
 if TYPE_CHECKING:
     from polyphony.trainer.engine.engine import Engine
@@ -29,21 +29,29 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, engine: Engine | N
     """Run a recipe into the folder `out`; return the engine, so that a next run of the same model can use it.
 
     With `resume`, go on from the newest complete checkpoint in `out`, or from the start if there is none. Raises Interrupted
-    where a signal ended it.
+    where a signal ended it; a report is written then too.
     """
-    folder = RunFolder(out)
     with claimed(recipe, out, resume=resume) as changed:
         trainer = start(recipe, out, engine=engine, changed=changed)
+        is_main = trainer.accelerator.is_main_process
         try:
             trainer.train(resume_from_checkpoint=resume)
+        except Interrupted:
+            if is_main:
+                _report(out)
+            raise
         finally:
-            for line in _judged(trainer) if trainer.accelerator.is_main_process else ():
+            for line in _judged(trainer) if is_main else ():
                 say(line)
-        if trainer.accelerator.is_main_process:
-            from polyphony.launch.report.report import write_report
-
-            write_report([out], folder.report)
+        if is_main:
+            _report(out)
     return trainer.policy.engine
+
+
+def _report(out: Path) -> None:
+    from polyphony.launch.report.report import write_report
+
+    write_report([out], RunFolder(out).report)
 
 
 def shown_prompts(recipe: Recipe, most: int) -> str:

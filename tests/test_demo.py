@@ -1,6 +1,7 @@
 """The demo's second run, and what it prints; that it learns and harms nothing is measured, in launch/lab/RESULTS.md."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -36,7 +37,8 @@ def test_the_second_run_of_a_comparison_differs_in_its_rate_alone(trained, tmp_p
     assert recipe.curriculum.transfer == str(out / "probe" / "transfer.json")
     said = demo.demo_tables(out)
     assert f"{second.name} minus {first.name}, at the end" in said
-    assert [line.split()[0] for line in said.splitlines() if "held-out score" in line] == [first.name, second.name]
+    titles = [before for before, line in pairwise(said.splitlines()) if "held-out score" in line]
+    assert [title.split(", ")[0] for title in titles] == [first.name, second.name]
     assert said.endswith(f"report: {out / 'compared.html'}") and second.name in (out / "compared.html").read_text()
 
 

@@ -31,6 +31,8 @@ Kind = Literal["collapse", "explosion"]
 Source = Literal["rollouts", "held out"]
 SOURCES: tuple[Source, ...] = ("rollouts", "held out")
 """Tested apart: a policy may have memorised its training prompts and still be uncertain on others."""
+SAID: Mapping[Source, str] = {"rollouts": "rollouts", "held out": "held out, items that decide"}
+"""As an alarm says it: what is published is of the other held-out items, and differs by noise."""
 
 
 @dataclass(slots=True)
@@ -59,6 +61,15 @@ class Watch:
     recent: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, nats, tokens) of the last TREND draws."""
     excursions: dict[Source, Excursion] = field(default_factory=lambda: {name: Excursion() for name in SOURCES})
+
+
+def place_in_band(level: float, band: tuple[float, float]) -> float:
+    """Return where a level lies: 0 at the band's low edge, 1 at its high edge; NaN while either is unknown.
+
+    Example: `place_in_band(0.6, (0.4, 0.8)) == 0.5`
+    """
+    low, high = band
+    return (level - low) / (high - low) if high > low else math.nan
 
 
 class EntropyMonitor:
@@ -128,9 +139,8 @@ class EntropyMonitor:
         return sum((step - centre) * (level - middle) for step, level in points) / spread if spread else math.nan
 
     def place(self, domain: str) -> float:
-        """Return where the level lies: 0 at the band's low edge, 1 at its high edge; NaN while either is unknown."""
-        low, high = self.band(domain)
-        return (self.level(domain) - low) / (high - low) if high > low else math.nan
+        """Return where the level lies in the band."""
+        return place_in_band(self.level(domain), self.band(domain))
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Return, per domain that was drawn, its metrics; undefined ones are NaN."""
@@ -192,7 +202,7 @@ class EntropyMonitor:
             verb, side = ("fell", "below") if kind == "collapse" else ("rose", "above")
             drawn = _shares(excursion.drawn)
             message = (
-                f"entropy ({source}) {verb} to {level.mid:.3f} nats a token, {side} {edge:.3f} with "
+                f"entropy ({SAID[source]}) {verb} to {level.mid:.3f} nats a token, {side} {edge:.3f} with "
                 f"95 % confidence over all tests; {_cause(excursion.since, drawn)}"
             )
             alarms.append(Alarm(step=step, domain=name, kind=kind, message=message, drawn=drawn))

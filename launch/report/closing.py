@@ -19,8 +19,8 @@ def closing(findings: Findings) -> str:
 def table(findings: Findings) -> str:
     """Return each domain's held-out score, its change with a 95 % interval, and its entropy, before and after the run."""
     if not findings.change:
-        return f"{findings.run.name}: no evaluation, so nothing is known of held-out scores"
-    lines = [f"{findings.run.name:<14}{'held-out score':>18}{'change, 95 % interval':>28}{'entropy':>18}"]
+        return f"{findings.run.title}: no evaluation, so nothing is known of held-out scores"
+    lines = [findings.run.title, f"{'':<14}{'held-out score':>18}{'change, 95 % interval':>28}{'entropy':>18}"]
     for name, change in findings.change.items():
         before, after = findings.scores[name][0].mid, findings.scores[name][-1].mid
         entropy = findings.entropy[name]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from polyphony.curricula.intervals import UNDEFINED, Interval, bounded_mean, changed, on_both, student
+from polyphony.curricula.monitors.entropy import place_in_band
 from polyphony.curricula.records import Evaluation, mean
 from polyphony.curricula.transfer.effects import Effects
 from polyphony.curricula.transfer.forgetting import Moment, curves
@@ -34,6 +35,11 @@ class Entropy:
     low: float
     high: float
     """The allowed band: the recipe's multiples of the base model's entropy."""
+
+    @property
+    def at(self) -> float:
+        """Where it lies in the band, as `heldout/<d>/entropy_place`."""
+        return place_in_band(self.after, (self.low, self.high))
 
     @property
     def place(self) -> str:

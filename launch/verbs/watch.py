@@ -1,6 +1,7 @@
 """`polyphony watch`: one run or several in a terminal, from another one, on a shared disk or when they are over.
 
 It reads run folders and nothing else, as the report does; a folder is read anew only after something was written there.
+Watching ends with the runs; one whose process was killed is seen to be over on the machine that it ran on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def watch(runs: Sequence[Path], *, every_s: float = 2.0, once: bool = False, con
         console.print(_pictures(seen, console.width))
         return
     with Live(_pictures(seen, console.width), console=console, refresh_per_second=4, screen=False) as live:
-        while not all(one.findings.run.is_finished for one in seen):
+        while not all(one.is_over for one in seen):
             time.sleep(every_s)
             live.update(_pictures(seen, console.width))
 
@@ -55,6 +56,11 @@ class Seen:
         self.folder, self.path = RunFolder(path), path
         self._written: tuple[float, ...] = ()
         self.findings: Findings = find(read_run(path))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody writes there any more."""
+        return self.findings.run.is_finished or bool(self.folder.is_left)
 
     def picture(self, width: int = WIDE) -> RenderableType:
         """Return the run as it is now, in so many characters a line."""
@@ -77,7 +83,8 @@ def picture(findings: Findings, width: int = WIDE) -> Panel:
     """
     run = findings.run
     of = f" of {run.planned_steps:,}" if run.planned_steps else ""
-    state = "over" if run.is_finished else "running, or stopped"
+    left = {True: "stopped", False: "running", None: "running, or stopped"}[RunFolder(run.path).is_left]
+    state = "over" if run.is_finished else left
     title = f"{run.title}  step {run.steps:,}{of}, {state}"
     curves = max(0, WIDTH - math.ceil((WIDE - width) / 3))
     return Panel(Group(_table(findings, curves), *_lines(findings)), title=Text(title), title_align="left", width=width)
@@ -85,26 +92,24 @@ def picture(findings: Findings, width: int = WIDE) -> Panel:
 
 def _table(findings: Findings, curves: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("domain", "score", "", "lost", "reward", "", "entropy", "", "band", "share"):
+    for heading in ("domain", "score", "", "lost", "entropy", "", "band", "reward", "", "share"):
         table.add_column(heading, justify="left" if heading in ("domain", "", "band") else "right", no_wrap=True)
     metrics = findings.run.metrics
     for name in findings.run.domains:
         scores = np.array([interval.mid for interval in findings.scores.get(name, ())])
-        reward, entropy = metrics.get(f"domain/{name}/reward"), metrics.get(f"domain/{name}/entropy")
-        lost = findings.final("drawdown", name)
-        nats = findings.entropy[name]
-        width = nats.high - nats.low
-        place = (nats.after - nats.low) / width if math.isfinite(width) and width > 0 else math.nan
+        reward, sampled = metrics.get(f"domain/{name}/reward"), metrics.get(f"domain/{name}/entropy")
+        held_out = np.array([row.entropy[name] for row in findings.evaluations if name in row.entropy])
+        lost, nats = findings.final("drawdown", name), findings.entropy[name]
         table.add_row(
             name + (" (watched)" if name in findings.run.watch_only else ""),
             _last(scores),
             curve(scores, curves),
             Text(signed(lost.mid), style="bold red" if lost.is_below_zero else ""),
+            f"{nats.after:.2f}" if math.isfinite(nats.after) else "–",
+            curve(held_out if len(held_out) else _values(sampled), curves),
+            track(nats.at),
             _last(_values(reward)),
             curve(_values(reward), curves),
-            f"{nats.after:.2f}" if math.isfinite(nats.after) else "–",
-            curve(_values(entropy), curves),
-            track(place),
             _last(_values(metrics.get(f"curriculum/{name}/mixture"))),
         )
     return table

@@ -90,6 +90,7 @@ class Run(TrainerCallback):
             curriculum=trainer.curriculum,
             seed=trainer.args.seed,
             skills=trainer.data.skills,
+            entropy_band=trainer.entropy.monitor.factors,
             is_main=self.is_main,
         )
         self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)
@@ -500,6 +501,8 @@ class Run(TrainerCallback):
         logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
         line = alarm.as_line() | {"remedy": remedy}
         self.folder.append("alarms", line)
+        if self.progress is not None:
+            self.progress.ring(alarm.title)
         if self.alarm_command is not None:
             self.alarm_command.ring(line)
         if self.tracker is not None:

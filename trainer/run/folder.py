@@ -223,6 +223,18 @@ class RunFolder:
             finally:
                 del _LOCKED[place]
 
+    @property
+    def is_left(self) -> bool | None:
+        """Whether the process that wrote here last has ended; None where this machine cannot see it."""
+        words = self.lock.read_text().split() if self.lock.is_file() else []
+        if len(words) != 4 or words[3] != socket.gethostname():
+            return None
+        try:
+            os.kill(int(words[1]), 0)
+        except (ProcessLookupError, PermissionError) as error:
+            return isinstance(error, ProcessLookupError)
+        return False
+
     def _take_lock(self, descriptor: int, say: Callable[[str], None]) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,6 +33,7 @@ class ProgressLine:
         self.domains = tuple(domains)
         self.console = console or Console(stderr=True)
         self._known: dict[str, float] = {}
+        self._alarms: list[str] = []
         self._began = 0.0
         self._said, self._told = 0.0, -1
         self._first: int | None = None
@@ -53,6 +54,7 @@ class ProgressLine:
         if self._bar is not None and self._live is not None:
             if "rollout/tokens_per_s" in self._known:
                 text += f"  {self._known['rollout/tokens_per_s']:,.0f} tokens/s"
+            text += f"  {alarms}" if (alarms := self._told_alarms()) else ""
             self._bar.update(self._task, completed=step, description=text)
             self._live.update(Group(self._bar, domain_table(self.domains, self._known)))
             return
@@ -65,14 +67,22 @@ class ProgressLine:
             done = step - self._first
             left = f", {(self.total - step) * (now - self._began) / done:.0f} s left" if done else ""
             each = [plain_domain(name, self._known) for name in self.domains]
-            words = "; ".join(filter(None, each))
+            words = "; ".join(filter(None, [*each, self._told_alarms()]))
             line = f"{text}  step {step}/{self.total}{left}{f': {words}' if words else ''}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def ring(self, title: str) -> None:
+        """Have an alarm stand in every further picture: how many there are, and the newest."""
+        self._alarms.append(title)
 
     def close(self) -> None:
         """Leave the last picture standing and give the terminal back."""
         if self._live is not None:
             self._live.stop()
+
+    def _told_alarms(self) -> str:
+        n = len(self._alarms)
+        return f"{n} alarm{'s' if n > 1 else ''}, {'the last ' if n > 1 else ''}{self._alarms[-1]}" if n else ""
 
 
 def mean_reward(domains: Sequence[str], metrics: Mapping[str, float]) -> float:
@@ -87,37 +97,40 @@ def mean_reward(domains: Sequence[str], metrics: Mapping[str, float]) -> float:
 
 
 def plain_domain(name: str, known: Mapping[str, float]) -> str:
-    """Return what is known of a domain in a few words; empty where nothing is.
+    """Return what is known of a domain in a few words, first of its held-out items; empty where nothing is.
 
-    Example: `math score 0.412 reward 0.503 entropy 0.71 (in its band)`
+    Example: `math score 0.412 entropy 0.71 (in its band), in training reward 0.503 entropy 0.65`
     """
-    words = [
-        f"{what} {known[key]:.3f}"
-        for what, key in (("score", f"heldout/{name}/score"), ("reward", f"domain/{name}/reward"))
-        if not math.isnan(known.get(key, math.nan))
-    ]
-    entropy = known.get(f"domain/{name}/entropy", known.get(f"heldout/{name}/entropy", math.nan))
-    if not math.isnan(entropy):
-        place = known.get(f"domain/{name}/entropy_place", math.nan)
-        where = "" if math.isnan(place) else f" ({'below' if place < 0 else 'above' if place > 1 else 'in'} its band)"
-        words.append(f"entropy {entropy:.2f}{where}")
-    return " ".join([name, *words]) if words else ""
+    held_out = _said(known, f"heldout/{name}", score=3, entropy=2)
+    place = known.get(f"heldout/{name}/entropy_place", math.nan)
+    if math.isfinite(place):
+        held_out += f" ({'below' if place < 0 else 'above' if place > 1 else 'in'} its band)"
+    trained = _said(known, f"domain/{name}", reward=3, entropy=2)
+    parts = [*filter(None, [held_out, trained and f"in training {trained}"])]
+    return f"{name} {', '.join(parts)}" if parts else ""
+
+
+def _said(known: Mapping[str, float], family: str, **digits: int) -> str:
+    there = {what: value for what in digits if math.isfinite(value := known.get(f"{family}/{what}", math.nan))}
+    return " ".join(f"{what} {value:.{digits[what]}f}" for what, value in there.items())
 
 
 def domain_table(domains: Sequence[str], known: Mapping[str, float]) -> Table:
-    """Return a row a domain: held-out score, drawdown, training reward, entropy with its place in the band, share."""
+    """Return a row a domain: score, drawdown and entropy held out, with its place in the band; in training
+    reward, entropy and share."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("domain", "score", "drawdown", "reward", "entropy", "band", "share"):
-        table.add_column(heading, justify="left" if heading in ("domain", "band") else "right")
+    for heading in ("domain", "score", "drawdown", "entropy", "band", "reward", "in training", "share"):
+        is_text = heading in ("domain", "band")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading == "domain")
     for name in domains:
-        place = known.get(f"domain/{name}/entropy_place", math.nan)
         table.add_row(
             name,
             _number(known.get(f"heldout/{name}/score")),
             _number(known.get(f"transfer/{name}/drawdown"), signed=True),
+            _number(known.get(f"heldout/{name}/entropy")),
+            track(known.get(f"heldout/{name}/entropy_place", math.nan)),
             _number(known.get(f"domain/{name}/reward")),
-            _number(known.get(f"domain/{name}/entropy", known.get(f"heldout/{name}/entropy"))),
-            track(place),
+            _number(known.get(f"domain/{name}/entropy")),
             _number(known.get(f"curriculum/{name}/mixture")),
         )
     return table
@@ -130,8 +143,10 @@ def track(place: float) -> Text:
     is_inside = 0 <= place <= 1
     # the band takes the middle of the scale, so that there is room to be outside on either side
     at = round((min(max(place, -0.5), 1.5) + 0.5) / 2 * (TRACK - 1))
-    quarter = (TRACK - 1) // 4
-    cells = ["─" if quarter <= k <= TRACK - 1 - quarter else "·" for k in range(TRACK)]
+    first = (TRACK - 1) // 4
+    last = TRACK - 1 - first
+    at = min(max(at, first), last) if is_inside else min(at, first - 1) if place < 0 else max(at, last + 1)
+    cells = ["─" if first <= k <= last else "·" for k in range(TRACK)]
     cells[at] = "●"
     return Text("".join(cells), style="green" if is_inside else "bold red")
 

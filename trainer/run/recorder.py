@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
 from polyphony.curricula.files import replace_file, sealed
 from polyphony.curricula.intervals import bounded_mean
+from polyphony.curricula.monitors.entropy import place_in_band
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean, per_token
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
@@ -43,6 +45,8 @@ class Recorder:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skills: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """Of rows, by domain and id."""
+    entropy_band: tuple[float, float] = (math.nan, math.nan)
+    """Multiples of a domain's entropy at the first evaluation."""
     is_main: bool = True
     """False on ranks other than 0: they keep the same memory and write nothing."""
     matrix: TransferMatrix | None = None
@@ -209,6 +213,10 @@ class Recorder:
     ) -> dict[str, float]:
         assert self.matrix is not None
         metrics = heldout_metrics(published, answers, trained=trained, skills=self.skills)
+        for name, nats in published.entropy.items():
+            base = self._published[0].entropy.get(name, math.nan)
+            low, high = (multiple * base for multiple in self.entropy_band)
+            metrics[key("heldout", "entropy_place", name)] = place_in_band(nats, (low, high))
         if len(self._published) > 1:
             now = moment(self._published, watch_only=self.matrix.watch_only)
             for name in published.items:

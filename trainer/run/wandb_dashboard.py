@@ -38,7 +38,7 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "domain": ("reward", "pass_rate", "frac_dead", "mean_length", "clipped_ratio"),
         "curriculum": ("mixture",),
     },
-    "Entropy": {"domain": ("entropy_place", "entropy_slope", "entropy_coef")},
+    "Entropy": {"heldout": ("entropy_place",), "domain": ("entropy_place", "entropy_slope", "entropy_coef")},
     "Calibration and form": {"heldout": ("overconfidence", "ece", "brier", "auroc", "format_valid", "format_share")},
     "Diversity": {
         "diversity": ("classes", "mean", "collapsed", "reward"),
