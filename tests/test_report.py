@@ -1,16 +1,19 @@
 """The report of small run folders whose numbers are worked by hand, and of folders that are cut off or incomplete."""
 
+import io
 import json
 import math
 import re
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from polyphony.curricula.intervals import changed
 from polyphony.curricula.records import Evaluation
@@ -22,8 +25,10 @@ from polyphony.launch.report.report import summarise, write_replay, write_report
 from polyphony.launch.report.run import read_run
 from polyphony.launch.report.story import signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT
+from polyphony.launch.verbs.watch import WIDE, picture
 from polyphony.trainer.metrics import key
 from tests.benchmarks.synthetic_run import FOUR, write_run
+from tests.test_old_run import run_folder
 
 # R[s, k] of two stages, a then b, and of a watched domain w: 20 items each, scores 0 or 1.
 # BWT of a = .6 - .8 = -.2; change of a = .6 - .2 = +.4, of b = .9 - .4 = +.5, of w = .4 - .5 = -.1
@@ -204,21 +209,33 @@ def test_mixtures_have_no_backward_transfer_but_a_drawdown(tmp_path):
     assert found["transfer"] == {}
 
 
-@pytest.mark.parametrize("kind", ["stages", "mixed", "full"])
-def test_sentences_table_curves_and_closing_table_have_the_same_numbers(tmp_path, kind):
-    both = ((), ("a", "b"), ("a", "b"))
-    make = {"stages": hand_run, "mixed": lambda folder: hand_run(folder, trained=both), "full": write_run}[kind]
-    run = make(tmp_path / "run")
+def recorded(kind, folder):
+    """Write one of four runs: two whose numbers are worked by hand, a synthetic one, and one that a machine was killed in."""
+    if kind == "killed":
+        folder.mkdir()
+        return run_folder(folder)
+    make = {"stages": hand_run, "mixed": partial(hand_run, trained=((), ("a", "b"), ("a", "b"))), "full": write_run}[kind]
+    run = make(folder)
+    if kind != "full":
+        (run / "recipe.yaml").write_text("domains: {a: {train: x}, b: {train: y}, w: {}}\nentropy: {band: [0.5, 1.5]}\n")
+        alarms = [{"step": 20, "kind": "collapse", "domain": "a", "message": "fell"}, {"step": 20, "kind": "stale"}]
+        (run / "alarms.jsonl").write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms))
+    return run
+
+
+RECORDED = ("stages", "mixed", "full", "killed")
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_sentences_table_curves_and_closing_table_have_the_same_changes(tmp_path, kind):
+    run = recorded(kind, tmp_path / "run")
     findings, page, told = find(read_run(run)), report(tmp_path, run), summarise(run)
-    cells = {e["data-label"]: [] for e in page.find("td", "domains")}
-    for e in page.find("td", "domains"):
-        cells[e["data-label"]].append(e["text"].strip())
+    cells = columns_of(page)
     curves = [json.loads(e["data-hover"])["s"][0] for e in page.find("div", "forgetting") if "data-hover" in e]
-    last = sections_of_last(curves)
-    closing_lines = {line.split()[0]: line for line in closing(findings).splitlines()[1:]}
+    last = [ends(curve) for curve in curves]
+    closing_lines = rows_of(closing(findings))
     story = " ".join(told["story"])
-    names = told["domains"]
-    for n, name in enumerate(names):
+    for n, name in enumerate(told["domains"]):
         for of in ("change", "bwt", "drawdown"):
             low, mid, high = told["domains"][name][of] or (math.nan,) * 3
             column = cells.get({"bwt": "backward transfer"}.get(of, of))
@@ -235,9 +252,67 @@ def test_sentences_table_curves_and_closing_table_have_the_same_numbers(tmp_path
                 assert of != "change" or written.replace("[", " [") in said
 
 
-def sections_of_last(curves):
-    """(value, low, high) where each curve ends."""
-    return [(ys[-1], low[-1], high[-1]) if low else (ys[-1],) * 3 for _, _, _, ys, low, high in curves]
+@pytest.mark.parametrize("kind", RECORDED)
+def test_scores_entropy_transfer_and_alarms_are_the_same_in_every_place(tmp_path, kind):
+    run = recorded(kind, tmp_path / "run")
+    findings, page, told = find(read_run(run)), report(tmp_path, run), summarise(run)
+    cells, closing_lines, watched = columns_of(page), rows_of(closing(findings)), rows_of(picture_of(findings))
+    held_out, nats = page.plots("score"), page.plots("entropy")
+    for n, (name, of) in enumerate(told["domains"].items()):
+        (_, before, _), (low, after, high) = of["score"]["before"], of["score"]["after"]
+        assert cells["held-out score"][n].startswith(f"{before:.3f} → {after:.3f}")
+        assert ends(held_out[name]["s"][0]) == pytest.approx((after, low, high), rel=1e-3, abs=1e-6)
+        assert f" {before:.2f} → {after:.2f} " in closing_lines[name] and f" {after:.3f} " in watched[name]
+        entropy = of["entropy"]
+        if entropy["after"] is None:
+            assert cells["entropy"][n][0] in ("–", *"0123456789") and "→" not in cells["entropy"][n]
+            continue
+        moved = f"{entropy['before']:.2f} → {entropy['after']:.2f}"
+        assert cells["entropy"][n].startswith(moved) and moved in closing_lines[name]
+        assert f" {entropy['after']:.2f} " in watched[name]
+        assert nats[name]["s"][-1][3][-1] == pytest.approx(entropy["after"], rel=1e-3)
+        place, outside = entropy["place"], ("below", "above")
+        assert place in cells["entropy"][n] and (f"{place} its band" in closing_lines[name]) == (place in outside)
+        assert (re.search(rf"{place} it in [^;]*{name}", told["story"][3]) is not None) == (place in outside)
+        low, high = entropy["band"]
+        mark = watched[name].split("●")
+        assert ("─" in mark[0], "─" in mark[1]) == (entropy["after"] > low, entropy["after"] < high)
+    written = [e["text"].partition("…")[0] for e in page.find("td", "transfer") if "--a" in e.get("style", "")]
+    digits = 3 if len(told["domains"]) <= 6 else 2
+    said = [cell[1] for row in told["transfer"].values() for cell in row.values()]
+    assert [float(text.replace("−", "-")[: digits + 2]) for text in written] == pytest.approx(said, abs=6e-4)
+    rung, n = told["alarms"], len(told["alarms"])
+    assert len(page.find("tr", "alarms")) == (n + 1 if n else 0)
+    assert (f"{n} alarm" if n else "no alarm") in told["story"][4].replace("no alarm is", "no alarm")
+    assert closing(findings).splitlines()[-1].startswith(f"{n} alarm" if n else "no alarm")
+    assert picture_of(findings).count(": ") >= n and all(str(alarm["step"]) in picture_of(findings) for alarm in rung)
+
+
+def columns_of(page):
+    """The table of domains by column, as its cells are read."""
+    cells = {e["data-label"]: [] for e in page.find("td", "domains")}
+    for e in page.find("td", "domains"):
+        cells[e["data-label"]].append(e["text"].strip())
+    return cells
+
+
+def rows_of(said):
+    """A terminal's lines by the domain that they begin with."""
+    rows = [line.strip("│ ") + " " for line in said.splitlines()]
+    return {row.split()[0]: row for row in reversed(rows) if row.strip()}
+
+
+def picture_of(findings):
+    """What `polyphony watch` shows."""
+    out = io.StringIO()
+    Console(file=out, width=WIDE).print(picture(findings))
+    return out.getvalue()
+
+
+def ends(curve):
+    """(value, low, high) where a curve ends."""
+    _, _, _, ys, low, high = curve
+    return (ys[-1], low[-1], high[-1]) if low else (ys[-1],) * 3
 
 
 def test_a_run_is_compared_with_the_one_of_its_name_before_it(tmp_path):
