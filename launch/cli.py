@@ -416,8 +416,8 @@ def _dashboard(arguments: argparse.Namespace) -> None:
 
     run = arguments.folder
     out = arguments.out or specification_of(run)
-    workspace, missing = specify(run, out)
-    print(out)
+    workspace, layout, missing = specify(run, out)
+    print(f"{layout}\n{out}")
     print(send(workspace, out) if missing is None else way_to_send(run, missing))
 
 

@@ -108,7 +108,9 @@ def test_a_watched_domain_is_alarmed_by_its_evaluations():
     watching = monitor("math", "safety")
     feed(watching, "math", [1.0] * 20, random.Random(1))
     found = watching.measure(20, {"safety": ([1.0, 1.2, 0.9, 1.1] * 10, [10, 10, 10, 10] * 10)})
-    assert [(a.domain, a.kind) for a in found] == [("safety", "collapse")] and "(held out, items that decide)" in found[0].message
+    assert [(a.domain, a.kind) for a in found] == [("safety", "collapse")] and "(held out, items that decide)" in found[
+        0
+    ].message
     assert found[0].drawn == {"math": 1.0}
 
 

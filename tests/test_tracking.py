@@ -37,7 +37,7 @@ from polyphony.trainer.run.tracking import (
     track_decisions,
     track_transfer,
 )
-from polyphony.trainer.run.wandb_dashboard import CURVES, SECTIONS, build_workspace, specification
+from polyphony.trainer.run.wandb_dashboard import CURVES, SECTIONS, TABLES, build_workspace, specification
 from polyphony.trainer.settings import TrainerSettings, WandbSettings
 from polyphony.trainer.slots import DrawPlan
 from tests.benchmarks.synthetic_run import write_run
@@ -105,7 +105,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
     notes: list[str] = []
     folder = RunFolder(tmp_path)
     trainer = SimpleNamespace(
-        entropy=SimpleNamespace(pending=[entropy]),
+        entropy=SimpleNamespace(pending=[entropy], monitor=SimpleNamespace(factors=(0.5, 1.5))),
         shortcuts=SimpleNamespace(pending=[shortcut]),
         curriculum=SimpleNamespace(
             note=notes.append, draws=3, drawn={"math": 8}, decision=None, recoveries=SimpleNamespace(open=None)
@@ -128,8 +128,8 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
 
 @pytest.mark.slow
 def test_trackio_gets_what_the_run_folder_gets_panels_of_a_domain_together(tmp_path, monkeypatch, recipe):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio", reason="needs the extra `trackio`")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")  # its variable is read at import
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import order_metrics_by_plot_preference
 
@@ -140,6 +140,9 @@ def test_trackio_gets_what_the_run_folder_gets_panels_of_a_domain_together(tmp_p
     assert {"domain/sums/reward", "heldout/words/score", "curriculum/sums/mixture"} <= told
     stored = SQLiteStorage.get_all_metrics_for_run("house", "mine")
     assert {f"train/{name}" for name in told} <= set(stored)
+    # the baseline arrives at step 0, there and at whatever else `report_to` names
+    lines = SQLiteStorage.get_logs("house", "mine")
+    assert [line["train/global_step"] for line in lines if "train/heldout/words/score" in line] == [0, 1]
     _, shown = order_metrics_by_plot_preference(stored)  # as its pages have them: accordions, their panels in order
     for section in ("domain", "heldout", "shortcuts"):
         owners = [name.split("/")[2] for name in shown["train"]["subgroups"][section] if name.count("/") == 3]
@@ -224,6 +227,10 @@ def test_without_a_key_the_specification_is_written_and_how_to_push_it_said(tmp_
     out = capsys.readouterr().out
     assert "no API key is set. To push: `wandb login`, `wandb sync" in out
     assert "heldout/arithmetic/score" in (tmp_path / "run-dashboard.json").read_text()
+    rows = {line[:42].strip(): line[42:].split(maxsplit=1) for line in out.splitlines()}
+    assert rows["Entropy against its band"] == ["4", "domain/<d>/entropy"]
+    assert rows["The whole run (folded)"] == ["2", "rollout/useful_token_frac, rollout/tokens_per_s"]
+    assert rows["Completions, decisions, transfer (folded)"][0] == "3"
     assert not (tmp_path / "run-dashboard.url").exists()
 
 
@@ -343,6 +350,7 @@ def test_completions_and_decisions_are_tables_a_row_each():
     track_decisions(heard, 3, [line] * 5000)
     assert heard.tables["decisions"][2][0] == [1, 0, 1.0, "", "only one"]
     assert len(heard.tables["decisions"][2]) == 1667  # every third
+    assert {*heard.tables, "transfer"} == set(TABLES)
 
 
 def test_a_resumed_run_is_the_same_run_for_wandb_with_its_group_and_tags(tmp_path, monkeypatch):

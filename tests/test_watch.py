@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import shutil
+import socket
+import subprocess
 import threading
 
 import numpy as np
@@ -9,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from polyphony.launch.cli import main
+from polyphony.launch.report.story import signed
 from polyphony.launch.verbs import watch as verb
 from polyphony.launch.verbs.watch import Seen, curve, watch
+from polyphony.trainer.run.folder import RunFolder
 from tests.benchmarks.synthetic_run import write_run
 
 
@@ -30,6 +36,17 @@ def test_a_picture_has_every_domain_with_its_numbers_and_nothing_is_cut_off(tmp_
         (line,) = (line for line in said.splitlines() if line.startswith(f"│ {name} "))
         assert f"{told.scores[name][-1].mid:.3f}" in line
         assert ("(watched)" in line) == (name in told.run.watch_only)
+        of = told.entropy[name]
+        cells = line.replace(" (watched)", "").strip("│ ").split()
+        assert [cell for cell in cells if "." in cell][:3] == [
+            f"{told.scores[name][-1].mid:.3f}", signed(told.final("drawdown", name).mid), f"{of.after:.2f}"
+        ]  # fmt: skip
+        assert ("●" in line) and (0 <= of.at <= 1) == (of.place == "inside")
+        if name not in told.run.watch_only:
+            reward, share = (
+                told.run.metrics.get(key.format(name)) for key in ("domain/{}/reward", "curriculum/{}/mixture")
+            )
+            assert f" {reward.values[-1]:.3f} " in line and (share is None or f"{share.values[-1]:.3f}" in line)
     assert "step 20: collapse of facts: entropy fell" in said
 
 
@@ -66,6 +83,20 @@ def test_in_a_terminal_it_ends_when_the_run_does(tmp_path):
     (run / "end.json").unlink(missing_ok=True)
     threading.Timer(0.4, (run / "end.json").write_text, ["{}"]).start()
     assert "over" in shown(run, terminal=True, every_s=0.1)
+
+
+def test_watching_ends_with_a_run_whose_process_was_killed(tmp_path):
+    run = write_run(tmp_path / "run", steps=20, items=20)
+    shutil.rmtree(run / "final")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folder = RunFolder(run)
+    folder.lock.write_text(f"process {gone.pid} on {socket.gethostname()}")
+    assert folder.is_left and ", stopped" in shown(run, terminal=True, every_s=0.1)
+    folder.lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    assert folder.is_left is False and ", running " in shown(run)
+    folder.lock.write_text(f"process {gone.pid} on another.machine")
+    assert folder.is_left is None and "running, or stopped" in shown(run)
 
 
 def test_a_folder_of_no_run_is_named(tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 
 from polyphony.curricula.files import replace_file
 from polyphony.launch.recipe import RecipeError
+from polyphony.launch.report.numbers import find
 from polyphony.launch.report.run import read_run
 from polyphony.trainer.run.folder import RunFolder
 
@@ -17,11 +18,14 @@ def specification_of(run: Path) -> Path:
     return Path(f"{run.resolve().name}-dashboard.json")
 
 
-def specify(run: Path, out: Path) -> tuple[Any, str | None]:
-    """Write the specification of a run's dashboard to `out`; return the workspace and what keeps it from W&B, if any."""
+def specify(run: Path, out: Path) -> tuple[Any, str, str | None]:
+    """Write the specification of a run's dashboard to `out`; return the workspace, its layout as a table, and what keeps it
+    from W&B, if anything does."""
     from polyphony.trainer.run.wandb_dashboard import (  # slow to import
+        TABLES,
         build_workspace,
         default_entity,
+        layout,
         obstacle,
         specification,
     )
@@ -37,10 +41,14 @@ def specify(run: Path, out: Path) -> tuple[Any, str | None]:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
         logged=found.metrics.keys(),
+        tables=[table for table in TABLES if table != "transfer" or find(found).transfer is not None],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(specification(workspace), indent=1))
-    return workspace, missing
+    lines = [f"{'section':<42}{'panels':>7}  curves"]
+    for title, is_open, panels, curves in layout(workspace, found.domains):
+        lines.append(f"{title if is_open else f'{title} (folded)':<42}{panels:>7}  {', '.join(curves)}")
+    return workspace, "\n".join(lines), missing
 
 
 def send(workspace: Any, out: Path) -> str:

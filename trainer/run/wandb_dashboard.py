@@ -54,11 +54,18 @@ TABLES = ("completions", "decisions", "transfer")
 
 
 def build_workspace(
-    *, name: str, entity: str, project: str, domains: Sequence[str], logged: Collection[str] = ()
+    *,
+    name: str,
+    entity: str,
+    project: str,
+    domains: Sequence[str],
+    logged: Collection[str] = (),
+    tables: Sequence[str] = TABLES,
 ) -> ws.Workspace:
     """Return the dashboard of a project's runs over these domains; nothing is sent anywhere.
 
-    `logged` are the names that a run has logged: panels of others are left out; without any, all are there.
+    `logged` are the names that a run has logged: panels of others are left out; without any, all are there. `tables` are
+    those of `TABLES` that it has.
     """
     panels = {
         title: [
@@ -80,9 +87,19 @@ def build_workspace(
         for title, wanted in panels.items()
         if (drawn := [*_drawn(wanted, logged)])
     ]
-    tables = [wr.WeavePanelSummaryTable(table_name=table) for table in TABLES]
-    sections.append(ws.Section(name="Completions, decisions, transfer", panels=[*tables]))
+    drawn = [wr.WeavePanelSummaryTable(table_name=table) for table in tables]
+    sections.append(ws.Section(name=", ".join(tables).capitalize(), panels=[*drawn]))
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections)
+
+
+def layout(workspace: ws.Workspace, domains: Collection[str]) -> Iterator[tuple[str, bool, int, Sequence[str]]]:
+    """Yield of each section its title, whether the dashboard opens with it unfolded, how many panels it has, and which names
+    are drawn in them, a domain's as `<d>`."""
+    for section in workspace.sections:
+        drawn = [panel.y if isinstance(panel, wr.LinePlot) else [panel.table_name] for panel in section.panels]
+        curves = [str(getattr(y, "name", y)) for ys in drawn for y in ys]
+        names = ("/".join("<d>" if part in domains else part for part in curve.split("/")) for curve in curves)
+        yield section.name, section.is_open, len(section.panels), tuple(dict.fromkeys(names))
 
 
 def specification(workspace: ws.Workspace) -> dict[str, Any]:
