@@ -156,8 +156,14 @@ def test_a_slurm_script_is_valid_shell_and_says_what_it_asks_for(capsys, tmp_pat
 CONTAINERS = {
     "shared": ["cluster.slurm.exclusive=false", "cluster.slurm.options=['--gres=gpu:2', '--cpus-per-gpu=8']"],
     "modules": ["cluster.slurm.setup=['module purge', 'module load cuda/13.0 gcc']"],
-    "apptainer": ["cluster.slurm.setup=['python=(apptainer exec --nv --bind /data polyphony.sif python)']"],
-    "pyxis": ["cluster.slurm.setup=['srun() { command srun --container-image=polyphony.sqsh \"$@\"; }']"],
+    "apptainer": [
+        "cluster.slurm.setup=['python=(apptainer exec --nv --bind /data --bind \"$PWD\" polyphony.sif python)']"
+    ],
+    "pyxis": [
+        "cluster.slurm.setup=['srun() { command srun --container-image=polyphony.sqsh "
+        '--container-mounts="$PWD,/data" --container-workdir="$PWD" "$@"; }\']'
+    ],
+    "template": [],
 }
 """As launch/README.md writes them out."""
 
@@ -166,6 +172,10 @@ CONTAINERS = {
 @pytest.mark.parametrize("engine", ["vllm", "ray"])
 def test_shellcheck_passes_every_script_that_is_written_out(capsys, tmp_path, kind, engine):
     overrides = [f"rollouts.engine={engine}", "cluster.trainer_nodes=2", *CONTAINERS[kind]]
+    if kind == "template":
+        own = tmp_path / "own.sbatch"
+        own.write_text((HOUSE / "launch" / "README.md").read_text().split("```bash\n")[1].split("```")[0])
+        overrides.append(f"cluster.slurm.template={own}")
     assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "a run"), "--dry-run"]) == 0
     script = tmp_path / "job"
     script.write_text(capsys.readouterr().out)
@@ -190,7 +200,7 @@ def test_nodes_say_themselves_how_many_gpus_they_have(capsys, tmp_path, monkeypa
     overrides = ["rollouts={engine: ray, workers: 2}", "cluster.processes=2"]
     assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    lines = text[text.index("gpus=") : text.index("on --nodes=1")]
+    lines = text[text.index("gpus=") : text.index("on_head() {")]
 
     def spare(**environment: str) -> str:
         here = 'nvidia-smi() { printf "GPU\\nGPU\\nGPU\\nGPU\\n"; }'
@@ -202,6 +212,42 @@ def test_nodes_say_themselves_how_many_gpus_they_have(capsys, tmp_path, monkeypa
     assert spare(SLURM_GPUS_ON_NODE="3") == "2\n"
     assert spare(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="4,5,6,GPU-8a") == "6,GPU-8a\n"
     assert spare(SLURM_GPUS_ON_NODE="2") == spare(SLURM_GPUS_ON_NODE="0") == "\n"
+
+
+@pytest.mark.parametrize("status", [3, 0])
+def test_a_rollout_node_whose_ray_does_not_start_ends_the_job(capsys, tmp_path, status):
+    overrides = ["rollouts={engine: ray, workers: 2}", "cluster.trainer_nodes=1", "cluster.rollout_nodes=1"]
+    assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("trap 'stop \"a rollout") : text.index("if [ -f ")]
+    stop = next(line for line in text.splitlines() if line.startswith("stop()"))
+    fakes = f"{stop}; python=(ray); nodes=(a b); RAY_ADDRESS=a:1; on() {{ echo on $3 >&2; return {status}; }}"
+    ends = subprocess.run(
+        ["bash", "-uc", f"{fakes}\n{lines}\nsleep 60 >/dev/null 2>&1 & wait $!"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    said = ["on --nodelist=b", *(["polyphony: Ray on b ended, exit status 3"] if status else [])]
+    assert ends.stderr.splitlines() == [*said, "polyphony: a rollout node has no Ray"] and ends.returncode == 1
+
+
+def test_another_jobs_ray_at_the_same_port_is_not_taken_for_ones_own(capsys, tmp_path):
+    overrides = ["rollouts={engine: ray, workers: 2}", "cluster.rollout_nodes=1"]
+    assert main(["launch", "slurm", DEBUG, *overrides, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("on_head() {") : text.index("trap 'stop \"a rollout")]
+    stop = next(line for line in text.splitlines() if line.startswith("stop()"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        lines = lines.replace(f":{6379}", f":{port}").replace("/6379", f"/{port}")
+        refused = 'on() { case "$*" in *health-check*) return 1;; *) sleep 2; return 5;; esac; }'
+        fakes = f"{stop}; python=(ray); head=127.0.0.1; spare=; RAY_ADDRESS=127.0.0.1:{port}; {refused}"
+        ends = subprocess.run(
+            ["bash", "-uc", f"{fakes}\n{lines}"], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert ends.stderr == "polyphony: Ray did not start on 127.0.0.1, exit status 5\n" and ends.returncode == 1
 
 
 @pytest.mark.parametrize(
