@@ -10,6 +10,9 @@ probes and of their evaluations. No coefficient is searched, as no plan recommen
 mean score over trained domains and the recommended one; then the regret of the recommended option, and of mixing with the
 plan's tokens, against the best option measured, with 95 % t-intervals over worlds.
 
+With `--long 10 20` nothing but the plan is measured, in longer runs: ten and twenty times as many tokens, of which its
+probes take their part, trained in the way that the plan recommends, against always mixing on all of them.
+
 Results are lines in FOLDER/regret.jsonl, one a world and option; what is there is not run again. Of numbers that go with
 worlds that were looked at while this was written nothing may be claimed: choose a fresh KEY.
 """
@@ -202,6 +205,24 @@ class RegretWorld:
         self.spent += spent
         return weights
 
+    def mixed(self, points: Sequence[float]) -> dict[float, Mapping[str, float]]:
+        """Mix on and on; return the published scores by domain at each of the rollout tokens in `points`."""
+        run = LabRun(data=self.data, scheduler=Joint(), rate=RATE, draws=1, seed=FINAL_SEED)
+        found = {}
+        for point in sorted(points):
+            while run.tokens.rollout < point:
+                run.advance()
+            found[point] = self.published(run.learner.weights)
+        return found
+
+    def published(self, weights: Weights) -> dict[str, float]:
+        """Return the mean published score of each domain."""
+        return {name: mean(values) for name, values in self.exam.publish(self.policy(weights)).scores.items()}
+
+    def value(self, scores: Mapping[str, float]) -> float:
+        """Return the mean over the trained domains."""
+        return mean([scores[name] for name in self.names])
+
 
 def _stages(matrix: TransferMatrix) -> list[list[str]]:
     solver = Solver(matrix)
@@ -235,7 +256,7 @@ class RegretFile:
         return row
 
 
-def run_world(world: RegretWorld, file: RegretFile, out: Path, *, until: float) -> bool:
+def run_world(world: RegretWorld, file: RegretFile, out: Path, *, until: float, long: Sequence[int] = ()) -> bool:
     """Run what the file does not hold of a world; return whether all of it is there."""
     saved = out / f"{world.key.replace('/', '-')}.json"
     if not saved.exists():
@@ -249,19 +270,71 @@ def run_world(world: RegretWorld, file: RegretFile, out: Path, *, until: float) 
     mine = {"recommended": best.how.get("method", best.kind), "probes": probes}
     mine |= {"options": [option.as_json() for option in plan.options]}
     file.made(world.key, "plan", lambda: mine)
+    if long:
+        return _run_long(world, file, plan, probes, long, until=until)
 
     def measured(what: str) -> dict[str, Any]:
         weights = world.train(what, plan, probes)
         if weights is None:
             return {"value": None, "tokens": 0}
-        scores = {name: mean(values) for name, values in world.exam.publish(world.policy(weights)).scores.items()}
-        return {"value": mean([scores[name] for name in world.names]), "scores": scores, "tokens": world.spent}
+        scores = world.published(weights)
+        return {"value": world.value(scores), "scores": scores, "tokens": world.spent}
 
     for what in ("mix", "mix_charged", *OPTIONS):
         if time.monotonic() > until:
             return False
         file.made(world.key, what, lambda what=what: measured(what))
     return True
+
+
+def _run_long(
+    world: RegretWorld, file: RegretFile, plan: Plan, probes: int, long: Sequence[int], *, until: float
+) -> bool:
+    """Mix for `long` times the tokens, and, where the plan recommends another way, train in that for what it leaves."""
+    if time.monotonic() > until:
+        return False
+    tokens, best = world.tokens, plan.options[0]
+    points = {f"{what}_{n}": n * tokens - less for n in long for what, less in (("mix", 0), ("mix_less", probes))}
+
+    def mixed() -> dict[str, Any]:
+        found = world.mixed([*points.values()])
+        scores = {what: found[point] for what, point in points.items()}
+        return {"values": {what: world.value(of) for what, of in scores.items()}, "scores": scores}
+
+    file.made(world.key, "long", mixed)
+    for n in long if best.kind != "mix" else ():
+        other = RegretWorld(key=world.key, tokens=n * tokens - probes)
+
+        def recommended(other: RegretWorld = other) -> dict[str, Any]:
+            weights = other.train(best.how.get("method", best.kind), plan, probes)
+            assert weights is not None
+            return {"value": other.value(other.published(weights)), "tokens": other.spent}
+
+        file.made(world.key, f"recommended_{n}", recommended)
+    return True
+
+
+def long_report(file: RegretFile, keys: Sequence[str], long: Sequence[int]) -> str:
+    """Return, a length, each world's plan against always mixing, and the mean difference."""
+    lines = []
+    for n in long:
+        gaps, told = [], []
+        for key in keys:
+            plan, mixed = file.get(key, "plan"), file.get(key, "long")
+            if plan is None or mixed is None:
+                continue
+            other = file.get(key, f"recommended_{n}")
+            mine = mixed["values"][f"mix_less_{n}"] if plan["recommended"] == "mix" else (other or {}).get("value")
+            if mine is not None:
+                gaps.append(mine - mixed["values"][f"mix_{n}"])
+                told.append(f"{plan['recommended']} {mine:.3f} for {mixed['values'][f'mix_{n}']:.3f}")
+        if gaps:
+            low, mid, high = over_seeds(gaps)
+            lines += [
+                f"{n} times: {'; '.join(told)}",
+                f"plan, charged, minus always mixing: {mid:+.4f} ({low:+.4f} to {high:+.4f})",
+            ]
+    return "\n".join(lines)
 
 
 def report(file: RegretFile, keys: Sequence[str]) -> str:
@@ -295,8 +368,8 @@ def report(file: RegretFile, keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _through(world: RegretWorld, *, out: Path, until: float) -> bool:
-    return time.monotonic() < until and run_world(world, RegretFile(out / FILE), out, until=until)
+def _through(world: RegretWorld, *, out: Path, until: float, long: Sequence[int]) -> bool:
+    return time.monotonic() < until and run_world(world, RegretFile(out / FILE), out, until=until, long=long)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -306,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--key", required=True, help="decides the worlds")
     parser.add_argument("--worlds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=75_000, help="rollout tokens of every option")
+    parser.add_argument("--long", type=int, nargs="*", default=(), help="lengths of runs that probes are small beside")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
     arguments = parser.parse_args(argv)
@@ -314,9 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = [f"{arguments.key}/{n}" for n in range(arguments.worlds)]
     worlds = [RegretWorld(key=key, tokens=arguments.tokens) for key in keys]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        done = list(pool.map(partial(_through, out=arguments.out, until=until), worlds))
+        done = list(pool.map(partial(_through, out=arguments.out, until=until, long=arguments.long), worlds))
     file = RegretFile(arguments.out / FILE)
-    print(report(file, keys))
+    print(long_report(file, keys, arguments.long) if arguments.long else report(file, keys))
     return int(not all(done))
 
 
