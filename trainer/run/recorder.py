@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
 from polyphony.curricula.decision_log import decision_line, shortened
-from polyphony.curricula.files import replace_file, sealed
+from polyphony.curricula.files import replace_file, sealed, unsealed
 from polyphony.curricula.intervals import bounded_mean
 from polyphony.curricula.monitors.entropy import place_in_band
 from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean, per_token
@@ -60,7 +61,11 @@ class Recorder:
 
     def restore(self, step: int, *, say: Callable[[str], None] = lambda _: None) -> None:
         """Go on with a folder: keep the probe's rows and the run's own up to `step`, as the curriculum does."""
-        if lines := self.folder.read("transfer", cut=without_items):
+        places = count()
+        # of the first row, after the head, the published half's own entropies are wanted: bands are multiples of them
+        if lines := self.folder.read(
+            "transfer", cut=lambda line: (without_items if next(places) > 1 else unsealed)(line)
+        ):
             try:
                 self.matrix = TransferMatrix.from_lines(lines, until=step)
             except ValueError as error:
