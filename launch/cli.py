@@ -383,20 +383,16 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from polyphony.launch.report.report import summarise, write_report
+    from polyphony.launch.report.report import names_of, summarise, write_report
     from polyphony.trainer.run.folder import RunFolder
 
+    names = names_of(arguments.runs)
     if arguments.json:
-        names = [run.name for run in arguments.runs]
-        keys = names if len(set(names)) == len(names) else map(str, arguments.runs)
-        summaries = dict(zip(keys, map(summarise, arguments.runs), strict=True))
-        print(json.dumps(next(iter(summaries.values())) if len(names) == 1 else summaries))
+        summaries = dict(zip(names, map(summarise, arguments.runs), strict=True))
+        print(json.dumps(next(iter(summaries.values())) if len(names) == 1 else summaries, allow_nan=False))
         return
-    first, *others = arguments.runs
-    own = RunFolder(first).report
-    path = arguments.out or own.with_stem(
-        "-".join([own.stem, *(["with"] if others else []), *(o.name for o in others)])
-    )
+    own, others = RunFolder(arguments.runs[0]).report, [name.replace("/", "-") for name in names[1:]]
+    path = arguments.out or own.with_stem("-".join([own.stem, *(["with", *others] if others else [])]))
     try:
         print(write_report(arguments.runs, path))
     except OSError as error:

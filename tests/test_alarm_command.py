@@ -41,6 +41,18 @@ def test_one_that_hangs_is_killed_with_what_it_started(tmp_path, caplog):
     assert not (tmp_path / "late").exists() and "no end after 0.3 s" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "command", [r"printf '\377\376' >&2; exit 3", "setsid sleep 20 & exit 3", "exec >&- 2>&-; exit 3"]
+)
+def test_what_one_says_or_leaves_behind_keeps_no_other_from_being_run(command, caplog):
+    calls = AlarmCommand(command, timeout_s=10)
+    began = time.monotonic()
+    for step in range(2):
+        calls.ring({"step": step})
+    assert calls.close() == "alarms.command: failed for 2 of 2 alarms" and time.monotonic() - began < 8
+    assert caplog.text.count("exit status 3") == 2
+
+
 @pytest.mark.slow
 def test_a_run_calls_it_for_what_rings(tmp_path, engine):
     from polyphony.launch.recipe import load_recipe

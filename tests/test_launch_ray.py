@@ -206,6 +206,28 @@ def test_a_trainer_may_stand_on_two_nodes(raylets, tmp_path):
     assert "(Node pid=" in done.stdout + done.stderr
 
 
+def test_the_cluster_says_whether_a_trainer_has_gpus_where_this_machine_has_none(capsys, monkeypatch):
+    given = ["launch", "ray", DEBUG, "--address", "h:8265", "--dry-run", "cluster.processes=2"]
+    monkeypatch.setattr("polyphony.launch.cluster.local.gpus_here", lambda: 0)
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "ray_nodes --trainer-nodes 1 --rollout-nodes 0 --processes 2 --" in said and "num-gpus" not in said
+    assert main([*given, "--gpus-per-node", "0"]) == 0
+    assert "ray_nodes" not in capsys.readouterr().out
+    words = "cluster.rollout_nodes=1 need rollouts.engine: ray, got vllm"
+    assert words in fails(capsys, *given, "cluster.rollout_nodes=1")
+
+
+def test_a_trainers_node_is_held_whole_where_workers_have_their_own(monkeypatch):
+    sizes = [({"GPU": 8.0}, True), ({"CPU": 1.0}, True), ({"GPU": 4.0}, True), ({"GPU": 8.0}, False)]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": of, "Alive": alive} for of, alive in sizes])
+    assert ray_nodes.gpus_of_nodes() == [8, 4, 0]
+    assert ray_nodes.held(2, trainer_nodes=1, rollout_nodes=2) == 8
+    assert ray_nodes.held(2, trainer_nodes=2, rollout_nodes=1) == 4
+    assert ray_nodes.held(2, trainer_nodes=2, rollout_nodes=0) == 2
+    assert ray_nodes.held(0, trainer_nodes=1, rollout_nodes=1) == 0
+
+
 def test_nodes_that_do_not_come_are_counted(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
     assert ray_nodes.check_nodes(1, timeout_s=0) == ""
@@ -249,4 +271,4 @@ def test_a_dry_run_prints_the_submission_and_submits_nothing(capsys, tmp_path):
     assert main(["launch", "ray", DEBUG, "--address", "host:8265", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "job submit --address http://host:8265" in said
-    assert f"python -P -m polyphony.launch.cli launch local {DEBUG} --out {tmp_path / 'run'}" in said
+    assert f"--processes 1 -- {DEBUG} --out {tmp_path / 'run'}" in said

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -334,8 +336,13 @@ def test_a_run_is_compared_with_the_one_of_its_name_before_it(tmp_path):
         (run / "end.json").write_text(json.dumps({"how": "finished", "at": at}))
     page = report(tmp_path, tmp_path / "two")
     assert page.find("h1")[0]["text"] == "mine in two, 2026-01-02 10:00"
+    assert "then → now" in page.find("section", id="changed")[0]["text"]
     rows = [e["text"].strip() for e in page.find("tr", "changed")]
-    assert rows[1].startswith("a+0.100") and rows[-1] == "grpo.learning_rate12"
+    assert (
+        rows[1].startswith("a+0.100")
+        and rows[1].endswith("0.4 → 0.4−0.300 → −0.200")
+        and rows[-1] == "grpo.learning_rate12"
+    )
     assert "Against mine in one, 2026-01-01 10:00" in page.find("section", id="changed")[0]["text"]
     assert not report(tmp_path, tmp_path / "one").find("section", id="changed")
 
@@ -570,12 +577,19 @@ def test_a_report_of_several_runs_is_a_file_of_its_own_and_is_opened_if_asked(tm
     assert main(["report", str(runs[0])]) == 0 and not opened
     own = (runs[0] / "report.html").read_bytes()
     assert main(["report", *map(str, runs), "--open"]) == 0
-    both = runs[0] / "report-with-run.html"
+    both = runs[0] / "report-with-b-run.html"
     assert opened == [both.as_uri()] and (runs[0] / "report.html").read_bytes() == own
     assert capsys.readouterr().out.split() == [str(runs[0] / "report.html"), str(both)]
-    assert [name for name, *_ in Page(both).plots("score")["math"]["s"]] == ["run", "run"]
+    assert [name for name, *_ in Page(both).plots("score")["math"]["s"]] == ["a/run", "b/run"]
     assert main(["report", *map(str, runs), "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == [*map(str, runs)]  # two of one name: by their folders
+    assert list(json.loads(capsys.readouterr().out)) == ["a/run", "b/run"]  # two of one name: by their folders
+    assert main(["report", str(runs[0]), str(runs[0] / "."), "--json"]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    monkeypatch.chdir(runs[0])
+    (runs[0] / "alarms.jsonl").write_text('{"step": 1, "kind": "stale", "value": NaN}\n')
+    assert main(["report", ".", str(runs[1]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told["a/run"]["alarms"][0]["value"] is None
 
 
 def test_an_alarms_line_says_whose_it_is_where_there_are_two_runs(tmp_path):
@@ -669,6 +683,57 @@ def test_colours_stand_out_from_the_paper_and_from_each_other_for_all_eyes(hues,
         seen = [oklab(np.clip(matrix @ linear(hue), 0, 1)) for hue in hues]
         nearest = min(math.dist(a, b) for k, a in enumerate(seen) for b in seen[:k])
         assert nearest >= (0.07 if eyes == "tritan" else 0.1), eyes
+
+
+def test_entropy_outside_its_band_without_an_alarm_is_said_of_either_side(tmp_path):
+    for name, last, where, kind in (("low", 0.3, "below", "collapse"), ("high", 1.8, "above", "explosion")):
+        run = hand_run(tmp_path / name, entropy=(1.0, 0.9, last), table={**STAGES, 20: (0.9, 0.9, 0.5)})
+        (run / "recipe.yaml").write_text(
+            "domains: {a: {train: x}, b: {train: y}, w: {}}\nentropy: {band: [0.5, 1.5]}\n"
+        )
+        (run / "end.json").write_text("{}")
+        told = tell(find(read_run(run)))
+        assert f"{where} it in a (no alarm of a:" in told[3] and "entropy of a goes on leaving its band" in told[-1]
+        (run / "alarms.jsonl").write_text(json.dumps({"step": 20, "kind": kind, "domain": "a", "message": "moved"}))
+        assert "no alarm of" not in tell(find(read_run(run)))[3]
+
+
+def test_a_run_that_is_running_is_not_told_to_be_resumed(tmp_path):
+    run = hand_run(tmp_path / "run")
+    (run / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    ran, *_, then = tell(find(read_run(run)))
+    assert ran.endswith("it is still being written.") and "polyphony watch run" in then and "--resume" not in then
+
+
+@pytest.mark.parametrize("mixture", [{}, {"z": 1.0}, {"math": None}])
+def test_decisions_without_a_share_of_a_known_domain_draw_nothing(tmp_path, mixture):
+    run = write_run(tmp_path / "run", domains=("math",), watch_only=(), steps=20, items=20)
+    (run / "decisions.jsonl").write_text(json.dumps({"draw": 0, "step": 0, "mixture": mixture, "reason": "r"}) + "\n")
+    page = report(tmp_path, run)
+    assert not page.find("section", id="mixture") and page.find("section", id="score")
+
+
+def test_closing_lines_have_dashes_where_nothing_is_known(tmp_path):
+    run = hand_run(tmp_path / "run", table={0: STAGES[0]}, trained=((),), entropy=(1.0,))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.json").write_text('{"checkpoint": "checkpoint-1"}')
+    said = closing(find(read_run(run)))
+    assert said.splitlines()[2].split() == ["a", "0.20", "–", "1.00"] and "nan" not in said
+    assert "best checkpoint, by its worst trained domain: checkpoint-1" in said
+
+
+def test_very_many_alarms_words_and_domains_stay_within_two_megabytes(tmp_path):
+    names = [f"domain{n}" for n in range(40)]
+    run = write_run(tmp_path / "run", domains=names, watch_only=(), steps=60, items=20)
+    alarms = [{"step": n, "kind": "stale", "domain": names[n % 40], "message": "m" * 300} for n in range(20_000)]
+    (run / "alarms.jsonl").write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms))
+    samples = [
+        json.loads(line) | {"completion": "語" * 3000} for line in (run / "samples.jsonl").read_text().splitlines()
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    page = write_report([run], tmp_path / "report.html")
+    assert page.stat().st_size <= 2_000_000
+    assert re.search(r"2\d,\d{3} alarms: the first of each kind and domain, and the newest", page.read_text())
 
 
 @pytest.mark.slow

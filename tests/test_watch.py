@@ -50,7 +50,22 @@ def test_a_picture_has_every_domain_with_its_numbers_and_nothing_is_cut_off(tmp_
     assert "step 20: collapse of facts: entropy fell" in said
 
 
-@pytest.mark.parametrize("width", [98, 80, 72])
+def test_a_terminal_that_is_full_shows_the_newest_alarms_whatever_it_cuts(tmp_path):
+    names = [f"d{n}" for n in range(40)]
+    run = write_run(tmp_path / "run", domains=names, watch_only=(), steps=20, items=20)
+    alarms = [{"step": n, "kind": "stale", "message": f"\x1b[2J{n}"} for n in range(9)]
+    (run / "alarms.jsonl").write_text("".join(json.dumps(alarm) + "\n" for alarm in alarms))
+    said = shown(run).splitlines()
+    assert [line.split("stale: ")[1].split()[0] for line in said[1:4]] == [rf"\x1b[2J{n}" for n in (6, 7, 8)]
+    assert "9 alarms in all" in said[4] and "d39" in said[-2] + said[-3] + said[-4]
+
+
+def test_names_and_words_of_a_run_are_no_markup(tmp_path):
+    run = write_run(tmp_path / "run", domains=("a[/b]",), watch_only=(), steps=20, items=20)
+    assert "a[/b]" in shown(run)
+
+
+@pytest.mark.parametrize("width", [98, 80, 72, 56, 40])
 def test_numbers_stand_whole_in_a_narrow_terminal(tmp_path, width):
     run = write_run(tmp_path / "run", steps=40, eval_every=20, items=20)
     said, told = shown(run, width=width), Seen(run).findings
@@ -63,6 +78,8 @@ def test_runs_stand_side_by_side_where_there_is_room(tmp_path):
     wide, narrow = shown(*runs, width=200), shown(*runs, width=100)
     assert any("one" in line and "two" in line for line in wide.splitlines())
     assert not any("one" in line and "two" in line for line in narrow.splitlines())
+    for width in (80, 98, 197):
+        assert max(map(len, shown(*runs, width=width).splitlines())) <= width
 
 
 def test_a_folder_is_read_anew_only_after_something_was_written(tmp_path, monkeypatch):

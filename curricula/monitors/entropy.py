@@ -146,7 +146,6 @@ class EntropyMonitor:
         """Return, per domain that was drawn, its metrics; undefined ones are NaN."""
         return {
             name: {"entropy_slope": self.slope(name), "entropy_place": self.place(name)}
-            | dict(zip(("entropy_low", "entropy_high"), self.band(name), strict=True))
             for name, watch in self.watches.items()
             if watch.recent
         }

@@ -64,20 +64,27 @@ def slurm(run: Job, *, gpus_per_node: int | None) -> int:
 def _check_slurm(run: Job) -> None:
     if run.recipe.rollouts.address is not None:
         raise RecipeError("rollouts.address: a Slurm job brings up its own Ray cluster; leave it away")
+    _check_rollout_nodes(run)
+    here.check_heads(run.recipe, is_dry=run.is_dry)
+
+
+def _check_rollout_nodes(run: Job) -> None:
     if run.recipe.cluster.rollout_nodes and run.recipe.rollouts.engine != "ray":
         raise RecipeError(
             f"cluster.rollout_nodes={run.recipe.cluster.rollout_nodes} need rollouts.engine: ray, "
             f"got {run.recipe.rollouts.engine}"
         )
-    here.check_heads(run.recipe, is_dry=run.is_dry)
 
 
 def ray(run: Job, *, address: str, gpus_per_node: int | None) -> int:
     """Run on the cluster whose dashboard is at `address`, and follow the job."""
+    _check_rollout_nodes(run)
     gpus = here.gpus_here() if gpus_per_node is None else gpus_per_node
     address = address if "://" in address else f"http://{address}"
     cluster = run.recipe.cluster
-    command = jobs.plan(address, run.train_words, cluster, gpus=cluster.processes if gpus else 0)
+    unknown = gpus_per_node is None and not gpus  # as where a login machine has none
+    held = None if unknown else cluster.processes if gpus else 0
+    command = jobs.plan(address, run.train_words, cluster, gpus=held)
     if run.is_dry:
         print(command)
         return 0

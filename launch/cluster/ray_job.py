@@ -19,24 +19,24 @@ from polyphony.launch.sections import ClusterSection
 from polyphony.trainer.run import say
 
 
-def plan(address: str, train_words: Sequence[str], cluster: ClusterSection, *, gpus: int) -> Command:
+def plan(address: str, train_words: Sequence[str], cluster: ClusterSection, *, gpus: int | None) -> Command:
     """Return the `ray job submit` that runs `polyphony train` on the cluster, on its head node where it takes no GPUs.
 
-    `gpus` are the trainer ranks' of a node: Ray has to know of them, or it would give the same to a rollout worker. Recipe,
-    rows, model and run folder are read and written where the job runs: their paths have to be shared.
+    `gpus` are the trainer ranks' of a node: Ray has to know of them, or it would give the same to a rollout worker; None: a
+    driver there asks whether the nodes have any. Recipe, rows, model and run folder are read and written where the job runs:
+    their paths have to be shared.
     """
     environment = {"py_modules": [str(staged_package())]}  # the `python` there may lack it
     job = ["python", "-P", "-m", "polyphony.launch.cli", "launch", "local", *train_words]
-    if cluster.trainer_nodes + cluster.rollout_nodes > 1:
+    if gpus is None or cluster.trainer_nodes + cluster.rollout_nodes > 1:
         nodes = ["--trainer-nodes", str(cluster.trainer_nodes), "--rollout-nodes", str(cluster.rollout_nodes)]
+        nodes += ["--processes", str(cluster.processes)] if gpus is None else ["--gpus", str(gpus)]
         job = [
             "python",
             "-P",
             "-m",
             "polyphony.launch.cluster.ray_nodes",
             *nodes,
-            "--gpus",
-            str(gpus),
             "--",
             *train_words,
         ]

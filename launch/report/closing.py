@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 
 from polyphony.launch.report.numbers import Findings
 from polyphony.launch.report.story import bounds, signed
+from polyphony.trainer.run import visible
 
 SAID = 3
 """Alarms that are said in full; the report has them all."""
@@ -13,29 +16,37 @@ SAID = 3
 
 def closing(findings: Findings) -> str:
     """Return what a run prints last: held-out scores with 95 % intervals of their change, the best checkpoint, alarms."""
-    return "\n".join([table(findings), *_best(findings), *_alarms(findings)])
+    return visible("\n".join([table(findings), *_best(findings), *_alarms(findings)]))
 
 
 def table(findings: Findings) -> str:
     """Return each domain's held-out score, its change with a 95 % interval, and its entropy, before and after the run."""
     if not findings.change:
         return f"{findings.run.title}: no evaluation, so nothing is known of held-out scores"
-    lines = [findings.run.title, f"{'':<14}{'held-out score':>18}{'change, 95 % interval':>28}{'entropy':>18}"]
+    width = max(14, *(len(visible(name)) + 1 for name in findings.change))
+    lines = [findings.run.title, f"{'':<{width}}{'held-out score':>18}{'change, 95 % interval':>28}{'entropy':>18}"]
     for name, change in findings.change.items():
-        before, after = findings.scores[name][0].mid, findings.scores[name][-1].mid
-        entropy = findings.entropy[name]
-        line = f"{name:<14}{before:>11.2f} → {after:.2f}{f'{signed(change.mid)} {bounds(change)}':>28}"
-        line += f"{entropy.before:>11.2f} → {entropy.after:.2f}"
+        entropy, scores = findings.entropy[name], [score.mid for score in findings.scores[name]]
+        moved = f"{signed(change.mid)} {bounds(change)}" if math.isfinite(change.mid) else "–"
+        line = f"{visible(name):<{width}}{_ends(scores[:1] + scores[1:][-1:]):>18}{moved:>28}"
+        line += f"{_ends([entropy.before, entropy.after]):>18}"
         place = {"below": "   below its band", "above": "   above its band"}.get(entropy.place, "")
         lines.append(line + ("   only watched" if name in findings.run.watch_only else "") + place)
     return "\n".join(lines)
+
+
+def _ends(values: Sequence[float]) -> str:
+    """Write a first and a last value as `0.25 → 0.61`; one where the other is unknown."""
+    return " → ".join(f"{value:.2f}" for value in values if math.isfinite(value)) or "–"
 
 
 def _best(findings: Findings) -> list[str]:
     best = findings.run.best
     if not best:
         return []
-    return [f"best checkpoint, by its worst trained domain ({best['worst_domain_score']:.3f}): {best['checkpoint']}"]
+    score = best.get("worst_domain_score")
+    by = f" ({score:.3f})" if isinstance(score, float) else ""
+    return [f"best checkpoint, by its worst trained domain{by}: {best.get('checkpoint', 'its name is not on record')}"]
 
 
 def _alarms(findings: Findings) -> list[str]:

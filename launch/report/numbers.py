@@ -187,7 +187,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
             "tokens_per_s": _plain(average(run, "rollout/tokens_per_s")),
             "step_time_s": _plain(average(run, "step_time")),
         },
-        "alarms": [dict(alarm) for alarm in run.alarms],
+        "alarms": [{key: _finite(value) for key, value in alarm.items()} for alarm in run.alarms],
         "missing": list(run.missing),
     }
 
@@ -258,6 +258,10 @@ def _entropy(run: LoadedRun, rows: Sequence[Evaluation], name: str) -> Entropy:
 
 def _bounds(interval: Interval) -> list[float] | None:
     return [*interval] if math.isfinite(interval.mid) else None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: float) -> float | None:

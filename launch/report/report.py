@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from polyphony.curricula.files import replace_file
 from polyphony.launch.report import sections
-from polyphony.launch.report.charts import place_whisker
+from polyphony.launch.report.charts import fmt, place_whisker
 from polyphony.launch.report.lessons import lessons
 from polyphony.launch.report.numbers import as_json, find
 from polyphony.launch.report.run import read_run
@@ -26,6 +26,7 @@ from polyphony.launch.report.skills import skills
 from polyphony.launch.report.story import LABELS, bounds, signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT, Sheet
 from polyphony.launch.report.ways import shared, ways
+from polyphony.trainer.run import visible
 
 
 def _tight(value: float, digits: int) -> str:
@@ -47,6 +48,7 @@ TEMPLATES = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    finalize=lambda value: visible(value) if type(value) is str else value,  # markup is a str of another type
 )
 TEMPLATES.tests["finite"] = math.isfinite
 TEMPLATES.filters |= {
@@ -55,6 +57,7 @@ TEMPLATES.filters |= {
     "change": sections.change_with_bounds,
     "tight": _tight,
     "fixed": _fixed,
+    "number": fmt,
     "cut": _cut,
     "text": sections.as_text,
     "whisker": place_whisker,
@@ -81,7 +84,7 @@ CHAPTERS = (
             "Held-out scores on the report half of the items, before and after. Intervals of changes are over items and "
             "hold for all domains together with 95 %; a change is coloured only where its interval leaves out zero. "
             "± is half the 95 % interval of one score.", "domains"),
-    Chapter("alarms", "Alarms", lambda sheet: [f.run.alarms for f in sheet.findings], "What went off, when and where.", ""),
+    Chapter("alarms", "Alarms", sections.alarms, "What went off, when and where.", ""),
     Chapter("entropy", "Entropy", sections.entropy,
             "Nats per token at the run's temperature. Line: rollouts in training; dots: held-out prompts. The grey "
             "zone is the allowed band around the base model's level; each panel has its own scale.",
@@ -146,6 +149,20 @@ CHAPTERS = (
 )  # fmt: skip
 
 
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """Return what tells run folders apart: their names, where two bear one with their folders', else whole paths.
+
+    Raises ValueError for a folder that is given twice.
+    """
+    paths = [run.resolve() for run in runs]
+    if twice := next((str(run) for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1), None):
+        raise ValueError(f"{twice} is given twice")
+    for names in ([path.name for path in paths], [f"{path.parent.name}/{path.name}" for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one run, or of several side by side, to `out` and return it.
 
@@ -153,7 +170,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """
     if not runs:
         raise ValueError("a report needs at least one run folder, got none")
-    sheet = Sheet(findings=tuple(find(read_run(path)) for path in runs))
+    sheet = Sheet(findings=tuple(find(read_run(path)) for path in runs), names=names_of([*map(Path, runs)]))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, _page(sheet))
@@ -167,7 +184,7 @@ def write_replay(run: str | Path, decisions: Sequence[Mapping[str, Any]], *, sch
     """
     ran = read_run(run)
     other = replace(ran, name=f"{scheduler}, replayed", decisions=decisions)
-    sheet = Sheet(findings=(find(ran), find(other)))
+    sheet = Sheet(findings=(find(ran), find(other)), names=(ran.name, other.name))
     only = [chapter for chapter in CHAPTERS if chapter.id == "mixture"]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)

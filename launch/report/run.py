@@ -61,6 +61,8 @@ class LoadedRun:
     best: Mapping[str, Any]
     """The checkpoint noted as best and the score of its worst trained domain; empty where none is."""
     is_finished: bool
+    is_left: bool | None
+    """Whether the process that wrote it has ended; None where this machine cannot see it."""
     at: str
     """When it ended, or wrote its newest metrics: date and time of day, UTC; empty where unknown."""
     missing: tuple[str, ...]
@@ -164,32 +166,33 @@ def _read(folder: RunFolder) -> LoadedRun:
         predicted=_read_predicted(folder.predicted, missing),
         best=as_mapping(_read_json(folder.best, missing)) if folder.best.is_file() else {},
         is_finished=folder.has_ended or ("end" not in provenance and folder.final.is_dir()),  # of older versions
-        at=_when(folder),
+        is_left=folder.is_left,
+        at=_when(folder)[:16],
         missing=tuple(missing),
     )
 
 
 def run_before(run: LoadedRun) -> LoadedRun | None:
     """Return the newest earlier run of the same name among the folders beside this one; None where there is none."""
-    named = run.setting("name")
+    named, when = run.setting("name"), _when(RunFolder(run.path))
     earlier = []
     for path in run.path.resolve().parent.iterdir() if named and run.at else ():
         folder = RunFolder(path)
         if not path.is_dir() or path == run.path.resolve() or not folder.recipe.is_file():
             continue
-        if (at := _when(folder)) and at < run.at and _read_recipe(folder.recipe, [])[1].get("name") == named:
+        if (at := _when(folder)) and at < when and _read_recipe(folder.recipe, [])[1].get("name") == named:
             earlier.append((at, path))
     return read_run(max(earlier)[1]) if earlier else None
 
 
 def _when(folder: RunFolder) -> str:
-    """Return when a run ended, or else when its metrics were last written."""
+    """Return when a run ended, or else when its metrics were last written, to the second."""
     ended, metrics = _read_json(folder.end, []), folder.ledger("metrics")
     if at := str(as_mapping(ended).get("at", "")):
-        return at[:16].replace("T", " ")
+        return at[:19].replace("T", " ")
     if not metrics.is_file():
         return ""
-    return datetime.fromtimestamp(metrics.stat().st_mtime, UTC).isoformat(sep=" ", timespec="minutes")[:16]
+    return datetime.fromtimestamp(metrics.stat().st_mtime, UTC).isoformat(sep=" ", timespec="seconds")[:19]
 
 
 def stage_spans(run: LoadedRun) -> list[tuple[float, float, str]]:

@@ -15,13 +15,27 @@ import numpy as np
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import graded
 from polyphony.launch.report.charts import Figure, Layer, Line, Mark, draw_stack
-from polyphony.launch.report.numbers import FEWEST, Exchange, Findings, Transfer, between, budget, find, fit_exchange
+from polyphony.launch.report.numbers import (
+    FEWEST,
+    Exchange,
+    Findings,
+    Transfer,
+    average,
+    between,
+    budget,
+    find,
+    fit_exchange,
+)
 from polyphony.launch.report.run import LoadedRun, as_mapping, run_before
 from polyphony.launch.report.story import bounds, signed
 from polyphony.launch.report.theme import Panels, Sheet
 from polyphony.trainer.run import visible
 
 PROMPTS = 3
+LETTERS = 100_000
+"""Characters of all completions shown together."""
+ALARMS = 200
+"""Alarms of a run that are shown at most."""
 """Sample prompts shown a domain."""
 
 
@@ -99,6 +113,14 @@ QUALITIES = {
     "self_bleu": "How much an item's samples repeat each other (self-BLEU)",
 }
 """Metrics of `heldout/<d>` and what they say."""
+
+
+Ends = tuple[float, ...]
+"""A number then and now; NaN where it is unknown."""
+PACE = {"step_time": "seconds a step", "rollout/tokens_per_s": "tokens a second"}
+"""What of the whole run is compared with the run before."""
+NOTES, NOTE = 200, 160
+"""Reasons that stand under the pointer, and characters of one."""
 
 
 IN_EVALUATIONS = {"kl_base": "kl"}
@@ -244,12 +266,20 @@ def _mixture(sheet: Sheet, run: LoadedRun) -> Mixture | None:
     x = np.array([row.get("step", row.get("draw", k)) for k, row in enumerate(rows)], dtype=float)
     layers = []
     for name in run.domains:
-        share = np.array([row["mixture"].get(name, 0.0) for row in rows], dtype=float)
+        share = np.nan_to_num(np.array([row["mixture"].get(name) for row in rows], dtype=float))
         if share.any():
             layers.append(Layer(name=name, share=share, colour=sheet.colour(name)))
+    if not layers:
+        return None
     reasons = _reasons(rows, x)
-    figure = draw_stack("share of each draw", x, layers, notes=[(start, words) for start, _, words in reasons])
+    figure = draw_stack("share of each draw", x, layers, notes=_notes(reasons))
     return Mixture(figure, reasons, math.ceil(len(reasons) / REASONS))
+
+
+def _notes(reasons: Sequence[tuple[float, float, str]]) -> list[tuple[float, str]]:
+    """Return what stands under the pointer: of very many reasons every so-manieth, of a long one its beginning."""
+    every = math.ceil(len(reasons) / NOTES)
+    return [(start, words[:NOTE]) for start, _, words in reasons[:: every or 1]]
 
 
 def _reasons(rows: Sequence[Mapping[str, Any]], x: np.ndarray) -> list[tuple[float, float, str]]:
@@ -283,7 +313,7 @@ def _states(sheet: Sheet, run: LoadedRun, name: str) -> Figure | None:
         for state, series, tone in zip(STATES, found, (colour, pale, "var(--muted)", half), strict=True)
         if series is not None
     ]
-    return draw_stack(name, steps, layers, domain=name, chip=colour, bins=60)
+    return draw_stack(name, steps, layers, domain=name, chip=colour, bins=sheet.bins)
 
 
 def rollouts(sheet: Sheet) -> tuple[list[dict[str, tuple[float, float]]], list[Panels], list[Panels]]:
@@ -406,9 +436,28 @@ def _shares(shares: Mapping[str, float]) -> str:
 # --- what the model said, and how the run was made --------------------------------------------------------------------
 
 
-def samples(sheet: Sheet) -> list[list[tuple[str, list]]]:
-    """Return (domain, [(prompt, rows)]): answers to the same held-out prompts at the start, in the middle and at the end."""
-    return [[(name, said) for name in f.run.domains if (said := _said(f.run, name))] for f in sheet.findings]
+def samples(sheet: Sheet) -> tuple[list[list[tuple[str, list]]], int]:
+    """Return (domain, [(prompt, rows)]): answers to the same held-out prompts at the start, in the middle and at the end,
+    and how many characters of each there is room for."""
+    found = [[(name, said) for name in f.run.domains if (said := _said(f.run, name))] for f in sheet.findings]
+    n = sum(len(rows) for of_run in found for _, prompts in of_run for _, rows in prompts)
+    return found, max(200, min(3000, LETTERS // max(1, n)))
+
+
+def alarms(sheet: Sheet) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
+    """Return each run's alarms, of very many the first of each kind and domain and the newest; and what is left out, in
+    words."""
+    shown, more = [], []
+    for n, f in enumerate(sheet.findings):
+        rung = list(f.run.alarms)
+        if len(rung) > ALARMS:
+            first = {(alarm.get("kind"), alarm.get("domain")): k for k, alarm in reversed([*enumerate(rung)])}
+            kept = sorted({*sorted(first.values())[: ALARMS // 2], *range(len(rung) - ALARMS // 2, len(rung))})
+            whose = f"{sheet.letter(n)} " if sheet.letter(n) else ""
+            more.append(f"{whose}{len(rung):,} alarms: the first of each kind and domain, and the newest.")
+            rung = [rung[k] for k in kept]
+        shown.append(rung)
+    return shown, more
 
 
 def _said(run: LoadedRun, name: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
@@ -428,20 +477,40 @@ def as_text(value: Any) -> str:
     return "" if value is None else visible(str(value))
 
 
-def since(sheet: Sheet) -> list[tuple[str, list[tuple[str, Interval]], list[tuple[str, str, str]]] | None]:
-    """Return of each run (the run before, [(domain, score now minus then)], [(key, then, now) of the recipe])."""
+def since(sheet: Sheet) -> list[Since | None]:
+    """Return each run beside the one before it."""
     return [_since(f) if sheet.is_single else None for f in sheet.findings]
 
 
-def _since(findings: Findings) -> tuple[str, list[tuple[str, Interval]], list[tuple[str, str, str]]] | None:
+class Since(NamedTuple):
+    """A run beside the one of its name before it."""
+
+    before: str
+    scores: list[tuple[str, Interval, Ends, Ends]]
+    """Domain, score now minus then, and entropy and drawdown then and now."""
+    pace: list[tuple[str, Ends]]
+    keys: list[tuple[str, str, str]]
+
+
+def _since(findings: Findings) -> Since | None:
     before = run_before(findings.run)
     if before is None:
         return None
     then, now = (dict(_flat(run.recipe)) for run in (before, findings.run))
     keys = [(key, then.get(key, "–"), now.get(key, "–")) for key in sorted({*then, *now})]
     earlier = find(before)
-    scores = [(name, between(earlier, findings, name)) for name in findings.run.domains]
-    return before.title, scores, [(key, old, new) for key, old, new in keys if old != new]
+    both = (earlier, findings)
+    scores = [
+        (
+            name,
+            between(earlier, findings, name),
+            tuple(f.entropy[name].after if name in f.entropy else math.nan for f in both),
+            tuple(f.final("drawdown", name).mid for f in both),
+        )
+        for name in findings.run.domains
+    ]
+    pace = [(words, (average(before, key), average(findings.run, key))) for key, words in PACE.items()]
+    return Since(before.title, scores, pace, [(key, old, new) for key, old, new in keys if old != new])
 
 
 def provenance(sheet: Sheet) -> list[list[tuple[str, str]]]:

@@ -18,6 +18,14 @@ NAMED = 4
 """Domains a sentence names before it counts the rest."""
 
 
+STATES = {
+    True: "was stopped before its end",
+    False: "is still being written",
+    None: "is still being written, or was stopped before its end",
+}
+"""A run that has not ended, by whether its process has."""
+
+
 LABELS = ("ran", "learned", "forgot", "entropy", "spent", "next")
 """What ran, what it gained and lost, what was forgotten, where entropy went, rollouts and alarms, and what to do next."""
 
@@ -52,7 +60,7 @@ def _ran(findings: Findings) -> str:
     text += (
         f", watching {_list(watched)} without training on {'it' if len(watched) == 1 else 'them'}" if watched else ""
     )
-    text += "." if run.is_finished else "; it is still being written, or was stopped before its end."
+    text += "." if run.is_finished else f"; it {STATES[run.is_left]}."
     since = [str(line) for line in run.provenance.get("since") or ()]
     if since:
         text += f" Changed on the way: {'; '.join(since[:NAMED])}{' and more' if len(since) > NAMED else ''}."
@@ -124,10 +132,16 @@ def _entropy(findings: Findings) -> str:
     if not (below or above):
         return f"Entropy ended inside its band in every domain; the lowest against its start, {moved}."
     parts = [f"{where} it in {_list(names)}" for where, names in (("below", below), ("above", above)) if names]
-    told = {str(alarm.get("domain")) for alarm in findings.run.alarms if alarm.get("kind") == "collapse"}
-    quiet = [name for name in below if name not in told]
-    unsure = f" (no alarm of {_list(quiet)}: by its interval it may be inside)" if quiet else ""
+    quiet = _unalarmed(findings, below, above)
+    unsure = f" (no alarm of {_list(quiet)}: the alarm's test cannot tell it from inside)" if quiet else ""
     return f"Entropy ended outside its band, {' and '.join(parts)}{unsure}; the lowest against its start, {moved}."
+
+
+def _unalarmed(findings: Findings, below: Sequence[str], above: Sequence[str]) -> list[str]:
+    """Return the domains whose entropy ended outside its band without an alarm of it."""
+    told = {(str(alarm.get("domain")), alarm.get("kind")) for alarm in findings.run.alarms}
+    outside = ((below, "collapse"), (above, "explosion"))
+    return [name for names, kind in outside for name in names if (name, kind) not in told]
 
 
 def _spent(findings: Findings) -> str:
@@ -150,8 +164,10 @@ def _spent(findings: Findings) -> str:
 def _next(findings: Findings) -> str:
     """Say what the alarms, the losses and the run's end ask for."""
     run = findings.run
-    if not run.is_finished:
-        return f"Next: it goes on with `polyphony train --resume {run.path.name}` in the folder of its runs."
+    if run.is_left is False:
+        return f"Next: `polyphony watch {run.name}` in the folder of its runs shows how it goes on."
+    resumed = f"Next: it goes on with `polyphony train --resume {run.name}` in the folder of its runs"
+    again = "" if run.is_finished else resumed
     helps: dict[str, list[str]] = {}
     for alarm in run.alarms:
         if alarm.get("remedy"):
@@ -159,7 +175,10 @@ def _next(findings: Findings) -> str:
             helps.setdefault(str(alarm["remedy"]), []).append(whose)
     if helps:
         said = [f"{remedy} (for {_list(list(dict.fromkeys(whose)))})" for remedy, whose in list(helps.items())[:2]]
-        return f"Next, what may help: {'; or '.join(said)}."
+        what = f"what may help: {'; or '.join(said)}."
+        return f"{again}; {what}" if again else f"Next, {what}"
+    if again:
+        return f"{again}."
     lost = [name for name, change in findings.claims("change").items() if change.is_below_zero]
     if lost:
         watched = [name for name in lost if name in run.watch_only]
@@ -170,6 +189,9 @@ def _next(findings: Findings) -> str:
         return "Next: give domains held-out rows, so that it can be said what was learned."
     if all(not change.is_above_zero for change in findings.claims("change").values()):
         return "Next: more steps, or more held-out items, which narrow the intervals: nothing can be told yet."
+    places = [[n for n, e in findings.entropy.items() if e.place == where] for where in ("below", "above")]
+    if unsure := _unalarmed(findings, *places):
+        return f"Next: see whether the entropy of {_list(unsure)} goes on leaving its band; `entropy.control` holds it."
     return "Next: nothing stands out; a second seed would say how far this holds for the recipe."
 
 

@@ -14,13 +14,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from polyphony.curricula.intervals import Interval
-from polyphony.launch.report.charts import Figure, Line, Mark, Occasion, Panel, draw_panel, fmt, padded, thin
+from polyphony.launch.report.charts import BINS, Figure, Line, Mark, Occasion, Panel, draw_panel, fmt, padded, thin
 from polyphony.launch.report.numbers import Findings
 
 LIGHT = ("#2b51b3", "#f05315", "#0aa379", "#841471", "#8b80f6", "#4a5314", "#4981a6", "#4c2015")
 DARK = ("#3278ee", "#ed6a3a", "#7bd68c", "#bc2888", "#cbcaf9", "#e1fe9f", "#70a9b4", "#9a5b24")
 """Eight hues, on light and on dark paper: contrast to the paper above 3, and any two differ by at least 0.1 in OKLab
 for normal, protan and deutan eyes (matrices of Machado et al. 2009) and 0.07 for tritan ones."""
+POINTS = 1000
+"""Points of all domains' lines together, of one metric."""
+WORDS = 80
+"""Characters of an alarm under the pointer; the table has all."""
+STRIPS = 30
+"""Stages that are drawn below every panel."""
 TONES = 3
 """After eight domains the hues come again nearer to the ink, then nearer to grey; labels tell them apart."""
 
@@ -37,6 +43,8 @@ class Sheet:
     """The runs of one report."""
 
     findings: Sequence[Findings]
+    names: Sequence[str]
+    """What tells the runs apart."""
 
     @property
     def domains(self) -> list[str]:
@@ -46,6 +54,11 @@ class Sheet:
     @property
     def is_single(self) -> bool:
         return len(self.findings) == 1
+
+    @property
+    def bins(self) -> int:
+        """Points a line keeps at most: fewer where there are very many lines, so that the page stays small."""
+        return max(12, min(BINS, POINTS // max(1, len(self.domains) * len(self.findings))))
 
     @property
     def x_range(self) -> tuple[float, float]:
@@ -63,7 +76,7 @@ class Sheet:
 
     def letter(self, n: int) -> str:
         """Return the letter of run n, A first; nothing where there is only one run."""
-        return "" if self.is_single else chr(ord("A") + n % 26)
+        return "" if self.is_single else (chr(ord("@") + n // 26) if n >= 26 else "") + chr(ord("A") + n % 26)
 
     def line(
         self,
@@ -78,7 +91,7 @@ class Sheet:
     ) -> Line:
         """Return a curve of run n in the style of its run; `colour` is that of the first run."""
         tones = (colour, "var(--ink)", "var(--muted)")
-        run = "" if self.is_single else self.findings[n].run.name
+        run = "" if self.is_single else self.names[n]
         return Line(
             name=f"{run} {what}".strip(),
             x=np.asarray(x, dtype=float),
@@ -100,7 +113,7 @@ class Sheet:
         lines = []
         for n, found in enumerate(self.findings):
             if key in found.run.metrics:
-                x, y, low, high = thin(*found.run.metrics[key])
+                x, y, low, high = thin(*found.run.metrics[key], bins=self.bins)
                 lines.append(self.line(n, colour, x, y, what=what, band=(low, high)))
         return lines
 
@@ -167,7 +180,7 @@ class Sheet:
         found = [
             Occasion(
                 x=float(alarm["step"]),
-                what=f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip(),
+                what=f"{self.letter(n)} {alarm.get('kind', 'alarm')}: {alarm.get('message', '')}".strip()[:WORDS],
                 whose=self.letter(n),
             )
             for n, found in enumerate(self.findings)
@@ -177,8 +190,8 @@ class Sheet:
         return found[:6]
 
     def ribbon(self) -> list[tuple[float, float, str]]:
-        """Return the stages of the run as strips of the trained domain's colour; none for several runs."""
-        if not self.is_single:
+        """Return the stages of the run as strips of the trained domain's colour; none for several runs, nor of very many."""
+        if not self.is_single or len(self.findings[0].stages) > STRIPS:
             return []
         return [(a, b, self.colour(name)) for a, b, name in self.findings[0].stages if name in self.domains]
 

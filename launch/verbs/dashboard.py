@@ -33,6 +33,7 @@ def specify(run: Path, out: Path) -> tuple[Any, str, str | None]:
     found = read_run(run)
     if not found.domains:
         raise RecipeError(f"run {run} names no domains: neither its recipe nor its metrics can be read")
+    told = {"transfer": find(found).transfer is not None, "decisions": found.decisions, "completions": found.samples}
     tracking = found.setting("tracking", "wandb") or {}
     missing = obstacle()
     workspace = build_workspace(
@@ -41,7 +42,7 @@ def specify(run: Path, out: Path) -> tuple[Any, str, str | None]:
         project=tracking.get("project") or "polyphony",
         domains=found.domains,
         logged=found.metrics.keys(),
-        tables=[table for table in TABLES if table != "transfer" or find(found).transfer is not None],
+        tables=[table for table in TABLES if table not in told or told[table]],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(specification(workspace), indent=1))

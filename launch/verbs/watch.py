@@ -22,6 +22,7 @@ from rich.text import Text
 from polyphony.launch.report.numbers import Findings, find
 from polyphony.launch.report.run import Series, read_run
 from polyphony.launch.report.story import signed
+from polyphony.trainer.run import visible
 from polyphony.trainer.run.folder import LEDGERS, RunFolder
 from polyphony.trainer.run.progress import track
 
@@ -73,13 +74,15 @@ class Seen:
 
 def _pictures(seen: Sequence[Seen], room: int) -> RenderableType:
     width = min(WIDE, room)
-    return Columns([one.picture(width) for one in seen], width=width) if len(seen) > 1 else seen[0].picture(width)
+    pictures = [one.picture(width) for one in seen]
+    return Columns(pictures, width=width) if room > 2 * width else Group(*pictures)
 
 
 def picture(findings: Findings, width: int = WIDE) -> Panel:
-    """Return one run: a row a domain with its curves, then throughput, what moved what, and the newest alarms.
+    """Return one run: its newest alarms, a row a domain with its curves, then throughput and what moved what.
 
-    In fewer than `WIDE` characters a line the curves are shorter, or left out.
+    In fewer than `WIDE` characters a line the curves are shorter, or left out, and then columns. What does not fit below is
+    cut, so the alarms stand first.
     """
     run = findings.run
     of = f" of {run.planned_steps:,}" if run.planned_steps else ""
@@ -87,12 +90,19 @@ def picture(findings: Findings, width: int = WIDE) -> Panel:
     state = "over" if run.is_finished else left
     title = f"{run.title}  step {run.steps:,}{of}, {state}"
     curves = max(0, WIDTH - math.ceil((WIDE - width) / 3))
-    return Panel(Group(_table(findings, curves), *_lines(findings)), title=Text(title), title_align="left", width=width)
+    shown = Group(*_alarms(findings), _table(findings, curves, width), *_lines(findings))
+    return Panel(shown, title=Text(visible(title)), title_align="left", width=width)
 
 
-def _table(findings: Findings, curves: int) -> Table:
+HEADINGS = ("domain", "score", "", "lost", "entropy", "", "band", "reward", "", "share")
+LEAST = {"reward": 72, "share": 72, "entropy": 56, "lost": 48}
+"""Characters a line from which a column is shown; the others always are."""
+
+
+def _table(findings: Findings, curves: int, width: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("domain", "score", "", "lost", "entropy", "", "band", "reward", "", "share"):
+    shown = [n for n, heading in enumerate(HEADINGS) if LEAST.get(heading, 0) <= width and (heading or curves)]
+    for heading in (HEADINGS[n] for n in shown):
         table.add_column(heading, justify="left" if heading in ("domain", "", "band") else "right", no_wrap=True)
     metrics = findings.run.metrics
     for name in findings.run.domains:
@@ -100,8 +110,8 @@ def _table(findings: Findings, curves: int) -> Table:
         reward, sampled = metrics.get(f"domain/{name}/reward"), metrics.get(f"domain/{name}/entropy")
         held_out = np.array([row.entropy[name] for row in findings.evaluations if name in row.entropy])
         lost, nats = findings.final("drawdown", name), findings.entropy[name]
-        table.add_row(
-            name + (" (watched)" if name in findings.run.watch_only else ""),
+        cells = (
+            Text(visible(name) + (" (watched)" if name in findings.run.watch_only else "")),
             _last(scores),
             curve(scores, curves),
             Text(signed(lost.mid), style="bold red" if lost.is_below_zero else ""),
@@ -112,6 +122,7 @@ def _table(findings: Findings, curves: int) -> Table:
             curve(_values(reward), curves),
             _last(_values(metrics.get(f"curriculum/{name}/mixture"))),
         )
+        table.add_row(*(cells[n] for n in shown))
     return table
 
 
@@ -144,11 +155,17 @@ def _lines(findings: Findings) -> list[Text]:
     if pace:
         lines.append(Text(", ".join(pace)))
     if moved := _moved(findings):
-        lines.append(Text(f"transfer: {moved}"))
-    for alarm in run.alarms[-NEWEST:]:
-        whose = " of ".join(str(alarm[key]) for key in ("kind", "domain") if alarm.get(key))
-        lines.append(Text(f"step {alarm.get('step', '?')}: {whose}: {alarm.get('message', '')}", style="bold red"))
+        lines.append(Text(visible(f"transfer: {moved}")))
     return lines
+
+
+def _alarms(findings: Findings) -> list[Text]:
+    rung, lines = findings.run.alarms, []
+    for alarm in rung[-NEWEST:]:
+        whose = " of ".join(str(alarm[key]) for key in ("kind", "domain") if alarm.get(key))
+        told = f"step {alarm.get('step', '?')}: {whose}: {alarm.get('message', '')}"
+        lines.append(Text(visible(told), style="bold red"))
+    return lines + ([Text(f"{len(rung):,} alarms in all", style="red")] if len(rung) > NEWEST else [])
 
 
 def _moved(findings: Findings) -> str:

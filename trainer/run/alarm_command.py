@@ -8,11 +8,15 @@ import os
 import queue
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+END_S = 5.0
+"""What is waited for a command that was killed."""
 
 
 class AlarmCommand:
@@ -46,32 +50,30 @@ class AlarmCommand:
     def _serve(self) -> None:
         while (alarm := self._alarms.get()) is not None:
             self.rung += 1
-            if why := self._run(json.dumps(alarm, default=str) + "\n"):
+            try:
+                why = self._run(json.dumps(alarm, default=str) + "\n")
+            except Exception as error:  # whatever it is, the next alarm's command is run all the same
+                why = f"{type(error).__name__}: {error}"
+            if why:
                 self.failed += 1
                 logger.warning("alarms.command failed (%s): %s", why, self.command)
 
     def _run(self, line: str) -> str:
-        """Run the command; return why it failed, or nothing. What it starts is ended with it."""
-        try:
-            job = subprocess.Popen(
-                self.command,
-                shell=True,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return str(error)
-        try:
-            _, said = job.communicate(line, timeout=self.timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.communicate()
-            return f"no end after {self.timeout_s:g} s"
-        return (
-            f"exit status {job.returncode}{f': {said.strip()[-200:]}' if said.strip() else ''}"
-            if job.returncode
-            else ""
-        )
+        """Run the command; return why it failed, or nothing. What it starts in its session is ended with it.
+
+        It reads and writes files: a pipe that a process of its own holds open would be waited for.
+        """
+        with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
+            told.write(line.encode())
+            told.seek(0)
+            given = {"stdin": told, "stdout": subprocess.DEVNULL, "stderr": said}
+            job = subprocess.Popen(self.command, shell=True, start_new_session=True, **given)
+            try:
+                code = job.wait(self.timeout_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait(END_S)
+                return f"no end after {self.timeout_s:g} s"
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip()[-200:]
+        return f"exit status {code}{f': {words}' if words else ''}" if code else ""

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from polyphony.trainer.run import visible
+
 PLAIN_EVERY_S = 10.0
 """Seconds between plain lines: seldom enough for a log file, often enough to see life."""
 TRACK = 11
@@ -41,7 +43,7 @@ class ProgressLine:
         self._live: Live | None = None
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
             self._task = self._bar.add_task(label, total=total)
             self._live = Live(self._bar, console=self.console, refresh_per_second=2)
             self._live.start()
@@ -73,7 +75,7 @@ class ProgressLine:
 
     def ring(self, title: str) -> None:
         """Have an alarm stand in every further picture: how many there are, and the newest."""
-        self._alarms.append(title)
+        self._alarms.append(visible(title))
 
     def close(self) -> None:
         """Leave the last picture standing and give the terminal back."""
@@ -124,7 +126,7 @@ def domain_table(domains: Sequence[str], known: Mapping[str, float]) -> Table:
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading == "domain")
     for name in domains:
         table.add_row(
-            name,
+            Text(name),
             _number(known.get(f"heldout/{name}/score")),
             _number(known.get(f"transfer/{name}/drawdown"), signed=True),
             _number(known.get(f"heldout/{name}/entropy")),

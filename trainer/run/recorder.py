@@ -222,6 +222,7 @@ class Recorder:
             base = self._published[0].entropy.get(name, math.nan)
             low, high = (multiple * base for multiple in self.entropy_band)
             metrics[key("heldout", "entropy_place", name)] = place_in_band(nats, (low, high))
+            metrics[key("heldout", "entropy_low", name)], metrics[key("heldout", "entropy_high", name)] = low, high
         if len(self._published) > 1:
             now = moment(self._published, watch_only=self.matrix.watch_only)
             for name in published.items:

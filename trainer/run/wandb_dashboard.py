@@ -22,7 +22,7 @@ from polyphony.trainer.run.tracking import is_reachable, server_url
 
 CURVES: Mapping[str, Sequence[Sequence[tuple[str, str]]]] = {
     "Entropy against its band": [
-        [("domain", "entropy"), ("heldout", "entropy"), ("domain", "entropy_low"), ("domain", "entropy_high")]
+        [("domain", "entropy"), ("heldout", "entropy"), ("heldout", "entropy_low"), ("heldout", "entropy_high")]
     ],
     "Forgetting, with 95 % intervals": [
         [("transfer", name), ("transfer", f"{name}_low"), ("transfer", f"{name}_high")] for name in ("drawdown", "bwt")
