@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.halves import taken
-from polyphony.rewards.registry import as_score
+from polyphony.rewards.registry import as_score, declared_range
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
@@ -120,7 +120,10 @@ class Evaluator:
             return [rewards[i] for i in range(len(completions))]
 
         rewards = together(score, self.scorer.slow, gather_object)
-        of = {name: table.domain.reward for name, table in self.data.heldout.items()}
+        of = {
+            name: {"range": declared_range(table.domain.reward, self.scorer.rewards[name])}
+            for name, table in self.data.heldout.items()
+        }
         scores = [as_score(of[c.prompt.domain], r) for c, r in zip(completions, rewards, strict=True)]
         return [replace(c, reward=score) for c, score in zip(completions, scores, strict=True)]
 
