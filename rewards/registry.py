@@ -114,7 +114,7 @@ def called(reward: Any) -> str:
     """Return what a reward is called in metrics: its name, the last part of its path, or the name of what it is."""
     name = reward.get("name") if isinstance(reward, Mapping) else reward
     if not isinstance(name, str):
-        name = getattr(reward, "__name__", type(reward).__name__)
+        name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)  # of a partial what it calls
     return re.sub(r"\W+", "_", name.rpartition(":")[2]).strip("_") or "reward"
 
 
