@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from polyphony.trainer import from_trl
 from polyphony.trainer.arguments import OF_TRAINER
 from polyphony.trainer.domains import DomainData
+from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.from_trl import Script, arguments_of
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.reward_model import RewardModel
@@ -55,7 +56,7 @@ def test_a_column_says_each_rows_domain_and_a_dict_the_held_out_rows(args):
     sizes = {name: (len(d.train or []), len(d.heldout or [])) for name, d in found.items()}
     assert sizes == {"math": (5, 2), "code": (2, 0), "safety": (0, 3)}
     assert [row["solution"] for row in found["math"].train] == ["1", "2", "3", "4", "21"]
-    assert found["safety"].is_watch_only and found["math"].reward is right
+    assert found["safety"].is_watch_only and found["math"].reward.rewards == {"right": right}
 
 
 def test_rows_are_held_out_only_where_something_evaluates_and_it_is_said(args, capsys):
@@ -105,6 +106,13 @@ def test_rewards_are_weighed_as_by_trl_and_each_is_logged(args):
     assert scorer.logged.flush("domain") == pytest.approx(logged)
 
 
+def test_held_out_scores_without_a_range_are_cut_and_it_is_said_once(capsys):
+    evaluator = SimpleNamespace(_cut=set())
+    assert [Evaluator._within(evaluator, "math", score) for score in (0.5, -2.0, 3.0, None)] == [0.5, 0.0, 1.0, None]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("domain 'math': a held-out reward of -2: scores are cut to [0, 1]; a function's attribute")
+
+
 def test_a_reward_model_scores_the_prompt_with_its_completion(args, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(POLICY, num_labels=1)
@@ -113,7 +121,7 @@ def test_a_reward_model_scores_the_prompt_with_its_completion(args, tmp_path):
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     (domain,) = Script(reward_funcs=str(tmp_path / "judge"), train_dataset=rows(0, 4)).domains(args, evaluates=False)
-    assert domain.reward.__name__ == "judge"
+    assert list(domain.reward.rewards) == ["judge"]
     texts, chat = ["1 + 1 =2", "10 + 1 =11"], [{"role": "user", "content": "1 + 1 ="}]
     found = domain.reward(["1 + 1 =", "10 + 1 ="], ["2", "11"])
     model.eval()

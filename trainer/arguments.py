@@ -185,7 +185,8 @@ OF_TRAINER = {
     "rows is taken as well. Text is asked as it stands. Rows that repeat a held-out one are left out, and it is said",
     "eval_dataset": "held-out rows, by a column `domain` or as a dict, a domain each; one without training rows is watched. "
     "Without it nothing is held out, unless `run` or `eval_strategy` evaluate: then 16 to 256 rows of each domain, a tenth "
-    "(at most half) by their prompts, the same at every start, and it is said",
+    "(at most half) by their prompts, the same at every start, and it is said. Scores outside [0, 1] are mapped by a "
+    "function's attribute `range`; without that they are cut, and it is said, or with `run` refused",
     "processing_class": "a tokenizer; a processor of images is refused",
     "reward_processing_classes": "the tokenizers of reward models, one for each reward function",
     "callbacks": "as by TRL",

@@ -154,8 +154,6 @@ class Script:
         made = [RewardModel.of(r, c, args) if m else r for r, c, m in zip(rewards, classes, models, strict=True)]
         if lost := [one for one in made if not callable(one)]:
             raise ValueError(f"reward_funcs: expected functions, models or names of models, got {lost[0]!r:.60}")
-        if len(made) == 1 and weights[0] == 1:
-            return made[0]
         parts, seen = {}, Counter[str]()
         for one, weight in zip(made, weights, strict=True):
             stem = called(one)

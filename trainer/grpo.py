@@ -167,6 +167,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         of_trl = {"callbacks": callbacks, "optimizers": optimizers, "peft_config": peft_config}
         self._load(model, args, outset, **of_trl, quantization_config=quantization_config)
         self._walk_and_evaluate(engine, settings, merges=outset is not None)
+        self.evaluator.cuts = script.is_given and outset is None
         self.run = Run(self, outset, model=name_of(model)).attach() if outset else None
 
     def _outset(
