@@ -44,6 +44,7 @@ from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData, code_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
+from polyphony.trainer.engine.here import engine_here
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.environments.episodes import Episodes
@@ -149,6 +150,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         if isinstance(reward_funcs, GRPOConfig):  # a trainer of domains alone has no rewards to say before them
             reward_funcs, args = None, reward_funcs
         args = arguments_of(model, args)
+        engine = engine_here(engine, use_vllm=bool(args.use_vllm))
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "environments": environments, "max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(guardrails=guardrails, **given).with_samples(args.num_generations_eval)
