@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS := launch/constraints/cpu.txt
 STAMP := .venv/.filled
 
-.PHONY: setup demo test lint bench reference picture
+.PHONY: setup demo test lint bench reference newest picture
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -33,6 +33,10 @@ bench: $(STAMP)
 # launch/REFERENCE.md, from the declarations in the code
 reference: $(STAMP)
 	$(BIN)/python -m tests.reference
+
+# what is newest together, in an environment beside (build/newest): what is other than tested, and what of the fast tests breaks
+newest: $(STAMP)
+	$(BIN)/python -m tests.experiments.newest
 
 # what the README shows: the first screen of the report of `make demo`
 RUN ?= runs/demo/run

@@ -48,8 +48,9 @@ class Domain:
     heldout: Any = None
     """Rows for held-out evaluation, in the same forms; never trained on."""
     reward: Any = None
-    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a callable like TRL's. May be
-    left out where the environment has `get_reward`, whose reward is added to it."""
+    """A registry name, an import path `pkg.module:name`, a mapping `{name, **arguments}`, a callable like TRL's, or a list
+    of these (mappings with a `weight`): their weighted sum. May be left out where the environment has `get_reward`, whose
+    reward is added to it."""
     environment: Any = None
     """What the policy acts in, over several turns: an import path `pkg.module:Class`, a mapping `{name, **arguments}`, in
     Python also a class or what makes one, as TRL's `environment_factory`: `reset(**columns)`, public methods as tools,

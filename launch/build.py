@@ -22,6 +22,7 @@ from polyphony.launch.recipe import Recipe, RecipeError
 from polyphony.launch.remarks import remarks
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
+from polyphony.trainer.engine.here import engine_here
 from polyphony.trainer.environments.calls import functions_of, make_environment
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
@@ -75,8 +76,7 @@ def missing_names(recipe: Recipe) -> dict[str, list[str]]:
     A scheduler, reward, partitioner, engine, pool, file. Imports no torch but for an engine of the recipe's own.
     """
     found: dict[str, list[str]] = {"": [*_refused(build_scheduler, recipe), *_refused(check_probe, recipe)]}
-    if recipe.rollouts.is_imported:
-        found[""] += _refused(rollout_engine, recipe)
+    found[""] += _refused(rollout_engine if recipe.rollouts.is_imported else engine_of, recipe)
     if recipe.pool is not None:
         found[""] += _refused(recipe.pool.check_parts)
     found[""] += _refused(check_weights, recipe)
@@ -177,9 +177,19 @@ def refusal(error: Exception) -> RecipeError:
     return RecipeError(re.sub(r"^(eval|save)_steps=", lambda m: f"{OURS[m[0][:-1]]}=", str(error)))
 
 
+def engine_of(recipe: Recipe) -> str:
+    """Return the name of the recipe's engine, as this machine has it. Raises RecipeError where there is no vLLM."""
+    try:
+        return engine_here(recipe.rollouts.engine, use_vllm=bool(recipe.grpo.get("use_vllm")))
+    except ValueError as error:
+        raise RecipeError(f"{'' if recipe.grpo.get('use_vllm') else 'rollouts.'}{error}") from error
+
+
 def rollout_engine(recipe: Recipe) -> str | EngineFactory:
-    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for an import path that does not."""
+    """Return the name of the recipe's engine, or what makes it. Raises RecipeError for one that cannot be had here."""
     rollouts = recipe.rollouts
+    if (here := engine_of(recipe)) != rollouts.engine:
+        return here
     if rollouts.engine == "ray":
         from polyphony.launch.cluster.ray_engine import WORKERS_SHARE, RayEngine
 

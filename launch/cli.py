@@ -30,6 +30,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         from importlib import metadata  # slow to import, as is what follows
 
         parser.exit(message=f"polyphony {metadata.version('polyphony-rl')}\n")
+    if words[:1] == ["--print-completion"]:
+        print(completion(parser, words[1:]))
+        parser.exit()
     if words and not words[0].startswith("-") and words[0] not in VERBS:
         from polyphony.curricula.declarations import nearest
 
@@ -42,16 +45,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def completion(parser: argparse.ArgumentParser, shells: Sequence[str]) -> str:
+    """Return what a shell reads to complete verbs and options; ends with exit code 2 and a line where it cannot be made."""
+    if len(shells) != 1 or shells[0] not in SHELLS:
+        parser.exit(USAGE_ERROR, f"polyphony --print-completion: expected one of {', '.join(SHELLS)}\n")
+    try:
+        import shtab  # an extra
+    except ImportError:
+        fix = "pip install 'polyphony-rl[completion]', or pip install shtab"
+        parser.exit(USAGE_ERROR, f"polyphony --print-completion: needs shtab: {fix}\n")
+    return shtab.complete(parser, shell=shells[0])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polyphony", description="RL post-training of one language model over many domains."
     )
     parser.add_argument("--version", action="store_true", help="print it, and stop")
+    parser.add_argument(
+        "--print-completion", choices=SHELLS, help="print what your shell reads to complete verbs and options, and stop"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        verb.add(
-            verbs.add_parser(name, help=verb.text, description=verb.text, epilog=f"example: polyphony {verb.example}")
-        )
+        shown = {"help": verb.text, "description": verb.text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        examples = "\n".join(f"  polyphony {example}" for example in verb.examples)
+        verb.add(verbs.add_parser(name, epilog=f"examples:\n{examples}", **shown))
     return parser
 
 
@@ -231,6 +249,8 @@ def _add_merge(merge: argparse.ArgumentParser) -> None:
 
 
 USAGE_ERROR = 2
+SHELLS = ("bash", "zsh", "tcsh")
+"""Shells that completion is printed for."""
 
 
 TRACEBACK = "POLYPHONY_TRACEBACK"
@@ -588,7 +608,7 @@ class Verb(NamedTuple):
 
     text: str
     """What it does, for `--help`."""
-    example: str
+    examples: Sequence[str]
     add: Callable[[argparse.ArgumentParser], None]
     """Adds its arguments."""
     run: Callable[[argparse.Namespace], int | None]
@@ -597,37 +617,104 @@ class Verb(NamedTuple):
 
 VERBS = {
     "init": Verb(
-        "write a recipe for rows that you have", "init --from sums.jsonl facts.jsonl --out mine.yaml", _add_init, _init
+        "write a recipe for rows that you have",
+        (
+            "init --from sums.jsonl facts.jsonl --out mine.yaml",
+            "init --from essays.jsonl --reward judge --model Qwen/Qwen3-0.6B --out essays.yaml",
+        ),
+        _add_init,
+        _init,
     ),
-    "train": Verb("train a recipe", "train recipe.yaml grpo.max_steps=200", _add_train, _train),
+    "train": Verb(
+        "train a recipe", ("train recipe.yaml grpo.max_steps=200", "train --resume runs/mine"), _add_train, _train
+    ),
     "eval": Verb(
         "score a model on a recipe's held-out sets, or compare two on the same items",
-        "eval runs/a runs/b r.yaml",
+        ("eval runs/a runs/b r.yaml", "eval Qwen/Qwen3-0.6B recipe.yaml eval.samples=8 --json"),
         _add_eval,
         _eval,
     ),
-    "report": Verb("write the HTML report of one or more runs", "report runs/demo", _add_report, _report),
-    "watch": Verb("show runs in this terminal while they train", "watch runs/demo", _add_watch, _watch),
-    "dashboard": Verb("create or update a run's W&B dashboard", "dashboard runs/demo", _add_dashboard, _dashboard),
-    "probe": Verb("measure what training on each domain does to the others", "probe recipe.yaml", _add_probe, _probe),
-    "screen": Verb("say which training prompts the model can learn from", "screen recipe.yaml", _add_screen, _screen),
+    "report": Verb(
+        "write the HTML report of one or more runs",
+        ("report runs/demo", "report runs/a runs/b --out a-and-b.html"),
+        _add_report,
+        _report,
+    ),
+    "watch": Verb(
+        "show runs in this terminal while they train",
+        ("watch runs/demo", "watch runs/a runs/b --once"),
+        _add_watch,
+        _watch,
+    ),
+    "dashboard": Verb(
+        "create or update a run's W&B dashboard",
+        ("dashboard runs/demo", "dashboard runs/demo --out page.json"),
+        _add_dashboard,
+        _dashboard,
+    ),
+    "probe": Verb(
+        "measure what training on each domain does to the others",
+        ("probe recipe.yaml", "probe recipe.yaml --budget 3 probe.steps=20"),
+        _add_probe,
+        _probe,
+    ),
+    "screen": Verb(
+        "say which training prompts the model can learn from",
+        ("screen recipe.yaml", "screen recipe.yaml --visits 4 --json"),
+        _add_screen,
+        _screen,
+    ),
     "sample": Verb(
         "have experts answer the training prompts; what is right becomes rows for algorithm: sft",
-        "sample recipe.yaml --teachers math=runs/math-expert --per-prompt 4",
+        (
+            "sample recipe.yaml --teachers math=runs/math-expert --per-prompt 4",
+            "sample recipe.yaml --teachers math=self --out runs/answers",
+        ),
         _add_sample,
         _sample,
     ),
     "merge": Verb(
         "merge experts of one base into one model",
-        "merge runs/math runs/code --base Qwen/Qwen3-0.6B --method ties --out runs/merged",
+        (
+            "merge runs/math runs/code --base Qwen/Qwen3-0.6B --method ties --out runs/merged",
+            "merge runs/math runs/code --base Qwen/Qwen3-0.6B --search --recipe recipe.yaml --out runs/merged",
+        ),
         _add_merge,
         _merge,
     ),
-    "plan": Verb("say in which order to train, or to mix", "plan runs/x-probe/transfer.json", _add_plan, _plan),
-    "demo": Verb("probe four small domains, train on them, open the books", "demo", _add_demo, _demo),
-    "doctor": Verb("say whether this machine can train, and what will be slow", "doctor", _add_doctor, _doctor),
-    "launch": Verb("train on this machine's GPUs, on Slurm or on Ray", "launch slurm r.yaml", _add_launch, _launch),
-    "score": Verb("run a reward over a file of completions", "score rows.jsonl --reward exact", _add_score, _score),
+    "plan": Verb(
+        "say in which order to train, or to mix",
+        ("plan runs/x-probe/transfer.json", "plan --replay runs/mine --scheduler sec curriculum.step_size=0.3"),
+        _add_plan,
+        _plan,
+    ),
+    "demo": Verb(
+        "probe four small domains, train on them, open the books",
+        ("demo", "demo --compare --out runs/demo-2"),
+        _add_demo,
+        _demo,
+    ),
+    "doctor": Verb(
+        "say whether this machine can train, and what will be slow",
+        ("doctor", "doctor --gpu --json"),
+        _add_doctor,
+        _doctor,
+    ),
+    "launch": Verb(
+        "train on this machine's GPUs, on Slurm or on Ray",
+        ("launch slurm recipe.yaml", "launch local recipe.yaml --dry-run"),
+        _add_launch,
+        _launch,
+    ),
+    "score": Verb(
+        "run a reward over a file of completions",
+        (
+            "score rows.jsonl --reward exact",
+            """score rows.jsonl --reward '{"name": "format", "pattern": "[0-9]+"}' --json""",
+        ),
+        _add_score,
+        _score,
+    ),
 }
 
 

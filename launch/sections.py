@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from polyphony.curricula.declarations import near, settings
 from polyphony.curricula.records import Domain
-from polyphony.rewards.registry import named
+from polyphony.rewards.registry import composed, named
 from polyphony.trainer.merging.settings import Method
 from polyphony.trainer.settings import MAX_GRADER_FAILURES, Diversity, WandbSettings
 
@@ -97,8 +97,9 @@ class RecipeDomain(Domain):
     heldout: Any  # type: ignore[reportGeneralTypeIssues]  # required here
     """Rows for held-out evaluation, at least two; in the same forms as `train`, never trained on."""
     reward: Any  # type: ignore[reportGeneralTypeIssues]
-    """A registry name (rewards/README.md), an import path `pkg.module:name`, or a mapping `{name, **arguments}`. May be left
-    out where the environment has `get_reward`, whose reward is added to it."""
+    """A registry name (rewards/README.md), an import path `pkg.module:name`, a mapping `{name, **arguments}`, or a list of
+    these, each with a `weight`: their sum, each part logged by its name (`domain/<d>/logged/<name>`). May be left out where
+    the environment has `get_reward`, whose reward is added to it."""
     tools: list[Any] | None = None  # type: ignore[reportIncompatibleVariableOverride]
     """What the policy may call: `python` (a program in the sandbox), import paths of functions, mappings `{name,
     **arguments}` of classes whose public methods are tools. With type hints and docstrings, as TRL has them."""
@@ -133,6 +134,8 @@ class RecipeDomain(Domain):
     @field_validator("reward")
     @classmethod
     def _names_a_reward(cls, reward: Any) -> Any:
+        if isinstance(reward, list):
+            return composed(reward)
         return None if reward is BY_ENVIRONMENT else named(reward)
 
     @field_validator("environment")

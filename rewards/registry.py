@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import pkgutil
+import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,11 +67,14 @@ class GraderGoneError(RuntimeError):
     """What a reward asks has been out of reach for too long, or fails for too many: the run ends, to be resumed."""
 
 
-def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
-    """Return the reward of a name, of `pkg.module:name`, of `{name: .., **arguments}`, or the callable itself.
+def find_reward(spec: str | Mapping[str, Any] | Sequence[Any] | Reward) -> Reward:
+    """Return the reward of a name, of `pkg.module:name`, of `{name: .., **arguments}`, the callable itself, or the weighted
+    sum of a list of them (`composed`).
 
     Raises ValueError that names the reward and, for an unknown one, lists those that exist.
     """
+    if isinstance(spec, list | tuple):
+        spec = composed(spec)
     range_of(spec)
     if isinstance(spec, Mapping):
         spec = {name: value for name, value in spec.items() if name != "range"}
@@ -78,6 +82,40 @@ def find_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward
+
+
+def composed(rewards: Sequence[Any]) -> dict[str, Any]:
+    """Return the `weighted` mapping that a list of rewards stands for, each with a key `weight` beside its own (1 without).
+
+    A part is called as its reward, or as the last part of its import path; a second of that name gets a number. Raises
+    ValueError that names the place in the list.
+
+    Example: `composed(["math", {"name": "repetition", "weight": 0.1}])["parts"]["repetition"]["weight"]` is 0.1.
+    """
+    if not rewards:
+        raise ValueError("expected at least one reward in the list")
+    parts: dict[str, dict[str, Any]] = {}
+    for place, one in enumerate(rewards):
+        weight = one.get("weight", 1.0) if isinstance(one, Mapping) else 1.0
+        if isinstance(weight, bool | str) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"{place}.weight: {weight!r:.200} is no finite number")
+        reward = {k: v for k, v in one.items() if k != "weight"} if isinstance(one, Mapping) else one
+        try:
+            named(reward)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}, {one!r:.200} is none") from error
+        stem = called(reward)
+        names = (stem, *(f"{stem}-{n}" for n in range(2, len(rewards) + 2)))
+        parts[next(name for name in names if name not in parts)] = {"reward": reward, "weight": float(weight)}
+    return {"name": "weighted", "parts": parts}
+
+
+def called(reward: Any) -> str:
+    """Return what a reward is called in metrics: its name, the last part of its path, or the name of what it is."""
+    name = reward.get("name") if isinstance(reward, Mapping) else reward
+    if not isinstance(name, str):
+        name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)  # of a partial what it calls
+    return re.sub(r"\W+", "_", name.rpartition(":")[2]).strip("_") or "reward"
 
 
 def range_of(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float]:
@@ -95,6 +133,11 @@ def range_of(spec: str | Mapping[str, Any] | Reward) -> tuple[float, float]:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"range: expected [lowest, highest], two finite numbers, got {given!r}")
     return low, high
+
+
+def declared_range(spec: Any, reward: Reward) -> tuple[float, float]:
+    """Return the range that a domain's key says, or else that of the reward which was found for it."""
+    return range_of(spec if isinstance(spec, Mapping) and "range" in spec else reward)
 
 
 def as_score(spec: str | Mapping[str, Any] | Reward, reward: float | None) -> float | None:
@@ -132,7 +175,12 @@ def _signature(reward: Reward) -> inspect.Signature | None:
 def _taken(signature: inspect.Signature | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = signature.parameters if signature else {}
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: v for name, v in arguments.items() if takes_all or name not in OFFERED or name in parameters}
+    return {n: v for n, v in arguments.items() if takes_all or n in parameters or not (n in OFFERED or _is_void(n, v))}
+
+
+def _is_void(name: str, values: Any) -> bool:
+    """Whether this is the reference of rows that have none."""
+    return name == "answer" and isinstance(values, list) and all(value is None for value in values)
 
 
 def tell(log_metric: Callable[[str, float], None] | None, **signs: Sequence[bool]) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from polyphony.rewards.answers import completion_text
 from polyphony.rewards.partitions import answer_signature
-from polyphony.rewards.registry import ask, find_reward, settled
+from polyphony.rewards.registry import ask, declared_range, find_reward, settled
 from polyphony.rewards.style import repeated_ngram_share, script_shares
 
 
@@ -72,6 +72,7 @@ class Length:
     """Where the punishment is whole: the domain's `max_completion_length`."""
     soft_tokens: int
     """How long before that it begins. DAPO: 4,096 before 20,480."""
+    range: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.soft_tokens <= self.max_tokens:
@@ -96,6 +97,7 @@ class Repetition:
 
     n: int = 3
     """Words; 3 punishes phrases, not vocabulary."""
+    range: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -134,10 +136,12 @@ class Weighted:
     """A sum of rewards, each under a name of its own.
 
     Example: `Weighted(parts={"correct": {"reward": "math", "weight": 0.9}, "format": {"reward": "format", "weight":
-    0.1}})`. A weight of 0 only measures. Where a part with weight is None, so is the sum: the rest would be a guess.
+    0.1}})`. A weight of 0 only measures. Where a part with weight is None, so is the sum: the rest would be a guess; with
+    `missing="part"` that part is left out, as TRL does, where a part says None of rows that it is not for.
+    Each part is logged under its name.
     """
 
-    def __init__(self, *, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, *, parts: Mapping[str, Mapping[str, Any]], missing: Literal["sum", "part"] = "sum") -> None:
         for name, part in parts.items():
             if set(part) - {"reward", "weight"} or "reward" not in part:
                 raise ValueError(f"weighted: part {name!r} needs reward and weight, got {sorted(part)}")
@@ -147,6 +151,14 @@ class Weighted:
         self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
         if not all(map(math.isfinite, self.weights.values())) or not any(self.weights.values()):
             raise ValueError(f"weighted: weights must be finite and one of them not 0, got {self.weights}")
+        self.missing = missing
+        ends = [
+            sorted(weight * end for end in declared_range(parts[name]["reward"], self.rewards[name]))
+            for name, weight in self.weights.items()
+        ]
+        low, high = (round(sum(side), 9) for side in zip(*ends, strict=True))  # .7 + .2 + .1 is one
+        self.range = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+        """Where sums may lie: [0, 1] where that holds them."""
 
     @property
     def is_slow(self) -> bool:
@@ -163,7 +175,7 @@ class Weighted:
         """Return what each part says, by name; asynchronous parts run together."""
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         results = settled([ask(reward, arguments) for reward in self.rewards.values()])
-        return dict(zip(self.rewards, results, strict=True))
+        return dict(zip(self.rewards, (list(getattr(r, "detach", lambda r=r: r)()) for r in results), strict=True))
 
     def is_valid(self, text: str) -> bool:
         """Say whether a text has the form that each part asks for."""
@@ -191,11 +203,28 @@ class Weighted:
         """Return the weighted sum of what the parts said."""
         parts = [(self.weights[name], values) for name, values in components.items() if self.weights[name]]
         return [
-            None if any(value is None for value in row) else sum(w * v for (w, _), v in zip(parts, row, strict=True))
+            self._sum([(w, v) for (w, _), v in zip(parts, row, strict=True)])
             for row in zip(*(values for _, values in parts), strict=True)
         ]
 
+    def _sum(self, terms: Sequence[tuple[float, float | None]]) -> float | None:
+        known = [(weight, value) for weight, value in terms if value is not None and value == value]  # no NaN
+        if not known or (self.missing == "sum" and len(known) < len(terms)):
+            return None
+        return sum(weight * value for weight, value in known)
+
     def __call__(
-        self, prompts: list, completions: list, completion_ids: Any = None, **columns: Any
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
-        return self.combine(self.components(prompts, completions, completion_ids, **columns))
+        hooks = {"log_metric": log_metric} if log_metric else {}
+        components = self.components(prompts, completions, completion_ids, **hooks, **columns)
+        for name, values in components.items() if log_metric else ():
+            for value in values:
+                if value is not None:
+                    log_metric(name, float(value))
+        return self.combine(components)

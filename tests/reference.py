@@ -21,7 +21,7 @@ from polyphony.curricula.schedulers import REGISTRY, find_scheduler
 from polyphony.launch.grpo_fields import GRPO_KINDS, LIMITS, OURS
 from polyphony.launch.recipe import KEY, Recipe
 from polyphony.launch.schema import classes_in, meanings
-from polyphony.trainer.arguments import DIFFERS, HEARD, UNHEARD
+from polyphony.trainer.arguments import DIFFERS, HEARD, OF_TRAINER, UNHEARD
 from polyphony.trainer.metrics import METRICS, OF_THE_RUN
 from polyphony.trainer.run.signals import SIGNALS
 
@@ -146,6 +146,18 @@ def grpo() -> Iterator[str]:
     yield from (*table(fields_, "takes", "fields"), "", *table(elsewhere, "instead of", "say"))
 
 
+def of_trainer() -> Iterator[str]:
+    """Yield what becomes of each argument of TRL's GRPOTrainer in a script whose import is changed."""
+    yield from (
+        "",
+        "## A script of TRL's",
+        "",
+        "`from polyphony.trainer.grpo import DomainGRPOTrainer as GRPOTrainer`; its arguments, in TRL's order:",
+        "",
+    )
+    yield from table([(f"`{name}`", what) for name, what in OF_TRAINER.items()], "argument", "what becomes of it")
+
+
 def arguments() -> Iterator[str]:
     """Yield what becomes of each field of TRL's GRPOConfig, from a script as from a recipe."""
     yield from (
@@ -208,7 +220,7 @@ def alarms() -> Iterator[str]:
 def reference() -> str:
     """Return the file's text."""
     recipe = section("", Recipe, "Sections follow, each with a heading.")
-    parts = [*recipe, *grpo(), *arguments(), *schedulers(), *metrics(), *alarms(), ""]
+    parts = [*recipe, *grpo(), *arguments(), *of_trainer(), *schedulers(), *metrics(), *alarms(), ""]
     return "\n".join([HEAD, "## Recipe", *parts])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from polyphony.launch.cli import VERBS, main
+from polyphony.launch.cli import SHELLS, VERBS, main, parse
 from polyphony.launch.recipe import load_recipe
 from polyphony.launch.train import claim_folder
 from tests.conftest import RECIPES, write_rows
@@ -23,10 +24,45 @@ def broken(prompts, **columns):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_every_verb_shows_an_example(capsys, verb):
+def test_the_help_of_every_verb_shows_two_examples_that_parse(capsys, verb):
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
-    assert f"example: polyphony {verb}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    shown = re.findall(r"^  polyphony (.*)$", said.partition("\nexamples:\n")[2], re.MULTILINE)
+    assert len(shown) == 2 and shown == list(VERBS[verb].examples)
+    assert [parse(shlex.split(line)).verb for line in shown] == [verb, verb]
+
+
+def test_examples_that_cost_nothing_do_what_they_say(capsys, tmp_path, monkeypatch, completions):
+    monkeypatch.chdir(tmp_path)
+    completions.rename(tmp_path / "rows.jsonl")
+    numbers = {"sums": range(40), "facts": range(100, 140)}
+    for name, of in numbers.items():
+        write_rows(tmp_path / f"{name}.jsonl", [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in of])
+    for line in (*VERBS["score"].examples, VERBS["init"].examples[0]):
+        assert main(shlex.split(line)) == 0, line
+    assert list(load_recipe(tmp_path / "mine.yaml").domains) == ["sums", "facts"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_is_told_how_to_complete_every_verb(capsys, shell):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    said = capsys.readouterr().out
+    assert [name for name in VERBS if name not in said] == [] and "dry" in said
+
+
+def test_completion_that_cannot_be_had_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    for words, why in (
+        (["bash"], "needs shtab: pip install"),
+        (["fish"], "expected one of bash"),
+        ([], "expected one"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--print-completion", *words])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"polyphony --print-completion: {why}")
 
 
 def test_the_help_lists_every_verb(capsys):

@@ -14,7 +14,6 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
 from polyphony.trainer.domains import DomainData
-from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.settings import DataSettings
 from tests.conftest import HOUSE
@@ -343,8 +342,3 @@ def test_rows_of_a_data_set_are_asked_as_trl_asks_them_where_text_is_no_chat(loa
         data = load(asked, settings=DataSettings(overlap="keep"))
         (prompt,) = data.tokenized(data.train["tools"])
         assert tokenizer.decode(prompt.ids) == said and type(prompt.prompt) is type(rows_[0]["prompt"])
-
-
-def test_what_trls_trainer_takes_and_ours_does_not_is_said_with_what_to_give_instead():
-    with pytest.raises(TypeError, match=r"takes no train_dataset: give domains=\[Domain\(.*as_chat=False"):
-        DomainGRPOTrainer("model", GRPOConfig(bf16=False), train_dataset=[], reward_funcs=[])

@@ -47,9 +47,23 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe_file, tmp_path):
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
+def test_a_list_of_rewards_stands_for_their_weighted_sum(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["domains.math.reward=[math, {name: repetition, n: 2, weight: .1}]"])
+    parts = {"math": {"reward": "math", "weight": 1.0}}
+    parts |= {"repetition": {"reward": {"name": "repetition", "n": 2}, "weight": 0.1}}
+    assert recipe.domains["math"].reward == {"name": "weighted", "parts": parts}
+    (tmp_path / "resolved.yaml").write_text(recipe.as_yaml())
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("domains.math.reward=[]", "domains.math.reward: expected at least one reward in the list, got []"),
+        (
+            "domains.math.reward=[math, {name: exact, weight: x}]",
+            "domains.math.reward: 1.weight: 'x' is no finite number, got ['math', {'name': 'exact', 'weight': 'x'}]",
+        ),
         ("nam=x", "unknown key 'nam'; did you mean 'name'?"),
         ("domains.math.kin=x", "unknown key 'domains.math.kin'; did you mean 'kind'?"),
         ("eval.evry=3", "unknown key 'eval.evry'; did you mean 'every'?"),

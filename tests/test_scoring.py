@@ -231,6 +231,8 @@ def test_what_a_reward_logs_as_in_trl_is_a_metric_of_its_domain(caplog):
         "domain/math/logged/mean_length": pytest.approx((2 + 2 + 6) / 3),
         "domain/chat/logged/asked": 1.0,
         "domain/both/logged/asked": 2.0,
+        "domain/both/logged/a": 0.5,
+        "domain/both/logged/b": 1.0,
     }
     assert grader.logged.flush("domain") == {}
 

@@ -130,3 +130,35 @@ def test_weighted_travels_between_processes():
 def test_wrong_settings_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         find_reward(spec)
+
+
+SHORT = {"name": "repetition", "weight": 0.5}
+
+
+def test_a_list_of_rewards_is_their_weighted_sum_and_each_part_is_logged():
+    said: dict[str, list[float]] = {}
+    reward = find_reward(["exact", SHORT, {**SHORT, "n": 1, "weight": 0}])
+    arguments = {"prompts": ["q"] * 2, "completions": ["4", "x x x x"], "answer": ["4"] * 2}
+    assert reward(**arguments, log_metric=lambda name, value: said.setdefault(name, []).append(value)) == [1.0, -0.25]
+    assert said == {"exact": [1.0, 0.0], "repetition": [0.0, -0.5], "repetition-2": [0.0, -0.75]}
+    assert (reward.range, Weighted(parts=PARTS).range) == ((-0.5, 1.0), (0.0, 1.0))
+
+
+def test_a_part_without_a_verdict_is_left_out_where_that_is_asked_for():
+    parts = {"judge": {"reward": Slow(), "weight": 1}, "exact": {"reward": "exact", "weight": 2}}
+    assert Weighted(parts=parts, missing="part")(["q"] * 2, ["4", "?"], answer=["4", "?"]) == [2.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([], "at least one reward"),
+        ([SHORT, {"name": "exact", "weight": "2"}], r"1\.weight: '2' is no finite number"),
+        (["exact", {"weight": 1}], r"1: expected a name, .* \{'weight': 1\} is none"),
+        (["exact", "maths"], "did you mean 'math'"),
+        ([{"name": "exact", "weight": 0}], "one of them not 0"),
+    ],
+)
+def test_a_list_that_is_no_sum_is_refused(rewards, message):
+    with pytest.raises(ValueError, match=message):
+        find_reward(rewards)

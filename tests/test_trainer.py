@@ -114,6 +114,45 @@ def test_with_all_features_off_losses_are_those_of_stock_trl(tmp_path, engine, l
     assert any(loss != 0 for loss in losses(ours))
 
 
+def begins_right(completions, answer, **columns):
+    return [float(c[0]["content"][:1] == a[:1]) for c, a in zip(completions, answer, strict=True)]
+
+
+def brief(completion_ids, **columns):
+    return [None if len(ids) > 16 else -len(ids) / 64 for ids in completion_ids]
+
+
+def test_a_script_of_trls_with_one_import_changed_has_trls_losses(tmp_path, engine):
+    data = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]}
+        for row in rows(domain="arithmetic", split="train", size=48)
+    ]
+    script = {"model": POLICY, "reward_funcs": [begins_right, brief]}
+    weighed = {"reward_weights": [1.0, 0.5]}
+    off = {"engine": engine, "curriculum": "joint", "update": {"drop_dead": "never"}}
+    ours = DomainGRPOTrainer(**script, args=config(tmp_path, **weighed), train_dataset=Dataset.from_list(data), **off)
+    rollouts = []
+    keep = ours._roll_out
+    ours._roll_out = lambda n: rollouts.append(keep(n)) or rollouts[-1]
+    ours.train()
+    with pytest.raises(ValueError, match=r"evaluate\(\) of a trainer without held-out rows: give eval_dataset"):
+        ours.evaluate()
+
+    drawn = [rollout.rows[i].prompt for rollout in rollouts for i in range(0, 32, 8)]
+    stock = GRPOTrainer(
+        **script,
+        args=config(tmp_path, **weighed, shuffle_dataset=False),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.columns["answer"]} for p in drawn]),
+    )
+    stock.vllm_generation, stock.use_vllm, stock._last_loaded_step = Recording(list(rollouts)), True, -1
+    stock.train()
+    assert losses(ours) == losses(stock)
+    assert any(loss != 0 for loss in losses(ours)) and len(losses(ours)) == 3
+    told = [[log[name] for log in ours.state.log_history[:3]] for name in ("reward", "domain/default/logged/brief")]
+    assert told[0] == [log["reward"] for log in stock.state.log_history[:3]]
+    assert told[1] == pytest.approx([log["rewards/brief/mean"] for log in stock.state.log_history[:3]])
+
+
 def test_a_prompt_longer_than_the_context_is_refused_from_python_too(tmp_path):
     with pytest.raises(ValueError, match=r"exceed the context of 256 .*: nothing is left"):
         DomainGRPOTrainer(POLICY, config(tmp_path, max_completion_length=250), domains=both())

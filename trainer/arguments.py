@@ -1,6 +1,7 @@
-"""What becomes of each field of TRL's GRPOConfig: heard as TRL hears it, heard with a difference, or refused in words.
+"""What becomes of each argument of TRL's GRPOTrainer and of each field of its GRPOConfig: heard as TRL hears it, heard with
+a difference, or refused in words.
 
-Nothing is silently ignored. The reference prints these tables, `refuse_unheard` acts by them, and a test fails for a field
+Nothing is silently ignored. The reference prints these tables, `refuse_unheard` acts by them, and a test fails for a name
 that is in none. Imports no torch: a recipe is checked by them as well.
 """
 
@@ -117,7 +118,10 @@ UNHEARD: dict[str, tuple[Unheard, ...]] = {
     "prediction_loss_only": (Unheard(allowed=(False,), why=_LOOP),),
     "remove_unused_columns": (Unheard(allowed=(False, None), why="rewards get every column of a row"),),
     "reward_weights": (
-        Unheard(allowed=(None,), why="a domain has one reward; `{name: weighted, parts: ..}` weighs several"),
+        Unheard(
+            allowed=(None,),
+            why="a domain has one reward, which may be a list with weights; beside TRL's `reward_funcs` it is heard",
+        ),
     ),
     "shuffle_dataset": (
         Unheard(
@@ -168,6 +172,34 @@ UNHEARD |= {
     for name, default in _TRL_SERVER.items()
 }
 """Fields that are refused where they would not be heard."""
+
+OF_TRAINER = {
+    "model": "as by TRL: a name, a folder, or a model that is loaded",
+    "reward_funcs": "a function, a model or its name, or a list of them: the reward of every domain of `train_dataset`, "
+    "weighted by `args.reward_weights`; what says None of a row is left out of its sum; each part is logged as "
+    "`domain/<d>/logged/<name>`, their sum as TRL's `reward` and `rewards/domain/mean`",
+    "args": "see below; left out, as TRL makes them, without bf16 where there is no accelerator. May stand second, as in "
+    "`DomainGRPOTrainer(model, args, domains=[..])`",
+    "train_dataset": "its column `domain` says each row's domain; without one all are of one domain, `domain_name` "
+    "(`default`). Of a stream the first 10,000 rows are read, or as many as `max_steps` draw where that is more; a list of "
+    "rows is taken as well. Text is asked as it stands. Rows that repeat a held-out one are left out, and it is said",
+    "eval_dataset": "held-out rows, by a column `domain` or as a dict, a domain each; one without training rows is watched. "
+    "Without it nothing is held out, unless `run` or `eval_strategy` evaluate: then 16 to 256 rows of each domain, a tenth "
+    "(at most half) by their prompts, the same at every start, and it is said. Scores outside [0, 1] are mapped by a "
+    "function's attribute `range`; without that they are cut, and it is said, or with `run` refused",
+    "processing_class": "a tokenizer; a processor of images is refused",
+    "reward_processing_classes": "the tokenizers of reward models, one for each reward function",
+    "callbacks": "as by TRL",
+    "optimizers": "as by TRL",
+    "quantization_config": "with `engine: transformers` or `use_vllm`; refused with an engine of ours, which would sample "
+    "from weights that are not quantized, and with `run`, whose `final/` is merged",
+    "peft_config": "as by TRL, merged for an engine of ours at each sync; what cannot be merged is refused",
+    "tools": "of every domain of `train_dataset`",
+    "rollout_func": "refused: what samples is `engine`, a class with a method `complete` (trainer/README.md)",
+    "environment_factory": "of every domain of `train_dataset`; a dict by the column `environment`, a domain each where "
+    "there is no column `domain`. Without `train_dataset`, `reset` gives the prompts of as many rows as `max_steps` draw",
+}
+"""Arguments of TRL's GRPOTrainer, in its order, and what becomes of each."""
 
 ENGINES_OWN = ("detokenize", "flat_logprobs", "logprobs", "max_tokens", "n", "output_kind", "prompt_logprobs", "seed")
 """What `generation_kwargs` must leave to an engine of ours."""
@@ -234,6 +266,19 @@ def sampler_of(args: Any, engine: Any) -> Literal["ours", "transformers", "trl"]
     if args.use_vllm and engine not in ("vllm", "transformers"):
         raise ValueError(f"engine={engine!r:.60} and use_vllm=True exclude each other; leave out one")
     return "trl" if args.use_vllm else "transformers" if engine == "transformers" else "ours"
+
+
+def refuse_unsampled(engine: Any, args: Any, *, rollout_func: Any, quantized: Any, has_run: bool) -> None:
+    """Raise ValueError for arguments of TRL's trainer that what samples would not hear."""
+    if rollout_func is not None:
+        raise ValueError("rollout_func: give engine=, a class of yours with a method `complete` (trainer/README.md)")
+    if quantized is not None and sampler_of(args, engine) == "ours":
+        raise ValueError(
+            f"quantization_config with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
+            "engine='transformers', or use_vllm=True"
+        )
+    if quantized is not None and has_run:
+        raise ValueError("quantization_config with run=: its final/ is merged, which quantized weights cannot be")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

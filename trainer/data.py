@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -33,7 +34,8 @@ class PromptTable:
     Example: `PromptTable([{"prompt": "1+1=", "answer": "2"}], domain=domain, where="domains.math.train", is_chat=True)`
     """
 
-    def __init__(self, rows: Rows, *, domain: Domain, where: str, is_chat: bool) -> None:
+    def __init__(self, rows: Rows, *, domain: Domain, where: str, is_chat: bool, keeps_repeats: bool = False) -> None:
+        """With `keeps_repeats`, rows that say the same are each a prompt of its own."""
         if len(rows) == 0:
             raise ValueError(f"{where}: no rows{rows.of_files if isinstance(rows, FileRows) else ''}")
         if domain.system_prompt and not is_chat:
@@ -42,6 +44,7 @@ class PromptTable:
         self.domain = domain
         self.where = where
         self.is_chat = is_chat
+        self.keeps_repeats = keeps_repeats
         self.repeated = 0
         """Rows left out because an identical one without an `id` of its own came before."""
         self.told: list[str] = []
@@ -56,6 +59,7 @@ class PromptTable:
             rows.with_nulls if isinstance(rows, FileRows) else hasattr(rows, "features")
         )  # Arrow's: what one row has, the others have as null
         self._position: dict[str, int] = {}
+        self._seen = Counter[str]()
         for i, row in enumerate(rows):
             try:
                 self._add(i, row)
@@ -233,12 +237,15 @@ class PromptTable:
     def _checked_id(self, i: int, row: Mapping[str, Any]) -> str:
         given = row.get("id")
         try:
-            known = content_id(row, with_columns=self.domain.environment is not None)
+            known = content_id(row, with_columns=self.domain.environment is not None or self.keeps_repeats)
             str(given).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{self.where}: row {i + 1}: half a character (a lone surrogate) in its text") from error
         except RecursionError as error:
             raise ValueError(f"{self.where}: row {i + 1} is nested too deeply") from error
+        if self.keeps_repeats and given is None:
+            self._seen[known] += 1
+            known = known if self._seen[known] == 1 else f"{known}-{self._seen[known]}"
         return known if given is None else str(given)
 
 

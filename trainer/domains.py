@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -149,13 +149,17 @@ class DomainData:
         folder: Path | None = None,
         spare: Mapping[str, Any] | None = None,
         told: Told | None = None,
+        as_trl: Collection[str] = (),
     ) -> DomainData:
         """Read and check every domain; rows whose reference its reward cannot read are left out, up to a share.
+
+        `as_trl` are domains whose rows were given as to TRL's trainer: all are kept that say the same, and none need be held
+        out.
 
         `told` hears what is done with how many rows so far, and of how many, None where that is not known yet.
         Raises ValueError naming the domain and the row.
         """
-        _check_names(domains)
+        _check_names(domains, may_be_unseen=as_trl)
         shared = args.chat_template_kwargs or {}  # a domain's own arguments win
         domains = [replace(d, chat_template_kwargs={**shared, **d.chat_template_kwargs}) for d in domains]  # type: ignore[dict-item]
         domains, acting = those_that_act(domains, tokenizer)
@@ -169,7 +173,8 @@ class DomainData:
                 where, source = _source(domain, split, spare or {})
                 if source is not None:
                     rows = load_rows(source, where=where, folder=folder)
-                    found[domain.name] = table = PromptTable(rows, domain=domain, where=where, is_chat=is_chat)
+                    how = {"where": where, "is_chat": is_chat, "keeps_repeats": domain.name in as_trl}
+                    found[domain.name] = table = PromptTable(rows, domain=domain, **how)
                     table.tell()
                     read.append(len(table))
                     told("read", sum(read), None)
@@ -180,16 +185,8 @@ class DomainData:
         if not train:
             raise ValueError("no domain has `train` rows: at least one must not be watch-only")
         limits = {d.name: _limit(d, args.max_completion_length) for d in domains}
-        data = cls(
-            domains=tuple(domains),
-            train=train,
-            heldout=heldout,
-            spare=to_recover,
-            limits=limits,
-            tokenizer=tokenizer,
-            context=context,
-            acting=acting,
-        )
+        rows: dict[str, Any] = {"train": train, "heldout": heldout, "spare": to_recover}
+        data = cls(domains=tuple(domains), limits=limits, tokenizer=tokenizer, context=context, acting=acting, **rows)
         data._check_text()
         longest = data._leave_out_overlong(told)
         data._check_tools()
@@ -235,7 +232,7 @@ class DomainData:
         """By domain, a thought that the chat template has begun for the policy (`<think>`), where it has."""
         found = {}
         for domain in self.domains if self.tokenizer.chat_template is not None else ():
-            prompt = next(iter(self.heldout[domain.name])).prompt
+            prompt = next(iter(self.heldout.get(domain.name) or self.rows_of(domain.name))).prompt
             if isinstance(prompt, str):
                 continue
             asked, begun = (
@@ -430,12 +427,12 @@ def _reward_of(domain: Domain) -> Any:
         raise ValueError(f"domains.{domain.name}.reward: {error}") from error
 
 
-def _check_names(domains: Sequence[Domain]) -> None:
+def _check_names(domains: Sequence[Domain], *, may_be_unseen: Collection[str]) -> None:
     names = [d.name for d in domains]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"domains named twice: {repeated}")
     for domain in domains:
-        if domain.heldout is None:
+        if domain.heldout is None and domain.name not in may_be_unseen:
             raise ValueError(
                 f"domain {domain.name!r} has no `heldout` rows: what training does to it could not be seen"
             )

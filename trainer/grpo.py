@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -30,7 +30,7 @@ from polyphony.curricula.records import Completion, Domain, Group, Lessons, Roll
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
-from polyphony.trainer.arguments import refuse_unheard, sampler_of
+from polyphony.trainer.arguments import refuse_unsampled, sampler_of
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
     Chance,
@@ -41,9 +41,10 @@ from polyphony.trainer.checkpoints import (
 )
 from polyphony.trainer.dead_rows import KEPT_SHARE, live_counts, may_drop_dead, without_dead
 from polyphony.trainer.diversity_reward import Fusion
-from polyphony.trainer.domains import DomainData, code_of, context_of
+from polyphony.trainer.domains import DomainData, code_of
 from polyphony.trainer.draws import Draws
 from polyphony.trainer.engine.engine import Engine, EngineFactory
+from polyphony.trainer.engine.here import engine_here
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
 from polyphony.trainer.environments.episodes import Episodes
@@ -51,8 +52,9 @@ from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, faults_of, norm_of_step
+from polyphony.trainer.from_trl import Script, arguments_of, name_of
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, own_mask, refuse_unknown, sums_by_owner
+from polyphony.trainer.policy import Policy, own_mask, sums_by_owner
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
@@ -82,31 +84,13 @@ def domain(**columns: Any) -> list[float | None]:
     raise RuntimeError("rewards are routed before TRL scores, see DomainGRPOTrainer._calculate_rewards")
 
 
-INSTEAD = {
-    "train_dataset": "domains=[Domain(name=.., kind=.., train=rows, heldout=.., reward=..)], with as_chat=False where text "
-    "is to be asked without a chat template, as TRL asks it",
-    "eval_dataset": "a domain's heldout=",
-    "reward_funcs": "a domain's reward=, weighted: {name: weighted, parts: ..}",
-    "reward_processing_classes": "a reward that holds its own tokenizer",
-    "tools": "a domain's tools=; a column `tools` of the rows is shown, not called",
-    "environment_factory": "a domain's environment=",
-}
-"""What TRL's trainer takes and this one does not, and what to give instead."""
-
-
-def _refuse(of_trl: Mapping[str, Any]) -> None:
-    if of_trl:
-        name = next(iter(of_trl))
-        raise TypeError(f"DomainGRPOTrainer takes no {name}" + (f": give {INSTEAD[name]}" if name in INSTEAD else ""))
-
-
 class DomainGRPOTrainer(GRPOTrainer):
     """Train one policy over several domains with GRPO.
 
-    Takes TRL's `model`, `args`, `processing_class`, `callbacks`, `optimizers` and `peft_config` unchanged. Rows, rewards
-    and lengths belong to the `domains`; the `curriculum` is a scheduler, its registry name, or its import path, or a mapping
-    of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or
-    what makes one. All settings may be given as mappings, with a recipe's keys.
+    Takes what TRL's trainer takes, and makes domains of it (`arguments.OF_TRAINER` says what becomes of each argument); or
+    `domains`, to which rows, rewards and lengths belong; or both. The `curriculum` is a scheduler, its registry name, or its
+    import path, or a mapping of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an
+    import path, an `Engine`, or what makes one. All settings may be given as mappings, with a recipe's keys.
 
     With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation,
     ledgers, `guardrails`, checkpoints in the folder, of which the newest and the best stay, a checkpoint and the end at
@@ -134,11 +118,26 @@ class DomainGRPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: Any,
-        args: GRPOConfig,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         domains: Sequence[Domain] | DomainData = (),
+        domain_name: str = "default",
         curriculum: str | Mapping[str, Any] | Scheduler = "auto",
         engine: str | Engine | EngineFactory = "vllm",
+        run: str | Path | RunFolder | None = None,
+        guardrails: Sequence[Guardrail | Mapping[str, Any]] = (),
         evaluation: EvaluationSettings | Mapping[str, Any] | None = None,
         entropy: EntropySettings | Mapping[str, Any] | None = None,
         pool: PoolSettings | Mapping[str, Any] | None = None,
@@ -147,33 +146,43 @@ class DomainGRPOTrainer(GRPOTrainer):
         checkpoint: CheckpointSettings | Mapping[str, Any] | None = None,
         environments: EnvironmentSettings | Mapping[str, Any] | None = None,
         max_grader_failures: float = MAX_GRADER_FAILURES,
-        run: str | Path | RunFolder | None = None,
-        guardrails: Sequence[Guardrail | Mapping[str, Any]] = (),
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
-        peft_config: Any = None,
-        **of_trl: Any,
     ) -> None:
-        _refuse(of_trl)
+        if isinstance(reward_funcs, GRPOConfig):  # a trainer of domains alone has no rewards to say before them
+            reward_funcs, args = None, reward_funcs
+        args = arguments_of(model, args)
+        engine = engine_here(engine, use_vllm=bool(args.use_vllm))
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
-        given |= {"checkpoint": checkpoint, "environments": environments, "guardrails": guardrails}
-        given |= {"max_grader_failures": max_grader_failures}
-        settings = TrainerSettings.of(**given).with_samples(args.num_generations_eval)
-        refuse_unknown(engine)
-        refuse_unheard(args, engine=engine, has_run=run is not None)
-        name = model if isinstance(model, str) else model.name_or_path
-        code = code_of(args)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code)
-        read = {"tokenizer": tokenizer, "args": args, "context": context_of(model, **code), "spare": settings.spare}
-        self.data = domains if isinstance(domains, DomainData) else DomainData.load(domains, **read)
+        given |= {"checkpoint": checkpoint, "environments": environments, "max_grader_failures": max_grader_failures}
+        settings = TrainerSettings.of(guardrails=guardrails, **given).with_samples(args.num_generations_eval)
+        rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools, "name": domain_name}
+        rows |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
+        script = Script(**rows, environment_factory=environment_factory)
+        refuse_unsampled(
+            engine, args, rollout_func=rollout_func, quantized=quantization_config, has_run=run is not None
+        )
+        self.data, args = script.read(model, args, domains, processing_class, settings, engine=engine, run=run)
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
-        made |= {"processing_class": None if tokenizer.name_or_path == name else tokenizer}
-        made |= {"optimizers": optimizers if any(optimizers) else None}
-        outset = Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
+        outset = self._outset(run, settings, args, **made, optimizers=optimizers, quantized=quantization_config)
         self._steer_and_watch(args, curriculum, settings, model, outset)
+        of_trl = {"callbacks": callbacks, "optimizers": optimizers, "peft_config": peft_config}
+        self._load(model, args, outset, **of_trl, quantization_config=quantization_config)
+        self._walk_and_evaluate(engine, settings, merges=outset is not None)
+        self.evaluator.cuts = script.is_given and outset is None
+        self.run = Run(self, outset, model=name_of(model)).attach() if outset else None
+
+    def _outset(
+        self, run: Any, settings: TrainerSettings, args: GRPOConfig, *, optimizers: tuple, quantized: Any, **made: Any
+    ) -> Outset | None:
+        """Return what is settled of a run, which keeps what a script made the trainer with."""
+        own = self.data.tokenizer.name_or_path == name_of(made["model"])
+        made |= {"processing_class": None if own else self.data.tokenizer, "quantization_config": quantized}
+        made |= {"optimizers": optimizers if any(optimizers) else None}
+        return Outset.of(run, settings, args=args, plan=self.plan, data=self.data, **made)
+
+    def _load(self, model: Any, args: GRPOConfig, outset: Outset | None, **of_trl: Any) -> None:
+        """Let TRL load the weights, over slots in the place of rows."""
         slotted = slot_arguments(args, self.plan)
         super().__init__(
             model=model,
@@ -181,16 +190,12 @@ class DomainGRPOTrainer(GRPOTrainer):
             args=outset.arguments(slotted) if outset else slotted,
             train_dataset=slot_dataset(self.plan),
             eval_dataset=None if args.eval_strategy == "no" else slot_dataset(self.plan),  # `evaluate` knows its own
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
+            processing_class=self.data.tokenizer,
+            **of_trl,
         )
         self.policy = Policy(
             self, self.data, passes=super()._get_per_token_logps_and_entropies, turn=super()._generate_single_turn
         )
-        self._walk_and_evaluate(engine, settings, merges=outset is not None)
-        self.run = Run(self, outset, model=name).attach() if outset else None
 
     def _steer_and_watch(
         self, args: GRPOConfig, curriculum: Any, settings: TrainerSettings, model: Any, outset: Outset | None
@@ -517,6 +522,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         if eval_dataset is not None:
             with self.run.aside() if self.run else nullcontext():
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not self.data.heldout:
+            raise ValueError("evaluate() of a trainer without held-out rows: give eval_dataset, here or to the trainer")
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what TRL itself samples has no seeds
             result = self.evaluator.run()

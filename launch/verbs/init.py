@@ -6,7 +6,6 @@ right under it, and those of other rows wrong.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ from polyphony.launch.recipe import RecipeError
 from polyphony.launch.schema import schema
 from polyphony.rewards import find_reward
 from polyphony.trainer.data import LIKE_A_PROMPT, LIKE_AN_ANSWER, PromptTable, content_id
+from polyphony.trainer.held_out import held_out, prompt_key
 from polyphony.trainer.rows import READABLE, load_rows
 from polyphony.trainer.run import say
 from polyphony.trainer.run.json_lines import read_object
@@ -28,8 +28,6 @@ from polyphony.trainer.run.json_lines import read_object
 MODEL = "Qwen/Qwen3-0.6B"
 LEAST = 40
 """Rows of a domain: fewer leave nothing to tell a change by."""
-HELD, FEWEST, MOST = 0.1, 16, 256
-"""Share of a domain's prompts that is held out, and within which bounds."""
 TRIED = 48
 """References that a reward is tried on."""
 RIGHT, WRONG = 0.95, 0.2
@@ -71,7 +69,7 @@ class Guess:
         back = {old: new for new, old in renamed.items()}
         rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
         unique = list({content_id(row): row for row in rows}.values())
-        if (prompts := len({_key(row) for row in unique})) < LEAST:
+        if (prompts := len({prompt_key(row["prompt"]) for row in unique})) < LEAST:
             raise RecipeError(
                 f"{file}: {prompts} different prompts; at least {LEAST} are needed to train and to hold out"
             )
@@ -177,18 +175,10 @@ def _said(reference: Any) -> str:
     return "" if reference is None else json.dumps(reference, ensure_ascii=False)
 
 
-def _key(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row["prompt"], sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return training and held-out rows; those with one prompt are on one side, and the side is the prompt's for good."""
-    keys = [_key(row) for row in rows]
-    prompts = sorted(set(keys))
-    held = set(prompts[: min(MOST, max(FEWEST, int(HELD * len(prompts))), len(prompts) // 2)])
-    sides = [
-        [row for row, key in zip(rows, keys, strict=True) if (key in held) == is_held] for is_held in (False, True)
-    ]
+    """Return training and held-out rows."""
+    held = held_out([row["prompt"] for row in rows])
+    sides = [[row for row, is_held in zip(rows, held, strict=True) if is_held == side] for side in (False, True)]
     return sides[0], sides[1]
 
 

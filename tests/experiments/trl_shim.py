@@ -13,10 +13,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from datasets import IterableDataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl.data_utils import apply_chat_template
+from transformers import AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain
@@ -24,29 +22,8 @@ from polyphony.rewards.registry import ask, settled
 from polyphony.trainer.domains import DomainData, code_of, context_of
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.metrics import Logged
+from polyphony.trainer.reward_model import RewardModel
 from polyphony.trainer.settings import DataSettings
-
-
-class RewardModel:
-    """A model that scores a prompt with its completion, by name or loaded."""
-
-    def __init__(self, model: Any, tokenizer: Any, **chat: Any) -> None:
-        if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        self.model, self.chat = model.eval(), chat
-        self.__name__ = model.config._name_or_path.split("/")[-1]
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Return the model's scores."""
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        if not isinstance(prompts[0], str):
-            texts = [apply_chat_template({"messages": m}, self.tokenizer, **self.chat)["text"] for m in texts]
-        asked = {"return_tensors": "pt", "padding": True, "padding_side": "right", "add_special_tokens": False}
-        with torch.inference_mode():
-            return self.model(**self.tokenizer(text=texts, **asked)).logits[:, 0].tolist()
 
 
 class Sum:
@@ -112,9 +89,8 @@ class OneDomainTrainer(DomainGRPOTrainer):
             raise ValueError("the number of reward processing classes must match the number of reward functions")
         if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
             raise ValueError("the number of reward weights must match the number of reward functions")
-        chat: Any = args.chat_template_kwargs or {}
         is_model = [isinstance(r, str) or hasattr(r, "config") for r in rewards]
-        rewards = [RewardModel(r, c, **chat) if m else r for r, c, m in zip(rewards, classes, is_model, strict=True)]
+        rewards = [RewardModel.of(r, c, args) if m else r for r, c, m in zip(rewards, classes, is_model, strict=True)]
         reward, args.reward_weights = Sum(rewards, args.reward_weights), None  # the sum has them
         if isinstance(train_dataset, IterableDataset):
             train_dataset = _read(train_dataset, args)

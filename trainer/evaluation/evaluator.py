@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.curricula.transfer.halves import taken
-from polyphony.rewards.registry import as_score
+from polyphony.rewards.registry import as_score, declared_range
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import Request, completion_seed
@@ -24,6 +24,7 @@ from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.run import say
 from polyphony.trainer.scoring import Scorer, together
 from polyphony.trainer.settings import EvaluationSettings
 
@@ -49,6 +50,9 @@ class Evaluator:
     """Leads episodes, where a domain acts."""
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
+    cuts: bool = False
+    """Whether scores outside [0, 1] are cut to it, and that is said: rewards of TRL's have no bounds to be mapped by."""
+    _cut: set[str] = field(default_factory=set)
     _unpublished: Scorer = field(init=False)
     """Grades the items that decide, so that what its rewards log stays apart."""
     _mine: list[tuple[int, Prompt]] = field(default_factory=list)
@@ -120,9 +124,25 @@ class Evaluator:
             return [rewards[i] for i in range(len(completions))]
 
         rewards = together(score, self.scorer.slow, gather_object)
-        of = {name: table.domain.reward for name, table in self.data.heldout.items()}
+        of = {
+            name: {"range": declared_range(table.domain.reward, self.scorer.rewards[name])}
+            for name, table in self.data.heldout.items()
+        }
         scores = [as_score(of[c.prompt.domain], r) for c, r in zip(completions, rewards, strict=True)]
+        if self.cuts:
+            scores = [self._within(c.prompt.domain, score) for c, score in zip(completions, scores, strict=True)]
         return [replace(c, reward=score) for c, score in zip(completions, scores, strict=True)]
+
+    def _within(self, domain: str, score: float | None) -> float | None:
+        if score is None or 0 <= score <= 1:
+            return score
+        if domain not in self._cut:
+            self._cut.add(domain)
+            say(
+                f"domain {domain!r}: a held-out reward of {score:g}: scores are cut to [0, 1]; a function's attribute "
+                f"`range` maps them, and its mean stands beside them as heldout/{domain}/logged/.."
+            )
+        return min(max(score, 0.0), 1.0)
 
     def flush_logged(self) -> dict[str, float]:
         """Return what rewards logged of published items since the last call, as metrics; collective over ranks."""

@@ -95,7 +95,7 @@ class HeldoutResult:
             if known and (min(known) < 0 or max(known) > 1):
                 raise ValueError(
                     f"domain {name!r}: held-out scores must lie in [0, 1], got {min(known):g} to {max(known):g}: say "
-                    f"domains.{name}.reward.range: [lowest, highest], and it is mapped to that"
+                    f"domains.{name}.reward.range: [lowest, highest], or a function's attribute `range`: it is mapped to it"
                 )
         return scores
 

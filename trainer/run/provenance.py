@@ -210,7 +210,9 @@ def _source(rows: Any) -> Any:
 
 
 def _part(part: Any) -> Any:
-    """Return a reward's name, or the import path of a function."""
+    """Return a reward's name, or the import path of a function; of a list of them each."""
+    if isinstance(part, list | tuple):
+        return [_part(one) for one in part]
     if isinstance(part, str | Mapping):
         return _plain(part)
     if inspect.isfunction(part) and part.__module__ != "__main__" and part.__qualname__.isidentifier():

