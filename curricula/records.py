@@ -153,18 +153,24 @@ class Episode:
     """The instance, for rewards that look at it; only where it lives in this process."""
 
     @property
-    def transcript(self) -> str:
-        """What was said, a line and who said it for each; of calls the name and the arguments."""
-        lines = []
+    def spoken(self) -> list[tuple[str, str]]:
+        """Who spoke and what was said, in order; of calls the name and the arguments. Last, what ended it before its end."""
+        found = []
         for message in self.messages:
             said = " ".join(filter(None, (message.get("reasoning_content"), message.get("content"))))
             calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
             called = [f"{call.get('name')}({json.dumps(call.get('arguments'), default=str)})" for call in calls]
-            who = f"{message['role']} {message.get('name', '')}".strip()
-            lines.append(f"[{who}] " + " ".join(filter(None, (said, *called))))
-        ended = self.fault or (f"cut off at the limit of {self.cut}" if self.cut else "")
-        written = "\n".join([*lines, *([f"[{ended}]"] if ended else [])])
-        return written.encode(errors="replace").decode()  # half a character, as a call's name may hold, no file takes
+            found.append(
+                (f"{message['role']} {message.get('name', '')}".strip(), " ".join(filter(None, (said, *called))))
+            )
+        if ended := self.fault or (f"cut off at the limit of {self.cut}" if self.cut else ""):
+            found.append((ended, ""))
+        return [(_whole(who), _whole(said)) for who, said in found]
+
+    @property
+    def transcript(self) -> str:
+        """What was said, a line and who said it for each."""
+        return "\n".join(f"[{who}] {said}".rstrip() for who, said in self.spoken)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -385,6 +391,11 @@ class Group:
 def written(completions: Iterable[Completion]) -> list[tuple[str, int]]:
     """Return what the policy said in each completion, in all turns, and in how many tokens."""
     return [(c.text if c.episode is None else c.episode.written, c.length) for c in completions]
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of characters, as a call's name may hold: no file takes them."""
+    return text.encode(errors="replace").decode()
 
 
 def _counts(episode: Episode) -> Episode:
