@@ -290,9 +290,9 @@ class Group:
         completions: Sequence[Completion],
         *,
         draw: int,
-        with_texts: bool = False,
+        texts: Iterable[str] = (),
     ) -> Group:
-        """Return completions of one prompt as a group, or as a rank's part of one.
+        """Return completions of one prompt as a group, or as a rank's part of one; `texts` where these are compared.
 
         Raises ValueError where they are of more than one prompt.
         """
@@ -309,7 +309,7 @@ class Group:
             truncated=tuple(c.truncated for c in completions),
             surprisals=tuple(c.surprisal for c in completions),
             signs=tuple(c.signs for c in completions),
-            texts=tuple(c.text for c in completions) if with_texts else (),
+            texts=tuple(texts),
             prints=tuple(hash(tuple(c.ids)) for c in completions),
             episodes=tuple(_counts(c.episode) for c in completions if c.episode is not None),
         )

@@ -210,6 +210,10 @@ class Paying:
 
     domains = frozenset({"talk"})
 
+    @staticmethod
+    def text_of(completion):
+        return completion.text
+
     def __call__(self, groups, question):
         return groups
 
