@@ -25,6 +25,10 @@ Kind = Literal["structured", "open_ended"]
 """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
 
 
+Compared = Literal["answers", "transcripts"]
+"""What of completions is compared: of several turns the last, or all that was said."""
+
+
 AdvantageKind = Literal["group", "mean_only"]
 """(r - mean) / std of the group, as TRL has it, or r - mean."""
 
@@ -220,6 +224,10 @@ class Completion:
         """What was said, for people: of several turns who said it before each."""
         return self.text if self.episode is None else self.episode.transcript
 
+    def to_compare(self, compare: Compared) -> str:
+        """What is held against others of its group."""
+        return self.text if compare == "answers" else self.to_read
+
     @property
     def answer(self) -> Completion:
         """The last turn alone, of several."""
@@ -290,9 +298,9 @@ class Group:
         completions: Sequence[Completion],
         *,
         draw: int,
-        texts: Iterable[str] = (),
+        compare: Compared | None = None,
     ) -> Group:
-        """Return completions of one prompt as a group, or as a rank's part of one; `texts` where these are compared.
+        """Return completions of one prompt as a group, or as a rank's part of one, with the texts that are compared.
 
         Raises ValueError where they are of more than one prompt.
         """
@@ -309,7 +317,7 @@ class Group:
             truncated=tuple(c.truncated for c in completions),
             surprisals=tuple(c.surprisal for c in completions),
             signs=tuple(c.signs for c in completions),
-            texts=tuple(texts),
+            texts=() if compare is None else tuple([c.to_compare(compare) for c in completions]),
             prints=tuple(hash(tuple(c.ids)) for c in completions),
             episodes=tuple(_counts(c.episode) for c in completions if c.episode is not None),
         )

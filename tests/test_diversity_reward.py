@@ -90,7 +90,7 @@ def test_a_domain_that_acts_is_compared_by_its_answers_or_by_all_that_was_said(c
 
     fusion = Fusion.of([replace(domain(compare=compare), environment="a:b")])
     rows = [said("look", "4"), said("4"), said("5")]
-    (fused,) = fusion([Group.of(rows, draw=0, texts=map(fusion.text_of, rows))], prompt_of)
+    (fused,) = fusion([Group.of(rows, draw=0, compare=fusion.compares(())["stories"])], prompt_of)
     assert fused.fused.classes == classes
 
 

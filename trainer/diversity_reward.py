@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from polyphony.curricula.declarations import as_settings
-from polyphony.curricula.records import Completion, Domain, Group
+from polyphony.curricula.records import Compared, Domain, Group
 from polyphony.rewards.partitions import Same
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.scoring import is_unreachable, together
@@ -76,10 +76,9 @@ class Fusion:
         """Domains whose texts have to be gathered."""
         return tuple(self.by_domain)
 
-    def text_of(self, completion: Completion) -> str:
-        """Return what of a completion is compared."""
-        diversity = self.by_domain.get(completion.prompt.domain)
-        return completion.text if diversity is None else diversity.text_of(completion)
+    def compares(self, others: Sequence[str]) -> dict[str, Compared]:
+        """Return what is compared in each domain whose texts have to be gathered: its own, and `others`' answers."""
+        return dict.fromkeys(others, "answers") | {name: of.compare for name, of in self.by_domain.items()}
 
     @property
     def slow(self) -> frozenset[str]:

@@ -227,9 +227,9 @@ class Draws:
         Raises ValueError where one is not whole.
         """
         size = self.policy.group_size
-        compared = self.data.names if self.advantages.partitioner else self.fusion.domains
+        compared = self.fusion.compares(self.data.names if self.advantages.partitioner else ())
         parts = [
-            (k, Group.of(of, draw=draw, texts=map(self.fusion.text_of, of) if of[0].prompt.domain in compared else ()))
+            (k, Group.of(of, draw=draw, compare=compared.get(of[0].prompt.domain)))
             for k, places in groupby(rows, key=lambda i: i // size)
             for of in [[rows[i] for i in places]]
         ]

@@ -318,7 +318,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             discarded=rollout.discarded,
             rounds=rollout.rounds,
             unmeasured=unmeasured,
-            by_turn=self._entropy_by_turn(own_mask(output), of_rows),
+            by_turn=self._entropy_by_turn(output, of_rows),
         )
         self.entropy.after_draw(step, entropy, groups, rollout.discarded)
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
@@ -505,13 +505,15 @@ class DomainGRPOTrainer(GRPOTrainer):
                     found[name] = (total + surprisal, tokens + length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}, unmeasured
 
-    def _entropy_by_turn(self, own: torch.Tensor, groups: Sequence[Group]) -> dict[str, list[tuple[float, float]]]:
+    def _entropy_by_turn(
+        self, output: Mapping[str, Any], groups: Sequence[Group]
+    ) -> dict[str, list[tuple[float, float]]]:
         """Return summed token entropy (nats) and token count of each turn, by domain that acts, over all ranks."""
         acting = sorted(self.data.acting)
         if not acting:
             return {}
         rows = [row for row, g in enumerate(groups) if g.domain in acting]
-        entropy, turns = self._row_entropy[rows], turns_of(own)[rows].clamp(max=TURNS)  # type: ignore[index]
+        entropy, turns = self._row_entropy[rows], turns_of(own_mask(output))[rows].clamp(max=TURNS)  # type: ignore[index]
         owners = [acting.index(groups[row].domain) for row in rows]
         sums = [sums_by_owner(entropy, turns == n, owners, n=len(acting)) for n in range(1, TURNS + 1)]
         totals = self.accelerator.reduce(torch.stack(sums, dim=1), reduction="sum").tolist()  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from polyphony.curricula.declarations import MOST, as_settings, nearest, setting
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Completion, Domain, Fused, Group
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Compared, Domain, Fused, Group
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
@@ -86,7 +86,7 @@ class Diversity:
     partitioner: Any = "embedding"
     """Tells which answers say the same: `embedding` (needs the extra `diversity`), `exact`, `normalised`,
     `answer_signature`, `classifier`, `judge`, an import path, or `{name: .., **arguments}`."""
-    compare: Literal["answers", "transcripts"] = "answers"
+    compare: Compared = "answers"
     """What is compared in a domain that acts: the policy's last turn, or all that was said, tools' answers among it."""
     fuse: Literal["mul", "add"] = "mul"
     """`mul`: quality times difference. `add`: quality, standardised within the group, plus `coefficient` times
@@ -110,10 +110,6 @@ class Diversity:
     @classmethod
     def _may_be_one(cls, partitioner: Any) -> Any:
         return named(partitioner, method="same")
-
-    def text_of(self, completion: Completion) -> str:
-        """Return what of a completion is compared."""
-        return completion.text if self.compare == "answers" else completion.to_read
 
     @property
     def found(self) -> Partitioner:
