@@ -25,6 +25,10 @@ Kind = Literal["structured", "open_ended"]
 """`structured`: a program can tell whether an answer is right. `open_ended`: many answers are good."""
 
 
+Compared = Literal["answers", "transcripts"]
+"""What of completions is compared: of several turns the last, or all that was said."""
+
+
 AdvantageKind = Literal["group", "mean_only"]
 """(r - mean) / std of the group, as TRL has it, or r - mean."""
 
@@ -154,18 +158,24 @@ class Episode:
     """The instance, for rewards that look at it; only where it lives in this process."""
 
     @property
-    def transcript(self) -> str:
-        """What was said, a line and who said it for each; of calls the name and the arguments."""
-        lines = []
+    def spoken(self) -> list[tuple[str, str]]:
+        """Who spoke and what was said, in order; of calls the name and the arguments. Last, what ended it before its end."""
+        found = []
         for message in self.messages:
             said = " ".join(filter(None, (message.get("reasoning_content"), message.get("content"))))
             calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
             called = [f"{call.get('name')}({json.dumps(call.get('arguments'), default=str)})" for call in calls]
-            who = f"{message['role']} {message.get('name', '')}".strip()
-            lines.append(f"[{who}] " + " ".join(filter(None, (said, *called))))
-        ended = self.fault or (f"cut off at the limit of {self.cut}" if self.cut else "")
-        written = "\n".join([*lines, *([f"[{ended}]"] if ended else [])])
-        return written.encode(errors="replace").decode()  # half a character, as a call's name may hold, no file takes
+            found.append(
+                (f"{message['role']} {message.get('name', '')}".strip(), " ".join(filter(None, (said, *called))))
+            )
+        if ended := self.fault or (f"cut off at the limit of {self.cut}" if self.cut else ""):
+            found.append((ended, ""))
+        return [(_whole(who), _whole(said)) for who, said in found]
+
+    @property
+    def transcript(self) -> str:
+        """What was said, a line and who said it for each."""
+        return "\n".join(f"[{who}] {said}".rstrip() for who, said in self.spoken)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,6 +224,10 @@ class Completion:
     def to_read(self) -> str:
         """What was said, for people: of several turns who said it before each."""
         return self.text if self.episode is None else self.episode.transcript
+
+    def to_compare(self, compare: Compared) -> str:
+        """What is held against others of its group."""
+        return self.text if compare == "answers" else self.to_read
 
     @property
     def answer(self) -> Completion:
@@ -285,9 +299,9 @@ class Group:
         completions: Sequence[Completion],
         *,
         draw: int,
-        with_texts: bool = False,
+        compare: Compared | None = None,
     ) -> Group:
-        """Return completions of one prompt as a group, or as a rank's part of one.
+        """Return completions of one prompt as a group, or as a rank's part of one, with the texts that are compared.
 
         Raises ValueError where they are of more than one prompt.
         """
@@ -304,7 +318,7 @@ class Group:
             truncated=tuple(c.truncated for c in completions),
             surprisals=tuple(c.surprisal for c in completions),
             signs=tuple(c.signs for c in completions),
-            texts=tuple(c.text for c in completions) if with_texts else (),
+            texts=() if compare is None else tuple([c.to_compare(compare) for c in completions]),
             prints=tuple(hash(tuple(c.ids)) for c in completions),
             episodes=tuple(_counts(c.episode) for c in completions if c.episode is not None),
         )
@@ -386,6 +400,11 @@ class Group:
 def written(completions: Iterable[Completion]) -> list[tuple[str, int]]:
     """Return what the policy said in each completion, in all turns, and in how many tokens."""
     return [(c.text if c.episode is None else c.episode.written, c.length) for c in completions]
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of characters, as a call's name may hold: no file takes them."""
+    return text.encode(errors="replace").decode()
 
 
 def _counts(episode: Episode) -> Episode:

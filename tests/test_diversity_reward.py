@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from polyphony.curricula.records import Completion, Domain, Fused, Group, Prompt, mean
+from polyphony.curricula.records import Completion, Domain, Episode, Fused, Group, Prompt, mean
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
@@ -79,6 +79,24 @@ def test_a_domain_without_diversity_is_left_alone():
     assert left == groups[0]
     assert fused.fused is not None
     assert fusion(groups[:1], prompt_of) == groups[:1]
+
+
+@pytest.mark.parametrize(("compare", "classes"), [("answers", (0, 0, 1)), ("transcripts", (0, 1, 2))])
+def test_a_domain_that_acts_is_compared_by_its_answers_or_by_all_that_was_said(compare, classes):
+    def said(*turns):
+        episode = Episode(messages=tuple({"role": "assistant", "content": turn} for turn in turns))
+        asked = Prompt(domain="stories", id="p")
+        return Completion(ids=[1], prompt=asked, text=turns[-1], reward=1.0, episode=episode)
+
+    fusion = Fusion.of([replace(domain(compare=compare), environment="a:b")])
+    rows = [said("look", "4"), said("4"), said("5")]
+    (fused,) = fusion([Group.of(rows, draw=0, compare=fusion.compares(())["stories"])], prompt_of)
+    assert fused.fused.classes == classes
+
+
+def test_what_does_not_act_has_no_transcripts_to_compare():
+    with pytest.raises(ValueError, match=r"domains.stories.diversity: compare: transcripts: the domain does not act"):
+        find_diversity(domain(compare="transcripts"))
 
 
 def test_the_curriculum_sees_quality_and_the_signal_is_that_of_the_update():

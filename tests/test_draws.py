@@ -210,6 +210,9 @@ class Paying:
 
     domains = frozenset({"talk"})
 
+    def compares(self, others):
+        return {"talk": "answers"}
+
     def __call__(self, groups, question):
         return groups
 

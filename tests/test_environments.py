@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -257,6 +258,15 @@ def heldout_rows():
     return rows(domain="arithmetic", split="heldout", size=8)
 
 
+def nth_turns(completion):
+    """In which turn each token was written; None for what others said."""
+    turn, found = 0, []
+    for own, before in zip(completion.tool_mask, [0, *completion.tool_mask], strict=False):
+        turn += own > before
+        found.append(turn if own else None)
+    return found
+
+
 def with_skills(domain):
     """The rows are of two skills, in turns."""
     parts = {
@@ -316,9 +326,20 @@ def test_an_environment_of_trls_documentation_is_trained_and_evaluated_with_its_
     assert min(scores) <= told["heldout/arithmetic/score"] <= max(scores)
     assert told["skill/arithmetic/low/heldout_entropy"] > 0
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "Domains that act" in page and f"→ {told['environment/arithmetic/entropy_turn_2']:.3f}<br>" in page
     assert "Skill by skill" in page and f"→ {told['skill/arithmetic/high/score']:.3f}</td>" in page
     of_family = {name.rpartition("/")[2]: value for name, value in told.items() if name.startswith("environment/")}
-    assert of_family.keys() == METRICS["environment"].keys()
+    had = sorted({c.episode.turns for c in found})
+    by_turn = {f"{m}_{n}" for n in range(1, 5) if n not in had for m in ("entropy_turn", "reward_turns")}
+    assert METRICS["environment"].keys() - of_family.keys() == by_turn
+    for n in had:
+        in_turn = [
+            (e, s) for row, c in zip(entropy, found, strict=True) for e, s in zip(row, nth_turns(c), strict=False)
+        ]
+        of_turn = [float(e) for e, turn in in_turn if turn == n]
+        assert of_family[f"entropy_turn_{n}"] == pytest.approx(sum(of_turn) / len(of_turn), rel=1e-4)
+        rewards = [c.reward for c in found if c.episode.turns == n and c.reward is not None]
+        assert of_family[f"reward_turns_{n}"] == pytest.approx(sum(rewards) / len(rewards))
     assert of_family["turns"] == pytest.approx(sum(c.episode.turns for c in found) / len(found))
     assert of_family["calls"] == pytest.approx(sum(c.episode.calls for c in found) / len(found))
     assert told["heldout/arithmetic/entropy"] > 0
@@ -326,7 +347,8 @@ def test_an_environment_of_trls_documentation_is_trained_and_evaluated_with_its_
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     of_acting = [line["completion"] for line in samples if line["domain"] == "arithmetic"]
     assert of_acting
-    assert all(text.startswith("[assistant] ") for text in of_acting)
+    assert re.search(r"<summary>tool look: .*</summary><pre>", page)
+    assert all(text.startswith("[assistant]") for text in of_acting)
 
 
 @pytest.mark.parametrize(

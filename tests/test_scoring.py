@@ -364,7 +364,7 @@ def test_a_group_keeps_what_other_ranks_need_to_know():
         prints=(hash((0,) * 2), hash((0,) * 5)),
     )
     assert not group.is_alike and Group.of([told, told], draw=7).is_alike
-    assert Group.of([told], draw=7, with_texts=True).texts == ("4",)
+    assert Group.of([told], draw=7, compare="answers").texts == ("4",)
 
 
 def test_what_ranks_tell_each_other_is_light():
@@ -373,7 +373,7 @@ def test_what_ranks_tell_each_other_is_light():
     long = Completion(prompt=asked, ids=[7] * 9000, logps=[-0.1] * 9000, text="t" * 9000, reward=0.5, signs=COUNTED)
     groups = [(k, Group.of([long] * 8, draw=3)) for k in range(64)]
     assert len(pickle.dumps(groups)) / (64 * 8) < 200
-    texts = [(k, Group.of([long] * 8, draw=3, with_texts=True)) for k in range(64)]
+    texts = [(k, Group.of([long] * 8, draw=3, compare="answers")) for k in range(64)]
     assert (len(pickle.dumps(texts)) - 9000) / (64 * 8) < 200  # one text, said 512 times, is sent once
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from polyphony.curricula.declarations import as_settings
-from polyphony.curricula.records import Domain, Group
+from polyphony.curricula.records import Compared, Domain, Group
 from polyphony.rewards.partitions import Same
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.scoring import is_unreachable, together
@@ -34,6 +34,8 @@ def find_diversity(domain: Domain) -> Diversity | None:
         diversity = as_settings(Diversity, spec)
         if domain.kind == "structured":
             diversity.check_verifiable()
+        if diversity.compare == "transcripts" and not domain.acts:
+            raise ValueError("compare: transcripts: the domain does not act, so that its answers are all that is said")
         return replace(diversity, partitioner=diversity.found)  # found once: it may hold a model
     except (ValueError, TypeError) as error:
         raise ValueError(f"domains.{domain.name}.diversity: {error}") from error
@@ -73,6 +75,10 @@ class Fusion:
     def domains(self) -> tuple[str, ...]:
         """Domains whose texts have to be gathered."""
         return tuple(self.by_domain)
+
+    def compares(self, others: Sequence[str]) -> dict[str, Compared]:
+        """Return what is compared in each domain whose texts have to be gathered: its own, and `others`' answers."""
+        return dict.fromkeys(others, "answers") | {name: of.compare for name, of in self.by_domain.items()}
 
     @property
     def slow(self) -> frozenset[str]:

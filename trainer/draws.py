@@ -136,7 +136,7 @@ class Draws:
         rewards = together(lambda: scorer(read), scorer.slow, gather_object)
         graded = [replace(c, reward=reward) for c, reward in zip(read, rewards, strict=True)]
         first = self.policy.rank * len(rows)  # a group may straddle ranks: each row is handed over as one of its own
-        parts = [(first + i, Group.of([c], draw=NO_DRAW, with_texts=False)) for i, c in enumerate(graded)]
+        parts = [(first + i, Group.of([c], draw=NO_DRAW)) for i, c in enumerate(graded)]
         return Rollout(rows=dict(enumerate(graded)), groups=dict(gather_object(parts)), size=1, seconds=0.0)
 
     def _replacements(self, rollout: Rollout) -> dict[int, Prompt]:
@@ -227,14 +227,11 @@ class Draws:
         Raises ValueError where one is not whole.
         """
         size = self.policy.group_size
-        compared = self.data.names if self.advantages.partitioner else self.fusion.domains
+        compared = self.fusion.compares(self.data.names if self.advantages.partitioner else ())
         parts = [
-            (
-                k,
-                Group.of([rows[i] for i in places], draw=draw, with_texts=rows[places[0]].prompt.domain in compared),
-            )
-            for k, group in groupby(rows, key=lambda i: i // size)
-            for places in [list(group)]
+            (k, Group.of(of, draw=draw, compare=compared.get(of[0].prompt.domain)))
+            for k, places in groupby(rows, key=lambda i: i // size)
+            for of in [[rows[i] for i in places]]
         ]
         groups: dict[int, Group] = {}
         for k, part in gather_object(parts):

@@ -47,6 +47,7 @@ from polyphony.trainer.engine.engine import Engine, EngineFactory
 from polyphony.trainer.engine.here import engine_here
 from polyphony.trainer.engine.merge import refuse_unmergeable
 from polyphony.trainer.entropy import ROW_COEFFICIENT, DomainEntropy
+from polyphony.trainer.environments.counts import TURNS
 from polyphony.trainer.environments.episodes import Episodes
 from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.evaluation.evaluator import Evaluator
@@ -54,7 +55,7 @@ from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, faults_of, norm_of_step
 from polyphony.trainer.from_trl import Script, arguments_of, name_of
 from polyphony.trainer.metrics import Meter, defined, key
-from polyphony.trainer.policy import Policy, own_mask, sums_by_owner
+from polyphony.trainer.policy import Policy, own_mask, sums_by_owner, turns_of
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
@@ -322,6 +323,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             discarded=rollout.discarded,
             rounds=rollout.rounds,
             unmeasured=unmeasured,
+            by_turn=self._entropy_by_turn(output, of_rows),
         )
         self.entropy.after_draw(step, entropy, groups, rollout.discarded)
         output.update(self.entropy.rows(of_rows, self.accelerator.device))
@@ -507,6 +509,20 @@ class DomainGRPOTrainer(GRPOTrainer):
                     total, tokens = found[name]
                     found[name] = (total + surprisal, tokens + length)
         return {name: (total, tokens) for name, (total, tokens) in found.items() if tokens}, unmeasured
+
+    def _entropy_by_turn(
+        self, output: Mapping[str, Any], groups: Sequence[Group]
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Return summed token entropy (nats) and token count of each turn, by domain that acts, over all ranks."""
+        acting = sorted(self.data.acting)
+        if not acting:
+            return {}
+        rows = [row for row, g in enumerate(groups) if g.domain in acting]
+        entropy, turns = self._row_entropy[rows], turns_of(own_mask(output))[rows].clamp(max=TURNS)  # type: ignore[index]
+        owners = [acting.index(groups[row].domain) for row in rows]
+        sums = [sums_by_owner(entropy, turns == n, owners, n=len(acting)) for n in range(1, TURNS + 1)]
+        totals = self.accelerator.reduce(torch.stack(sums, dim=1), reduction="sum").tolist()  # type: ignore[union-attr]
+        return {name: [(nats, tokens) for nats, tokens in of] for name, of in zip(acting, totals, strict=True)}
 
     # --- held-out evaluation ------------------------------------------------------------------------------------------
 

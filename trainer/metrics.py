@@ -127,6 +127,14 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "cut_by_length": "share that ended because what was said to them did not fit into their length",
         "forfeits": "completions with reward 0 because a call did not come back, or took its process down",
         "faults": "completions without a reward because their environment failed, by no call's doing",
+        "entropy_turn_1": "mean token entropy of the policy in its first turn in nats, over the groups of the update",
+        "entropy_turn_2": "the same of second turns",
+        "entropy_turn_3": "of third turns",
+        "entropy_turn_4": "of fourth and all later turns",
+        "reward_turns_1": "mean reward of completions of one turn",
+        "reward_turns_2": "of those of two turns",
+        "reward_turns_3": "of three turns",
+        "reward_turns_4": "of four and more turns",
     },
     "skill": {
         "reward": "`domain/<d>/reward` of the rows with one `skill` (a column); `<d>` is domain/skill here",
@@ -368,19 +376,21 @@ class Meter:
         discarded: Sequence[Group] = (),
         rounds: int = 0,
         unmeasured: Mapping[str, int] | None = None,
+        by_turn: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         """Take in one draw: its groups, per domain and skill the summed entropy and its token count, the time it took.
 
         `discarded` are the groups that were generated too, but replaced, in that many refill `rounds`; `unmeasured` counts
-        their completions, by domain, that the entropies leave out.
+        their completions, by domain, that the entropies leave out. `by_turn` has, per domain that acts, the same sums of
+        each turn.
         """
         for group in (*groups, *discarded):
             counted = DomainSums.of(group, is_useful=self.is_useful(group))
             self.sums.setdefault(group.domain, DomainSums()).add(counted)
             if skill := self.skill_of.get((group.domain, group.prompt_id)):
                 self.skills.setdefault(skill, DomainSums()).add(counted)
-            for episode in group.episodes:
-                self.acted.setdefault(group.domain, EpisodeSums()).add(episode)
+            for episode, reward in zip(group.episodes, group.rewards, strict=False):  # in a domain that acts
+                self.acted.setdefault(group.domain, EpisodeSums()).add(episode, reward)
         for group in groups:
             self.sums[group.domain].update_with(group, is_useful=self.is_useful(group))
             if group.fused is not None:
@@ -391,6 +401,9 @@ class Meter:
             sums = (self.sums if name in self.domains else self.skills).setdefault(name, DomainSums())
             sums.entropy += total
             sums.entropy_tokens += tokens
+        for name, turns in (by_turn or {}).items():
+            if name in self.acted:
+                self.acted[name].add_entropy(turns)
         for name, count in (unmeasured or {}).items():
             self.sums[name].entropy_unmeasured += count
         self.seconds += seconds

@@ -438,8 +438,14 @@ def own_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
+def turns_of(own: torch.Tensor) -> torch.Tensor:
+    """Return in which turn of its row each token stands that the policy wrote, from 1; 0 for others. Both [B, T]."""
+    before = torch.nn.functional.pad(own, (1, 0))[:, :-1]
+    return ((own > before).cumsum(1) * own).long()
+
+
 def sums_by_owner(values: torch.Tensor, mask: torch.Tensor, owner: Sequence[int], *, n: int) -> torch.Tensor:
     """Return, for each of `n` owners, the sum of masked `values` [B, T] over its rows and their number, [n, 2]."""
     sums = torch.zeros(n, 2, dtype=torch.float64, device=values.device)
     rows = torch.stack([(values * mask).sum(1), mask.sum(1)], dim=1).double()
-    return sums.index_add_(0, torch.tensor(owner, device=values.device), rows)
+    return sums.index_add_(0, torch.tensor(owner, device=values.device, dtype=torch.long), rows)

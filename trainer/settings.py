@@ -21,7 +21,7 @@ from polyphony.curricula.declarations import MOST, as_settings, nearest, setting
 from polyphony.curricula.monitors.entropy_control import EntropySettings
 from polyphony.curricula.monitors.guardrails import Guardrail
 from polyphony.curricula.prompts.pool import PoolSettings
-from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Domain, Fused, Group
+from polyphony.curricula.records import FULL_REWARD, AdvantageKind, Compared, Domain, Fused, Group
 from polyphony.curricula.schedulers import find_scheduler
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.rewards.partitions import Partitioner, Same, connected, find_partitioner
@@ -86,6 +86,8 @@ class Diversity:
     partitioner: Any = "embedding"
     """Tells which answers say the same: `embedding` (needs the extra `diversity`), `exact`, `normalised`,
     `answer_signature`, `classifier`, `judge`, an import path, or `{name: .., **arguments}`."""
+    compare: Compared = "answers"
+    """What is compared in a domain that acts: the policy's last turn, or all that was said, tools' answers among it."""
     fuse: Literal["mul", "add"] = "mul"
     """`mul`: quality times difference. `add`: quality, standardised within the group, plus `coefficient` times
     difference."""

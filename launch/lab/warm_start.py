@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> Any:
-    """Return the tokenizer as transformers' fast one; `<|end|>` closes every message and is the end of generation."""
+def build_tokenizer(
+    *, words: Sequence[str] = WORDS, marks: Sequence[str] = ROLES, chat_template: str = CHAT_TEMPLATE
+) -> Any:
+    """Return the tokenizer as transformers' fast one; `<|end|>` closes every message and is the end of generation.
+
+    `marks` are its special tokens beside those that frame a text.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # slow to import
     from transformers import PreTrainedTokenizerFast
 
     characters = ["\n", *(chr(code) for code in range(32, 127))]
-    words = [form for word in WORDS for form in (word, " " + word) if len(form) > 1]
-    vocabulary = {token: i for i, token in enumerate((PAD, BEGIN, END, UNKNOWN, *ROLES, *characters, *words))}
+    forms = [form for word in words for form in (word, " " + word) if len(form) > 1]
+    vocabulary = {token: i for i, token in enumerate((PAD, BEGIN, END, UNKNOWN, *marks, *characters, *forms))}
     # without merges a piece is either in the vocabulary as a whole or falls apart into characters
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+|.|\n"), behavior="isolated")
@@ -174,8 +179,8 @@ def build_tokenizer() -> Any:
         bos_token=BEGIN,
         eos_token=END,
         unk_token=UNKNOWN,
-        additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(marks),
+        chat_template=chat_template,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=256,
@@ -202,17 +207,29 @@ def train_policy(*, seed: int, world: int, steps: int = STEPS) -> tuple[Any, Any
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     generator = random.Random(f"warm start/{seed}")
     spaces = {domain: rows(domain=domain, split="train", seed=seed, world=world) for domain in SHARES}
-    for step in range(steps):
+
+    def parts(step: int) -> list[dict[str, Any]]:
         target = known_target if step < SKILLS_UNTIL * steps else warm_target
         examples = sorted(_examples(spaces, generator, target), key=lambda pair: len(pair[0]) + len(pair[1]))
-        losses = []
         # short and long texts apart: half of the padding
-        for part in (examples[: BATCH // 2], examples[BATCH // 2 :]):
-            loss = model(**collate(part, tokenizer)).loss / 2
+        return [collate(part, tokenizer) for part in (examples[: BATCH // 2], examples[BATCH // 2 :])]
+
+    fit(model, parts, steps=steps)
+    return model.eval(), tokenizer
+
+
+def fit(model: Any, parts: Callable[[int], list[dict[str, Any]]], *, steps: int) -> None:
+    """Take so many supervised steps; `parts` makes what a step learns from, in parts of like length."""
+    import torch  # slow to import
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for step in range(steps):
+        losses, batches = [], parts(step)
+        for batch in batches:
+            loss = model(**batch).loss / len(batches)
             loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -221,20 +238,19 @@ def train_policy(*, seed: int, world: int, steps: int = STEPS) -> tuple[Any, Any
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {sum(losses):.3f}", flush=True)
-    return model.eval(), tokenizer
 
 
-def build_model(vocabulary: int, tokenizer: Any) -> Any:
+def build_model(vocabulary: int, tokenizer: Any, *, width: int = 128) -> Any:
     """Return an untrained policy: a Qwen3 that vLLM serves (head size 32), in float32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM  # slow to import
 
     config = Qwen3Config(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -249,8 +265,6 @@ def build_model(vocabulary: int, tokenizer: Any) -> Any:
 
 def collate(examples: list[tuple[str, str]], tokenizer: Any) -> dict[str, Any]:
     """Return input ids, mask and labels, right-padded; only the completion and its end are learned."""
-    import torch  # slow to import
-
     sequences = []
     for prompt, completion in examples:
         chat = tokenizer.apply_chat_template(
@@ -258,15 +272,22 @@ def collate(examples: list[tuple[str, str]], tokenizer: Any) -> dict[str, Any]:
         )
         head = tokenizer(chat, add_special_tokens=False)["input_ids"]
         tail = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        sequences.append((head, tail))
-    width = max(len(head) + len(tail) for head, tail in sequences)
-    ids = torch.full((len(sequences), width), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, -100)
-    for i, (head, tail) in enumerate(sequences):
-        ids[i, : len(head) + len(tail)] = torch.tensor(head + tail)
-        labels[i, len(head) : len(head) + len(tail)] = torch.tensor(tail)
-    lengths = torch.tensor([len(head) + len(tail) for head, tail in sequences])
-    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long(), "labels": labels}
+        sequences.append((head + tail, [0] * len(head) + [1] * len(tail)))
+    return padded(sequences, padding=tokenizer.pad_token_id)
+
+
+def padded(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, padding: int) -> dict[str, Any]:
+    """Return input ids, mask and labels of token ids, each with a mask of those that are learned."""
+    import torch  # slow to import
+
+    width = max(len(ids) for ids, _ in sequences)
+    found = torch.full((len(sequences), width), padding)
+    labels = torch.full_like(found, -100)
+    for i, (ids, learned) in enumerate(sequences):
+        found[i, : len(ids)] = torch.tensor(ids)
+        labels[i, : len(ids)] = torch.where(torch.tensor(learned, dtype=torch.bool), found[i, : len(ids)], -100)
+    lengths = torch.tensor([len(ids) for ids, _ in sequences])
+    return {"input_ids": found, "attention_mask": (torch.arange(width) < lengths[:, None]).long(), "labels": labels}
 
 
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:

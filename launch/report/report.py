@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from polyphony.curricula.files import replace_file
 from polyphony.launch.report import sections
+from polyphony.launch.report.acting import acting
 from polyphony.launch.report.charts import fmt, place_whisker
 from polyphony.launch.report.lessons import lessons
 from polyphony.launch.report.numbers import as_json, find
@@ -117,6 +118,10 @@ CHAPTERS = (
     Chapter("skills", "Skill by skill", skills,
             "Parts of a domain, by the rows' column `skill`: the first value that was logged and the last. Held-out scores "
             "are of the report half; nothing is scheduled by them.", ""),
+    Chapter("acting", "Domains that act", acting,
+            "Turns of the policy and calls of tools a completion, the share of calls that failed and of completions that a "
+            "limit ended; entropy of what the policy wrote in its first, second, third and later turns (nats a token), and "
+            "the reward of completions by how many turns they had. The first value that was logged and the last.", ""),
     Chapter("plan", "Plan against outcome", sections.predicted,
             "What the plan predicted for the end of each stage, and what was measured there.", ""),
     Chapter("changed", "Since the run before", sections.since,

@@ -233,7 +233,7 @@ class Asking:
 
         rft = self.recipe.rft
         partitioner = None if rft.dedup is None else find_partitioner(rft.dedup)
-        group = Group.of(answers, draw=SAMPLE_DRAW, with_texts=True)
+        group = Group.of(answers, draw=SAMPLE_DRAW, compare="answers")
         begun = data.openings.get(prompt.domain, "")  # a thought that the template began is said with the rest
         marked = {i for i, answer in enumerate(answers) if any(mark in begun + answer.text for mark in marks)}
         clean = replace(group, rewards=tuple(None if i in marked else r for i, r in enumerate(group.rewards)))

@@ -118,7 +118,7 @@ def varieties(completions: Sequence[Completion], *, k: int, by_domain: Mapping[s
     told: dict[int, Same | None] = {}
     for name, diversity in by_domain.items():
         places = [i for i, item in enumerate(items) if item[0].prompt.domain == name]
-        texts = [[c.text for c in items[i]] for i in places]
+        texts = [[c.to_compare(diversity.compare) for c in items[i]] for i in places]
         prompts = [items[i][0].prompt.prompt for i in places]
         told.update(zip(places, compared(name, diversity, texts, prompts), strict=True))
     return [_variety([c.text for c in item], [c.reward for c in item], told, i) for i, item in enumerate(items)]

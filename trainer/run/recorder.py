@@ -164,7 +164,8 @@ class Recorder:
         answers = {name: published.read(name) for name in published.answers}
         for c in published.shown if self.is_main else ():
             shown = {"domain": c.prompt.domain, "prompt": c.prompt.prompt, "completion": c.to_read, "score": c.reward}
-            self.folder.append("samples", {"step": step, **shown})
+            turns = {"turns": c.episode.spoken} if c.episode else {}
+            self.folder.append("samples", {"step": step, **shown, **turns})
         if self.is_main:
             self.folder.append("evaluations", {"step": step, "domains": _details(answers)})
         return self._metrics(row.trained, published, answers) | grader_failures(result)

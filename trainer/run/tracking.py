@@ -45,7 +45,7 @@ MOST_ROWS = 2000
 def track_completions(tracker: WandbTracker, step: int, result: HeldoutResult) -> None:
     """Log the samples that are kept for people, to be filtered by domain."""
     rows = [
-        [step, c.prompt.domain, visible(_text(c.prompt.prompt)), visible(c.text), c.reward, c.truncated]
+        [step, c.prompt.domain, visible(_text(c.prompt.prompt)), visible(c.to_read), c.reward, c.truncated]
         for c in result.shown
     ]
     tracker.log_table(step, "completions", ["step", "domain", "prompt", "completion", "score", "truncated"], rows)
