@@ -223,8 +223,9 @@ class Weighted:
     ) -> list[float | None]:
         hooks = {"log_metric": log_metric} if log_metric else {}
         components = self.components(prompts, completions, completion_ids, **hooks, **columns)
-        for name, values in components.items() if log_metric else ():
-            for value in values:
-                if value is not None:
-                    log_metric(name, float(value))
+        if log_metric is not None:
+            for name, values in components.items():
+                for value in values:
+                    if value is not None:
+                        log_metric(name, float(value))
         return self.combine(components)

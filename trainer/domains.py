@@ -173,7 +173,7 @@ class DomainData:
                 where, source = _source(domain, split, spare or {})
                 if source is not None:
                     rows = load_rows(source, where=where, folder=folder)
-                    how = {"where": where, "is_chat": is_chat, "keeps_repeats": domain.name in as_trl}
+                    how: dict[str, Any] = {"where": where, "is_chat": is_chat, "keeps_repeats": domain.name in as_trl}
                     found[domain.name] = table = PromptTable(rows, domain=domain, **how)
                     table.tell()
                     read.append(len(table))

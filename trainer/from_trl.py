@@ -46,7 +46,7 @@ def arguments_of(model: Any, args: GRPOConfig | None) -> GRPOConfig:
     if args is not None:
         return args
     name = name_of(model)
-    bf16 = {} if torch.accelerator.is_available() else {"bf16": False}
+    bf16: dict[str, Any] = {} if torch.accelerator.is_available() else {"bf16": False}
     return GRPOConfig(f"{name.rstrip('/').rpartition('/')[2]}-GRPO", **bf16)
 
 
@@ -103,7 +103,12 @@ class Script:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_of(model), **code)
         evaluates = run is not None or args.eval_strategy != "no" or args.eval_on_start
         own = self.domains(args, evaluates=evaluates) if self.is_given else []
-        read = {"tokenizer": tokenizer, "args": heard, "context": context_of(model, **code), "spare": settings.spare}
+        read: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "args": heard,
+            "context": context_of(model, **code),
+            "spare": settings.spare,
+        }
         return DomainData.load([*domains, *own], as_trl={domain.name for domain in own}, **read), heard
 
     def domains(self, args: GRPOConfig, *, evaluates: bool) -> list[Domain]:

@@ -155,9 +155,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "environments": environments, "max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(guardrails=guardrails, **given).with_samples(args.num_generations_eval)
-        rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools, "name": domain_name}
+        rows: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools}
         rows |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
-        script = Script(**rows, environment_factory=environment_factory)
+        script = Script(**rows, environment_factory=environment_factory, name=domain_name)
         refuse_unsampled(
             engine, args, rollout_func=rollout_func, quantized=quantization_config, has_run=run is not None
         )

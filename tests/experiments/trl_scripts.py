@@ -65,7 +65,7 @@ def make_model(folder: Path) -> None:
     read = tokenizer(600)
     read.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -104,7 +104,8 @@ def run_inside(script: Path, *, engine: str) -> None:
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
     datasets.load_dataset = load_dataset
-    DomainGRPOTrainer.__init__.__kwdefaults__["engine"] = engine
+    by_default: Any = DomainGRPOTrainer.__init__.__kwdefaults__
+    by_default["engine"] = engine
     complete = GRPOConfig.__post_init__
 
     def shortened(self: Any) -> None:
