@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from polyphony.curricula.records import Domain
 from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired
 from tests.benchmarks.commands import RECIPES
 
@@ -47,7 +48,7 @@ ALWAYS: dict[str, Any] = {
 
 
 @dataclass(slots=True)
-class Look:
+class SlowTool:
     """The tool; its name is the function's."""
 
     mean_s: float = 0.0
@@ -85,10 +86,10 @@ class Clocked:
         self.turns.take(place, completion)
 
 
-class Acting:
+class ActingBatch:
     """A trainer of the lab's policy with a tool, and batches of its episodes.
 
-    Example: `Acting(folder, n=64).seconds(tool_s=0.2)`
+    Example: `ActingBatch(folder, n=64).seconds(tool_s=0.2)`
     """
 
     def __init__(self, folder: str, *, n: int) -> None:
@@ -96,7 +97,7 @@ class Acting:
         from polyphony.trainer.engine.engine import Engine
         from polyphony.trainer.engine.vllm import Request
 
-        self.tool, self.engine, self.folder = Look(), lab_engine(), folder
+        self.tool, self.engine, self.folder = SlowTool(), lab_engine(), folder
         self.trainer = self._trainer()
         self._lockstep = lambda turns: Engine.converse(self.engine, turns)
         table = self.trainer.data.train["strings"]
@@ -122,7 +123,6 @@ class Acting:
         )
 
     def _trainer(self) -> DomainGRPOTrainer:
-        from polyphony.curricula.records import Domain
         from polyphony.launch.lab.world import rows
         from polyphony.trainer.grpo import DomainGRPOTrainer
         from tests.acting import tokenizer
@@ -209,7 +209,7 @@ def bench_episodes(*, short: bool = False) -> list[Result]:
     """Time 64 episodes of four turns with slow tools and with tools that answer at once, and rows of one turn."""
     n, pairs, mean_s = (8, 1, 0.01) if short else (EPISODES, PAIRS, MEAN_S)
     with tempfile.TemporaryDirectory() as folder:
-        acting = Acting(folder, n=n)
+        acting = ActingBatch(folder, n=n)
         found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS), _throughput(acting, pairs=pairs)]
         found += _waiting(acting, pairs=pairs, mean_s=mean_s)
         trl = acting.by_trl(tool_s=mean_s)
@@ -221,7 +221,7 @@ def bench_episodes(*, short: bool = False) -> list[Result]:
     ]
 
 
-def _one_turn(acting: Acting, *, pairs: int) -> Result:
+def _one_turn(acting: ActingBatch, *, pairs: int) -> Result:
     """Rows of a domain that does not act, in a batch of turns and as ever."""
     from polyphony.trainer.environments.conversation import Conversations
 
@@ -237,7 +237,7 @@ def _one_turn(acting: Acting, *, pairs: int) -> Result:
     return paired("one turn, as turns", "s", seen, target=Target(relation="<=", limit=1.03))
 
 
-def _throughput(acting: Acting, *, pairs: int) -> Result:
+def _throughput(acting: ActingBatch, *, pairs: int) -> Result:
     """Tokens of the policy's own a second, of four turns and of one with as many."""
     own: list[int] = []
 
@@ -260,7 +260,7 @@ def _throughput(acting: Acting, *, pairs: int) -> Result:
     return paired("turns, tools at once", "tok/s", seen, target=Target(relation=">=", limit=0.9), note=note)
 
 
-def _waiting(acting: Acting, *, pairs: int, mean_s: float) -> list[Result]:
+def _waiting(acting: ActingBatch, *, pairs: int, mean_s: float) -> list[Result]:
     """What is waited for slow tools: against the longest chain of generation and tools, and against lockstep."""
     chains: list[float] = []
 
