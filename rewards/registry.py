@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import functools
 import inspect
 import math
 import os
@@ -15,7 +14,8 @@ import pkgutil
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
 Reward = Callable[..., Any]
@@ -334,24 +334,68 @@ def settled(results: Sequence[Any], *, of: str = "rewards") -> list[Any]:
     """
     if not any(inspect.isawaitable(result) for result in results):
         return list(results)
-    with _LOOPS:
-        loop = _loop_of(os.getpid(), of)
-    if asyncio._get_running_loop() is loop:  # an asynchronous reward that asks others
+    own = _loop_of(of)
+    if asyncio._get_running_loop() is own.loop:  # an asynchronous reward that asks others
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, _gather(results)).result()
-    return asyncio.run_coroutine_threadsafe(_gather(results), loop).result()
+    asked = asyncio.run_coroutine_threadsafe(_gather(results), own.loop)
+    own.asked.add(asked)
+    try:
+        return asked.result()
+    finally:
+        own.asked.discard(asked)
 
 
-_LOOPS = threading.Lock()
+@dataclass(kw_only=True, slots=True)
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    asked: set[Future] = field(default_factory=set)
+    """What is waited for."""
+
+
+_LOOPS: dict[tuple[int, str], _Loop] = {}
+"""By process and by who they are of; a forked process has its own, as threads stay behind."""
+_LOOKUP = threading.Lock()
 """Held while one is looked up: two that ask first, at once, must not get one each."""
 
 
-@functools.cache
-def _loop_of(process: int, of: str) -> asyncio.AbstractEventLoop:
-    """Return the loop of this process; a forked one has its own, as threads stay behind."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"{of}-{process}", daemon=True).start()
-    return loop
+def _loop_of(of: str) -> _Loop:
+    with _LOOKUP:
+        if (found := _LOOPS.get((os.getpid(), of))) is None:
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, name=f"{of}-{os.getpid()}", daemon=True)
+            found = _LOOPS[os.getpid(), of] = _Loop(loop=loop, thread=thread)
+            thread.start()
+        return found
+
+
+def blocked(of: str, *, within_s: float = 0.5) -> threading.Thread | None:
+    """Return the thread of a loop that does not answer, and let go of it: who waits there gets CancelledError, who comes
+    next another loop. None where it answers, or there is none."""
+    with _LOOKUP:
+        own = _LOOPS.get((os.getpid(), of))
+    if own is None or not own.asked:
+        return None
+    answered = threading.Event()
+    own.loop.call_soon_threadsafe(answered.set)
+    if answered.wait(within_s):
+        return None
+    with _LOOKUP:
+        _LOOPS.pop((os.getpid(), of), None)
+    for asked in list(own.asked):
+        asked.cancel()
+    return own.thread
+
+
+def end_loop(of: str) -> None:
+    """Let a loop end that nobody will ask again."""
+    with _LOOKUP:
+        own = _LOOPS.pop((os.getpid(), of), None)
+    if own is not None:
+        own.loop.call_soon_threadsafe(own.loop.stop)
 
 
 async def _gather(results: Sequence[Any]) -> list[Any]:

@@ -35,7 +35,7 @@ from polyphony.trainer.environments.threads import Threads
 from polyphony.trainer.environments.wording import CLOSES, OPENS
 from polyphony.trainer.environments.worker_main import packed
 from polyphony.trainer.scoring import Scorer
-from tests.acted import look
+from tests.acted import Unruly, look
 from tests.acting import AS_JSON, TEMPLATE, tokenizer
 from tests.conftest import HOUSE
 from tests.conftest import POLICY as LAB
@@ -595,6 +595,15 @@ def test_of_those_at_work_in_a_process_that_is_late_only_who_is_late_alone_pays(
     hung = [call(how, s=60)] * 2
     policy = Policy(hung, hung, [call("wait", s=0.7 if how == "sleep" else 0.0)] * 2 + [ADD, ADD, "done"])
     *late, other = lead(policy, domain(environment=UNRULY, reward=None), processes=1, timeout_s=1.0)
+    assert [c.episode.fault for c in late] == ["calls: no answer within 1 s"] * 2
+    assert all(c.episode.is_forfeit for c in late)
+    assert (other.episode.fault, other.episode.reward) == (None, 1.0)
+
+
+def test_an_asynchronous_call_that_holds_up_the_others_in_threads_alone_pays():
+    hung = [call("block", s=6)] * 2
+    policy = Policy(hung, hung, [call("wait", s=0.0)] * 2 + [ADD, ADD, "done"])
+    *late, other = lead(policy, domain(environment=Unruly, reward=None), timeout_s=1.0)
     assert [c.episode.fault for c in late] == ["calls: no answer within 1 s"] * 2
     assert all(c.episode.is_forfeit for c in late)
     assert (other.episode.fault, other.episode.reward) == (None, 1.0)

@@ -34,6 +34,7 @@ from polyphony.trainer.environments.settings import EnvironmentSettings
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.metrics import METRICS
 from polyphony.trainer.policy import Policy, sums_by_owner
+from polyphony.trainer.run.folder import RunFolder
 from tests.acted import Looking, look
 from tests.acting import tokenizer
 from tests.test_trainer import POLICY, config, domain, losses
@@ -366,6 +367,33 @@ def test_early_stop_refill_rft_and_entropy_control_take_episodes(tmp_path, engin
     assert losses(trainer)[0] != 0
 
 
+class Fading(Looking):
+    """Rewards all, until told that nothing is worth anything."""
+
+    worth = 1.0
+
+    def get_reward(self) -> float:
+        return self.worth
+
+
+def test_a_guardrail_recovers_a_domain_that_acts_by_its_rewards(tmp_path, engine, monkeypatch):
+    trainer = DomainGRPOTrainer(
+        POLICY,
+        config(tmp_path, max_steps=3, max_completion_length=24, gradient_accumulation_steps=1, eval_steps=1),
+        domains=[domain("arithmetic", environment=Fading), domain("strings")],
+        curriculum="joint",
+        engine=engine,
+        processing_class=tokenizer(),
+        guardrails=[{"domain": "arithmetic", "max_drop": 0.05, "action": "recover", "by": "refresh", "draws": 1}],
+        run=tmp_path / "run",
+        callbacks=[SimpleCallback(lambda: monkeypatch.setattr(Fading, "worth", 0.0))],
+    )
+    trainer.train()
+    folder = RunFolder(tmp_path / "run")
+    assert [line.get("recovery") for line in folder.choices()] == [None, "arithmetic", None]
+    assert any("recovery: arithmetic is " in line["message"] for line in folder.read("alarms"))
+
+
 def test_a_run_that_goes_on_makes_the_episodes_that_it_would_have_made(tmp_path, engine):
     changes = {"max_steps": 2, "max_completion_length": 30, "max_tool_calling_iterations": 2}
     changes |= {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
@@ -503,8 +531,12 @@ def load_recipe_text(tmp_path, text):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollouts.engine=ray", "domains.acts.environment with engine ray: its workers hold no episodes yet"),
         ("algorithm=distil", "domains.acts.environment with algorithm distil: it learns from answers of one turn"),
+        ("algorithm=sft", "domains.acts.environment with algorithm sft: it learns from answers of one turn"),
+        (
+            "guardrails={acts: {max_drop: 0.1, action: recover}}",
+            "guardrails.acts.by: distil: a domain that acts is recovered by its rewards; say by: refresh",
+        ),
         ("domains.acts.environment=null", "domains.acts.reward: required, but not given"),
         ("domains.acts.tools=[1]", "domains.acts.tools: expected a name"),
         ("domains.acts.environmnt=a:b", "unknown key 'domains.acts.environmnt'; did you mean 'environment'"),

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -16,11 +17,17 @@ from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
 from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.cluster.local import check_heads
+from polyphony.launch.cluster.ray_turns import OverWorkers, Routes
 from polyphony.launch.cluster.weights import pack, unpack
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.engine.vllm import Request, sample
-from tests.conftest import RECIPES
+from polyphony.trainer.grpo import DomainGRPOTrainer
+from tests.acted import look
+from tests.acting import tokenizer
+from tests.conftest import POLICY, RECIPES
 from tests.test_bad_input import fails
+from tests.test_environments import parity
+from tests.test_trainer import config, domain
 
 DEBUG = str(RECIPES / "debug.yaml")
 
@@ -145,6 +152,79 @@ def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled):
     assert pooled.policy.engine.flush_faults().stale == 0
 
 
+class ThreeTurns:
+    """Each place has three turns; the next goes on where the last one ended, a moment after it."""
+
+    def __init__(self, asked):
+        self.ready = [(i, replace(request, episode=i)) for i, request in enumerate(asked)]
+        self.late, self.open, self.said = [], dict(self.ready), {i: [] for i, _ in self.ready}
+
+    def waiting(self, wait):
+        while wait != "none" and self.open and not (self.ready or self.late):
+            raise AssertionError("asked to wait while all turns are being sampled")
+        ready, self.ready, self.late = self.ready if wait == "none" else self.ready + self.late, self.late, []
+        return ready
+
+    def take(self, place, completion):
+        episode, request = place % 1000, self.open.pop(place)
+        self.said[episode].append(list(completion.ids))
+        assert completion.version is not None
+        if len(self.said[episode]) < 3:
+            ids = [*request.prompt_ids, *completion.ids, 7]
+            following = replace(request, prompt_ids=ids, seed=request.seed + 1)
+            self.open[place + 1000] = following
+            self.late.append((place + 1000, following))
+
+
+@pytest.mark.slow
+def test_an_episode_stays_with_its_worker_and_says_what_it_would_say_in_process(pooled, engine, tmp_path, monkeypatch):
+    alone = build_trainer(load_recipe(DEBUG, ["tracking.wandb=null"]), tmp_path, engine=engine)
+    alone.policy.sync()
+    pooled.policy.sync()
+    ours, theirs = (ThreeTurns(requests(pooled, 8, max_tokens=8)) for _ in range(2))
+    over, dealt = OverWorkers(pooled.policy.engine, ours), []
+    deal = over.routes.deal
+    monkeypatch.setattr(Routes, "deal", lambda self, *given: dealt.append(deal(*given)) or dealt[-1])
+    over.converse()
+    alone.policy.engine.converse(theirs)
+    assert ours.said == theirs.said
+    at = [(turn.episode, worker) for of in dealt for worker, turns in of.items() for _, turn in turns]
+    assert len(at) == 3 * len(ours.said) and len(set(at)) == len(ours.said)
+    assert {worker for _, worker in at} == {0, 1}
+
+
+@pytest.mark.slow
+def test_turns_of_a_worker_that_is_lost_are_sampled_by_another(pooled):
+    expected, again = (ThreeTurns(requests(pooled, 8, max_tokens=8)) for _ in range(2))
+    pooled.policy.engine.converse(expected)
+    pooled.policy.engine.flush_faults()
+    doomed, take = process_of(pooled.policy.engine, 0), again.take
+    again.take = lambda *given: (
+        (len(again.open) == 12 and psutil.pid_exists(doomed) and os.kill(doomed, 9)) or take(*given)
+    )
+    pooled.policy.engine.converse(again)
+    assert again.said == expected.said
+    faults = pooled.policy.engine.flush_faults()
+    assert faults.workers_restarted == 1 and faults.regenerated > 0
+    pooled.policy.engine.pool.wait_for_one(of=[pooled.policy.engine.pool.workers[0]])
+
+
+def test_turns_go_where_their_episode_is_and_groups_where_least_is_to_do():
+    routes = Routes()
+    asked = [(n, Request(prompt_ids=[n // 2], seed=0, max_tokens=9 - n // 2, episode=n)) for n in range(6)]
+    dealt = routes.deal(asked, [0, 1])
+    # groups of two: 18 tokens and their prompt go first, 16 to the other, 14 where 16 are
+    assert {w: [place for place, _ in turns] for w, turns in dealt.items()} == {0: [0, 1], 1: [2, 3, 4, 5]}
+    for worker, turns in dealt.items():
+        for place, _ in turns:
+            routes.whole(worker, place)
+    later = [(10 + n, replace(request, prompt_ids=[n, 5])) for n, (_, request) in enumerate(asked)]
+    assert {w: len(turns) for w, turns in routes.deal(later, [0, 1]).items()} == {0: 2, 1: 4}
+    lost = routes.lost(1)
+    assert [place for place, _ in lost] == [12, 13, 14, 15]
+    assert {w: len(turns) for w, turns in routes.deal(lost, [0]).items()} == {0: 4}
+
+
 @pytest.mark.slow
 def test_a_worker_with_old_weights_is_refused_and_replaced(pooled):
     asked = requests(pooled)
@@ -264,6 +344,20 @@ def full_above(room: int):
             raise torch.OutOfMemoryError(f"{len(metadata.seq_lens)} sequences")
 
     return hook
+
+
+@pytest.mark.slow
+def test_a_domain_that_acts_is_trained_over_workers(pooled, tmp_path):
+    trainer = DomainGRPOTrainer(
+        str(POLICY),
+        config(tmp_path, max_steps=1, max_completion_length=24, max_tool_calling_iterations=1),
+        domains=[domain("arithmetic", reward=parity, tools=[look])],
+        engine=pooled.policy.engine,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    (told,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert told["environment/arithmetic/turns"] > 1 and told["loss"] != 0
 
 
 def test_a_version_mismatch_is_one_line():

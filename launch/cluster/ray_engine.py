@@ -19,43 +19,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
 from polyphony.curricula.records import Completion
+from polyphony.launch.cluster.ray_turns import OverWorkers
 from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, last_line
+from polyphony.launch.cluster.shares import cost, spread, whole_groups
 from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
 from polyphony.launch.sections import RolloutsSection
 from polyphony.trainer.engine.engine import Engine
+from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request
-
-
-def whole_groups(requests: Sequence[Request]) -> list[list[int]]:
-    """Return the places of neighbouring requests of one prompt, group by group: a worker computes a prompt once."""
-    groups: list[list[int]] = []
-    for place, request in enumerate(requests):
-        before = requests[groups[-1][0]].prompt_ids if groups else None
-        if before is not None and (before is request.prompt_ids or list(before) == list(request.prompt_ids)):
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
-
-
-def cost(requests: Sequence[Request], group: Sequence[int]) -> int:
-    """Return the tokens that a group takes at most: its prompt once, and every completion up to its own limit."""
-    return len(requests[group[0]].prompt_ids) + sum(requests[place].max_tokens for place in group)
-
-
-def spread(costs: Sequence[int], n_workers: int) -> list[list[int]]:
-    """Return, per worker, the numbers of its groups: the costliest first, each to the worker with least to do.
-
-    Longest-processing-time-first, within 4/3 of the best split (Graham 1969, "Bounds on multiprocessing timing
-    anomalies"). Ties go to the lower number, so that the same draw is always split alike.
-    """
-    loads = [0] * n_workers
-    shares: list[list[int]] = [[] for _ in range(n_workers)]
-    for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
-        worker = loads.index(min(loads))
-        loads[worker] += costs[group]
-        shares[worker].append(group)
-    return [sorted(share) for share in shares]
 
 
 def _from_anywhere(model: str) -> str:
@@ -163,6 +134,17 @@ class RayEngine(Engine):
         start = sum(len(of_rank) for of_rank in of_ranks[: self.accelerator.process_index])
         return done[0][start : start + len(requests)]
 
+    def converse(self, turns: Turns) -> None:
+        """Sample all turns, each episode's by one worker; of a single rank, as `Episodes` sees to."""
+        OverWorkers(self, turns).converse()
+
+    def workers_with_weights(self) -> list[Worker]:
+        """Return the workers that can sample; where all that could are lost, weights are sent to those in their places."""
+        assert self.pool is not None
+        while not (workers := [worker for worker in self.pool.alive() if worker.has_weights]):
+            self._send()
+        return workers
+
     def _complete(
         self, requests: Sequence[Request], completions: dict[int, Completion], on_finished: OnFinished | None
     ) -> list[Completion] | None:
@@ -207,7 +189,7 @@ class RayEngine(Engine):
             done, _ = ray.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
             call = done[0] if done else next(iter(running))
             worker, share = running.pop(call)
-            answer = self._answer(call, worker) if done else self._hung(worker)
+            answer = self.answer(call, worker) if done else self.hung(worker)
             if answer is None:
                 again += share
                 self.faults.regenerated += sum(map(len, share))
@@ -220,7 +202,7 @@ class RayEngine(Engine):
                     on_finished(place, completions[place])
         return again
 
-    def _answer(self, call: ray.ObjectRef, worker: Worker) -> Share | None:
+    def answer(self, call: ray.ObjectRef, worker: Worker) -> Share | None:
         """Return a worker's share; None if the worker is lost, or its weights are too old."""
         try:
             answer: Share = ray.get(call)
@@ -237,7 +219,7 @@ class RayEngine(Engine):
             return None
         return answer
 
-    def _hung(self, worker: Worker) -> None:
+    def hung(self, worker: Worker) -> None:
         self._replace(worker, because=f"no answer within rollouts.timeout_s={self.rollouts.timeout_s:g} s")
 
     def _replace(self, worker: Worker, *, because: str) -> None:

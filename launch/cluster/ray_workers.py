@@ -22,6 +22,7 @@ from polyphony.launch.sections import RolloutsSection
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.weights import PackedWeights
+    from polyphony.trainer.engine.turns import Running
     from polyphony.trainer.engine.vllm import EngineSettings, Request, Sampling
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Share:
     version: int
     """Number of the weight sync that its weights are of."""
     completions: list[Completion]
+    places: list[int] = field(default_factory=list)
+    """Of turns: which they are."""
 
 
 class RolloutWorker:
@@ -56,6 +59,8 @@ class RolloutWorker:
         backend = "mp" if settings.tensor_parallel > 1 else None
         self.llm = start_llm(settings, distributed_executor_backend=backend, **transfer)
         self.version = NO_WEIGHTS
+        self.running: Running | None = None
+        """Turns that are being sampled."""
 
     def process_id(self) -> tuple[str, int]:
         """Return node and process id; answers once the engine is up."""
@@ -75,6 +80,26 @@ class RolloutWorker:
         from polyphony.trainer.engine.vllm import sample  # slow to import
 
         return Share(version=self.version, completions=sample(self.llm, requests, sampling))
+
+    def go_on(self, asked: Sequence[tuple[int, Request]], sampling: Sampling, seconds: float) -> Share:
+        """Take turns in, and return those that are whole as soon as any is, or after so many seconds."""
+        from polyphony.trainer.engine.turns import Running  # slow to import
+
+        running = self.running = self.running or Running(self.llm, sampling)
+        running.add(asked)
+        until, whole = time.monotonic() + seconds, []
+        while running and not whole and time.monotonic() < until:
+            whole = running.step()
+        if not running:
+            self.running = None
+        places, completions = [place for place, _ in whole], [completion for _, completion in whole]
+        return Share(version=self.version, completions=completions, places=places)
+
+    def forget(self) -> None:
+        """Let go of turns that nobody waits for any more."""
+        if self.running:
+            self.running.abort()
+        self.running = None
 
     def parameters(self) -> dict[str, Any]:
         """Return the engine's parameters by vLLM's names (query, key and value are one there), as arrays."""

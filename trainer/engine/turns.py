@@ -39,20 +39,56 @@ class Turns(Protocol):
 
 
 class Running:
-    """The requests inside one vLLM, by the number that is the head of their name there.
+    """The requests of one vLLM, by the number that is the head of their name there.
 
-    Example: `running = Running(llm, sampling); running.start([(0, request)]); running.finished()`
+    Out of memory, what was in the engine is sampled again, from then on half as many at a time, once.
+
+    Example: `running = Running(llm, sampling); running.add([(0, request)]); running.step()`
     """
 
     def __init__(self, llm: Any, sampling: Sampling) -> None:
         self._llm, self._sampling = llm, sampling
         self._requests: dict[str, tuple[int, Request]] = {}
+        self._backlog, self._most = deque[tuple[int, Request]](), 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._requests) + len(self._backlog)
 
-    def start(self, asked: Sequence[tuple[int, Request]]) -> None:
-        """Hand requests to the engine. Raises ValueError for one that it has no room for."""
+    def add(self, asked: Sequence[tuple[int, Request]]) -> None:
+        """Take requests in, each with its place; they are begun at the next step."""
+        self._backlog.extend(asked)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Let the engine make one step, and return what is whole by it, by its place.
+
+        Raises ValueError for a request that the engine has no room for, RuntimeError where half as many are too much.
+        """
+        most, backlog = self._most, self._backlog
+        room = len(backlog) if not most else max(0, min(len(backlog), most - len(self._requests)))
+        if room:
+            self._start([backlog.popleft() for _ in range(room)])
+        try:
+            outputs = [output for output in self._llm.llm_engine.step() if output.finished]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            taken = self._taken_back()
+            if most or len(taken) < 2:
+                raise RuntimeError(
+                    f"the rollout engine ran out of memory on {len(taken)} completions: lower max_completion_length or "
+                    "environments.episodes, or change vllm_gpu_memory_utilization"
+                ) from error
+            self._most = len(taken) // 2
+            backlog.extendleft(reversed(taken))
+            return []
+        return [(self._requests.pop(o.request_id)[0], completion_of(o.outputs[0])) for o in outputs]
+
+    def abort(self) -> None:
+        """Take all requests back out of the engine."""
+        self._taken_back()
+        self._backlog.clear()
+
+    def _start(self, asked: Sequence[tuple[int, Request]]) -> None:
         requests = [request for _, request in asked]
         check_room(self._llm, max(len(r.prompt_ids) + r.max_tokens for r in requests))
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
@@ -60,13 +96,7 @@ class Running:
         # a request's name is its number, behind which newer engines put a random tail that outputs do not have
         self._requests |= zip((name.partition("-")[0] for name in names), asked, strict=True)
 
-    def finished(self) -> list[tuple[int, Completion]]:
-        """Let the engine make one step, and return what is whole by it."""
-        outputs = [output for output in self._llm.llm_engine.step() if output.finished]
-        return [(self._requests.pop(o.request_id)[0], completion_of(o.outputs[0])) for o in outputs]
-
-    def abort(self) -> list[tuple[int, Request]]:
-        """Take all requests back out of the engine, and return them."""
+    def _taken_back(self) -> list[tuple[int, Request]]:
         abort_all(self._llm)
         taken, self._requests = list(self._requests.values()), {}
         return taken
@@ -75,39 +105,16 @@ class Running:
 def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int) -> None:
     """Sample all turns with weights of this version; the engine is never idle while there is a request.
 
-    Out of memory, what was in the engine is sampled again, from then on half as many at a time, once. Raises RuntimeError
-    where that is too much as well.
+    Raises RuntimeError where it is out of memory again and again.
     """
     running = Running(llm, sampling)
     try:
-        _converse(running, turns, version)
+        while True:
+            running.add(turns.waiting("none" if running else "any"))
+            if not running:
+                return
+            for place, completion in running.step():
+                turns.take(place, replace(completion, version=version))
     except BaseException:  # the engine is asked again where a run stops to evaluate or save, and would answer these
         running.abort()
         raise
-
-
-def _converse(running: Running, turns: Turns, version: int) -> None:
-    backlog, most = deque[tuple[int, Request]](), 0
-    while True:
-        backlog.extend(turns.waiting("none" if running or backlog else "any"))
-        if not (running or backlog):
-            return
-        room = len(backlog) if not most else max(0, min(len(backlog), most - len(running)))
-        if room:
-            running.start([backlog.popleft() for _ in range(room)])
-        try:
-            whole = running.finished()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            taken = running.abort()
-            if most or len(taken) < 2:
-                raise RuntimeError(
-                    f"the rollout engine ran out of memory on {len(taken)} completions: lower max_completion_length or "
-                    "environments.episodes, or change vllm_gpu_memory_utilization"
-                ) from error
-            most = len(taken) // 2
-            backlog.extendleft(reversed(taken))
-            continue
-        for place, completion in whole:
-            turns.take(place, replace(completion, version=version))

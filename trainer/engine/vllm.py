@@ -27,6 +27,8 @@ class Request:
     max_tokens: int
     is_greedy: bool = False
     """Take the likeliest token each time, whatever the run's sampling; only an engine of ours can."""
+    episode: int | None = None
+    """Which of a batch's episodes it is a turn of; its turns share a beginning, which the engine has cached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,8 +70,13 @@ class Instance:
     Example: `Instance(environment=Counter(), functions={}).answers([{"function": {"name": "add", "arguments": {"n": 1}}}])`
     """
 
+    loop = "tools"
+    """Where what is asynchronous runs: with that of other instances, as clients that they share belong to one loop."""
+
     def __init__(self, *, environment: Any, functions: Mapping[str, Callable[..., Any]]) -> None:
         self.environment = environment
+        self.is_waiting = False
+        """For what is asynchronous."""
         own = {} if environment is None else methods_of(environment)
         self.functions = {**functions, **_apart(functions, own)}
 
@@ -89,10 +94,20 @@ class Instance:
         if self.environment is None:
             return None
         if what == "reset":
-            return _text("reset", _settled(self.environment.reset(**self._taken(given))))
+            return _text("reset", self._settled(self.environment.reset(**self._taken(given))))
         if what == "reply":
-            return _text("reply", _settled(self.environment.reply(given)))
-        return _number(_settled(self.environment.get_reward()))
+            return _text("reply", self._settled(self.environment.reply(given)))
+        return _number(self._settled(self.environment.get_reward()))
+
+    def _settled(self, value: Any) -> Any:
+        return self._all_settled([value])[0]
+
+    def _all_settled(self, values: Sequence[Any]) -> list[Any]:
+        self.is_waiting = any(map(inspect.isawaitable, values))
+        try:
+            return settled(values, of=self.loop)
+        finally:
+            self.is_waiting = False
 
     def _taken(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return what of a row's `columns` and `names` the method `reset` takes."""
@@ -108,7 +123,7 @@ class Instance:
         """
         begun = [self._begun(call) for call in calls]
         waiting = [_caught(value) for _, value, _ in begun if inspect.isawaitable(value)]
-        came = iter(settled(waiting, of="tools"))
+        came = iter(self._all_settled(waiting))
         found = []
         for name, value, failure in begun:
             value = next(came) if inspect.isawaitable(value) else value
@@ -180,10 +195,6 @@ async def _caught(awaitable: Any) -> Any:
         return await awaitable
     except BaseException as error:  # as above; one that leaves would end the loop for all
         return error
-
-
-def _settled(value: Any) -> Any:
-    return settled([value], of="tools")[0]
 
 
 def _text(method: str, value: Any) -> str | None:

@@ -59,8 +59,11 @@ class Conversations:
         self._ready: list[tuple[int, Request]] = []
         self._unbegun: deque[Led] = deque()
         for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-            led = Led(place=place, prompt=prompt, request=request, acting=rules.acting.get(prompt.domain))
-            if led.acting is None:
+            acting = rules.acting.get(prompt.domain)
+            if acting is not None:
+                request = replace(request, episode=place)
+            led = Led(place=place, prompt=prompt, request=request, acting=acting)
+            if acting is None:
                 self._sample(led, request)
             else:
                 self._unbegun.append(led)

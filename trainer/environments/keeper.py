@@ -27,13 +27,8 @@ class Keeper:
         self._make, self._at_once = make, at_once
         self._is_at_work, self._lock = False, threading.Lock()
         self._asked: queue.SimpleQueue[tuple[Ask, Callable[[], Any], Callable[..., None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="environment", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its thread is there."""
-        return self._thread.is_alive()
+        self.thread = threading.Thread(target=self._work, name="environment", daemon=True)
+        self.thread.start()
 
     def ask(self, what: Ask, given: Callable[[], Any], tell: Callable[..., None]) -> None:
         """Ask the instance; `tell` hears, as of an `Event`, what has `begun`, and then a `value` or an `error`."""

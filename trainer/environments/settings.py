@@ -41,8 +41,6 @@ def check_acting(
     where = f"domains.{acting[0].name}.{'tools' if acting[0].environment is None else 'environment'}"
     if algorithm in ("distil", "sft"):
         raise ValueError(f"{where} with algorithm {algorithm}: it learns from answers of one turn; use grpo or rft")
-    if engine == "ray":
-        raise ValueError(f"{where} with engine ray: its workers hold no episodes yet; use vllm or transformers")
     if of_trl("use_vllm"):
         raise ValueError(f"{where} with use_vllm=true, TRL's own engine: use engine vllm or transformers")
     if of_trl("use_transformers_continuous_batching"):

@@ -1,7 +1,10 @@
 """Instances of environments that a script hands over: they live in this process, where rewards can look at them.
 
 Each has a thread of its own, so that one that hangs holds up nobody. A thread cannot be ended: one that is past its limit is
-abandoned with its instance, and counted for as long as it hangs.
+abandoned with its instance, and counted for as long as it hangs. What is asynchronous shares one event loop, as in TRL:
+where that does not answer, somebody's call holds it up, and all that wait there begin again, each with a loop of its own. A
+call that computes for long holds the interpreter's lock, and nothing tells it from those that it makes late: such tools
+belong into processes (an environment that is named by its import path).
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+from polyphony.rewards.registry import blocked, end_loop
 from polyphony.trainer.environments.acting import Acting
-from polyphony.trainer.environments.calls import Ask
+from polyphony.trainer.environments.calls import Ask, Instance
 from polyphony.trainer.environments.hosts import Event, Events
 from polyphony.trainer.environments.keeper import Keeper
 
@@ -36,13 +40,20 @@ class Threads:
         self._idle: dict[str, list[Keeper]] = {}
         self._used: dict[int, tuple[str, Keeper]] = {}
         """By seat: the domain and its instance; kept until `release`, as rewards look at them."""
-        self._abandoned: list[Keeper] = []
+        self._alone: set[int] = set()
+        """Seats of those with an event loop of their own."""
+        self._abandoned: list[threading.Thread] = []
 
     def open(self, acting: Acting, *, alone: bool = False) -> int:
-        """Return a seat for an episode, with an instance that was used before or a new one; `alone` they never are."""
+        """Return a seat for an episode, with an instance that was used before or a new one; `alone`, with its own loop."""
         idle = self._idle.setdefault(acting.name, [])
         seat = next(self._numbers)
-        self._used[seat] = acting.name, idle.pop() if idle else Keeper(acting.made, self._at_once)
+        if alone:
+            self._alone.add(seat)
+            keeper = Keeper(partial(_with_own_loop, acting, seat), self._at_once)
+        else:
+            keeper = idle.pop() if idle else Keeper(acting.made, self._at_once)
+        self._used[seat] = acting.name, keeper
         return seat
 
     def ask(self, seat: int, what: Ask, given: Any) -> None:
@@ -60,25 +71,42 @@ class Threads:
         return instance and instance.environment
 
     def drop(self, seat: int) -> Collection[int]:
-        """Abandon an instance that does not come back. Raises RuntimeError where too many hang."""
-        _, keeper = self._used.pop(seat)
-        keeper.abandon()
-        self._abandoned = [*(one for one in self._abandoned if one.is_alive), keeper]
+        """Abandon an instance that does not come back, and those that wait for a loop that it may be holding up; return
+        these. Raises RuntimeError where too many hang."""
+        lost = self._held_up_with(seat)
+        for one in (seat, *lost):
+            self._used[one][1].abandon()
+        self._abandoned.append(self._used[seat][1].thread)
+        for one in (seat, *lost):
+            del self._used[one]
+        self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         if (hanging := len(self._abandoned)) > MOST_ABANDONED:
             raise RuntimeError(
                 f"{hanging} calls of tools or environments hang in threads of this process, which cannot be ended: "
                 "give them limits of their own, or name the environment by its import path, which runs it in processes"
             )
-        return []
+        return lost
+
+    def _held_up_with(self, seat: int) -> list[int]:
+        """Return who else waits for the loop that a call waits for, if that does not answer; they wait no more."""
+        waiting = {s: k.instance.loop for s, (_, k) in self._used.items() if k.instance and k.instance.is_waiting}
+        if (loop := waiting.pop(seat, None)) is None or (thread := blocked(loop)) is None:
+            return []
+        self._abandoned.append(thread)
+        return [other for other, where in waiting.items() if where == loop]
 
     def close(self, seat: int) -> None:
         """Let an episode be over; its instance stays for rewards."""
 
     def release(self) -> None:
         """Take back the instances of episodes that are over and graded."""
-        for name, keeper in self._used.values():
-            self._idle[name].append(keeper)
-        self._used = {}
+        for seat, (name, keeper) in self._used.items():
+            if seat in self._alone:
+                keeper.end()
+                end_loop(_own_loop(seat))
+            else:
+                self._idle[name].append(keeper)
+        self._used, self._alone = {}, set()
 
     def end(self) -> None:
         """Let go of all instances."""
@@ -86,3 +114,13 @@ class Threads:
         for keeper in itertools.chain.from_iterable(self._idle.values()):
             keeper.end()
         self._idle = {}
+
+
+def _own_loop(seat: int) -> str:
+    return f"tools of {seat}"
+
+
+def _with_own_loop(acting: Acting, seat: int) -> Instance:
+    instance = acting.made()
+    instance.loop = _own_loop(seat)
+    return instance
