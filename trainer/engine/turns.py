@@ -44,8 +44,8 @@ class Running:
     Example: `running = Running(llm, sampling); running.start([(0, request)]); running.finished()`
     """
 
-    def __init__(self, llm: Any, sampling: Sampling) -> None:
-        self._llm, self._sampling = llm, sampling
+    def __init__(self, llm: Any, sampling: Sampling, adapter: Any = None) -> None:
+        self._llm, self._sampling, self._adapter = llm, sampling, adapter
         self._requests: dict[str, tuple[int, Request]] = {}
 
     def __len__(self) -> int:
@@ -56,7 +56,8 @@ class Running:
         requests = [request for _, request in asked]
         check_room(self._llm, max(len(r.prompt_ids) + r.max_tokens for r in requests))
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        names = self._llm.enqueue(prompts, sampling_params(requests, self._sampling), use_tqdm=False)
+        params = sampling_params(requests, self._sampling)
+        names = self._llm.enqueue(prompts, params, use_tqdm=False, lora_request=self._adapter)
         # a request's name is its number, behind which newer engines put a random tail that outputs do not have
         self._requests |= zip((name.partition("-")[0] for name in names), asked, strict=True)
 
@@ -72,13 +73,15 @@ class Running:
         return taken
 
 
-def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int) -> None:
+def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int, adapter: Any = None) -> None:
     """Sample all turns with weights of this version; the engine is never idle while there is a request.
+
+    `adapter` as for `sample`.
 
     Out of memory, what was in the engine is sampled again, from then on half as many at a time, once. Raises RuntimeError
     where that is too much as well.
     """
-    running = Running(llm, sampling)
+    running = Running(llm, sampling, adapter)
     try:
         _converse(running, turns, version)
     except BaseException:  # the engine is asked again where a run stops to evaluate or save, and would answer these
