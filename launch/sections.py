@@ -199,7 +199,8 @@ class RolloutsSection:
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `vllm.LLM` (of your own engine), handed over untouched: `max_num_seqs`, `enforce_eager`,
     `kv_cache_dtype`, `quantization`. Memory, length and sleep have TRL's names: `grpo.vllm_gpu_memory_utilization`,
-    `grpo.vllm_max_model_length`, `grpo.vllm_enable_sleep_mode`."""
+    `grpo.vllm_max_model_length`, `grpo.vllm_enable_sleep_mode`. With `lora`, `enable_lora: false` has the adapter merged
+    into whole weights for the engine, which then generates a little faster and is sent more."""
     max_grader_failures: float = Field(default=MAX_GRADER_FAILURES, ge=0, le=1)
     """Largest share of a domain's last 256 completions whose grading may fail, and of its held-out items; past it the run
     stops, though not before 64 completions. What could not be graded is left out, counted and named."""
@@ -301,11 +302,13 @@ class LoraSection:
     """Train low-rank adapters instead of all weights (PEFT); `final/` is merged, `final/adapter/` has the adapter alone."""
 
     r: int = Field(default=16, ge=1)
-    """Rank of the adapters."""
+    """Rank of the adapters. Up to 512 vLLM is sent the adapter by itself, of models that it has adapters for; what it cannot
+    take (see `target_modules`) is merged into a copy of the base at each sync. Which, and why, is said where the weight
+    sync is checked; what the merged `final/` scores beside the adapter, at the end."""
     alpha: int = Field(default=32, ge=1)
     """PEFT's `lora_alpha`: adapters are scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get an adapter, as in PEFT."""
+    """Layers that get an adapter, as in PEFT. With embeddings or the output head among them it is sent merged."""
 
 
 @settings

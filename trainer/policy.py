@@ -282,9 +282,31 @@ class Policy:
                 score=lambda completions: self.token_logps(ids, [c.ids for c in completions]),
                 tolerance=self._tolerance,
                 coldness=self._coldness,
+                is_adapter=self.sends_adapter,
             )
         self.trainer._last_loaded_step = -1
-        return check
+        return replace(check, note=self._said_of_adapter)
+
+    @property
+    def sends_adapter(self) -> bool:
+        """Whether the engine is sent the adapter by itself, not weights with it merged in."""
+        return self.engine is not None and self.engine.adapter is not None
+
+    @property
+    def _said_of_adapter(self) -> str:
+        if self.sends_adapter:
+            return "the adapter alone is sent; its base was sent once, and what follows of it later is not checked"
+        why = self.engine.merged_because if self.engine is not None else ""
+        return f"the adapter is merged into a copy of the base at each sync: {why}" if why else ""
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Have the engine sample from what `final/` is, the base with the adapter merged in, for a while."""
+        assert self.engine is not None
+        with self.engine.merged():
+            self.sync()
+            yield
+        self.trainer._last_loaded_step = -1
 
     @contextmanager
     def _whole_distribution(self) -> Iterator[None]:

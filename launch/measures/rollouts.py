@@ -106,13 +106,21 @@ def parameters(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def differing(trainer: Any) -> list[str]:
-    """Return the names of engine parameters that are not bit for bit the policy's, in the engine's precision."""
+    """Return the names of engine parameters that are not bit for bit the policy's, in the engine's precision.
+
+    An adapter that is sent by itself is merged for as long as this takes.
+    """
+    policy = trainer.policy
+    if policy.sends_adapter:
+        with policy.merged():
+            return differing(trainer)
     ours = parameters(trainer)
-    if not hasattr(trainer.policy.engine, "llm"):
+    if not hasattr(policy.engine, "llm"):
         return []
-    theirs = trainer.policy.engine.llm.apply_model(
+    theirs = policy.engine.llm.apply_model(
         lambda model: {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     )[0]
+    theirs = {name.replace(".base_layer.", "."): tensor for name, tensor in theirs.items()}
     found = []
     for name, tensor in theirs.items():
         pieces = next((p for f, p in FUSED.items() if f in name), None)

@@ -1,7 +1,8 @@
 """Engines that sample completions, behind TRL's interface: a seed for every completion, a number for every weight sync.
 
 Subclasses of TRL's `VLLMGeneration`, so that importance-sampling correction and the parameter iteration (ZeRO-3 and FSDP
-gathers) stay TRL's; adapters are merged by ours, into copies. The same code drives the CPU and the CUDA build of vLLM.
+gathers) stay TRL's. An adapter is sent as it is where vLLM takes it, else merged by ours, into copies. The same code drives
+the CPU and the CUDA build of vLLM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from polyphony.curricula.declarations import unknown
 from polyphony.curricula.records import Completion
-from polyphony.trainer.engine.merge import merged_parameters
+from polyphony.trainer.engine.adapters import AdapterShape, adapter_tensors, shape_of
+from polyphony.trainer.engine.lora import adapter_request, load_adapter, why_not
+from polyphony.trainer.engine.merge import base_parameters, merged_parameters
 from polyphony.trainer.engine.turns import Turns, converse
 from polyphony.trainer.engine.vllm import (
     EngineSettings,
@@ -65,6 +69,12 @@ class Engine(VLLMGeneration):
     """Whether all ranks have to call `complete` together, so that of several none can go on with a turn alone."""
     room: int | None = None
     """Tokens of the longest sequence; None where it does not say."""
+    adapter: AdapterShape | None = None
+    """What of the policy is sent in the place of its weights; None where they all are."""
+    merged_because: str = ""
+    """Why an adapter is merged into a copy of the base at each sync; empty where it is not, or there is none."""
+    _holds_base: bool = False
+    """Whether the base beneath the adapter is there; else the next sync sends it as well."""
     _names: dict[str, str] | None = None
     """Of parameters that a checkpoint calls otherwise; asked of the policy once."""
 
@@ -109,6 +119,7 @@ class Engine(VLLMGeneration):
             on_cpu=self.accelerator.device.type == "cpu",
             tensor_parallel=tensor_parallel,
             longest=self.longest,
+            adapter=self.adapter,
             more={**own, **self.engine_args},
         )
 
@@ -117,6 +128,22 @@ class Engine(VLLMGeneration):
         self.model = model
         self.accelerator = accelerator
         self._names = None
+        self._holds_base = False
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Be sent whole weights at the next sync, an adapter merged in them; afterwards the adapter by itself again."""
+        adapter, self.adapter = self.adapter, None
+        try:
+            yield
+        finally:
+            self.adapter, self._holds_base = adapter, False
+
+    def _choose(self, why_not: Callable[[AdapterShape], str] | None = None) -> None:
+        """Decide what of the policy is sent; `why_not` asks the engine, once it runs."""
+        self.adapter, self.merged_because = shape_of(self.model)
+        if self.adapter is not None and why_not is not None and (why := why_not(self.adapter)):
+            self.adapter, self.merged_because = None, why
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Return TRL's iteration, by the names of a checkpoint.
@@ -124,11 +151,24 @@ class Engine(VLLMGeneration):
         But for adapters, which TRL merges into the base itself and takes out again, rounding.
         """
         reshard(self.model)
+        is_adapted = isinstance(self.model, PeftModel)
+        walk = merged_parameters(self.model, self.accelerator) if is_adapted else super()._iter_named_params()
+        return self._by_checkpoint(walk)
+
+    def _base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return what is beneath the adapter, by the names of a checkpoint; collective over ranks."""
+        reshard(self.model)
+        return self._by_checkpoint(base_parameters(self.model, self.accelerator))
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the adapter; collective over ranks."""
+        reshard(self.model)
+        return adapter_tensors(self.model, self.accelerator)
+
+    def _by_checkpoint(self, walk: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         if self._names is None:
             self._names = checkpoint_names(self.model)
         names = self._names
-        is_adapted = isinstance(self.model, PeftModel)
-        walk = merged_parameters(self.model, self.accelerator) if is_adapted else super()._iter_named_params()
         return ((names.get(name, name), tensor) for name, tensor in walk) if names else walk
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
@@ -210,6 +250,8 @@ class InProcessEngine(Engine):
     """A vLLM engine in the trainer's process; before a draw, the policy's weights are loaded in place."""
 
     is_shared = False
+    _laid_on: Any = None
+    """Names the adapter that is laid over the weights."""
 
     def _init_vllm(self) -> None:
         changes: dict[str, Any] = {}
@@ -224,41 +266,59 @@ class InProcessEngine(Engine):
             changes["max_num_batched_tokens"] = max(MOST_TOKENS_A_STEP, self.max_num_seqs or 0)
         if self.enable_sleep_mode:
             changes["enable_sleep_mode"] = True
+        self._choose()
         with classes_left_alone():
             self.llm = start_llm(self.settings(), **changes)
+        self._choose(partial(why_not, self.llm))
         self.room = self.llm.model_config.max_model_len
         self.rest()
         self.accelerator.wait_for_everyone()
+
+    def attach(self, model: Any, accelerator: Any) -> None:
+        """Serve another policy; its adapter as it is, where the engine was started with room for it."""
+        super().attach(model, accelerator)
+        self._choose(partial(why_not, self.llm))
 
     def rest(self) -> None:
         """Give back the memory of weights, keys and values until the next sync (`vllm_enable_sleep_mode`)."""
         if self.enable_sleep_mode and not self.is_asleep:
             self.llm.sleep(level=2)
-            self.is_asleep = True
+            self.is_asleep, self._holds_base = True, False
 
     def sync_weights(self) -> None:
         """Load the policy's present weights; every rank must call it, because gathering them is collective."""
         if self.is_asleep:
             torch.cuda.empty_cache()  # what the update left in PyTorch's cache is the engine's now
             self.llm.wake_up(tags=["weights"])
-        load_weights(self.llm, self._iter_named_params())
+        self.version += 1
+        self._load()
         if self.is_asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.is_asleep = False
-        self.version += 1
+
+    def _load(self) -> None:
+        if self.adapter is None:
+            load_weights(self.llm, self._iter_named_params())
+            self._laid_on = None
+            return
+        if not self._holds_base:
+            load_weights(self.llm, self._base())
+            self._holds_base = True
+        load_adapter(self.llm, [(name, tensor.clone()) for name, tensor in self._tensors()], version=self.version)
+        self._laid_on = adapter_request(self.version)
 
     def complete(self, requests: Sequence[Request], on_finished: OnFinished | None = None) -> list[Completion]:
         """Sample one completion a request, in order."""
         if not requests:  # a rank without a row of this refill
             return []
         with self._chance_apart():
-            completions = sample(self.llm, requests, self.sampling, on_finished)
+            completions = sample(self.llm, requests, self.sampling, on_finished, adapter=self._laid_on)
         return [replace(c, version=self.version) for c in completions]
 
     def converse(self, turns: Turns) -> None:
         """Sample all turns; each is begun as soon as it is asked for, while others are sampled."""
         with self._chance_apart():
-            converse(self.llm, turns, self.sampling, version=self.version)
+            converse(self.llm, turns, self.sampling, version=self.version, adapter=self._laid_on)
 
     def _chance_apart(self) -> AbstractContextManager[None]:
         """Keep the generators that the engine shares with the trainer, whose shuffles must not depend on it, as they are."""

@@ -41,10 +41,20 @@ def merged_parameters(model: PeftModel, accelerator: Any) -> Iterator[tuple[str,
             # the first of its parameters brings all of the layer's, gathered and merged once
             if parameter is next(layers[owner].get_base_layer().parameters()):
                 with of_ranks.gather_params(list(layers[owner].parameters())):
-                    yield from _merged(layers[owner], _plain(owner), accelerator.device)
+                    yield from _merged(layers[owner], plain_name(owner), accelerator.device)
         elif not _is_adapters(name, model, adapter):
             with of_ranks.gather_params([parameter]):
-                yield _plain(name, adapter), _full(parameter, accelerator.device)
+                yield plain_name(name, adapter), whole_tensor(parameter, accelerator.device)
+
+
+def base_parameters(model: PeftModel, accelerator: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return whole parameters of the base beneath a plain adapter, as `merged_parameters` does."""
+    of_ranks = DistributedBackend(accelerator)
+    adapter = model.active_adapters[0]
+    for name, parameter in model.named_parameters():
+        if not _is_adapters(name, model, adapter):
+            with of_ranks.gather_params([parameter]):
+                yield plain_name(name, adapter), whole_tensor(parameter, accelerator.device)
 
 
 def adapter_parameters(model: PeftModel, accelerator: Any) -> dict[str, torch.Tensor]:
@@ -54,7 +64,7 @@ def adapter_parameters(model: PeftModel, accelerator: Any) -> dict[str, torch.Te
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or model.prefix in name or ".modules_to_save." in name:
             with of_ranks.gather_params([parameter]):
-                found[name] = _full(parameter, accelerator.device).to("cpu", copy=True)
+                found[name] = whole_tensor(parameter, accelerator.device).to("cpu", copy=True)
     return found
 
 
@@ -76,7 +86,7 @@ def refuse_unmergeable(model: Any, accelerator: Any) -> None:
         )
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            _refuse_layer(_plain(name), layer)
+            _refuse_layer(plain_name(name), layer)
     _refuse_tied(model)
     if DistributedBackend(accelerator).fsdp_version == 1:
         raise ValueError("peft_config under fsdp_version=1: expected 2, whose parameters can be gathered one by one")
@@ -110,9 +120,9 @@ def _refuse_tied(model: PeftModel) -> None:
         changed = [name for name in names if f".{BASE}" in name or ".original_module." in name]
         if changed and len(names) > 1:
             first = changed[0]
-            others = ", ".join(_plain(name) for name in names if name != first)
+            others = ", ".join(plain_name(name) for name in names if name != first)
             raise ValueError(
-                f"peft_config: {_plain(first)} is shared with {others} and cannot be changed alone: leave it out of "
+                f"peft_config: {plain_name(first)} is shared with {others} and cannot be changed alone: leave it out of "
                 "target_modules and modules_to_save"
             )
 
@@ -138,7 +148,7 @@ class _Copied(torch.nn.Module):
 def _merged(layer: Any, name: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     lent = {}
     for key, parameter in layer.named_parameters():
-        tensor = _full(parameter, device)
+        tensor = whole_tensor(parameter, device)
         # a copy of the base; the adapter as PEFT reads it from disk, in float32
         lent[f"layer.{key}"] = tensor.clone() if key.startswith(BASE) else tensor.to(_read_as(tensor.dtype))
     for key, tensor in torch.func.functional_call(_Copied(layer), lent, ()):
@@ -149,7 +159,7 @@ def _read_as(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _full(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+def whole_tensor(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a parameter's whole tensor: FSDP2 splits it; what ZeRO-3 splits has been gathered."""
     if isinstance(parameter, DTensor):
         split: Any = parameter.to(device)
@@ -166,7 +176,7 @@ def _is_adapters(name: str, model: PeftModel, adapter: str) -> bool:
     return model.prefix in name
 
 
-def _plain(name: str, adapter: str = "") -> str:
+def plain_name(name: str, adapter: str = "") -> str:
     """Return the name without PEFT's prefixes, and those of checkpointed activations."""
     name = name.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
     for inner in (f".{BASE}", ".original_module.", f".modules_to_save.{adapter}."):

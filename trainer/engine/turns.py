@@ -46,8 +46,8 @@ class Running:
     Example: `running = Running(llm, sampling); running.add([(0, request)]); running.step()`
     """
 
-    def __init__(self, llm: Any, sampling: Sampling) -> None:
-        self._llm, self._sampling = llm, sampling
+    def __init__(self, llm: Any, sampling: Sampling, adapter: Any = None) -> None:
+        self._llm, self._sampling, self._adapter = llm, sampling, adapter
         self._requests: dict[str, tuple[int, Request]] = {}
         self._backlog, self._most = deque[tuple[int, Request]](), 0
 
@@ -92,7 +92,8 @@ class Running:
         requests = [request for _, request in asked]
         check_room(self._llm, max(len(r.prompt_ids) + r.max_tokens for r in requests))
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        names = self._llm.enqueue(prompts, sampling_params(requests, self._sampling), use_tqdm=False)
+        params = sampling_params(requests, self._sampling)
+        names = self._llm.enqueue(prompts, params, use_tqdm=False, lora_request=self._adapter)
         # a request's name is its number, behind which newer engines put a random tail that outputs do not have
         self._requests |= zip((name.partition("-")[0] for name in names), asked, strict=True)
 
@@ -102,12 +103,12 @@ class Running:
         return taken
 
 
-def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int) -> None:
+def converse(llm: Any, turns: Turns, sampling: Sampling, *, version: int, adapter: Any = None) -> None:
     """Sample all turns with weights of this version; the engine is never idle while there is a request.
 
-    Raises RuntimeError where it is out of memory again and again.
+    `adapter` as for `sample`. Raises RuntimeError where it is out of memory again and again.
     """
-    running = Running(llm, sampling)
+    running = Running(llm, sampling, adapter)
     try:
         while True:
             running.add(turns.waiting("none" if running else "any"))

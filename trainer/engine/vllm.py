@@ -15,7 +15,9 @@ import torch
 from pydantic import ValidationError
 
 from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.adapters import AdapterShape
 from polyphony.trainer.engine.cpu_build import prepare_cpu_build, unpacked
+from polyphony.trainer.engine.lora import takes_adapters, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,8 @@ class EngineSettings:
     tensor_parallel: int = 1
     longest: int = 0
     """Tokens that the longest prompt of the run and its completion will have, as far as known."""
+    adapter: AdapterShape | None = None
+    """What it makes room for, where vLLM can."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`; they win over what is chosen here."""
 
@@ -89,6 +93,10 @@ OnFinished = Callable[[int, Completion], None]
 
 LONGEST_THAT_FITS = -1
 """As vLLM's `max_model_len`: the model's own limit, or what the memory for keys and values has room for, if less."""
+
+
+WHICH = ("model_impl", "trust_remote_code")
+"""Further arguments that say which class of a model vLLM runs."""
 
 
 def completion_seed(run_seed: int, draw: int, prompt_id: str, refill_round: int, k: int) -> int:
@@ -120,6 +128,9 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         "use_tqdm_on_load": False,
     }
     try:
+        which = {name: settings.more[name] for name in WHICH if name in settings.more}
+        if settings.adapter is not None and takes_adapters(model=settings.model, dtype=settings.dtype, **which):
+            arguments |= settings.adapter.arguments
         llm = LLM(**{**arguments, **changes, **settings.more})
     except ValidationError as error:
         raise ValueError(f"vLLM does not take {settings.model}: {said_of(error.errors()[0]['msg'])}") from error
@@ -142,26 +153,32 @@ def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    with unpacked(model):
+    with unwrapped(model), unpacked(model):
         model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
 
 
 def sample(
-    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    llm: Any,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    on_finished: OnFinished | None = None,
+    *,
+    adapter: Any = None,
 ) -> list[Completion]:
     """Sample one completion a request, in order; `on_finished` gets each while the others are still sampled.
 
+    `adapter` names the one that is laid over the weights, as `adapter_request` says.
     Out of memory, the requests are sampled in two halves, once. Raises RuntimeError where a half is too much as well.
     """
     try:
-        return _sample(llm, requests, sampling, on_finished)
+        return _sample(llm, requests, sampling, adapter, on_finished)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(requests) < 2:
             raise
     abort_all(llm)
     middle = len(requests) // 2
     try:
-        return [c for half in (requests[:middle], requests[middle:]) for c in _sample(llm, half, sampling)]
+        return [c for half in (requests[:middle], requests[middle:]) for c in _sample(llm, half, sampling, adapter)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -201,15 +218,16 @@ def sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[Any
 
 
 def _sample(
-    llm: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    llm: Any, requests: Sequence[Request], sampling: Sampling, adapter: Any, on_finished: OnFinished | None = None
 ) -> list[Completion]:
     params = sampling_params(requests, sampling)
     check_room(llm, max((len(r.prompt_ids) + r.max_tokens for r in requests), default=0))
     prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
     if on_finished is None:
-        return [completion_of(out.outputs[0]) for out in llm.generate(prompts, sampling_params=params, use_tqdm=False)]
+        outputs = llm.generate(prompts, sampling_params=params, use_tqdm=False, lora_request=adapter)
+        return [completion_of(output.outputs[0]) for output in outputs]
     # a request's name is its number, behind which newer engines put a random tail that outputs do not have
-    names = llm.enqueue(prompts, params, use_tqdm=False)
+    names = llm.enqueue(prompts, params, use_tqdm=False, lora_request=adapter)
     places = {name.partition("-")[0]: i for i, name in enumerate(names)}
     found: dict[int, Completion] = {}
     while llm.llm_engine.has_unfinished_requests():

@@ -3,7 +3,8 @@
 Some engine builds keep serving old weights without an error (the stock CPU build of vLLM does). Such a run would learn
 from another model's samples. So weights of every parameter change their sign, which is undone exactly and needs no copy;
 synced, compared, restored, synced and compared again. Nothing is asked of the model but that its weights move what it says:
-engine and policy have to be closer than the weights moved them, by as much as the precision allows.
+engine and policy have to be closer than the weights moved them, by as much as the precision allows. Where an adapter alone
+is sent, that is changed; its base, which is sent once, is seen in what policy and engine say before.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from polyphony.curricula.records import Completion
+from polyphony.trainer.engine.adapters import FACTORS, factors_of
 from polyphony.trainer.engine.engine import reshard
 
 EVERY = 13
@@ -29,6 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 share of what the changed weights move, so that a policy which hardly tells its tokens apart is held to less."""
 TOLERANCE_OF_TF32 = 0.02
 """The same for float32 on a GPU, where vLLM's attention multiplies with ten bits of mantissa."""
+WHOLE = "weights of all parameters"
 ROUNDING = 2e-6
 """Mean |difference| that the softmax alone makes, in float32 whatever the policy computes in: eight of its last bits, of
 log-probabilities between 2 and 4."""
@@ -53,6 +57,10 @@ class WeightCheck:
     tolerance: float
     coldness: float = 1.0
     """What logits were divided by, where that made them, and what rounding does to them, larger."""
+    what: str = WHOLE
+    """What was changed."""
+    note: str = ""
+    """What else there is to say of how weights reach the engine, and what of it this check does not see."""
 
     @property
     def allowed(self) -> float:
@@ -74,9 +82,9 @@ class WeightCheck:
 
     def __str__(self) -> str:
         return (
-            f"log-prob difference {self.before:.1e} before, {self.changed:.1e} with weights of all parameters changed, "
+            f"log-prob difference {self.before:.1e} before, {self.changed:.1e} with {self.what} changed, "
             f"{self.after:.1e} restored (allowed {self.allowed_at_rest:.1e}, changed {self.allowed:.1e}); "
-            f"moved {self.moved:.2g}"
+            f"moved {self.moved:.2g}{f'; {self.note}' if self.note else ''}"
         )
 
 
@@ -88,17 +96,19 @@ def check_weights(
     score: Callable[[Sequence[Completion]], Sequence[Sequence[float]]],
     tolerance: float,
     coldness: float = 1.0,
+    is_adapter: bool = False,
 ) -> WeightCheck:
     """Return what the check saw; raises nothing about the result, see `is_passed`.
 
     `sync` loads the policy's weights into the engine, `sample` lets the engine generate, `score` returns the policy's
-    own log-probabilities of the same tokens; see `tolerance_of` and `WeightCheck.coldness`.
+    own log-probabilities of the same tokens; see `tolerance_of` and `WeightCheck.coldness`. Where a sync is of the adapter
+    alone, only that is changed.
     """
     reshard(model)
     sync()
     first = sample()
     before = _difference(first, score(first))
-    with changed_weights(model):
+    with changed_adapter(model) if is_adapter else changed_weights(model):
         sync()
         second = sample()
         changed = _difference(second, score(second))
@@ -112,7 +122,33 @@ def check_weights(
         moved=moved,
         tolerance=tolerance,
         coldness=coldness,
+        what="the adapter's tensors" if is_adapter else WHOLE,
     )
+
+
+@contextmanager
+def changed_adapter(model: PeftModel) -> Iterator[None]:
+    """Have every 13th weight of a plain adapter's factors be others meanwhile, so large that the policy is another one.
+
+    Turned signs would not do: the second factor begins at zero and stays small. With a first factor as PEFT starts it, what
+    is added to a layer's output is then of the size of its input, whatever rank and scale: enough for bfloat16.
+    """
+    kept: list[tuple[int, torch.nn.Parameter, torch.Tensor]] = []
+    try:
+        for n, (name, parameter, scale, rank) in enumerate(factors_of(model)):
+            with _whole(parameter):
+                if (weights := _some(parameter, n)) is None:
+                    continue
+                kept.append((n, parameter, weights.clone()))
+                weights.fill_(8 / (scale * rank**0.5)) if name.endswith(FACTORS[1]) else weights.neg_()
+        yield
+    finally:
+        for n, parameter, before in kept:
+            with _whole(parameter):
+                weights = _some(parameter, n)
+                assert weights is not None
+                weights.copy_(before)
+        reshard(model)
 
 
 @contextmanager

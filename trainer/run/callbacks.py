@@ -43,6 +43,7 @@ from polyphony.trainer.run.alarm_command import AlarmCommand
 from polyphony.trainer.run.changes import check_length, from_now_on
 from polyphony.trainer.run.folder import Interrupted
 from polyphony.trainer.run.json_lines import read_object, write_object
+from polyphony.trainer.run.merged_scores import Scores, merged_beside_adapter
 from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.owed import Owed
 from polyphony.trainer.run.progress import ProgressLine
@@ -107,6 +108,8 @@ class Run(TrainerCallback):
         self._is_aside = False
         self._stopped_by = ""
         self._evaluated_at: int | None = None
+        self._measured: tuple[int, Scores] = (-1, {})
+        """Step and scores of the last evaluation of this process."""
         self._rolled_back_at: int | None = None
         self.owed = Owed()
         """The evaluation that the newest checkpoint has still to be given."""
@@ -277,13 +280,15 @@ class Run(TrainerCallback):
         if self._gone is not None:
             raise self.ended_by(self._gone)
         save_final(self.trainer.policy, self.folder.final)
-        if not self.is_main:
-            return
         step, most = self.trainer.state.global_step, self.trainer.state.max_steps
-        if step >= most:
+        if self.is_main and step >= most:
             self.folder.record_end("finished", why="all steps were taken", step=step)
-        else:
+        elif self.is_main:
             self.folder.record_end("stopped", why=self._stopped_by or "a callback asked for it", step=step)
+        measured_at, scores = self._measured
+        is_of_final = measured_at == step != self._rolled_back_at
+        if is_of_final and (said := merged_beside_adapter(self.trainer, scores)) and self.is_main:
+            self.say(said)
 
     def ended_by(self, error: GraderGoneError) -> GraderGoneError:
         """Return the same with how the run is taken up again."""
@@ -439,7 +444,7 @@ class Run(TrainerCallback):
             self.trainer.evaluator.flush_logged()
             chance.restore()
             raise
-        self._evaluated_at = step
+        self._evaluated_at, self._measured = step, (step, result.scores())
         self.trainer.entropy.after_evaluation(step, self.recorder.steer_entropy(result))
         if self.tracker is not None:
             track_completions(self.tracker, step, result)
