@@ -76,9 +76,10 @@ class Fusion:
         """Domains whose texts have to be gathered."""
         return tuple(self.by_domain)
 
-    def compares(self, others: Sequence[str]) -> dict[str, Compared]:
+    def compares(self, others: Sequence[str]) -> Mapping[str, Compared]:
         """Return what is compared in each domain whose texts have to be gathered: its own, and `others`' answers."""
-        return dict.fromkeys(others, "answers") | {name: of.compare for name, of in self.by_domain.items()}
+        own: dict[str, Compared] = {name: of.compare for name, of in self.by_domain.items()}
+        return {**dict.fromkeys(others, "answers"), **own}
 
     @property
     def slow(self) -> frozenset[str]:

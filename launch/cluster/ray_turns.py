@@ -65,15 +65,15 @@ class Routes:
         new = []
         for place, request in asked:
             home = self.homes.get(request.episode) if request.episode is not None else None
-            if home in workers:
-                self._give(home, place, request, dealt)
+            if home is not None and home in workers:
+                self._give(home, (place, request), dealt)
             else:
                 new.append((place, request))
         requests = [request for _, request in new]
         for group in sorted(whole_groups(requests), key=lambda group: -cost(requests, group)):
             worker = min(workers, key=lambda w: (self._load(w), w))
             for n in group:
-                self._give(worker, *new[n], dealt)
+                self._give(worker, new[n], dealt)
         return dealt
 
     def whole(self, worker: int, place: int) -> None:
@@ -85,11 +85,12 @@ class Routes:
         self.homes = {episode: home for episode, home in self.homes.items() if home != worker}
         return list(self.turns.pop(worker, {}).items())
 
-    def _give(self, worker: int, place: int, request: Request, dealt: dict[int, list[tuple[int, Request]]]) -> None:
+    def _give(self, worker: int, turn: tuple[int, Request], dealt: dict[int, list[tuple[int, Request]]]) -> None:
+        place, request = turn
         self.turns.setdefault(worker, {})[place] = request
         if request.episode is not None:
             self.homes[request.episode] = worker
-        dealt.setdefault(worker, []).append((place, request))
+        dealt.setdefault(worker, []).append(turn)
 
     def _load(self, worker: int) -> int:
         return sum(request.max_tokens for request in self.turns.get(worker, {}).values())

@@ -12,7 +12,7 @@ Holds `asks` to `LEAST` and to `TIMES` its base, `shuffled` to no difference. Ru
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Ends:
         return changed(self.last, self.base)
 
 
-def summary(found: dict[str, Sequence[Ends]], seeds: Sequence[int]) -> str:
+def summary(found: Mapping[str, Sequence[Ends]], seeds: Sequence[int]) -> str:
     """Return the table of every seed, the intervals over seeds, and whether they are what they are held to."""
     lines = [
         "| arm | seed | base | end | difference (over items) | by skill, `report` half |",

@@ -1,8 +1,9 @@
 """TRL's `GRPOTrainer(model, reward_funcs, args, train_dataset, ..)` as one domain of ours, to run TRL's own tests on it.
 
 One domain `trl`, whose reward is the weighted sum of the reward functions; rows that are text stay text (`as_chat: false`).
-TRL generates (engine transformers), as it does without vLLM. What a reward logs stands under TRL's names. Nothing here knows
-a test; what we refuse stays refused.
+TRL generates (engine transformers), as it does without vLLM. What a reward logs stands under TRL's names. Tools and an
+environment are the domain's; of several environments each is a domain. Nothing here knows a test; what we refuse stays
+refused.
 """
 
 from __future__ import annotations
@@ -72,17 +73,21 @@ class OneDomainTrainer(DomainGRPOTrainer):
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        environment_factory: Any = None,
         **others: Any,
     ) -> None:
         if given := [name for name, value in others.items() if value is not None]:
             raise NotImplementedError(f"{', '.join(given)}: not of this trainer")
-        if not reward_funcs:
+        factories = environment_factory if isinstance(environment_factory, dict) else {"trl": environment_factory}
+        rewarding = [f for f in factories.values() if hasattr(f, "get_reward")]
+        if not (reward_funcs or rewarding):
             raise ValueError("No reward source provided")
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
+            train_dataset = _asked_by_environment(args, environment_factory)
         name = model if isinstance(model, str) else model.name_or_path
         args = copy.copy(args or GRPOConfig(f"{name.split('/')[-1]}-GRPO"))
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         classes = reward_processing_classes or [None] * len(rewards)
         classes = classes if isinstance(classes, list) else [classes]
         if len(classes) != len(rewards):
@@ -91,18 +96,32 @@ class OneDomainTrainer(DomainGRPOTrainer):
             raise ValueError("the number of reward weights must match the number of reward functions")
         is_model = [isinstance(r, str) or hasattr(r, "config") for r in rewards]
         rewards = [RewardModel.of(r, c, args) if m else r for r, c, m in zip(rewards, classes, is_model, strict=True)]
-        reward, args.reward_weights = Sum(rewards, args.reward_weights), None  # the sum has them
+        reward = Sum(rewards, args.reward_weights) if rewards else None
+        args.reward_weights = None  # the sum has them
         if isinstance(train_dataset, IterableDataset):
             train_dataset = _read(train_dataset, args)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, **code_of(args))
-        rows = {"train": list(train_dataset), "heldout": _rows(eval_dataset) or list(train_dataset)[:2]}
-        domain = Domain(name="trl", kind="open_ended", reward=reward, as_chat=False, **rows)
+        held = _rows(eval_dataset) or list(train_dataset)[:2]
+        domains = [
+            Domain(
+                name=one,
+                kind="open_ended",
+                reward=reward,
+                as_chat=acts,
+                environment=factory,
+                tools=tools,
+                train=_of(train_dataset, one, factories),
+                heldout=_of(held, one, factories) or _of(train_dataset, one, factories)[:2],
+            )
+            for one, factory in factories.items()
+            for acts in [bool(tools) or factory is not None]
+        ]
         context = context_of(model, **code_of(args))
         keep = DataSettings(overlap="keep")
         super().__init__(
             model,
             args,
-            domains=DomainData.load([domain], tokenizer=tokenizer, args=args, context=context, settings=keep),
+            domains=DomainData.load(domains, tokenizer=tokenizer, args=args, context=context, settings=keep),
             engine="vllm" if args.use_vllm else "transformers",
             max_grader_failures=1.0,
             callbacks=callbacks,
@@ -111,7 +130,38 @@ class OneDomainTrainer(DomainGRPOTrainer):
         )
         self.scorer.logged = TrlNames()
         self.eval_dataset = eval_dataset
-        self.reward_processing_classes = [r.tokenizer if m else None for r, m in zip(rewards, is_model, strict=True)]
+        self.reward_processing_classes: Any = [
+            r.tokenizer if m else None for r, m in zip(rewards, is_model, strict=True)
+        ]
+
+    @property
+    def environments(self) -> list[Any]:
+        """Those of the last batch, by row, as TRL keeps them."""
+        return [row.episode.environment for row in self._finished.rows.values() if row.episode]
+
+
+def _asked_by_environment(args: GRPOConfig | None, factory: Any) -> list[dict[str, Any]]:
+    """Return rows that say nothing, for environments that do. Raises ValueError as TRL does."""
+    if factory is None or isinstance(factory, dict):
+        raise ValueError("`train_dataset` is required" if factory is None else "this requires a `train_dataset`")
+    if args is None or args.max_steps <= 0:
+        raise ValueError("`max_steps` is required where the environment owns the data")
+    return [{"id": str(n), "prompt": [{"role": "user", "content": ""}]} for n in range(args.max_steps)]
+
+
+def _of(rows: Iterable[Mapping[str, Any]], name: str, factories: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of one environment, by their column `environment` where there are several; each an id of its own."""
+    found = []
+    for n, row in enumerate(rows):
+        own = {"prompt": [{"role": "user", "content": ""}], **row}
+        if factories.keys() != {"trl"}:
+            if (chosen := own.pop("environment", None)) not in factories:
+                raise ValueError(f"{chosen!r} is not among the environments {list(factories)}")
+            own["id"] = str(n)
+            if chosen != name:
+                continue
+        found.append(own)
+    return found
 
 
 def _read(stream: Iterable[Mapping[str, Any]], args: GRPOConfig) -> list[Mapping[str, Any]]:

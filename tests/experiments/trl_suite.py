@@ -1,7 +1,8 @@
 """TRL's own tests of its GRPO trainer, on TRL's trainer and on ours: `python -m tests.experiments.trl_suite CHECKOUT`.
 
 The checkout's `tests/test_grpo_trainer.py` runs twice against the installed TRL, the second time with
-`trl_shim.OneDomainTrainer` in the place of GRPOTrainer. Models are tiny random ones (`trl_plugin`); nothing of the checkout
+`trl_shim.OneDomainTrainer` in the place of GRPOTrainer. Tests of tools and environments write Qwen's tokens down, and need
+`--vocabulary 151665`. Models are tiny random ones (`trl_plugin`); nothing of the checkout
 is kept but names of tests. Results go to a JSON-lines file, by which a run that was ended goes on; `-k` runs a part.
 """
 
@@ -57,19 +58,52 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 """What the hub's tiny models are here: configuration, class, and what is particular."""
 
 
+QWENS = 151_665
+"""Tokens of Qwen's vocabulary, by which tests of tools write down what is sampled."""
+SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|finetune_right_pad_id|>": 151646}
+CALLS = {"<tool_call>": 151657, "</tool_call>": 151658}
+SAID = """0 !|11 ,|16 1|17 2|18 3|19 4|25 :|27 <|29 >|40 I|64 a|65 b|66 c|198 Ċ|220 Ġ|293 Ġb|314 Ġ{|330 Ġ"|397 >Ċ|411 out|
+450 de|497 ",|522 </|606 name|788 ":|894 Ġany|927 sh|944 't|1318 text|1414 Ġknow|1513 Ġdon|2765 Ġwon|4913 {"|5212 Ġ{"|
+5392 Ġtool|6023 hi|6659 call|7692 async|9520 step|11248 }}Ċ|13477 crement|14172 tool|16252 Ġincrement|16370 arguments|
+17453 Done|22785 _tool|35744 increment|64648 multiply|93054 _multiply|95642 "}}Ċ"""
+"""What those tests have Qwen's tokens say, as far as they sample them."""
+WORDS = ["error", "response", "user", "assistant", "increment", "decrement", "async"]
+WORDS += ["Ġgot", "Ġan", "Ġunexpected", "Ġkeyword", "Ġargument", "Ġnot", "Ġfound", "Ġtool"]
+"""Of tools' answers: letter by letter, these would not fit into the tests' completions."""
+
+
+def _vocabulary(size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return tokens and special ones; with as many as Qwen's those that tests write down stand where they stand there."""
+    from tokenizers import pre_tokenizers
+
+    special, said = {token: size - 4 + i for i, token in enumerate(SPECIAL)}, {}
+    if size >= QWENS:
+        special = SPECIAL | CALLS
+        said = {
+            token: int(i) for i, token in (part.strip().split(" ", 1) for part in SAID.replace("\n", "").split("|"))
+        }
+    taken = {*special.values(), *said.values()}
+    free = (i for i in range(size) if i not in taken)
+    letters = [letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter not in said]
+    words = [word for word in WORDS if word not in said and size >= QWENS]
+    known = said | dict(zip([*letters, *words], free, strict=False))
+    return known | {f"{'w' * (i % 9)}{i}": i for i in free}, special
+
+
 def tokenizer(vocabulary: int) -> Any:
     """Return a byte-level tokenizer of so many tokens, most of them words that no text is split into."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|finetune_right_pad_id|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    known = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known += [f"{'w' * (i % 9)}{i}" for i in range(vocabulary - len(known) - len(special))]
-    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*known, *special])}, merges=[]))
+    known, special = _vocabulary(vocabulary)
+    made = Tokenizer(models.BPE(vocab=known | special, merges=[], ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=special, **named)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, additional_special_tokens=[t for t in special if t not in CALLS], **named
+    )
+    fast.add_tokens([t for t in special if t in CALLS])
     fast.chat_template = CHATML
     return fast
 
@@ -78,6 +112,7 @@ def make_models(hub: Path, vocabulary: int) -> None:
     """Write the models into a folder that is laid out as the hub's cache, those that are not there yet."""
     import torch
     import transformers
+    from trl.chat_template_utils import qwen3_chat_template
 
     read = tokenizer(vocabulary)
     for name, (config, kind, own) in MODELS.items():
@@ -90,6 +125,7 @@ def make_models(hub: Path, vocabulary: int) -> None:
         if "Sequence" in kind:
             made.num_labels = 1
         getattr(transformers, kind).from_config(made).save_pretrained(folder)
+        read.chat_template = qwen3_chat_template if "Qwen3" in name and vocabulary >= QWENS else CHATML
         read.save_pretrained(folder)
         _name_it(folder)
     remote = hub / "models--trl-internal-testing--tiny-RemoteForCausalLM" / "snapshots" / SNAPSHOT
