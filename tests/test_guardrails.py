@@ -109,6 +109,7 @@ def test_a_rollback_without_a_checkpoint_stops_the_run_and_says_why(tmp_path, ca
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=("safety",), skills={}),
         curriculum=None,
+        entropy=SimpleNamespace(monitor=SimpleNamespace(factors=(0.5, 1.5))),
         args=SimpleNamespace(seed=1, max_grad_norm=1.0),
         plan=DrawPlan(prompts_per_draw=8, draws=9, steps=9, micro_batches_per_draw=1, micro_batches_per_step=1),
     )

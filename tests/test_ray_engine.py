@@ -21,6 +21,7 @@ from polyphony.launch.cluster.ray_turns import OverWorkers, Routes
 from polyphony.launch.cluster.weights import pack, unpack
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.engine.vllm import Request, sample
+from polyphony.trainer.engine.weight_check import changed_adapter
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from tests.acted import look
 from tests.acting import tokenizer
@@ -61,8 +62,9 @@ def test_an_address_that_is_none_is_named():
 
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory):
-    """A trainer of the debug recipe over two workers."""
-    overrides = ["tracking.wandb=null", "rollouts={engine: ray, workers: 2, timeout_s: 120}"]
+    """A trainer of the debug recipe over two workers, which have room for an adapter."""
+    room = "engine_args: {enable_lora: true, max_lora_rank: 8, lora_target_modules: [q_proj, up_proj]}"
+    overrides = ["tracking.wandb=null", f"rollouts={{engine: ray, workers: 2, timeout_s: 120, {room}}}"]
     trainer = build_trainer(load_recipe(DEBUG, overrides), tmp_path_factory.mktemp("pool"))
     trainer.policy.sync()
     yield trainer
@@ -128,6 +130,35 @@ def compared(ours: dict, theirs: dict) -> set[str]:
         assert torch.equal(tensor[: len(whole)], whole), name
         seen |= set(parts)
     return seen
+
+
+@pytest.mark.slow
+def test_workers_are_sent_the_adapter_alone_and_a_new_one_its_base_as_well(pooled, tmp_path):
+    engine, lora = pooled.policy.engine, "lora={r: 6, target_modules: [q_proj, up_proj]}"
+    trainer = build_trainer(load_recipe(DEBUG, ["tracking.wandb=null", lora]), tmp_path, engine=engine)
+    try:
+        assert trainer.policy.sends_adapter
+        assert trainer.policy.check().is_passed
+        base = engine.pool.weights
+        asked = requests(trainer)
+        with changed_adapter(trainer.model):
+            trainer.policy.sync()
+            expected = engine.complete(asked)
+            os.kill(process_of(engine, 0), signal.SIGKILL)
+            assert [c.ids for c in engine.complete(asked)] == [c.ids for c in expected]
+            engine.pool.wait_for_one(of=engine.pool.workers[:1])
+            again = engine.complete(asked)
+            own = trainer.policy.token_logps([r.prompt_ids for r in asked], [c.ids for c in again])
+        assert engine.pool.weights == base  # not sent again
+        assert [c.ids for c in again] == [c.ids for c in expected]
+        assert (
+            max(abs(a - b) for c, own_ in zip(again, own, strict=True) for a, b in zip(c.logps, own_, strict=True))
+            < 1e-4
+        )
+    finally:
+        engine.flush_faults()
+        engine.attach(pooled.model, pooled.accelerator)
+        pooled.policy.sync()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, last
 from polyphony.launch.cluster.shares import cost, spread, whole_groups
 from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
 from polyphony.launch.sections import RolloutsSection
+from polyphony.trainer.engine.adapters import AdapterShape
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request
@@ -36,6 +37,16 @@ def _from_anywhere(model: str) -> str:
 
 WORKERS_SHARE = 0.9
 """Of each of its GPUs that a worker takes: it has them to itself."""
+
+
+Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+"""Begins a walk over weights, which gathers them: every rank must take it to its end."""
+
+
+def _walk(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Take part in the gathering of what rank 0 sends."""
+    for _ in weights:
+        pass
 
 
 class RayEngine(Engine):
@@ -52,6 +63,7 @@ class RayEngine(Engine):
         super().__init__(*arguments, **named)
 
     def _init_vllm(self) -> None:
+        self._choose()
         if self.accelerator.is_main_process:
             settings = self.settings(tensor_parallel=self.rollouts.tensor_parallel)
             everyone = settings.max_num_seqs * self.accelerator.num_processes
@@ -64,6 +76,7 @@ class RayEngine(Engine):
             self.pool = WorkerPool.start(settings, self.rollouts)
             atexit.register(self.close)
         self.accelerator.wait_for_everyone()
+        self._choose(self._why_not)
 
     def close(self) -> None:
         """End the workers, and the cluster if this process started it."""
@@ -75,6 +88,16 @@ class RayEngine(Engine):
         """Serve another policy; what workers are told of its parameters is asked anew."""
         super().attach(model, accelerator)
         self._announcement = None
+        self._choose(self._why_not)
+
+    def _why_not(self, shape: AdapterShape) -> str:
+        return self._agreed(lambda pool: pool.why_not(shape))
+
+    def _agreed(self, asked: Callable[[WorkerPool], Any]) -> Any:
+        """Return what rank 0 finds, on every rank."""
+        found = [asked(self.pool) if self.pool is not None else None]
+        broadcast_object_list(found, from_process=0)
+        return found[0]
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -84,31 +107,38 @@ class RayEngine(Engine):
         self._send()
 
     def _send(self) -> None:
-        if self.accelerator.device.type != "cpu":
-            self._send_by_nccl()
-        elif self.pool is not None:
-            self.pool.load(self.version, pack(self._iter_named_params()))
+        if self.adapter is None:
+            self._send_whole(self._iter_named_params)
+            return
+        if not (self._holds_base and self._agreed(lambda pool: all(w.has_weights for w in pool.workers))):
+            self._send_whole(self._base)
+            self._holds_base = True
+        if self.pool is not None:
+            self.pool.lay_on(self.version, pack(self._tensors()))  # small: through the object store on GPU too
         else:
-            self._walk()
+            _walk(self._tensors())
 
-    def _walk(self) -> None:
-        """Take part in the gathering of parameters that rank 0 sends."""
-        for _ in self._iter_named_params():
-            pass
+    def _send_whole(self, weights: Weights) -> None:
+        if self.accelerator.device.type != "cpu":
+            self._send_by_nccl(weights)
+        elif self.pool is not None:
+            self.pool.load(self.version, pack(weights()))
+        else:
+            _walk(weights())
 
-    def _send_by_nccl(self) -> None:
+    def _send_by_nccl(self, weights: Weights) -> None:
         dtype = getattr(torch, self.dtype, None)  # None for "auto"
-        if self._announcement is None:
-            self._announcement = Announcement.of(self._iter_named_params(), dtype=dtype)
+        if self._announcement is None:  # a base and what an adapter is merged in are alike in names and shapes
+            self._announcement = Announcement.of(weights(), dtype=dtype)
         if self.pool is None:
-            self._walk()
+            _walk(weights())
             return
         workers = self.pool.answering()
         handles = [worker.handle for worker in workers]
         if self._sender is None or self._sender.handles != handles:
             parallel, timeout_s = self.rollouts.tensor_parallel, self.rollouts.timeout_s
             self._sender = NcclSender(handles, tensor_parallel=parallel, timeout_s=timeout_s)
-        self._sender.send(self._announcement, copies(self._iter_named_params(), dtype=dtype), version=self.version)
+        self._sender.send(self._announcement, copies(weights(), dtype=dtype), version=self.version)
         for worker in workers:
             worker.has_weights = True
 

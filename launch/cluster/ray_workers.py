@@ -22,6 +22,7 @@ from polyphony.launch.sections import RolloutsSection
 
 if TYPE_CHECKING:
     from polyphony.launch.cluster.weights import PackedWeights
+    from polyphony.trainer.engine.adapters import AdapterShape
     from polyphony.trainer.engine.turns import Running
     from polyphony.trainer.engine.vllm import EngineSettings, Request, Sampling
 
@@ -61,6 +62,8 @@ class RolloutWorker:
         self.version = NO_WEIGHTS
         self.running: Running | None = None
         """Turns that are being sampled."""
+        self.laid_on: Any = None
+        """Names the adapter that is laid over the weights."""
 
     def process_id(self) -> tuple[str, int]:
         """Return node and process id; answers once the engine is up."""
@@ -71,21 +74,36 @@ class RolloutWorker:
         from polyphony.launch.cluster.weights import unpack  # slow to import
         from polyphony.trainer.engine.vllm import load_weights
 
-        self.version = NO_WEIGHTS
+        self.version, self.laid_on = NO_WEIGHTS, None
         load_weights(self.llm, list(unpack(weights)))
         self.version = version
+
+    def why_not(self, shape: AdapterShape) -> str:
+        """Return why the engine does not take such an adapter; empty where it does."""
+        from polyphony.trainer.engine.lora import why_not  # slow to import
+
+        return why_not(self.llm, shape)
+
+    def lay_on(self, version: int, adapter: PackedWeights) -> None:
+        """Take over the adapter of sync `version`, over the weights that are there."""
+        from polyphony.launch.cluster.weights import unpack  # slow to import
+        from polyphony.trainer.engine.lora import adapter_request, load_adapter
+
+        self.version = NO_WEIGHTS
+        load_adapter(self.llm, unpack(adapter), version=version)
+        self.version, self.laid_on = version, adapter_request(version)
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Share:
         """Sample one completion a request, in order."""
         from polyphony.trainer.engine.vllm import sample  # slow to import
 
-        return Share(version=self.version, completions=sample(self.llm, requests, sampling))
+        return Share(version=self.version, completions=sample(self.llm, requests, sampling, adapter=self.laid_on))
 
     def go_on(self, asked: Sequence[tuple[int, Request]], sampling: Sampling, seconds: float) -> Share:
         """Take turns in, and return those that are whole as soon as any is, or after so many seconds."""
         from polyphony.trainer.engine.turns import Running  # slow to import
 
-        running = self.running = self.running or Running(self.llm, sampling)
+        running = self.running = self.running or Running(self.llm, sampling, self.laid_on)
         running.add(asked)
         until, whole = time.monotonic() + seconds, []
         while running and not whole and time.monotonic() < until:
@@ -103,7 +121,8 @@ class RolloutWorker:
 
     def parameters(self) -> dict[str, Any]:
         """Return the engine's parameters by vLLM's names (query, key and value are one there), as arrays."""
-        return self.llm.apply_model(lambda model: {n: p.detach().cpu().numpy() for n, p in model.named_parameters()})[0]
+        held = self.llm.apply_model(lambda model: {n: p.detach().cpu().numpy() for n, p in model.named_parameters()})[0]
+        return {name.replace(".base_layer.", "."): array for name, array in held.items()}
 
     def join(self, meeting: dict[str, Any]) -> None:
         """Join the trainer's NCCL group."""
@@ -111,10 +130,14 @@ class RolloutWorker:
 
     def receive(self, update: dict[str, Any], version: int) -> None:
         """Take over the weights of sync `version` while the trainer sends them; half a transfer counts as none."""
-        self.version = NO_WEIGHTS
+        from polyphony.trainer.engine.lora import unwrap, wrap  # slow to import
+
+        self.version, self.laid_on = NO_WEIGHTS, None
+        self.llm.apply_model(unwrap)
         self.llm.start_weight_update()
         self.llm.update_weights({"update_info": update})
         self.llm.finish_weight_update()
+        self.llm.apply_model(wrap)
         self.llm.reset_prefix_cache()
         self.version = version
 
@@ -150,7 +173,10 @@ class WorkerPool:
     is_own_cluster: bool
     workers: list[Worker] = field(default_factory=list)
     weights: tuple[int, ray.ObjectRef] | None = None
-    """Version and place in the object store of the last sync; None before the first, and where NCCL carries them."""
+    """Version and place in the object store of the last sync; None before the first, and where NCCL carries them. Of an
+    adapter, of the sync that sent its base."""
+    adapter: tuple[int, ray.ObjectRef] | None = None
+    """The same of the adapter alone; None where there is none, or it is merged in the weights."""
     deaths: int = 0
     """Since the last completion came back."""
 
@@ -191,6 +217,8 @@ class WorkerPool:
         worker = Worker(place=place, handle=handle, ready=handle.process_id.remote())
         if self.weights is not None:
             handle.load.remote(*self.weights)  # an actor's calls run in order, so it arrives before any request
+            if self.adapter is not None:
+                handle.lay_on.remote(*self.adapter)
             worker.has_weights = True
         return worker
 
@@ -249,12 +277,23 @@ class WorkerPool:
 
     def load(self, version: int, packed: PackedWeights) -> None:
         """Put weights into the object store once and have every worker take them over; replaces who does not."""
-        self.weights = (version, ray.put(packed))
+        self.weights, self.adapter = (version, ray.put(packed)), None
         self.wait_for({worker.handle.load.remote(*self.weights): worker for worker in self.workers if worker.is_up})
         for worker in self.workers:
             if not worker.is_up:
                 worker.handle.load.remote(*self.weights)
             worker.has_weights = True
+
+    def lay_on(self, version: int, adapter: PackedWeights) -> None:
+        """The same with an adapter, over the weights that each has; those that wait for weights get it with them."""
+        self.adapter = (version, ray.put(adapter))
+        having = [worker for worker in self.workers if worker.has_weights]
+        calls = {worker.handle.lay_on.remote(*self.adapter): worker for worker in having}
+        self.wait_for({call: worker for call, worker in calls.items() if worker.is_up})
+
+    def why_not(self, shape: AdapterShape) -> str:
+        """Return why the workers do not take such an adapter; empty where they do."""
+        return ray.get(self.alive()[0].handle.why_not.remote(shape))
 
     def wait_for(self, calls: dict[ray.ObjectRef, Worker]) -> None:
         """Wait for calls without an answer of interest; a worker that fails or hangs is replaced."""
