@@ -216,6 +216,10 @@ def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
     ("given", "message"),
     [
         ({"rollout_func": right}, "rollout_func: not heard, .* engine=, a class of yours with a method `complete`"),
+        (
+            {"eval_dataset": {"easy": rows(50, 3)}, "engine": "transformers", "run": "runs/x"},
+            "eval_dataset: has no rows of domain 'default', which run= measures; it has easy: call one of them so",
+        ),
         ({"args": {"max_steps": 2}}, r"args: expected a GRPOConfig, got dict: give GRPOConfig\(\*\*args\)"),
         ({"args": TrainingArguments(use_cpu=True)}, "args: expected a GRPOConfig, got TrainingArguments"),
         ({"tools": right}, "tools: expected a list of functions, got function right"),

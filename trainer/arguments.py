@@ -184,7 +184,8 @@ OF_TRAINER = {
     "(`default`). Of a stream the first 10,000 rows are read, or as many as `max_steps` draw where that is more; a list of "
     "rows is taken as well. Text is asked as it stands. Rows that repeat a held-out one are left out, and it is said",
     "eval_dataset": "held-out rows, by a column `domain` or as a dict, a domain each; one without training rows is watched. "
-    "Beside it a domain that is trained alone gives up no rows; of several, one that it has no rows of does. "
+    "Beside it a domain that is trained alone gives up no rows, and is not evaluated where it has none there (refused with "
+    "`run`); of several, one that it has no rows of does. "
     "Without it nothing is held out, unless `run` or `eval_strategy` evaluate: then 16 to 256 rows of each domain, a tenth "
     "(at most half) by their prompts, the same at every start, and it is said. Scores outside [0, 1] are mapped by a "
     "function's attribute `range`; without that they are cut, and it is said, or with `run` refused",

@@ -27,7 +27,13 @@ from polyphony.trainer.held_out import held_out
 from polyphony.trainer.policy import refuse_unknown
 from polyphony.trainer.reward_model import RewardModel
 from polyphony.trainer.run import say
-from polyphony.trainer.script_shape import in_scripts_words, refuse_misshapen, refuse_no_reward, refuse_other_args
+from polyphony.trainer.script_shape import (
+    in_scripts_words,
+    refuse_misshapen,
+    refuse_no_reward,
+    refuse_other_args,
+    refuse_unseen,
+)
 from polyphony.trainer.settings import TrainerSettings
 from polyphony.trainer.slots import plan_draws
 
@@ -116,6 +122,8 @@ class Script:
             "spare": settings.spare,
         }
         names = {domain.name for domain in own}
+        if run is not None:
+            refuse_unseen(own)
         try:
             return DomainData.load([*domains, *own], as_trl=names, **read), heard
         except ValueError as error:
@@ -126,8 +134,8 @@ class Script:
 
         If a run `evaluates`, one that no `eval_dataset` has rows of gives up some of its own, the same at every start, and a
         line says so; else it trains on all, as by TRL. So does the only domain of the training rows beside any
-        `eval_dataset`, of whatever names: it has none of these, and what it learns is seen in theirs. Raises ValueError
-        naming the argument.
+        `eval_dataset`, of whatever names: it has none of these, and what it learns is seen in theirs (with `run`, which
+        measures each domain, `read` refuses that). Raises ValueError naming the argument.
         """
         train, heldout = self._train(args), self._heldout(args)
         if self.name in heldout and self.name not in train and not isinstance(self.eval_dataset, Mapping):

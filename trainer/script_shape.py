@@ -10,6 +10,7 @@ from typing import Any
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.declarations import nearest
+from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import REGISTRY
 
 SCRIPTS_WORDS = {
@@ -79,6 +80,16 @@ def refuse_no_reward(rewards: Sequence[Any]) -> None:
                 f"reward_funcs: {one!r} is a reward of ours, and names of models stand here: give "
                 f"polyphony.rewards.find_reward({one!r}), or a domain in domains="
             )
+
+
+def refuse_unseen(domains: Sequence[Domain]) -> None:
+    """Raise ValueError for a domain that a run could not measure: an `eval_dataset` has rows of others alone."""
+    if unseen := [domain.name for domain in domains if domain.heldout is None]:
+        has = ", ".join(domain.name for domain in domains if domain.heldout is not None)
+        raise ValueError(
+            f"eval_dataset: has no rows of domain {unseen[0]!r}, which run= measures; it has {has}: call one of them so, "
+            "or the trained one as one of them by domain_name="
+        )
 
 
 def in_scripts_words(message: str, names: Collection[str]) -> str:
