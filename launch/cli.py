@@ -30,8 +30,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         from importlib import metadata  # slow to import, as is what follows
 
         parser.exit(message=f"polyphony {metadata.version('polyphony-rl')}\n")
-    if words[:1] == ["--print-completion"]:
-        print(completion(parser, words[1:]))
+    if words and words[0].partition("=")[0] == "--print-completion":
+        print(completion(parser, [*words[0].split("=", 1)[1:], *words[1:]]))
         parser.exit()
     if words and not words[0].startswith("-") and words[0] not in VERBS:
         from polyphony.curricula.declarations import nearest
@@ -102,11 +102,17 @@ def _add_train(train: argparse.ArgumentParser) -> None:
 
 def _add_init(init: argparse.ArgumentParser) -> None:
     init.add_argument(
-        "--from", dest="files", nargs="+", required=True, type=Path, metavar="ROWS", help="files of rows, a domain each"
+        "--from",
+        dest="files",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="ROWS",
+        help="files of rows, a domain each: JSON, CSV or Parquet",
     )
-    init.add_argument("--out", type=Path, required=True, help="file to write")
+    init.add_argument("--out", type=Path, help="file to write (default: <first file>.yaml, here)")
     init.add_argument("--model", help="a name on the hub, or a folder (default: a small one)")
-    init.add_argument("--reward", help="for all files, where none is to be guessed: a name, or an import path")
+    init.add_argument("--reward", help="for all files, not guessed: a name, an import path, or JSON")
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:

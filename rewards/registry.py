@@ -94,20 +94,29 @@ def composed(rewards: Sequence[Any]) -> dict[str, Any]:
     """
     if not rewards:
         raise ValueError("expected at least one reward in the list")
+    if faults := [fault for place, one in enumerate(rewards) for fault in _faults_of_part(place, one)]:
+        raise ValueError("; ".join(faults))
     parts: dict[str, dict[str, Any]] = {}
-    for place, one in enumerate(rewards):
+    for one in rewards:
         weight = one.get("weight", 1.0) if isinstance(one, Mapping) else 1.0
-        if isinstance(weight, bool | str) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"{place}.weight: {weight!r:.200} is no finite number")
         reward = {k: v for k, v in one.items() if k != "weight"} if isinstance(one, Mapping) else one
-        try:
-            named(reward)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}, {one!r:.200} is none") from error
         stem = called(reward)
         names = (stem, *(f"{stem}-{n}" for n in range(2, len(rewards) + 2)))
         parts[next(name for name in names if name not in parts)] = {"reward": reward, "weight": float(weight)}
     return {"name": "weighted", "parts": parts}
+
+
+def _faults_of_part(place: int, one: Any) -> list[str]:
+    """Return what is wrong with a reward of a list, by its place; what its arguments are is seen when it is made."""
+    found = []
+    weight = one.get("weight", 1.0) if isinstance(one, Mapping) else 1.0
+    if isinstance(weight, bool | str) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        found.append(f"{place}.weight: {weight!r:.200} is no finite number")
+    if why := refusal(named, one):
+        found.append(f"{place}: {why}, {one!r:.200} is none")
+    elif why := _unknown_name("reward", one.get("name") if isinstance(one, Mapping) else one, REGISTRY):
+        found.append(f"{place}: {why}")
+    return found
 
 
 def called(reward: Any) -> str:
@@ -248,12 +257,9 @@ def find(kind: str, registry: Mapping[str, str], spec: Any, *, also: Sequence[st
     name, arguments = (
         (spec, {}) if isinstance(spec, str) else (spec["name"], {k: v for k, v in spec.items() if k != "name"})
     )
+    if why := _unknown_name(kind, name, registry):
+        raise ValueError(why)
     path = registry.get(name, name)
-    if ":" not in path:
-        near = f"{meant} " if (meant := _near(name, registry)) else ""
-        raise ValueError(
-            f"{kind} {name!r:.200} does not exist; {near}known: {', '.join(sorted(registry))}, or pkg.module:name"
-        )
     try:
         found: Any = pkgutil.resolve_name(path)
     except Exception as error:  # a user's module may raise anything while it is imported
@@ -275,6 +281,14 @@ def find(kind: str, registry: Mapping[str, str], spec: Any, *, also: Sequence[st
     if arguments:
         raise ValueError(f"{kind} {name!r} is a function and takes no arguments, got {sorted(arguments)}")
     return found
+
+
+def _unknown_name(kind: str, name: Any, registry: Mapping[str, str]) -> str | None:
+    """Return why nothing has a name, with the nearest that something has; None for a known one, a path and an object."""
+    if not isinstance(name, str) or ":" in registry.get(name, name):
+        return None
+    near = f"{meant} " if (meant := _near(name, registry)) else ""
+    return f"{kind} {name!r:.200} does not exist; {near}known: {', '.join(sorted(registry))}, or pkg.module:name"
 
 
 def check_arguments(

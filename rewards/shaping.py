@@ -64,21 +64,24 @@ class Format:
         return re.fullmatch(self.pattern, text, re.DOTALL) is not None
 
 
+SOFT_PART = 5
+"""Of its limit that part of a completion is punished for which is told nothing else (DAPO)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Length:
     """0 up to a length, then linearly down to -1 at the limit (DAPO's soft overlong punishment, arXiv:2503.14476)."""
 
-    max_tokens: int
-    """Where the punishment is whole: the domain's `max_completion_length`."""
-    soft_tokens: int
-    """How long before that it begins. DAPO: 4,096 before 20,480."""
+    max_tokens: int | None = None
+    """Where the punishment is whole. None: in a domain, its `max_completion_length`."""
+    soft_tokens: int | None = None
+    """How long before that it begins. None: a fifth of it, as DAPO's 4,096 before 20,480."""
     range: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.soft_tokens <= self.max_tokens:
-            raise ValueError(
-                f"length: needs 0 < soft_tokens <= max_tokens, got {self.soft_tokens} and {self.max_tokens}"
-            )
+        most, soft = self.max_tokens, self.soft_tokens
+        if min(soft or 1, most or 1) < 1 or 0 in (soft, most) or (soft and most and soft > most):
+            raise ValueError(f"length: needs 0 < soft_tokens <= max_tokens, got {soft} and {most}")
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list | None = None, **columns: Any
@@ -87,8 +90,13 @@ class Length:
             not ids and completion_text(completion) for ids, completion in zip(completion_ids, completions, strict=True)
         ):
             raise ValueError("length: needs completion_ids, the tokens of each completion")
-        over = [len(ids) - (self.max_tokens - self.soft_tokens) for ids in completion_ids]
-        return [0.0 - min(max(tokens, 0) / self.soft_tokens, 1.0) for tokens in over]  # 0.0, and not -0.0, for none
+        if self.max_tokens is None:
+            raise ValueError(
+                "length: needs max_tokens: there is no domain here whose max_completion_length it would be"
+            )
+        soft = max(1, self.max_tokens // SOFT_PART) if self.soft_tokens is None else self.soft_tokens
+        over = [len(ids) - (self.max_tokens - soft) for ids in completion_ids]
+        return [0.0 - min(max(tokens, 0) / soft, 1.0) for tokens in over]  # 0.0, and not -0.0, for none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +155,7 @@ class Weighted:
                 raise ValueError(f"weighted: part {name!r} needs reward and weight, got {sorted(part)}")
         if not parts:
             raise ValueError("weighted: needs at least one part")
-        self.rewards = {name: find_reward(part["reward"]) for name, part in parts.items()}
+        self.rewards = _found(parts)
         self.weights = {name: float(part.get("weight", 1.0)) for name, part in parts.items()}
         if not all(map(math.isfinite, self.weights.values())) or not any(self.weights.values()):
             raise ValueError(f"weighted: weights must be finite and one of them not 0, got {self.weights}")
@@ -229,3 +237,38 @@ class Weighted:
                     if value is not None:
                         log_metric(name, float(value))
         return self.combine(components)
+
+
+def _found(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the reward of each part. Raises ValueError with all that cannot be had, by place and name."""
+    found, faults = {}, []
+    for place, (name, part) in enumerate(parts.items()):
+        try:
+            found[name] = find_reward(part["reward"])
+        except ValueError as error:
+            faults.append(f"part {place} ({name}): {error}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return found
+
+
+def within(reward: Any, limit: int) -> Any:
+    """Return what names a reward, with a domain's limit as `max_tokens` of each `length` in it that says none.
+
+    Example: `within({"name": "length"}, 512)["max_tokens"]` is 512
+    """
+    if isinstance(reward, list | tuple):
+        return [within(one, limit) for one in reward]
+    name = reward.get("name") if isinstance(reward, Mapping) else reward
+    if name == "length":
+        own = dict(reward) if isinstance(reward, Mapping) else {"name": name}
+        return own if own.get("max_tokens") is not None else {**own, "max_tokens": limit}
+    parts = reward.get("parts") if isinstance(reward, Mapping) and name == "weighted" else None
+    if not isinstance(parts, Mapping):
+        return reward
+    bounded = {k: {**p, "reward": within(p["reward"], limit)} if _has_one(p) else p for k, p in parts.items()}
+    return {**reward, "parts": bounded}
+
+
+def _has_one(part: Any) -> bool:
+    return isinstance(part, Mapping) and "reward" in part

@@ -46,9 +46,12 @@ def test_examples_that_cost_nothing_do_what_they_say(capsys, tmp_path, monkeypat
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_shell_is_told_how_to_complete_every_verb(capsys, shell):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--print-completion", shell])
-    said = capsys.readouterr().out
+    told = []
+    for words in (["--print-completion", shell], [f"--print-completion={shell}"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        told.append(said := capsys.readouterr().out)
+    assert told[0] == told[1]
     assert [name for name in VERBS if name not in said] == [] and "dry" in said
 
 

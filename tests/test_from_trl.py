@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from polyphony.trainer import from_trl
@@ -180,7 +180,29 @@ ROWS = {"reward_funcs": right, "train_dataset": rows(0, 4)}
             "eval_dataset: its rows have no column `domain`, to say which is of a",
         ),
         (ROWS | {"train_dataset": rows(0, 1) * 9}, "too few different prompts to hold some out .* give eval_dataset"),
-        (ROWS | {"environment_factory": {"a": Game}}, "column `environment` is 'None', expected one of a"),
+        (
+            ROWS | {"environment_factory": {"a": Game}},
+            "train_dataset: no column `environment`, which names each row's: a",
+        ),
+        (
+            ROWS | {"environment_factory": {"a": Game}, "train_dataset": rows(0, 2, environment="b")},
+            "column `environment` is 'b', expected one of a",
+        ),
+        (
+            ROWS | {"train_dataset": [*rows(0, 1), *rows(1, 1, domain="a")]},
+            "train_dataset: row 1: column `domain` names its domain, got None",
+        ),
+        (
+            ROWS | {"train_dataset": [*rows(0, 1, domain="a"), *rows(1, 1)]},
+            "train_dataset: row 2: column `domain` names its domain, got None",
+        ),
+        (ROWS | {"train_dataset": ["a", "b"]}, "train_dataset: row 1: expected an object with a `prompt`, got 'a'"),
+        (ROWS | {"reward_funcs": torch.nn.Linear(2, 2)}, "reward_funcs: expected a model of Transformers, got Linear"),
+        (ROWS | {"reward_funcs": Game}, "reward_funcs: got the class Game: give one that is made"),
+        (
+            ROWS | {"reward_funcs": "math"},
+            r"'math' is a reward of ours, .* give polyphony.rewards.find_reward\('math'\)",
+        ),
     ],
 )
 def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
@@ -193,7 +215,23 @@ def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rollout_func": right}, "rollout_func: give engine=, a class of yours with a method `complete`"),
+        ({"rollout_func": right}, "rollout_func: not heard, .* engine=, a class of yours with a method `complete`"),
+        (
+            {"eval_dataset": {"easy": rows(50, 3)}, "engine": "transformers", "run": "runs/x"},
+            "eval_dataset: has no rows of domain 'default', which run= measures; it has easy: call one of them so",
+        ),
+        ({"args": {"max_steps": 2}}, r"args: expected a GRPOConfig, got dict: give GRPOConfig\(\*\*args\)"),
+        ({"args": TrainingArguments(use_cpu=True)}, "args: expected a GRPOConfig, got TrainingArguments"),
+        ({"tools": right}, "tools: expected a list of functions, got function right"),
+        ({"tools": [right, 3]}, "tools: expected functions, got 3 among them"),
+        ({"environment_factory": 3}, "environment_factory: expected a class, or a function that .*, got 3"),
+        ({"environment_factory": {"a": "b"}}, r"environment_factory\['a'\]: expected a class, .*, got 'b'"),
+        ({"train_dataset": [{"solution": "1"}]}, "^train_dataset: row 1 has no `prompt`"),
+        (
+            {"train_dataset": rows(0, 4, image="cat.png")},
+            "^train_dataset: row 1: column 'image': the policy reads text",
+        ),
+        ({"tools": [right]}, "^tools: tool 'right': Cannot generate JSON schema"),
         ({"quantization_config": object()}, "quantization_config with engine='vllm': it would sample from weights"),
         (
             {"quantization_config": object(), "engine": "transformers", "run": "runs/x"},
@@ -204,4 +242,48 @@ def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
 )
 def test_what_would_not_be_heard_of_trls_arguments_is_refused(args, given, message):
     with pytest.raises(ValueError, match=message):
-        DomainGRPOTrainer(str(POLICY), args=args, **ROWS, **given)
+        DomainGRPOTrainer(str(POLICY), **{"args": args, **ROWS, **given})
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_policy_is_quantized_by_any_of_three_ways_and_refused_alike(args, tmp_path, engine):
+    given = {"engine": engine, "run": tmp_path / "run", **ROWS}
+    what = "it would sample from weights that are not quantized" if engine == "vllm" else "its final/ is merged"
+    with pytest.raises(ValueError, match=f"^quantization_config with .*: {what}"):
+        DomainGRPOTrainer(str(POLICY), args=args, quantization_config=object(), **given)
+    with pytest.raises(ValueError, match=f"^model, which is quantized, with .*: {what}"):
+        DomainGRPOTrainer(SimpleNamespace(is_loaded_in_4bit=True, name_or_path="x"), args=args, **given)
+    args.model_init_kwargs = {"quantization_config": object()}
+    with pytest.raises(ValueError, match=rf"^args.model_init_kwargs\['quantization_config'\] with .*: {what}"):
+        DomainGRPOTrainer(str(POLICY), args=args, **given)
+
+
+def test_an_argument_that_there_is_not_is_named_with_the_nearest(args):
+    with pytest.raises(
+        TypeError, match=r"^DomainGRPOTrainer has no argument 'train_datasets'; did you mean 'train_dataset'\?"
+    ):
+        DomainGRPOTrainer(str(POLICY), right, args, train_datasets=rows(0, 4))
+
+
+def test_a_loaded_reward_model_without_a_name_needs_its_tokenizer(args):
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(POLICY, num_labels=1))
+    model.config._name_or_path = ""
+    with pytest.raises(
+        ValueError, match=r"^reward_funcs: a loaded .* has no tokenizer: give reward_processing_classes"
+    ):
+        RewardModel.of(model, None, args)
+
+
+@pytest.mark.parametrize("held", [{"easy": rows(50, 3), "hard": rows(60, 3)}, rows(50, 3, domain="easy"), rows(50, 3)])
+def test_a_domain_that_is_trained_alone_gives_up_no_rows_beside_an_eval_dataset(args, held, capsys):
+    script = Script(reward_funcs=right, train_dataset=rows(0, 40), eval_dataset=held)
+    found = {domain.name: domain for domain in script.domains(args, evaluates=True)}
+    assert len(found["default"].train) == 40 and "held out" not in capsys.readouterr().err
+    assert {len(domain.heldout) for domain in found.values() if domain.heldout} == {3}
+
+
+def test_a_class_label_says_a_domain_by_its_name(args):
+    train = Dataset.from_list([{"prompt": str(i), "domain": i % 2} for i in range(4)])
+    train = train.cast_column("domain", ClassLabel(names=["math", "code"]))
+    found = Script(reward_funcs=right, train_dataset=train).domains(args, evaluates=False)
+    assert [(domain.name, len(domain.train)) for domain in found] == [("math", 2), ("code", 2)]

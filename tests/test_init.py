@@ -10,9 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from polyphony.launch.cli import main
-from polyphony.launch.recipe import load_recipe
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.schema import schema
-from polyphony.launch.verbs.init import Guess
+from polyphony.launch.verbs.init import Guess, init
 from polyphony.launch.yaml_text import read_yaml
 from tests.conftest import POLICY, RECIPES
 
@@ -23,6 +23,7 @@ LETTERS = [{"prompt": f"Which letter, {n}? A: {n} B: {-n}", "answer": CHANCE.cho
 STEPS = [
     {"prompt": f"How many, {n}?", "answer": "Count " + "one more, " * 30 + f"so it is\n#### {n}"} for n in range(60)
 ]
+MMLU = [{"question": f"Which, {n}?", "choices": [f"w{n}", f"x{n}", "y", "z"], "answer": n % 4} for n in range(60)]
 ESSAYS = [{"prompt": f"Write, {n}.", "answer": "a long text, " * 20 + str(n)} for n in range(60)]
 VERLS = [
     {
@@ -52,6 +53,7 @@ def written(folder: Path, name: str, rows) -> Path:
         (CAPITALS, "short_answer"),
         (LETTERS, "multiple_choice"),
         (CALLS, "function_call"),
+        (MMLU, "multiple_choice"),
     ],
 )
 def test_a_reward_is_one_that_takes_references_for_right_and_others_for_wrong(tmp_path, rows, reward):
@@ -85,6 +87,65 @@ def test_a_recipe_passes_the_preflight_and_trains(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == f"polyphony init: {out} exists; choose another --out\n"
 
 
+def test_choices_are_shown_in_the_prompt_and_an_index_becomes_a_letter(tmp_path):
+    guess = Guess.of(written(tmp_path, "rows", MMLU))
+    row = next(row for row in (*guess.train, *guess.heldout) if row["prompt"].startswith("Which, 5?"))
+    assert (row["prompt"], row["answer"]) == ("Which, 5?\nA. w5\nB. x5\nC. y\nD. z", "B")
+    assert "the choices are written into 60 prompts; 60 answers, an index or a choice's text, are written" in str(guess)
+
+
+def test_a_table_is_read_whatever_the_case_of_its_columns_and_repeats_are_said(tmp_path):
+    file = tmp_path / "Sums.CSV"
+    lines = [f'"{row["question"]}",{row["target"]}' for row in (*SUMS, *SUMS[:2])]
+    file.write_text("\n".join(["Question,Answer", *lines]), encoding="utf-8-sig")
+    guess = Guess.of(file)
+    assert (guess.name, guess.reward, guess.size, guess.repeated) == ("sums", "math", 81, 2)
+    assert "2 rows repeat others and are left out" in str(guess)
+    file.write_text("\n".join(["Question,Answer", *lines, "x,1,2"]))
+    with pytest.raises(RecipeError, match=r"Sums\.CSV: line 85: more columns than the header's 2"):
+        Guess.of(file)
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "null", "7e1", "a b"])
+def test_names_that_yaml_would_read_as_something_else_stay_names(tmp_path, name):
+    file = written(tmp_path, name, SUMS)
+    recipe = load_recipe(init([file], tmp_path / f"{name}.yaml", model=str(POLICY)))
+    assert (recipe.name, len(recipe.domains), recipe.model) == (name, 1, str(POLICY.resolve()))
+
+
+def test_what_a_reward_is_asked_for_is_looked_for_and_a_judge_is_to_be_filled_in(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, "essays", ESSAYS)
+    recipe = load_recipe(init([file], reward="judge"))
+    assert recipe.domains["essays"].reward == {
+        "name": "judge",
+        "endpoint": "http://127.0.0.1:8001/v1",
+        "model": "judge",
+    }
+    assert recipe.domains["essays"].kind == "open_ended" and "fill in `endpoint` and `model`" in capsys.readouterr().err
+    exact = load_recipe(init([file], Path("exact.yaml"), reward="exact"))
+    assert exact.domains["essays"].kind == "structured"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--reward", "mth"], "--reward: reward 'mth' does not exist; did you mean 'math'?"),
+        (["--reward", "verl"], "--reward: reward 'verl': needs function"),
+        (["--model", "/nope"], "--model /nope: no such folder, and no name on the hub"),
+        (["--out", "mine.json"], "--out mine.json: expected a name that ends in .yaml"),
+        (["--out", "new/sub/..yaml"], "name: a run's folder is called so"),
+    ],
+)
+def test_what_makes_no_recipe_leaves_nothing_behind(tmp_path, capsys, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "sums", SUMS)
+    assert main(["init", "--from", "sums.jsonl", *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sums.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -93,6 +154,12 @@ def test_a_recipe_passes_the_preflight_and_trains(tmp_path, capsys, monkeypatch)
         ([{"ask": str(n)} for n in range(60)], "no column is a prompt in every row; it has ask, known are prompt, "),
         ([{"prompt": str(n)} for n in range(60)], "no column is a reference: give --reward judge"),
         (ESSAYS, "takes its references, 'a long text, a long"),
+        (
+            [*SUMS[:44], {"question": "1 ="}, *SUMS[44:], {"question": "2 ="}],
+            "line 45 (and 1 more) has no `target`, which",
+        ),
+        ([*SUMS, {"question": " ", "target": "1"}], "line 82 has no `question`, which the others have"),
+        ([*MMLU, {**MMLU[0], "answer": 9}], "line 61: answer must be one letter of A to D"),
     ],
 )
 def test_rows_that_nothing_can_be_made_of_are_told_in_one_line(tmp_path, capsys, rows, message):

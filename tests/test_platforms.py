@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from polyphony.launch.cli import main
 from polyphony.launch.recipe import load_recipe
 from polyphony.trainer.engine import here
 from tests.conftest import HOUSE, RECIPES
+from tests.experiments import newest, trl_scripts
 from tests.experiments.newest import changes, pinned, requirements, unbound
 
 CONSTRAINTS = HOUSE / "launch" / "constraints"
@@ -28,7 +30,7 @@ def bare(monkeypatch):
 def test_without_vllm_a_run_is_refused_in_one_line_with_the_command(bare, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bare("linux")
-    line = "polyphony train: rollouts.engine vllm: vLLM is not installed: pip install -c launch/constraints/cpu.txt -e"
+    line = "polyphony train: rollouts.engine vllm: vLLM is not installed: in the checkout's folder, pip"
     for words in ([], ["--dry-run"]):
         assert main(["train", str(recipe), *words]) == 2
         (said,) = [one for one in capsys.readouterr().err.splitlines() if "vLLM" in one]
@@ -79,3 +81,33 @@ def test_what_is_newest_is_asked_for_without_upper_bounds_and_compared_with_what
     tested = pinned((CONSTRAINTS / "cpu.txt").read_text())
     assert {"trl": "1.16.0", "docstring-parser": "0.18.0"}.items() <= tested.items()
     assert changes({"a": "1", "b": "2"}, {"a": "1"}) == ["b: new -> 2"]
+
+
+def test_where_nothing_is_newest_together_pip_is_quoted_in_one_line(monkeypatch, tmp_path, capsys):
+    said = "Looking in links\nERROR: Could not find a version\nERROR: No matching distribution found for torch>=99\n"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("")
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(newest.subprocess, "run", lambda *words, **how: failed)
+    monkeypatch.setattr(sys, "argv", ["newest", "--out", str(tmp_path)])
+    assert newest.main() == 1
+    assert capsys.readouterr().err == "newest: nothing fits together: No matching distribution found for torch>=99\n"
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_scripts_of_trls_that_fail_are_in_the_exit_code(monkeypatch, tmp_path, capsys, ends_well):
+    folder = tmp_path / "examples" / "scripts"
+    folder.mkdir(parents=True)
+    (folder / "gspo.py").write_text("from trl import GRPOTrainer\n")
+    (folder / "grpo_vlm.py").write_text("from trl import GRPOTrainer\n")
+    monkeypatch.setattr(trl_scripts, "make_model", lambda folder: None)
+    monkeypatch.setattr(trl_scripts, "run", lambda *given, **how: (ends_well, "why", 1.0))
+    monkeypatch.setattr(sys, "argv", ["trl_scripts", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert trl_scripts.main() == int(not ends_well)
+    assert "| `grpo_vlm` | left out: images | |" in capsys.readouterr().out
+
+
+def test_installing_says_the_public_address_of_pytorchs_cpu_build(bare):
+    bare("linux")
+    with pytest.raises(ValueError, match=r"--extra-index-url https://download\.pytorch\.org/whl/cpu -c launch/"):
+        here.engine_here("vllm")

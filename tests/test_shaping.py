@@ -4,7 +4,8 @@ import pickle
 import pytest
 
 from polyphony.rewards import find_reward
-from polyphony.rewards.shaping import Weighted
+from polyphony.rewards.registry import composed
+from polyphony.rewards.shaping import Weighted, within
 
 
 class Slow:
@@ -49,6 +50,20 @@ def test_length_by_hand():
     grade = find_reward({"name": "length", "max_tokens": 10, "soft_tokens": 4})
     tokens = [[0] * n for n in (0, 6, 7, 9, 10, 99)]
     assert grade(["q"] * 6, ["", *"xxxxx"], tokens) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]
+
+
+def test_length_takes_the_limit_of_its_domain_and_a_fifth_of_it():
+    both = within([{"name": "exact", "weight": 1}, {"name": "length", "weight": 0.1}], 10)
+    grade = find_reward(both).rewards["length"]
+    assert grade(["q"] * 4, ["x"] * 4, [[1] * n for n in (8, 9, 10, 12)]) == [0.0, -0.5, -1.0, -1.0]
+    parts = composed(["exact", "length", {"name": "length", "max_tokens": 4}])
+    assert [part["reward"] for part in within(parts, 10)["parts"].values()] == [
+        "exact",
+        {"name": "length", "max_tokens": 10},
+        {"name": "length", "max_tokens": 4},
+    ]
+    with pytest.raises(ValueError, match="length: needs max_tokens"):
+        find_reward("length")(["q"], ["x"], [[1]])
 
 
 def test_length_needs_tokens():
@@ -113,7 +128,11 @@ def test_weighted_travels_between_processes():
     [
         ({"name": "weighted", "parts": {}}, "at least one part"),
         ({"name": "weighted", "parts": {"a": 1.0}}, r"'weighted': parts: a: Input should be .* \(1\.0\), got"),
-        ({"name": "length", "max_tokens": 9}, "'length': needs soft_tokens; got max_tokens"),
+        ({"name": "length", "soft_tokens": 0}, "0 < soft_tokens <= max_tokens"),
+        (["mth", {"name": "length", "weight": "x"}, 3], r"^0: reward 'mth' does not exist; did you mean 'math'\?"),
+        (["mth", {"name": "length", "weight": "x"}, 3], r"; 1\.weight: 'x' is no finite number; 2: expected a name"),
+        (["math", {"name": "length", "most": 3}, {"name": "format", "n": 1}], r"part 1 \(length\): .*'most'"),
+        (["math", {"name": "length", "most": 3}, {"name": "format", "n": 1}], r"; part 2 \(format\): .*'n'"),
         ({"name": "weighted", "parts": {"a": {"weight": 1}}}, "part 'a' needs reward and weight"),
         ({"name": "weighted", "parts": {"a": {"reward": "exact", "wait": 1}}}, "part 'a' needs reward and weight"),
         ({"name": "format", "pattern": "("}, "no regular expression"),

@@ -184,6 +184,8 @@ OF_TRAINER = {
     "(`default`). Of a stream the first 10,000 rows are read, or as many as `max_steps` draw where that is more; a list of "
     "rows is taken as well. Text is asked as it stands. Rows that repeat a held-out one are left out, and it is said",
     "eval_dataset": "held-out rows, by a column `domain` or as a dict, a domain each; one without training rows is watched. "
+    "Beside it a domain that is trained alone gives up no rows, and is not evaluated where it has none there (refused with "
+    "`run`); of several, one that it has no rows of does. "
     "Without it nothing is held out, unless `run` or `eval_strategy` evaluate: then 16 to 256 rows of each domain, a tenth "
     "(at most half) by their prompts, the same at every start, and it is said. Scores outside [0, 1] are mapped by a "
     "function's attribute `range`; without that they are cut, and it is said, or with `run` refused",
@@ -191,11 +193,13 @@ OF_TRAINER = {
     "reward_processing_classes": "the tokenizers of reward models, one for each reward function",
     "callbacks": "as by TRL",
     "optimizers": "as by TRL",
-    "quantization_config": "with `engine: transformers` or `use_vllm`; refused with an engine of ours, which would sample "
+    "quantization_config": "with `engine: transformers` or `use_vllm`, as is a policy that is loaded quantized, or by "
+    "`model_init_kwargs`; refused with an engine of ours, which would sample "
     "from weights that are not quantized, and with `run`, whose `final/` is merged",
     "peft_config": "as by TRL, merged for an engine of ours at each sync; what cannot be merged is refused",
     "tools": "of every domain of `train_dataset`",
-    "rollout_func": "refused: what samples is `engine`, a class with a method `complete` (trainer/README.md)",
+    "rollout_func": "refused, also for one domain, unlike by TRL: what samples is `engine`, a class with `complete` "
+    "(trainer/README.md), and what takes turns are `tools` and `environment_factory`",
     "environment_factory": "of every domain of `train_dataset`; a dict by the column `environment`, a domain each where "
     "there is no column `domain`. Without `train_dataset`, `reset` gives the prompts of as many rows as `max_steps` draw",
 }
@@ -268,17 +272,24 @@ def sampler_of(args: Any, engine: Any) -> Literal["ours", "transformers", "trl"]
     return "trl" if args.use_vllm else "transformers" if engine == "transformers" else "ours"
 
 
-def refuse_unsampled(engine: Any, args: Any, *, rollout_func: Any, quantized: Any, has_run: bool) -> None:
-    """Raise ValueError for arguments of TRL's trainer that what samples would not hear."""
+def refuse_unsampled(engine: Any, args: Any, *, rollout_func: Any, quantized: str | None, has_run: bool) -> None:
+    """Raise ValueError for arguments of TRL's trainer that what samples would not hear.
+
+    `quantized` says by what the policy is, None where it is not.
+    """
     if rollout_func is not None:
-        raise ValueError("rollout_func: give engine=, a class of yours with a method `complete` (trainer/README.md)")
+        raise ValueError(
+            "rollout_func: not heard, unlike by TRL: completions are drawn, refilled and evaluated one by one, with a seed "
+            "each. Possible are engine=, a class of yours with a method `complete` "
+            "(trainer/README.md), and for turns tools or environment_factory"
+        )
     if quantized is not None and sampler_of(args, engine) == "ours":
         raise ValueError(
-            f"quantization_config with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
+            f"{quantized} with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
             "engine='transformers', or use_vllm=True"
         )
     if quantized is not None and has_run:
-        raise ValueError("quantization_config with run=: its final/ is merged, which quantized weights cannot be")
+        raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

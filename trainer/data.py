@@ -24,6 +24,9 @@ LIKE_AN_ANSWER = ("solution", "target", "label", "output", "response", "expected
 LIKE_A_PROMPT = ("messages", "question", "problem", "instruction", "query", "input", "conversations", "text")
 """What others call a prompt."""
 
+PICTURES = ("image", "images")
+"""Columns of what TRL shows a policy beside the text."""
+
 CALLED_WITH = ("prompts", "completions", "completion_ids", *HOOKS)
 """What a reward is called with beside the columns, as TRL does."""
 
@@ -191,6 +194,10 @@ class PromptTable:
             raise ValueError(
                 f"{self.where}: row {i + 1}: column {taken[0]!r} needs another name: a reward is called with one of its own"
             )
+        if pictures := [name for name in PICTURES if not _is_nothing(row.get(name))]:
+            raise ValueError(
+                f"{self.where}: row {i + 1}: column {pictures[0]!r}: the policy reads text alone, and would not see it"
+            )
         if not row["prompt"] or (isinstance(row["prompt"], str) and not row["prompt"].strip()):
             raise ValueError(f"{self.where}: row {i + 1} has an empty `prompt`")
         try:
@@ -352,6 +359,10 @@ def _answer(row: Mapping[str, Any]) -> Any:
             return row[name]
     verl = row.get("reward_model")
     return verl.get("ground_truth") if isinstance(verl, Mapping) else None
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | tuple) and not value)
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:

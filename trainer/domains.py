@@ -20,6 +20,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
+from polyphony.rewards.shaping import within
 from polyphony.trainer.data import PromptTable
 from polyphony.trainer.environments.acting import Acting, those_that_act
 from polyphony.trainer.rows import load_rows
@@ -162,6 +163,7 @@ class DomainData:
         _check_names(domains, may_be_unseen=as_trl)
         shared = args.chat_template_kwargs or {}  # a domain's own arguments win
         domains = [replace(d, chat_template_kwargs={**shared, **d.chat_template_kwargs}) for d in domains]  # type: ignore[dict-item]
+        domains = [replace(d, reward=within(d.reward, _limit(d, args.max_completion_length))) for d in domains]
         domains, acting = those_that_act(domains, tokenizer)
         taken = settings or DataSettings()
         is_chat = tokenizer.chat_template is not None

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import ClassLabel, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -27,6 +27,13 @@ from polyphony.trainer.held_out import held_out
 from polyphony.trainer.policy import refuse_unknown
 from polyphony.trainer.reward_model import RewardModel
 from polyphony.trainer.run import say
+from polyphony.trainer.script_shape import (
+    in_scripts_words,
+    refuse_misshapen,
+    refuse_no_reward,
+    refuse_other_args,
+    refuse_unseen,
+)
 from polyphony.trainer.settings import TrainerSettings
 from polyphony.trainer.slots import plan_draws
 
@@ -42,7 +49,11 @@ def name_of(model: Any) -> str:
 
 
 def arguments_of(model: Any, args: GRPOConfig | None) -> GRPOConfig:
-    """Return TRL's arguments; left out, as TRL makes them of a model's name, without bf16 where there is no accelerator."""
+    """Return TRL's arguments; left out, as TRL makes them of a model's name, without bf16 where there is no accelerator.
+
+    Raises ValueError for any other kind.
+    """
+    refuse_other_args(args)
     if args is not None:
         return args
     name = name_of(model)
@@ -90,6 +101,7 @@ class Script:
 
         Raises ValueError before any weight of the policy is loaded.
         """
+        refuse_misshapen(self.tools, self.environment_factory)
         heard = without_weights(args) if self.is_given else args
         refuse_unknown(engine)
         refuse_unheard(heard, engine=engine, has_run=run is not None)
@@ -109,13 +121,21 @@ class Script:
             "context": context_of(model, **code),
             "spare": settings.spare,
         }
-        return DomainData.load([*domains, *own], as_trl={domain.name for domain in own}, **read), heard
+        names = {domain.name for domain in own}
+        if run is not None:
+            refuse_unseen(own)
+        try:
+            return DomainData.load([*domains, *own], as_trl=names, **read), heard
+        except ValueError as error:
+            raise ValueError(in_scripts_words(str(error), names)) from error
 
     def domains(self, args: GRPOConfig, *, evaluates: bool) -> list[Domain]:
         """Return the domains.
 
         If a run `evaluates`, one that no `eval_dataset` has rows of gives up some of its own, the same at every start, and a
-        line says so; else it trains on all, as by TRL. Raises ValueError naming the argument.
+        line says so; else it trains on all, as by TRL. So does the only domain of the training rows beside any
+        `eval_dataset`, of whatever names: it has none of these, and what it learns is seen in theirs (with `run`, which
+        measures each domain, `read` refuses that). Raises ValueError naming the argument.
         """
         train, heldout = self._train(args), self._heldout(args)
         if self.name in heldout and self.name not in train and not isinstance(self.eval_dataset, Mapping):
@@ -124,7 +144,8 @@ class Script:
         found = []
         for name in dict.fromkeys((*train, *heldout)):
             rows, held = train.get(name), heldout.get(name)
-            if evaluates and held is None:
+            environment = self._environment(name, rows if rows is not None else held)
+            if evaluates and held is None and not (heldout and len(train) == 1):
                 rows, held = _split(name, rows, says=args.process_index == 0)
             acts = self.environment_factory is not None or bool(self.tools)
             found.append(
@@ -134,7 +155,7 @@ class Script:
                     train=rows,
                     heldout=held,
                     reward=rewards,
-                    environment=self._environment(name, rows if rows is not None else held),
+                    environment=environment,
                     tools=self.tools or None,
                     as_chat=acts,  # TRL asks text as it stands; only a chat can act
                 )
@@ -155,10 +176,9 @@ class Script:
             if self.environment_factory is None:
                 raise ValueError("reward_funcs: required, unless an environment_factory rewards by get_reward")
             return None
+        refuse_no_reward(rewards)
         models = [isinstance(one, str | torch.nn.Module) for one in rewards]
         made = [RewardModel.of(r, c, args) if m else r for r, c, m in zip(rewards, classes, models, strict=True)]
-        if lost := [one for one in made if not callable(one)]:
-            raise ValueError(f"reward_funcs: expected functions, models or names of models, got {lost[0]!r:.60}")
         parts, seen = {}, Counter[str]()
         for one, weight in zip(made, weights, strict=True):
             stem = called(one)
@@ -191,12 +211,20 @@ class Script:
     def _by_domain(self, given: Any, args: GRPOConfig, *, where: str) -> dict[str, Any]:
         """Return rows by their domain, in the order in which these come first."""
         rows = _rows(given, args, where=where)
-        columns = getattr(rows, "column_names", None) or (list(rows[0]) if len(rows) else [])
+        is_table = hasattr(rows, "column_names")
+        columns = rows.column_names if is_table else {name for row in rows for name in row}
         column = next((c for c in ("domain", *self._routed) if c in columns), None)
+        if self._routed and "environment" not in columns and where == "train_dataset":
+            known = ", ".join(map(str, self.environment_factory))
+            raise ValueError(f"{where}: no column `environment`, which names each row's: {known}")
         if column is None:
             return {self.name: rows}
         places: dict[str, list[int]] = {}
-        for i, name in enumerate(rows[column] if hasattr(rows, "column_names") else [row.get(column) for row in rows]):
+        label = rows.features[column] if is_table and len(rows) else None
+        names = rows[column] if is_table else [row.get(column) for row in rows]
+        if isinstance(label, ClassLabel):
+            names = [None if name is None else label.int2str(name) for name in names]
+        for i, name in enumerate(names):
             if not isinstance(name, str):
                 raise ValueError(f"{where}: row {i + 1}: column `{column}` names its domain, got {name!r:.60}")
             places.setdefault(name, []).append(i)
@@ -234,16 +262,21 @@ def _rows(given: Any, args: GRPOConfig, *, where: str) -> Any:
         raise ValueError(
             f"{where}: expected rows, got splits {', '.join(map(str, given))}: give {where}[{next(iter(given))!r}]"
         )
-    if hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, str | IterableDataset):
+    if hasattr(given, "column_names") and not isinstance(given, IterableDataset):
         return given
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise ValueError(f"{where}: expected a Dataset, a list of rows, or an iterable of them, got {given!r:.60}")
     plan = plan_draws(args, 1) if args.max_steps > 0 else None
     most = max(MOST_READ, plan.draws * plan.prompts_per_draw if plan else 0)
-    rows = list(islice(given, most + 1))
-    if len(rows) > most and args.process_index == 0:
+    is_whole = hasattr(given, "__len__") and not isinstance(given, IterableDataset)
+    rows = list(given) if is_whole else list(islice(given, most + 1))
+    if not is_whole and len(rows) > most and args.process_index == 0:
         say(f"{where}: a stream, of which the first {most:,} rows are read; a Dataset is read whole")
-    return rows[:most]
+    rows = rows if is_whole else rows[:most]
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: row {i + 1}: expected an object with a `prompt`, got {row!r:.60}")
+    return rows
 
 
 def _picked(rows: Any, places: Sequence[int]) -> Any:

@@ -8,6 +8,7 @@ curriculum observes. Left out on purpose: a loss, an optimizer loop and a weight
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -61,6 +62,7 @@ from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Failures, Scorer
+from polyphony.trainer.script_shape import quantized_by, refuse_misspelt
 from polyphony.trainer.settings import (
     MAX_GRADER_FAILURES,
     CheckpointSettings,
@@ -88,10 +90,11 @@ def domain(**columns: Any) -> list[float | None]:
 class DomainGRPOTrainer(GRPOTrainer):
     """Train one policy over several domains with GRPO.
 
-    Takes what TRL's trainer takes, and makes domains of it (`arguments.OF_TRAINER` says what becomes of each argument); or
-    `domains`, to which rows, rewards and lengths belong; or both. The `curriculum` is a scheduler, its registry name, or its
-    import path, or a mapping of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an
-    import path, an `Engine`, or what makes one. All settings may be given as mappings, with a recipe's keys.
+    Takes what TRL's trainer takes, but for `rollout_func`, and makes domains of it (`arguments.OF_TRAINER` says what becomes
+    of each argument: what samples otherwise is an `engine`); or `domains`, to which rows, rewards and lengths belong; or
+    both. The `curriculum` is a scheduler, its registry name, or its import path, or a mapping of `scheduler` and its
+    settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or what makes one. All
+    settings may be given as mappings, with a recipe's keys.
 
     With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation,
     ledgers, `guardrails`, checkpoints in the folder, of which the newest and the best stay, a checkpoint and the end at
@@ -100,6 +103,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     counts as not given) or `checkpoint.every`, else as often, and by `args.save_total_limit` or `checkpoint.keep`. Without
     `run`, nothing is written that TRL would not write, and TRL's arguments alone say when.
 
+    Raises TypeError for an unknown argument.
     Raises ValueError, before any weight is loaded, for bad rows, unknown rewards, prompts longer than the context, settings
     that exclude each other, a folder that is not free or of another run, and evaluations or checkpoints inside a draw;
     before an engine is started, for an adapter that cannot be merged for it or for `final/` (LoRA, rsLoRA and DoRA can).
@@ -147,8 +151,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         checkpoint: CheckpointSettings | Mapping[str, Any] | None = None,
         environments: EnvironmentSettings | Mapping[str, Any] | None = None,
         max_grader_failures: float = MAX_GRADER_FAILURES,
+        **unknown: Any,
     ) -> None:
-        if isinstance(reward_funcs, GRPOConfig):  # a trainer of domains alone has no rewards to say before them
+        refuse_misspelt(unknown, inspect.signature(DomainGRPOTrainer.__init__).parameters)
+        if isinstance(reward_funcs, TrainingArguments):  # a trainer of domains alone has no rewards to say before them
             reward_funcs, args = None, reward_funcs
         args = arguments_of(model, args)
         engine = engine_here(engine, use_vllm=bool(args.use_vllm))
@@ -158,9 +164,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         rows: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools}
         rows |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
         script = Script(**rows, environment_factory=environment_factory, name=domain_name)
-        refuse_unsampled(
-            engine, args, rollout_func=rollout_func, quantized=quantization_config, has_run=run is not None
-        )
+        quantized = quantized_by(model, quantization_config, args)
+        refuse_unsampled(engine, args, rollout_func=rollout_func, quantized=quantized, has_run=run is not None)
         self.data, args = script.read(model, args, domains, processing_class, settings, engine=engine, run=run)
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))

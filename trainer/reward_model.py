@@ -36,8 +36,16 @@ class RewardModel:
                 model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **given)
             except OSError as error:
                 raise ValueError(f"reward_funcs: model {model!r} cannot be loaded: {error}") from error
+        if not hasattr(model, "config"):
+            raise ValueError(f"reward_funcs: expected a model of Transformers, got {type(model).__name__}")
         name = getattr(model.config, "_name_or_path", "")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusts)
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusts)
+            except (OSError, ValueError) as error:
+                lacks = f"model {name!r}" if name else f"a loaded {type(model).__name__} without a name"
+                how = "give reward_processing_classes, the tokenizer of each model"
+                raise ValueError(f"reward_funcs: {lacks} has no tokenizer: {how}") from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # it scores the last token that is none

@@ -16,12 +16,17 @@ from typing import Any
 
 from polyphony.curricula.files import replace_file
 from polyphony.curricula.records import Domain, Prompt, graded, mean
-from polyphony.launch.recipe import RecipeError
+from polyphony.launch.build import check_names
+from polyphony.launch.import_paths import look_in
+from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.launch.schema import schema
+from polyphony.launch.verbs.own_rows import ANSWERS, PROMPTS, column, read, with_choices
+from polyphony.launch.verbs.score import spec_of
 from polyphony.rewards import find_reward
-from polyphony.trainer.data import LIKE_A_PROMPT, LIKE_AN_ANSWER, PromptTable, content_id
+from polyphony.rewards.registry import called
+from polyphony.trainer.data import PromptTable, content_id
 from polyphony.trainer.held_out import held_out, prompt_key
-from polyphony.trainer.rows import READABLE, load_rows
+from polyphony.trainer.rows import READABLE
 from polyphony.trainer.run import say
 from polyphony.trainer.run.json_lines import read_object
 
@@ -38,6 +43,12 @@ LONGEST = 512
 """Tokens of an answer."""
 REWARDS = ("code", "function_call", "multiple_choice", "math", "short_answer")
 """Tried in this order, the most particular first."""
+STRUCTURED = (*REWARDS, "exact", "verl", "procedural")
+"""What tells right from wrong."""
+JUDGE = {"endpoint": "http://127.0.0.1:8001/v1", "model": "judge"}
+"""Stands for what only its owner can say."""
+NO_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "none", "y", "n")
+"""Words that YAML may read as something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,27 +58,33 @@ class Guess:
     name: str
     file: Path
     renamed: Mapping[str, str]
-    reward: str
+    reward: Any
+    """As a recipe has it: a name, an import path, or a mapping."""
     why: str
     train: Sequence[Mapping[str, Any]]
     heldout: Sequence[Mapping[str, Any]]
+    repeated: int = 0
+    """Rows that say the same as one before them."""
+    done: str = ""
+    """What was done to the rows besides, in words."""
 
     @classmethod
-    def of(cls, file: Path, reward: str | None) -> Guess:
+    def of(cls, file: Path, reward: Any = None) -> Guess:
         """Read a file. Raises RecipeError, naming it and the column, where nothing can be made of it."""
-        try:
-            rows = list(load_rows(str(file.resolve()), where=str(file)))
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
-        renamed = {"prompt": _column(rows, ("prompt", *LIKE_A_PROMPT))}
+        rows, places = read(file)
+        renamed = {"prompt": column(rows, PROMPTS, places, file, must=True)}
         if not renamed["prompt"]:
-            has = ", ".join(sorted(rows[0])) if rows else "no rows"
-            known = ", ".join(("prompt", *LIKE_A_PROMPT))
-            raise RecipeError(f"{file}: no column is a prompt in every row; it has {has}, known are {known}")
-        if (answer := _column(rows, ("answer", "ground_truth", *LIKE_AN_ANSWER))) and not all(map(_is_verls, rows)):
+            has = ", ".join(sorted(map(str, rows[0]))) if rows else "no rows"
+            raise RecipeError(
+                f"{file}: no column is a prompt in every row; it has {has}, known are {', '.join(PROMPTS)}"
+            )
+        needs = reward is None and not all(map(_is_verls, rows))
+        if (answer := column(rows, ANSWERS, places, file, must=needs)) and not all(map(_is_verls, rows)):
             renamed["answer"] = answer
         back = {old: new for new, old in renamed.items()}
         rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
+        has_choices = reward in (None, "multiple_choice") and any("choices" in row for row in rows)
+        rows, done = with_choices(rows, places, file) if has_choices and answer else (rows, "")
         unique = list({content_id(row): row for row in rows}.values())
         if (prompts := len({prompt_key(row["prompt"]) for row in unique})) < LEAST:
             raise RecipeError(
@@ -75,46 +92,88 @@ class Guess:
             )
         found, why = (reward, "as you said") if reward else _reward(unique, file)
         train, heldout = _split(unique)
-        name = re.sub(r"\W+", "_", file.name.partition(".")[0]).strip("_").lower() or "rows"
-        return cls(name=name, file=file, renamed=renamed, reward=found, why=why, train=train, heldout=heldout)
+        sizes = {"repeated": len(rows) - len(unique), "done": done}
+        told = {"name": domain_name(file), "file": file, "renamed": renamed, "reward": found, "why": why}
+        return cls(**told, train=train, heldout=heldout, **sizes)
 
     def __str__(self) -> str:
         moved = ", ".join(f"`{new}` is its `{old}`" for new, old in self.renamed.items() if new != old)
-        columns = f"; {moved}" if moved else ""
-        return (
-            f"{self.file}: reward {self.reward} ({self.why}); {len(self.heldout)} rows held out of {self.size}{columns}"
-        )
+        more = [moved] if moved else []
+        more += [f"{self.repeated} rows repeat others and are left out"] if self.repeated else []
+        more += [self.done] if self.done else []
+        more += ["fill in `endpoint` and `model` of the judge"] if self.reward == "judge" else []
+        held = f"{len(self.heldout)} rows held out of {self.size}"
+        return "; ".join([f"{self.file}: reward {called(self.reward)} ({self.why})", held, *more])
 
     @property
     def size(self) -> int:
         return len(self.train) + len(self.heldout)
 
 
-def init(files: Sequence[Path], out: Path, *, model: str = MODEL, reward: str | None = None) -> Path:
-    """Write a recipe with rows and schema; return it. Raises RecipeError where one is there, or rows cannot be used."""
-    if out.exists():
-        raise RecipeError(f"{out} exists; choose another --out")
-    guesses = [Guess.of(file, reward) for file in files]
+def init(files: Sequence[Path], out: Path | None = None, *, model: str = MODEL, reward: str | None = None) -> Path:
+    """Write a recipe with rows and schema; return it. `out` is by default called as the first file, in this folder.
+
+    Raises RecipeError where one is there, where rows cannot be used, and where the recipe could not be read; nothing is left
+    on disk then.
+    """
+    out = out or Path(f"{domain_name(files[0])}.yaml")
+    if out.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"--out {out}: expected a name that ends in .yaml")
+    folder, described = out.parent / f"{out.stem}-rows", out.with_suffix(".schema.json")
+    for path in (out, folder, described):
+        if path.exists():
+            raise RecipeError(f"{path} exists; choose another --out")
+    look_in(out.parent.resolve())
+    spec, model = _asked(reward), _model(model)
+    guesses = [Guess.of(file, spec) for file in files]
     names = [guess.name for guess in guesses]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"two files would be the domain {twice[0]!r}: name them otherwise")
-    folder = out.parent / f"{out.stem}-rows"
-    if folder.exists():
-        raise RecipeError(f"{folder} exists; choose another --out")
-    folder.mkdir(parents=True)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True)
+        for guess in guesses:
+            for split in ("train", "heldout"):
+                lines = (json.dumps(row, ensure_ascii=False, default=str) for row in getattr(guess, split))
+                replace_file(folder / _file(guess, split), "\n".join(lines) + "\n")
+        replace_file(described, json.dumps(schema(), indent=1))
+        replace_file(out, _recipe(guesses, out, folder, model))
+        check_names(load_recipe(out))
+    except BaseException:  # whatever it is, nothing stays half written
+        for path in (out, described):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made[1:]:
+            parent.rmdir()
+        raise
     for guess in guesses:
         say(f"init: {guess}")
-        for split in ("train", "heldout"):
-            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in getattr(guess, split))
-            replace_file(folder / _file(guess, split), "\n".join(lines) + "\n")
-    replace_file(out.with_suffix(".schema.json"), json.dumps(schema(), indent=1))
-    replace_file(out, _recipe(guesses, out, folder, model))
     return out
 
 
-def _column(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Return the first of the names that every row has; empty where none is."""
-    return next((name for name in names if rows and all(row.get(name) not in (None, "") for row in rows)), "")
+def domain_name(file: Path) -> str:
+    """Return what rows of a file are called."""
+    return re.sub(r"\W+", "_", file.name.partition(".")[0]).strip("_").lower() or "rows"
+
+
+def _asked(reward: str | None) -> Any:
+    """Return a reward that is asked for, as a recipe has it. Raises RecipeError where there is none of that name."""
+    try:
+        spec = None if reward is None else spec_of(reward)
+        if spec is not None:
+            find_reward({"name": spec, **JUDGE} if spec == "judge" else spec)
+    except ValueError as error:
+        raise RecipeError(f"--reward: {error}") from error
+    return spec
+
+
+def _model(model: str) -> str:
+    """Return a name on the hub as it is, a folder's from the root on. Raises RecipeError for a folder that is not there."""
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise RecipeError(f"--model {model}: no such folder, and no name on the hub")
+    return model
 
 
 def _is_verls(row: Mapping[str, Any]) -> bool:
@@ -130,9 +189,10 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
         raise RecipeError(str(error)) from error
     sample = [table[i] for i in sorted(table.ids)[:TRIED]]
     references = [_said(prompt.columns.get("answer")) for prompt in sample]
+    tried = ("multiple_choice",) if all("choices" in prompt.columns for prompt in sample) else REWARDS
     if not any(references) and "tests" not in sample[0].columns:
         raise RecipeError(f"{file}: no column is a reference: give --reward judge, or an import path, which need none")
-    for name in REWARDS:
+    for name in tried:
         reward = find_reward(name)
         ask = getattr(reward, "unreadable", lambda **_: None)
         if not _is_its_form(name, references, sample) or any(ask(**p.columns) is not None for p in sample):
@@ -146,7 +206,7 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
         if right >= RIGHT and wrong <= WRONG:
             return name, f"of {len(sample)} references {right:.0%} are right, of another row's {wrong:.0%}"
     raise RecipeError(
-        f"{file}: no reward of {', '.join(REWARDS)} takes its references, {references[0]!r:.60} for one, for right and "
+        f"{file}: no reward of {', '.join(tried)} takes its references, {references[0]!r:.60} for one, for right and "
         "those of other rows for wrong: give --reward judge, or an import path"
     )
 
@@ -186,6 +246,12 @@ def _file(guess: Guess, split: str) -> str:
     return f"{guess.name}-{split}{READABLE[0]}"
 
 
+def _quoted(text: str) -> str:
+    """Return a text as YAML reads it as text: as it stands where it could be nothing else."""
+    is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text) and text.lower() not in NO_TEXT
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
+
+
 def _longest(model: str) -> int:
     """Return the tokens of an answer: half of the context of a small model whose folder is here."""
     config = Path(model) / "config.json"
@@ -200,18 +266,21 @@ def _recipe(guesses: Sequence[Guess], out: Path, folder: Path, model: str) -> st
         "# Written by `polyphony init`; every key stands in launch/REFERENCE.md. Next:",
         f"#   polyphony train {out.name} --dry-run     checks all but the weights",
         f"#   polyphony train {out.name}",
-        f"name: {out.stem}",
-        f"model: {json.dumps(model)}",
+        f"name: {_quoted(out.stem)}",
+        f"model: {_quoted(model)}",
         "domains:",
     ]
     for guess in guesses:
-        kind = "structured" if guess.reward in REWARDS else "open_ended"
+        kind = "structured" if called(guess.reward) in STRUCTURED else "open_ended"
+        reward = {"name": "judge", **JUDGE} if guess.reward == "judge" else guess.reward
+        train, held = (f"{folder.name}/{_file(guess, split)}" for split in ("train", "heldout"))
+        why = "fill in endpoint and model" if guess.reward == "judge" else guess.why
         lines += [
-            f"  {guess.name}:  # {guess.file.name}, {guess.size} rows",
+            f"  {_quoted(guess.name)}:  # {' '.join(guess.file.name.split())}, {guess.size} rows",
             f"    kind: {kind}",
-            f"    train: {folder.name}/{_file(guess, 'train')}",
-            f"    heldout: {folder.name}/{_file(guess, 'heldout')}  # never trained on; without `train` it is only watched",
-            f"    reward: {json.dumps(guess.reward)}  # {guess.why}",
+            f"    train: {_quoted(train)}",
+            f"    heldout: {_quoted(held)}  # never trained on; without `train` it is only watched",
+            f"    reward: {_quoted(reward) if isinstance(reward, str) else json.dumps(reward)}  # {why}",
         ]
     lines += [
         "pool: {look: 4}  # prompts by their pass rate; a group of equal rewards is cut short",

@@ -37,7 +37,7 @@ def score_rows(path: Path, *, reward: str) -> Scored:
             raise ValueError(f"{path}: row {number} has no `completion`; its columns are {sorted(row)}")
         row["id"] = str(number)  # the same prompt may stand with several completions
     tokens = [row.pop("completion_ids", []) for row in rows]
-    domain = Domain(name="rows", kind="structured", reward=_spec(reward))
+    domain = Domain(name="rows", kind="structured", reward=spec_of(reward))
     table = PromptTable(rows, domain=domain, where=str(path), is_chat=True)
     completions = [
         Completion(prompt=prompt, ids=ids, text=completion_text(row["completion"]))
@@ -61,7 +61,8 @@ def score_table(scored: Scored) -> str:
     return "\n".join(lines)
 
 
-def _spec(reward: str) -> Any:
+def spec_of(reward: str) -> Any:
+    """Return what a command line says of a reward: a name, an import path, or JSON. Raises ValueError."""
     if not reward.lstrip().startswith("{"):
         return renamed(reward)
     try:

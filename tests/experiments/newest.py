@@ -70,8 +70,21 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+class UnresolvedError(RuntimeError):
+    """What pip says where it finds no versions that go together, in one line."""
+
+
+def why(said: str) -> str:
+    """Return the last error of what pip said, and what it is about.
+
+    Example: `why("ERROR: No matching distribution found for a>=3")` is "No matching distribution found for a>=3"
+    """
+    errors = [line.removeprefix("ERROR: ").strip() for line in said.splitlines() if line.startswith("ERROR: ")]
+    return errors[-1] if errors else (said.strip().splitlines() or ["pip failed and said nothing"])[-1]
+
+
 def resolve(python: Path, wanted: Sequence[str], report: Path) -> dict[str, str]:
-    """Return what pip would install, by name. Raises CalledProcessError where nothing fits together."""
+    """Return what pip would install, by name. Raises UnresolvedError where nothing fits together."""
     command = [
         str(python),
         "-m",
@@ -83,7 +96,9 @@ def resolve(python: Path, wanted: Sequence[str], report: Path) -> dict[str, str]
         "--report",
         str(report),
     ]
-    subprocess.run([*command, *wanted], check=True)
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UnresolvedError(why(done.stderr))
     found = json.loads(report.read_text())["install"]
     return {_plain(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
 
@@ -98,7 +113,11 @@ def main() -> int:
     if not python.exists():
         venv.create(out, with_pip=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1"], check=True)
-    resolved = resolve(python, requirements(), out / "report.json")
+    try:
+        resolved = resolve(python, requirements(), out / "report.json")
+    except UnresolvedError as error:
+        print(f"newest: nothing fits together: {error}", file=sys.stderr)
+        return 1
     changed = changes(resolved, pinned(CONSTRAINTS.read_text()))
     print(f"{len(resolved)} packages, {len(changed)} other than tested:", *changed, sep="\n")
     if given.resolve:

@@ -153,8 +153,8 @@ def named(checkout: Path) -> list[str]:
     return [str(path.relative_to(folder).with_suffix("")) for path in found]
 
 
-def main() -> None:
-    """Run the scripts, print the table."""
+def main() -> int:
+    """Run the scripts, print the table; return 1 where one failed or none was there, else 0."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("checkout", type=Path, help="of TRL, at any version near the installed one")
     arguments.add_argument("--out", type=Path, default=Path("runs/trl-scripts"), help="model, scripts, what they said")
@@ -166,14 +166,16 @@ def main() -> None:
     given = arguments.parse_args()
     out, checkout = given.out.resolve(), given.checkout.resolve()
     make_model(out / "model")
-    lines = ["| script | result | seconds |", "| --- | --- | --- |"]
+    lines, failed, ran = ["| script | result | seconds |", "| --- | --- | --- |"], 0, 0
     for name in (name for name in named(checkout) if given.part in name):
         if name in SCRIPTS:
             is_well, said, seconds = run(name, checkout, out=out, side=given.side, engine=given.engine)
+            ran, failed = ran + 1, failed + (not is_well)
             lines.append(f"| `{name}` | {'runs' if is_well else said} | {seconds:.0f} |")
         else:
             lines.append(f"| `{name}` | left out: {LEFT_OUT.get(name, 'not known here')} | |")
     print("\n".join(lines))
+    return int(failed > 0 or ran == 0)
 
 
 if __name__ == "__main__":
@@ -182,4 +184,4 @@ if __name__ == "__main__":
         sys.argv = [str(script), *sys.argv[6:]]
         run_inside(script, engine=engine)
     else:
-        main()
+        sys.exit(main())

@@ -13,8 +13,9 @@ OF_VLLM = ("vllm", "ray")
 """Engines that are vLLM."""
 INSTEAD = "or engine transformers, which is slower"
 INSTALL = {
-    "linux": "is not installed: pip install -c launch/constraints/cpu.txt -e '.[cpu]' (with GPUs gpu.txt and '.[gpu]'), "
-    + INSTEAD,
+    "linux": "is not installed: in the checkout's folder, pip install --extra-index-url "
+    "https://download.pytorch.org/whl/cpu -c launch/constraints/cpu.txt -e '.[cpu]', then pip uninstall -y torchvision "
+    "torchaudio torchcodec (with GPUs only pip install -c launch/constraints/gpu.txt -e '.[gpu]'), " + INSTEAD,
     "win32": f"does not run on Windows: use WSL2, {INSTEAD}",
     "darwin": f"does not run on macOS: {INSTEAD.removeprefix('or ')}",
 }
