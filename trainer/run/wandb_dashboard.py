@@ -96,8 +96,8 @@ def layout(workspace: ws.Workspace, domains: Collection[str]) -> Iterator[tuple[
     """Yield of each section its title, whether the dashboard opens with it unfolded, how many panels it has, and which names
     are drawn in them, a domain's as `<d>`."""
     for section in workspace.sections:
-        drawn = [panel.y if isinstance(panel, wr.LinePlot) else [panel.table_name] for panel in section.panels]
-        curves = [str(getattr(y, "name", y)) for ys in drawn for y in ys]
+        curves = [str(getattr(y, "name", y)) for p in section.panels if isinstance(p, wr.LinePlot) for y in p.y or ()]
+        curves += [str(p.table_name) for p in section.panels if isinstance(p, wr.WeavePanelSummaryTable)]
         names = ("/".join("<d>" if part in domains else part for part in curve.split("/")) for curve in curves)
         yield section.name, section.is_open, len(section.panels), tuple(dict.fromkeys(names))
 
