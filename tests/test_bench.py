@@ -16,6 +16,8 @@ from tests.benchmarks import commands, gpu, run
 AT_MOST = Target(relation="<=", limit=1.05)
 
 NOT_HERE = {
+    "adapter sync": "a policy of 0.1 billion parameters; `test_adapters` has an engine with an adapter",
+    "adapter worker sync": "brings up a Ray cluster; `test_ray_engine` sends an adapter through one",
     "demo": "trains for minutes, which is what it measures",
     "gpu": "needs a GPU; without one it is four processes with an engine each, minutes of starting",
     "merge": "two more processes that import torch; `test_merging` merges in this one",

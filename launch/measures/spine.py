@@ -8,7 +8,7 @@ import gc
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,11 @@ def random_policy(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def recipe_of(policy: Path, *, steps: int) -> Recipe:
-    """Return the demo's recipe over a policy, with weights that stay still and as little evaluation as there can be."""
+def recipe_of(policy: Path, *, steps: int, more: Sequence[str] = ()) -> Recipe:
+    """Return the demo's recipe over a policy, with weights that stay still and as little evaluation as there can be.
+
+    `more` are overrides of one's own.
+    """
     overrides = [f"model={policy}", "name=bench", "grpo.learning_rate=0.0", "eval={every: 1000, samples: 1}"]
     overrides += [f"grpo.max_steps={WARM_UP + steps + 1}", "tracking.wandb=null"]
     overrides += [f"grpo.bf16={torch.cuda.is_available()}".lower()]
@@ -73,7 +76,7 @@ def recipe_of(policy: Path, *, steps: int) -> Recipe:
     if policy != LAB:
         overrides += ["grpo.max_completion_length=256", "grpo.per_device_train_batch_size=16"]
         overrides += ["grpo.gradient_accumulation_steps=4"]
-    return load_recipe(RECIPES / "demo.yaml", overrides)
+    return load_recipe(RECIPES / "demo.yaml", [*overrides, *more])
 
 
 def ours(policy: Path, folder: Path, *, effort: Effort, engine: TwinEngine | None = None) -> Rows:

@@ -19,8 +19,8 @@ from polyphony.launch.measures.result import Result, failed, table
 
 Benchmark = Callable[..., Sequence[Result]]
 
-MODULES = ("books", "commands", "curricula", "distil", "episodes", "gpu", "merge", "monitor", "plan", "pool", "rewards",
-           "rollouts", "training", "update", "workers")  # fmt: skip
+MODULES = ("adapters", "books", "commands", "curricula", "distil", "episodes", "gpu", "merge", "monitor", "plan", "pool",
+           "rewards", "rollouts", "training", "update", "workers")  # fmt: skip
 """Those that list benchmarks."""
 ON_REQUEST = ("books", "demo", "episodes", "gpu", "merge")
 """Minutes long, or gigabytes: measured only when named or asked for by their own option."""

@@ -44,7 +44,10 @@ def why_not(llm: Any, shape: AdapterShape) -> str:
 
 
 def load_adapter(llm: Any, named: Named, *, version: int) -> None:
-    """Have the engine hold this adapter alone, and forget the keys and values that belong to the one before."""
+    """Have the engine hold this adapter alone, and forget the keys and values that belong to the one before.
+
+    The tensors are the engine's from then on.
+    """
     llm.apply_model(partial(_hold, named=list(named), version=version))
     llm.reset_prefix_cache()
 
@@ -64,16 +67,17 @@ def _missing(model: Any, layers: Sequence[str]) -> str:
     for name in list(places):
         parent, _, last = name.rpartition(".")
         places |= {f"{parent}.{part}" for part in manager.packed_modules_mapping.get(last, ())}
-    return next((layer for layer in layers if _place(model, layer) not in places), "")
+    return next((layer for layer, place in _places(model, layers).items() if place not in places), "")
 
 
-def _place(model: Any, layer: str) -> str:
-    """Return what vLLM calls a layer."""
+def _places(model: Any, layers: Iterable[str]) -> dict[str, str]:
+    """Return what vLLM calls each layer."""
     from vllm.lora.utils import parse_fine_tuned_lora_name  # slow to import
 
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
-    return parse_fine_tuned_lora_name(f"base_model.model.{layer}.{FACTORS[0]}.weight", mapper)[0]
+    full = {layer: f"base_model.model.{layer}.{FACTORS[0]}.weight" for layer in layers}
+    return {layer: parse_fine_tuned_lora_name(name, mapper)[0] for layer, name in full.items()}
 
 
 def _hold(model: Any, named: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
@@ -82,10 +86,9 @@ def _hold(model: Any, named: Sequence[tuple[str, torch.Tensor]], version: int) -
 
     manager, tensors, layers = model.lora_manager, dict(named), {}
     dtype = manager.lora_config.lora_dtype
-    for layer in {name.rpartition(".")[0] for name in tensors}:
-        first, second = (tensors[f"{layer}.{factor}"].to("cpu", dtype, copy=True) for factor in FACTORS)
-        name, rank = _place(model, layer), len(first)
-        layers[name] = LoRALayerWeights(name, rank, rank, first, second, scaling=1.0)
+    for layer, name in _places(model, {name.rpartition(".")[0] for name in tensors}).items():
+        first, second = (tensors[f"{layer}.{factor}"].to("cpu", dtype) for factor in FACTORS)
+        layers[name] = LoRALayerWeights(name, len(first), len(first), first, second, scaling=1.0)
     manager.remove_all_adapters()
     manager.add_adapter(LoRAModel(version, manager.lora_config.max_lora_rank, layers))
     manager.activate_adapter(version)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +154,7 @@ def load_weights(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _load(model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    with unwrapped(model), unpacked(model):
+    with unwrapped(model) if hasattr(model, "lora_manager") else nullcontext(), unpacked(model):
         model.load_weights(named)  # a function of its own: what `apply_model` returns is kept and must be small
 
 
