@@ -135,9 +135,14 @@ class OneDomainTrainer(DomainGRPOTrainer):
         ]
 
     @property
-    def environments(self) -> list[Any]:
-        """Those of the last batch, by row, as TRL keeps them."""
-        return [row.episode.environment for row in self._finished.rows.values() if row.episode]
+    def environments(self) -> list[Any] | None:
+        """Those of the last batch, by row, as TRL keeps them; None where there are none."""
+        rows = self._rollout.rows.values() if getattr(self, "_rollout", None) else ()
+        return [row.episode.environment for row in rows if row.episode and row.episode.environment] or None
+
+    @environments.setter
+    def environments(self, of_trl: Any) -> None:
+        """TRL has none where ours has its own."""
 
 
 def _asked_by_environment(args: GRPOConfig | None, factory: Any) -> list[dict[str, Any]]:
