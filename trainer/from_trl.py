@@ -48,7 +48,7 @@ def name_of(model: Any) -> str:
     return model if isinstance(model, str) else model.name_or_path
 
 
-def arguments_of(model: Any, args: GRPOConfig | None) -> GRPOConfig:
+def arguments_of(model: Any, args: Any) -> GRPOConfig:
     """Return TRL's arguments; left out, as TRL makes them of a model's name, without bf16 where there is no accelerator.
 
     Raises ValueError for any other kind.

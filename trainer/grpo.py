@@ -155,7 +155,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     ) -> None:
         refuse_misspelt(unknown, inspect.signature(DomainGRPOTrainer.__init__).parameters)
         if isinstance(reward_funcs, TrainingArguments):  # a trainer of domains alone has no rewards to say before them
-            reward_funcs, args = None, reward_funcs
+            reward_funcs, args = None, arguments_of(model, reward_funcs)
         args = arguments_of(model, args)
         engine = engine_here(engine, use_vllm=bool(args.use_vllm))
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
