@@ -73,12 +73,11 @@ def find_reward(spec: str | Mapping[str, Any] | Sequence[Any] | Reward) -> Rewar
 
     Raises ValueError that names the reward and, for an unknown one, lists those that exist.
     """
-    if isinstance(spec, list | tuple):
-        spec = composed(spec)
-    range_of(spec)
-    if isinstance(spec, Mapping):
-        spec = {name: value for name, value in spec.items() if name != "range"}
-    reward = find("reward", REGISTRY, spec, also=("range",))
+    one: Any = composed(spec) if isinstance(spec, list | tuple) else spec
+    range_of(one)
+    if isinstance(one, Mapping):
+        one = {name: value for name, value in one.items() if name != "range"}
+    reward = find("reward", REGISTRY, one, also=("range",))
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is no function and has no __call__, it is {reward!r:.60}")
     return reward

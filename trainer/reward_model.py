@@ -30,7 +30,7 @@ class RewardModel:
         """
         revision, trusts = None, args.trust_remote_code
         if isinstance(model, str):
-            given = {"trust_remote_code": trusts, **(args.model_init_kwargs or {})}  # as TRL reads it
+            given = {"trust_remote_code": trusts, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # as TRL reads it
             revision = given.get("revision")
             try:
                 model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **given)
@@ -49,7 +49,7 @@ class RewardModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # it scores the last token that is none
-        return cls(model, tokenizer, device=args.device, chat_template_kwargs=args.chat_template_kwargs or {})
+        return cls(model, tokenizer, device=args.device, chat_template_kwargs=args.chat_template_kwargs or {})  # type: ignore[arg-type]
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Return the model's numbers."""

@@ -137,7 +137,8 @@ class OneDomainTrainer(DomainGRPOTrainer):
     @property
     def environments(self) -> list[Any] | None:
         """Those of the last batch, by row, as TRL keeps them; None where there are none."""
-        rows = self._rollout.rows.values() if getattr(self, "_rollout", None) else ()
+        rollout: Any = getattr(self, "_rollout", None)
+        rows = rollout.rows.values() if rollout else ()
         return [row.episode.environment for row in rows if row.episode and row.episode.environment] or None
 
     @environments.setter
