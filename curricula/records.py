@@ -142,7 +142,7 @@ class Episode:
     failures: tuple[str, ...] = ()
     """Of each call that failed, one of `FAILURES`."""
     cut: Literal["turns", "length"] | None = None
-    """The limit that ended it while the policy was calling tools or was spoken to: of turns, or of tokens."""
+    """The limit that ended it: of turns that call tools, or of tokens, in a turn or before what the policy is told."""
     fault: str | None = None
     """What went wrong in the environment, in words."""
     is_forfeit: bool = False

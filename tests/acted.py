@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 
 
@@ -67,6 +68,8 @@ class Unruly:
             time.sleep(60)
         if how in ("exit", "kill", "child"):
             os.posix_spawn("/bin/sleep", ["sleep", f"61.{os.getppid()}"], dict(os.environ))
+        if how == "daemon":
+            subprocess.run(["/bin/sh", "-c", f"setsid sleep 61.{os.getppid()} & exit"], check=True)
         if how == "exit":
             os._exit(7)
         if how == "kill":

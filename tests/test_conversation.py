@@ -378,7 +378,7 @@ def test_an_episode_has_the_tokens_of_its_limit_and_no_more():
     said = call("look", what="4")
     whole = len(ids_of(said)) + 1 + len(ids_of("<|system|>4 is it<|end|><|assistant|>"))
     (found,) = lead(Policy([said, "4 and more"]), domain(tools=[look]), room=whole + 3)
-    assert (len(found.ids), found.truncated, found.episode.cut) == (whole + 3, True, None)
+    assert (len(found.ids), found.truncated, found.episode.cut) == (whole + 3, True, "length")
     (found,) = lead(Policy([said, "4"]), domain(tools=[look]), room=whole)  # no token is left for another turn
     assert (found.episode.cut, found.episode.turns) == ("length", 1)
 
@@ -559,6 +559,19 @@ def test_a_call_that_hangs_takes_its_process_down_and_the_others_begin_again():
     assert (other.episode.fault, other.episode.reward, other.episode.turns) == (None, 1.0, 3)
     assert left_sleeping() == []
     assert workers() == []
+
+
+def test_what_an_environment_started_in_a_session_of_its_own_ends_with_its_process():
+    policy = Policy([call("misbehave", how="daemon"), "done"])
+    (found,) = lead(policy, domain(environment=UNRULY, reward=None), processes=1)
+    assert found.episode.fault is None and found.episode.turns == 2
+    assert left_sleeping() == []
+    assert workers() == []
+
+
+def test_a_turn_that_ran_into_the_limit_of_tokens_is_counted_as_cut_by_it():
+    (found,) = lead(Policy(["a" * 400]), domain(environment=UNRULY, reward=None), processes=1)
+    assert (found.truncated, found.episode.cut) == (True, "length")
 
 
 def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started():

@@ -124,7 +124,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "raised": "share of them in which the tool raised an error",
         "bad_results": "share of them that were answered by something else than text",
         "cut_by_turns": "share of completions that `grpo.max_tool_calling_iterations` ended while they called tools",
-        "cut_by_length": "share that ended because what was said to them did not fit into their length",
+        "cut_by_length": "share that ended at the limit of tokens, in a turn or as what was said to them did not fit",
         "forfeits": "completions with reward 0 because a call did not come back, or took its process down",
         "faults": "completions without a reward because their environment failed, by no call's doing",
         "entropy_turn_1": "mean token entropy of the policy in its first turn in nats, over the groups of the update",

@@ -120,6 +120,7 @@ class Conversations:
     def _after_turn(self, led: Led, acting: Acting, said: Mapping[str, Any]) -> None:
         calls = said.get("tool_calls")
         if led.ids[-1] not in self._rules.ends:  # it ran into the limit, and what it was about to say is unknown
+            led.cut = "length"
             self._end(led)
         elif calls:
             if self._rules.most_turns is not None and led.rounds >= self._rules.most_turns:

@@ -51,7 +51,7 @@ class TextArena:
     @classmethod
     def rows(cls, count: int, seed: int) -> Iterator[dict[str, Any]]:
         """Yield so many games, other ones for every seed, as far as the game has them."""
-        return ({"prompt": "Play this game.", "game_seed": (seed * 1_000_003 + n) % MOST} for n in range(count))
+        return ({"prompt": "Play this game.\n", "game_seed": (seed * 1_000_003 + n) % MOST} for n in range(count))
 
     def _begun(self, seed: int) -> Any:
         # slow to import, and an extra

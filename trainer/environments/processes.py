@@ -22,6 +22,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from polyphony.trainer.environments.acting import Acting
 from polyphony.trainer.environments.calls import Ask, in_words
 from polyphony.trainer.environments.hosts import Event, Events
@@ -32,6 +34,14 @@ END_S = 10.0
 """What is waited for a process that was killed."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """By which somebody else ends a process; what crashes ends by another."""
+
+
+def started_by(worker: int) -> list[psutil.Process]:
+    """Return all processes below a worker, which those of its own that lose their parent come back to."""
+    try:
+        return psutil.Process(worker).children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 class EnvironmentProcess:
@@ -69,11 +79,15 @@ class EnvironmentProcess:
             self._events.put(Event(seat=seat, lost="others"))
 
     def end(self) -> None:
-        """End it with all that it started; none of its seats hears of it."""
+        """End it with all that it started, in sessions of their own too; none of its seats hears of it."""
         self._is_dropped = True
         if not self.is_reaped.is_set():
+            started = started_by(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+            for process in started:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         self.is_reaped.wait(END_S)
         self._unsent.put(None)
 

@@ -8,18 +8,24 @@ stdin, and takes what it started with it.
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
 import pickle
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, BinaryIO
+
+import psutil
 
 from polyphony.trainer.environments.calls import Instance
 from polyphony.trainer.environments.keeper import Keeper
 
+PR_SET_CHILD_SUBREAPER = 36
+"""Of Linux's prctl."""
 AT_ONCE = 16
 """Instances of the process that are at work. Once one of them is late, each begins again in a process of its own."""
 
@@ -65,14 +71,24 @@ class EnvironmentWorker:
             self._replies.flush()
 
 
+def adopt_orphans() -> None:
+    """On Linux, have processes that environments started and whose parents have ended come back to this one."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def main() -> None:
     """Answer until stdin closes."""
+    adopt_orphans()
     asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # programs that tools start read nothing of what is asked here
     os.dup2(2, 1)  # what an environment prints is not an answer
     worker = EnvironmentWorker(json.loads(asked.readline()), replies)
     for line in asked:
         worker.take(json.loads(line))
+    for process in psutil.Process().children(recursive=True):  # in sessions of their own
+        with suppress(psutil.Error):
+            process.kill()
     os.killpg(0, signal.SIGKILL)  # with whatever hangs, and what environments started
 
 
