@@ -123,7 +123,7 @@ class Stepping:
         self.llm_engine = self.engine = self
         self.output_processor = SimpleNamespace(request_states=self.running)
 
-    def enqueue(self, prompts, params, use_tqdm):
+    def enqueue(self, prompts, params, use_tqdm, lora_request=None):
         found = [f"{next(self.names)}-x" for _ in prompts]
         for name, prompt in zip(found, prompts, strict=True):
             self.running[name.partition("-")[0]] = [prompt["prompt_token_ids"][-1], []]

@@ -210,6 +210,7 @@ class ThreeTurns:
 @pytest.mark.slow
 def test_an_episode_stays_with_its_worker_and_says_what_it_would_say_in_process(pooled, engine, tmp_path, monkeypatch):
     alone = build_trainer(load_recipe(DEBUG, ["tracking.wandb=null"]), tmp_path, engine=engine)
+    alone.model.load_state_dict(pooled.model.state_dict())  # other tests change it
     alone.policy.sync()
     pooled.policy.sync()
     ours, theirs = (ThreeTurns(requests(pooled, 8, max_tokens=8)) for _ in range(2))

@@ -123,7 +123,7 @@ class OverWorkers:
                 self._send()
                 self._hear()
         except BaseException:  # workers are asked again where a run stops to evaluate or save, and would answer these
-            for worker, _ in self._calls.values():
+            for worker in self._engine.pool.alive() if self._engine.pool is not None else ():
                 worker.handle.forget.remote()
             raise
 

@@ -94,9 +94,10 @@ class RolloutWorker:
         self.version, self.laid_on = version, adapter_request(version)
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Share:
-        """Sample one completion a request, in order."""
+        """Sample one completion a request, in order; turns that are still there belong to a batch that is over."""
         from polyphony.trainer.engine.vllm import sample  # slow to import
 
+        self.forget()
         return Share(version=self.version, completions=sample(self.llm, requests, sampling, adapter=self.laid_on))
 
     def go_on(self, asked: Sequence[tuple[int, Request]], sampling: Sampling, seconds: float) -> Share:
