@@ -30,6 +30,7 @@ from polyphony.launch.report.story import signed, tell
 from polyphony.launch.report.theme import DARK, LIGHT
 from polyphony.launch.verbs.watch import WIDE, picture
 from polyphony.trainer.metrics import key
+from polyphony.trainer.run.folder import RunFolder
 from tests.benchmarks.synthetic_run import FOUR, write_run
 from tests.test_old_run import run_folder
 
@@ -703,6 +704,15 @@ def test_a_run_that_is_running_is_not_told_to_be_resumed(tmp_path):
     (run / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
     ran, *_, then = tell(find(read_run(run)))
     assert ran.endswith("it is still being written.") and "polyphony watch run" in then and "--resume" not in then
+    with RunFolder(run).locked(say=print):  # a run that writes its own report is at its end
+        assert tell(find(read_run(run)))[-1].startswith("Next: it goes on with `polyphony train --resume run`")
+        (run / "end.json").write_text("{}")
+        assert (
+            tell(find(read_run(run)))[-1]
+            == "Next: nothing stands out; a second seed would say how far this holds for the recipe."
+        )
+    (run / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    assert "watch" not in tell(find(read_run(run)))[-1]
 
 
 @pytest.mark.parametrize("mixture", [{}, {"z": 1.0}, {"math": None}])

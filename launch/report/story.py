@@ -164,7 +164,7 @@ def _spent(findings: Findings) -> str:
 def _next(findings: Findings) -> str:
     """Say what the alarms, the losses and the run's end ask for."""
     run = findings.run
-    if run.is_left is False:
+    if run.is_left is False and not run.is_finished:
         return f"Next: `polyphony watch {run.name}` in the folder of its runs shows how it goes on."
     resumed = f"Next: it goes on with `polyphony train --resume {run.name}` in the folder of its runs"
     again = "" if run.is_finished else resumed

@@ -225,7 +225,9 @@ class RunFolder:
 
     @property
     def is_left(self) -> bool | None:
-        """Whether the process that wrote here last has ended; None where this machine cannot see it."""
+        """Whether the process that wrote here last has ended, or is this one, which reads; None where that is not seen."""
+        if self.path.resolve() in _LOCKED:
+            return True
         words = self.lock.read_text().split() if self.lock.is_file() else []
         if len(words) != 4 or words[3] != socket.gethostname():
             return None
