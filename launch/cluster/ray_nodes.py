@@ -103,7 +103,8 @@ def run(words: Sequence[str], *, trainer_nodes: int, rollout_nodes: int, gpus: i
         ended, parts = ray.wait(parts, num_returns=1)
         if code := ray.get(ended[0]):
             tell(signal.SIGTERM, None)
-            ray.wait(parts, num_returns=len(parts), timeout=END_S)
+            if parts:  # Ray takes no empty list
+                ray.wait(parts, num_returns=len(parts), timeout=END_S)
             return code
     return 0
 
