@@ -230,10 +230,14 @@ def test_turns_of_a_worker_that_is_lost_are_sampled_by_another(pooled):
     expected, again = (ThreeTurns(requests(pooled, 8, max_tokens=8)) for _ in range(2))
     pooled.policy.engine.converse(expected)
     pooled.policy.engine.flush_faults()
-    doomed, take = process_of(pooled.policy.engine, 0), again.take
-    again.take = lambda *given: (
-        (len(again.open) == 12 and psutil.pid_exists(doomed) and os.kill(doomed, 9)) or take(*given)
-    )
+    doomed, take = [process_of(pooled.policy.engine, 0)], again.take
+
+    def lose_one_then_take(*given):
+        if doomed:  # at the first turn that is whole: all episodes of that worker have others before them
+            os.kill(doomed.pop(), signal.SIGKILL)
+        take(*given)
+
+    again.take = lose_one_then_take
     pooled.policy.engine.converse(again)
     assert again.said == expected.said
     faults = pooled.policy.engine.flush_faults()
