@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from polyphony.curricula.decision_log import Choice
 from polyphony.curricula.prompts.estimate import State
 from polyphony.curricula.prompts.passes import PassSampler
 from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
@@ -115,6 +117,10 @@ class Curriculum:
         self.evaluations: list[Evaluation] = []
         self.decision: Decision | None = None
         self.basis: Evidence | None = None  # what the last decision was made from
+        self.aloft: list[Choice] = []
+        """Draws that are chosen and not yet begun to be learned from, oldest first."""
+        self.begun: Choice | None = None
+        """The draw that is learned from."""
         self._state: Mapping[str, Any] = {}
         self._residual = [0.0] * len(self.names)
         self._last = tuple(DomainStats() for _ in self.names)
@@ -126,17 +132,50 @@ class Curriculum:
         # pure, so asked once for nothing: what it cannot work with is refused before anything is spent
         scheduler.decide(self.evidence(), self._state)
 
+    def look_ahead(self, n: int) -> None:
+        """Be ready to choose a draw while `n` before it are not learned from: the pool keeps their prompts from it."""
+        for pool in self.pools.values():
+            pool.held = n
+
     def draw(self, n: int) -> list[Prompt]:
         """Decide a mixture and return `n` prompts by its quotas, domains interleaved in the recipe's order."""
-        self.basis = self.evidence()
-        if self.recoveries.open is not None:
-            return self._draw_for(self.recoveries.open, n)
+        self.choose(n)
+        return list(self.begin().prompts)
+
+    def choose(self, n: int) -> Choice:
+        """Choose `n` prompts as `draw` does, and put them behind those that wait to be learned from (`aloft`)."""
+        self.basis, recovery = self.evidence(), self.recoveries.open
+        if recovery is not None:
+            prompts = self._draw_for(recovery, n)
+        else:
+            prompts = self._draw(n)
+        assert self.decision is not None
+        samplers, drawn = {**self.spare, **self.samplers}, {prompt.domain for prompt in prompts}
+        choice = Choice(
+            draw=self.draws,
+            prompts=prompts,
+            decision=self.decision,
+            places={name: list(samplers[name].places) for name in drawn},
+            recovered="" if recovery is None else recovery.domain,
+            ahead=len(self.aloft),
+            basis=self.basis,
+        )
+        self.draws += 1
+        self.aloft.append(choice)
+        return choice
+
+    def begin(self) -> Choice:
+        """Take the oldest draw that waits: it is learned from now, and counts as practised."""
+        self.begun = self.aloft.pop(0)
+        self._stages = sorted({*self._stages, self.begun.decision.stage or ""})
+        return self.begun
+
+    def _draw(self, n: int) -> list[Prompt]:
+        assert self.basis is not None
         self.decision = self.scheduler.decide(self.basis, self._state)
         _check_mixture(self.decision.mixture, self.names)
         counts, self._residual = allocate(n, self.decision.mixture, self._residual)
         self._state, self._notes, self._alarms = self.decision.state, [], []
-        self._stages = sorted({*self._stages, self.decision.stage or ""})
-        self.draws += 1
         refs: list[Prompt] = []
         for name, count in zip(self.names, counts, strict=True):
             self.drawn[name] += count
@@ -153,8 +192,6 @@ class Curriculum:
         """Return `n` prompts of the domain in recovery; what the scheduler knows, and what domains are owed, waits."""
         name = recovery.domain
         self.decision = recovery.decision(self.names, self._state)
-        self._stages = sorted({*self._stages, ""})
-        self.draws += 1
         self.recoveries.count(n)
         if name in self.drawn:
             self.drawn[name] += n
@@ -167,9 +204,10 @@ class Curriculum:
 
     @property
     def exposure(self) -> dict[str, int]:
-        """Prompts drawn of each domain so far, those of watched ones in recoveries among them."""
-        recovered = self.recoveries.prompts
-        return {**self.drawn, **{name: n for name, n in recovered.items() if name not in self.drawn}}
+        """Prompts practised of each domain so far, those of watched ones in recoveries among them."""
+        recovered, waiting = self.recoveries.prompts, sum((choice.counts for choice in self.aloft), Counter())
+        drawn = {**self.drawn, **{name: n for name, n in recovered.items() if name not in self.drawn}}
+        return {name: n - waiting[name] for name, n in drawn.items()}
 
     def refill(self, counts: Mapping[str, int]) -> list[Prompt]:
         """Return up to that many further prompts of each domain for the same draw, in the recipe's order of domains."""
@@ -178,6 +216,11 @@ class Curriculum:
             for name, pool in self.pools.items()
             for prompt_id in pool.refill(counts.get(name, 0))
         ]
+
+    def reserve(self, choice: Choice, rounds: int) -> Reserve:
+        """Return what refills of the last draw may take, so many rounds at most, whatever is learned until then."""
+        counts = choice.counts
+        return Reserve({name: pool.reserve(counts[name] * rounds) for name, pool in self.pools.items() if counts[name]})
 
     def observe(
         self,
@@ -220,9 +263,11 @@ class Curriculum:
     @property
     def stage_ends(self) -> bool:
         """True where the next decision would leave the stage of the last one: its end is to be evaluated now."""
-        if self.decision is None or self.decision.stage is None or self.draws >= self.total_draws:
+        stage = None if self.begun is None else self.begun.decision.stage
+        if stage is None or (self.draws >= self.total_draws and not self.aloft):
             return False
-        return self.scheduler.decide(self.evidence(), self._state).stage != self.decision.stage
+        following = self.aloft[0].decision if self.aloft else self.scheduler.decide(self.evidence(), self._state)
+        return following.stage != stage
 
     def reviews(self) -> list[dict[str, Any]]:
         """Return what a scheduler that plans says of its stages once all draws are done; empty for any other."""
@@ -258,9 +303,9 @@ class Curriculum:
 
     def metrics(self) -> dict[str, float]:
         """Return `<domain>/<metric>`: the mixture of the last draw, and how many prompts are in which state."""
-        if self.decision is None:
+        if self.begun is None:
             return {}
-        shares = {f"{name}/mixture": p for name, p in zip(self.names, self.decision.mixture, strict=True)}
+        shares = {f"{name}/mixture": p for name, p in zip(self.names, self.begun.decision.mixture, strict=True)}
         shares |= {f"{name}/mixture": float(self.is_recovered(name)) for name in self.spare if name not in self.names}
         shown = (State.ACTIVE, State.DEFERRED, State.IMPOSSIBLE, State.MASTERED)
         counts = {name: pool.counts() for name, pool in self.pools.items()}
@@ -299,7 +344,7 @@ class Curriculum:
             "recoveries": self.recoveries.state_dict(),
             "spare": {name: sampler.state_dict() for name, sampler in self.spare.items()},
             "rolled_back": self.rolled_back,
-        }
+        } | ({"aloft": [choice.as_row() for choice in self.aloft]} if self.aloft else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. Raises ValueError where the run's domains or rows are not those that were saved."""
@@ -313,6 +358,7 @@ class Curriculum:
         self.evaluations = [Evaluation.from_row(row) for row in state["evaluations"]]
         self._notes, self._alarms, self._stages = list(state["notes"]), list(state["alarms"]), list(state["stages"])
         self.rolled_back = state.get("rolled_back", False)
+        self.aloft = [Choice.from_row(row) for row in state.get("aloft", ())]
         self.recoveries.load_state_dict(state.get("recoveries", {}))  # older versions had none
         if (opened := self.recoveries.open) is not None and opened.domain not in {*self.samplers, *self.spare}:
             self.recoveries.end()  # of a domain that is only watched, whose guardrail with its rows was taken away
@@ -331,6 +377,24 @@ class Curriculum:
         if self.pool and self.pool.when_exhausted == "stop" and len(done) == len(self.pools):
             why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in sorted(done))
             raise RuntimeError(f"every training prompt is mastered or impossible: {why} (pool.when_exhausted is stop)")
+
+
+class Reserve:
+    """Further prompts of each domain for one draw, chosen with it.
+
+    Example: `Reserve({"math": ["9f"]}).refill({"math": 2}) == [Prompt(domain="math", id="9f")]`
+    """
+
+    def __init__(self, ids: Mapping[str, Sequence[str]]) -> None:
+        self._ids = {name: list(of) for name, of in ids.items()}
+
+    def refill(self, counts: Mapping[str, int]) -> list[Prompt]:
+        """Return up to that many further prompts of each domain, none of them twice."""
+        found = []
+        for name, left in self._ids.items():
+            found += [Prompt(domain=name, id=prompt_id) for prompt_id in left[: counts.get(name, 0)]]
+            del left[: counts.get(name, 0)]
+        return found
 
 
 def _check_mixture(mixture: Sequence[float], names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from operator import add
 from typing import Any
@@ -27,6 +27,52 @@ class Replayed:
     replayed: tuple[float, ...]
     reason: str
     """The other scheduler's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One draw as it was chosen: its prompts, the decision they follow from, and what that was made from."""
+
+    draw: int
+    """The run's own number of it, from 0."""
+    prompts: Sequence[Prompt]
+    decision: Decision
+    places: Mapping[str, Sequence[int]]
+    """By domain, where its prompts stand among the training rows, in the order of the draw."""
+    recovered: str = ""
+    """The domain of a recovery, whose draws the scheduler does not decide."""
+    ahead: int = 0
+    """How many draws before this one had been chosen and not yet learned from."""
+    basis: Evidence | None = None
+    """None where the line was read from a checkpoint."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Prompts by domain."""
+        return Counter(prompt.domain for prompt in self.prompts)
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The line of `decisions.jsonl`, whole."""
+        if self.basis is None:
+            return dict(self.told)
+        line = decision_line(self.basis, self.decision, self.prompts, draw=self.draw, recovered=self.recovered)
+        return line | {"ahead": self.ahead} if self.ahead else line
+
+    def as_row(self) -> dict[str, Any]:
+        """Return it for a checkpoint; JSON-able."""
+        prompts = [[prompt.domain, prompt.id] for prompt in self.prompts]
+        places = {name: list(of) for name, of in self.places.items()}
+        told = {"draw": self.draw, "prompts": prompts, "places": places, "recovered": self.recovered, "ahead": self.ahead}
+        return told | {"decision": asdict(self.decision), "told": self.line}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Choice:
+        """Restore `as_row`."""
+        decision = Decision(**row["decision"] | {"mixture": tuple(row["decision"]["mixture"])})
+        prompts = tuple(Prompt(domain=domain, id=prompt_id) for domain, prompt_id in row["prompts"])
+        return cls(**{**row, "decision": decision, "prompts": prompts})
 
 
 def decision_line(
@@ -116,6 +162,7 @@ def shortened(line: Mapping[str, Any], before: Mapping[str, Any] | None, places:
     if line["mixture"] != before["mixture"]:
         short["mixture"] = list(line["mixture"].values())
     short |= {key: line[key] for key in ("stage", "reason") if line[key] != before[key]}
+    short |= {"ahead": line["ahead"]} if "ahead" in line else {}
     now, past = line["evidence"], before["evidence"] | {"draw": line["draw"], "drawn": _drawn_by(before)}
     return short | {"evidence": {key: value for key, value in now.items() if value != past[key]}}
 

@@ -187,9 +187,13 @@ class RolloutsSection:
     """Workers of `engine: ray`; each holds one vLLM."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs (CPU build: cores) of each worker."""
+    ahead: int = Field(default=0, ge=0, le=8)
+    """Draws that workers sample while earlier ones are trained on: draw d is chosen by what was known after draw d - ahead - 1
+    and sampled with the weights of then, whatever the clock says; TRL's importance correction makes up for it. Evaluations
+    and checkpoints wait for what is in flight. 0: engine and trainer take turns."""
     max_staleness: int = Field(default=0, ge=0)
-    """How many weight syncs a worker may be behind: its completions are kept and importance-corrected; older ones are
-    refused and sampled again."""
+    """How many weight syncs a worker may be behind the ones its draw is for: its completions are kept and
+    importance-corrected; older ones are refused and sampled again."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a worker that has not finished its share of a draw counts as hung and is replaced."""
     start_timeout_s: float = Field(default=300.0, gt=0)
@@ -220,7 +224,7 @@ class RolloutsSection:
 
     @model_validator(mode="after")
     def _pool_needs_ray(self) -> RolloutsSection:
-        pool = {"workers", "tensor_parallel", "max_staleness", "timeout_s", "start_timeout_s", "address"}
+        pool = {"workers", "tensor_parallel", "ahead", "max_staleness", "timeout_s", "start_timeout_s", "address"}
         if self.engine != "ray" and (changed := sorted(n for n in pool if getattr(self, n) != getattr(ALONE, n))):
             raise ValueError(f"{', '.join(changed)} belong to engine: ray, this recipe has engine: {self.engine}")
         return self

@@ -131,13 +131,13 @@ def test_a_refill_that_falls_short_ends_and_says_so():
     engine = Engine({f"talk{k}" for k in range(6)})
     walk = draws(engine, size=3)
     walk.recorder = SimpleNamespace(
-        record_draw=lambda step, prompts: told.append((step, len(prompts))),
-        record_refill=lambda step, n, groups, refs: told.append((step, n, len(groups), len(refs))),
+        record_draw=lambda step, choice: told.append((step, len(choice.prompts))),
+        record_refill=lambda step, line: told.append((step, line["round"], line["short"], len(line["prompts"]))),
     )
     rollout = walk.roll_out(8)
     assert [g.has_signal for g in rollout.groups.values()] == [False, False, True, True]
     assert rollout.rounds == 1  # the third of three prompts was tried in vain, then there were none
-    assert told == [(7, 4), (7, 1, 2, 1), (7, 2, 2, 0)]
+    assert told == [(7, 4), (7, 1, 1, 1), (7, 2, 2, 0)]
     assert len(rollout.discarded) == 1
     assert len(rollout.sampled) == 5
 
@@ -169,7 +169,7 @@ def test_a_rank_makes_its_own_rows_of_a_refill_only(rank, monkeypatch):
     walk = draws(engine, size=40)
     engine.rank, engine.world_size = rank, 2
     asked: list = []
-    monkeypatch.setattr(module, "broadcast_object_list", lambda shared, from_process: asked.append(shared[0]))
+    monkeypatch.setattr(module, "broadcast_object", lambda prompts: asked.append(prompts) or prompts)
     monkeypatch.setattr(module, "gather_object", lambda mine: list(enumerate(everything[p.id] for p in asked[-1])))
     rollout = walk.roll_out(4)
     assert rollout.groups == whole.groups
@@ -249,7 +249,8 @@ def test_what_goes_on_after_its_look_is_the_group_that_would_have_been_sampled_w
 def test_a_prompt_that_stands_in_a_draw_repeatedly_is_sampled_anew_each_time(look):
     engine = Script({name: [1, 0] * 16 for name in EVERY})
     walk = looking(engine, look=look)
-    walk.curriculum.draw = lambda n: [Prompt(domain="math", id="math0")] * n  # type: ignore[method-assign]
+    deal = walk.curriculum._draw
+    walk.curriculum._draw = lambda n: [Prompt(domain="math", id="math0") for _ in deal(n)]  # type: ignore
     rollout = walk.roll_out(16)
     asked = [request.seed for requests in engine.rounds for request in requests]
     assert len(set(asked)) == len(asked) == 16
@@ -317,7 +318,7 @@ def test_a_rank_fills_up_its_own_groups_after_a_look(rank, monkeypatch):
         [(k, part(group, slice(0, 2))) for k, group in whole.groups.items()],
         [(k, part(group, slice(2, 4))) for k, group in whole.groups.items() if len(group.rewards) > 2],
     ]
-    monkeypatch.setattr(module, "broadcast_object_list", lambda shared, from_process: None)
+    monkeypatch.setattr(module, "broadcast_object", lambda prompts: prompts)
     monkeypatch.setattr(module, "gather_object", lambda mine: gathers.pop(0))
     engine = Script(answers)
     engine.rank, engine.world_size = rank, 2

@@ -16,6 +16,7 @@ from polyphony.curricula.schedulers.fixed import Joint, Sequential
 from polyphony.curricula.transfer.halves import halves
 from polyphony.curricula.transfer.matrix import TransferMatrix
 from polyphony.trainer.checkpoints import load_ledgers, save_ledgers
+from polyphony.trainer.draws import refill_line
 from polyphony.trainer.evaluation.answers import Answer
 from polyphony.trainer.evaluation.result import HeldoutResult
 from polyphony.trainer.run.folder import RunFolder, read_transfer
@@ -162,8 +163,7 @@ def test_backward_transfer_appears_once_a_stage_has_ended(tmp_path):
 
 def test_a_draw_leaves_its_decision_with_the_prompts_it_chose(tmp_path):
     ours = recorder(tmp_path)
-    refs = ours.curriculum.draw(4)
-    ours.record_draw(1, refs)
+    ours.record_draw(1, ours.curriculum.choose(4))
     (line,) = ours.folder.decisions()
     assert (line["step"], line["draw"], line["reason"]) == (1, 0, "fixed weights")
     assert line["mixture"] == {"math": 0.5, "stories": 0.5}
@@ -174,9 +174,9 @@ def test_a_draw_leaves_its_decision_with_the_prompts_it_chose(tmp_path):
 def test_a_draw_is_written_as_what_differs_from_the_one_before_and_read_whole(tmp_path):
     ours, whole = recorder(tmp_path, scheduler=Replaying()), []
     for step in (1, 2, 3):
-        refs = ours.curriculum.draw(4)
-        whole.append({"step": step, **decision_line(ours.curriculum.basis, ours.curriculum.decision, refs)})
-        ours.record_draw(step, refs)
+        ours.curriculum.draw(4)
+        ours.record_draw(step, choice := ours.curriculum.begun)
+        whole.append({"step": step, **decision_line(choice.basis, choice.decision, choice.prompts)})
     short = ours.folder.read("decisions")[-1]
     assert short == {"step": 3, "draw": 2, "prompts": short["prompts"], "evidence": {}}
     assert ours.folder.decisions() == whole
@@ -185,10 +185,11 @@ def test_a_draw_is_written_as_what_differs_from_the_one_before_and_read_whole(tm
 def test_a_run_that_goes_on_begins_with_a_whole_line(tmp_path):
     ours = recorder(tmp_path)
     for step in (1, 2):
-        ours.record_draw(step, ours.curriculum.draw(2))
+        ours.curriculum.draw(2)
+        ours.record_draw(step, ours.curriculum.begun)
     again = recorder(tmp_path)
     again.curriculum.load_state_dict(ours.curriculum.state_dict())
-    again.record_draw(3, again.curriculum.draw(2))
+    again.record_draw(3, again.curriculum.choose(2))
     lines = ours.folder.decisions()
     assert [line["evidence"]["drawn"] for line in lines] == [[0, 0], [1, 1], [2, 2]]
     assert "counts" in ours.folder.read("decisions")[2]
@@ -365,7 +366,7 @@ def test_a_refill_is_written_with_why_its_groups_were_dead(tmp_path):
 
     math = [group("math", *rewards) for rewards in ((1.0, 1.0), (0.0, 0.0), (None, None))]
     dead = [*math, group("stories", 0.5, 0.5)]
-    recorder(tmp_path).record_refill(3, 1, dead, [Prompt(domain="math", id="m1")])
+    recorder(tmp_path).record_refill(3, refill_line(1, dead, [Prompt(domain="math", id="m1")]))
     (line,) = RunFolder(tmp_path).read("refills")
     assert line["dead"] == {
         "math": {"all_correct": 1, "all_wrong": 1, "all_equal": 0, "ungraded": 1},

@@ -267,6 +267,8 @@ def roll_back(trainer: Any, checkpoint: Path) -> None:
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate  # the scheduler sets it only after the next step
     trainer._last_loaded_step, trainer._buffered_inputs = -1, None
+    if trainer.policy.ahead is not None:
+        trainer.policy.ahead.drop()
 
 
 def save_final(policy: Policy, out: Path) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate.utils import gather_object
-
 from polyphony.curricula.declarations import as_settings
 from polyphony.curricula.records import Compared, Domain, Group
 from polyphony.rewards.partitions import Same
 from polyphony.rewards.registry import GraderGoneError
+from polyphony.trainer.ranks import gather_object
 from polyphony.trainer.scoring import is_unreachable, together
 from polyphony.trainer.settings import Diversity
 

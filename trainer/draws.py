@@ -9,6 +9,7 @@ weight. Decisions use what all ranks have gathered, so that all make the same nu
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections import Counter
@@ -17,16 +18,17 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
-
-from polyphony.curricula.curriculum import Curriculum
+from polyphony.curricula.curriculum import Curriculum, Reserve
+from polyphony.curricula.decision_log import Choice
 from polyphony.curricula.records import Completion, Group, Prompt, Rollout, repeated
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.vllm import OnFinished, Request, completion_seed
 from polyphony.trainer.environments.episodes import Episodes
+from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.ranks import broadcast_object, gather_object
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import EarlyGrading, Failures, Scorer, together
 from polyphony.trainer.shortcuts import ShortcutWatch
@@ -101,21 +103,54 @@ class Draws:
     """Leads episodes, where a domain acts."""
     recorder: Recorder | None = None
     """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
+    spares: Curriculum | Reserve | None = None
+    """Where refills come from; None: the curriculum."""
+    kept: list[dict[str, Any]] | None = None
+    """Takes up refills in the place of the recorder."""
 
     def roll_out(self, n_rows: int) -> Rollout:
         """Draw prompts for this rank's `n_rows` slots, generate their groups, score them, replace the useless ones."""
-        draw = self.curriculum.draws
-        prompts = self._agreed(self.curriculum.draw(n_rows * self.policy.world_size // self.policy.group_size))
+        if not self.curriculum.aloft:  # left by a run that generated ahead
+            self.choose(n_rows)
+        choice = self.begin()
+        return self.take(self.make(choice, n_rows))
+
+    def choose(self, n_rows: int) -> Choice:
+        """Have the curriculum choose the prompts of another draw: rank 0's, on every rank."""
+        choice = self.curriculum.choose(n_rows * self.policy.world_size // self.policy.group_size)
+        agreed = replace(choice, prompts=self._agreed(list(choice.prompts)))
+        self.curriculum.aloft[-1] = agreed
+        return agreed
+
+    def begin(self) -> Choice:
+        """Take the oldest draw that is chosen, and write down that it is trained on from now."""
+        choice = self.curriculum.begin()
         if self.recorder is not None and self.policy.rank == 0:
-            self.recorder.record_draw(self.policy.next_step, prompts)
-        rollout = self._sample(draw, 0, dict(enumerate(prompts)), n_rows)
+            self.recorder.record_draw(self.policy.next_step, choice)
+        return choice
+
+    def make(self, choice: Choice, n_rows: int) -> Rollout:
+        """Generate and score the groups of a draw, and replace the useless ones."""
+        rollout = self._sample(choice.draw, 0, dict(enumerate(choice.prompts)), n_rows)
         while rollout.rounds < self.refill_rounds and (found := self._replacements(rollout)):
-            fresh = self._sample(draw, rollout.rounds + 1, found, n_rows)
+            fresh = self._sample(choice.draw, rollout.rounds + 1, found, n_rows)
             rollout = rollout.refilled(fresh, [k for k, g in fresh.groups.items() if self.advantages.is_useful(g)])
+        return rollout
+
+    def take(self, rollout: Rollout) -> Rollout:
+        """Count what was sampled, and stop a run whose graders fail."""
         sampled = rollout.sampled
         self.failures.see(sampled)
         self.tokens += sum(sum(group.lengths) for group in sampled)
         return rollout
+
+    def apart(self, choice: Choice) -> Draws:
+        """Return what can `make` a draw while another is trained on: all that changes meanwhile is as it is now."""
+        scorer = self.scorer.apart()
+        scorer.extra, state = None if self.scorer.extra is None else Extra(), copy.copy(self.scorer.state_of())
+        scorer.state_of = lambda: state
+        spares = self.curriculum.reserve(choice, self.refill_rounds)
+        return replace(self, scorer=scorer, shortcuts=self.shortcuts.as_now(), spares=spares, kept=[])
 
     def answer(self, rows: Sequence[Mapping[str, Any]], copies: int) -> Rollout:
         """Sample and grade one completion a row, `copies` of each in a row, of a data set that is no domain's.
@@ -142,16 +177,22 @@ class Draws:
     def _replacements(self, rollout: Rollout) -> dict[int, Prompt]:
         """Return a further prompt of the same domain for each useless group, as far as there are any."""
         useless = {k: group for k, group in rollout.groups.items() if not self.advantages.is_useful(group)}
-        prompts = self._agreed(self.curriculum.refill(Counter(group.domain for group in useless.values())))
+        spares = self.curriculum if self.spares is None else self.spares
+        prompts = self._agreed(spares.refill(Counter(group.domain for group in useless.values())))
         found: dict[int, Prompt] = {}
         for k, group in useless.items():
             of_domain = [p for p in prompts if p.domain == group.domain and p not in found.values()]
             if of_domain:
                 found[k] = of_domain[0]
-        if self.recorder is not None and self.policy.rank == 0 and useless:
-            replaced, by = list(useless.values()), list(found.values())
-            self.recorder.record_refill(self.policy.next_step, rollout.rounds + 1, replaced, by)
+        if useless:
+            self._note(refill_line(rollout.rounds + 1, list(useless.values()), list(found.values())))
         return found
+
+    def _note(self, refill: dict[str, Any]) -> None:
+        if self.kept is not None:
+            self.kept.append(refill)
+        elif self.recorder is not None and self.policy.rank == 0:
+            self.recorder.record_refill(self.policy.next_step, refill)
 
     def _sample(self, draw: int, refill_round: int, prompts: Mapping[int, Prompt], n_rows: int) -> Rollout:
         """Generate and score the group of each place; this rank makes the rows that are its own.
@@ -242,9 +283,17 @@ class Draws:
 
     def _agreed(self, prompts: list[Prompt]) -> list[Prompt]:
         """Return rank 0's prompts on every rank."""
-        shared = [prompts]
-        broadcast_object_list(shared, from_process=0)
-        return shared[0]
+        return broadcast_object(prompts)
+
+
+def refill_line(refill_round: int, dead: Sequence[Group], by: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what is written of a refill: per domain the groups that taught nothing, by cause, and the prompts found."""
+    names = ("all_correct", "all_wrong", "all_equal", "ungraded")
+    causes: dict[str, dict[str, int]] = {}
+    for group in dead:
+        causes.setdefault(group.domain, dict.fromkeys(names, 0))[group.cause] += 1
+    line = {"round": refill_round, "dead": causes, "short": len(dead) - len(by)}
+    return line | {"prompts": [prompt.id for prompt in by]}
 
 
 def _copies_before(prompts: Mapping[int, Prompt]) -> dict[int, int]:

@@ -31,6 +31,7 @@ from polyphony.curricula.records import Completion, Domain, Group, Lessons, Roll
 from polyphony.curricula.schedulers import Scheduler, as_scheduler
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
+from polyphony.trainer.ahead import Ahead
 from polyphony.trainer.arguments import refuse_unsampled, sampler_of
 from polyphony.trainer.checkpoints import (
     BeforeDraw,
@@ -274,6 +275,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             refill_rounds=refill_rounds,
             episodes=self.episodes,
         )
+        self.ahead = self._look_ahead(settings)
         self.distil: Distil | None = None
         if self.lesson is not None and (distil := settings.update.distil):
             teachers = Teachers(self.policy, self.lesson)
@@ -293,6 +295,19 @@ class DomainGRPOTrainer(GRPOTrainer):
             fusion=self.fusion,
             episodes=self.episodes,
         )
+
+    def _look_ahead(self, settings: TrainerSettings) -> Ahead | None:
+        """Return what generates draws ahead, where the engine is to. Raises ValueError for what does not go with it."""
+        n = self.policy.engine.ahead if self.policy.engine is not None else 0
+        if not n:
+            return None
+        if recovers := [guardrail.domain for guardrail in settings.guardrails if guardrail.action == "recover"]:
+            raise ValueError(
+                f"guardrails.{recovers[0]}.action=recover with rollouts.ahead={n}: draws that are chosen already would be of "
+                "other domains; use rollback, stop or warn, or rollouts.ahead=0"
+            )
+        self.policy.ahead = ahead = Ahead(self.draws, n)
+        return ahead
 
     # --- one draw -------------------------------------------------------------------------------------------------
 
@@ -364,11 +379,11 @@ class DomainGRPOTrainer(GRPOTrainer):
             self._chance_of_draw = None
         remote = self.lesson.endpoints if self.lesson else ()
         may_end = self.scorer.slow | self.fusion.slow or remote or self.episodes
-        before = BeforeDraw(self.curriculum) if may_end else None
+        before = BeforeDraw(self.curriculum) if may_end and not self.ahead else None
         try:
-            return self._heard(self.draws.roll_out(n_rows))
+            return self._heard((self.ahead or self.draws).roll_out(n_rows))
         except GraderGoneError as error:
-            if before is not None:
+            if before is not None or self.ahead:
                 self._save_before(before)
             raise self.run.ended_by(error) if self.run else error from None
 
@@ -393,13 +408,17 @@ class DomainGRPOTrainer(GRPOTrainer):
         yield
         self._chance_of_draw = Chance().restore
 
-    def _save_before(self, draw: BeforeDraw) -> None:
-        """Leave a checkpoint of the run as it was before a draw that came to nothing; collective over ranks."""
+    def _save_before(self, draw: BeforeDraw | None) -> None:
+        """Leave a checkpoint of the run as it was before a draw that came to nothing; collective over ranks.
+
+        None: it is so, as nothing was taken in of a draw that was generated ahead.
+        """
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
         if step == 0 or folder in whole_checkpoints(folder.parent):  # the run goes on from there by itself
             return
-        draw.restore(self.curriculum)
+        if draw is not None:
+            draw.restore(self.curriculum)
         self._save_checkpoint(self.model, None)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -607,6 +626,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         logs.update(self.own_best.flush() if self.curriculum.recoveries.begun else {})
         logs.update(self.scorer.logged.flush("domain", gather_object))
         logs.update(faults_of(self))
+        logs.update(self.ahead.flush() if self.ahead and "train_runtime" not in logs else {})
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
         super().log(logs, start_time)
@@ -614,8 +634,12 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole, on every rank."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.ahead and self.run and not self.run.has_time_to_save(self.ahead.wait):
+            return
         with saved_whole(self, folder, **self._remembering):
             super()._save_checkpoint(model, trial)
+            if self.ahead:
+                self.ahead.save(folder)
 
     @property
     def _remembering(self) -> dict[str, Any]:
@@ -641,4 +665,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ledgers(Path(checkpoint), self.curriculum, **self._remembering)
+            if self.ahead:
+                self.ahead.load(Path(checkpoint))
             self._chance_of_draw = partial(self._load_rng_state, checkpoint)

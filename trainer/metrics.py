@@ -159,6 +159,9 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "refill_rounds": "rounds per draw in which dead groups were replaced",
         "shortfall": "dead groups per draw left after refill",
         "useful_token_frac": "share of generated tokens in groups with a gradient",
+        "behind": "optimizer steps that the weights of a draw's completions were behind, with `rollouts.ahead`",
+        "wait_s": "seconds per draw that training waited for completions, with `rollouts.ahead`",
+        "dropped": "draws that had been generated ahead and were dropped, as weights went back to a checkpoint",
     },
     "faults": {
         "skipped_steps": "optimizer steps skipped because loss or gradient was not finite",
@@ -328,6 +331,13 @@ class Logged:
                     continue
                 total, count = self.sums.get((domain, name), (0.0, 0))
                 self.sums[domain, name] = (total + value, count + 1)
+
+    def join(self, sums: Mapping[tuple[str, str], tuple[float, int]]) -> None:
+        """Take in what another one has summed."""
+        with self._lock:
+            for place, (total, count) in sums.items():
+                known = self.sums.get(place, (0.0, 0))
+                self.sums[place] = (known[0] + total, known[1] + count)
 
     def flush(self, family: str, gather: Callable[[list], list] = list) -> dict[str, float]:
         """Return the means over all ranks under a family's names and start anew; collective where `gather` is."""

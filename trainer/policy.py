@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
@@ -28,6 +28,7 @@ from polyphony.trainer.engine.merge import merged_parameters
 from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
+from polyphony.trainer.ranks import gather_object
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""
@@ -35,6 +36,23 @@ Rows = Sequence[Sequence[int]]
 COARSE_STEP = 1e-4
 CHECKED_TOKENS = 8
 """Of each prompt in the check of weights."""
+
+
+class InFlight(Protocol):
+    """What samples draws ahead in a thread of its own."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is that thread."""
+        ...
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until none is sampled; return whether that came in time."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what was sampled: the weights are others now."""
+        ...
 
 
 class Policy:
@@ -45,6 +63,8 @@ class Policy:
 
     engine: Engine | None = None
     """What samples; None where TRL itself generates. Set by `attach`."""
+    ahead: InFlight | None = None
+    """Draws that are sampled while the policy is trained; None where it waits for them."""
 
     def __init__(
         self,
@@ -146,6 +166,8 @@ class Policy:
 
     def sync(self) -> None:
         """Load the policy's present weights into the engine, whatever was loaded before."""
+        if self.ahead is not None:
+            self.ahead.wait()
         if self.trainer.use_vllm:
             self.trainer.vllm_generation.sync_weights()
             self.trainer._last_loaded_step = self.trainer.state.global_step
@@ -165,7 +187,7 @@ class Policy:
         each prompt stands in a row; `on_finished` gets each completion when it is whole, from an engine of ours.
         """
         if self.engine is not None:  # also without a request: syncs, and some engines, need every rank
-            self._sync_if_older()
+            self.sync_if_older()
             return self.engine.complete(requests, on_finished)
         if not requests:  # a rank without a row in this round; by `joint` none waits for it
             return []
@@ -180,14 +202,19 @@ class Policy:
     def converse(self, turns: Turns) -> None:
         """Sample all turns with the policy's present weights; where TRL generates, in batches of those that are ready."""
         if self.engine is not None:
-            self._sync_if_older()
+            self.sync_if_older()
             self.engine.converse(turns)
             return
         while asked := turns.waiting("all"):
             for (place, _), completion in zip(asked, self.complete([r for _, r in asked], 1), strict=True):
                 turns.take(place, completion)
 
-    def _sync_if_older(self) -> None:
+    def sync_if_older(self) -> None:
+        """Have the engine hold the policy's present weights; not where a draw is sampled ahead, with those of before."""
+        if self.ahead is not None and self.ahead.is_here:
+            return
+        if self.ahead is not None:
+            self.ahead.wait()
         assert self.engine is not None
         if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
             self.sync()
@@ -326,11 +353,12 @@ class Policy:
     def check_agreement(self, completions: Sequence[Completion]) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
 
-        Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
+        Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them. So
+        with `rollouts.ahead`, where all are of older ones, nothing is checked.
         So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout.
         """
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
-        if not is_whole or self._has_dropout or self._is_stale(completions):
+        if not is_whole or self._has_dropout or self.ahead is not None or self._is_stale(completions):
             return
         allowed = self._tolerance / self._coldness
         differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")

@@ -10,6 +10,7 @@ gathered, so all ranks agree.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,10 @@ class ShortcutWatch:
         self.pending: list[Alarm] = []
         """Alarms that nobody has written down yet."""
         self._since: dict[str, dict[str, int]] = {}  # counts since the last log
+
+    def as_now(self) -> ShortcutWatch:
+        """Return one that inspects as this one does now, whatever it learns."""
+        return copy.deepcopy(self)
 
     def inspect(self, completions: Sequence[Completion]) -> list[tuple[str, ...]]:
         """Return the signs that each completion shows."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -156,11 +157,15 @@ class PromptPool:
         self.clock = 0
         self.places: list[int] = []
         """Of the last draw."""
+        self.held = 0
+        """Draws before the next one whose prompts are kept from it: they are chosen, and not yet learned from."""
         self._sampling = find_sampling(settings.sampling)
         self._generator = random.Random(0)  # seeded anew at each use
         self._places = {prompt_id: place for place, prompt_id in enumerate(ids)}
         self._owed = 0.0
         self._refills = 0
+        self._drawn: deque[set[int]] = deque()
+        """Of the last draws, what was taken and not given back."""
         self._put(Columns.empty(ids))
 
     # --- drawing --------------------------------------------------------------------------------------------------
@@ -177,6 +182,10 @@ class PromptPool:
         places = self._take_due(n)
         places += self._take_open(n - len(places))
         places += self._take_waiting(n - len(places))
+        while len(places) < n and self._give_back():  # a domain so small that it is all being sampled
+            places += self._take_open(n - len(places))
+            places += self._take_waiting(n - len(places))
+        self._drawn.append(self._taken.difference(*self._drawn))
         while len(places) < n:  # fewer prompts than are asked for
             places += places[: n - len(places)]
         self.places = places
@@ -185,7 +194,18 @@ class PromptPool:
     def refill(self, n: int) -> list[str]:
         """Return up to `n` further prompts for the same draw: open ones that it does not have yet."""
         self._refills += 1
-        return [self.ids[place] for place in self._take_open(n)]
+        places = self._take_open(n)
+        self._drawn[-1].update(places)
+        return [self.ids[place] for place in places]
+
+    def reserve(self, n: int) -> list[str]:
+        """Return up to `n` open prompts that refills may add to the last draw, and leave them open."""
+        found = self.refill(n)
+        for place in (self._places[prompt_id] for prompt_id in found):
+            self._taken.remove(place)
+            self._drawn[-1].remove(place)
+            self._open.add(place)
+        return found
 
     @property
     def has_open(self) -> bool:
@@ -261,11 +281,14 @@ class PromptPool:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the columns do not say; JSON-able."""
-        return {"clock": self.clock, "owed": self._owed}
+        held = list(self._drawn)[-self.held :] if self.held else []
+        taken = [[self.ids[place] for place in sorted(places)] for places in held]
+        return {"clock": self.clock, "owed": self._owed} | ({"taken": taken} if taken else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; `adopt` the saved columns afterwards."""
         self.clock, self._owed = state["clock"], state["owed"]
+        self._drawn = deque({self._places[i] for i in ids if i in self._places} for ids in state.get("taken", ()))
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -278,7 +301,9 @@ class PromptPool:
         self._open = RankedSet((self.state <= ACTIVE) & (self.due <= self.clock))
         # by number: a mapping would ask an Enum for its hash
         self._waiting = [self._queue(state) if state in WAITING else [] for state in STATES]
-        self._taken: set[int] = set()
+        self._taken: set[int] = set().union(*self._drawn)
+        for place in self._taken:
+            self._open.remove(place)
 
     def _queue(self, state: State) -> list[tuple[int, int]]:
         places = np.flatnonzero((self.state == state) & ~self._open.member)
@@ -300,9 +325,18 @@ class PromptPool:
             self._open.add(heapq.heappop(self._waiting[ACTIVE])[1])
 
     def _return_taken(self) -> None:
-        taken, self._taken = self._taken, set()
-        for place in taken:
+        while len(self._drawn) > self.held:
+            self._give_back()
+
+    def _give_back(self) -> bool:
+        """Return what the oldest of the last draws took; False where none has anything."""
+        if not self._drawn:
+            return False
+        given = self._drawn.popleft()
+        self._taken -= given
+        for place in given:
             self._enter(place)
+        return True
 
     def _take_due(self, n: int) -> list[int]:
         """Take up to the owed share of prompts whose turn has come, those that have waited longest first."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from ray.exceptions import RayError, RayTaskError
 
 from polyphony.curricula.records import Completion
@@ -28,6 +27,7 @@ from polyphony.trainer.engine.adapters import AdapterShape
 from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request
+from polyphony.trainer.ranks import broadcast_object, gather_object
 
 
 def _from_anywhere(model: str) -> str:
@@ -55,7 +55,9 @@ class RayEngine(Engine):
     def __init__(
         self, *arguments: Any, rollouts: RolloutsSection, gpu_memory_utilization: float = WORKERS_SHARE, **named: Any
     ) -> None:
-        self.rollouts = rollouts
+        self.rollouts, self.ahead = rollouts, rollouts.ahead
+        self._latest = 0
+        """The version of the weights that were kept last, to be sent at once or later."""
         self.gpu_memory_utilization = gpu_memory_utilization
         self.pool: WorkerPool | None = None
         self._announcement: Announcement | None = None
@@ -95,16 +97,29 @@ class RayEngine(Engine):
 
     def _agreed(self, asked: Callable[[WorkerPool], Any]) -> Any:
         """Return what rank 0 finds, on every rank."""
-        found = [asked(self.pool) if self.pool is not None else None]
-        broadcast_object_list(found, from_process=0)
-        return found[0]
+        return broadcast_object(asked(self.pool) if self.pool is not None else None)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def sync_weights(self) -> None:
         """Send the policy's present weights to all workers; every rank must call it, gathering is collective."""
-        self.version += 1
+        self._latest = self.version = self._latest + 1
         self._send()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keep the policy's present weights in the object store, on a GPU too; what is returned sends them."""
+        self._latest += 1
+        version, is_adapter = self._latest, self.adapter is not None
+        assert self._holds_base or not is_adapter, "an adapter needs its base, which the first sync sends"
+        weights = self._tensors() if is_adapter else self._iter_named_params()
+        kept = ray.put(pack(weights)) if self.pool is not None else _walk(weights)
+
+        def send() -> None:
+            self.version = version
+            if self.pool is not None:
+                (self.pool.lay_on if is_adapter else self.pool.load)(version, kept)
+
+        return send
 
     def _send(self) -> None:
         if self.adapter is None:
@@ -114,7 +129,7 @@ class RayEngine(Engine):
             self._send_whole(self._base)
             self._holds_base = True
         if self.pool is not None:
-            self.pool.lay_on(self.version, pack(self._tensors()))  # small: through the object store on GPU too
+            self.pool.lay_on(self.version, ray.put(pack(self._tensors())))  # small: through the object store on GPU too
         else:
             _walk(self._tensors())
 
@@ -122,7 +137,7 @@ class RayEngine(Engine):
         if self.accelerator.device.type != "cpu":
             self._send_by_nccl(weights)
         elif self.pool is not None:
-            self.pool.load(self.version, pack(weights()))
+            self.pool.load(self.version, ray.put(pack(weights())))
         else:
             _walk(weights())
 
@@ -133,7 +148,7 @@ class RayEngine(Engine):
         if self.pool is None:
             _walk(weights())
             return
-        workers = self.pool.answering()
+        workers, self.pool.weights = self.pool.answering(), None
         handles = [worker.handle for worker in workers]
         if self._sender is None or self._sender.handles != handles:
             parallel, timeout_s = self.rollouts.tensor_parallel, self.rollouts.timeout_s
@@ -154,15 +169,13 @@ class RayEngine(Engine):
         if self.accelerator.num_processes > 1:
             on_finished = None
         completions: dict[int, Completion] = {}
-        done: list[Any] = [None]
         while True:
-            done = [self._complete(flat, completions, on_finished) if self.pool is not None else None]
-            broadcast_object_list(done, from_process=0)
-            if done[0] is not None:
+            done = broadcast_object(self._complete(flat, completions, on_finished) if self.pool is not None else None)
+            if done is not None:
                 break
             self._send()  # the workers that had weights are lost; gathering them needs every rank
         start = sum(len(of_rank) for of_rank in of_ranks[: self.accelerator.process_index])
-        return done[0][start : start + len(requests)]
+        return done[start : start + len(requests)]
 
     def converse(self, turns: Turns) -> None:
         """Sample all turns, each episode's by one worker; of a single rank, as `Episodes` sees to."""

@@ -276,18 +276,18 @@ class WorkerPool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def load(self, version: int, packed: PackedWeights) -> None:
-        """Put weights into the object store once and have every worker take them over; replaces who does not."""
-        self.weights, self.adapter = (version, ray.put(packed)), None
+    def load(self, version: int, weights: ray.ObjectRef) -> None:
+        """Have every worker take over weights (`PackedWeights`) of the object store; replaces who does not."""
+        self.weights, self.adapter = (version, weights), None
         self.wait_for({worker.handle.load.remote(*self.weights): worker for worker in self.workers if worker.is_up})
         for worker in self.workers:
             if not worker.is_up:
                 worker.handle.load.remote(*self.weights)
             worker.has_weights = True
 
-    def lay_on(self, version: int, adapter: PackedWeights) -> None:
+    def lay_on(self, version: int, adapter: ray.ObjectRef) -> None:
         """The same with an adapter, over the weights that each has; those that wait for weights get it with them."""
-        self.adapter = (version, ray.put(adapter))
+        self.adapter = (version, adapter)
         having = [worker for worker in self.workers if worker.has_weights]
         calls = {worker.handle.lay_on.remote(*self.adapter): worker for worker in having}
         self.wait_for({call: worker for call, worker in calls.items() if worker.is_up})

@@ -169,14 +169,14 @@ def _prompts(folder: Path, domains: int, prompts: int, draws: int) -> list[Resul
 
 
 def _drawn(
-    curriculum: Curriculum, draw: int, *, size: int, listen: Callable[[list[Prompt]], object] | None = None
+    curriculum: Curriculum, draw: int, *, size: int, listen: Callable[[], object] | None = None
 ) -> Timing:
     """Draw and observe `size` prompts of eight completions each; return the time that these two took."""
     rng = np.random.default_rng(draw)
     refs: list[Prompt] = []
     drawing = timed(lambda: refs.extend(curriculum.draw(size)))
     if listen is not None:
-        listen(refs)
+        listen()
     rewards = (rng.random((size, 8)) < rng.random((size, 1))).astype(float).tolist()
     plain = {"lengths": (9,) * 8, "truncated": (False,) * 8}
     groups = [
@@ -218,7 +218,7 @@ def _write_draws(run: Path, scheduler: str, domains: int, draws: int) -> list[tu
     for draw in range(draws):
         if draw % max(1, draws // 5) == 0:
             ours.record_heldout(draw, _result(names, 20, rng))
-        _drawn(ours.curriculum, draw, size=64, listen=lambda refs, draw=draw: ours.record_draw(draw + 1, refs))
+        _drawn(ours.curriculum, draw, size=64, listen=lambda: ours.record_draw(draw + 1, ours.curriculum.begun))
         assert ours.curriculum.decision is not None
         ran.append(ours.curriculum.decision.mixture)
         seen = {f"domain/{name}/{key}": float(rng.random()) for name in names for key in ("reward", "entropy")}

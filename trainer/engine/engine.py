@@ -67,6 +67,8 @@ class Engine(VLLMGeneration):
     """True while it holds no weights: only a sync wakes it."""
     is_shared: bool = True
     """Whether all ranks have to call `complete` together, so that of several none can go on with a turn alone."""
+    ahead: int = 0
+    """How many draws are sampled before the one that is trained on, while it is (`rollouts.ahead`)."""
     room: int | None = None
     """Tokens of the longest sequence; None where it does not say."""
     adapter: AdapterShape | None = None
@@ -183,6 +185,10 @@ class Engine(VLLMGeneration):
         while asked := turns.waiting("all"):
             for (place, _), completion in zip(asked, self.complete([r for _, r in asked]), strict=True):
                 turns.take(place, completion)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keep the policy's present weights; what is returned loads them, in any thread, at its time. Collective."""
+        raise NotImplementedError
 
     def flush_faults(self) -> EngineFaults:
         """Return the counts since the last call."""

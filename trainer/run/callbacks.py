@@ -113,6 +113,8 @@ class Run(TrainerCallback):
         self._rolled_back_at: int | None = None
         self.owed = Owed()
         """The evaluation that the newest checkpoint has still to be given."""
+        self._is_saved = True
+        """Whether a signal that ended the run left a checkpoint of its step."""
         self._gone: GraderGoneError | None = None
 
     def attach(self) -> Run:
@@ -273,7 +275,7 @@ class Run(TrainerCallback):
     def finish(self) -> None:
         """Save the policy and say that the run is over; collective. Raises Interrupted where a signal ended it."""
         if self.stopper.stopped is not None:
-            interrupted = Interrupted(*self.stopper.stopped)
+            interrupted = Interrupted(*self.stopper.stopped, is_saved=self._is_saved)
             if self.said is not None and self.is_main:
                 self.say(f"{interrupted}; go on with train(resume_from_checkpoint=True)")
             raise interrupted
@@ -350,7 +352,7 @@ class Run(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.curriculum.draws:  # else Transformers has counted rows of a file, and right
-            state.epoch = sum(self.trainer.curriculum.drawn.values()) / self.trainer.data.n_train
+            state.epoch = sum(self.trainer.curriculum.exposure.values()) / self.trainer.data.n_train
         try:
             if state.global_step % self.cadence.evaluate_every == 0 or state.global_step == state.max_steps:
                 self._look(state, control)
@@ -395,8 +397,23 @@ class Run(TrainerCallback):
         if self.progress is not None:
             self.progress.update(state.global_step, numbers)
 
+    def has_time_to_save(self, wait: Callable[[float | None], bool]) -> bool:
+        """Return whether a checkpoint of this step may be saved, once `wait`, given seconds or None, says that all has landed.
+
+        A run that a signal ends has half of its grace period for that; else it goes on from its newest checkpoint.
+        """
+        if not largest(int(not wait(self.stopper.left_s))):
+            return True
+        assert self.stopper.stopped is not None
+        newest = (whole_checkpoints(self.folder.checkpoints) or [None])[-1]
+        self.stopper.stopped = self.stopper.stopped[0], max(_step_of(newest), 0)
+        self._is_saved = False
+        return False
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the newest checkpoints, the one whose worst domain is best, and those that recoveries distil from."""
+        if not self._is_saved:
+            return
         if state.is_world_process_zero:
             best = self._best(self.folder.checkpoints, state.global_step)
             also = self.rescue.kept | ({best} if best else set())
@@ -458,7 +475,7 @@ class Run(TrainerCallback):
     def _stage_ends(self, step: int) -> bool:
         """Whether a stage ends here unmeasured: backward transfer counts from a stage's end. Collective over ranks."""
         curriculum = self.trainer.curriculum
-        if curriculum.decision is None or curriculum.decision.stage is None or self._evaluated_at == step:
+        if curriculum.begun is None or curriculum.begun.decision.stage is None or self._evaluated_at == step:
             return False
         return self.trainer.plan.is_boundary(step) and bool(largest(int(curriculum.stage_ends)))
 

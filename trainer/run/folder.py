@@ -47,16 +47,26 @@ POOL_FILE = "pool.npz"
 """What is known of the training prompts: in a run's folder, in its checkpoints, and in the folder of a screen."""
 
 
+def ahead_file(rank: int) -> str:
+    """Return the name of the file in a checkpoint that has a rank's draws which were generated ahead."""
+    return f"ahead-{rank}.json"
+
+
 class Interrupted(SystemExit):
     """A signal ended the run after its checkpoint was saved: no error; uncaught, the process ends as signals end one."""
 
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int, step: int, *, is_saved: bool = True) -> None:
+        """Without `is_saved`, what was generated ahead did not end in time: `step` is that of an older checkpoint, or 0."""
         super().__init__(128 + number)
         self.number = number
         self.step = step
+        self.is_saved = is_saved
 
     def __str__(self) -> str:
-        return f"{signal.Signals(self.number).name}: checkpoint at step {self.step} saved"
+        name = signal.Signals(self.number).name
+        if self.is_saved:
+            return f"{name}: checkpoint at step {self.step} saved"
+        return f"{name}: draws in flight did not end in time and are dropped; the run goes on from step {self.step}"
 
 
 @dataclass(frozen=True, slots=True)

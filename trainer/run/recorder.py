@@ -10,11 +10,11 @@ from itertools import count
 from typing import Any
 
 from polyphony.curricula.curriculum import Curriculum
-from polyphony.curricula.decision_log import decision_line, shortened
+from polyphony.curricula.decision_log import Choice, shortened
 from polyphony.curricula.files import replace_file, sealed, unsealed
 from polyphony.curricula.intervals import bounded_mean
 from polyphony.curricula.monitors.entropy import place_in_band
-from polyphony.curricula.records import Domain, Evaluation, Group, Prompt, graded, mean, per_token
+from polyphony.curricula.records import Domain, Evaluation, graded, mean, per_token
 from polyphony.curricula.transfer.forgetting import moment
 from polyphony.curricula.transfer.halves import on_half
 from polyphony.curricula.transfer.matrix import TransferMatrix, without_items
@@ -110,20 +110,16 @@ class Recorder:
         if self.is_main:
             self.folder.save_transfer()
 
-    def record_draw(self, step: int, refs: Sequence[Prompt]) -> None:
-        """Write the decision of the draw that `refs` came from; `step` is the optimizer step it is for."""
-        assert self.curriculum.basis is not None and self.curriculum.decision is not None
-        self._write_reviews(self.curriculum.decision.state.get("reviews", []))
-        curriculum, recovery = self.curriculum, self.curriculum.recoveries.open
-        recovered, draw = "" if recovery is None else recovery.domain, curriculum.draws - 1
-        line = decision_line(self.curriculum.basis, self.curriculum.decision, refs, draw=draw, recovered=recovered)
-        samplers = {**curriculum.spare, **curriculum.samplers}
+    def record_draw(self, step: int, choice: Choice) -> None:
+        """Write the decision of a draw; `step` is the optimizer step it is for."""
+        self._write_reviews(choice.decision.state.get("reviews", []))
+        line, samplers = choice.line, {**self.curriculum.spare, **self.curriculum.samplers}
         if self._last_line is None:
             ids = {name: list(sampler.ids) for name, sampler in samplers.items()}
             replace_file(self.folder.prompts, sealed(json.dumps(ids, ensure_ascii=False)))
-        places = [samplers[name].places if line["counts"][name] else [] for name in line["mixture"]]
+        places = [choice.places.get(name, []) for name in line["mixture"]]
         # those of a recovery have another scheduler's evidence before and after them, and maybe a domain more
-        before = None if recovered or "recovery" in (self._last_line or {}) else self._last_line
+        before = None if choice.recovered or "recovery" in (self._last_line or {}) else self._last_line
         self.folder.append("decisions", {"step": step, **shortened(line, before, places)})
         self._last_line = line
 
@@ -135,14 +131,9 @@ class Recorder:
         if reviews and self.is_main:
             replace_file(self.folder.predicted, json.dumps(list(reviews)))
 
-    def record_refill(self, step: int, refill_round: int, dead: Sequence[Group], refs: Sequence[Prompt]) -> None:
+    def record_refill(self, step: int, refill: Mapping[str, Any]) -> None:
         """Write one refill: per domain the groups that taught nothing, by cause, and the prompts found for them."""
-        names = ("all_correct", "all_wrong", "all_equal", "ungraded")
-        causes: dict[str, dict[str, int]] = {}
-        for group in dead:
-            causes.setdefault(group.domain, dict.fromkeys(names, 0))[group.cause] += 1
-        line = {"step": step, "round": refill_round, "dead": causes, "short": len(dead) - len(refs)}
-        self.folder.append("refills", line | {"prompts": [ref.id for ref in refs]})
+        self.folder.append("refills", {"step": step, **refill})
 
     def record_heldout(self, step: int, result: HeldoutResult) -> dict[str, float]:
         """Add a row to the transfer matrix, tell the curriculum, return the metrics of this evaluation."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -41,6 +42,7 @@ class StopOnSignal(TrainerCallback):
         self.received = 0
         self.stopped: tuple[int, int] | None = None
         """Signal and step of the checkpoint, once a signal has ended the run."""
+        self._heard_at = 0.0
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []
         self._timer: threading.Timer | None = None
@@ -68,6 +70,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._before = {}
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that what is in flight has still to end, half of the grace period in all; None where nothing ends."""
+        return None if self.stopped is None else max(0.0, self._heard_at + self.grace_s / 2 - time.monotonic())
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             say("second interrupt: ending at once")
@@ -75,6 +82,7 @@ class StopOnSignal(TrainerCallback):
         if number == signal.SIGHUP:  # whoever writes to a terminal that is gone fails
             for descriptor in self._terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        self._heard_at = time.monotonic() if not self.received else self._heard_at
         self.received = number
         if number != signal.SIGINT and self._timer is None:
             self._timer = threading.Timer(self.grace_s, self._give_up, [number])

@@ -1,0 +1,227 @@
+"""Rollouts ahead: draws are generated while earlier ones are trained on, and a run is the same whatever the clock says.
+
+With `rollouts.ahead: n`, draw d is chosen by what was known after draw d - n - 1 and generated whole with the weights of
+then: one draw at a time, weights move only between two of them. All that a draw depends on is kept for it when it is chosen
+(`Draws.apart`); what it changes is taken in when it is trained on. Whoever else needs the engine waits until all draws that
+were begun have landed: evaluations, so that they see the weights of their step, and checkpoints, which keep what has landed.
+So no episode is open in one. Where weights go back, what was sampled is dropped and its prompts are asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from polyphony.curricula.decision_log import Choice
+from polyphony.curricula.files import replacing
+from polyphony.curricula.records import Completion, Prompt, Rollout
+from polyphony.rewards.registry import GraderGoneError
+from polyphony.trainer import ranks
+from polyphony.trainer.domains import DomainData
+from polyphony.trainer.draws import Draws
+from polyphony.trainer.metrics import key
+from polyphony.trainer.run.folder import ahead_file
+from polyphony.trainer.run.json_lines import read_object
+
+ROLLOUT = TypeAdapter(Rollout)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Landed:
+    """What came of a draw that was generated ahead."""
+
+    rollout: Rollout
+    weights: int
+    """Optimizer steps of the weights that it was sampled with."""
+    refills: list[dict[str, Any]]
+    """What is written of each."""
+    logged: dict[tuple[str, str], tuple[float, int]]
+    """What rewards logged, as `metrics.Logged` sums it."""
+    told: dict[str, list[Any]]
+    """What rewards said of each row, by column."""
+
+    def as_row(self) -> dict[str, Any]:
+        """Return it for a checkpoint; JSON-able. Prompts are named; of episodes, which extend theirs, what was said too."""
+        rows = {place: replace(c, prompt=_named(c)) for place, c in self.rollout.rows.items()}
+        rollout = ROLLOUT.dump_python(replace(self.rollout, rows=rows), mode="json")
+        logged = [[*place, *sums] for place, sums in self.logged.items()]
+        told = {"weights": self.weights, "refills": self.refills, "logged": logged, "told": self.told}
+        return {"rollout": rollout, **told}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], data: DomainData) -> Landed:
+        """Restore `as_row`, with the rows of the run's data."""
+        rollout = ROLLOUT.validate_python(row["rollout"])
+        rows = {place: replace(c, prompt=_filled(c.prompt, data)) for place, c in rollout.rows.items()}
+        logged = {(domain, name): (total, n) for domain, name, total, n in row["logged"]}
+        return cls(**{**row, "rollout": replace(rollout, rows=rows), "logged": logged})
+
+
+def _named(completion: Completion) -> Prompt:
+    prompt = completion.prompt
+    return replace(prompt, columns={}) if completion.episode else Prompt(domain=prompt.domain, id=prompt.id)
+
+
+def _filled(prompt: Prompt, data: DomainData) -> Prompt:
+    (whole,) = data.tokenized([data.rows_of(prompt.domain)[prompt.id]])
+    return replace(prompt, columns=whole.columns) if prompt.ids else whole
+
+
+class Ahead:
+    """The draws of a run that are generated ahead, in a thread; collective over ranks.
+
+    Example: `Ahead(draws, 1).roll_out(64).rows`
+    """
+
+    def __init__(self, draws: Draws, n: int) -> None:
+        self._draws, self._n, self._policy, self._curriculum = draws, n, draws.policy, draws.curriculum
+        self._curriculum.look_ahead(n)
+        self._group = ranks.own_group()
+        self._landing: dict[int, Future[Landed]] = {}
+        """By their number, the draws that were begun; those of the curriculum's `aloft` that are not here have to be."""
+        self._jobs: queue.SimpleQueue[tuple[Future[Landed], Callable[[], Landed]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._since = {"behind": 0.0, "wait_s": 0.0, "dropped": 0.0}
+        self._taken = 0
+
+    # --- who may use the engine ---------------------------------------------------------------------------------------
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is a draw that is generated ahead."""
+        return threading.current_thread() is self._thread
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all draws that were begun have landed; return whether that came in time."""
+        return not wait(self._landing.values(), timeout_s).not_done
+
+    # --- draws --------------------------------------------------------------------------------------------------------
+
+    def roll_out(self, n_rows: int) -> Rollout:
+        """Return the next draw, with this rank's `n_rows` rows, and begin another. Raises what generating it raised."""
+        if not self._curriculum.aloft:
+            self._draws.choose(n_rows)
+        self._begin_all(n_rows)
+        landed = self._next()
+        self._take_in(landed)
+        while len(self._curriculum.aloft) < self._n and self._curriculum.draws < self._curriculum.total_draws:
+            self._draws.choose(n_rows)
+            self._begin_all(n_rows)
+        return landed.rollout
+
+    def drop(self) -> None:
+        """Forget what has landed, and have its prompts asked again: the weights are no longer those it was sampled with."""
+        self.wait()
+        self._since["dropped"] += len(self._landing)
+        self._landing.clear()
+
+    def flush(self) -> dict[str, float]:
+        """Return the metrics since the last call."""
+        means = {name: total if name == "dropped" else total / max(1, self._taken) for name, total in self._since.items()}
+        self._since, self._taken = dict.fromkeys(self._since, 0.0), 0
+        return {key("rollout", name): value for name, value in means.items()}
+
+    def _begin_all(self, n_rows: int) -> None:
+        for choice in self._curriculum.aloft:
+            if choice.draw not in self._landing:
+                self._landing[choice.draw] = self._begin(choice, n_rows)
+
+    def _begin(self, choice: Choice, n_rows: int) -> Future[Landed]:
+        """Have a draw generated with the present weights, after those that were begun before it."""
+        load = None
+        if self._landing:  # not whether they have landed: that would be the clock's word
+            assert self._policy.engine is not None
+            load = self._policy.engine.snapshot()
+        else:
+            self._policy.sync_if_older()
+        draws, step = self._draws.apart(choice), self._policy.trainer.state.global_step
+        future: Future[Landed] = Future()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="rollouts ahead", daemon=True)
+            self._thread.start()
+        self._jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
+        return future
+
+    def _next(self) -> Landed:
+        """Wait for the oldest draw. One whose graders are gone is asked again by the run that goes on."""
+        began, draw = time.perf_counter(), self._curriculum.aloft[0].draw
+        try:
+            landed = self._landing[draw].result()
+            self._draws.take(landed.rollout)
+        except GraderGoneError:
+            del self._landing[draw]
+            raise
+        del self._landing[draw]
+        self._since["wait_s"] += time.perf_counter() - began
+        return landed
+
+    def _take_in(self, landed: Landed) -> None:
+        """Have the run know of a draw what it would know had it been generated just now."""
+        draws, rows = self._draws, list(landed.rollout.rows.values())
+        draws.begin()
+        if draws.recorder is not None and self._policy.rank == 0:
+            for refill in landed.refills:
+                draws.recorder.record_refill(self._policy.next_step, refill)
+        draws.scorer.logged.join(landed.logged)
+        if draws.scorer.extra is not None:
+            for column, values in landed.told.items():
+                draws.scorer.extra.add("", column, rows, values)
+        self._since["behind"] += self._policy.trainer.state.global_step - landed.weights
+        self._taken += 1
+
+    def _work(self) -> None:
+        with ranks.apart(self._group):
+            while job := self._jobs.get():
+                future, generate = job
+                try:
+                    future.set_result(generate())
+                except BaseException as error:  # raised where the draw is trained on
+                    future.set_exception(error)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what has landed of this rank's, once it has; what failed is asked again by whoever goes on."""
+        self.wait()
+        mine = {draw for draw, future in self._landing.items() if future.exception() is None}
+        kept = set.intersection(*ranks.gather_object([mine]))
+        landed = {str(draw): self._landing[draw].result().as_row() for draw in sorted(kept)}
+        with replacing(checkpoint / ahead_file(self._policy.rank)) as file:
+            json.dump({"world_size": self._policy.world_size, "draws": landed}, file)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on with what a checkpoint keeps; where ranks are others now, or it kept nothing, prompts are asked again."""
+        self._landing = {}
+        path = checkpoint / ahead_file(self._policy.rank)
+        saved = read_object(path) if path.is_file() else {}
+        if saved.get("world_size") != self._policy.world_size:
+            return
+        for draw, row in saved["draws"].items():
+            self._landing[int(draw)] = future = Future()
+            future.set_result(Landed.from_row(row, self._draws.data))
+
+
+def _landed(
+    draws: Draws, choice: Choice, n_rows: int, *, load: Callable[[], None] | None, weights: int
+) -> Landed:
+    """Generate a draw, with weights that are loaded first or are there already."""
+    if load is not None:
+        load()
+    rollout = draws.make(choice, n_rows)
+    rows = {  # instances of environments are for the rewards, which have seen them
+        place: replace(c, episode=replace(c.episode, environment=None)) if c.episode else c
+        for place, c in rollout.rows.items()
+    }
+    extra, refills = draws.scorer.extra, draws.kept or []
+    told = extra.flush(list(rollout.rows.values())) if extra is not None else {}
+    rollout = replace(rollout, rows=rows)
+    return Landed(rollout=rollout, weights=weights, refills=refills, logged=draws.scorer.logged.sums, told=told)
