@@ -142,13 +142,13 @@ class Curriculum:
         self.choose(n)
         return list(self.begin().prompts)
 
-    def choose(self, n: int) -> Choice:
-        """Choose `n` prompts as `draw` does, and put them behind those that wait to be learned from (`aloft`)."""
+    def choose(self, n: int, *, ahead: int = 0) -> Choice:
+        """Choose `n` prompts as `draw` does, and put them behind those that wait to be learned from (`aloft`).
+
+        `ahead`: how many draws before it have not been observed.
+        """
         self.basis, recovery = self.evidence(), self.recoveries.open
-        if recovery is not None:
-            prompts = self._draw_for(recovery, n)
-        else:
-            prompts = self._draw(n)
+        prompts = self._draw(n) if recovery is None else self._draw_for(recovery, n)
         assert self.decision is not None
         samplers, drawn = {**self.spare, **self.samplers}, {prompt.domain for prompt in prompts}
         choice = Choice(
@@ -157,7 +157,7 @@ class Curriculum:
             decision=self.decision,
             places={name: list(samplers[name].places) for name in drawn},
             recovered="" if recovery is None else recovery.domain,
-            ahead=len(self.aloft),
+            ahead=ahead,
             basis=self.basis,
         )
         self.draws += 1

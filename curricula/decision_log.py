@@ -42,7 +42,7 @@ class Choice:
     recovered: str = ""
     """The domain of a recovery, whose draws the scheduler does not decide."""
     ahead: int = 0
-    """How many draws before this one had been chosen and not yet learned from."""
+    """How many draws just before this one the decision knew nothing of but their prompts."""
     basis: Evidence | None = None
     """None where the line was read from a checkpoint."""
     told: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +64,13 @@ class Choice:
         """Return it for a checkpoint; JSON-able."""
         prompts = [[prompt.domain, prompt.id] for prompt in self.prompts]
         places = {name: list(of) for name, of in self.places.items()}
-        told = {"draw": self.draw, "prompts": prompts, "places": places, "recovered": self.recovered, "ahead": self.ahead}
+        told = {
+            "draw": self.draw,
+            "prompts": prompts,
+            "places": places,
+            "recovered": self.recovered,
+            "ahead": self.ahead,
+        }
         return told | {"decision": asdict(self.decision), "told": self.line}
 
     @classmethod

@@ -148,6 +148,8 @@ def build_trainer(
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
     ours = recipe.of_trainer
+    if engine is not None:
+        engine.ahead = recipe.rollouts.ahead
     try:
         return DomainGRPOTrainer(
             recipe.model,

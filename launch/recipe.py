@@ -38,6 +38,7 @@ from polyphony.launch.sections import (
 from polyphony.launch.yaml_text import read_value, read_yaml
 from polyphony.trainer.arguments import UNHEARD, complaints
 from polyphony.trainer.environments.settings import EnvironmentSettings
+from polyphony.trainer.guarded import check_ahead
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.json_lines import read_object
 from polyphony.trainer.settings import (
@@ -377,6 +378,7 @@ def _check_trainer(recipe: Recipe) -> None:
         raise RecipeError("curriculum.scheduler d3 goes by distances to teachers: it needs algorithm: distil")
     of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
     recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
+    check_ahead(recipe.rollouts.ahead, recipe.of_trainer.guardrails)
 
 
 def _check_sft(recipe: Recipe) -> None:
@@ -385,6 +387,10 @@ def _check_sft(recipe: Recipe) -> None:
     plain = {key: Recipe.model_fields[key].get_default(call_default_factory=True) for key in SECTIONS}
     said = [key for key, default in plain.items() if getattr(recipe, key) != default]
     domains, guardrails = list(recipe.domains.values()), list(recipe.guardrails.values())
+    if recipe.rollouts.ahead:
+        raise RecipeError(
+            f"rollouts.ahead={recipe.rollouts.ahead} with algorithm: sft: it samples no draws; leave it out"
+        )
     if recipe.entropy.control != EntropySettings().control:
         said.append("entropy.control")
     if (strategy := recipe.cluster.strategy) != ClusterSection().strategy:

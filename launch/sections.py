@@ -188,9 +188,9 @@ class RolloutsSection:
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs (CPU build: cores) of each worker."""
     ahead: int = Field(default=0, ge=0, le=8)
-    """Draws that workers sample while earlier ones are trained on: draw d is chosen by what was known after draw d - ahead - 1
-    and sampled with the weights of then, whatever the clock says; TRL's importance correction makes up for it. Evaluations
-    and checkpoints wait for what is in flight. 0: engine and trainer take turns."""
+    """Draws that workers sample while earlier ones are trained on: draw d is chosen by what was known after draw
+    d - ahead - 1, and sampled with the weights of then, whatever the clock says; TRL's importance correction makes up for
+    it. Evaluations and checkpoints wait for what is in flight. 0: engine and trainer take turns."""
     max_staleness: int = Field(default=0, ge=0)
     """How many weight syncs a worker may be behind the ones its draw is for: its completions are kept and
     importance-corrected; older ones are refused and sampled again."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -343,3 +344,32 @@ def test_regret_is_against_the_best_option_and_mixing_pays_for_the_plan(tmp_path
     told = regret.report(regret.RegretFile(tmp_path / "regret.jsonl"), ["k/0", "k/1", "k/2"])
     assert "recommended sequence, regret 0.100, mixing's 0.150" in told
     assert "regret difference: -0.0500 (-0.0500 to -0.0500) over 2 worlds" in told
+
+
+def test_a_run_that_samples_ahead_learns_from_draws_of_older_weights():
+    ours = LabRun(data=load_world(make_world("even")), scheduler=Joint(), rate=2e-3, draws=4, seed=1, ahead=2)
+    sampled, sample = [], ours.policy.complete
+    ours.policy.complete = lambda *given: sampled.append(ours.policy.decoder) or sample(*given)  # type: ignore
+    decoders = []
+    for _ in range(4):
+        decoders.append(ours.policy.decoder)
+        ours.advance()
+    # the first three draws with the first weights, the fourth with those after one step
+    assert [decoders.index(one) for one in sampled] == [0, 0, 0, 1]
+    assert not ours.curriculum.aloft and sum(ours.curriculum.drawn.values()) == 32
+
+
+def test_a_stale_row_counts_by_how_much_likelier_it_has_become():
+    weights, config, _ = base()
+    ours = LabRun(data=load_world(make_world("even")), scheduler=Joint(), rate=2e-3, draws=2, seed=1)
+    rows = list(ours._draws.roll_out(64).rows.values())
+    advantages = torch.tensor([1.0, -1.0] * 32)
+    fresh, stale = (gradient(weights, config, rows, advantages, is_stale=old)[1] for old in (False, True))
+    for name, value in fresh.items():  # sampled with these very weights
+        torch.testing.assert_close(stale[name], value, rtol=1e-3, atol=1e-6)
+    half = [replace(row, logps=[row.logps[0] + math.log(2), *row.logps[1:]]) for row in rows]
+    far = [replace(row, logps=[row.logps[0] - math.log(4), *row.logps[1:]]) for row in rows]
+    halved, left_out = (gradient(weights, config, of, advantages, is_stale=True)[1] for of in (half, far))
+    for name, value in fresh.items():
+        torch.testing.assert_close(halved[name], value / 2, rtol=1e-3, atol=1e-6)
+        assert not left_out[name].any()

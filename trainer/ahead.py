@@ -76,6 +76,30 @@ def _filled(prompt: Prompt, data: DomainData) -> Prompt:
     return replace(prompt, columns=whole.columns) if prompt.ids else whole
 
 
+class DroppedError(Exception):
+    """Nobody waits for this draw any more: raised in the thread that samples it, at its next use of the engine."""
+
+
+class Line(threading.Thread):
+    """Generates one draw after the other."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(name="rollouts ahead", daemon=True)
+        self.jobs: queue.SimpleQueue[tuple[Future[Landed], Callable[[], Landed]] | None] = queue.SimpleQueue()
+        self.is_closed = False
+        self._group = group
+
+    def run(self) -> None:
+        """Do the jobs until there is None; what one raises is raised where its draw is trained on."""
+        with ranks.apart(self._group):
+            while job := self.jobs.get():
+                future, generate = job
+                try:
+                    future.set_result(generate())
+                except BaseException as error:
+                    future.set_exception(error)
+
+
 class Ahead:
     """The draws of a run that are generated ahead, in a thread; collective over ranks.
 
@@ -88,21 +112,30 @@ class Ahead:
         self._group = ranks.own_group()
         self._landing: dict[int, Future[Landed]] = {}
         """By their number, the draws that were begun; those of the curriculum's `aloft` that are not here have to be."""
-        self._jobs: queue.SimpleQueue[tuple[Future[Landed], Callable[[], Landed]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._line: Line | None = None
         self._since = {"behind": 0.0, "wait_s": 0.0, "dropped": 0.0}
         self._taken = 0
 
     # --- who may use the engine ---------------------------------------------------------------------------------------
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the caller is a draw that is generated ahead."""
-        return threading.current_thread() is self._thread
+    def is_asking(self) -> bool:
+        """Return whether the caller is a draw that is generated ahead. Raises DroppedError where it is one no more."""
+        line = threading.current_thread()
+        if isinstance(line, Line) and line.is_closed:
+            raise DroppedError
+        return isinstance(line, Line)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until all draws that were begun have landed; return whether that came in time."""
         return not wait(self._landing.values(), timeout_s).not_done
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Drop what is in flight, and wait until none uses the engine; further draws may be begun afterwards."""
+        if self._line is not None:
+            self._line.is_closed = True
+            self._line.jobs.put(None)
+            self.wait(timeout_s)
+        self._line, self._landing = None, {}
 
     # --- draws --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +147,7 @@ class Ahead:
         landed = self._next()
         self._take_in(landed)
         while len(self._curriculum.aloft) < self._n and self._curriculum.draws < self._curriculum.total_draws:
-            self._draws.choose(n_rows)
+            self._draws.choose(n_rows, ahead=len(self._curriculum.aloft) + 1)
             self._begin_all(n_rows)
         return landed.rollout
 
@@ -126,7 +159,9 @@ class Ahead:
 
     def flush(self) -> dict[str, float]:
         """Return the metrics since the last call."""
-        means = {name: total if name == "dropped" else total / max(1, self._taken) for name, total in self._since.items()}
+        means = {
+            name: total if name == "dropped" else total / max(1, self._taken) for name, total in self._since.items()
+        }
         self._since, self._taken = dict.fromkeys(self._since, 0.0), 0
         return {key("rollout", name): value for name, value in means.items()}
 
@@ -145,10 +180,10 @@ class Ahead:
             self._policy.sync_if_older()
         draws, step = self._draws.apart(choice), self._policy.trainer.state.global_step
         future: Future[Landed] = Future()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="rollouts ahead", daemon=True)
-            self._thread.start()
-        self._jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
+        if self._line is None:
+            self._line = Line(self._group)
+            self._line.start()
+        self._line.jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
         return future
 
     def _next(self) -> Landed:
@@ -178,15 +213,6 @@ class Ahead:
         self._since["behind"] += self._policy.trainer.state.global_step - landed.weights
         self._taken += 1
 
-    def _work(self) -> None:
-        with ranks.apart(self._group):
-            while job := self._jobs.get():
-                future, generate = job
-                try:
-                    future.set_result(generate())
-                except BaseException as error:  # raised where the draw is trained on
-                    future.set_exception(error)
-
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Path) -> None:
@@ -210,9 +236,7 @@ class Ahead:
             future.set_result(Landed.from_row(row, self._draws.data))
 
 
-def _landed(
-    draws: Draws, choice: Choice, n_rows: int, *, load: Callable[[], None] | None, weights: int
-) -> Landed:
+def _landed(draws: Draws, choice: Choice, n_rows: int, *, load: Callable[[], None] | None, weights: int) -> Landed:
     """Generate a draw, with weights that are loaded first or are there already."""
     if load is not None:
         load()
@@ -223,5 +247,10 @@ def _landed(
     }
     extra, refills = draws.scorer.extra, draws.kept or []
     told = extra.flush(list(rollout.rows.values())) if extra is not None else {}
-    rollout = replace(rollout, rows=rows)
-    return Landed(rollout=rollout, weights=weights, refills=refills, logged=draws.scorer.logged.sums, told=told)
+    return Landed(
+        rollout=replace(rollout, rows=rows),
+        weights=weights,
+        refills=refills,
+        logged=draws.scorer.logged.sums,
+        told=told,
+    )

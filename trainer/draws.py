@@ -115,9 +115,9 @@ class Draws:
         choice = self.begin()
         return self.take(self.make(choice, n_rows))
 
-    def choose(self, n_rows: int) -> Choice:
+    def choose(self, n_rows: int, *, ahead: int = 0) -> Choice:
         """Have the curriculum choose the prompts of another draw: rank 0's, on every rank."""
-        choice = self.curriculum.choose(n_rows * self.policy.world_size // self.policy.group_size)
+        choice = self.curriculum.choose(n_rows * self.policy.world_size // self.policy.group_size, ahead=ahead)
         agreed = replace(choice, prompts=self._agreed(list(choice.prompts)))
         self.curriculum.aloft[-1] = agreed
         return agreed

@@ -56,6 +56,7 @@ from polyphony.trainer.evaluation.evaluator import Evaluator
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.finite import FiniteSteps, faults_of, norm_of_step
 from polyphony.trainer.from_trl import Script, arguments_of, name_of
+from polyphony.trainer.guarded import check_ahead
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, own_mask, sums_by_owner, turns_of
 from polyphony.trainer.run.callbacks import Run
@@ -299,13 +300,9 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _look_ahead(self, settings: TrainerSettings) -> Ahead | None:
         """Return what generates draws ahead, where the engine is to. Raises ValueError for what does not go with it."""
         n = self.policy.engine.ahead if self.policy.engine is not None else 0
+        check_ahead(n, settings.guardrails)
         if not n:
             return None
-        if recovers := [guardrail.domain for guardrail in settings.guardrails if guardrail.action == "recover"]:
-            raise ValueError(
-                f"guardrails.{recovers[0]}.action=recover with rollouts.ahead={n}: draws that are chosen already would be of "
-                "other domains; use rollback, stop or warn, or rollouts.ahead=0"
-            )
         self.policy.ahead = ahead = Ahead(self.draws, n)
         return ahead
 
@@ -605,10 +602,19 @@ class DomainGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "algorithm sft: this trainer samples and evaluates; trainer.sft.trainer:DomainSFTTrainer trains"
             )
-        with closing(self.episodes) if self.episodes else nullcontext():
+        with closing(self.episodes) if self.episodes else nullcontext(), self._landed():
             if self.run is None:
                 return super().train(resume_from_checkpoint, **given)
             return self.run.led(super().train, resume_from_checkpoint, **given)
+
+    @contextmanager
+    def _landed(self) -> Iterator[None]:
+        """Leave no draw in flight; one that a signal ends waits for them while it has the time."""
+        try:
+            yield
+        finally:
+            if self.ahead:
+                self.ahead.close(self.run.stopper.left_s if self.run else None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics beside TRL's, so that one step is one line; an evaluation ends no step."""

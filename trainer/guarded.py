@@ -36,6 +36,16 @@ def check_recoveries(
         _check_learning(where, guardrail, domain, distil, of_trl)
 
 
+def check_ahead(ahead: int, guardrails: Sequence[Guardrail]) -> None:
+    """Raise ValueError where a recovery would begin with draws in flight that were chosen before."""
+    for guardrail in guardrails:
+        if ahead and guardrail.action == "recover":
+            raise ValueError(
+                f"guardrails.{guardrail.domain}.action=recover with rollouts.ahead={ahead}: draws that are chosen already "
+                "would be of other domains; use rollback, stop or warn, or rollouts.ahead=0"
+            )
+
+
 def _check_learning(
     where: str, guardrail: Guardrail, domain: Domain, distil: DistilSettings | None, of_trl: Callable[[str], Any]
 ) -> None:

@@ -41,9 +41,8 @@ CHECKED_TOKENS = 8
 class InFlight(Protocol):
     """What samples draws ahead in a thread of its own."""
 
-    @property
-    def is_here(self) -> bool:
-        """Whether this is that thread."""
+    def is_asking(self) -> bool:
+        """Return whether the caller is one of them; raises where it is no longer wanted."""
         ...
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -211,7 +210,7 @@ class Policy:
 
     def sync_if_older(self) -> None:
         """Have the engine hold the policy's present weights; not where a draw is sampled ahead, with those of before."""
-        if self.ahead is not None and self.ahead.is_here:
+        if self.ahead is not None and self.ahead.is_asking():
             return
         if self.ahead is not None:
             self.ahead.wait()
@@ -353,9 +352,8 @@ class Policy:
     def check_agreement(self, completions: Sequence[Completion]) -> None:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
 
-        Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them. So
-        with `rollouts.ahead`, where all are of older ones, nothing is checked.
-        So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout.
+        Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
+        With `rollouts.ahead` all are of older ones, and nothing is checked. So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout.
         """
         is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
         if not is_whole or self._has_dropout or self.ahead is not None or self._is_stale(completions):

@@ -168,9 +168,7 @@ def _prompts(folder: Path, domains: int, prompts: int, draws: int) -> list[Resul
     ]
 
 
-def _drawn(
-    curriculum: Curriculum, draw: int, *, size: int, listen: Callable[[], object] | None = None
-) -> Timing:
+def _drawn(curriculum: Curriculum, draw: int, *, size: int, listen: Callable[[], object] | None = None) -> Timing:
     """Draw and observe `size` prompts of eight completions each; return the time that these two took."""
     rng = np.random.default_rng(draw)
     refs: list[Prompt] = []
@@ -218,13 +216,18 @@ def _write_draws(run: Path, scheduler: str, domains: int, draws: int) -> list[tu
     for draw in range(draws):
         if draw % max(1, draws // 5) == 0:
             ours.record_heldout(draw, _result(names, 20, rng))
-        _drawn(ours.curriculum, draw, size=64, listen=lambda: ours.record_draw(draw + 1, ours.curriculum.begun))
+        _drawn(ours.curriculum, draw, size=64, listen=lambda draw=draw: _record(ours, draw + 1))
         assert ours.curriculum.decision is not None
         ran.append(ours.curriculum.decision.mixture)
         seen = {f"domain/{name}/{key}": float(rng.random()) for name in names for key in ("reward", "entropy")}
         ours.folder.append("metrics", {"step": draw + 1, "reward": float(rng.random()), **seen})
     ours.save()
     return ran
+
+
+def _record(ours: Recorder, step: int) -> None:
+    assert ours.curriculum.begun is not None
+    ours.record_draw(step, ours.curriculum.begun)
 
 
 def _recipe(names: tuple[str, ...], scheduler: str, steps: int) -> str:

@@ -47,8 +47,8 @@ class StudyCell:
     world: str
     arm: str
     settings: Mapping[str, Any]
-    """Of the arm: the scheduler with its settings; `entropy`, `pool` and `decay` are the run's. `tokens`: of rollouts, after
-    which it ends. `experts: distil` or `sft` is an arm of `experts.py`, `first` the share of its tokens that they get."""
+    """Of the arm: the scheduler with its settings; `entropy`, `pool`, `decay`, `ahead` are the run's. `tokens`: of rollouts,
+    after which it ends. `experts: distil` or `sft` is an arm of `experts.py`, `first` the share of its tokens that they get."""
     rate: float
     seed: int
     world_settings: Mapping[str, Any] | None = None
@@ -109,7 +109,7 @@ def _run(cell: StudyCell, world: World, out: Path) -> dict[str, Any]:
 
 def _course(cell: StudyCell, data: DomainData, exam: Exam, out: Path) -> tuple[LabPolicy, dict[str, Any]]:
     settings = dict(cell.settings)
-    decay, pool, tokens = (settings.pop(key, None) for key in ("decay", "pool", "tokens"))
+    decay, pool, tokens, ahead = (settings.pop(key, None) for key in ("decay", "pool", "tokens", "ahead"))
     scheduler = make_scheduler(settings, data, cell.probe_file(out))
     run = LabRun(
         data=data,
@@ -118,6 +118,7 @@ def _course(cell: StudyCell, data: DomainData, exam: Exam, out: Path) -> tuple[L
         draws=cell.draws,
         seed=cell.seed,
         decay=decay or 0.0,
+        ahead=ahead or 0,
         pool=None if pool is None else as_settings(PoolSettings, pool),
     )
     course = Course(run=run, exam=exam, every=cell.every, shown=SHOWN, tokens=tokens or math.inf)

@@ -49,6 +49,9 @@ CLIP = 1.0
 SMALLEST_SPREAD = 1e-4
 """TRL's, beside a group's standard deviation."""
 
+MOST_STALE = 3.0
+"""Ratio above which TRL leaves a row out (`vllm_importance_sampling_clip_max`)."""
+
 Weights = dict[str, Tensor]
 
 
@@ -155,12 +158,19 @@ def stock_advantages(rewards: Sequence[float | None]) -> Tensor:
 
 
 def gradient(
-    weights: Mapping[str, Tensor], config: Any, rows: Sequence[Completion], advantages: Tensor
+    weights: Mapping[str, Tensor],
+    config: Any,
+    rows: Sequence[Completion],
+    advantages: Tensor,
+    *,
+    is_stale: bool = False,
 ) -> tuple[float, Weights]:
     """Return the loss of a draw and its gradient by name; `rows` are whole groups in order, `advantages` [B].
 
     TRL's dapo on policy, where every ratio is 1:  L = - sum over rows and tokens of A exp(logp - logp') / tokens of the
-    draw, with logp' the same number held fixed. Groups without an advantage are counted and not computed.
+    draw, with logp' the same number held fixed. Groups without an advantage are counted and not computed. Rows of older
+    weights (`is_stale`) are importance-corrected as TRL does by default: a row's loss is multiplied by the ratio of its
+    probabilities, and left out where that is above `MOST_STALE`.
     """
     tokens = sum(len(row.ids) for row in rows)
     leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
@@ -173,12 +183,22 @@ def gradient(
         logps = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         of_rows = torch.cat([advantages[g : g + GROUP] for g in groups])
         of_tokens = of_rows.repeat_interleave(torch.tensor([len(ids) for ids in flat]))
+        if is_stale:
+            of_tokens = of_tokens * _ratios(logps.detach(), [row for g in groups for row in rows[g : g + GROUP]])
         parts.append(-((logps - logps.detach()).exp() * of_tokens).sum() / tokens)
     if not parts:
         return 0.0, {name: torch.zeros_like(value) for name, value in leaves.items()}
     loss = torch.stack(parts).sum()
     found = torch.autograd.grad(loss, list(leaves.values()))
     return loss.item(), dict(zip(leaves, found, strict=True))
+
+
+def _ratios(logps: Tensor, rows: Sequence[Completion]) -> Tensor:
+    """Return, for every token of the rows, how much likelier its row is now than where it was sampled; 0 past the most."""
+    told = torch.tensor([p for row in rows for p in row.logps or ()])
+    lengths = [len(row.ids) for row in rows]
+    ratios = torch.stack([part.sum() for part in (logps - told).split(lengths)]).exp()
+    return ratios.where(ratios <= MOST_STALE, 0.0).repeat_interleave(torch.tensor(lengths))
 
 
 def _alike(rows: Sequence[Completion], advantages: Tensor) -> list[list[int]]:
@@ -245,6 +265,8 @@ class LabRun:
     pool: PoolSettings | None = None
     decay: float = 0.0
     """Share of the draws, the last ones, over which the rate falls to 0 in a line."""
+    ahead: int = 0
+    """Draws that are chosen and sampled before the one that is learned from (`rollouts.ahead`)."""
     tokens: Tokens = field(default_factory=Tokens)
     seconds: float = 0.0
     """Of the processor."""
@@ -264,6 +286,8 @@ class LabRun:
             seed=self.seed,
             pool=self.pool,
         )
+        self.curriculum.look_ahead(self.ahead)
+        self._flights: list[Rollout] = []
         self._draws = Draws(
             data=self.data,
             curriculum=self.curriculum,
@@ -282,7 +306,7 @@ class LabRun:
         """Make one draw and learn from it; return what was rolled out."""
         began = time.process_time()
         step = self.policy.next_step
-        rollout = self._draws.roll_out(PROMPTS * GROUP)
+        rollout = self._from_before() if self.ahead else self._draws.roll_out(PROMPTS * GROUP)
         self.tokens.rollout += sum(sum(group.lengths) for group in rollout.sampled)
         self.curriculum.observe(rollout.sampled, _entropies(rollout))
         self.learner.step(self._gradient(rollout), factor=self._factor(step))
@@ -291,9 +315,18 @@ class LabRun:
         self.seconds += time.process_time() - began
         return rollout
 
+    def _from_before(self) -> Rollout:
+        """Return the draw that was sampled `ahead` draws ago, and sample another with the present weights."""
+        while len(self._flights) <= self.ahead and self.curriculum.draws < self.draws:
+            choice = self._draws.choose(PROMPTS * GROUP, ahead=len(self._flights))
+            self._flights.append(self._draws.apart(choice).make(choice, PROMPTS * GROUP))
+        self._draws.begin()
+        return self._draws.take(self._flights.pop(0))
+
     def _gradient(self, rollout: Rollout) -> Weights:
         values = self.advantages(stock_advantages(rollout.rewards), rollout.groups_of_rows, 0)
-        return gradient(self.learner.weights, self.config, list(rollout.rows.values()), values)[1]
+        rows, is_stale = list(rollout.rows.values()), self.ahead > 0
+        return gradient(self.learner.weights, self.config, rows, values, is_stale=is_stale)[1]
 
     def _factor(self, step: int) -> float:
         left, falling = self.draws - step + 1, self.draws * self.decay
