@@ -353,17 +353,24 @@ class Policy:
         """Raise RuntimeError where engine and policy no longer agree on what was sampled: a broken weight sync.
 
         Completions of older weights, which the recipe may allow, differ by right; importance correction is there for them.
-        With `rollouts.ahead` all are of older ones, and nothing is checked. So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout.
+        So do those that were sampled with top-k and its like, and TRL's log-probabilities of a model with dropout. With
+        `rollouts.ahead` all that is trained on is of older weights, so held-out completions are looked at (`entropy_sums`).
         """
-        is_whole = self.sampling == Sampling(temperature=self.trainer.temperature)
-        if not is_whole or self._has_dropout or self.ahead is not None or self._is_stale(completions):
-            return
+        if self._tells_agreement and self.ahead is None and not self._is_stale(completions):
+            differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
+            self._check_difference(differences[-1] if differences else 0.0)
+
+    @property
+    def _tells_agreement(self) -> bool:
+        """Whether the engine's log-probabilities of what it samples are to be the policy's."""
+        return self.sampling == Sampling(temperature=self.trainer.temperature) and not self._has_dropout
+
+    def _check_difference(self, difference: float) -> None:
         allowed = self._tolerance / self._coldness
-        differences = self.trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
-        if differences and differences[-1] > allowed:
+        if difference > allowed:
             raise RuntimeError(
-                f"engine and policy differ by {differences[-1]:.2g} in the mean log-probability of sampled tokens "
-                f"(allowed {allowed:g}): the engine does not hold the policy's weights"
+                f"engine and policy differ by {difference:.2g} in the mean log-probability of sampled tokens (allowed "
+                f"{allowed:g}): the engine does not hold the policy's weights"
             )
 
     def _is_stale(self, completions: Sequence[Completion]) -> bool:
@@ -409,8 +416,13 @@ class Policy:
 
     def entropy_sums(self, completions: Sequence[Completion]) -> list[tuple[float, int]]:
         """Return summed token entropy (nats) and token count of each completion."""
-        _, entropy, mask = self.forward([c.prompt.ids for c in completions], [c.ids for c in completions])
+        logps, entropy, mask = self.forward([c.prompt.ids for c in completions], [c.ids for c in completions])
         mask = mask * own_tokens(completions, mask)
+        told = [c.logps for c in completions if c.logps is not None]
+        if self.ahead is not None and self._tells_agreement and len(told) == len(completions):
+            theirs, _ = _padded(told, "right", 0)
+            off = (theirs.to(logps.device) - logps).abs() * mask
+            self._check_difference(float(off.sum() / mask.sum().clamp(min=1)))
         return list(zip((entropy * mask).sum(1).tolist(), mask.sum(1).tolist(), strict=True))
 
     def token_logps(self, prompt_ids: Rows, completion_ids: Rows) -> list[list[float]]:
@@ -465,7 +477,7 @@ def pad_rows(
     return ids, torch.cat([left_mask, mask], dim=1).to(device), mask.to(device)
 
 
-def _padded(rows: Rows, side: str, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[float]], side: str, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = [torch.tensor(row) for row in rows]
     ids = pad(tensors, padding_value=padding, padding_side=side)
     return ids, pad([torch.ones_like(t) for t in tensors], padding_side=side)

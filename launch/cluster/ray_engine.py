@@ -112,12 +112,15 @@ class RayEngine(Engine):
         version, is_adapter = self._latest, self.adapter is not None
         assert self._holds_base or not is_adapter, "an adapter needs its base, which the first sync sends"
         weights = self._tensors() if is_adapter else self._iter_named_params()
-        kept = ray.put(pack(weights)) if self.pool is not None else _walk(weights)
+        pool = self.pool
+        if pool is None:
+            _walk(weights)
+            return lambda: setattr(self, "version", version)
+        kept = ray.put(pack(weights))
 
         def send() -> None:
             self.version = version
-            if self.pool is not None:
-                (self.pool.lay_on if is_adapter else self.pool.load)(version, kept)
+            (pool.lay_on if is_adapter else pool.load)(version, kept)
 
         return send
 

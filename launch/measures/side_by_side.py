@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from polyphony.curricula.decision_log import Choice
 from polyphony.curricula.records import Completion, Prompt
 from polyphony.launch.build import build_trainer, grpo_config
 from polyphony.launch.measures import RECIPES, WARM_UP
@@ -146,10 +147,10 @@ class SideBySide:
         draws, recorder = itertools.count(), trainer.draws.recorder
         assert recorder is not None
 
-        def keep(step: int, refs: Sequence[Prompt]) -> None:
-            recorder.record_draw(step, refs)
+        def keep(step: int, choice: Choice) -> None:
+            recorder.record_draw(step, choice)
             draw = next(draws)
-            for ref in refs:
+            for ref in choice.prompts:
                 self.prompts.append(trainer.data.train[ref.domain][ref.id])
                 copies: int = trainer.num_generations  # type: ignore[assignment]
                 self.seeds += [completion_seed(trainer.args.seed, draw, ref.id, 0, k) for k in range(copies)]

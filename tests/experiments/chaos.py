@@ -11,6 +11,7 @@ resumed, until the arm has its kills. Each run that ends is then laid beside one
 - `moments` (the trainer, in one process with its engine, while a checkpoint is written, the best one is marked, or the final
   weights are written; pool and adaptive curriculum): as `trainer`.
 - `lora`, `lora-bfloat16` (the trainer, adapters alone being trained, vLLM in its process, in either type): as `trainer`.
+- `ahead-trainer`, `ahead-worker`, `ahead-both`: those three with `rollouts.ahead: 2`, promised the same.
 - `both` (pool and adaptive curriculum): such digits may turn a reward, hence a decision, so that only the run's own books
   have to agree: no group lost, none counted twice, each prompt seen by the pool as often as it was drawn.
 
@@ -31,7 +32,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
@@ -75,6 +76,8 @@ ARMS = {
     ),
     "both": Variant(victims=("worker", "worker", "trainer"), changes=ADAPTIVE, promised=("accounted",)),
 }
+AHEAD = ("trainer", "worker", "both")
+ARMS |= {f"ahead-{name}": replace(ARMS[name], changes=(*ARMS[name].changes, "rollouts.ahead=2")) for name in AHEAD}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

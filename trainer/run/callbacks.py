@@ -398,7 +398,7 @@ class Run(TrainerCallback):
             self.progress.update(state.global_step, numbers)
 
     def has_time_to_save(self, wait: Callable[[float | None], bool]) -> bool:
-        """Return whether a checkpoint of this step may be saved: whether all draws landed while `wait` waited, seconds or None.
+        """Return whether a checkpoint of this step may be saved: whether all draws land while `wait` waits, seconds or None.
 
         A run that a signal ends has half of its grace period for that; else it goes on from its newest checkpoint.
         """

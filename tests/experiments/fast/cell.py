@@ -48,7 +48,8 @@ class StudyCell:
     arm: str
     settings: Mapping[str, Any]
     """Of the arm: the scheduler with its settings; `entropy`, `pool`, `decay`, `ahead` are the run's. `tokens`: of rollouts,
-    after which it ends. `experts: distil` or `sft` is an arm of `experts.py`, `first` the share of its tokens that they get."""
+    after which it ends. `experts: distil` or `sft` is an arm of `experts.py`, `first` the share of its tokens that they
+    get."""
     rate: float
     seed: int
     world_settings: Mapping[str, Any] | None = None
