@@ -39,7 +39,7 @@ def engine(tmp_path_factory):
     """A worker that all runs share."""
     trainer = build_trainer(recipe(), tmp_path_factory.mktemp("worker"))
     yield trainer.policy.engine
-    trainer.policy.engine.close()
+    trainer.policy.close()
 
 
 @pytest.fixture(scope="module")
