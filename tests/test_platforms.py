@@ -12,8 +12,8 @@ from polyphony.launch.build import missing_names, rollout_engine
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import load_recipe
 from polyphony.trainer.engine import here
-from tests.conftest import HOUSE, RECIPES
 from tests import fill
+from tests.conftest import HOUSE, RECIPES
 from tests.experiments import newest, trl_scripts
 from tests.experiments.newest import changes, pinned, requirements, unbound
 from tests.fill import options_of_uv
@@ -113,7 +113,7 @@ def test_uv_is_told_what_pip_is_set_to_on_a_machine_and_the_environment_counts_m
     said = [
         ":env:.find-links='/a /b'",
         "global.find-links='/c'",
-        "global.extra-index-url='https://x/simple\n  https://y'",
+        "global.extra-index-url='https://x/simple\\n  https://y'",
     ]
     said += ["install.index-url='https://mirror/simple'", "freeze.all='true'", ":env:.timeout='9'"]
     indexes = ["--default-index", "https://mirror/simple", "--index", "https://x/simple", "--index", "https://y"]

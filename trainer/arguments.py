@@ -193,9 +193,9 @@ OF_TRAINER = {
     "reward_processing_classes": "the tokenizers of reward models, one for each reward function",
     "callbacks": "as by TRL",
     "optimizers": "as by TRL",
-    "quantization_config": "with `engine: transformers` or `use_vllm`, as is a policy that is loaded quantized, or by "
-    "`model_init_kwargs`; refused with an engine of ours, which would sample "
-    "from weights that are not quantized, and with `run`, whose `final/` is merged",
+    "quantization_config": "with `engine: transformers` or `use_vllm`, as is a policy that is quantized on disk, loaded so, "
+    "or so by `model_init_kwargs`; refused with an engine of ours, which would sample from weights that are not quantized, "
+    "and with `run`, whose `final/` is merged",
     "peft_config": "as by TRL, merged for an engine of ours at each sync; what cannot be merged is refused",
     "tools": "of every domain of `train_dataset`",
     "rollout_func": "as by TRL, for one domain that is trained: it samples in the place of `engine`, held-out rows too, and "
@@ -279,13 +279,13 @@ def refuse_unsampled(engine: Any, args: Any, *, quantized: str | None, has_run: 
 
     `quantized` says by what the policy is, None where it is not.
     """
+    if quantized is not None and has_run:
+        raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
     if quantized is not None and sampler_of(args, engine) == "ours":
         raise ValueError(
             f"{quantized} with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
             "engine='transformers', or use_vllm=True"
         )
-    if quantized is not None and has_run:
-        raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

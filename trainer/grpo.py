@@ -59,7 +59,7 @@ from polyphony.trainer.from_trl import Script, arguments_of, name_of
 from polyphony.trainer.guarded import check_ahead
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, own_mask, sums_by_owner, turns_of
-from polyphony.trainer.rollout_function import RolloutFunction, as_returned, refuse_beside, refuse_domains
+from polyphony.trainer.rollout_function import RolloutFunction, as_returned
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
@@ -159,30 +159,24 @@ class DomainGRPOTrainer(GRPOTrainer):
         if isinstance(reward_funcs, TrainingArguments):  # a trainer of domains alone has no rewards to say before them
             reward_funcs, args = None, arguments_of(model, reward_funcs)
         args = arguments_of(model, args)
-        if rollout_func is not None and engine == "vllm":
-            engine = "transformers"  # the default, in whose place it samples
-        engine = engine_here(engine, use_vllm=bool(args.use_vllm))
+        engine = engine_here(engine, use_vllm=bool(args.use_vllm), is_replaced=rollout_func is not None)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "environments": environments, "max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(guardrails=guardrails, **given).with_samples(args.num_generations_eval)
         rows: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools}
         rows |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
-        script = Script(**rows, environment_factory=environment_factory, name=domain_name)
+        rows |= {"environment_factory": environment_factory, "rollout_func": rollout_func}
+        script = Script(**rows, name=domain_name)
         quantized = quantized_by(model, quantization_config, args)
-        if rollout_func is not None:
-            refuse_beside(rollout_func, settings, engine=engine, tools=tools, environment_factory=environment_factory)
         refuse_unsampled(engine, args, quantized=quantized, has_run=run is not None)
         self.data, args = script.read(model, args, domains, processing_class, settings, engine=engine, run=run)
         self.plan = plan_draws(args, self.data.n_train)
-        if rollout_func is not None:
-            refuse_domains(self.data.domains)
         settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
-        made |= {"rollout_func": rollout_func}
-        outset = self._outset(run, settings, args, **made, optimizers=optimizers, quantized=quantization_config)
+        made |= {"rollout_func": rollout_func, "optimizers": optimizers}
+        outset = self._outset(run, settings, args, **made, quantized=quantization_config)
         self._steer_and_watch(args, curriculum, settings, model, outset)
-        if rollout_func is None:  # else rewards may read what it returns
-            self.scorer.check_fit(table[table.ids[0]] for table in self.data.train.values() if table.ids)
+        script.check_fit(self.scorer, self.data)
         of_trl = {"callbacks": callbacks, "optimizers": optimizers, "peft_config": peft_config}
         self._load(model, args, outset, **of_trl, quantization_config=quantization_config)
         self._walk_and_evaluate(engine, settings, rollout_func, merges=outset is not None)
