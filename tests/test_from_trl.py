@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -215,7 +217,6 @@ def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rollout_func": right}, "rollout_func: not heard, .* engine=, a class of yours with a method `complete`"),
         (
             {"eval_dataset": {"easy": rows(50, 3)}, "engine": "transformers", "run": "runs/x"},
             "eval_dataset: has no rows of domain 'default', which run= measures; it has easy: call one of them so",
@@ -245,10 +246,18 @@ def test_what_would_not_be_heard_of_trls_arguments_is_refused(args, given, messa
         DomainGRPOTrainer(str(POLICY), **{"args": args, **ROWS, **given})
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_a_policy_is_quantized_by_any_of_three_ways_and_refused_alike(args, tmp_path, engine):
-    given = {"engine": engine, "run": tmp_path / "run", **ROWS}
-    what = "it would sample from weights that are not quantized" if engine == "vllm" else "its final/ is merged"
+@pytest.mark.parametrize("with_run", [True, False])
+def test_a_policy_is_quantized_by_any_of_four_ways_and_refused_alike(args, tmp_path, with_run):
+    given = {"run": tmp_path / "run", **ROWS} if with_run else ROWS
+    what = "its final/ is merged" if with_run else "it would sample from weights that are not quantized"
+    folder = tmp_path / "packed"
+    shutil.copytree(POLICY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(
+        ValueError, match=rf"^model .*packed, whose config.json says quantization_config \(awq\), with .*: {what}"
+    ):
+        DomainGRPOTrainer(str(folder), args=args, **given)
     with pytest.raises(ValueError, match=f"^quantization_config with .*: {what}"):
         DomainGRPOTrainer(str(POLICY), args=args, quantization_config=object(), **given)
     with pytest.raises(ValueError, match=f"^model, which is quantized, with .*: {what}"):

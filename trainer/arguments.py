@@ -193,13 +193,15 @@ OF_TRAINER = {
     "reward_processing_classes": "the tokenizers of reward models, one for each reward function",
     "callbacks": "as by TRL",
     "optimizers": "as by TRL",
-    "quantization_config": "with `engine: transformers` or `use_vllm`, as is a policy that is loaded quantized, or by "
-    "`model_init_kwargs`; refused with an engine of ours, which would sample "
-    "from weights that are not quantized, and with `run`, whose `final/` is merged",
+    "quantization_config": "with `engine: transformers` or `use_vllm`, as is a policy that is quantized on disk, loaded so, "
+    "or so by `model_init_kwargs`; refused with an engine of ours, which would sample from weights that are not quantized, "
+    "and with `run`, whose `final/` is merged",
     "peft_config": "as by TRL, merged for an engine of ours at each sync; what cannot be merged is refused",
     "tools": "of every domain of `train_dataset`",
-    "rollout_func": "refused, also for one domain, unlike by TRL: what samples is `engine`, a class with `complete` "
-    "(trainer/README.md), and what takes turns are `tools` and `environment_factory`",
+    "rollout_func": "as by TRL, for one domain that is trained: it samples in the place of `engine`, held-out rows too, and "
+    "what it returns beside tokens and `env_mask` goes to the rewards. Refused beside several such domains, an engine of "
+    "ours, `pool`, `tools`, `environment_factory`, teachers and greedy evaluation. Completions have no seeds, and what it "
+    "samples with is not checked to follow the weights, but for TRL's engine (`use_vllm`) with `run`",
     "environment_factory": "of every domain of `train_dataset`; a dict by the column `environment`, a domain each where "
     "there is no column `domain`. Without `train_dataset`, `reset` gives the prompts of as many rows as `max_steps` draw",
 }
@@ -272,24 +274,18 @@ def sampler_of(args: Any, engine: Any) -> Literal["ours", "transformers", "trl"]
     return "trl" if args.use_vllm else "transformers" if engine == "transformers" else "ours"
 
 
-def refuse_unsampled(engine: Any, args: Any, *, rollout_func: Any, quantized: str | None, has_run: bool) -> None:
+def refuse_unsampled(engine: Any, args: Any, *, quantized: str | None, has_run: bool) -> None:
     """Raise ValueError for arguments of TRL's trainer that what samples would not hear.
 
     `quantized` says by what the policy is, None where it is not.
     """
-    if rollout_func is not None:
-        raise ValueError(
-            "rollout_func: not heard, unlike by TRL: completions are drawn, refilled and evaluated one by one, with a seed "
-            "each. Possible are engine=, a class of yours with a method `complete` "
-            "(trainer/README.md), and for turns tools or environment_factory"
-        )
+    if quantized is not None and has_run:
+        raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
     if quantized is not None and sampler_of(args, engine) == "ours":
         raise ValueError(
             f"{quantized} with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
             "engine='transformers', or use_vllm=True"
         )
-    if quantized is not None and has_run:
-        raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

@@ -29,6 +29,7 @@ from polyphony.trainer.environments.episodes import Episodes
 from polyphony.trainer.extra_columns import Extra
 from polyphony.trainer.policy import Policy
 from polyphony.trainer.ranks import broadcast_object, gather_object
+from polyphony.trainer.rollout_function import RolloutFunction
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.scoring import EarlyGrading, Failures, Scorer, together
 from polyphony.trainer.shortcuts import ShortcutWatch
@@ -99,8 +100,8 @@ class Draws:
     dead groups, whose expected direction is none."""
     tokens: int = 0
     """Sampled by all ranks in the draws so far."""
-    episodes: Episodes | None = None
-    """Leads episodes, where a domain acts."""
+    by: Episodes | RolloutFunction | None = None
+    """What completes in the policy's place: episodes, where a domain acts, or a script's function."""
     recorder: Recorder | None = None
     """Of a run: writes, on rank 0, every draw and every refill down before it is generated."""
     spares: Curriculum | Reserve | None = None
@@ -258,9 +259,9 @@ class Draws:
     def _complete(
         self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int, on_finished: OnFinished | None = None
     ) -> list[Completion]:
-        if self.episodes is None:
+        if self.by is None:
             return self.policy.complete(requests, copies, on_finished)
-        return self.episodes.complete(prompts, requests, copies, on_finished)
+        return self.by.complete(prompts, requests, copies, on_finished)
 
     def _gathered(self, draw: int, rows: Mapping[int, Completion], members: int) -> dict[int, Group]:
         """Return the groups of all ranks, of so many members each; tokens stay where they were made.

@@ -26,7 +26,9 @@ from polyphony.trainer.domains import DomainData, code_of, context_of
 from polyphony.trainer.held_out import held_out
 from polyphony.trainer.policy import refuse_unknown
 from polyphony.trainer.reward_model import RewardModel
+from polyphony.trainer.rollout_function import refuse_beside, refuse_domains
 from polyphony.trainer.run import say
+from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.script_shape import (
     in_scripts_words,
     refuse_misshapen,
@@ -74,6 +76,7 @@ class Script:
     reward_processing_classes: Any = None
     tools: Any = None
     environment_factory: Any = None
+    rollout_func: Any = None
     name: str = "default"
     """The domain of rows without a column `domain`."""
 
@@ -101,6 +104,9 @@ class Script:
 
         Raises ValueError before any weight of the policy is loaded.
         """
+        if self.rollout_func is not None:
+            acting = {"tools": self.tools, "environment_factory": self.environment_factory}
+            refuse_beside(self.rollout_func, settings, engine=engine, **acting)
         refuse_misshapen(self.tools, self.environment_factory)
         heard = without_weights(args) if self.is_given else args
         refuse_unknown(engine)
@@ -108,6 +114,8 @@ class Script:
         if isinstance(domains, DomainData):
             if self.is_given:
                 raise ValueError("train_dataset beside domains= that are read already: give one of them")
+            if self.rollout_func is not None:
+                refuse_domains(domains.domains)
             return domains, heard
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"processing_class: expected a tokenizer, for text alone, got {type(tokenizer).__name__}")
@@ -124,10 +132,17 @@ class Script:
         names = {domain.name for domain in own}
         if run is not None:
             refuse_unseen(own)
+        if self.rollout_func is not None:
+            refuse_domains([*domains, *own])
         try:
             return DomainData.load([*domains, *own], as_trl=names, **read), heard
         except ValueError as error:
             raise ValueError(in_scripts_words(str(error), names)) from error
+
+    def check_fit(self, scorer: Scorer, data: DomainData) -> None:
+        """Raise ValueError for a reward that does not take its rows; one may read what a `rollout_func` will return."""
+        if self.rollout_func is None:
+            scorer.check_fit(table[table.ids[0]] for table in data.train.values() if table.ids)
 
     def domains(self, args: GRPOConfig, *, evaluates: bool) -> list[Domain]:
         """Return the domains.

@@ -59,6 +59,7 @@ from polyphony.trainer.from_trl import Script, arguments_of, name_of
 from polyphony.trainer.guarded import check_ahead
 from polyphony.trainer.metrics import Meter, defined, key
 from polyphony.trainer.policy import Policy, own_mask, sums_by_owner, turns_of
+from polyphony.trainer.rollout_function import RolloutFunction, as_returned
 from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
@@ -92,11 +93,10 @@ def domain(**columns: Any) -> list[float | None]:
 class DomainGRPOTrainer(GRPOTrainer):
     """Train one policy over several domains with GRPO.
 
-    Takes what TRL's trainer takes, but for `rollout_func`, and makes domains of it (`arguments.OF_TRAINER` says what becomes
-    of each argument: what samples otherwise is an `engine`); or `domains`, to which rows, rewards and lengths belong; or
-    both. The `curriculum` is a scheduler, its registry name, or its import path, or a mapping of `scheduler` and its
-    settings. The `engine` is `vllm`, `transformers` (TRL generates), an import path, an `Engine`, or what makes one. All
-    settings may be given as mappings, with a recipe's keys.
+    Takes what TRL's trainer takes, and makes domains of it (`arguments.OF_TRAINER` says what becomes of each argument); or
+    `domains`, to which rows, rewards and lengths belong; or both. The `curriculum` is a scheduler, its registry name, or its
+    import path, or a mapping of `scheduler` and its settings. The `engine` is `vllm`, `transformers` (TRL generates), an
+    import path, an `Engine`, or what makes one. All settings may be given as mappings, with a recipe's keys.
 
     With `run`, a folder, it does what `polyphony train` does: check of the engine's weights, baseline, held-out evaluation,
     ledgers, `guardrails`, checkpoints in the folder, of which the newest and the best stay, a checkpoint and the end at
@@ -159,24 +159,27 @@ class DomainGRPOTrainer(GRPOTrainer):
         if isinstance(reward_funcs, TrainingArguments):  # a trainer of domains alone has no rewards to say before them
             reward_funcs, args = None, arguments_of(model, reward_funcs)
         args = arguments_of(model, args)
-        engine = engine_here(engine, use_vllm=bool(args.use_vllm))
+        engine = engine_here(engine, use_vllm=bool(args.use_vllm), is_replaced=rollout_func is not None)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}
         given |= {"checkpoint": checkpoint, "environments": environments, "max_grader_failures": max_grader_failures}
         settings = TrainerSettings.of(guardrails=guardrails, **given).with_samples(args.num_generations_eval)
         rows: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "tools": tools}
         rows |= {"reward_funcs": reward_funcs, "reward_processing_classes": reward_processing_classes}
-        script = Script(**rows, environment_factory=environment_factory, name=domain_name)
+        rows |= {"environment_factory": environment_factory, "rollout_func": rollout_func}
+        script = Script(**rows, name=domain_name)
         quantized = quantized_by(model, quantization_config, args)
-        refuse_unsampled(engine, args, rollout_func=rollout_func, quantized=quantized, has_run=run is not None)
+        refuse_unsampled(engine, args, quantized=quantized, has_run=run is not None)
         self.data, args = script.read(model, args, domains, processing_class, settings, engine=engine, run=run)
         self.plan = plan_draws(args, self.data.n_train)
         settings.check(self.data.domains, engine=engine, of_trl=partial(getattr, args))
         made = {"model": model, "curriculum": curriculum, "engine": engine, "peft_config": peft_config}
-        outset = self._outset(run, settings, args, **made, optimizers=optimizers, quantized=quantization_config)
+        made |= {"rollout_func": rollout_func, "optimizers": optimizers}
+        outset = self._outset(run, settings, args, **made, quantized=quantization_config)
         self._steer_and_watch(args, curriculum, settings, model, outset)
+        script.check_fit(self.scorer, self.data)
         of_trl = {"callbacks": callbacks, "optimizers": optimizers, "peft_config": peft_config}
         self._load(model, args, outset, **of_trl, quantization_config=quantization_config)
-        self._walk_and_evaluate(engine, settings, merges=outset is not None)
+        self._walk_and_evaluate(engine, settings, rollout_func, merges=outset is not None)
         self.evaluator.cuts = script.is_given and outset is None
         self.run = Run(self, outset, model=name_of(model)).attach() if outset else None
 
@@ -218,7 +221,6 @@ class DomainGRPOTrainer(GRPOTrainer):
         scheduler = as_scheduler(given, entropy=settings.entropy, domains=self.data.names)
         self.finite = FiniteSteps(most=settings.faults.max_skipped)
         self.scorer = Scorer(self.data.domains, openings=self.data.openings)
-        self.scorer.check_fit(table[table.ids[0]] for table in self.data.train.values() if table.ids)
         self.scorer.extra = self.extra = Extra()
         self.scorer.state_of = lambda: getattr(self, "state", None)
         self.fusion = Fusion.of(self.data.domains)
@@ -245,7 +247,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self._without_dead: list[dict[str, Any]] | None = None
         self._chance_of_draw: Callable[[], None] | None = None
 
-    def _walk_and_evaluate(self, engine: Any, settings: TrainerSettings, *, merges: bool) -> None:
+    def _walk_and_evaluate(self, engine: Any, settings: TrainerSettings, rollout_func: Any, *, merges: bool) -> None:
         """Make what samples from the policy: its engine, the draws, the held-out evaluation."""
         if merges or sampler_of(self.args, engine) != "transformers":  # which samples from the policy, nothing merged
             refuse_unmergeable(self.model, self.accelerator)
@@ -262,6 +264,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.episodes = Episodes.of(self.data, self.policy, settings.environments) if self.data.acting else None
         if self.episodes:
             self.tools = self.episodes.tools  # by which TRL knows that rows may hold what the policy did not write
+        self.by_script: RolloutFunction | None = None
+        if rollout_func is not None:
+            self.by_script = RolloutFunction(rollout_func, self.policy, fits=self.scorer.check_fit)
+            self.rollout_func = self._play
         self.draws = Draws(
             data=self.data,
             curriculum=self.curriculum,
@@ -274,7 +280,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             failures=Failures(most=settings.max_grader_failures, acting=self.data.acting),
             look=look,
             refill_rounds=refill_rounds,
-            episodes=self.episodes,
+            by=self.by_script or self.episodes,
         )
         self.ahead = self._look_ahead(settings)
         self.distil: Distil | None = None
@@ -294,7 +300,7 @@ class DomainGRPOTrainer(GRPOTrainer):
             settings=settings.evaluation,
             seed=self.args.seed,
             fusion=self.fusion,
-            episodes=self.episodes,
+            by=self.by_script or self.episodes,
         )
 
     def _look_ahead(self, settings: TrainerSettings) -> Ahead | None:
@@ -320,7 +326,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.policy.rest()
         self._row_entropy = None
         output = super()._generate_and_score_completions([{"prompt": c.prompt.prompt} for c in rollout.rows.values()])
-        self.policy.check_agreement(list(rollout.rows.values()))
+        if self.by_script is None:  # whose log-probabilities may be of whatever it samples with
+            self.policy.check_agreement(list(rollout.rows.values()))
         groups, step = list(rollout.groups.values()), self.state.global_step + 1
         of_rows = [rollout.groups[place // self.num_generations] for place in rollout.rows]
         entropy, unmeasured = self._domain_entropy(output, of_rows)
@@ -441,6 +448,10 @@ class DomainGRPOTrainer(GRPOTrainer):
         completions = list(self._finished.rows.values())
         logps = None if any(c.logps is None for c in completions) else [c.logps for c in completions]
         return [c.ids for c in completions], logps
+
+    def _play(self, prompts: list, trainer: Any) -> dict[str, Any]:
+        """Hand over what a script's function has returned: TRL asks here in its place."""
+        return as_returned(list(self._finished.rows.values()))
 
     def _tool_call_loop(self, prompts: list, prompt_ids: list, ids: list, completions: list, logps: Any, *rest: Any):
         """Hand over which tokens the policy wrote, and what was said; all tools have answered."""

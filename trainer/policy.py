@@ -21,7 +21,7 @@ from peft import PeftModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import pad
 
-from polyphony.curricula.records import Completion, Prompt
+from polyphony.curricula.records import UNNAMED, Completion, Prompt
 from polyphony.trainer.domains import DomainData
 from polyphony.trainer.engine.engine import Engine, EngineFactory, find_engine
 from polyphony.trainer.engine.merge import merged_parameters
@@ -268,7 +268,12 @@ class Policy:
         return [
             c  # an episode knows what it began with, and what of it is an answer
             if c.episode is not None
-            else replace(c, prompt=prompt, text=self.decode(c.ids), truncated=c.ids[-1] not in self.ends)
+            else replace(
+                c,
+                prompt=prompt if c.prompt is UNNAMED else c.prompt,  # a script's function says what it asked with
+                text=self.decode(c.ids),
+                truncated=c.ids[-1] not in self.ends,
+            )
             for prompt, c in zip(prompts, completions, strict=True)
         ]
 

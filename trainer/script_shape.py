@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.declarations import nearest
 from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import REGISTRY
+from polyphony.trainer.domains import code_of
 
 SCRIPTS_WORDS = {
     "train": "train_dataset",
@@ -41,13 +43,17 @@ def refuse_other_args(args: Any) -> None:
 
 
 def quantized_by(model: Any, given: Any, args: GRPOConfig) -> str | None:
-    """Return by what a policy is quantized, in a script's words; None where it is not."""
+    """Return by what a policy is quantized, in a script's words; None where it is not. `model` is one, or its name."""
     if given is not None:
         return "quantization_config"
     said = args.model_init_kwargs if isinstance(args.model_init_kwargs, Mapping) else {}
     for name in ("quantization_config", "load_in_4bit", "load_in_8bit"):
         if said.get(name):
             return f"args.model_init_kwargs[{name!r}]"
+    if isinstance(model, str):
+        found = getattr(AutoConfig.from_pretrained(model, **code_of(args)), "quantization_config", None)
+        how = found.get("quant_method", "?") if isinstance(found, Mapping) else type(found).__name__
+        return f"model {model}, whose config.json says quantization_config ({how})," if found else None
     return "model, which is quantized," if any(getattr(model, name, None) for name in QUANTIZED) else None
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from packaging.version import Version
 from ray.exceptions import RayError
-from trl.import_utils import is_vllm_available
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,9 @@ class NcclSender:
 
 
 def _is_stateful() -> bool:
-    return is_vllm_available(min_version="0.28.0")
+    import vllm  # slow to import
+
+    return Version(vllm.__version__) >= Version("0.28.0")
 
 
 def _endpoint() -> Callable[[dict], Any]:

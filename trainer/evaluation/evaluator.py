@@ -24,6 +24,7 @@ from polyphony.trainer.evaluation.answers import Answer, read_answer, varieties
 from polyphony.trainer.evaluation.base_kl import BaseCompletion, BaseReference, LogProbabilities
 from polyphony.trainer.evaluation.result import HeldoutResult, Record, join, once
 from polyphony.trainer.policy import Policy
+from polyphony.trainer.rollout_function import RolloutFunction
 from polyphony.trainer.run import say
 from polyphony.trainer.scoring import Scorer, together
 from polyphony.trainer.settings import EvaluationSettings
@@ -46,8 +47,8 @@ class Evaluator:
     seed: int
     fusion: Fusion = field(default_factory=Fusion)
     """What tells the answers of a domain apart, where it rewards difference."""
-    episodes: Episodes | None = None
-    """Leads episodes, where a domain acts."""
+    by: Episodes | RolloutFunction | None = None
+    """What completes in the policy's place: episodes, where a domain acts, or a script's function."""
     base: BaseReference | None = None
     """What the base model said; set by `remember_base`, or restored."""
     cuts: bool = False
@@ -95,8 +96,8 @@ class Evaluator:
                 variety=variety[j],
                 shown=_to_be_read(sampled[j * k]) if prompt.id in shown[prompt.domain] else None,
                 ids=(
-                    (list(prompt.ids), list(sampled[j * k].ids))
-                    if sampled[j * k].episode is None  # tokens that others wrote would count as the policy's
+                    (list(sampled[j * k].prompt.ids), list(sampled[j * k].ids))
+                    if sampled[j * k].tool_mask is None  # tokens that others wrote would count as the policy's
                     and prompt.id in self.data.heldout[prompt.domain].ids[: self.settings.kl_items]
                     else None
                 ),
@@ -110,7 +111,7 @@ class Evaluator:
 
     def _graded(self, prompts: Sequence[Prompt], requests: Sequence[Request], copies: int) -> list[Completion]:
         """Return the completions with their rewards; what a reward logs is kept of the items that are published alone."""
-        complete = self.policy.complete if self.episodes is None else partial(self.episodes.complete, prompts)
+        complete = self.policy.complete if self.by is None else partial(self.by.complete, prompts)
         completions = self.policy.read(prompts, complete(requests, copies))
         published = {name: set(self._published(name)) for name in self.data.heldout}
         halves: tuple[list[int], list[int]] = ([], [])
