@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 Where = Literal["always", "run", "ours", "transformers", "trl"]
@@ -290,6 +291,19 @@ def refuse_unsampled(engine: Any, args: Any, *, rollout_func: Any, quantized: st
         )
     if quantized is not None and has_run:
         raise ValueError(f"{quantized} with run=: its final/ is merged, which quantized weights cannot be")
+    _refuse_no_kernels(args)
+
+
+def _refuse_no_kernels(args: Any) -> None:
+    """Raise ValueError for hub kernels where nothing could run them; on a CPU Transformers would leave them out unsaid."""
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, Mapping) else {}
+    if not given.get("use_kernels"):
+        return
+    missing = "" if find_spec("kernels") else "the package kernels is not installed"
+    if args.device.type == "cpu":
+        missing = "kernels of the hub are for GPUs, and there is none here"
+    if missing:
+        raise ValueError(f"model_init_kwargs.use_kernels={given['use_kernels']!r}: {missing}; leave it out")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

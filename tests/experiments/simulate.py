@@ -1,0 +1,291 @@
+"""`make simulate`: rollout workers by a model (`fleet.py`), held against real ones, and what would limit many more of them.
+
+The model's numbers are fitted to one worker of the lab's policy, and to one that sleeps. It then says how long a draw takes
+of two real workers, and of up to 64 that sleep in the place of sampling, behind the real engine and pool; beside it stands
+what they took. Beyond that it is the model alone. Real workers are counted by their processor time, which is what they would
+take on a machine that nothing else is at: the draw ends with the worker that had most to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from polyphony.launch.cli import set_environment
+from tests.experiments import fleet
+from tests.experiments.fleet import Asked, Draw, Fleet, Lengths, Sleeping, Speed, Trainer, bounds, course, measures
+
+SLEEPING = (1, 2, 8, 16, 32, 64)
+SIMULATED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+COPIES = 8
+GROUPS = 64
+"""Of a draw of the lab's; with as many for each worker where the draw grows with them."""
+
+
+# --- one worker, and what it says of two ------------------------------------------------------------------------------
+
+
+class Real:
+    """The lab's policy behind two workers on Ray, of one thread each."""
+
+    def __init__(self, folder: Path) -> None:
+        from polyphony.launch.build import build_trainer
+        from polyphony.launch.measures.rollouts import requests_of
+        from polyphony.launch.recipe import load_recipe
+        from tests.benchmarks.commands import RECIPES
+
+        changes = ["rollouts={engine: ray, workers: 2}", "tracking.wandb=null", "grpo.max_steps=6"]
+        self.trainer: Any = build_trainer(load_recipe(RECIPES / "demo.yaml", changes), folder)
+        self.engine: Any = self.trainer.policy.engine
+        self.trainer.policy.sync()
+        self.requests = requests_of(self.trainer)
+        self.workers = self.engine.pool.workers
+        self._cpu = [psutil.Process(_process(worker)) for worker in self.workers]
+        self._seeds = random.Random(1)
+
+    def sample(self, n_groups: int, copies: int, *, workers: int) -> tuple[list[Asked], list[float], float]:
+        """Sample so many groups with seeds of their own; return what it was, processor seconds a worker, and seconds."""
+        first = self._seeds.randrange(GROUPS)
+        places = [((first + n) % GROUPS) * COPIES + k for n in range(n_groups) for k in range(copies)]
+        asked = [replace(self.requests[place], seed=self._seeds.getrandbits(31)) for place in places]
+        self.engine.pool.workers = self.workers[:workers]
+        before, began = self._busy(), time.perf_counter()
+        found = self.engine.complete(asked)
+        spent = time.perf_counter() - began
+        self.engine.pool.workers = self.workers
+        lengths = [len(completion.ids) for completion in found]
+        seen = [
+            Asked(prompt_ids=tuple(r.prompt_ids), max_tokens=r.max_tokens, length=n)
+            for r, n in zip(asked, lengths, strict=True)
+        ]
+        return seen, [b - a for a, b in zip(before, self._busy(), strict=True)], spent
+
+    def _busy(self) -> list[float]:
+        return [(t := process.cpu_times()).user + t.system for process in self._cpu]
+
+    def trainer_times(self) -> Trainer:
+        """Return what syncs and updates take, of the processor time of the trainer's process."""
+        spent = []
+        for _ in range(7):
+            began = time.process_time()
+            self.trainer.policy.sync()
+            spent.append(time.process_time() - began)
+        began = time.process_time()
+        self.trainer.train()
+        steps = self.trainer.state.global_step
+        sync_s = statistics.median(spent)
+        update_s = (time.process_time() - began) / steps - sync_s
+        return Trainer(sync_s=sync_s, update_s=update_s / self.trainer.args.per_device_train_batch_size)
+
+
+def _process(worker: Any) -> int:
+    import ray
+
+    return ray.get(worker.ready)[1]
+
+
+def fit(seen: Sequence[tuple[Sequence[Asked], float]], *, slots: int) -> tuple[Speed, float]:
+    """Return the speed that explains shares and their seconds best, by relative error, and the median of that error."""
+    rows = np.array([[one / spent for one in measures(share, slots)] for share, spent in seen])
+    factors = _least_squares(rows, np.ones(len(rows)))
+    names = ("call_s", "step_s", "token_s", "prompt_token_s")
+    speed = Speed(**dict(zip(names, factors, strict=True)), slots=slots)
+    return speed, statistics.median(abs(speed.seconds(share) / spent - 1) for share, spent in seen)
+
+
+def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> list[float]:
+    """Return factors of at least 0 each: a column that would want less takes no part."""
+    used = list(range(rows.shape[1]))
+    while True:
+        found = np.linalg.lstsq(rows[:, used], wanted, rcond=None)[0]
+        if (found >= 0).all():
+            return [float(found[used.index(n)]) if n in used else 0.0 for n in range(rows.shape[1])]
+        del used[int(found.argmin())]
+
+
+def lengths_of(seen: Sequence[Asked]) -> Lengths:
+    """Return the lognormal of completions' lengths: the mean and deviation of their logarithms."""
+    logs = [math.log(max(1, one.length)) for one in seen]
+    return Lengths(
+        log_mean=statistics.fmean(logs), log_deviation=statistics.pstdev(logs), max_tokens=seen[0].max_tokens
+    )
+
+
+def predicted(make: Callable[[random.Random], Draw], *, seeds: int = 20) -> float:
+    """Return the median of what draws take by the model."""
+    return statistics.median(make(random.Random(seed)).seconds for seed in range(seeds))
+
+
+def real(*, repeats: int) -> tuple[Speed, Lengths, Trainer]:
+    """Fit one worker, print what two should take and did; return what was fitted."""
+    with tempfile.TemporaryDirectory() as folder:
+        of = Real(Path(folder))
+        slots = of.engine.max_num_seqs
+        of.sample(GROUPS, COPIES, workers=2)  # warms both
+        seen = []
+        for n_groups, copies in [(1, 1), (1, 8), (4, 8), (8, 1), (16, 8), (32, 4), (64, 1), (64, 8)] * repeats:
+            asked, busy, _ = of.sample(n_groups, copies, workers=1)
+            seen.append((asked, busy[0]))
+        speed, error = fit([pair for pair in seen if pair[1] >= 0.1], slots=-(-slots // 2))
+        lengths = lengths_of([one for asked, _ in seen for one in asked])
+        print(f"one worker: {_said(speed)}; error of the fit {error:.0%} (median of {len(seen)} shares)")
+        print(
+            f"lengths: exp(normal({lengths.log_mean:.2f}, {lengths.log_deviation:.2f})), at most {lengths.max_tokens}"
+        )
+        prompt = round(statistics.fmean(len(r.prompt_ids) for r in of.requests))
+        print(
+            "\n| real workers, 64 groups of 8 | predicted | took (processor) | error | took (clock) |\n|---|---|---|---|---|"
+        )
+        took = {}
+        for workers in (1, 2):
+            by_model = predicted(
+                lambda rng, n=workers: Fleet(workers=n, speed=speed).draw(
+                    lengths.draw(GROUPS, COPIES, prompt, rng), rng
+                )
+            )
+            runs = [of.sample(GROUPS, COPIES, workers=workers)[1:] for _ in range(max(3, 2 * repeats))]
+            took[workers] = [statistics.median(max(busy) for busy, _ in runs), statistics.median(s for _, s in runs)]
+            by_processor, by_clock = took[workers]
+            error = by_model / by_processor - 1
+            print(
+                f"| {workers} | {by_model:.2f} s | {by_processor:.2f} s | {error:+.0%} | {by_clock:.2f} s |", flush=True
+            )
+        ratio = [a / b for a, b in zip(took[1], took[2], strict=True)]
+        print(f"two over one: {ratio[0]:.2f} by processor time, {ratio[1]:.2f} by the clock")
+        times = of.trainer_times()
+        print(f"trainer: a sync {times.sync_s * 1e3:.0f} ms, an update {times.update_s * 1e3:.1f} ms a completion")
+        of.engine.close()
+    return speed, lengths, times
+
+
+def _said(speed: Speed) -> str:
+    call, step, token, prompt = (1e3 * factor for factor in speed.factors)
+    return f"{call:.1f} ms a call, {step:.2f} a step, {token:.3f} a token, {prompt:.3f} a token of a prompt"
+
+
+# --- workers that sleep -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def asleep(workers: int, speed: Speed) -> Iterator[Any]:
+    """Have the Ray engine over its pool of so many workers that sleep, on a cluster of its own."""
+    import ray
+    from accelerate import Accelerator
+
+    from polyphony.launch.cluster.ray_engine import RayEngine
+    from polyphony.launch.cluster.ray_workers import WorkerPool
+    from polyphony.launch.sections import RolloutsSection
+    from polyphony.trainer.engine.engine import EngineFaults
+
+    class Pool(WorkerPool):
+        worker_class = Sleeping
+
+    class Asleep(RayEngine):
+        def __init__(self) -> None:  # no policy, so nothing of TRL's
+            self.rollouts = RolloutsSection(engine="ray", workers=workers)
+            self.accelerator, self.faults, self.sampling = Accelerator(cpu=True), EngineFaults(), None  # type: ignore
+            self.pool = Pool.start(speed, self.rollouts)  # type: ignore[arg-type]
+
+        def sync_weights(self) -> None:
+            self.version += 1
+            self.pool.load(self.version, None)  # type: ignore[union-attr,arg-type]
+
+    ray.cloudpickle.register_pickle_by_value(fleet)  # workers have no folder of tests
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    engine = Asleep()
+    try:
+        engine.sync_weights()
+        yield engine
+    finally:
+        engine.close()
+        ray.shutdown()
+
+
+def send_seconds() -> float:
+    """Return what the dealing process is at for each request, one worker that does not sleep at all."""
+    with asleep(1, Speed(call_s=0, step_s=0, token_s=0, prompt_token_s=0)) as engine:
+        asked = Lengths(log_mean=2.0, log_deviation=0.5, max_tokens=32).draw(512, COPIES, 20, random.Random(1))
+        engine.complete(asked)
+        spent = []
+        for _ in range(5):
+            began = time.perf_counter()
+            engine.complete(asked)
+            spent.append(time.perf_counter() - began)
+    return statistics.median(spent) / len(asked) / 2  # there and back
+
+
+def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths) -> float:
+    """Print what workers that sleep should take and did; return what a request costs who deals them out."""
+    send_s = send_seconds()
+    print(f"\nwho deals out is at it for {send_s * 1e6:.0f} us a request, there and back the same")
+    print("\n| workers that sleep | groups of 8 | predicted | took | error | their memory |\n|---|---|---|---|---|---|")
+    for workers in counts:
+        with asleep(workers, speed) as engine:
+            for n_groups in dict.fromkeys((GROUPS, 16 * workers)):
+                engine.complete(lengths.draw(workers, 1, 20, random.Random(0)))  # warms all
+                took, model = [], []
+                for seed in range(5):
+                    rng = random.Random(seed)
+                    asked = lengths.draw(n_groups, COPIES, 20, rng)
+                    began = time.perf_counter()
+                    engine.complete(asked)
+                    took.append(time.perf_counter() - began)
+                    model.append(Fleet(workers=workers, speed=speed, send_s=send_s).draw(asked, rng).seconds)
+                held = sum(psutil.Process(_process(w)).memory_info().rss for w in engine.pool.workers) / 2**30
+                ours, theirs = statistics.median(model), statistics.median(took)
+                said = f"{ours:.2f} s | {theirs:.2f} s | {ours / theirs - 1:+.0%} | {held:.1f} GiB"
+                print(f"| {workers} | {n_groups} | {said} |", flush=True)
+    return send_s
+
+
+# --- beyond what is here ----------------------------------------------------------------------------------------------
+
+
+def beyond(speed: Speed, lengths: Lengths, trainer: Trainer, send_s: float, *, draws: int = 40) -> None:
+    """Print how busy workers and trainer would be, how old weights are, and what limits."""
+    print("\n| workers | groups | ahead | s a draw | workers busy | trainer busy | behind | what limits |")
+    print("|---|---|---|---|---|---|---|---|")
+    for workers in SIMULATED:
+        rng = random.Random(workers)
+        of = Fleet(workers=workers, speed=speed, send_s=send_s)
+        made = [of.draw(lengths.draw(GROUPS, COPIES, 20, rng), rng) for _ in range(draws)]
+        for ahead in (0, 1, 2):
+            run = course(made, trainer, ahead=ahead)
+            least = bounds(made, trainer, workers, ahead=ahead)
+            busy = statistics.fmean(draw.busy for draw in made) / workers / run.period
+            updating = GROUPS * COPIES * trainer.update_s / run.period
+            limit = max(least, key=least.__getitem__)
+            print(
+                f"| {workers} | {GROUPS} | {ahead} | {run.period:.2f} | {busy:.0%} | {updating:.0%} | {run.stale[-1]} "
+                f"| {limit} |"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fit, hold the model against what runs here, and print what it says of more."""
+    parser = argparse.ArgumentParser(prog="simulate", description=__doc__)
+    parser.add_argument("--sleeping", type=int, nargs="*", default=SLEEPING, metavar="N", help="workers that sleep")
+    parser.add_argument("--repeats", type=int, default=2, help="of every measurement of real workers")
+    arguments = parser.parse_args(argv)
+    set_environment()
+    speed, lengths, trainer = real(repeats=arguments.repeats)
+    send_s = sleeping(arguments.sleeping, speed, lengths)
+    beyond(speed, lengths, trainer, send_s)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
