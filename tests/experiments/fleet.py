@@ -9,11 +9,12 @@ Imports neither torch nor vLLM: `Sleeping` is a worker that takes its time by th
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from polyphony.launch.cluster.shares import cost, spread, whole_groups
@@ -60,7 +61,7 @@ class Speed:
 
 def measures(share: Sequence[Asked], slots: int) -> tuple[int, int, int, int]:
     """Return of a share what takes time: itself, its decoding steps, its tokens, and the tokens of its prompts."""
-    prompts = sum(len(share[group[0]].prompt_ids) for group in whole_groups(share))  # type: ignore[arg-type]
+    prompts = sum(len(share[group[0]].prompt_ids) for group in _groups(share))
     lengths = [one.length for one in share]
     return 1, steps(lengths, slots), sum(lengths), prompts
 
@@ -76,22 +77,65 @@ def steps(lengths: Sequence[int], slots: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Lengths of completions: lognormal, cut off at `max_tokens`."""
+    """Lengths of completions: lognormal, about a mean of its own for each group, cut off at `max_tokens`."""
 
     log_mean: float
-    log_deviation: float
+    between: float
+    """Deviation of the groups' means, of the logarithm."""
+    within: float
+    """Deviation in a group."""
     max_tokens: int
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked]) -> Lengths:
+        """Return those that were seen, of groups of two or more."""
+        logs = [[math.log(max(1, asked[place].length)) for place in group] for group in _groups(asked)]
+        logs = [group for group in logs if len(group) > 1]
+        within = fmean(variance(group) for group in logs)
+        between = variance([fmean(group) for group in logs]) - within / fmean(map(len, logs))
+        return cls(
+            log_mean=fmean(one for group in logs for one in group),
+            between=math.sqrt(max(0.0, between)),
+            within=math.sqrt(within),
+            max_tokens=asked[0].max_tokens,
+        )
 
     def draw(self, n_groups: int, copies: int, prompt_tokens: int, rng: random.Random) -> list[Asked]:
         """Return the requests of a draw, group by group."""
-        return [
-            Asked(prompt_ids=(group,) * prompt_tokens, max_tokens=self.max_tokens, length=self._one(rng))
-            for group in range(n_groups)
-            for _ in range(copies)
-        ]
+        asked = []
+        for group in range(n_groups):
+            mean = rng.gauss(self.log_mean, self.between)
+            lengths = [round(rng.lognormvariate(mean, self.within)) for _ in range(copies)]
+            prompt = (group,) * prompt_tokens
+            asked += [
+                Asked(prompt_ids=prompt, max_tokens=self.max_tokens, length=max(1, min(self.max_tokens, length)))
+                for length in lengths
+            ]
+        return asked
 
-    def _one(self, rng: random.Random) -> int:
-        return max(1, min(self.max_tokens, round(rng.lognormvariate(self.log_mean, self.log_deviation))))
+
+Deal = Callable[[Sequence[Asked], int], list[list[int]]]
+"""Deals a draw out to so many workers: the places that each gets."""
+
+
+def dealt(asked: Sequence[Asked], workers: int) -> list[list[int]]:
+    """Return the places that each worker gets from the engine's own balancer."""
+    return _spread(asked, workers, lambda group: cost(asked, group))  # type: ignore[arg-type]
+
+
+def foreseen(asked: Sequence[Asked], workers: int) -> list[list[int]]:
+    """Return the same where lengths are known before: more than any prediction of them can gain."""
+    return _spread(asked, workers, lambda group: sum(asked[place].length for place in group))
+
+
+def _groups(asked: Sequence[Asked]) -> list[list[int]]:
+    return whole_groups(asked)  # type: ignore[arg-type]
+
+
+def _spread(asked: Sequence[Asked], workers: int, of: Callable[[list[int]], int]) -> list[list[int]]:
+    groups = _groups(asked)
+    shares = spread([of(group) for group in groups], workers)
+    return [[place for n in share for place in groups[n]] for share in shares]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,23 +152,38 @@ class Fleet:
     slow_by: float = 1.0
     """How many times as long a slow one takes."""
 
-    def draw(self, asked: Sequence[Asked], rng: random.Random) -> Draw:
-        """Return what becomes of a draw."""
-        groups = whole_groups(asked)  # type: ignore[arg-type]
-        costs = [cost(asked, group) for group in groups]  # type: ignore[arg-type]
+    def draw(self, asked: Sequence[Asked], rng: random.Random, deal: Deal = dealt) -> Draw:
+        """Return what becomes of a draw that is dealt out whole, a share a worker."""
         sent, ends, busy = 0.0, [], []
-        for numbers in spread(costs, self.workers):
-            share = [asked[place] for n in numbers for place in groups[n]]
-            if not share:
-                continue
-            sent += self.send_s * len(share)
-            slow = self.slow_by if rng.random() < self.slow_share else 1.0
-            busy.append(slow * self.speed.seconds(share))
-            ends.append((sent + busy[-1], len(share)))
+        for places in filter(None, deal(asked, self.workers)):
+            sent += self.send_s * len(places)
+            busy.append(self._slowed(rng) * self.speed.seconds([asked[place] for place in places]))
+            ends.append((sent + busy[-1], len(places)))
         taken = 0.0
         for end, n in sorted(ends):
             taken = max(taken, end) + self.send_s * n
-        return Draw(seconds=taken, busy=sum(busy), completions=len(asked))
+        longest = max(self.speed.seconds([asked[place] for place in group]) for group in _groups(asked))
+        return Draw(seconds=taken, busy=sum(busy), completions=len(asked), longest=longest)
+
+    def steal(self, asked: Sequence[Asked], rng: random.Random) -> Draw:
+        """Return what would become of it if whoever is free took as many of the groups not yet begun as it has slots for."""
+        waiting = _groups(asked)
+        slow = [self._slowed(rng) for _ in range(self.workers)]
+        free = [(0.0, worker) for worker in range(self.workers)]
+        busy = 0.0
+        while waiting:
+            share: list[int] = []
+            at_most = max(1, min(self.speed.slots, -(-sum(map(len, waiting)) // self.workers)))
+            while waiting and len(share) < at_most:
+                share += waiting.pop(0)
+            began, worker = heapq.heappop(free)
+            spent = slow[worker] * self.speed.seconds([asked[place] for place in share])
+            busy += spent
+            heapq.heappush(free, (began + spent + 2 * self.send_s * len(share), worker))
+        return Draw(seconds=max(end for end, _ in free), busy=busy, completions=len(asked))
+
+    def _slowed(self, rng: random.Random) -> float:
+        return self.slow_by if rng.random() < self.slow_share else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +195,8 @@ class Draw:
     busy: float
     """Seconds that workers were at it, all of them together."""
     completions: int
+    longest: float = 0.0
+    """Seconds of the group that takes longest, had a worker it alone: no deal is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +239,14 @@ def course(draws: Sequence[Draw], trainer: Trainer, *, ahead: int) -> Course:
     return run
 
 
-def bounds(draws: Sequence[Draw], trainer: Trainer, workers: int, *, ahead: int) -> dict[str, float]:
-    """Return what a draw would take, in seconds on average, if this alone took time."""
-    update = fmean(trainer.update_s * draw.completions for draw in draws)
-    even = fmean(draw.busy / workers for draw in draws)
-    slowest = fmean(draw.seconds for draw in draws)
-    if ahead:
-        return {"update": update + trainer.sync_s, "rollouts": slowest + trainer.sync_s, "even": even}
-    return {"turns": update + slowest + trainer.sync_s, "update": update, "rollouts": slowest, "even": even}
+def bounds(draws: Sequence[Draw], trainer: Trainer, of: Fleet) -> dict[str, float]:
+    """Return what a draw would take, in seconds on average, if one thing alone took time."""
+    return {
+        "update": fmean(trainer.update_s * draw.completions for draw in draws),
+        "tokens": fmean(draw.busy / of.workers for draw in draws),
+        "longest group": fmean(draw.longest for draw in draws),
+        "dealing": fmean(2 * of.send_s * draw.completions for draw in draws),
+    }
 
 
 class Sleeping:

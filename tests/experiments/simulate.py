@@ -26,13 +26,32 @@ import psutil
 
 from polyphony.launch.cli import set_environment
 from tests.experiments import fleet
-from tests.experiments.fleet import Asked, Draw, Fleet, Lengths, Sleeping, Speed, Trainer, bounds, course, measures
+from tests.experiments.fleet import (
+    Asked,
+    Draw,
+    Fleet,
+    Lengths,
+    Sleeping,
+    Speed,
+    Trainer,
+    bounds,
+    course,
+    foreseen,
+    measures,
+)
 
 SLEEPING = (1, 2, 8, 16, 32, 64)
+OTHERS = ((2, 8, 8), (2, 64, 8), (2, 560, 1), (8, 64, 8), (8, 560, 1), (64, 64, 8), (64, 512, 8))
+"""Workers, groups and their size: draws and evaluations."""
 SIMULATED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LONG_ENOUGH_S = 0.4
+"""Processor time is counted in hundredths."""
 COPIES = 8
 GROUPS = 64
-"""Of a draw of the lab's; with as many for each worker where the draw grows with them."""
+"""Of a draw of the lab's."""
+LONGER = 8
+LONG, LONG_GROUPS, EVEN_AT = Lengths(log_mean=6.0, between=0.6, within=0.5, max_tokens=2048), 512, 8
+"""Completions of 403 tokens in the median, and a trainer that 8 workers keep busy."""
 
 
 # --- one worker, and what it says of two ------------------------------------------------------------------------------
@@ -97,13 +116,13 @@ def _process(worker: Any) -> int:
     return ray.get(worker.ready)[1]
 
 
-def fit(seen: Sequence[tuple[Sequence[Asked], float]], *, slots: int) -> tuple[Speed, float]:
-    """Return the speed that explains shares and their seconds best, by relative error, and the median of that error."""
-    rows = np.array([[one / spent for one in measures(share, slots)] for share, spent in seen])
+def fit(seen: Sequence[tuple[Sequence[Sequence[Asked]], float]], *, slots: int) -> tuple[Speed, float]:
+    """Return the speed that explains best, by relative error, what shares took together, and the median of that error."""
+    rows = np.array([sum(np.array(measures(share, slots)) for share in shares) / spent for shares, spent in seen])
     factors = _least_squares(rows, np.ones(len(rows)))
     names = ("call_s", "step_s", "token_s", "prompt_token_s")
     speed = Speed(**dict(zip(names, factors, strict=True)), slots=slots)
-    return speed, statistics.median(abs(speed.seconds(share) / spent - 1) for share, spent in seen)
+    return speed, float(np.median(abs(rows @ factors - 1)))
 
 
 def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> list[float]:
@@ -116,59 +135,58 @@ def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> list[float]:
         del used[int(found.argmin())]
 
 
-def lengths_of(seen: Sequence[Asked]) -> Lengths:
-    """Return the lognormal of completions' lengths: the mean and deviation of their logarithms."""
-    logs = [math.log(max(1, one.length)) for one in seen]
-    return Lengths(
-        log_mean=statistics.fmean(logs), log_deviation=statistics.pstdev(logs), max_tokens=seen[0].max_tokens
-    )
-
-
-def predicted(make: Callable[[random.Random], Draw], *, seeds: int = 20) -> float:
-    """Return the median of what draws take by the model."""
-    return statistics.median(make(random.Random(seed)).seconds for seed in range(seeds))
-
-
 def real(*, repeats: int) -> tuple[Speed, Lengths, Trainer]:
     """Fit one worker, print what two should take and did; return what was fitted."""
     with tempfile.TemporaryDirectory() as folder:
         of = Real(Path(folder))
-        slots = of.engine.max_num_seqs
         of.sample(GROUPS, COPIES, workers=2)  # warms both
-        seen = []
-        for n_groups, copies in [(1, 1), (1, 8), (4, 8), (8, 1), (16, 8), (32, 4), (64, 1), (64, 8)] * repeats:
-            asked, busy, _ = of.sample(n_groups, copies, workers=1)
-            seen.append((asked, busy[0]))
-        speed, error = fit([pair for pair in seen if pair[1] >= 0.1], slots=-(-slots // 2))
-        lengths = lengths_of([one for asked, _ in seen for one in asked])
-        print(f"one worker: {_said(speed)}; error of the fit {error:.0%} (median of {len(seen)} shares)")
-        print(
-            f"lengths: exp(normal({lengths.log_mean:.2f}, {lengths.log_deviation:.2f})), at most {lengths.max_tokens}"
-        )
+        speed, lengths = one_worker(of, repeats=repeats)
         prompt = round(statistics.fmean(len(r.prompt_ids) for r in of.requests))
         print(
             "\n| real workers, 64 groups of 8 | predicted | took (processor) | error | took (clock) |\n|---|---|---|---|---|"
         )
-        took = {}
+        took: dict[int, tuple[list[float], float, float]] = {}
         for workers in (1, 2):
-            by_model = predicted(
-                lambda rng, n=workers: Fleet(workers=n, speed=speed).draw(
-                    lengths.draw(GROUPS, COPIES, prompt, rng), rng
-                )
-            )
-            runs = [of.sample(GROUPS, COPIES, workers=workers)[1:] for _ in range(max(3, 2 * repeats))]
-            took[workers] = [statistics.median(max(busy) for busy, _ in runs), statistics.median(s for _, s in runs)]
-            by_processor, by_clock = took[workers]
-            error = by_model / by_processor - 1
-            print(
-                f"| {workers} | {by_model:.2f} s | {by_processor:.2f} s | {error:+.0%} | {by_clock:.2f} s |", flush=True
-            )
-        ratio = [a / b for a, b in zip(took[1], took[2], strict=True)]
-        print(f"two over one: {ratio[0]:.2f} by processor time, {ratio[1]:.2f} by the clock")
+            model = Fleet(workers=workers, speed=speed)
+            draws = [
+                model.draw(lengths.draw(GROUPS, COPIES, prompt, rng), rng) for rng in map(random.Random, range(20))
+            ]
+            ours = statistics.median(draw.seconds for draw in draws)
+            runs = [of.sample(GROUPS, COPIES, workers=workers)[1:] for _ in range(max(3, 5 * repeats))]
+            busy, slowest = (statistics.median(how(b) for b, _ in runs) for how in (sum, max))
+            took[workers] = busy, slowest, statistics.median(clock for _, clock in runs)
+            said = f"{ours:.2f} s | {slowest:.2f} s | {ours / slowest - 1:+.0%} | {took[workers][2]:.2f} s"
+            print(f"| {workers} | {said} |", flush=True)
+        (alone, one, _), (both, slowest, _) = took[1], took[2]
+        print(f"two over one: {one / slowest:.2f} by processor time, {took[1][2] / took[2][2]:.2f} by the clock;")
+        print(
+            f"of 2: {both / 2 / slowest:.2f} by how even the shares are, {alone / both:.2f} by what two take more in all"
+        )
         times = of.trainer_times()
         print(f"trainer: a sync {times.sync_s * 1e3:.0f} ms, an update {times.update_s * 1e3:.1f} ms a completion")
         of.engine.close()
     return speed, lengths, times
+
+
+def one_worker(of: Real, *, repeats: int) -> tuple[Speed, Lengths]:
+    """Return what one worker takes, and the lengths that it sampled."""
+    seen: list[tuple[list[Sequence[Asked]], float]] = []
+    for n_groups, copies in [(1, 1), (1, 8), (4, 1), (4, 8), (16, 1), (16, 2), (16, 8), (32, 4), (64, 1), (64, 8)]:
+        for _ in range(repeats):
+            shares, spent = [], 0.0
+            while spent < LONG_ENOUGH_S:
+                asked, busy, _ = of.sample(n_groups, copies, workers=1)
+                shares.append(asked)
+                spent += busy[0]
+            seen.append((shares, spent))
+    speed, error = fit(seen, slots=-(-of.engine.max_num_seqs // 2))
+    lengths = Lengths.of(
+        [one for shares, _ in seen for asked in shares for one in asked if len(asked) == GROUPS * COPIES]
+    )
+    print(f"one worker: {_said(speed)}; error of the fit {error:.0%}, median of {len(seen)} kinds of shares")
+    spread_out = f"deviation {lengths.between:.2f} between groups and {lengths.within:.2f} within"
+    print(f"lengths: logarithm {lengths.log_mean:.2f}, {spread_out}, at most {lengths.max_tokens} tokens")
+    return speed, lengths
 
 
 def _said(speed: Speed) -> str:
@@ -217,7 +235,7 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
 def send_seconds() -> float:
     """Return what the dealing process is at for each request, one worker that does not sleep at all."""
     with asleep(1, Speed(call_s=0, step_s=0, token_s=0, prompt_token_s=0)) as engine:
-        asked = Lengths(log_mean=2.0, log_deviation=0.5, max_tokens=32).draw(512, COPIES, 20, random.Random(1))
+        asked = Lengths(log_mean=2.0, between=0.3, within=0.5, max_tokens=32).draw(512, COPIES, 20, random.Random(1))
         engine.complete(asked)
         spent = []
         for _ in range(5):
@@ -231,6 +249,8 @@ def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths) -> float:
     """Print what workers that sleep should take and did; return what a request costs who deals them out."""
     send_s = send_seconds()
     print(f"\nwho deals out is at it for {send_s * 1e6:.0f} us a request, there and back the same")
+    lengths = replace(lengths, log_mean=lengths.log_mean + math.log(LONGER), max_tokens=LONGER * lengths.max_tokens)
+    print(f"\ncompletions {LONGER} times as long as the lab's, so that a draw takes seconds")
     print("\n| workers that sleep | groups of 8 | predicted | took | error | their memory |\n|---|---|---|---|---|---|")
     for workers in counts:
         with asleep(workers, speed) as engine:
@@ -254,24 +274,53 @@ def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths) -> float:
 # --- beyond what is here ----------------------------------------------------------------------------------------------
 
 
-def beyond(speed: Speed, lengths: Lengths, trainer: Trainer, send_s: float, *, draws: int = 40) -> None:
-    """Print how busy workers and trainer would be, how old weights are, and what limits."""
-    print("\n| workers | groups | ahead | s a draw | workers busy | trainer busy | behind | what limits |")
-    print("|---|---|---|---|---|---|---|---|")
+def beyond(of: Fleet, lengths: Lengths, trainer: Trainer, groups: int, *, draws: int = 20) -> None:
+    """Print for more and more workers what a draw takes, how busy workers and trainer are, and what limits."""
+    print(
+        "\n| workers | rollouts | s a draw: ahead 0 | 1 | 2 | workers busy: ahead 0 | 1 | trainer busy: 0 | 1 | limit |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for workers in SIMULATED:
         rng = random.Random(workers)
-        of = Fleet(workers=workers, speed=speed, send_s=send_s)
-        made = [of.draw(lengths.draw(GROUPS, COPIES, 20, rng), rng) for _ in range(draws)]
-        for ahead in (0, 1, 2):
-            run = course(made, trainer, ahead=ahead)
-            least = bounds(made, trainer, workers, ahead=ahead)
-            busy = statistics.fmean(draw.busy for draw in made) / workers / run.period
-            updating = GROUPS * COPIES * trainer.update_s / run.period
-            limit = max(least, key=least.__getitem__)
-            print(
-                f"| {workers} | {GROUPS} | {ahead} | {run.period:.2f} | {busy:.0%} | {updating:.0%} | {run.stale[-1]} "
-                f"| {limit} |"
-            )
+        many = replace(of, workers=workers)
+        made = [many.draw(lengths.draw(groups, COPIES, 20, rng), rng) for _ in range(draws)]
+        periods = [course(made, trainer, ahead=ahead).period for ahead in (0, 1, 2)]
+        busy = [statistics.fmean(draw.busy for draw in made) / workers / period for period in periods[:2]]
+        updating = [groups * COPIES * trainer.update_s / period for period in periods[:2]]
+        least = bounds(made, trainer, many)
+        cells = [f"{statistics.fmean(draw.seconds for draw in made):.2f} s", *(f"{period:.2f}" for period in periods)]
+        cells += [f"{share:.0%}" for share in (*busy, *updating)]
+        of_rollouts = max((name for name in least if name != "update"), key=least.__getitem__)
+        limit = "update" if least["update"] > statistics.fmean(draw.seconds for draw in made) else "rollouts"
+        print(f"| {workers} | {' | '.join(cells)} | {limit} | {of_rollouts} |")
+
+
+def _even_at(of: Fleet, lengths: Lengths) -> float:
+    """Return seconds a completion of an update that takes as long as the rollouts of these workers."""
+    rng = random.Random(1)
+    return of.draw(lengths.draw(LONG_GROUPS, COPIES, 20, rng), rng).seconds / LONG_GROUPS / COPIES
+
+
+def better(speed: Speed, lengths: Lengths, *, seeds: int = 40) -> None:
+    """Print what other ways to deal out would take: lengths known before, or groups not yet begun taken by who is free."""
+    print(
+        "\n| workers | groups | of | today's | lengths known | taken by who is free | the same, a tenth twice as slow |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for workers, groups, copies in OTHERS:
+        draws = [lengths.draw(groups, copies, 20, random.Random(seed)) for seed in range(seeds)]
+        even, uneven = (Fleet(workers=workers, speed=speed, slow_share=share, slow_by=2.0) for share in (0.0, 0.1))
+
+        def took(way: Callable[..., Draw], draws: Sequence[Sequence[Asked]] = draws) -> float:
+            return statistics.fmean(way(asked, random.Random(n)).seconds for n, asked in enumerate(draws))
+
+        today = took(even.draw)
+        known = took(lambda asked, rng, of=even: of.draw(asked, rng, foreseen)) / today
+        slow = took(uneven.steal) / took(uneven.draw)
+        print(
+            f"| {workers} | {groups} | {copies} | {today:.2f} s | {known:.2f} x | {took(even.steal) / today:.2f} x "
+            f"| {slow:.2f} x |"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +332,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     speed, lengths, trainer = real(repeats=arguments.repeats)
     send_s = sleeping(arguments.sleeping, speed, lengths)
-    beyond(speed, lengths, trainer, send_s)
+    of = Fleet(workers=1, speed=speed, send_s=send_s)
+    print(f"\nthe lab: {GROUPS} groups of {COPIES}, its trainer")
+    beyond(of, lengths, trainer, GROUPS)
+    alike = replace(trainer, update_s=_even_at(replace(of, workers=EVEN_AT), LONG))
+    print(
+        f"\n{LONG_GROUPS} groups of {COPIES}, up to {LONG.max_tokens} tokens, updates as long as the rollouts of {EVEN_AT}"
+    )
+    beyond(of, LONG, alike, LONG_GROUPS)
+    better(speed, lengths)
     return 0
 
 
