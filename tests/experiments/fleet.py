@@ -249,11 +249,95 @@ def bounds(draws: Sequence[Draw], trainer: Trainer, of: Fleet) -> dict[str, floa
     }
 
 
+class Underway:
+    """Turns that a worker is at, none waiting for a slot; their prompts are in its cache.
+
+    Example: `at = Underway(speed); at.add([(0, asked)]); at.go_on(0.05)`
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed, self.left, self._begun = speed, dict[int, int](), 0.0
+
+    def add(self, asked: Sequence[tuple[int, Asked]]) -> None:
+        """Take turns in, each with its place."""
+        self.left |= {place: request.length for place, request in asked}
+
+    def go_on(self, seconds: float) -> tuple[list[int], float]:
+        """Go on until one is whole, or for so many seconds; return the places of what is whole, and what it took."""
+        if not self.left:
+            return [], 0.0
+        step_s = self.speed.step_s + self.speed.token_s * len(self.left)
+        fewest = min(self.left.values())
+        spent = min(fewest * step_s - self._begun, seconds)
+        steps = min(fewest, int((self._begun + spent) / step_s + 1e-9))
+        self._begun += spent - steps * step_s
+        self.left = {place: left - steps for place, left in self.left.items()}
+        whole = [place for place, left in self.left.items() if left == 0]
+        for place in whole:
+            del self.left[place]
+        return whole, spent
+
+
+class Talk:
+    """Episodes of some turns each, whose tools answer at once; stands where `Episodes` does."""
+
+    def __init__(self, episodes: Sequence[Sequence[int]], *, max_tokens: int) -> None:
+        self._lengths, self._max_tokens = episodes, max_tokens
+        self._of: list[tuple[int, int]] = []
+        """By place, which turn of which episode it is."""
+        self._waiting: list[tuple[int, Asked]] = []
+        for episode in range(len(episodes)):
+            self._ask(episode, 0)
+
+    def waiting(self, wait: str) -> list[tuple[int, Asked]]:
+        asked, self._waiting = self._waiting, []
+        return asked
+
+    def take(self, place: int, completion: Any) -> None:
+        episode, turn = self._of[place]
+        if turn + 1 < len(self._lengths[episode]):
+            self._ask(episode, turn + 1)
+
+    def _ask(self, episode: int, turn: int) -> None:
+        length = self._lengths[episode][turn]
+        request = Asked(prompt_ids=(episode,), max_tokens=self._max_tokens, length=length, episode=episode)
+        self._waiting.append((len(self._of), request))
+        self._of.append((episode, turn))
+
+
+def converse(talk: Talk, of: Fleet, *, hear_s: float, moment_s: float, routes: Any) -> tuple[float, float]:
+    """Return the seconds that episodes take, and those that workers are at it, all together.
+
+    `routes` are the engine's own; it hears of one worker after the other, and is at it for `hear_s`.
+    """
+    at = [Underway(of.speed) for _ in range(of.workers)]
+    calls: list[tuple[float, int, list[int]]] = []
+    unsent: dict[int, list[tuple[int, Asked]]] = {}
+    now = busy = 0.0
+    while True:
+        asked = talk.waiting("none")
+        if not asked and not any(routes.turns.values()):
+            return now, busy
+        for worker, more in routes.deal(asked, range(of.workers)).items() if asked else ():
+            unsent.setdefault(worker, []).extend(more)
+        called = {worker for _, worker, _ in calls}
+        for worker in [worker for worker, turns in routes.turns.items() if turns and worker not in called]:
+            at[worker].add(unsent.pop(worker, []))
+            whole, spent = at[worker].go_on(moment_s)
+            busy += spent
+            heapq.heappush(calls, (now + spent, worker, whole))
+        ended, worker, whole = heapq.heappop(calls)
+        now = max(now, ended) + hear_s
+        for place in whole:
+            routes.whole(worker, place)
+            talk.take(place, None)
+
+
 class Sleeping:
     """Stands where a rollout worker does, and sleeps as long as one of its speed would sample; for `WorkerPool`."""
 
     def __init__(self, speed: Speed) -> None:
-        self.speed, self.version = speed, -1
+        self.speed, self.version, self.at = speed, -1, Underway(speed)
 
     def process_id(self) -> tuple[str, int]:
         import os
@@ -268,6 +352,15 @@ class Sleeping:
     def complete(self, requests: Sequence[Asked], sampling: Any) -> Slept:
         time.sleep(self.speed.seconds(requests))
         return Slept(version=self.version, completions=[Whole(ids=[0] * one.length) for one in requests])
+
+    def forget(self) -> None:
+        self.at = Underway(self.speed)
+
+    def go_on(self, asked: Sequence[tuple[int, Asked]], sampling: Any, seconds: float) -> Slept:
+        self.at.add(asked)
+        whole, spent = self.at.go_on(seconds)
+        time.sleep(spent)
+        return Slept(version=self.version, completions=[Whole(ids=[]) for _ in whole], places=whole)
 
 
 @dataclass(frozen=True, kw_only=True)

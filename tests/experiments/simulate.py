@@ -9,6 +9,7 @@ take on a machine that nothing else is at: the draw ends with the worker that ha
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import random
 import statistics
@@ -17,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,10 @@ from tests.experiments.fleet import (
     Lengths,
     Sleeping,
     Speed,
+    Talk,
     Trainer,
     bounds,
+    converse,
     course,
     foreseen,
     measures,
@@ -50,6 +54,7 @@ COPIES = 8
 GROUPS = 64
 """Of a draw of the lab's."""
 LONGER = 8
+AHEAD = (0, 1, 2)
 LONG, LONG_GROUPS, EVEN_AT = Lengths(log_mean=6.0, between=0.6, within=0.5, max_tokens=2048), 512, 8
 """Completions of 403 tokens in the median, and a trainer that 8 workers keep busy."""
 
@@ -145,7 +150,7 @@ def real(*, repeats: int) -> tuple[Speed, Lengths, Trainer]:
         print(
             "\n| real workers, 64 groups of 8 | predicted | took (processor) | error | took (clock) |\n|---|---|---|---|---|"
         )
-        took: dict[int, tuple[list[float], float, float]] = {}
+        took: dict[int, tuple[float, float, float]] = {}
         for workers in (1, 2):
             model = Fleet(workers=workers, speed=speed)
             draws = [
@@ -202,6 +207,7 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
     """Have the Ray engine over its pool of so many workers that sleep, on a cluster of its own."""
     import ray
     from accelerate import Accelerator
+    from ray import cloudpickle
 
     from polyphony.launch.cluster.ray_engine import RayEngine
     from polyphony.launch.cluster.ray_workers import WorkerPool
@@ -221,8 +227,8 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
             self.version += 1
             self.pool.load(self.version, None)  # type: ignore[union-attr,arg-type]
 
-    ray.cloudpickle.register_pickle_by_value(fleet)  # workers have no folder of tests
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    cloudpickle.register_pickle_by_value(fleet)  # workers have no folder of tests
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     engine = Asleep()
     try:
         engine.sync_weights()
@@ -232,43 +238,76 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
         ray.shutdown()
 
 
-def send_seconds() -> float:
-    """Return what the dealing process is at for each request, one worker that does not sleep at all."""
-    with asleep(1, Speed(call_s=0, step_s=0, token_s=0, prompt_token_s=0)) as engine:
-        asked = Lengths(log_mean=2.0, between=0.3, within=0.5, max_tokens=32).draw(512, COPIES, 20, random.Random(1))
-        engine.complete(asked)
-        spent = []
-        for _ in range(5):
-            began = time.perf_counter()
-            engine.complete(asked)
-            spent.append(time.perf_counter() - began)
-    return statistics.median(spent) / len(asked) / 2  # there and back
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    """What the process that deals out is at, in seconds."""
+
+    send_s: float
+    """For a request; for the completion that comes back the same."""
+    hear_s: float
+    """For a call of a worker that goes on with turns, and has nothing to do."""
+
+    @classmethod
+    def seen(cls) -> Dealing:
+        """Return what it takes with one worker that does not sleep."""
+        with asleep(1, Speed(call_s=0.0, step_s=1e-9, token_s=0.0, prompt_token_s=0.0)) as engine:
+            asked = Lengths(log_mean=2.0, between=0.3, within=0.5, max_tokens=32).draw(
+                512, COPIES, 20, random.Random(1)
+            )
+            spent = [_clock(lambda: engine.complete(asked)) for _ in range(6)]
+            heard = [_clock(lambda: engine.converse(Talk([[1] * 100], max_tokens=32))) for _ in range(4)]
+        return cls(send_s=statistics.median(spent[1:]) / len(asked) / 2, hear_s=statistics.median(heard[1:]) / 100)
 
 
-def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths) -> float:
-    """Print what workers that sleep should take and did; return what a request costs who deals them out."""
-    send_s = send_seconds()
-    print(f"\nwho deals out is at it for {send_s * 1e6:.0f} us a request, there and back the same")
+def _clock(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths, dealing: Dealing) -> None:
+    """Print what workers that sleep should take and did."""
     lengths = replace(lengths, log_mean=lengths.log_mean + math.log(LONGER), max_tokens=LONGER * lengths.max_tokens)
     print(f"\ncompletions {LONGER} times as long as the lab's, so that a draw takes seconds")
-    print("\n| workers that sleep | groups of 8 | predicted | took | error | their memory |\n|---|---|---|---|---|---|")
+    print("\n| workers that sleep | what | predicted | took | error | workers busy |\n|---|---|---|---|---|---|")
     for workers in counts:
+        of = Fleet(workers=workers, speed=speed, send_s=dealing.send_s)
         with asleep(workers, speed) as engine:
+            engine.complete(lengths.draw(workers, 1, 20, random.Random(0)))  # warms all
             for n_groups in dict.fromkeys((GROUPS, 16 * workers)):
-                engine.complete(lengths.draw(workers, 1, 20, random.Random(0)))  # warms all
-                took, model = [], []
-                for seed in range(5):
-                    rng = random.Random(seed)
-                    asked = lengths.draw(n_groups, COPIES, 20, rng)
-                    began = time.perf_counter()
-                    engine.complete(asked)
-                    took.append(time.perf_counter() - began)
-                    model.append(Fleet(workers=workers, speed=speed, send_s=send_s).draw(asked, rng).seconds)
-                held = sum(psutil.Process(_process(w)).memory_info().rss for w in engine.pool.workers) / 2**30
-                ours, theirs = statistics.median(model), statistics.median(took)
-                said = f"{ours:.2f} s | {theirs:.2f} s | {ours / theirs - 1:+.0%} | {held:.1f} GiB"
-                print(f"| {workers} | {n_groups} | {said} |", flush=True)
-    return send_s
+                _line(
+                    workers,
+                    f"{n_groups} groups of {COPIES}",
+                    [_draw(engine, of, lengths, n_groups, s) for s in range(5)],
+                )
+            talks = [_converse(engine, of, dealing.hear_s, seed) for seed in range(3)]
+            _line(workers, f"{8 * workers} episodes of 4 turns", talks)
+
+
+def _draw(engine: Any, of: Fleet, lengths: Lengths, n_groups: int, seed: int) -> tuple[float, float, float]:
+    """Return what a draw should take, what it took, and the seconds that a worker was at it."""
+    asked = lengths.draw(n_groups, COPIES, 20, random.Random(seed))
+    draw = of.draw(asked, random.Random(seed))
+    return draw.seconds, _clock(lambda: engine.complete(asked)), draw.busy / of.workers
+
+
+def _converse(engine: Any, of: Fleet, hear_s: float, seed: int) -> tuple[float, float, float]:
+    """Return the same of episodes."""
+    from polyphony.launch.cluster.ray_turns import MOMENT_S, Routes
+
+    rng = random.Random(seed)
+    episodes = [[round(rng.lognormvariate(4.0, 0.6)) for _ in range(4)] for _ in range(8 * of.workers)]
+    talk = partial(Talk, episodes, max_tokens=512)
+    seconds, busy = converse(talk(), of, hear_s=hear_s, moment_s=MOMENT_S, routes=Routes())
+    return seconds, _clock(lambda: engine.converse(talk())), busy / of.workers
+
+
+def _line(workers: int, what: str, seen: Sequence[tuple[float, float, float]]) -> None:
+    ours, theirs, busy = (statistics.median(column) for column in zip(*seen, strict=True))
+    print(
+        f"| {workers} | {what} | {ours:.2f} s | {theirs:.2f} s | {ours / theirs - 1:+.0%} | {busy / theirs:.0%} |",
+        flush=True,
+    )
 
 
 # --- beyond what is here ----------------------------------------------------------------------------------------------
@@ -277,22 +316,22 @@ def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths) -> float:
 def beyond(of: Fleet, lengths: Lengths, trainer: Trainer, groups: int, *, draws: int = 20) -> None:
     """Print for more and more workers what a draw takes, how busy workers and trainer are, and what limits."""
     print(
-        "\n| workers | rollouts | s a draw: ahead 0 | 1 | 2 | workers busy: ahead 0 | 1 | trainer busy: 0 | 1 | limit |"
+        "\n| workers | rollouts | s a draw, ahead 0; 1; 2 | workers busy | trainer busy | behind | limit | of rollouts |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for workers in SIMULATED:
         rng = random.Random(workers)
         many = replace(of, workers=workers)
         made = [many.draw(lengths.draw(groups, COPIES, 20, rng), rng) for _ in range(draws)]
-        periods = [course(made, trainer, ahead=ahead).period for ahead in (0, 1, 2)]
-        busy = [statistics.fmean(draw.busy for draw in made) / workers / period for period in periods[:2]]
-        updating = [groups * COPIES * trainer.update_s / period for period in periods[:2]]
+        runs = [course(made, trainer, ahead=ahead) for ahead in AHEAD]
+        busy = statistics.fmean(draw.busy for draw in made) / workers
+        update = groups * COPIES * trainer.update_s
+        rollouts = statistics.fmean(draw.seconds for draw in made)
         least = bounds(made, trainer, many)
-        cells = [f"{statistics.fmean(draw.seconds for draw in made):.2f} s", *(f"{period:.2f}" for period in periods)]
-        cells += [f"{share:.0%}" for share in (*busy, *updating)]
-        of_rollouts = max((name for name in least if name != "update"), key=least.__getitem__)
-        limit = "update" if least["update"] > statistics.fmean(draw.seconds for draw in made) else "rollouts"
-        print(f"| {workers} | {' | '.join(cells)} | {limit} | {of_rollouts} |")
+        cells = [f"{rollouts:.2f} s", "; ".join(f"{run.period:.2f}" for run in runs)]
+        cells += ["; ".join(f"{spent / run.period:.0%}" for run in runs) for spent in (busy, update)]
+        cells += ["; ".join(str(run.stale[-1]) for run in runs), "update" if update > rollouts else "rollouts"]
+        print(f"| {workers} | {' | '.join(cells)} | {max(list(least)[1:], key=least.__getitem__)} |")
 
 
 def _even_at(of: Fleet, lengths: Lengths) -> float:
@@ -331,8 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     set_environment()
     speed, lengths, trainer = real(repeats=arguments.repeats)
-    send_s = sleeping(arguments.sleeping, speed, lengths)
-    of = Fleet(workers=1, speed=speed, send_s=send_s)
+    dealing = Dealing.seen()
+    print(
+        f"\ndealing out: {dealing.send_s * 1e6:.0f} us a request, {dealing.hear_s * 1e3:.1f} ms a call that finds nothing"
+    )
+    sleeping(arguments.sleeping, speed, lengths, dealing)
+    of = Fleet(workers=1, speed=speed, send_s=dealing.send_s)
     print(f"\nthe lab: {GROUPS} groups of {COPIES}, its trainer")
     beyond(of, lengths, trainer, GROUPS)
     alike = replace(trainer, update_s=_even_at(replace(of, workers=EVEN_AT), LONG))
