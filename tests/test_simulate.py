@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from polyphony.launch.cluster.ray_turns import Routes, moment_s
 from polyphony.launch.cluster.ray_workers import RolloutWorker
 from tests.experiments.fleet import (
     Asked,
@@ -15,8 +16,11 @@ from tests.experiments.fleet import (
     Lengths,
     Sleeping,
     Speed,
+    Talk,
     Trainer,
+    Underway,
     bounds,
+    converse,
     course,
     dealt,
     foreseen,
@@ -120,6 +124,35 @@ def test_the_fit_finds_the_speed_that_made_the_shares():
     assert error < 1e-6
 
 
+def test_a_worker_goes_on_until_a_turn_is_whole_or_its_moment_is_over():
+    at = Underway(replace(ONE_A_STEP, token_s=0.5))  # two sequences: 2 s a step
+    at.add([(0, asked((2,))[0]), (1, asked((3,))[0])])
+    assert at.go_on(3.0) == ([], 3.0)  # a step and a half
+    assert at.go_on(3.0) == ([0], 1.0)
+    assert at.go_on(3.0) == ([1], 1.5)  # alone: 1.5 s a step
+    assert at.go_on(3.0) == ([], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("hear_s", "moment_s", "seconds"),
+    [
+        (0.0, 100.0, 9),  # 4 and 5 with one worker, 1 and 2 with the other
+        # heard of: 1 at 2, whose next, 2, is whole at 4; 4 at 5, whose next, 5, is whole at 10; 2 at 6; 5 at 11
+        (1.0, 100.0, 11),
+    ],
+)
+def test_episodes_stay_with_their_workers_and_wait_to_be_heard(hear_s, moment_s, seconds):
+    of = Fleet(workers=2, speed=ONE_A_STEP)
+    talk = Talk([[4, 5], [1, 2]], max_tokens=8)
+    took, busy = converse(talk, of, hear_s=hear_s, moment_s=moment_s, routes=Routes())
+    assert busy == 12
+    assert took == seconds
+
+
+def test_moments_are_longer_of_many_workers():
+    assert [moment_s(workers) for workers in (1, 4, 16, 64)] == pytest.approx([0.05, 0.05, 0.2, 0.8])
+
+
 def product_of_sizes():
     return [(groups, copies, prompt) for groups in (1, 4, 16) for copies in (1, 8) for prompt in (5, 50)]
 
@@ -138,7 +171,7 @@ def test_the_same_seed_says_the_same(capsys):
 
 
 def test_a_sleeping_worker_answers_what_a_pool_asks_of_one():
-    for name in ("process_id", "load", "complete"):
+    for name in ("process_id", "load", "complete", "go_on", "forget"):
         assert hasattr(RolloutWorker, name)
         assert hasattr(Sleeping, name)
 

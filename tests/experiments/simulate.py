@@ -293,12 +293,12 @@ def _draw(engine: Any, of: Fleet, lengths: Lengths, n_groups: int, seed: int) ->
 
 def _converse(engine: Any, of: Fleet, hear_s: float, seed: int) -> tuple[float, float, float]:
     """Return the same of episodes."""
-    from polyphony.launch.cluster.ray_turns import MOMENT_S, Routes
+    from polyphony.launch.cluster.ray_turns import Routes, moment_s
 
     rng = random.Random(seed)
     episodes = [[round(rng.lognormvariate(4.0, 0.6)) for _ in range(4)] for _ in range(8 * of.workers)]
     talk = partial(Talk, episodes, max_tokens=512)
-    seconds, busy = converse(talk(), of, hear_s=hear_s, moment_s=MOMENT_S, routes=Routes())
+    seconds, busy = converse(talk(), of, hear_s=hear_s, moment_s=moment_s(of.workers), routes=Routes())
     return seconds, _clock(lambda: engine.converse(talk())), busy / of.workers
 
 
