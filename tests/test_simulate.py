@@ -10,7 +10,7 @@ import pytest
 from polyphony.launch.cluster.ray_turns import Routes, moment_s
 from polyphony.launch.cluster.ray_workers import RolloutWorker
 from tests.experiments.fleet import (
-    Asked,
+    Wanted,
     Draw,
     Fleet,
     Lengths,
@@ -33,10 +33,10 @@ ONE_A_STEP = Speed(call_s=0.0, step_s=1.0, token_s=0.0, prompt_token_s=0.0)
 LENGTHS = Lengths(log_mean=2.0, between=0.5, within=0.3, max_tokens=32)
 
 
-def asked(*groups: tuple[int, ...], prompt_tokens: int = 2, max_tokens: int = 8) -> list[Asked]:
+def asked(*groups: tuple[int, ...], prompt_tokens: int = 2, max_tokens: int = 8) -> list[Wanted]:
     """Groups by the lengths of their completions."""
     return [
-        Asked(prompt_ids=(n,) * prompt_tokens, max_tokens=max_tokens, length=length)
+        Wanted(prompt_ids=(n,) * prompt_tokens, max_tokens=max_tokens, length=length)
         for n, group in enumerate(groups)
         for length in group
     ]

@@ -21,7 +21,7 @@ from polyphony.launch.cluster.shares import cost, spread, whole_groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Wanted:
     """A request as the balancer sees it, and how long its completion will be, which the balancer does not see."""
 
     prompt_ids: tuple[int, ...]
@@ -50,7 +50,7 @@ class Speed:
     on_cpu: bool = True
     """What a pool asks of an engine's settings."""
 
-    def seconds(self, share: Sequence[Asked]) -> float:
+    def seconds(self, share: Sequence[Wanted]) -> float:
         """Return what a share takes."""
         return sum(factor * one for factor, one in zip(self.factors, measures(share, self.slots), strict=True))
 
@@ -59,7 +59,7 @@ class Speed:
         return self.call_s, self.step_s, self.token_s, self.prompt_token_s
 
 
-def measures(share: Sequence[Asked], slots: int) -> tuple[int, int, int, int]:
+def measures(share: Sequence[Wanted], slots: int) -> tuple[int, int, int, int]:
     """Return of a share what takes time: itself, its decoding steps, its tokens, and the tokens of its prompts."""
     prompts = sum(len(share[group[0]].prompt_ids) for group in _groups(share))
     lengths = [one.length for one in share]
@@ -87,7 +87,7 @@ class Lengths:
     max_tokens: int
 
     @classmethod
-    def of(cls, asked: Sequence[Asked]) -> Lengths:
+    def of(cls, asked: Sequence[Wanted]) -> Lengths:
         """Return those that were seen, of groups of two or more."""
         logs = [[math.log(max(1, asked[place].length)) for place in group] for group in _groups(asked)]
         logs = [group for group in logs if len(group) > 1]
@@ -100,7 +100,7 @@ class Lengths:
             max_tokens=asked[0].max_tokens,
         )
 
-    def draw(self, n_groups: int, copies: int, prompt_tokens: int, rng: random.Random) -> list[Asked]:
+    def draw(self, n_groups: int, copies: int, prompt_tokens: int, rng: random.Random) -> list[Wanted]:
         """Return the requests of a draw, group by group."""
         asked = []
         for group in range(n_groups):
@@ -108,31 +108,31 @@ class Lengths:
             lengths = [round(rng.lognormvariate(mean, self.within)) for _ in range(copies)]
             prompt = (group,) * prompt_tokens
             asked += [
-                Asked(prompt_ids=prompt, max_tokens=self.max_tokens, length=max(1, min(self.max_tokens, length)))
+                Wanted(prompt_ids=prompt, max_tokens=self.max_tokens, length=max(1, min(self.max_tokens, length)))
                 for length in lengths
             ]
         return asked
 
 
-Deal = Callable[[Sequence[Asked], int], list[list[int]]]
+Deal = Callable[[Sequence[Wanted], int], list[list[int]]]
 """Deals a draw out to so many workers: the places that each gets."""
 
 
-def dealt(asked: Sequence[Asked], workers: int) -> list[list[int]]:
+def dealt(asked: Sequence[Wanted], workers: int) -> list[list[int]]:
     """Return the places that each worker gets from the engine's own balancer."""
     return _spread(asked, workers, lambda group: cost(asked, group))  # type: ignore[arg-type]
 
 
-def foreseen(asked: Sequence[Asked], workers: int) -> list[list[int]]:
+def foreseen(asked: Sequence[Wanted], workers: int) -> list[list[int]]:
     """Return the same where lengths are known before: more than any prediction of them can gain."""
     return _spread(asked, workers, lambda group: sum(asked[place].length for place in group))
 
 
-def _groups(asked: Sequence[Asked]) -> list[list[int]]:
+def _groups(asked: Sequence[Wanted]) -> list[list[int]]:
     return whole_groups(asked)  # type: ignore[arg-type]
 
 
-def _spread(asked: Sequence[Asked], workers: int, of: Callable[[list[int]], int]) -> list[list[int]]:
+def _spread(asked: Sequence[Wanted], workers: int, of: Callable[[list[int]], int]) -> list[list[int]]:
     groups = _groups(asked)
     shares = spread([of(group) for group in groups], workers)
     return [[place for n in share for place in groups[n]] for share in shares]
@@ -152,7 +152,7 @@ class Fleet:
     slow_by: float = 1.0
     """How many times as long a slow one takes."""
 
-    def draw(self, asked: Sequence[Asked], rng: random.Random, deal: Deal = dealt) -> Draw:
+    def draw(self, asked: Sequence[Wanted], rng: random.Random, deal: Deal = dealt) -> Draw:
         """Return what becomes of a draw that is dealt out whole, a share a worker."""
         sent, ends, busy = 0.0, [], []
         for places in filter(None, deal(asked, self.workers)):
@@ -165,7 +165,7 @@ class Fleet:
         longest = max(self.speed.seconds([asked[place] for place in group]) for group in _groups(asked))
         return Draw(seconds=taken, busy=sum(busy), completions=len(asked), longest=longest)
 
-    def steal(self, asked: Sequence[Asked], rng: random.Random) -> Draw:
+    def steal(self, asked: Sequence[Wanted], rng: random.Random) -> Draw:
         """Return what would become of it if whoever is free took as many of the groups not yet begun as it has slots for."""
         waiting = _groups(asked)
         slow = [self._slowed(rng) for _ in range(self.workers)]
@@ -210,7 +210,7 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class Timeline:
     """A run: when draws were whole and their updates done, seconds since it began."""
 
     generated: list[float] = field(default_factory=list)
@@ -225,9 +225,9 @@ class Course:
         return (self.updated[-1] - self.updated[half]) / (len(self.updated) - 1 - half)
 
 
-def course(draws: Sequence[Draw], trainer: Trainer, *, ahead: int) -> Course:
+def course(draws: Sequence[Draw], trainer: Trainer, *, ahead: int) -> Timeline:
     """Return when each draw of a run is whole and when its update is done."""
-    run = Course()
+    run = Timeline()
     for d, draw in enumerate(draws):
         weights = run.updated[d - ahead - 1] if d > ahead else 0.0
         begins = max(weights, run.generated[-1] if run.generated else 0.0)
@@ -258,7 +258,7 @@ class Underway:
     def __init__(self, speed: Speed) -> None:
         self.speed, self.left, self._begun = speed, dict[int, int](), 0.0
 
-    def add(self, asked: Sequence[tuple[int, Asked]]) -> None:
+    def add(self, asked: Sequence[tuple[int, Wanted]]) -> None:
         """Take turns in, each with its place."""
         self.left |= {place: request.length for place, request in asked}
 
@@ -285,11 +285,11 @@ class Talk:
         self._lengths, self._max_tokens = episodes, max_tokens
         self._of: list[tuple[int, int]] = []
         """By place, which turn of which episode it is."""
-        self._waiting: list[tuple[int, Asked]] = []
+        self._waiting: list[tuple[int, Wanted]] = []
         for episode in range(len(episodes)):
             self._ask(episode, 0)
 
-    def waiting(self, wait: str) -> list[tuple[int, Asked]]:
+    def waiting(self, wait: str) -> list[tuple[int, Wanted]]:
         asked, self._waiting = self._waiting, []
         return asked
 
@@ -300,7 +300,7 @@ class Talk:
 
     def _ask(self, episode: int, turn: int) -> None:
         length = self._lengths[episode][turn]
-        request = Asked(prompt_ids=(episode,), max_tokens=self._max_tokens, length=length, episode=episode)
+        request = Wanted(prompt_ids=(episode,), max_tokens=self._max_tokens, length=length, episode=episode)
         self._waiting.append((len(self._of), request))
         self._of.append((episode, turn))
 
@@ -312,7 +312,7 @@ def converse(talk: Talk, of: Fleet, *, hear_s: float, moment_s: float, routes: A
     """
     at = [Underway(of.speed) for _ in range(of.workers)]
     calls: list[tuple[float, int, list[int]]] = []
-    unsent: dict[int, list[tuple[int, Asked]]] = {}
+    unsent: dict[int, list[tuple[int, Wanted]]] = {}
     now = busy = 0.0
     while True:
         asked = talk.waiting("none")
@@ -349,14 +349,14 @@ class Sleeping:
     def load(self, version: int, weights: Any) -> None:
         self.version = version
 
-    def complete(self, requests: Sequence[Asked], sampling: Any) -> Slept:
+    def complete(self, requests: Sequence[Wanted], sampling: Any) -> Slept:
         time.sleep(self.speed.seconds(requests))
         return Slept(version=self.version, completions=[Whole(ids=[0] * one.length) for one in requests])
 
     def forget(self) -> None:
         self.at = Underway(self.speed)
 
-    def go_on(self, asked: Sequence[tuple[int, Asked]], sampling: Any, seconds: float) -> Slept:
+    def go_on(self, asked: Sequence[tuple[int, Wanted]], sampling: Any, seconds: float) -> Slept:
         self.at.add(asked)
         whole, spent = self.at.go_on(seconds)
         time.sleep(spent)

@@ -27,9 +27,10 @@ import numpy as np
 import psutil
 
 from polyphony.launch.cli import set_environment
+from polyphony.launch.recipe import load_recipe
 from tests.experiments import fleet
 from tests.experiments.fleet import (
-    Asked,
+    Wanted,
     Draw,
     Fleet,
     Lengths,
@@ -68,7 +69,6 @@ class Real:
     def __init__(self, folder: Path) -> None:
         from polyphony.launch.build import build_trainer
         from polyphony.launch.measures.rollouts import requests_of
-        from polyphony.launch.recipe import load_recipe
         from tests.benchmarks.commands import RECIPES
 
         changes = ["rollouts={engine: ray, workers: 2}", "tracking.wandb=null", "grpo.max_steps=6"]
@@ -80,7 +80,7 @@ class Real:
         self._cpu = [psutil.Process(_process(worker)) for worker in self.workers]
         self._seeds = random.Random(1)
 
-    def sample(self, n_groups: int, copies: int, *, workers: int) -> tuple[list[Asked], list[float], float]:
+    def sample(self, n_groups: int, copies: int, *, workers: int) -> tuple[list[Wanted], list[float], float]:
         """Sample so many groups with seeds of their own; return what it was, processor seconds a worker, and seconds."""
         first = self._seeds.randrange(GROUPS)
         places = [((first + n) % GROUPS) * COPIES + k for n in range(n_groups) for k in range(copies)]
@@ -92,7 +92,7 @@ class Real:
         self.engine.pool.workers = self.workers
         lengths = [len(completion.ids) for completion in found]
         seen = [
-            Asked(prompt_ids=tuple(r.prompt_ids), max_tokens=r.max_tokens, length=n)
+            Wanted(prompt_ids=tuple(r.prompt_ids), max_tokens=r.max_tokens, length=n)
             for r, n in zip(asked, lengths, strict=True)
         ]
         return seen, [b - a for a, b in zip(before, self._busy(), strict=True)], spent
@@ -121,7 +121,7 @@ def _process(worker: Any) -> int:
     return ray.get(worker.ready)[1]
 
 
-def fit(seen: Sequence[tuple[Sequence[Sequence[Asked]], float]], *, slots: int) -> tuple[Speed, float]:
+def fit(seen: Sequence[tuple[Sequence[Sequence[Wanted]], float]], *, slots: int) -> tuple[Speed, float]:
     """Return the speed that explains best, by relative error, what shares took together, and the median of that error."""
     rows = np.array([sum(np.array(measures(share, slots)) for share in shares) / spent for shares, spent in seen])
     factors = _least_squares(rows, np.ones(len(rows)))
@@ -175,7 +175,7 @@ def real(*, repeats: int) -> tuple[Speed, Lengths, Trainer]:
 
 def one_worker(of: Real, *, repeats: int) -> tuple[Speed, Lengths]:
     """Return what one worker takes, and the lengths that it sampled."""
-    seen: list[tuple[list[Sequence[Asked]], float]] = []
+    seen: list[tuple[list[Sequence[Wanted]], float]] = []
     for n_groups, copies in [(1, 1), (1, 8), (4, 1), (4, 8), (16, 1), (16, 2), (16, 8), (32, 4), (64, 1), (64, 8)]:
         for _ in range(repeats):
             shares, spent = [], 0.0
@@ -350,7 +350,7 @@ def better(speed: Speed, lengths: Lengths, *, seeds: int = 40) -> None:
         draws = [lengths.draw(groups, copies, 20, random.Random(seed)) for seed in range(seeds)]
         even, uneven = (Fleet(workers=workers, speed=speed, slow_share=share, slow_by=2.0) for share in (0.0, 0.1))
 
-        def took(way: Callable[..., Draw], draws: Sequence[Sequence[Asked]] = draws) -> float:
+        def took(way: Callable[..., Draw], draws: Sequence[Sequence[Wanted]] = draws) -> float:
             return statistics.fmean(way(asked, random.Random(n)).seconds for n, asked in enumerate(draws))
 
         today = took(even.draw)
