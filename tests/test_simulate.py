@@ -10,7 +10,6 @@ import pytest
 from polyphony.launch.cluster.ray_turns import Routes, moment_s
 from polyphony.launch.cluster.ray_workers import RolloutWorker
 from tests.experiments.fleet import (
-    Wanted,
     Draw,
     Fleet,
     Lengths,
@@ -19,6 +18,7 @@ from tests.experiments.fleet import (
     Talk,
     Trainer,
     Underway,
+    Wanted,
     bounds,
     converse,
     course,

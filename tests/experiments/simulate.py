@@ -30,7 +30,6 @@ from polyphony.launch.cli import set_environment
 from polyphony.launch.recipe import load_recipe
 from tests.experiments import fleet
 from tests.experiments.fleet import (
-    Wanted,
     Draw,
     Fleet,
     Lengths,
@@ -38,6 +37,7 @@ from tests.experiments.fleet import (
     Speed,
     Talk,
     Trainer,
+    Wanted,
     bounds,
     converse,
     course,
