@@ -9,6 +9,7 @@ take on a machine that nothing else is at: the draw ends with the worker that ha
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import math
 import random
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,8 @@ class Real:
             self.trainer.policy.sync()
             spent.append(time.process_time() - began)
         began = time.process_time()
-        self.trainer.train()
+        with redirect_stdout(io.StringIO()):  # what it says of each step
+            self.trainer.train()
         steps = self.trainer.state.global_step
         sync_s = statistics.median(spent)
         update_s = (time.process_time() - began) / steps - sync_s
