@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS := launch/constraints/cpu.txt
 STAMP := .venv/.filled
 
-.PHONY: setup demo test lint bench reference newest picture
+.PHONY: setup demo test lint bench reference newest picture simulate
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -32,6 +32,10 @@ bench: $(STAMP)
 # launch/REFERENCE.md, from the declarations in the code
 reference: $(STAMP)
 	$(BIN)/python -m tests.reference
+
+# rollout workers by a model, beside two real ones and up to 64 that sleep
+simulate: $(STAMP)
+	$(BIN)/python -m tests.experiments.simulate
 
 # what is newest together, in an environment beside (build/newest): what is other than tested, and what of the fast tests breaks
 newest: $(STAMP)

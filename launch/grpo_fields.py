@@ -105,7 +105,7 @@ _MEANT = """
     train_dataset dataset dataset_name train_file; domains.<name>.heldout eval_dataset test_dataset eval_file;
     tracking.wandb.project wandb_project; lora peft_config peft lora_config; lora.r lora_r lora_rank; lora.alpha lora_alpha;
     domains.<name>.system_prompt system_prompt; scale_rewards normalize_rewards; model model_name_or_path model_name
-    model_id; rollouts.tensor_parallel tensor_parallel_size
+    model_id; rollouts.tensor_parallel tensor_parallel_size; grpo.model_init_kwargs.use_kernels use_kernels hub_kernels
 """
 MEANT = {name: key for line in _MEANT.split(";") for key, *names in [line.split()] for name in names}
 """What others, or TRL once, call a key, and what it is here; one without a dot or of TRL stands in `grpo`."""
@@ -113,8 +113,10 @@ MEANT = {name: key for line in _MEANT.split(";") for key, *names in [line.split(
 GONE = {
     "max_prompt_length": "TRL has it no more: no prompt is cut, one that does not fit into the context is refused",
     "truncate_prompt": "no prompt is cut, one that does not fit into the context is refused",
+    "activation_offloading": "TRL has it for SFT, DPO, KTO and reward models, not for GRPO; gradient_checkpointing: true "
+    "keeps less",
 }
-"""Fields that TRL once had and that nothing stands for."""
+"""Fields that TRL once had, or has elsewhere, and that nothing stands for."""
 
 _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (

@@ -22,7 +22,7 @@ POLICY = HOUSE / "launch" / "lab" / "policy"
 
 
 TOGETHER = {
-    **dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_slurm"), "ray"),
+    **dict.fromkeys(("test_launch_ray", "test_nccl", "test_ray_engine", "test_simulate", "test_slurm"), "ray"),
     **dict.fromkeys(
         (
             "test_training_group",

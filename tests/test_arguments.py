@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from transformers import GenerationConfig
 from trl import GRPOConfig
 
@@ -99,6 +100,15 @@ def test_generation_kwargs_without_vllm_are_fields_of_transformers(tmp_path):
     ]
     known = {name for name in vars(GenerationConfig()) if name[0] != "_" and name != "transformers_version"}
     assert known == GENERATION, "say in trainer/arguments.py what Transformers has now"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU could run them")
+def test_kernels_of_the_hub_are_refused_where_nothing_runs_them(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), bf16=False, model_init_kwargs={"use_kernels": True})
+    with pytest.raises(
+        ValueError, match=r"^model_init_kwargs\.use_kernels=True: .* are for GPUs, .* none here; leave it out"
+    ):
+        DomainGRPOTrainer(str(POLICY), args, domains=[])
 
 
 def test_an_engine_beside_trls_own_is_refused(tmp_path):

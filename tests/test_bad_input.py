@@ -52,6 +52,11 @@ def broken(prompts, **columns):
     ("overrides", "message"),
     [
         (["grpo.learning_rat=1"], "unknown key 'grpo.learning_rat'; did you mean 'learning_rate'?"),
+        (["grpo.activation_offloading=true"], "unknown key 'grpo.activation_offloading'; TRL has it for SFT, DPO, KTO"),
+        (
+            ["grpo.use_kernels=true"],
+            "unknown key 'grpo.use_kernels'; did you mean 'grpo.model_init_kwargs.use_kernels'?",
+        ),
         (["domains.sums.rewrd=exact"], "unknown key 'domains.sums.rewrd'; did you mean 'reward'?"),
         (
             ["domains.sums.reward=exactt"],

@@ -106,6 +106,27 @@ def test_the_gradient_is_that_of_stock_trl(tmp_path, engine, loss_type, accumula
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("drop_dead", ["always", "never"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient_nor_entropies(tmp_path, engine, drop_dead):
+    def logged(*, checkpointed):
+        trainer = DomainGRPOTrainer(
+            POLICY,
+            config(tmp_path, gradient_checkpointing=checkpointed, learning_rate=0.0, max_steps=2),
+            domains=[domain("arithmetic", reward=half_dead), domain("strings")],
+            engine=engine,
+            update=UpdateSettings(drop_dead=drop_dead),
+        )
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointed
+        return trainer.state.log_history[:2]
+
+    names = ("loss", "grad_norm", "domain/arithmetic/entropy", "domain/strings/entropy")
+    for plain, less in zip(logged(checkpointed=False), logged(checkpointed=True), strict=True):
+        assert [less[name] for name in names] == pytest.approx([plain[name] for name in names], abs=1e-6)
+        assert less["grad_norm"] > 1e-3
+
+
 def half_hopeless(prompts, completions, completion_ids, **columns):
     """Fail prompts by their first digit, and pass every other completion of the rest, whichever half of a group this is."""
     return [float(i % 2) if ord(p[0]["content"][0]) % 2 else 0.0 for i, p in enumerate(prompts)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 Where = Literal["always", "run", "ours", "transformers", "trl"]
@@ -37,7 +38,7 @@ HEARD = frozenset(
     hub_strategy hub_token importance_sampling_level include_num_input_tokens_seen learning_rate liger_kernel_config
     local_rank log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
     logging_first_step logging_nan_inf_filter logging_steps logging_strategy loss_type lr_scheduler_kwargs lr_scheduler_type
-    mask_truncated_completions max_grad_norm max_tool_calling_iterations min_p model_init_kwargs neftune_noise_alpha
+    mask_truncated_completions max_grad_norm max_tool_calling_iterations min_p neftune_noise_alpha
     num_completions_to_print num_generations num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
     pad_to_multiple_of parallelism_config per_device_train_batch_size project push_to_hub ref_model_mixup_alpha
     ref_model_sync_steps repetition_penalty report_to restore_callback_states_from_checkpoint resume_from_checkpoint
@@ -64,6 +65,7 @@ DIFFERS = {
     "log_completions": "the column of rewards is called `domain`",
     "max_completion_length": "the most; a domain may have less",
     "max_steps": "as in TRL; a draw that the last step cuts is drawn whole",
+    "model_init_kwargs": "`use_kernels` is refused where no GPU, or no package `kernels`, could run them",
     "num_generations_eval": "samples of each held-out item, as `evaluation.samples`; refused where both are said and differ",
     "num_train_epochs": "over the training prompts of all domains together",
     "output_dir": "with `run`, checkpoints stand in the run's folder instead",
@@ -286,6 +288,19 @@ def refuse_unsampled(engine: Any, args: Any, *, quantized: str | None, has_run: 
             f"{quantized} with engine={engine!r:.60}: it would sample from weights that are not quantized; give "
             "engine='transformers', or use_vllm=True"
         )
+    _refuse_no_kernels(args)
+
+
+def _refuse_no_kernels(args: Any) -> None:
+    """Raise ValueError for hub kernels where nothing could run them; on a CPU Transformers would leave them out unsaid."""
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, Mapping) else {}
+    if not given.get("use_kernels"):
+        return
+    missing = "" if find_spec("kernels") else "the package kernels is not installed"
+    if args.device.type == "cpu":
+        missing = "kernels of the hub are for GPUs, and there is none here"
+    if missing:
+        raise ValueError(f"model_init_kwargs.use_kernels={given['use_kernels']!r}: {missing}; leave it out")
 
 
 def refuse_unheard(args: Any, *, engine: Any, has_run: bool) -> None:

@@ -22,6 +22,13 @@ from polyphony.trainer.engine.vllm import Request, Sampling
 
 MOMENT_S = 0.05
 """Longest that a worker goes on before it hears of new turns: a twentieth of what a turn takes, or less."""
+MOMENT_OF_EACH_S = 0.0125
+"""The same for each worker, of more than four: this process is at every call for milliseconds, and workers wait for it."""
+
+
+def moment_s(workers: int) -> float:
+    """Return for how many seconds one of so many workers goes on before it hears of new turns."""
+    return max(MOMENT_S, MOMENT_OF_EACH_S * workers)
 
 
 class Pooled(Protocol):
@@ -140,7 +147,8 @@ class OverWorkers:
         for place, turns in self.routes.turns.items():
             if turns and place not in busy:
                 worker = pool.workers[place]
-                call = worker.handle.go_on.remote(self._unsent.pop(place, []), self._engine.sampling, MOMENT_S)
+                seconds = moment_s(len(pool.workers))
+                call = worker.handle.go_on.remote(self._unsent.pop(place, []), self._engine.sampling, seconds)
                 self._calls[call] = worker, time.monotonic() + self._engine.rollouts.timeout_s
 
     def _hear(self) -> None:

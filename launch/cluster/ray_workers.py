@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from ray.exceptions import RayError
@@ -180,6 +180,8 @@ class WorkerPool:
     """The same of the adapter alone; None where there is none, or it is merged in the weights."""
     deaths: int = 0
     """Since the last completion came back."""
+    worker_class: ClassVar[type] = RolloutWorker
+    """What each of them is; another only where workers are simulated."""
 
     @classmethod
     def start(cls, engine: EngineSettings, settings: RolloutsSection) -> WorkerPool:
@@ -205,7 +207,7 @@ class WorkerPool:
 
     def _start_one(self, place: int) -> Worker:
         gpus = 0 if self.engine.on_cpu else self.settings.tensor_parallel
-        remote = ray.remote(RolloutWorker).options(  # type: ignore[call-overload]
+        remote = ray.remote(self.worker_class).options(  # type: ignore[call-overload]
             num_cpus=self.settings.tensor_parallel,
             num_gpus=gpus,
             max_restarts=0,  # a restarted actor would serve the weights it was started with

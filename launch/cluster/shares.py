@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from polyphony.trainer.engine.vllm import Request
+if TYPE_CHECKING:
+    from polyphony.trainer.engine.vllm import Request
 
 
 def whole_groups(requests: Sequence[Request]) -> list[list[int]]:
