@@ -91,7 +91,7 @@ class Conversations:
         if led.acting is None:
             self._tell(led.place, completion)
             return
-        before = [*led.prompt.ids, *led.ids]
+        before = led.opening
         led.add(completion)
         said = led.acting.wording.parsed(completion.ids, before)
         led.messages.append(said)

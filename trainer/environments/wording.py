@@ -53,7 +53,9 @@ class Wording:
         if tools and not any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
             add_response_schema(tokenizer)  # for TRL's known templates; ValueError for others
         if tools:  # TRL asks the tokenizer once more, where it takes in a draw
-            self._tokenizer.parse_response = partial(_parsed_or_refused, type(tokenizer).parse_response, tokenizer)
+            self._tokenizer.parse_response = partial(
+                _parsed_or_refused, type(tokenizer).parse_response, tokenizer, **_read_once(tokenizer)
+            )
 
     def check(self, *, is_spoken_to: bool) -> None:
         """Raise ValueError where what was said, thoughts among it, would be shown otherwise once the next turn has come."""
@@ -117,7 +119,10 @@ class Wording:
         return before
 
     def parsed(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        """Return what the policy said as a message, with `tool_calls` where it called; text where it is malformed."""
+        """Return what the policy said as a message, with `tool_calls` where it called; text where it is malformed.
+
+        `before`: the tokens since its last turn, or the prompt.
+        """
         if not self._tools:
             return {"role": "assistant", "content": self._tokenizer.decode(ids, skip_special_tokens=True)}
         return parse_response(self._tokenizer, list(ids), prefix=list(before), tools=self._tools)
@@ -149,7 +154,7 @@ class Wording:
         ids: list[int] = []
         for i, part in enumerate(SPELLED.split(text)):
             pieces = [self._marks[int(part)][:1], self._marks[int(part)][1:]] if i % 2 else [part]
-            ids += [t for p in pieces for t in self._tokenizer(p, add_special_tokens=False)["input_ids"] if p]
+            ids += [t for p in pieces for t in self._tokenizer.encode(p, add_special_tokens=False) if p]
         return ids
 
     def _rendered(self, messages: Sequence[Message], *, opens: bool, tools: Any = None) -> str:
@@ -161,6 +166,15 @@ class Wording:
             chat_template=self._template,
             **self._kwargs,
         )
+
+
+def _read_once(tokenizer: Any) -> dict[str, Any]:
+    """Return the response template as it is read, which costs as much as a turn that is parsed by it."""
+    if (template := getattr(tokenizer, "response_template", None)) is None:
+        return {}
+    from transformers.utils.chat_parsing.response_templates import load_response_template  # of those that know any
+
+    return {"schema": load_response_template(template)}
 
 
 def _parsed_or_refused(parse: Callable[..., Any], *given: Any, **named: Any) -> Any:
