@@ -707,7 +707,7 @@ def test_a_program_in_the_sandbox_is_a_tool_each_call_a_fresh_one():
     assert "ended with an error" in answers[2]
 
 
-def test_rewards_of_episodes_are_added_forfeited_or_missing():
+def test_rewards_of_episodes_are_added_forfeited_or_missing(caplog):
     def episode(**changes):
         asked = Prompt(domain="sums", id="a", prompt=[{"role": "user", "content": "a"}], columns={"answer": "4"})
         messages = ({"role": "assistant", "content": "5"}, {"role": "tool", "name": "f", "content": "4"})
@@ -722,6 +722,7 @@ def test_rewards_of_episodes_are_added_forfeited_or_missing():
         {"fault": "reset: gone", "reward": 1.0},
     ]
     assert graded([episode(**changes) for changes in given]) == [1.0, 1.5, 0.0, None]
+    assert [r.getMessage() for r in caplog.records] == ["domain 'sums': its environment failed 1 times, first: reset: gone"]
     alone = Scorer([replace(domain(), reward=EnvironmentReward())])
     assert alone([episode(reward=0.5), episode()]) == [0.5, None]
 

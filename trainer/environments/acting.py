@@ -63,8 +63,6 @@ class Acting:
             schemas = tuple(_schema(name, function) for name, function in instance.functions.items())
             wording = Wording(tokenizer, chat_template_kwargs=domain.chat_template_kwargs, tools=schemas)
             has_reply = hasattr(instance.environment, "reply")
-            if not schemas and not has_reply:
-                raise ValueError("there is no tool to call, and no `reply`: the episode would be its first turn")
             wording.check(is_spoken_to=has_reply)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
