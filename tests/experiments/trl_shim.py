@@ -111,7 +111,7 @@ class OneDomainTrainer(DomainGRPOTrainer):
                 environment=factory,
                 tools=tools,
                 train=_of(train_dataset, one, factories),
-                heldout=_of(held, one, factories) or _of(train_dataset, one, factories)[:2],
+                heldout=next(rows for of in (held, train_dataset) if len(rows := _of(of, one, factories)[:2]) == 2),
             )
             for one, factory in factories.items()
             for acts in [bool(tools) or factory is not None]
