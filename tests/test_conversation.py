@@ -722,7 +722,9 @@ def test_rewards_of_episodes_are_added_forfeited_or_missing(caplog):
         {"fault": "reset: gone", "reward": 1.0},
     ]
     assert graded([episode(**changes) for changes in given]) == [1.0, 1.5, 0.0, None]
-    assert [r.getMessage() for r in caplog.records] == ["domain 'sums': its environment failed 1 times, first: reset: gone"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "domain 'sums': its environment failed 1 times, first: reset: gone"
+    ]
     alone = Scorer([replace(domain(), reward=EnvironmentReward())])
     assert alone([episode(reward=0.5), episode()]) == [0.5, None]
 

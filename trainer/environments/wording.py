@@ -173,8 +173,11 @@ class Wording:
 def told_at_end(messages: Sequence[Message], told: str) -> list[Message]:
     """Return messages whose last ends with what was told; as in TRL a part of its own where it consists of parts."""
     *before, last = messages
-    more = told if isinstance(last["content"], str) else [{"type": "text", "text": told}]
-    return [*before, {**last, "content": last["content"] + more}]
+    content: Any = last["content"]
+    return [
+        *before,
+        {**last, "content": content + (told if isinstance(content, str) else [{"type": "text", "text": told}])},
+    ]
 
 
 class _Reader:
