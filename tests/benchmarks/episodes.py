@@ -88,7 +88,7 @@ class Clocked:
 
 
 @dataclass(slots=True)
-class Replay:
+class PlayedBack:
     """Turns of episodes that are over, asked for anew: nothing is parsed, rendered or waited for."""
 
     requests: list[list[Request]]
@@ -99,7 +99,7 @@ class Replay:
         self.ready = [(i, turns.pop(0)) for i, turns in enumerate(self.requests)]
 
     @classmethod
-    def of(cls, found: Sequence[Completion], requests: Sequence[Request]) -> Replay:
+    def of(cls, found: Sequence[Completion], requests: Sequence[Request]) -> PlayedBack:
         """Return the turns of as many own tokens, behind what was read before each."""
         return cls([_turns(c, r) for c, r in zip(found, requests, strict=True)])
 
@@ -300,9 +300,9 @@ def _throughput(acting: ActingBatch, *, pairs: int) -> list[Result]:
             return rate(lambda: acting.engine.complete(requests))
 
     def of_engine() -> Timing:
-        replay = Replay.of(found, acting.requests)
+        again = PlayedBack.of(found, acting.requests)
         with acting.to_the_end():
-            return rate(lambda: acting.engine.converse(replay))
+            return rate(lambda: acting.engine.converse(again))
 
     of_turns()  # how long they are
     own, read = (sum(sum(m == own for m in c.tool_mask or ()) for c in found) for own in (1, 0))
