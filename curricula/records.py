@@ -125,9 +125,9 @@ UNNAMED = Prompt(domain="", id="")
 """Of a completion that has just come out of an engine, which knows token ids only."""
 
 
-FAILURES = ("unknown_tools", "bad_arguments", "raised", "bad_results")
+FAILURES = ("unknown_tools", "bad_arguments", "raised", "bad_results", "malformed_calls")
 """How calls fail, of which the policy is told: there is no such tool, it does not take the arguments, it raised an error, or
-its answer is no text."""
+its answer is no text. What cannot be read as a call is the turn's text, as in TRL, and none of an episode's `calls`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

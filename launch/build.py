@@ -23,7 +23,7 @@ from polyphony.launch.remarks import remarks
 from polyphony.rewards import find_reward
 from polyphony.rewards.partitions import find_partitioner
 from polyphony.trainer.engine.here import engine_here
-from polyphony.trainer.environments.calls import functions_of, make_environment
+from polyphony.trainer.environments.calls import functions_of, made_in_time, make_environment
 from polyphony.trainer.rows import check_source
 from polyphony.trainer.run import say
 from polyphony.trainer.settings import with_probes
@@ -113,8 +113,8 @@ def _refused(check: Callable[..., Any], *given: Any) -> list[str]:
 
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "environment": lambda environment, where: make_environment(environment),
-    "tools": lambda tools, where: functions_of(tools),
+    "environment": lambda environment, where: made_in_time(make_environment, environment),
+    "tools": lambda tools, where: made_in_time(functions_of, tools),
     "train": lambda source, where: check_source(source, where=where),
     "heldout": lambda source, where: check_source(source, where=where),
     "reward": lambda reward, where: find_reward(reward),

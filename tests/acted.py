@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -66,7 +67,7 @@ class Unruly:
         """
         if how == "hang":
             time.sleep(60)
-        if how in ("exit", "kill", "child"):
+        if how in ("exit", "kill", "child", "hold"):
             os.posix_spawn("/bin/sleep", ["sleep", f"61.{os.getppid()}"], dict(os.environ))
         if how == "daemon":
             subprocess.run(["/bin/sh", "-c", f"setsid sleep 61.{os.getppid()} & exit"], check=True)
@@ -76,6 +77,10 @@ class Unruly:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "child":
             time.sleep(60)
+        if how == "hold":  # the interpreter's lock
+            ctypes.PyDLL(None).sleep(60)
+        if how == "flood":
+            return self.answer * 10_000_000
         if how == "kind":
             return type(self.answer).__name__
         if how == "read":

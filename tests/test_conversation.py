@@ -24,13 +24,14 @@ from transformers import AutoTokenizer
 from polyphony.curricula.records import Completion, Domain, Episode, Prompt
 from polyphony.rewards.registry import settled
 from polyphony.trainer.engine.vllm import Request
-from polyphony.trainer.environments import conversation, threads
+from polyphony.trainer.environments import calls, conversation, threads
 from polyphony.trainer.environments.acting import Acting, EnvironmentReward
 from polyphony.trainer.environments.calls import Instance
 from polyphony.trainer.environments.conversation import Conversations
+from polyphony.trainer.environments.counts import EpisodeSums
 from polyphony.trainer.environments.hosts import Events
 from polyphony.trainer.environments.led import Rules
-from polyphony.trainer.environments.processes import Processes
+from polyphony.trainer.environments.processes import EnvironmentProcess, Processes
 from polyphony.trainer.environments.threads import Threads
 from polyphony.trainer.environments.wording import CLOSES, OPENS
 from polyphony.trainer.environments.worker_main import packed
@@ -204,6 +205,19 @@ def test_an_environment_is_reset_by_what_it_takes_and_rewards_itself():
     assert environments[0].seed != environments[1].seed
 
 
+def test_what_an_environment_begins_with_is_a_part_of_its_own_where_a_prompt_has_parts():
+    parts = lambda p: replace(p, prompt=[{"role": "user", "content": [{"type": "text", "text": "ask 0"}]}])  # noqa: E731
+    reading = tokenizer(AS_JSON)
+    in_parts = "(message.content if message.content is string else message.content | map(attribute='text') | join('&'))"
+    reading.chat_template = TEMPLATE.replace("message.content", in_parts)
+    acting = Acting.of(domain(environment=Unruly, reward=None), reading)
+    policy, (plain,) = Policy(["done"]), lead(Policy(["done"]), domain(environment=Unruly, reward=None))
+    (found,) = lead(policy, domain(environment=Unruly, reward=None), changed=parts, acting={"sums": acting})
+    (told,) = found.prompt.prompt[0]["content"][1:]
+    assert told == {"type": "text", "text": plain.prompt.prompt[0]["content"].removeprefix("ask 0")}
+    assert "ask 0& in " in reading.decode(policy.requests[0].prompt_ids)
+
+
 def test_instances_are_made_once_and_reset_often():
     threads = Threads(Events(), itertools.count())
     threads.end = lambda: None
@@ -315,6 +329,7 @@ def give(kind: str):
         (call("give", kind="image"), "more than text", "bad_results"),
         (call("take", kind="none"), "{'error': 'Tool take not found.'}", "unknown_tools"),
         (call("\ud800"), "{'error': 'Tool ? not found.'}", "unknown_tools"),
+        (call("give", kind=[4]), "unhashable", "bad_arguments"),
         (call("give", knd="none"), "unexpected keyword argument 'knd'", "bad_arguments"),
         ('call {"name": "give", "arguments": [1]};', "must be a mapping, not list", "bad_arguments"),
         ('call {"name": "give"};', "missing 1 required positional argument", "bad_arguments"),
@@ -344,6 +359,16 @@ def test_what_is_wrong_with_a_call_is_told_to_the_policy(said, content, failure)
 def test_a_malformed_call_is_text_and_ends_the_episode_as_in_trl(said):
     (found,) = lead(Policy([said]), domain(tools=[give]), room=9000)
     assert (found.episode.turns, found.episode.calls, found.text) == (1, 0, said)
+    assert found.episode.failures == ("malformed_calls",)
+
+
+def test_malformed_calls_are_a_share_of_all_that_was_called():
+    found = lead(Policy([call("look", what="4"), "call give it;"], ["no call"]), domain(tools=[look]))
+    sums = EpisodeSums()
+    for completion in found:
+        sums.add(completion.episode, None)
+    metrics = sums.metrics()
+    assert (metrics["malformed_calls"], metrics["raised"]) == (0.5, 0.0)
 
 
 def test_a_thousand_calls_of_one_turn_are_all_answered():
@@ -574,14 +599,15 @@ def test_a_turn_that_ran_into_the_limit_of_tokens_is_counted_as_cut_by_it():
     assert (found.truncated, found.episode.cut) == (True, "length")
 
 
-def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started():
+@pytest.mark.parametrize("how", ["child", "hold"])
+def test_a_worker_ends_with_its_trainer_and_takes_along_what_it_started(how):
     specs = {"sums": {"environment": UNRULY, "tools": []}}
     command = [sys.executable, "-m", "polyphony.trainer.environments.worker_main"]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     with subprocess.Popen(command, env=environ, **pipes) as worker:
         asked = [{"what": "reset", "given": packed({"names": {"seed": 1}, "columns": {"answer": "1"}})}]
-        asked += [{"what": "calls", "given": packed([{"name": "misbehave", "arguments": {"how": "child"}}])}]
+        asked += [{"what": "calls", "given": packed([{"name": "misbehave", "arguments": {"how": how}}])}]
         worker.stdin.write(b"%s\n" % json.dumps(specs).encode())
         for job in asked:
             worker.stdin.write(b"%s\n" % json.dumps({"seat": 1, "domain": "sums"} | job).encode())
@@ -632,6 +658,33 @@ def test_a_process_gets_columns_as_they_are_and_tools_read_nothing_that_it_is_as
     assert "reset: it cannot be handed to a process: " in found.episode.fault
 
 
+def test_a_huge_answer_is_cut_before_it_is_sent():
+    worker = Instance(environment=Unruly(), functions={})
+    worker.ask("reset", {"names": {"seed": 1}, "columns": {"answer": "ab"}})
+    flood = {"name": "misbehave", "arguments": {"how": "flood"}}
+    first, second = worker.ask("calls", [flood, flood])
+    assert first["content"] == "ab" * 500_000 + "\n[the first 1,000,000 of 20,000,000 characters]"
+    assert second["content"] == "\n[the first 0 of 20,000,000 characters]"
+
+
+def test_a_process_that_ends_slowly_holds_up_nobody(monkeypatch):
+    reap = EnvironmentProcess._watch
+    monkeypatch.setattr(EnvironmentProcess, "_watch", lambda self: (self._process.wait(), time.sleep(2), reap(self)))
+    events = Events()
+    acting = Acting.of(domain(environment=UNRULY, reward=None), TOKENIZER)
+    host = Processes({"sums": acting}, events, itertools.count(), episodes=1)
+    seat = host.open(acting)
+    started = time.monotonic()
+    host.drop(seat)
+    other = host.open(acting)
+    assert time.monotonic() - started < 1
+    host.ask(other, "reset", {"names": {"seed": 1}, "columns": {"answer": "1"}})
+    assert [events.get().begun for _ in range(2)] == ["making", "asking"]
+    assert " in " in events.get().value
+    host.end()
+    assert workers() == []
+
+
 def test_a_process_that_somebody_kills_costs_nobody(tmp_path, monkeypatch):
     monkeypatch.setenv("ONCE", str(tmp_path / "once"))
     turns = [ADD, call("misbehave", how="killed"), ADD, "done"]
@@ -654,7 +707,7 @@ def test_a_program_in_the_sandbox_is_a_tool_each_call_a_fresh_one():
     assert "ended with an error" in answers[2]
 
 
-def test_rewards_of_episodes_are_added_forfeited_or_missing():
+def test_rewards_of_episodes_are_added_forfeited_or_missing(caplog):
     def episode(**changes):
         asked = Prompt(domain="sums", id="a", prompt=[{"role": "user", "content": "a"}], columns={"answer": "4"})
         messages = ({"role": "assistant", "content": "5"}, {"role": "tool", "name": "f", "content": "4"})
@@ -669,6 +722,9 @@ def test_rewards_of_episodes_are_added_forfeited_or_missing():
         {"fault": "reset: gone", "reward": 1.0},
     ]
     assert graded([episode(**changes) for changes in given]) == [1.0, 1.5, 0.0, None]
+    assert [r.getMessage() for r in caplog.records] == [
+        "domain 'sums': its environment failed 1 times, first: reset: gone"
+    ]
     alone = Scorer([replace(domain(), reward=EnvironmentReward())])
     assert alone([episode(reward=0.5), episode()]) == [0.5, None]
 
@@ -715,9 +771,23 @@ def test_a_template_without_tools_is_refused():
         Acting.of(domain(tools=[look]), unread)
 
 
+class Refusing:
+    def __init__(self):
+        raise OSError("no server")
+
+    def reset(self) -> None: ...
+
+
+class Waiting(Refusing):
+    def __init__(self):
+        threading.Event().wait(9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"environment": Refusing}, "domains.sums.environment: OSError: no server"),
+        ({"environment": Waiting}, "domains.sums.environment: it was not made within 0.2 s"),
         ({"environment": 5}, "environment 5: expected a method `reset`, int has none"),
         ({"environment": object}, "expected a method `reset`, object has none"),
         ({"tools": ["pythn"]}, "tool 'pythn' does not exist; did you mean 'python'"),
@@ -727,6 +797,7 @@ def test_a_template_without_tools_is_refused():
         ({"tools": [look], "as_chat": False}, "turns need a chat template, and as_chat: true"),
     ],
 )
-def test_a_domain_that_cannot_act_is_refused_by_the_name_of_its_key(changes, message):
+def test_a_domain_that_cannot_act_is_refused_by_the_name_of_its_key(changes, message, monkeypatch):
+    monkeypatch.setattr(calls, "MAKE_S", 0.2)
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")):
         Acting.of(replace(domain(), **changes), TOKENIZER)

@@ -19,7 +19,7 @@ def guessed(game: Instance, number: int, *, moves: int = 9) -> list[str]:
     said = [game.ask("reset", {"columns": {"game_seed": number, "prompt": "Play this game."}, "names": {"id": "x"}})]
     while said[-1] is not None and len(said) <= moves:
         guess = (low + high) // 2
-        said.append(game.ask("reply", f"I say [{guess}]."))
+        said.append(game.ask("reply", {"role": "assistant", "content": f"I say [{guess}]."}))
         low, high = (guess + 1, high) if "higher" in (said[-1] or "") else (low, guess - 1)
     return said
 

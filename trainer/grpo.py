@@ -459,7 +459,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         masks = [[1] * len(row.ids) if row.tool_mask is None else list(row.tool_mask) for row in rows]
         said = [list(r.episode.messages) if r.episode else own for r, own in zip(rows, completions, strict=True)]
         acted = [row.episode for row in rows if row.episode]
-        calls, failures = sum(e.calls for e in acted), sum(len(e.failures) for e in acted)
+        calls, failures = sum(e.calls for e in acted), sum(f != "malformed_calls" for e in acted for f in e.failures)
         return masks, said, ids, logps, calls, failures, [[] for _ in rows]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -123,6 +123,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "bad_arguments": "share of them with arguments that the tool does not take",
         "raised": "share of them in which the tool raised an error",
         "bad_results": "share of them that were answered by something else than text",
+        "malformed_calls": "share of turns that cannot be read as calls, of these and the calls; they are text, as in TRL",
         "cut_by_turns": "share of completions that `grpo.max_tool_calling_iterations` ended while they called tools",
         "cut_by_length": "share that ended at the limit of tokens, in a turn or as what was said to them did not fit",
         "forfeits": "completions with reward 0 because a call did not come back, or took its process down",

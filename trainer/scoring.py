@@ -89,6 +89,7 @@ class Scorer:
         """Return one reward a completion, in order."""
         scores: list[float | None] = [None] * len(completions)
         by_domain: dict[str, list[int]] = {}
+        _say_faults(completions)
         for i, completion in enumerate(completions):
             if (episode := completion.episode) is not None and episode.fault is not None:
                 scores[i] = 0.0 if episode.is_forfeit else None  # what a call did not come back from must not hide it
@@ -232,6 +233,16 @@ def _call(reward: Reward, completions: list[Completion], hooks: Mapping[str, Any
     if any(instance is not None for instance in instances):
         arguments["environments"] = instances
     return settled([ask(reward, {**columns, **arguments, **hooks})])[0]
+
+
+def _say_faults(completions: Sequence[Completion]) -> None:
+    """Warn of environments that failed by no call's doing, a line for each domain."""
+    faults: dict[str, list[str]] = {}
+    for completion in completions:
+        if (episode := completion.episode) is not None and episode.fault is not None and not episode.is_forfeit:
+            faults.setdefault(completion.prompt.domain, []).append(episode.fault)
+    for name, told in faults.items():
+        logger.warning("domain %r: its environment failed %d times, first: %s", name, len(told), told[0])
 
 
 @functools.cache

@@ -7,6 +7,7 @@ tools after another's.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import tempfile
@@ -86,6 +87,42 @@ class Clocked:
         self.turns.take(place, completion)
 
 
+@dataclass(slots=True)
+class PlayedBack:
+    """Turns of episodes that are over, asked for anew: nothing is parsed, rendered or waited for."""
+
+    requests: list[list[Request]]
+    """Of each episode."""
+    ready: list[tuple[int, Request]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ready = [(i, turns.pop(0)) for i, turns in enumerate(self.requests)]
+
+    @classmethod
+    def of(cls, found: Sequence[Completion], requests: Sequence[Request]) -> PlayedBack:
+        """Return the turns of as many own tokens, behind what was read before each."""
+        return cls([_turns(c, r) for c, r in zip(found, requests, strict=True)])
+
+    def waiting(self, wait: Any) -> Sequence[tuple[int, Request]]:
+        ready, self.ready = self.ready, []
+        return ready
+
+    def take(self, place: int, completion: Completion) -> None:
+        if self.requests[place]:
+            self.ready.append((place, self.requests[place].pop(0)))
+
+
+def _turns(c: Completion, request: Request) -> list[Request]:
+    assert c.tool_mask is not None
+    ids, found, at = [*request.prompt_ids, *c.ids], [], 0
+    for is_own, of in itertools.groupby(c.tool_mask):
+        length = len(list(of))
+        if is_own:
+            found.append(replace(request, prompt_ids=ids[: len(request.prompt_ids) + at], max_tokens=length))
+        at += length
+    return found
+
+
 class ActingBatch:
     """A trainer of the lab's policy with a tool, and batches of its episodes.
 
@@ -156,6 +193,14 @@ class ActingBatch:
             found = self.trainer.episodes.complete(self.prompts, self.requests, 1)
         return found, Timing(time.perf_counter() - began, time.process_time() - cpu), seen[0]
 
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Sample as many tokens as are asked for, whatever they are."""
+        kept = self.engine.sampling
+        self.engine.sampling = replace(kept, generation_kwargs={"ignore_eos": True})
+        yield
+        self.engine.sampling = kept
+
     def waited(self, completion: Completion) -> float:
         """Return the seconds that an episode's tools take."""
         assert completion.episode is not None
@@ -210,7 +255,7 @@ def bench_episodes(*, short: bool = False) -> list[Result]:
     n, pairs, mean_s = (8, 1, 0.01) if short else (EPISODES, PAIRS, MEAN_S)
     with tempfile.TemporaryDirectory() as folder:
         acting = ActingBatch(folder, n=n)
-        found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS), _throughput(acting, pairs=pairs)]
+        found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS), *_throughput(acting, pairs=pairs)]
         found += _waiting(acting, pairs=pairs, mean_s=mean_s)
         trl = acting.by_trl(tool_s=mean_s)
     value, note = found[-1].value, "one run of TRL's loop, on samples of its own"
@@ -237,27 +282,37 @@ def _one_turn(acting: ActingBatch, *, pairs: int) -> Result:
     return paired("one turn, as turns", "s", seen, target=Target(relation="<=", limit=1.03))
 
 
-def _throughput(acting: ActingBatch, *, pairs: int) -> Result:
-    """Tokens of the policy's own a second, of four turns and of one with as many."""
-    own: list[int] = []
+def _throughput(acting: ActingBatch, *, pairs: int) -> list[Result]:
+    """Tokens of the policy's own a second, of four turns: beside one turn with as many, and beside the engine's own pace
+    with the same turns, which have to read what tools answered."""
+    found: list[Completion] = []
+
+    def rate(work: Any) -> Timing:
+        return _spent(work).rate(sum(c.length for c in found))
 
     def of_turns() -> Timing:
-        found, spent, _ = acting.completions(tool_s=0.0)
-        own[:] = [c.length for c in found]
-        return spent.rate(sum(own))
+        found[:], spent, _ = acting.completions(tool_s=0.0)
+        return spent.rate(sum(c.length for c in found))
 
     def of_one() -> Timing:
-        requests = [replace(r, max_tokens=k) for r, k in zip(acting.requests, own, strict=True)]
-        kept = acting.engine.sampling
-        acting.engine.sampling = replace(kept, generation_kwargs={"ignore_eos": True})
-        spent = _spent(lambda: acting.engine.complete(requests))
-        acting.engine.sampling = kept
-        return spent.rate(sum(own))
+        requests = [replace(r, max_tokens=c.length) for r, c in zip(acting.requests, found, strict=True)]
+        with acting.to_the_end():
+            return rate(lambda: acting.engine.complete(requests))
+
+    def of_engine() -> Timing:
+        again = PlayedBack.of(found, acting.requests)
+        with acting.to_the_end():
+            return rate(lambda: acting.engine.converse(again))
 
     of_turns()  # how long they are
-    seen = in_turns(of_turns, of_one, pairs=pairs)
-    note = f"{sum(own)} own tokens"
-    return paired("turns, tools at once", "tok/s", seen, target=Target(relation=">=", limit=0.9), note=note)
+    own, read = (sum(sum(m == own for m in c.tool_mask or ()) for c in found) for own in (1, 0))
+    one, engine = in_turns(of_turns, of_one, pairs=pairs), in_turns(of_turns, of_engine, pairs=pairs)
+    note = f"{own} own tokens"
+    also = f"the same turns sampled from the same tokens, {read} of them of tools, without any tool"
+    return [
+        paired("turns, tools at once", "tok/s", one, target=Target(relation=">=", limit=0.9), note=note),
+        paired("turns, to the engine's pace", "tok/s", engine, note=also),
+    ]
 
 
 def _waiting(acting: ActingBatch, *, pairs: int, mean_s: float) -> list[Result]:

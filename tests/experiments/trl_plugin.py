@@ -65,7 +65,7 @@ if steps := int(os.environ.get("TRL_SUITE_STEPS", "0")):
     _complete = GRPOConfig.__post_init__
 
     def _shortened(self: Any) -> None:
-        self.max_steps = self.max_steps if self.max_steps > 0 else steps
+        self.max_steps = min(self.max_steps, steps) if self.max_steps > 0 else steps
         _complete(self)
 
     GRPOConfig.__post_init__ = _shortened

@@ -111,7 +111,7 @@ class OneDomainTrainer(DomainGRPOTrainer):
                 environment=factory,
                 tools=tools,
                 train=_of(train_dataset, one, factories),
-                heldout=_of(held, one, factories) or _of(train_dataset, one, factories)[:2],
+                heldout=_two(_of(held, one, factories) or _of(train_dataset, one, factories)),
             )
             for one, factory in factories.items()
             for acts in [bool(tools) or factory is not None]
@@ -152,7 +152,7 @@ def _asked_by_environment(args: GRPOConfig | None, factory: Any) -> list[dict[st
         raise ValueError("`train_dataset` is required" if factory is None else "this requires a `train_dataset`")
     if args is None or args.max_steps <= 0:
         raise ValueError("`max_steps` is required where the environment owns the data")
-    return [{"id": str(n), "prompt": [{"role": "user", "content": ""}]} for n in range(args.max_steps)]
+    return [{"id": str(n), "prompt": [{"role": "user", "content": ""}]} for n in range(max(2, args.max_steps))]
 
 
 def _of(rows: Iterable[Mapping[str, Any]], name: str, factories: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -168,6 +168,11 @@ def _of(rows: Iterable[Mapping[str, Any]], name: str, factories: Mapping[str, An
                 continue
         found.append(own)
     return found
+
+
+def _two(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each half of what is held out: where there is one, that one again."""
+    return [{**row, "id": f"held {n}"} for n, row in enumerate((rows * 2)[:2])] if len(rows) < 2 else rows[:2]
 
 
 def _read(stream: Iterable[Mapping[str, Any]], args: GRPOConfig) -> list[Mapping[str, Any]]:

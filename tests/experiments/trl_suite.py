@@ -203,7 +203,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("runs/trl-suite"), help="models and results")
     arguments.add_argument("-k", dest="part", default="", help="as pytest's")
     arguments.add_argument("--side", choices=SIDES, help="one side alone")
-    arguments.add_argument("--steps", type=int, default=0, help="of tests that train three epochs; 0: as they are")
+    arguments.add_argument("--steps", type=int, default=0, help="of a test, at most; 0: as they are")
     arguments.add_argument(
         "--vocabulary", type=int, default=20_000, help="tokens of the models; Qwen's own are 151,665"
     )

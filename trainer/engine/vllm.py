@@ -92,6 +92,8 @@ OnFinished = Callable[[int, Completion], None]
 """Called with the place of a request and its completion as soon as that is whole, in any order."""
 
 
+CPU_BLOCK = 32
+"""Tokens that are cached together, the least that vLLM's CPU build takes: of its 128 a turn would read most again."""
 LONGEST_THAT_FITS = -1
 """As vLLM's `max_model_len`: the model's own limit, or what the memory for keys and values has room for, if less."""
 
@@ -128,6 +130,8 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if settings.on_cpu:
+        arguments["block_size"] = CPU_BLOCK
     try:
         which = {name: settings.more[name] for name in WHICH if name in settings.more}
         if settings.adapter is not None and takes_adapters(model=settings.model, dtype=settings.dtype, **which):
@@ -210,6 +214,7 @@ def sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[Any
         "logprobs": 0,
         "flat_logprobs": True,  # two lists in place of an object and a dict a token
         "detokenize": bool(sampling.generation_kwargs.get("stop")),  # what it is to stop at is text
+        "skip_clone": True,  # made for one request
         **sampling.more,
     }
     greedy = shared | {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import (
 from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards import find_reward
 from polyphony.trainer.data import PromptTable
-from polyphony.trainer.environments.calls import NAMES_OF_ROW, Instance
+from polyphony.trainer.environments.calls import NAMES_OF_ROW, Instance, made_in_time
 from polyphony.trainer.environments.wording import Wording
 
 
@@ -59,12 +59,10 @@ class Acting:
             raise ValueError(f"{where}: turns need a chat template, and as_chat: true")
         tools = domain.tools if isinstance(domain.tools, list | tuple) else [domain.tools] if domain.tools else []
         try:
-            instance = Instance.made(domain.environment, tools)
+            instance = made_in_time(Instance.made, domain.environment, tools)
             schemas = tuple(_schema(name, function) for name, function in instance.functions.items())
             wording = Wording(tokenizer, chat_template_kwargs=domain.chat_template_kwargs, tools=schemas)
             has_reply = hasattr(instance.environment, "reply")
-            if not schemas and not has_reply:
-                raise ValueError("there is no tool to call, and no `reply`: the episode would be its first turn")
             wording.check(is_spoken_to=has_reply)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from polyphony.rewards.registry import find, settled
+
+T = TypeVar("T")
 
 ENVIRONMENTS = {"textarena": "polyphony.trainer.environments.games:TextArena"}
 """Registry name to `module:Class`."""
@@ -21,8 +25,14 @@ TOOLS = {"python": "polyphony.trainer.environments.python_tool:Python"}
 
 Ask = Literal["reset", "calls", "reply", "reward"]
 """What an instance is asked for."""
+MAKE_S = 120.0
+"""What an instance may take to be made, or a process for them to start, on a busy host."""
+MOST_CHARACTERS = 1_000_000
+"""Of the answers of a turn, or of what an environment says: no policy reads more, and all of it goes through a pipe."""
 OWN = ("reset", "get_reward", "reply")
 """Methods that are no tools."""
+JSON_TYPES: Mapping[Any, Any] = {str: str, bool: bool, int: int, float: (int, float), list: list, dict: dict}
+"""What JSON has for a type hint."""
 NAMES_OF_ROW = ("seed", "id", "domain")
 """What `reset` gets beside the columns, where its signature names it; a column of that name goes before."""
 
@@ -62,6 +72,28 @@ def _apart(known: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, An
     if twice := sorted(known.keys() & more.keys()):
         raise ValueError(f"two tools are called {twice[0]!r}")
     return more
+
+
+def made_in_time(make: Callable[..., T], *given: Any) -> T:
+    """Return what a user's code makes. Raises ValueError in words for what that raises, and where it does not come back."""
+    came: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            came.put((make(*given), None))
+        except BaseException as error:  # a user's may raise anything
+            came.put((None, error))
+
+    threading.Thread(target=work, name="environment", daemon=True).start()
+    try:
+        made, error = came.get(timeout=MAKE_S)
+    except queue.Empty:
+        raise ValueError(f"it was not made within {MAKE_S:g} s") from None
+    if isinstance(error, ValueError | TypeError):
+        raise error
+    if error is not None:
+        raise ValueError(in_words(error)) from error
+    return made  # type: ignore[return-value]
 
 
 class Instance:
@@ -124,12 +156,13 @@ class Instance:
         begun = [self._begun(call) for call in calls]
         waiting = [_caught(value) for _, value, _ in begun if inspect.isawaitable(value)]
         came = iter(self._all_settled(waiting))
-        found = []
+        found, left = [], MOST_CHARACTERS
         for name, value, failure in begun:
             value = next(came) if inspect.isawaitable(value) else value
             if isinstance(value, BaseException):
                 value, failure = {"error": said_by(value)}, failure or "raised"
-            content, odd = content_of(value)
+            content, odd = content_of(value, most=left)
+            left -= min(left, len(content))
             found.append({"name": name, "content": content, "failure": failure or odd})
         return found
 
@@ -149,27 +182,43 @@ class Instance:
 
 
 def _fits(tool: Callable[..., Any], arguments: Any) -> bool:
+    """Whether a tool takes the arguments, by their names and, where its hints are JSON's, by their types."""
     try:
         inspect.signature(tool).bind(**arguments)
     except TypeError:
         return False
-    return True
+    try:
+        hints = get_type_hints(tool)
+    except Exception:  # a user's are whatever they evaluate to
+        return True
+    kinds = {name: JSON_TYPES.get(get_origin(hint) or hint) for name, hint in hints.items()}
+    return all(isinstance(value, kinds.get(name) or object) for name, value in arguments.items())
 
 
-def content_of(value: Any) -> tuple[str, str]:
-    """Return an answer as the policy reads it, as TRL writes it, and a failure where it is no text and holds none."""
+def content_of(value: Any, *, most: int = MOST_CHARACTERS) -> tuple[str, str]:
+    """Return an answer as the policy reads it, as TRL writes it, and a failure where it is no text and holds none.
+
+    Of more characters than `most` it is said how many there were.
+    """
     if isinstance(value, bytes | bytearray):
-        return bytes(value).decode(errors="replace"), ""
+        return cut(bytes(value[: 4 * most + 4]).decode(errors="replace"), most, of=len(value)), ""
     if inspect.isgenerator(value) or inspect.isasyncgen(value):
         return str({"error": f"the tool returned a {type(value).__name__}, which is no answer"}), "bad_results"
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
         if any(part["type"] != "text" for part in value):
             return str({"error": "the tool returned more than text, which this policy does not read"}), "bad_results"
-        return whole("\n".join(str(part.get("text", "")) for part in value)), ""
+        return whole(cut("\n".join(str(part.get("text", "")) for part in value), most)), ""
     try:
-        return whole(str(value)), ""
+        return whole(cut(str(value), most)), ""
     except Exception as error:  # a user's class may raise anything
         return str({"error": f"the tool's answer cannot be written: {said_by(error)}"}), "bad_results"
+
+
+def cut(text: str, most: int = MOST_CHARACTERS, *, of: int = 0) -> str:
+    """Return the beginning of a text that is too long to be sent on, and what was left out: more than any policy reads."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}\n[the first {most:,} of {max(of, len(text)):,} characters]"
 
 
 def whole(text: str) -> str:
@@ -199,7 +248,7 @@ async def _caught(awaitable: Any) -> Any:
 
 def _text(method: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
-        return value and whole(value)
+        return value and whole(cut(value))
     content, odd = content_of(value) if isinstance(value, list) else ("", "odd")
     if odd:
         raise TypeError(f"{method} returned {value!r:.60}, expected text or None")

@@ -21,9 +21,10 @@ from polyphony.curricula.records import Completion, Prompt
 from polyphony.trainer.engine.turns import Wait
 from polyphony.trainer.engine.vllm import OnFinished, Request
 from polyphony.trainer.environments.acting import Acting
-from polyphony.trainer.environments.calls import Ask
+from polyphony.trainer.environments.calls import MAKE_S, Ask
 from polyphony.trainer.environments.hosts import Event, Events, Host
 from polyphony.trainer.environments.led import Led, Rules
+from polyphony.trainer.environments.wording import told_at_end
 
 MOST_RESTARTS = 3
 """Of an episode whose process went down with others'."""
@@ -31,8 +32,6 @@ MOST_ALONE = 8
 """Episodes that have a process of their own, at once."""
 BY_POLICY: tuple[Ask | None, ...] = ("calls", "reply")
 """What the policy brought about, and answers for."""
-START_S = 120.0
-"""What a process may take to start, or an instance to be made, on a busy host."""
 
 
 class Conversations:
@@ -91,10 +90,12 @@ class Conversations:
         if led.acting is None:
             self._tell(led.place, completion)
             return
-        before = [*led.prompt.ids, *led.ids]
+        before = led.opening
         led.add(completion)
-        said = led.acting.wording.parsed(completion.ids, before)
+        said, is_malformed = led.acting.wording.parsed(completion.ids, before)
         led.messages.append(said)
+        if is_malformed and led.ids[-1] in self._rules.ends:
+            led.failures.append("malformed_calls")
         self._after_turn(led, led.acting, said)
 
     # --- from turn to turn --------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Conversations:
 
     def _ask(self, led: Led, what: Ask, given: Any) -> None:
         assert led.seat is not None
-        led.ask(what, START_S + self._rules.timeout_s)  # its process may have to start
+        led.ask(what, MAKE_S + self._rules.timeout_s)  # its process may have to start
         self._host(led).ask(led.seat, what, given)
 
     def _hear(self, *, block: bool) -> None:
@@ -226,7 +227,7 @@ class Conversations:
             return
         if event.begun is not None:
             led.is_begun = True
-            led.limit(START_S if event.begun == "making" else self._rules.timeout_s)
+            led.limit(MAKE_S if event.begun == "making" else self._rules.timeout_s)
             return
         what, led.asked = led.asked, None
         if event.error is not None:
@@ -250,8 +251,7 @@ class Conversations:
         asked = self._asked[led.place]
         if told:
             messages: Any = asked.prompt
-            shown = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + told}]
-            led.prompt = replace(asked, prompt=shown, ids=acting.wording.prompt(messages, told))
+            led.prompt = replace(asked, prompt=told_at_end(messages, told), ids=acting.wording.prompt(messages, told))
         if (room := self._room(led)) < 1:
             self._fail(led, f"reset: the prompt has {len(led.prompt.ids)} tokens, the context {self._rules.context}")
         else:

@@ -48,7 +48,8 @@ class EpisodeSums:
 
     def metrics(self) -> dict[str, float]:
         """Return the `environment/<d>` metrics; NaN where nothing was counted."""
-        shares = {kind: _ratio(self.failures[kind], self.calls) for kind in FAILURES}
+        asked = self.calls + self.failures["malformed_calls"]
+        shares = {kind: _ratio(self.failures[kind], asked) for kind in FAILURES}
         by_turn = {f"entropy_turn_{n}": _ratio(*of) for n, of in enumerate(self.entropy, 1)}
         by_turn |= {f"reward_turns_{n}": _ratio(*of) for n, of in enumerate(self.rewards, 1)}
         return by_turn | {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MOST = 2**31
@@ -35,9 +35,9 @@ class TextArena:
         self._environment, self._reward = self._begun(game_seed), 0.0
         return self._told()
 
-    def reply(self, message: str) -> str | None:
+    def reply(self, message: Mapping[str, Any]) -> str | None:
         """Make a move; return what the game says, None where it is over."""
-        is_over, _ = self._environment.step(message)
+        is_over, _ = self._environment.step(message["content"])
         if is_over:
             rewards, _ = self._environment.close()
             self._reward = max(0.0, float(rewards[0]))

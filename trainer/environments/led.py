@@ -58,6 +58,8 @@ class Led:
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
     """Where each turn of the policy begins."""
+    ended: int = 0
+    """Where its last ended."""
     calls: int = 0
     rounds: int = 0
     """Turns that called tools."""
@@ -94,6 +96,11 @@ class Led:
         self.ids, self.mask, self.logps, self.messages, self.spans = [], [], [], [], []
         self.calls, self.rounds, self.failures, self.version = 0, 0, [], None
 
+    @property
+    def opening(self) -> Sequence[int]:
+        """The tokens since the policy's last turn, or its prompt, which open its next."""
+        return self.ids[self.ended :] if self.spans else self.prompt.ids
+
     def next_request(self, room: int) -> Request:
         """Return the request of its next turn: a seed a completion and turn."""
         seed = self.request.seed
@@ -107,6 +114,7 @@ class Led:
         self.spans.append(len(self.ids))
         self.ids += completion.ids
         self.mask += [1] * len(completion.ids)
+        self.ended = len(self.ids)
         self.version = completion.version
         if completion.logps is None:
             self.logps = None

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from polyphony.trainer.environments.worker_main import packed
 
 MOST_PROCESSES = 16
 END_S = 10.0
-"""What is waited for a process that was killed."""
+"""What is waited for processes that were killed, once all is over."""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """By which somebody else ends a process; what crashes ends by another."""
 
@@ -53,9 +54,11 @@ class EnvironmentProcess:
         """With their domains."""
         self.is_over = False
         """Whether it answers no more."""
+        self.is_dropped = False
+        """Whether it was told to end."""
         self.is_reaped = threading.Event()
         """Set once it has ended, with what it started."""
-        self._events, self._at_work, self._is_dropped = events, set[int](), False
+        self._events, self._at_work = events, set[int]()
         path = os.pathsep.join(dict.fromkeys(entry or str(Path.cwd()) for entry in sys.path))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "polyphony.trainer.environments.worker_main"],
@@ -78,9 +81,14 @@ class EnvironmentProcess:
         if self.is_over:  # its reader may have told of it before this seat was there
             self._events.put(Event(seat=seat, lost="others"))
 
+    def drop(self) -> None:
+        """End it by a thread: to look for all that it started takes a while, and the other episodes go on."""
+        self.is_dropped = True
+        threading.Thread(target=self.end, name=f"environments-{self._process.pid}", daemon=True).start()
+
     def end(self) -> None:
         """End it with all that it started, in sessions of their own too; none of its seats hears of it."""
-        self._is_dropped = True
+        self.is_dropped = True
         if not self.is_reaped.is_set():
             started = started_by(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
@@ -88,7 +96,6 @@ class EnvironmentProcess:
             for process in started:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-        self.is_reaped.wait(END_S)
         self._unsent.put(None)
 
     def _send(self, job: Mapping[str, Any]) -> None:
@@ -115,7 +122,7 @@ class EnvironmentProcess:
         self.is_over = True
         self._unsent.put(None)
         self.is_reaped.wait()
-        if self._is_dropped:
+        if self.is_dropped:
             return
         is_its_own = self.is_alone or -self._process.wait() not in FROM_OUTSIDE
         blame: Literal["its_own", "maybe"] = "its_own" if len(self._at_work) == 1 else "maybe"
@@ -153,7 +160,9 @@ class Processes:
     def open(self, acting: Acting, *, alone: bool = False) -> int:
         """Return a seat in the process with the fewest episodes, or in a new one."""
         self._all = [process for process in self._all if not process.is_reaped.is_set()]
-        shared = sorted((p for p in self._all if not (p.is_alone or p.is_over)), key=lambda p: len(p.seats))
+        shared = sorted(
+            (p for p in self._all if not (p.is_alone or p.is_over or p.is_dropped)), key=lambda p: len(p.seats)
+        )
         if alone or not shared or (shared[0].seats and len(shared) < self._most):
             self._all.append(EnvironmentProcess(self._specs, self._events, is_alone=alone))
             shared = self._all[-1:]
@@ -176,8 +185,8 @@ class Processes:
 
     def drop(self, seat: int) -> Collection[int]:
         """End the process of what does not come back; return the other seats there."""
-        lost, process = self.beside(seat), self._of[seat]
-        process.end()
+        lost = self.beside(seat)
+        self._of[seat].drop()
         for one in (seat, *lost):
             del self._of[one]
         return lost
@@ -188,13 +197,16 @@ class Processes:
         if process is None:
             return
         if process.is_alone:
-            process.end()
+            process.drop()
         else:
             process.ask(seat, "close", None)
         del process.seats[seat]
 
     def end(self) -> None:
-        """End all processes."""
+        """End all processes, and wait for that; nobody waits before."""
         for process in self._all:
             process.end()
+        until = time.monotonic() + END_S
+        for process in self._all:
+            process.is_reaped.wait(max(0.0, until - time.monotonic()))
         self._all, self._of = [], {}

@@ -53,7 +53,9 @@ class Wording:
         if tools and not any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
             add_response_schema(tokenizer)  # for TRL's known templates; ValueError for others
         if tools:  # TRL asks the tokenizer once more, where it takes in a draw
-            self._tokenizer.parse_response = partial(_parsed_or_refused, type(tokenizer).parse_response, tokenizer)
+            self._tokenizer.parse_response = partial(
+                _parsed_or_refused, type(tokenizer).parse_response, tokenizer, **_read_once(tokenizer)
+            )
 
     def check(self, *, is_spoken_to: bool) -> None:
         """Raise ValueError where what was said, thoughts among it, would be shown otherwise once the next turn has come."""
@@ -83,8 +85,7 @@ class Wording:
     def prompt(self, messages: Sequence[Message], told: str = "") -> list[int]:
         """Return the tokens of a prompt, with the tools it may call; what the environment `told` ends its last message."""
         if told:
-            last = messages[-1]
-            messages = [*messages[:-1], {**last, "content": last["content"] + self._spelled(told)}]
+            messages = told_at_end(messages, self._spelled(told))
         return self._encoded(self._rendered(messages, opens=True, tools=self._tools or None))
 
     def after(self, messages: Sequence[Message]) -> list[int]:
@@ -116,11 +117,17 @@ class Wording:
             self._known[called] = before
         return before
 
-    def parsed(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        """Return what the policy said as a message, with `tool_calls` where it called; text where it is malformed."""
+    def parsed(self, ids: Sequence[int], before: Sequence[int]) -> tuple[dict[str, Any], bool]:
+        """Return what the policy said as a message, with `tool_calls` where it called, and whether it was malformed, which
+        makes it text.
+
+        `before`: the tokens since its last turn, or the prompt.
+        """
         if not self._tools:
-            return {"role": "assistant", "content": self._tokenizer.decode(ids, skip_special_tokens=True)}
-        return parse_response(self._tokenizer, list(ids), prefix=list(before), tools=self._tools)
+            return {"role": "assistant", "content": self._tokenizer.decode(ids, skip_special_tokens=True)}, False
+        reader: Any = _Reader(self._tokenizer)
+        said = parse_response(reader, list(ids), prefix=list(before), tools=self._tools)
+        return said, reader.read is None or ("tool_calls" in reader.read and "tool_calls" not in said)
 
     @cached_property
     def longest_token(self) -> int:
@@ -149,7 +156,7 @@ class Wording:
         ids: list[int] = []
         for i, part in enumerate(SPELLED.split(text)):
             pieces = [self._marks[int(part)][:1], self._marks[int(part)][1:]] if i % 2 else [part]
-            ids += [t for p in pieces for t in self._tokenizer(p, add_special_tokens=False)["input_ids"] if p]
+            ids += [t for p in pieces for t in self._tokenizer.encode(p, add_special_tokens=False) if p]
         return ids
 
     def _rendered(self, messages: Sequence[Message], *, opens: bool, tools: Any = None) -> str:
@@ -161,6 +168,41 @@ class Wording:
             chat_template=self._template,
             **self._kwargs,
         )
+
+
+def told_at_end(messages: Sequence[Message], told: str) -> list[Message]:
+    """Return messages whose last ends with what was told; as in TRL a part of its own where it consists of parts."""
+    *before, last = messages
+    content: Any = last["content"]
+    return [
+        *before,
+        {**last, "content": content + (told if isinstance(content, str) else [{"type": "text", "text": told}])},
+    ]
+
+
+class _Reader:
+    """A tokenizer that keeps what it `read` of a turn: TRL takes what it could not read, or could not call, for text."""
+
+    read: Any = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def parse_response(self, *given: Any, **named: Any) -> Any:
+        self.read = self._tokenizer.parse_response(*given, **named)
+        return self.read
+
+
+def _read_once(tokenizer: Any) -> dict[str, Any]:
+    """Return the response template as it is read, which costs as much as a turn that is parsed by it."""
+    if (template := getattr(tokenizer, "response_template", None)) is None:
+        return {}
+    from transformers.utils.chat_parsing.response_templates import load_response_template  # of those that know any
+
+    return {"schema": load_response_template(template)}
 
 
 def _parsed_or_refused(parse: Callable[..., Any], *given: Any, **named: Any) -> Any:

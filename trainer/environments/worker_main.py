@@ -2,7 +2,7 @@
 
 The first line from stdin says what environments are made of, by domain; each further one is a thing that an instance is
 asked. A line says that its turn has come, another answers it as soon as it is done, in any order. The process ends with its
-stdin, and takes what it started with it.
+stdin, and takes what it started with it: by a process beside it, as a tool may hold the interpreter's lock and never let go.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import pickle
+import select
 import signal
 import threading
 from collections.abc import Mapping
@@ -77,8 +78,31 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def end_with(pipe: int) -> None:
+    """Have a process beside this one end it, and all that it started, once nobody can write to a pipe any more."""
+    worker = os.getpid()
+    if os.fork():
+        return
+    os.closerange(1, 3)  # whoever reads there must see this one's end
+    closed = select.poll()
+    closed.register(pipe, 0)  # that it hung up is told all the same
+    closed.poll()
+    end(worker)
+
+
+def end(worker: int) -> None:
+    """End a worker with whatever hangs in it, and what it started, in sessions of their own too; this process with it."""
+    with suppress(psutil.Error):
+        for process in psutil.Process(worker).children(recursive=True):
+            if process.pid != os.getpid():
+                with suppress(psutil.Error):
+                    process.kill()
+    os.killpg(worker, signal.SIGKILL)
+
+
 def main() -> None:
     """Answer until stdin closes."""
+    end_with(0)
     adopt_orphans()
     asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # programs that tools start read nothing of what is asked here
@@ -86,10 +110,7 @@ def main() -> None:
     worker = EnvironmentWorker(json.loads(asked.readline()), replies)
     for line in asked:
         worker.take(json.loads(line))
-    for process in psutil.Process().children(recursive=True):  # in sessions of their own
-        with suppress(psutil.Error):
-            process.kill()
-    os.killpg(0, signal.SIGKILL)  # with whatever hangs, and what environments started
+    end(os.getpid())
 
 
 if __name__ == "__main__":
