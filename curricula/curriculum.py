@@ -142,10 +142,10 @@ class Curriculum:
         self.choose(n)
         return list(self.begin().prompts)
 
-    def choose(self, n: int, *, ahead: int = 0) -> Choice:
+    def choose(self, n: int, *, unseen: int = 0) -> Choice:
         """Choose `n` prompts as `draw` does, and put them behind those that wait to be learned from (`aloft`).
 
-        `ahead`: how many draws before it have not been observed.
+        `unseen`: how many draws before it have not been observed.
         """
         self.basis, recovery = self.evidence(), self.recoveries.open
         prompts = self._draw(n) if recovery is None else self._draw_for(recovery, n)
@@ -157,7 +157,7 @@ class Curriculum:
             decision=self.decision,
             places={name: list(samplers[name].places) for name in drawn},
             recovered="" if recovery is None else recovery.domain,
-            ahead=ahead,
+            unseen=unseen,
             basis=self.basis,
         )
         self.draws += 1

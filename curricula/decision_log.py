@@ -41,7 +41,7 @@ class Choice:
     """By domain, where its prompts stand among the training rows, in the order of the draw."""
     recovered: str = ""
     """The domain of a recovery, whose draws the scheduler does not decide."""
-    ahead: int = 0
+    unseen: int
     """How many draws just before this one the decision knew nothing of but their prompts."""
     basis: Evidence | None = None
     """None where the line was read from a checkpoint."""
@@ -58,7 +58,7 @@ class Choice:
         if self.basis is None:
             return dict(self.told)
         line = decision_line(self.basis, self.decision, self.prompts, draw=self.draw, recovered=self.recovered)
-        return line | {"ahead": self.ahead} if self.ahead else line
+        return line | {"unseen": self.unseen} if self.unseen else line
 
     def as_row(self) -> dict[str, Any]:
         """Return it for a checkpoint; JSON-able."""
@@ -69,7 +69,7 @@ class Choice:
             "prompts": prompts,
             "places": places,
             "recovered": self.recovered,
-            "ahead": self.ahead,
+            "unseen": self.unseen,
         }
         return told | {"decision": asdict(self.decision), "told": self.line}
 
@@ -168,7 +168,7 @@ def shortened(line: Mapping[str, Any], before: Mapping[str, Any] | None, places:
     if line["mixture"] != before["mixture"]:
         short["mixture"] = list(line["mixture"].values())
     short |= {key: line[key] for key in ("stage", "reason") if line[key] != before[key]}
-    short |= {"ahead": line["ahead"]} if "ahead" in line else {}
+    short |= {"unseen": line["unseen"]} if "unseen" in line else {}
     now, past = line["evidence"], before["evidence"] | {"draw": line["draw"], "drawn": _drawn_by(before)}
     return short | {"evidence": {key: value for key, value in now.items() if value != past[key]}}
 

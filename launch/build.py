@@ -149,7 +149,7 @@ def build_trainer(
 
     ours = recipe.of_trainer
     if engine is not None:
-        engine.ahead = recipe.rollouts.ahead
+        engine.draws_ahead = recipe.rollouts.ahead
     try:
         return DomainGRPOTrainer(
             recipe.model,

@@ -77,7 +77,7 @@ def check_alike(run, other) -> None:
 @pytest.mark.slow
 def test_a_decision_knows_of_draws_up_to_the_weights_that_sample(undisturbed):
     found = RunFolder(undisturbed).decisions()
-    assert [line.get("ahead", 0) for line in found] == [0, 1, 2, 2, 2, 2]
+    assert [line.get("unseen", 0) for line in found] == [0, 1, 2, 2, 2, 2]
     assert [line["rollout/behind"] for line in lines(undisturbed, "metrics") if "rollout/behind" in line] == [
         *(0, 1, 2, 2, 2, 2),
     ]

@@ -80,7 +80,7 @@ class DroppedError(Exception):
     """Nobody waits for this draw any more: raised in the thread that samples it, at its next use of the engine."""
 
 
-class Line(threading.Thread):
+class DrawThread(threading.Thread):
     """Generates one draw after the other."""
 
     def __init__(self, group: Any) -> None:
@@ -112,7 +112,7 @@ class Ahead:
         self._group = ranks.own_group()
         self._landing: dict[int, Future[Landed]] = {}
         """By their number, the draws that were begun; those of the curriculum's `aloft` that are not here have to be."""
-        self._line: Line | None = None
+        self._line: DrawThread | None = None
         self._since = {"behind": 0.0, "wait_s": 0.0, "dropped": 0.0}
         self._taken = 0
 
@@ -121,9 +121,9 @@ class Ahead:
     def is_asking(self) -> bool:
         """Return whether the caller is a draw that is generated ahead. Raises DroppedError where it is one no more."""
         line = threading.current_thread()
-        if isinstance(line, Line) and line.is_closed:
+        if isinstance(line, DrawThread) and line.is_closed:
             raise DroppedError
-        return isinstance(line, Line)
+        return isinstance(line, DrawThread)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until all draws that were begun have landed; return whether that came in time."""
@@ -142,12 +142,12 @@ class Ahead:
     def roll_out(self, n_rows: int) -> Rollout:
         """Return the next draw, with this rank's `n_rows` rows, and begin another. Raises what generating it raised."""
         if not self._curriculum.aloft:
-            self._draws.choose(n_rows)
+            self._draws.choose(n_rows, unseen=0)
         self._begin_all(n_rows)
         landed = self._next()
         self._take_in(landed)
         while len(self._curriculum.aloft) < self._n and self._curriculum.draws < self._curriculum.total_draws:
-            self._draws.choose(n_rows, ahead=len(self._curriculum.aloft) + 1)
+            self._draws.choose(n_rows, unseen=len(self._curriculum.aloft) + 1)
             self._begin_all(n_rows)
         return landed.rollout
 
@@ -181,7 +181,7 @@ class Ahead:
         draws, step = self._draws.apart(choice), self._policy.trainer.state.global_step
         future: Future[Landed] = Future()
         if self._line is None:
-            self._line = Line(self._group)
+            self._line = DrawThread(self._group)
             self._line.start()
         self._line.jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
         return future

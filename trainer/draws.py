@@ -112,13 +112,13 @@ class Draws:
     def roll_out(self, n_rows: int) -> Rollout:
         """Draw prompts for this rank's `n_rows` slots, generate their groups, score them, replace the useless ones."""
         if not self.curriculum.aloft:  # left by a run that generated ahead
-            self.choose(n_rows)
+            self.choose(n_rows, unseen=0)
         choice = self.begin()
         return self.take(self.make(choice, n_rows))
 
-    def choose(self, n_rows: int, *, ahead: int = 0) -> Choice:
+    def choose(self, n_rows: int, *, unseen: int) -> Choice:
         """Have the curriculum choose the prompts of another draw: rank 0's, on every rank."""
-        choice = self.curriculum.choose(n_rows * self.policy.world_size // self.policy.group_size, ahead=ahead)
+        choice = self.curriculum.choose(n_rows * self.policy.world_size // self.policy.group_size, unseen=unseen)
         agreed = replace(choice, prompts=self._agreed(list(choice.prompts)))
         self.curriculum.aloft[-1] = agreed
         return agreed

@@ -55,7 +55,7 @@ class RayEngine(Engine):
     def __init__(
         self, *arguments: Any, rollouts: RolloutsSection, gpu_memory_utilization: float = WORKERS_SHARE, **named: Any
     ) -> None:
-        self.rollouts, self.ahead = rollouts, rollouts.ahead
+        self.rollouts, self.draws_ahead = rollouts, rollouts.ahead
         self._latest = 0
         """The version of the weights that were kept last, to be sent at once or later."""
         self.gpu_memory_utilization = gpu_memory_utilization

@@ -67,7 +67,7 @@ class Engine(VLLMGeneration):
     """True while it holds no weights: only a sync wakes it."""
     is_shared: bool = True
     """Whether all ranks have to call `complete` together, so that of several none can go on with a turn alone."""
-    ahead: int = 0
+    draws_ahead: int = 0
     """How many draws are sampled before the one that is trained on, while it is (`rollouts.ahead`)."""
     room: int | None = None
     """Tokens of the longest sequence; None where it does not say."""

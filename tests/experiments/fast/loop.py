@@ -318,7 +318,7 @@ class LabRun:
     def _from_before(self) -> Rollout:
         """Return the draw that was sampled `ahead` draws ago, and sample another with the present weights."""
         while len(self._flights) <= self.ahead and self.curriculum.draws < self.draws:
-            choice = self._draws.choose(PROMPTS * GROUP, ahead=len(self._flights))
+            choice = self._draws.choose(PROMPTS * GROUP, unseen=len(self._flights))
             self._flights.append(self._draws.apart(choice).make(choice, PROMPTS * GROUP))
         self._draws.begin()
         return self._draws.take(self._flights.pop(0))
