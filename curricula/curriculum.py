@@ -64,6 +64,10 @@ def allocate(n: int, mixture: Sequence[float], residual: Sequence[float]) -> tup
     return counts, [c - count for c, count in zip(claims, counts, strict=True)]
 
 
+class ExhaustedError(RuntimeError):
+    """No prompt is left to learn from, and the pool is to stop then."""
+
+
 class Curriculum:
     """Draw prompts for the trainable domains, observe their groups, record evaluations; save and restore all of it.
 
@@ -272,7 +276,9 @@ class Curriculum:
     def reviews(self) -> list[dict[str, Any]]:
         """Return what a scheduler that plans says of its stages once all draws are done; empty for any other."""
         review = getattr(self.scheduler, "reviews", None)
-        return review(self.evidence(), self._state) if review and self.draws >= self.total_draws else []
+        return (
+            review(self.evidence(), self._state) if review and self.draws >= self.total_draws and not self.aloft else []
+        )
 
     def note(self, text: str, *, domain: str | None = None) -> None:
         """Tell the scheduler, at its next decision, about something that happened to the run.
@@ -376,7 +382,9 @@ class Curriculum:
         done = [name for name in shut if self.pools[name].is_exhausted]
         if self.pool and self.pool.when_exhausted == "stop" and len(done) == len(self.pools):
             why = "; ".join(f"domain {name!r}: {_why(self.pools[name])}" for name in sorted(done))
-            raise RuntimeError(f"every training prompt is mastered or impossible: {why} (pool.when_exhausted is stop)")
+            raise ExhaustedError(
+                f"every training prompt is mastered or impossible: {why} (pool.when_exhausted is stop)"
+            )
 
 
 class Reserve:

@@ -378,7 +378,7 @@ def _check_trainer(recipe: Recipe) -> None:
         raise RecipeError("curriculum.scheduler d3 goes by distances to teachers: it needs algorithm: distil")
     of_trl = {"num_generations": GROUP_SIZE, **recipe.grpo}.get
     recipe.of_trainer.check(list(recipe.domains.values()), engine=recipe.rollouts.engine, of_trl=of_trl)
-    check_ahead(recipe.rollouts.ahead, recipe.of_trainer.guardrails)
+    check_ahead(recipe.rollouts.ahead, recipe.of_trainer.guardrails, of_trl)
 
 
 def _check_sft(recipe: Recipe) -> None:

@@ -275,3 +275,38 @@ def test_a_checkpoint_keeps_a_draw_as_it_was(tmp_path):
     assert list(again.rollout.rows[1].prompt.ids) == [5, 6, 7] and again.rollout.rows[0].prompt.columns == {
         "answer": "4"
     }
+
+
+def test_what_rewards_tell_is_what_a_checkpoint_has(tmp_path):
+    import numpy as np
+
+    told = {"seen": [np.float32(0.5), torch.tensor(2), (1, "x"), None, object]}
+    plain = json.loads(json.dumps(told, default=ahead._plain))
+    assert plain == {"seen": [0.5, 2, [1, "x"], None, "<class 'object'>"]}
+
+
+def test_a_thread_that_is_closed_begins_nothing_more():
+    from concurrent.futures import Future
+
+    begun, first, second = [], Future(), Future()
+    thread = ahead.DrawThread(None, torch.device("cpu"))
+    thread.jobs.put((first, lambda: begun.append(1) or setattr(thread, "is_closed", True)))
+    thread.jobs.put((second, lambda: begun.append(2)))
+    thread.jobs.put(None)
+    thread.start()
+    thread.join(10)
+    assert begun == [1] and isinstance(second.exception(0), ahead.DroppedError)
+
+
+def test_a_small_pool_keeps_what_is_in_flight_from_other_draws_and_goes_on_where_all_is():
+    from polyphony.curricula.prompts.pool import PoolSettings, PromptPool
+
+    pool = PromptPool(["a", "b", "c", "d"], name="math", seed=1, settings=PoolSettings())
+    pool.held = 1
+    first, second = pool.draw(2), pool.draw(2)
+    assert not set(first) & set(second) and not pool.reserve(2)
+    again = PromptPool(["a", "b", "c", "d"], name="math", seed=1, settings=PoolSettings())
+    again.held = 1
+    again.load_state_dict(pool.state_dict())
+    again.adopt(pool.columns())
+    assert again.draw(2) == pool.draw(2) and set(pool.draw(4)) == {"a", "b", "c", "d"}

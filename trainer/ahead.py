@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 
+from polyphony.curricula.curriculum import ExhaustedError
 from polyphony.curricula.decision_log import Choice
 from polyphony.curricula.files import replacing
 from polyphony.curricula.records import Completion, Prompt, Rollout
@@ -52,7 +54,7 @@ class Landed:
     def as_row(self) -> dict[str, Any]:
         """Return it for a checkpoint; JSON-able. Prompts are named; of episodes, which extend theirs, what was said too."""
         rows = {place: replace(c, prompt=_named(c)) for place, c in self.rollout.rows.items()}
-        rollout = ROLLOUT.dump_python(replace(self.rollout, rows=rows), mode="json")
+        rollout = ROLLOUT.dump_python(replace(self.rollout, rows=rows))
         logged = [[*place, *sums] for place, sums in self.logged.items()]
         told = {"weights": self.weights, "refills": self.refills, "logged": logged, "told": self.told}
         return {"rollout": rollout, **told}
@@ -72,8 +74,18 @@ def _named(completion: Completion) -> Prompt:
 
 
 def _filled(prompt: Prompt, data: DomainData) -> Prompt:
-    (whole,) = data.tokenized([data.rows_of(prompt.domain)[prompt.id]])
+    table = data.rows_of(prompt.domain)
+    if prompt.id not in table.ids:
+        raise ValueError(
+            f"domain {prompt.domain!r}: row {prompt.id!r} of a draw that was generated ahead is no training row any more: "
+            "give it back, or choose another folder"
+        )
+    (whole,) = data.tokenized([table[prompt.id]])
     return replace(prompt, columns=whole.columns) if prompt.ids else whole
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
 
 class DroppedError(Exception):
@@ -83,18 +95,23 @@ class DroppedError(Exception):
 class DrawThread(threading.Thread):
     """Generates one draw after the other."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
         super().__init__(name="rollouts ahead", daemon=True)
+        self._device = device
         self.jobs: queue.SimpleQueue[tuple[Future[Landed], Callable[[], Landed]] | None] = queue.SimpleQueue()
         self.is_closed = False
         self._group = group
 
     def run(self) -> None:
         """Do the jobs until there is None; what one raises is raised where its draw is trained on."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         with ranks.apart(self._group):
             while job := self.jobs.get():
                 future, generate = job
                 try:
+                    if self.is_closed:
+                        raise DroppedError
                     future.set_result(generate())
                 except BaseException as error:
                     future.set_exception(error)
@@ -112,7 +129,12 @@ class Ahead:
         self._group = ranks.own_group()
         self._landing: dict[int, Future[Landed]] = {}
         """By their number, the draws that were begun; those of the curriculum's `aloft` that are not here have to be."""
+        self._begun: set[int] = set()
+        """Those of this process: others were in a checkpoint."""
         self._line: DrawThread | None = None
+        self._before: DrawThread | None = None
+        """The one that was closed, which may still be at a draw that nobody waits for."""
+        self._end: ExhaustedError | None = None
         self._since = {"behind": 0.0, "wait_s": 0.0, "dropped": 0.0}
         self._taken = 0
 
@@ -132,23 +154,24 @@ class Ahead:
     def close(self, timeout_s: float | None = None) -> None:
         """Drop what is in flight, and wait until none uses the engine; further draws may be begun afterwards."""
         if self._line is not None:
-            self._line.is_closed = True
+            self._line.is_closed = self._group is None  # ranks would not hear of it at one moment
             self._line.jobs.put(None)
             self.wait(timeout_s)
-        self._line, self._landing = None, {}
+        self._before, self._line, self._landing = self._line, None, {}
+        self._policy.trainer._last_loaded_step = -1
 
     # --- draws --------------------------------------------------------------------------------------------------------
 
     def roll_out(self, n_rows: int) -> Rollout:
         """Return the next draw, with this rank's `n_rows` rows, and begin another. Raises what generating it raised."""
         if not self._curriculum.aloft:
+            if self._end is not None:
+                raise self._end
             self._draws.choose(n_rows, unseen=0)
         self._begin_all(n_rows)
         landed = self._next()
         self._take_in(landed)
-        while len(self._curriculum.aloft) < self._n and self._curriculum.draws < self._curriculum.total_draws:
-            self._draws.choose(n_rows, unseen=len(self._curriculum.aloft) + 1)
-            self._begin_all(n_rows)
+        self._go_on(n_rows)
         return landed.rollout
 
     def drop(self) -> None:
@@ -165,6 +188,16 @@ class Ahead:
         self._since, self._taken = dict.fromkeys(self._since, 0.0), 0
         return {key("rollout", name): value for name, value in means.items()}
 
+    def _go_on(self, n_rows: int) -> None:
+        """Begin as many draws as may be in flight; where prompts are exhausted, what is in flight is trained on first."""
+        curriculum = self._curriculum
+        while len(curriculum.aloft) < self._n and curriculum.draws < curriculum.total_draws and self._end is None:
+            try:
+                self._draws.choose(n_rows, unseen=len(curriculum.aloft) + 1)
+            except ExhaustedError as error:
+                self._end = error
+            self._begin_all(n_rows)
+
     def _begin_all(self, n_rows: int) -> None:
         for choice in self._curriculum.aloft:
             if choice.draw not in self._landing:
@@ -173,15 +206,19 @@ class Ahead:
     def _begin(self, choice: Choice, n_rows: int) -> Future[Landed]:
         """Have a draw generated with the present weights, after those that were begun before it."""
         load = None
-        if self._landing:  # not whether they have landed: that would be the clock's word
+        if self._begun & self._landing.keys():  # not whether they have landed: that would be the clock's word
             assert self._policy.engine is not None
             load = self._policy.engine.snapshot()
+            self._policy.trainer._last_loaded_step = -1
         else:
             self._policy.sync_if_older()
+        self._begun.add(choice.draw)
         draws, step = self._draws.apart(choice), self._policy.trainer.state.global_step
         future: Future[Landed] = Future()
         if self._line is None:
-            self._line = DrawThread(self._group)
+            if self._before is not None:
+                self._before.join()
+            self._line = DrawThread(self._group, self._policy.trainer.accelerator.device)
             self._line.start()
         self._line.jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
         return future
@@ -222,18 +259,18 @@ class Ahead:
         kept = set.intersection(*ranks.gather_object([mine]))
         landed = {str(draw): self._landing[draw].result().as_row() for draw in sorted(kept)}
         with replacing(checkpoint / ahead_file(self._policy.rank)) as file:
-            json.dump({"world_size": self._policy.world_size, "draws": landed}, file)
+            json.dump({"world_size": self._policy.world_size, "draws": landed}, file, default=str)
 
     def load(self, checkpoint: Path) -> None:
         """Go on with what a checkpoint keeps; where ranks are others now, or it kept nothing, prompts are asked again."""
         self._landing = {}
         path = checkpoint / ahead_file(self._policy.rank)
         saved = read_object(path) if path.is_file() else {}
-        if saved.get("world_size") != self._policy.world_size:
-            return
-        for draw, row in saved["draws"].items():
+        fits = saved.get("world_size") == self._policy.world_size
+        kept = set.intersection(*ranks.gather_object([set(saved["draws"]) if fits else set()]))
+        for draw in sorted(kept, key=int):
             self._landing[int(draw)] = future = Future()
-            future.set_result(Landed.from_row(row, self._draws.data))
+            future.set_result(Landed.from_row(saved["draws"][draw], self._draws.data))
 
 
 def _landed(draws: Draws, choice: Choice, n_rows: int, *, load: Callable[[], None] | None, weights: int) -> Landed:
@@ -247,6 +284,7 @@ def _landed(draws: Draws, choice: Choice, n_rows: int, *, load: Callable[[], Non
     }
     extra, refills = draws.scorer.extra, draws.kept or []
     told = extra.flush(list(rollout.rows.values())) if extra is not None else {}
+    told = json.loads(json.dumps(told, default=_plain))  # as a checkpoint has it, saved or not
     return Landed(
         rollout=replace(rollout, rows=rows),
         weights=weights,

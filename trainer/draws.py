@@ -149,6 +149,8 @@ class Draws:
         """Return what can `make` a draw while another is trained on: all that changes meanwhile is as it is now."""
         scorer = self.scorer.apart()
         scorer.extra, state = None if self.scorer.extra is None else Extra(), copy.copy(self.scorer.state_of())
+        if state is not None:
+            state.log_history = list(state.log_history)
         scorer.state_of = lambda: state
         spares = self.curriculum.reserve(choice, self.refill_rounds)
         return replace(self, scorer=scorer, shortcuts=self.shortcuts.as_now(), spares=spares, kept=[])

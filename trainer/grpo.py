@@ -306,7 +306,7 @@ class DomainGRPOTrainer(GRPOTrainer):
     def _look_ahead(self, settings: TrainerSettings) -> Ahead | None:
         """Return what generates draws ahead, where the engine is to. Raises ValueError for what does not go with it."""
         n = self.policy.engine.draws_ahead if self.policy.engine is not None else 0
-        check_ahead(n, settings.guardrails)
+        check_ahead(n, settings.guardrails, partial(getattr, self.args))
         if not n:
             return None
         self.policy.ahead = ahead = Ahead(self.draws, n)

@@ -36,8 +36,13 @@ def check_recoveries(
         _check_learning(where, guardrail, domain, distil, of_trl)
 
 
-def check_ahead(ahead: int, guardrails: Sequence[Guardrail]) -> None:
-    """Raise ValueError where a recovery would begin with draws in flight that were chosen before."""
+def check_ahead(ahead: int, guardrails: Sequence[Guardrail], of_trl: Callable[[str], Any]) -> None:
+    """Raise ValueError where nothing makes up for older weights, or a recovery would begin with draws in flight."""
+    if ahead and of_trl("vllm_importance_sampling_correction") is False:
+        raise ValueError(
+            f"grpo.vllm_importance_sampling_correction=false with rollouts.ahead={ahead}: draws are of older weights, which "
+            "it makes up for; leave it out"
+        )
     for guardrail in guardrails:
         if ahead and guardrail.action == "recover":
             raise ValueError(

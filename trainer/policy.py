@@ -165,8 +165,7 @@ class Policy:
 
     def sync(self) -> None:
         """Load the policy's present weights into the engine, whatever was loaded before."""
-        if self.ahead is not None:
-            self.ahead.wait()
+        self.wait_for_engine()
         if self.trainer.use_vllm:
             self.trainer.vllm_generation.sync_weights()
             self.trainer._last_loaded_step = self.trainer.state.global_step
@@ -210,13 +209,19 @@ class Policy:
 
     def sync_if_older(self) -> None:
         """Have the engine hold the policy's present weights; not where a draw is sampled ahead, with those of before."""
-        if self.ahead is not None and self.ahead.is_asking():
+        if not self.wait_for_engine():
             return
-        if self.ahead is not None:
-            self.ahead.wait()
         assert self.engine is not None
         if self.trainer.state.global_step != self.trainer._last_loaded_step or self.engine.is_asleep:
             self.sync()
+
+    def wait_for_engine(self) -> bool:
+        """Wait until no draw is sampled ahead; False, at once, for such a draw itself."""
+        if self.ahead is None:
+            return True
+        if self.ahead.is_asking():
+            return False
+        return self.ahead.wait()
 
     def close(self) -> None:
         """Let go of what the engine holds outside this process."""
@@ -270,7 +275,7 @@ class Policy:
             if c.episode is not None
             else replace(
                 c,
-                prompt=prompt if c.prompt is UNNAMED else c.prompt,  # a script's function says what it asked with
+                prompt=prompt if c.prompt == UNNAMED else c.prompt,  # a script's function says what it asked with
                 text=self.decode(c.ids),
                 truncated=c.ids[-1] not in self.ends,
             )

@@ -137,7 +137,7 @@ class RayEngine(Engine):
             _walk(self._tensors())
 
     def _send_whole(self, weights: Weights) -> None:
-        if self.accelerator.device.type != "cpu":
+        if self.accelerator.device.type != "cpu" and not self.draws_ahead:  # those in flight need them kept
             self._send_by_nccl(weights)
         elif self.pool is not None:
             self.pool.load(self.version, ray.put(pack(weights())))

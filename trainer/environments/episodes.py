@@ -78,6 +78,7 @@ class Episodes:
         """Sample one completion a request, as `Policy.complete` does; an episode where the prompt's domain acts."""
         if not any(prompt.domain in self._acting for prompt in prompts):
             return self._policy.complete(requests, copies, on_finished)
+        self._policy.wait_for_engine()  # whose episodes may still be under way
         self._threads.release()
         batch = Conversations(prompts, requests, self._rules, self._events, on_finished)
         self._policy.converse(batch)

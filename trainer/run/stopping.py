@@ -48,7 +48,7 @@ class StopOnSignal(TrainerCallback):
         self._timer: threading.Timer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.received, self.stopped, self._timer = 0, None, None
+        self.received, self.stopped, self._timer, self._heard_at = 0, None, None, 0.0
         if threading.current_thread() is threading.main_thread():
             heard = [n for n in SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
             self._before = {number: signal.signal(number, self._hear) for number in heard}
@@ -56,6 +56,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         number = self.agree(self.received)
+        if number and not self._heard_at:
+            self._heard_at = time.monotonic()
         if number and self.plan.is_boundary(state.global_step) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             self.stopped = number, state.global_step
@@ -73,7 +75,9 @@ class StopOnSignal(TrainerCallback):
     @property
     def left_s(self) -> float | None:
         """Seconds that what is in flight has still to end, half of the grace period in all; None where nothing ends."""
-        return None if self.stopped is None else max(0.0, self._heard_at + self.grace_s / 2 - time.monotonic())
+        if self.stopped is None or self.stopped[0] == signal.SIGINT:  # nobody kills after that one
+            return None
+        return max(0.0, self._heard_at + self.grace_s / 2 - time.monotonic())
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
