@@ -263,9 +263,12 @@ def test_a_checkpoint_keeps_a_draw_as_it_was(tmp_path):
         rollout=rollout, weights=4, refills=[{"round": 1}], logged={("math", "x"): (1.5, 3)}, told={"seen": [None, "y"]}
     )
 
+    class Rows(dict):
+        ids = ("a",)
+
     class Data:
         def rows_of(self, domain):
-            return {"a": prompt}
+            return Rows(a=prompt)
 
         def tokenized(self, prompts):
             return list(prompts)
@@ -275,6 +278,9 @@ def test_a_checkpoint_keeps_a_draw_as_it_was(tmp_path):
     assert list(again.rollout.rows[1].prompt.ids) == [5, 6, 7] and again.rollout.rows[0].prompt.columns == {
         "answer": "4"
     }
+    Rows.ids = ()
+    with pytest.raises(ValueError, match=r"domain 'math': row 'a' of a draw .* is no training row any more"):
+        ahead.Landed.from_row(landed.as_row(), Data())  # type: ignore[arg-type]
 
 
 def test_what_rewards_tell_is_what_a_checkpoint_has(tmp_path):
