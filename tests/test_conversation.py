@@ -471,6 +471,16 @@ def test_hanging_threads_stop_the_run_when_they_are_too_many(monkeypatch):
         lead(Policy([call("hang", what="hang")]), domain(tools=[hang]), threads=host, timeout_s=0.1)
 
 
+def test_turns_are_sampled_in_the_order_of_their_episodes_whoever_answered_first():
+    class Late(Counter):
+        def reset(self, answer: str, seed: int) -> None:
+            time.sleep(0.2 - 0.1 * int(answer))
+
+    policy = Policy(["a"], ["b"], ["c"])
+    lead(policy, domain(environment=Late))
+    assert [request.seed for request in policy.requests] == [0, 1, 2]
+
+
 def test_no_more_episodes_than_asked_for_are_open_at_once():
     open_now, most = [], []
 

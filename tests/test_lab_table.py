@@ -76,12 +76,13 @@ def test_the_committed_policy_reads_calls_as_its_template_writes_them():
     asked = [{"role": "user", "content": "room of ada ?"}]
     before = wording.prompt(asked)
     said = "<|call|>look who=ada what=room<|call|>look who=ben what=age<|end|>"
-    parsed = wording.parsed(tokenizer(said)["input_ids"], before)
+    parsed, is_malformed = wording.parsed(tokenizer(said)["input_ids"], before)
+    assert not is_malformed
     wanted = [{"who": "ada", "what": "room"}, {"who": "ben", "what": "age"}]
     assert [call["function"] for call in parsed["tool_calls"]] == [{"name": "look", "arguments": a} for a in wanted]
     assert tokenizer.apply_chat_template([*asked, parsed], tools=schemas, tokenize=False).endswith(said)
     for odd in ("<|call|>", "<|call|>look who", "47", "<|call|>look  ==<|call|>", "<|call|>look what=<|tool|>"):
-        assert wording.parsed(tokenizer(odd + "<|end|>")["input_ids"], before)["role"] == "assistant"
+        assert wording.parsed(tokenizer(odd + "<|end|>")["input_ids"], before)[0]["role"] == "assistant"
 
 
 @pytest.mark.parametrize("is_flawed", [False, True])

@@ -75,11 +75,11 @@ class Conversations:
     # --- what the engine asks -----------------------------------------------------------------------------------------
 
     def waiting(self, wait: Wait) -> list[tuple[int, Request]]:
-        """Return what is to be sampled now."""
+        """Return what is to be sampled now, in the order of the episodes, not of the clock: some engines know no seeds."""
         self._hear(block=False)
         while wait != "none" and self._left and (not self._ready or (wait == "all" and self._at_work)):
             self._hear(block=True)
-        ready, self._ready = self._ready, []
+        ready, self._ready = sorted(self._ready, key=lambda asked: self._sampled[asked[0]][0].place), []
         return ready
 
     def take(self, place: int, completion: Completion) -> None:
