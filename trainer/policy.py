@@ -270,7 +270,7 @@ class Policy:
             if c.episode is not None
             else replace(
                 c,
-                prompt=prompt if c.prompt is UNNAMED else c.prompt,  # a script's function says what it asked with
+                prompt=prompt if c.prompt == UNNAMED else c.prompt,  # a script's function says what it asked with
                 text=self.decode(c.ids),
                 truncated=c.ids[-1] not in self.ends,
             )
