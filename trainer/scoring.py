@@ -75,7 +75,8 @@ class Scorer:
     def check_fit(self, prompts: Iterable[Prompt]) -> None:
         """Raise ValueError for a reward whose signature does not take what it is called with: it would fail on every row."""
         for prompt in prompts:
-            names = {*prompt.columns, "prompts", "completions", "completion_ids"}
+            said = {name for name, value in prompt.columns.items() if name != "answer" or value is not None}
+            names = {*said, "prompts", "completions", "completion_ids"}
             if why := misfit(self.rewards[prompt.domain], names):
                 raise ValueError(f"domains.{prompt.domain}.reward: {why}; **columns takes what a reward does not use")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig
 
 from polyphony.curricula.declarations import nearest
@@ -23,6 +23,8 @@ SCRIPTS_WORDS = {
     "tools": "tools",
 }
 """What a domain's keys are called in a script."""
+ELSEWHERE = {"tokenizer": "processing_class", "dataset": "train_dataset", "config": "args", "training_args": "args"}
+"""Names that other trainers have, or had."""
 QUANTIZED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer")
 """What Transformers leaves on a model that is quantized."""
 
@@ -31,7 +33,41 @@ def refuse_misspelt(unknown: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise TypeError for an argument that there is not, with the nearest that there is."""
     for name in unknown:
         meant = nearest(name, [one for one in known if one not in ("self", "unknown")])
+        meant = f"did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else meant
         raise TypeError(f"DomainGRPOTrainer has no argument {name!r}; {meant}")
+
+
+def in_place(reward_funcs: Any, args: Any) -> tuple[Any, Any]:
+    """Return rewards and arguments; the latter may stand second, where a trainer of domains alone has no rewards to say.
+
+    Raises ValueError for what stands in the place of another.
+    """
+    if is_rows(reward_funcs):
+        raise ValueError(f"reward_funcs: got rows, a {type(reward_funcs).__name__}: give them as train_dataset=")
+    if not isinstance(reward_funcs, TrainingArguments):
+        return reward_funcs, args
+    if args is not None:
+        raise ValueError(
+            f"args: two stand for it, a {type(reward_funcs).__name__} second and a {type(args).__name__} third: give "
+            "reward_funcs=, args= and train_dataset= by their names"
+        )
+    return None, reward_funcs
+
+
+def is_rows(one: Any) -> bool:
+    """Whether something is a table of rows, of whatever library."""
+    return hasattr(one, "column_names") or hasattr(one, "iterrows")
+
+
+def refuse_no_model(model: Any) -> None:
+    """Raise ValueError for what is neither a name, a folder nor a model that is loaded."""
+    if isinstance(model, str):
+        if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+            raise ValueError(f"model {model!r}: no such folder")
+        return
+    if not hasattr(model, "name_or_path"):
+        how = ": give str(..) of it" if isinstance(model, Path) else ""
+        raise ValueError(f"model: expected a name, a folder or a model that is loaded, got {_named(model)}{how}")
 
 
 def refuse_other_args(args: Any) -> None:
@@ -39,7 +75,20 @@ def refuse_other_args(args: Any) -> None:
     if args is None or isinstance(args, GRPOConfig):
         return
     how = ": give GRPOConfig(**args)" if isinstance(args, Mapping) else ""
+    how = ": give rows as train_dataset=" if is_rows(args) else how
     raise ValueError(f"args: expected a GRPOConfig, got {type(args).__name__}{how}")
+
+
+def refuse_no_rows(given: Any, where: str) -> None:
+    """Raise ValueError for splits, columns and tables of other libraries, with how rows are made of them."""
+    if hasattr(given, "iterrows"):
+        raise ValueError(f"{where}: expected rows, got a table of pandas: give Dataset.from_pandas(..)")
+    if isinstance(given, Mapping) and "prompt" in given:
+        raise ValueError(f"{where}: expected rows, got columns {', '.join(given)}: give Dataset.from_dict(..)")
+    if isinstance(given, Mapping):
+        raise ValueError(
+            f"{where}: expected rows, got splits {', '.join(given)}: give {where}[{next(iter(given), 'train')!r}]"
+        )
 
 
 def quantized_by(model: Any, given: Any, args: GRPOConfig) -> str | None:
@@ -51,7 +100,11 @@ def quantized_by(model: Any, given: Any, args: GRPOConfig) -> str | None:
         if said.get(name):
             return f"args.model_init_kwargs[{name!r}]"
     if isinstance(model, str):
-        found = getattr(AutoConfig.from_pretrained(model, **code_of(args)), "quantization_config", None)
+        try:
+            config = AutoConfig.from_pretrained(model, **code_of(args))
+        except OSError as error:
+            raise ValueError(f"model {model!r} cannot be loaded: {first_line(error)}") from error
+        found = getattr(config, "quantization_config", None)
         how = found.get("quant_method", "?") if isinstance(found, Mapping) else type(found).__name__
         return f"model {model}, whose config.json says quantization_config ({how})," if found else None
     return "model, which is quantized," if any(getattr(model, name, None) for name in QUANTIZED) else None
@@ -108,6 +161,11 @@ def in_scripts_words(message: str, names: Collection[str]) -> str:
         key = re.compile(rf"domains\.{re.escape(name)}\.({keys})\b")
         message = key.sub(lambda found: SCRIPTS_WORDS[found[1]], message)
     return message
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a hub says before it advises."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _named(one: Any) -> str:

@@ -101,7 +101,7 @@ def load_dataset(path: str, *names: str, split: Any = None, **given: Any) -> Any
         return datasets.Dataset.from_list([row | chat for row, chat in zip(said, asked, strict=True)])
 
     if split is None:
-        return datasets.DatasetDict(train=rows(0), test=rows(100))
+        return datasets.DatasetDict({"train": rows(0), "test": rows(100)})
     return rows(0) if isinstance(split, str) else [rows(100 * n) for n in range(len(split))]
 
 
