@@ -108,10 +108,12 @@ def _add_init(init: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="ROWS",
-        help="files of rows, a domain each: JSON, CSV or Parquet",
+        help="files of 40 rows and more, a domain each: JSON, CSV or Parquet",
     )
     init.add_argument("--out", type=Path, help="file to write (default: <first file>.yaml, here)")
-    init.add_argument("--model", help="a name on the hub, or a folder (default: a small one)")
+    init.add_argument("--model", help="a name on the hub, or a folder (default: Qwen/Qwen3-0.6B)")
+    init.add_argument("--prompt", metavar="COLUMN", help="where prompts stand, if no usual name says it")
+    init.add_argument("--answer", metavar="COLUMN", help="where references stand, likewise")
     init.add_argument("--reward", help="for all files, not guessed: a name, an import path, or JSON")
 
 
@@ -397,7 +399,8 @@ def _check_before(arguments: argparse.Namespace) -> int:
 def _init(arguments: argparse.Namespace) -> None:
     from polyphony.launch.verbs.init import MODEL, init
 
-    print(init(arguments.files, arguments.out, model=arguments.model or MODEL, reward=arguments.reward))
+    asked = {"reward": arguments.reward, "prompt": arguments.prompt, "answer": arguments.answer}
+    print(init(arguments.files, arguments.out, model=arguments.model or MODEL, **asked))
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -152,7 +152,10 @@ def test_what_makes_no_recipe_leaves_nothing_behind(tmp_path, capsys, monkeypatc
         (SUMS[:20], "20 different prompts; at least 40 are needed"),
         ([{"prompt": "One.", "answer": str(n)} for n in range(60)], "1 different prompts; at least 40 are needed"),
         ([{"ask": str(n)} for n in range(60)], "no column is a prompt in every row; it has ask, known are prompt, "),
-        ([{"prompt": str(n)} for n in range(60)], "no column is a reference: call one answer, ground_truth, "),
+        (
+            [{"prompt": str(n)} for n in range(60)],
+            "reference: it has prompt; give --answer COLUMN, or call one answer, ",
+        ),
         (
             [{"messages": [{"role": who, "content": str(n)} for who in ("user", "assistant")]} for n in range(60)],
             "no column is a reference: its messages end with the answer: move that to a column `answer`",
@@ -190,6 +193,22 @@ def test_files_that_are_no_rows_are_told_in_one_line(tmp_path, capsys, name, tex
     (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     assert main(["init", "--from", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err == f"polyphony init: {tmp_path / name}: {message}\n"
+
+
+def test_columns_are_found_by_the_names_that_are_given(tmp_path, capsys):
+    file = written(tmp_path, "sums", [{"task": row["question"], "result": row["target"]} for row in SUMS])
+    recipe = load_recipe(init([file], tmp_path / "mine.yaml", prompt="task", answer="result", model=str(POLICY)))
+    assert recipe.domains["sums"].reward == "math" and recipe.grpo["learning_rate"] == 2e-4
+    assert "`prompt` is its `task`, `answer` is its `result`" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"--answer resul: no such column; it has result, task"):
+        init([file], tmp_path / "other.yaml", prompt="task", answer="resul")
+
+
+def test_what_is_wrong_with_each_file_is_told_at_once(tmp_path, capsys):
+    files = [written(tmp_path, name, rows) for name, rows in (("few", SUMS[:20]), ("sums", SUMS), ("none", []))]
+    assert main(["init", "--from", *map(str, files), "--out", str(tmp_path / "mine.yaml")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "few.jsonl: 20 different prompts" in first and "none.jsonl: has no rows" in second
 
 
 def test_a_name_on_the_hub_is_no_file(capsys):

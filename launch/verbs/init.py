@@ -69,28 +69,33 @@ class Guess:
     """What was done to the rows besides, in words."""
 
     @classmethod
-    def of(cls, file: Path, reward: Any = None) -> Guess:
-        """Read a file. Raises RecipeError, naming it and the column, where nothing can be made of it."""
+    def of(cls, file: Path, reward: Any = None, *, prompt: str | None = None, answer: str | None = None) -> Guess:
+        """Read a file; `prompt` and `answer` are its columns of these, else looked for by their usual names.
+
+        Raises RecipeError, naming it and the column, where nothing can be made of it.
+        """
         rows, places = read(file)
         if not rows:
             raise RecipeError(f"{file}: has no rows")
-        renamed = {"prompt": column(rows, PROMPTS, places, file, must=True)}
+        prompts, answers = _columns(rows, file, prompt=prompt, answer=answer)
+        renamed = {"prompt": column(rows, prompts, places, file, must=True)}
         if not renamed["prompt"]:
-            has = ", ".join(sorted(map(str, rows[0])))
             raise RecipeError(
-                f"{file}: no column is a prompt in every row; it has {has}, known are {', '.join(PROMPTS)}"
+                f"{file}: no column is a prompt in every row; it has {_names(rows)}, known are {', '.join(PROMPTS)}: "
+                "give --prompt COLUMN"
             )
         needs = reward is None and not all(map(_is_verls, rows))
-        if (answer := column(rows, ANSWERS, places, file, must=needs)) and not all(map(_is_verls, rows)):
+        if (answer := column(rows, answers, places, file, must=needs)) and not all(map(_is_verls, rows)):
             renamed["answer"] = answer
         back = {old: new for new, old in renamed.items()}
         rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
         has_choices = reward in (None, "multiple_choice") and any("choices" in row for row in rows)
         rows, done = with_choices(rows, places, file) if has_choices and answer else (rows, "")
         unique = list({content_id(row): row for row in rows}.values())
-        if (prompts := len({prompt_key(row["prompt"]) for row in unique})) < LEAST:
+        if (n_prompts := len({prompt_key(row["prompt"]) for row in unique})) < LEAST:
             raise RecipeError(
-                f"{file}: {prompts} different prompts; at least {LEAST} are needed to train and to hold out"
+                f"{file}: {n_prompts} different prompts; at least {LEAST} are needed to train and to hold out: fewer tell "
+                "no change; a recipe that you write yourself takes any number (README)"
             )
         found, why = (reward, "as you said") if reward else _reward(unique, file)
         train, heldout = _split(unique)
@@ -112,8 +117,18 @@ class Guess:
         return len(self.train) + len(self.heldout)
 
 
-def init(files: Sequence[Path], out: Path | None = None, *, model: str = MODEL, reward: str | None = None) -> Path:
+def init(
+    files: Sequence[Path],
+    out: Path | None = None,
+    *,
+    model: str = MODEL,
+    reward: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+) -> Path:
     """Write a recipe with rows and schema; return it. `out` is by default called as the first file, in this folder.
+
+    `prompt` and `answer` are columns of every file.
 
     Raises RecipeError where one is there, where rows cannot be used, and where the recipe could not be read; nothing is left
     on disk then.
@@ -127,7 +142,14 @@ def init(files: Sequence[Path], out: Path | None = None, *, model: str = MODEL, 
             raise RecipeError(f"{path} exists; choose another --out")
     look_in(out.parent.resolve())
     spec, model = _asked(reward), _model(model)
-    guesses = [Guess.of(file, spec) for file in files]
+    guesses, refused = [], []
+    for file in files:
+        try:
+            guesses.append(Guess.of(file, spec, prompt=prompt, answer=answer))
+        except RecipeError as error:
+            refused += error.problems
+    if refused:
+        raise RecipeError(*refused)
     names = [guess.name for guess in guesses]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"two files would be the domain {twice[0]!r}: name them otherwise")
@@ -151,6 +173,22 @@ def init(files: Sequence[Path], out: Path | None = None, *, model: str = MODEL, 
     for guess in guesses:
         say(f"init: {guess}")
     return out
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], file: Path, *, prompt: str | None, answer: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return by which names prompts and answers are looked for. Raises RecipeError for a name that no row has."""
+    found = []
+    for option, asked, usual in (("--prompt", prompt, PROMPTS), ("--answer", answer, ANSWERS)):
+        if asked is not None and not any(asked in row for row in rows):
+            raise RecipeError(f"{file}: {option} {asked}: no such column; it has {_names(rows)}")
+        found.append(usual if asked is None else (asked,))
+    return found[0], found[1]
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted(map(str, rows[0])))
 
 
 def domain_name(file: Path) -> str:
@@ -193,7 +231,7 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
     references = [_said(prompt.columns.get("answer")) for prompt in sample]
     tried = ("multiple_choice",) if all("choices" in prompt.columns for prompt in sample) else REWARDS
     if not any(references) and "tests" not in sample[0].columns:
-        how = f"call one {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}"
+        how = f"it has {_names(rows)}; give --answer COLUMN, or call one {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}"
         if _is_answered(sample[0].prompt):
             how = "its messages end with the answer: move that to a column `answer`"
         raise RecipeError(
@@ -272,6 +310,18 @@ def _longest(model: str) -> int:
     return min(LONGEST, (context or 2 * LONGEST) // 2)
 
 
+SMALL = 100 * 2**20
+"""Bytes of weights below which a model is a toy."""
+
+
+def _rate(model: str) -> str:
+    """Return a learning rate for a model, with what it goes by."""
+    sizes = [path.stat().st_size for path in Path(model).glob("*.safetensors")]
+    if sizes and sum(sizes) < SMALL:
+        return "2e-4  # for a model this small; of half a billion parameters and more 1e-6"
+    return "1e-6  # with `lora: {}` about 1e-5"
+
+
 def _recipe(guesses: Sequence[Guess], out: Path, folder: Path, model: str) -> str:
     has_gpu = shutil.which("nvidia-smi") is not None
     lines = [
@@ -297,10 +347,10 @@ def _recipe(guesses: Sequence[Guess], out: Path, folder: Path, model: str) -> st
         ]
     lines += [
         "pool: {look: 4}  # prompts by their pass rate; a group of equal rewards is cut short",
-        "eval: {every: 25, samples: 2}  # draws between held-out evaluations, answers to each item",
+        "eval: {every: 25, samples: 2}  # steps between held-out evaluations, answers to each item",
         "rollouts: {engine: vllm}",
         "grpo:  # fields of TRL's GRPOConfig",
-        "  learning_rate: 1e-6  # with `lora: {}` about 1e-5",
+        f"  learning_rate: {_rate(model)}",
         "  max_steps: 200",
         "  num_generations: 8  # answers to a prompt",
         "  per_device_train_batch_size: 8  # completions at once",
