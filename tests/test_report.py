@@ -369,6 +369,17 @@ def test_the_last_sentence_says_what_to_do_next(tmp_path, alarms, finished, says
     assert says in tell(find(read_run(run)))[-1]
 
 
+@pytest.mark.parametrize(
+    ("dead", "says"), [(0.93, "hardly a group had a gradient. All wrong: easier rows"), (0.5, "more steps")]
+)
+def test_a_run_of_dead_groups_is_not_told_to_go_on(tmp_path, dead, says):
+    run = hand_run(tmp_path / "run", table=dict.fromkeys((0, 10, 20), (0.1, 0.1, 0.5)))
+    line = {"step": 10, "domain/a/n": 64.0, "domain/a/dead_completions": dead}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "end.json").write_text("{}")
+    assert says in tell(find(read_run(run)))[-1]
+
+
 def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
     out = write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
     page = Page(out)

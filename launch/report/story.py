@@ -13,6 +13,7 @@ from pathlib import Path
 from polyphony.curricula.intervals import Interval
 from polyphony.curricula.records import mean
 from polyphony.launch.report.numbers import Findings, average, dead_share
+from polyphony.trainer.run.signals import SIGNALS
 
 NAMED = 4
 """Domains a sentence names before it counts the rest."""
@@ -161,6 +162,10 @@ def _spent(findings: Findings) -> str:
             f"the first at step {first.get('step', '?')} ({where}).")  # fmt: skip
 
 
+HARDLY = 0.9
+"""Share of completions in groups without a gradient from which more steps are no advice."""
+
+
 def _next(findings: Findings) -> str:
     """Say what the alarms, the losses and the run's end ask for."""
     run = findings.run
@@ -187,7 +192,10 @@ def _next(findings: Findings) -> str:
         )
     if not findings.claims("change"):
         return "Next: give domains held-out rows, so that it can be said what was learned."
-    if all(not change.is_above_zero for change in findings.claims("change").values()):
+    nothing_gained = all(not change.is_above_zero for change in findings.claims("change").values())
+    if nothing_gained and dead_share(run) >= HARDLY:
+        return f"Next: hardly a group had a gradient. {SIGNALS['all_dead'].remedy.capitalize()}."
+    if nothing_gained:
         return "Next: more steps, or more held-out items, which narrow the intervals: nothing can be told yet."
     places = [[n for n, e in findings.entropy.items() if e.place == where] for where in ("below", "above")]
     if unsure := _unalarmed(findings, *places):
