@@ -17,7 +17,7 @@ from polyphony.curricula.prompts.pool_file import load_pools
 from polyphony.trainer.checkpoints import whole_checkpoints
 from polyphony.trainer.run.folder import STATE_FILE, RunFolder
 
-TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/")
+TIMED = ("step_time", "tokens_per_s", "runtime", "per_second", "train_loss", "faults/", "wait_s")
 """Metrics that tell the time or count the very faults; `train_loss` is of the steps of the last process alone."""
 
 
