@@ -206,6 +206,8 @@ class Ahead:
     def _begin(self, choice: Choice, n_rows: int) -> Future[Landed]:
         """Have a draw generated with the present weights, after those that were begun before it."""
         load = None
+        if self._line is None and self._before is not None:
+            self._before.join()
         if self._begun & self._landing.keys():  # not whether they have landed: that would be the clock's word
             assert self._policy.engine is not None
             load = self._policy.engine.snapshot()
@@ -216,8 +218,6 @@ class Ahead:
         draws, step = self._draws.apart(choice), self._policy.trainer.state.global_step
         future: Future[Landed] = Future()
         if self._line is None:
-            if self._before is not None:
-                self._before.join()
             self._line = DrawThread(self._group, self._policy.trainer.accelerator.device)
             self._line.start()
         self._line.jobs.put((future, lambda: _landed(draws, choice, n_rows, load=load, weights=step)))
