@@ -18,6 +18,7 @@ AT_MOST = Target(relation="<=", limit=1.05)
 NOT_HERE = {
     "adapter sync": "a policy of 0.1 billion parameters; `test_adapters` has an engine with an adapter",
     "adapter worker sync": "brings up a Ray cluster; `test_ray_engine` sends an adapter through one",
+    "ahead": "brings up a Ray cluster and trains; `test_rollouts_ahead` does",
     "demo": "trains for minutes, which is what it measures",
     "gpu": "needs a GPU; without one it is four processes with an engine each, minutes of starting",
     "merge": "two more processes that import torch; `test_merging` merges in this one",

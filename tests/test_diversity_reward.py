@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from polyphony.curricula.records import Completion, Domain, Episode, Fused, Group, Prompt, mean
+from polyphony.curricula.decision_log import Choice
+from polyphony.curricula.records import Completion, Decision, Domain, Episode, Fused, Group, Prompt, mean
 from polyphony.rewards.registry import GraderGoneError
 from polyphony.trainer.advantages import Advantages
 from polyphony.trainer.diversity_reward import Fusion, find_diversity
@@ -369,10 +370,15 @@ class Walk:
     rank, world_size, group_size = 0, 1, 4
 
     def __init__(self, letters):
-        self.letters = letters
+        self.letters, self.aloft = letters, []
 
-    def draw(self, n):
-        return [Prompt(domain="stories", id="p")] * n
+    def choose(self, n, *, unseen):
+        prompts, decision = [Prompt(domain="stories", id="p")] * n, Decision(mixture=(1.0,), reason="one domain")
+        self.aloft.append(Choice(draw=0, prompts=prompts, decision=decision, places={}, unseen=unseen))
+        return self.aloft[-1]
+
+    def begin(self):
+        return self.aloft.pop()
 
     def rows_of(self, domain):
         return self.train[domain]

@@ -108,7 +108,7 @@ def test_every_kind_of_alarm_is_an_alert_a_note_and_a_line(tmp_path):
         entropy=SimpleNamespace(pending=[entropy], monitor=SimpleNamespace(factors=(0.5, 1.5))),
         shortcuts=SimpleNamespace(pending=[shortcut]),
         curriculum=SimpleNamespace(
-            note=notes.append, draws=3, drawn={"math": 8}, decision=None, recoveries=SimpleNamespace(open=None)
+            note=notes.append, draws=3, exposure={"math": 8}, begun=None, recoveries=SimpleNamespace(open=None)
         ),
         accelerator=SimpleNamespace(is_main_process=True),
         data=SimpleNamespace(domains=(), names=(), n_train=8, skills={}),
