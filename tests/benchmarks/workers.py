@@ -85,6 +85,8 @@ def bench_ahead() -> list[Result]:
 
 def _trained(folder: Path, rows: int, ahead: int, engine: Any, *, steps: int = STEPS) -> tuple[Any, Timing, float]:
     """Train some draws; return the trainer, seconds a draw after the first few, and the share that waited for samples."""
+    from transformers import PrinterCallback
+
     from polyphony.launch.build import build_trainer
     from polyphony.launch.measures.side_by_side import StepClock
 
@@ -100,6 +102,7 @@ def _trained(folder: Path, rows: int, ahead: int, engine: Any, *, steps: int = S
     clock, make = StepClock(lambda: sum(waited)), trainer._roll_out
     trainer._roll_out = lambda n: waited.append(-time.perf_counter()) or _ended(make(n), waited)  # type: ignore
     trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     if steps <= WARM_UP:
         return trainer, Timing(0.0, 0.0), 0.0
