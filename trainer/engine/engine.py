@@ -188,7 +188,9 @@ class Engine(VLLMGeneration):
 
     def snapshot(self) -> Callable[[], None]:
         """Keep the policy's present weights; what is returned loads them, in any thread, at its time. Collective."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no weights for later (`snapshot`): at most one draw ahead")
+        raise NotImplementedError(
+            f"{type(self).__name__} keeps no weights for later (`snapshot`): at most one draw ahead"
+        )
 
     def flush_faults(self) -> EngineFaults:
         """Return the counts since the last call."""
