@@ -122,6 +122,7 @@ def bring_up(nodes: list[subprocess.Popen], environment, folder: Path, tries: in
             for words in (head, member, member):
                 nodes.append(start_node(words, environment, said))
                 wait_for_nodes(environment, dashboard, nodes)
+            wait_for_agents(folder, nodes)
             return address, dashboard
         except RuntimeError as error:
             take_down(nodes)
@@ -145,7 +146,7 @@ def take_down(nodes: list[subprocess.Popen]) -> None:
 def start_node(words: list[str], environment, said: Path) -> subprocess.Popen:
     python = shutil.which("python", path=environment["PATH"])
     words = [python, *RAY[1:], "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *words]
-    words += [f"--dashboard-agent-listen-port={free_port()}"]  # the agent that takes jobs: one port a host else
+    words += ["--dashboard-agent-listen-port=0"]  # one that is free when the agent, which takes jobs, binds it
     with said.open("a") as file:
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
@@ -166,6 +167,18 @@ def wait_for_nodes(environment, dashboard: str, nodes: list[subprocess.Popen], t
             raise RuntimeError(f"a node has ended, exit codes {codes}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"{len(nodes)} nodes were started, the cluster shows {shown!r}")
+        time.sleep(0.5)
+
+
+def wait_for_agents(folder: Path, nodes: list[subprocess.Popen], timeout_s: float = 120) -> None:
+    """Wait until each node's agent has written where it listens: jobs are refused until the head's does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        ports = [file.read_text() for file in folder.glob("session_latest/dashboard_agent_listen_port_*")]
+        if len([port for port in ports if port.isdigit() and int(port)]) == len(nodes):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{len(nodes)} nodes were started, their agents listen on {ports}")
         time.sleep(0.5)
 
 

@@ -230,7 +230,7 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
             self.pool.load(self.version, None)  # type: ignore[union-attr,arg-type]
 
     cloudpickle.register_pickle_by_value(fleet)  # workers have no folder of tests
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     engine = Asleep()
     try:
         engine.sync_weights()
