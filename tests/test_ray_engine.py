@@ -16,9 +16,11 @@ import torch
 from polyphony.launch.build import build_trainer
 from polyphony.launch.cli import main
 from polyphony.launch.cluster import ray_cluster as cluster
+from polyphony.launch.cluster import weights
 from polyphony.launch.cluster.local import check_heads
 from polyphony.launch.cluster.ray_turns import OverWorkers, Routes
-from polyphony.launch.cluster.weights import pack, unpack
+from polyphony.launch.cluster.ray_workers import NO_WEIGHTS, RolloutWorker
+from polyphony.launch.cluster.weights import pack, parted, unpack
 from polyphony.launch.recipe import RecipeError, load_recipe
 from polyphony.trainer.engine.vllm import Request, sample
 from polyphony.trainer.engine.weight_check import changed_adapter
@@ -40,6 +42,21 @@ def test_packed_weights_come_back_as_they_were_and_are_copies():
     again = dict(unpack(packed))
     assert again["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert (again["b"].dtype, again["b"].tolist()) == (torch.bfloat16, [1.5, -2.0])
+
+
+def test_buckets_are_full_but_for_the_last_and_a_large_parameter_is_one_by_itself():
+    sizes = {"a": 2, "b": 2, "large": 9, "c": 3, "d": 1, "e": 1}
+    named = [(name, torch.zeros(size)) for name, size in sizes.items()]
+    assert [[name for name, _ in bucket] for bucket in parted(named, 16)] == [["a", "b"], ["large"], ["c", "d"], ["e"]]
+    assert list(parted([], 16)) == []
+
+
+def test_what_changed_is_refused_by_a_worker_that_has_nothing_it_is_of():
+    worker = object.__new__(RolloutWorker)
+    worker.version = NO_WEIGHTS
+    with pytest.raises(RuntimeError, match="without whole weights"):
+        worker.load(3, False)
+    assert worker.version == NO_WEIGHTS
 
 
 def test_tensor_parallel_must_divide_the_heads():
@@ -159,6 +176,37 @@ def test_workers_are_sent_the_adapter_alone_and_a_new_one_its_base_as_well(poole
         engine.flush_faults()
         engine.attach(pooled.model, pooled.accelerator)
         pooled.policy.sync()
+
+
+@pytest.mark.slow
+def test_weights_that_did_not_change_are_not_sent_again_but_to_a_new_worker(pooled, monkeypatch):
+    engine = pooled.policy.engine
+    monkeypatch.setattr(weights, "BUCKET", 2**18)  # a quarter MiB, for a policy of 2.4
+    pooled.policy.sync()
+    before = engine.pool.workers[0].holds
+    assert len(before) > 5
+    asked = requests(pooled)
+    said = [c.ids for c in engine.complete(asked)]
+    norm = pooled.model.model.layers[0].input_layernorm.weight
+    start = norm.detach().clone()
+    try:
+        with torch.no_grad():
+            norm.mul_(-1)
+        pooled.policy.sync()
+        after = engine.pool.workers[0].holds
+        assert sum(new != old for new, old in zip(after, before, strict=True)) == 1
+        expected = [c.ids for c in engine.complete(asked)]
+        assert expected != said
+        os.kill(process_of(engine, 0), signal.SIGKILL)
+        assert [c.ids for c in engine.complete(asked)] == expected
+        engine.pool.wait_for_one(of=engine.pool.workers[:1])
+        assert engine.pool.workers[0].holds == after
+        assert [c.ids for c in engine.complete(asked)] == expected
+        assert pooled.policy.check().is_passed
+    finally:
+        norm.data.copy_(start)
+        pooled.policy.sync()
+        engine.flush_faults()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import atexit
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from polyphony.curricula.records import Completion
 from polyphony.launch.cluster.ray_turns import OverWorkers
 from polyphony.launch.cluster.ray_workers import Share, Worker, WorkerPool, last_line
 from polyphony.launch.cluster.shares import cost, spread, whole_groups
-from polyphony.launch.cluster.weights import Announcement, NcclSender, copies, pack
+from polyphony.launch.cluster.weights import Announcement, Buckets, NcclSender, copies, pack, put
 from polyphony.launch.sections import RolloutsSection
 from polyphony.trainer.engine.adapters import AdapterShape
 from polyphony.trainer.engine.engine import Engine
@@ -62,6 +63,8 @@ class RayEngine(Engine):
         self.pool: WorkerPool | None = None
         self._announcement: Announcement | None = None
         self._sender: NcclSender | None = None
+        self._kept: Buckets = ()
+        """Whole weights that were put into the object store last."""
         super().__init__(*arguments, **named)
 
     def _init_vllm(self) -> None:
@@ -116,13 +119,17 @@ class RayEngine(Engine):
         if pool is None:
             _walk(weights)
             return lambda: setattr(self, "version", version)
-        kept = ray.put(pack(weights))
+        if is_adapter:
+            send = partial(pool.lay_on, version, ray.put(pack(weights)))
+        else:
+            self._kept = put(weights, self._kept)
+            send = partial(pool.load, version, self._kept)
 
-        def send() -> None:
+        def take_over() -> None:
             self.version = version
-            (pool.lay_on if is_adapter else pool.load)(version, kept)
+            send()
 
-        return send
+        return take_over
 
     def _send(self) -> None:
         if self.adapter is None:
@@ -140,7 +147,8 @@ class RayEngine(Engine):
         if self.accelerator.device.type != "cpu" and not self.draws_ahead:  # those in flight need them kept
             self._send_by_nccl(weights)
         elif self.pool is not None:
-            self.pool.load(self.version, ray.put(pack(weights())))
+            self._kept = put(weights(), self._kept)
+            self.pool.load(self.version, self._kept)
         else:
             _walk(weights())
 
@@ -158,7 +166,7 @@ class RayEngine(Engine):
             self._sender = NcclSender(handles, tensor_parallel=parallel, timeout_s=timeout_s)
         self._sender.send(self._announcement, copies(weights(), dtype=dtype), version=self.version)
         for worker in workers:
-            worker.has_weights = True
+            worker.holds = ()
 
     # --- completions --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from polyphony.launch.cluster import ray_cluster as cluster
 from polyphony.launch.sections import RolloutsSection
 
 if TYPE_CHECKING:
-    from polyphony.launch.cluster.weights import PackedWeights
+    from polyphony.launch.cluster.weights import Buckets, PackedWeights
     from polyphony.trainer.engine.adapters import AdapterShape
     from polyphony.trainer.engine.turns import Running
     from polyphony.trainer.engine.vllm import EngineSettings, Request, Sampling
@@ -69,13 +69,18 @@ class RolloutWorker:
         """Return node and process id; answers once the engine is up."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def load(self, version: int, weights: PackedWeights) -> None:
-        """Take over the weights of sync `version`; half a load counts as none."""
+    def load(self, version: int, is_all: bool, *buckets: PackedWeights) -> None:
+        """Take over the weights of sync `version`, all or what changed; half a load counts as none.
+
+        Raises RuntimeError for changes where there is nothing whole that they are of.
+        """
         from polyphony.launch.cluster.weights import unpack  # slow to import
         from polyphony.trainer.engine.vllm import load_weights
 
+        if self.version == NO_WEIGHTS and not is_all:
+            raise RuntimeError("a worker without whole weights was sent what changed of them")
         self.version, self.laid_on = NO_WEIGHTS, None
-        load_weights(self.llm, list(unpack(weights)))
+        load_weights(self.llm, [named for bucket in buckets for named in unpack(bucket)])
         self.version = version
 
     def why_not(self, shape: AdapterShape) -> str:
@@ -157,8 +162,20 @@ class Worker:
     ready: ray.ObjectRef
     """Resolves to node and process id once the engine is up."""
     is_up: bool = False
-    has_weights: bool = False
-    """False until weights of a sync were sent to it."""
+    holds: Buckets | None = None
+    """What of the object store was sent to it, empty where NCCL carried it; None until weights of a sync were sent."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights of a sync were sent to it."""
+        return self.holds is not None
+
+    def load(self, version: int, weights: Buckets) -> ray.ObjectRef:
+        """Send what it does not hold; return what ends with its taking over. Calls of an actor run in order."""
+        is_all = not self.holds or len(self.holds) != len(weights)
+        changed = weights if is_all else [new for new, old in zip(weights, self.holds or (), strict=True) if new != old]
+        self.holds = weights
+        return self.handle.load.remote(version, is_all, *changed)
 
 
 @dataclass(kw_only=True)
@@ -173,8 +190,8 @@ class WorkerPool:
     group: Any
     is_own_cluster: bool
     workers: list[Worker] = field(default_factory=list)
-    weights: tuple[int, ray.ObjectRef] | None = None
-    """Version and place in the object store of the last sync; None before the first, and where NCCL carries them. Of an
+    weights: tuple[int, Buckets] | None = None
+    """Version and places in the object store of the last sync; None before the first, and where NCCL carries them. Of an
     adapter, of the sync that sent its base."""
     adapter: tuple[int, ray.ObjectRef] | None = None
     """The same of the adapter alone; None where there is none, or it is merged in the weights."""
@@ -219,10 +236,9 @@ class WorkerPool:
         handle = remote.remote(self.engine)
         worker = Worker(place=place, handle=handle, ready=handle.process_id.remote())
         if self.weights is not None:
-            handle.load.remote(*self.weights)  # an actor's calls run in order, so it arrives before any request
+            worker.load(*self.weights)  # arrives before any request
             if self.adapter is not None:
                 handle.lay_on.remote(*self.adapter)
-            worker.has_weights = True
         return worker
 
     def alive(self) -> list[Worker]:
@@ -278,14 +294,11 @@ class WorkerPool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def load(self, version: int, weights: ray.ObjectRef) -> None:
-        """Have every worker take over weights (`PackedWeights`) of the object store; replaces who does not."""
+    def load(self, version: int, weights: Buckets) -> None:
+        """Have every worker take over weights of the object store, what it lacks of them; replaces who does not."""
         self.weights, self.adapter = (version, weights), None
-        self.wait_for({worker.handle.load.remote(*self.weights): worker for worker in self.workers if worker.is_up})
-        for worker in self.workers:
-            if not worker.is_up:
-                worker.handle.load.remote(*self.weights)
-            worker.has_weights = True
+        calls = {worker.load(version, weights): worker for worker in self.workers}
+        self.wait_for({call: worker for call, worker in calls.items() if worker.is_up})
 
     def lay_on(self, version: int, adapter: ray.ObjectRef) -> None:
         """The same with an adapter, over the weights that each has; those that wait for weights get it with them."""

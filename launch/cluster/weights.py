@@ -1,5 +1,7 @@
 """How weights travel from the trainer to rollout workers: on CPU through Ray's object store, on GPU by one NCCL broadcast.
 
+Through the object store they travel in buckets, and only those that changed.
+
 On GPU the trainer is rank 0 of a group of its own with all workers; the group is opened anew where workers were replaced.
 Not measured: nothing of NCCL here has run on a GPU; written against vLLM 0.22 to 0.31, `tests/gpu` runs it where there are
 two.
@@ -23,10 +25,12 @@ import torch
 from packaging.version import Version
 from ray.exceptions import RayError
 
+Named = Iterable[tuple[str, torch.Tensor]]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedWeights:
-    """All parameters in one block of bytes, which Ray hands to every worker of a machine without a copy.
+    """Parameters in one block of bytes, which Ray hands to every worker of a machine without a copy.
 
     Example: `dict(unpack(pack(model.named_parameters())))`
     """
@@ -36,6 +40,17 @@ class PackedWeights:
     dtypes: list[torch.dtype]
     data: np.ndarray
     """uint8, [bytes of all parameters], in the order of `names`."""
+
+    def equals(self, other: PackedWeights) -> bool:
+        """Whether these are the same parameters, bit for bit."""
+        is_alike = (self.names, self.shapes, self.dtypes) == (other.names, other.shapes, other.dtypes)
+        return is_alike and np.array_equal(self.data, other.data)
+
+
+Buckets = tuple[ray.ObjectRef, ...]
+"""Places of `PackedWeights` in the object store, which are all weights together."""
+BUCKET = 2**26
+"""Bytes of a bucket: as much, not all weights, is there once more while it is packed."""
 
 
 def pack(named: Iterable[tuple[str, torch.Tensor]]) -> PackedWeights:
@@ -48,6 +63,35 @@ def pack(named: Iterable[tuple[str, torch.Tensor]]) -> PackedWeights:
         dtypes.append(tensor.dtype)
         blocks.append(tensor.reshape(-1).view(torch.uint8).numpy().copy())
     return PackedWeights(names=names, shapes=shapes, dtypes=dtypes, data=np.concatenate(blocks))
+
+
+def put(named: Named, before: Buckets = ()) -> Buckets:
+    """Put weights into the object store, at most `BUCKET` bytes together (a larger parameter is a bucket by itself).
+
+    A bucket that is what it was `before` stays where it is: whoever has it need not be sent it again.
+    """
+    placed: list[ray.ObjectRef] = []
+    for bucket in map(pack, parted(named, BUCKET)):
+        old = before[len(placed)] if len(placed) < len(before) else None
+        placed.append(old if old is not None and bucket.equals(ray.get(old)) else ray.put(bucket))
+    return tuple(placed)
+
+
+def parted(named: Named, most: int) -> Iterator[Named]:
+    """Return parameters in turn, a bucket at a time; each bucket has to be read before the next one is asked for."""
+    walk = iter(named)
+    first = next(walk, None)
+
+    def bucket() -> Named:
+        nonlocal first
+        size = 0
+        while first is not None and (not size or size + first[1].nbytes <= most):
+            size += first[1].nbytes
+            yield first
+            first = next(walk, None)
+
+    while first is not None:
+        yield bucket()
 
 
 def unpack(packed: PackedWeights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -64,9 +108,6 @@ POLL_S = 0.5
 
 LOST = 75
 """Exit code of a trainer that lost a worker amid a transfer: EX_TEMPFAIL, `--resume` goes on."""
-
-
-Named = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,15 +36,13 @@ def bench_adapter_worker_sync() -> list[Result]:
 
 def _load_all(engine: Any) -> None:
     """Send what a policy without an adapter would: whole weights, nothing to be merged."""
-    import ray
-
-    from polyphony.launch.cluster.weights import pack
+    from polyphony.launch.cluster.weights import put
     from polyphony.trainer.engine.vllm import load_weights
 
     if hasattr(engine, "llm"):
         load_weights(engine.llm, engine._base())
     else:
-        engine.pool.load(engine.version, ray.put(pack(engine._base())))
+        engine.pool.load(engine.version, put(engine._base()))
 
 
 def _rows(trainer: DomainGRPOTrainer, name: str, load_all: Callable[[], None]) -> list[Result]:

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 MODEL = str(RECIPES.parent / "lab" / "policy")
-EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 160
+EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 200
 """MOST: tokens of an episode."""
 PAIRS, ONE_TURN_PAIRS = 5, 20
+LEAST = (1, 16, 32)
+"""Own tokens of a turn: as the lab's policy likes, a few words, and so many that a call with arguments has."""
 ALWAYS: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
@@ -194,10 +196,10 @@ class ActingBatch:
         return found, Timing(time.perf_counter() - began, time.process_time() - cpu), seen[0]
 
     @contextmanager
-    def to_the_end(self) -> Iterator[None]:
-        """Sample as many tokens as are asked for, whatever they are."""
+    def sampled(self, **how: Any) -> Iterator[None]:
+        """Sample meanwhile with further settings of vLLM's, such as `ignore_eos`: as many tokens as are asked for."""
         kept = self.engine.sampling
-        self.engine.sampling = replace(kept, generation_kwargs={"ignore_eos": True})
+        self.engine.sampling = replace(kept, generation_kwargs=how)
         yield
         self.engine.sampling = kept
 
@@ -255,7 +257,9 @@ def bench_episodes(*, short: bool = False) -> list[Result]:
     n, pairs, mean_s = (8, 1, 0.01) if short else (EPISODES, PAIRS, MEAN_S)
     with tempfile.TemporaryDirectory() as folder:
         acting = ActingBatch(folder, n=n)
-        found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS), *_throughput(acting, pairs=pairs)]
+        found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS)]
+        for least in (1,) if short else LEAST:
+            found += _throughput(acting, pairs=pairs, least=least)
         found += _waiting(acting, pairs=pairs, mean_s=mean_s)
         trl = acting.by_trl(tool_s=mean_s)
     value, note = found[-1].value, "one run of TRL's loop, on samples of its own"
@@ -282,36 +286,38 @@ def _one_turn(acting: ActingBatch, *, pairs: int) -> Result:
     return paired("one turn, as turns", "s", seen, target=Target(relation="<=", limit=1.03))
 
 
-def _throughput(acting: ActingBatch, *, pairs: int) -> list[Result]:
-    """Tokens of the policy's own a second, of four turns: beside one turn with as many, and beside the engine's own pace
-    with the same turns, which have to read what tools answered."""
+def _throughput(acting: ActingBatch, *, pairs: int, least: int) -> list[Result]:
+    """Tokens of the policy's own a second, of four turns of at least so many: beside one turn with as many, and beside the
+    engine's own pace with the same turns, which have to read what tools answered."""
     found: list[Completion] = []
 
     def rate(work: Any) -> Timing:
         return _spent(work).rate(sum(c.length for c in found))
 
     def of_turns() -> Timing:
-        found[:], spent, _ = acting.completions(tool_s=0.0)
+        with acting.sampled(min_tokens=least):
+            found[:], spent, _ = acting.completions(tool_s=0.0)
         return spent.rate(sum(c.length for c in found))
 
     def of_one() -> Timing:
         requests = [replace(r, max_tokens=c.length) for r, c in zip(acting.requests, found, strict=True)]
-        with acting.to_the_end():
+        with acting.sampled(ignore_eos=True):
             return rate(lambda: acting.engine.complete(requests))
 
     def of_engine() -> Timing:
         again = PlayedBack.of(found, acting.requests)
-        with acting.to_the_end():
+        with acting.sampled(ignore_eos=True):
             return rate(lambda: acting.engine.converse(again))
 
     of_turns()  # how long they are
     own, read = (sum(sum(m == own for m in c.tool_mask or ()) for c in found) for own in (1, 0))
     one, engine = in_turns(of_turns, of_one, pairs=pairs), in_turns(of_turns, of_engine, pairs=pairs)
-    note = f"{own} own tokens"
+    turns = sum(c.episode.turns for c in found if c.episode is not None)
+    note, name = f"{own} own tokens in {turns} turns", f"turns of {least} and more" if least > 1 else "turns"
     also = f"the same turns sampled from the same tokens, {read} of them of tools, without any tool"
     return [
-        paired("turns, tools at once", "tok/s", one, target=Target(relation=">=", limit=0.9), note=note),
-        paired("turns, to the engine's pace", "tok/s", engine, note=also),
+        paired(f"{name}, tools at once", "tok/s", one, target=Target(relation=">=", limit=0.9), note=note),
+        paired(f"{name}, to the engine's pace", "tok/s", engine, note=also),
     ]
 
 

@@ -346,7 +346,7 @@ class Sleeping:
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def load(self, version: int, weights: Any) -> None:
+    def load(self, version: int, is_all: bool, *buckets: Any) -> None:
         self.version = version
 
     def complete(self, requests: Sequence[Wanted], sampling: Any) -> Slept:

@@ -227,7 +227,7 @@ def asleep(workers: int, speed: Speed) -> Iterator[Any]:
 
         def sync_weights(self) -> None:
             self.version += 1
-            self.pool.load(self.version, None)  # type: ignore[union-attr,arg-type]
+            self.pool.load(self.version, ())  # type: ignore[union-attr]
 
     cloudpickle.register_pickle_by_value(fleet)  # workers have no folder of tests
     ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
