@@ -113,7 +113,7 @@ def _add_init(init: argparse.ArgumentParser) -> None:
     init.add_argument("--out", type=Path, help="file to write (default: <first file>.yaml, here)")
     init.add_argument("--model", help="a name on the hub, or a folder (default: Qwen/Qwen3-0.6B)")
     init.add_argument("--prompt", metavar="COLUMN", help="where prompts stand, if no usual name says it")
-    init.add_argument("--answer", metavar="COLUMN", help="where references stand, likewise")
+    init.add_argument("--answer", metavar="COLUMN", help="where references stand, likewise; in files that have it")
     init.add_argument("--reward", help="for all files, not guessed: a name, an import path, or JSON")
 
 
@@ -299,7 +299,8 @@ def set_environment() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
-        for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
+        # of the libraries below; a person cannot act on them
+        for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
             warnings.simplefilter("ignore", category)
     warnings.formatwarning = _warning_line
 

@@ -5,6 +5,7 @@ Before that answers are brought into the one spelling that math-verify reads, un
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -380,11 +381,16 @@ def _contradicts_itself(given: str) -> bool:
     return len(numbers) > 1
 
 
+@functools.lru_cache
+def _say_unread(what: str) -> None:
+    logger.warning("math: no verdict: the reference %s", what)
+
+
 def _references(accepted: Any) -> list[str]:
     """Return a row's references as expressions, cleaned as an answer is."""
     texts = [
         final_answer(text, sources=["boxed"]) or bare(text.rpartition("####")[2]) for text in accepted_answers(accepted)
     ]
     if not any(texts):
-        logger.warning("math: no verdict: the reference %.80r is no expression and no list of such", accepted)
+        _say_unread("is missing" if accepted is None else f"{accepted!r:.80} is no expression and no list of such")
     return [text for text in texts if text]

@@ -200,8 +200,20 @@ def test_columns_are_found_by_the_names_that_are_given(tmp_path, capsys):
     recipe = load_recipe(init([file], tmp_path / "mine.yaml", prompt="task", answer="result", model=str(POLICY)))
     assert recipe.domains["sums"].reward == "math" and recipe.grpo["learning_rate"] == 2e-4
     assert "`prompt` is its `task`, `answer` is its `result`" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match=r"--answer resul: no such column; it has result, task"):
+    with pytest.raises(RecipeError, match=r"--prompt tas: no such column; it has result, task"):
+        init([file], tmp_path / "other.yaml", prompt="tas")
+    with pytest.raises(RecipeError, match=r"--answer resul: no file has such a column"):
         init([file], tmp_path / "other.yaml", prompt="task", answer="resul")
+
+
+def test_a_column_that_is_given_is_that_of_the_files_that_have_it(tmp_path, capsys):
+    odd = written(tmp_path, "odd", [{"question": row["question"], "outcome": row["target"]} for row in SUMS])
+    files = [odd, written(tmp_path, "sums", SUMS)]
+    init(files, tmp_path / "mine.yaml", answer="outcome", model=str(POLICY))
+    said = capsys.readouterr().err
+    assert "`answer` is its `outcome`" in said and "`answer` is its `target`" in said
+    with pytest.raises(RecipeError, match="no column is a reference: it has outcome, question; give --answer COLUMN"):
+        init(files, tmp_path / "other.yaml", model=str(POLICY))
 
 
 def test_what_is_wrong_with_each_file_is_told_at_once(tmp_path, capsys):

@@ -380,6 +380,17 @@ def test_a_run_of_dead_groups_is_not_told_to_go_on(tmp_path, dead, says):
     assert says in tell(find(read_run(run)))[-1]
 
 
+def test_a_domain_that_knows_its_training_prompts_and_gains_nothing_is_told_so(tmp_path):
+    run = hand_run(tmp_path / "run", table=dict.fromkeys((0, 10, 20), (0.5, 0.5, 0.5)))
+    lines = [{"step": step, "domain/a/dead_correct": step / 20, "domain/b/dead_correct": 0.1} for step in range(1, 21)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "end.json").write_text("{}")
+    says = "Next: a gains nothing held out though training prompts are known: more rows, or fewer steps."
+    assert tell(find(read_run(run)))[-1] == says
+    (run / "alarms.jsonl").write_text(json.dumps({"kind": "collapse", "domain": "a", "step": 1, "remedy": "x"}) + "\n")
+    assert tell(find(read_run(run)))[-1] == f"Next, what may help: x (for collapse of a). {says.removeprefix('Next: ')}"
+
+
 def test_a_full_run_shows_every_section_and_well_formed_drawings(tmp_path):
     out = write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
     page = Page(out)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import math
 import pickle
 import socket
@@ -198,7 +199,19 @@ def fragile(prompts, completions, **columns):
 
 def test_a_reward_that_raises_costs_its_own_sample_and_says_so(caplog):
     assert scorer(math=fragile)([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
-    assert "domain 'math': the reward raised KeyError: '?'" in caplog.text
+    told = f"domain 'math': the reward raised KeyError: '?' ({__file__}:{fragile.__code__.co_firstlineno + 2}; "
+    assert told in caplog.text
+
+
+def unreadable(prompts, completions, **columns):
+    return [float(json.loads(text)) for text in completions]
+
+
+def test_what_a_reward_raises_is_told_once_with_its_own_line(caplog):
+    graded = scorer(math=unreadable)
+    assert graded([sample(text="a"), sample(text="b")]) == graded([sample(text="c")]) * 2 == [None, None]
+    assert caplog.text.count("the reward raised JSONDecodeError") == 1
+    assert f"({__file__}:{unreadable.__code__.co_firstlineno + 1}; " in caplog.text
 
 
 def of_trl(prompts, completions, log_metric, log_extra, **columns):

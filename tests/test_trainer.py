@@ -230,6 +230,16 @@ def test_replaced_groups_enter_entropy_only_as_the_policys_own(top_p, tmp_path, 
     assert log.get("domain/arithmetic/entropy_unmeasured", 0) == (0 if top_p == 1.0 else 8 * 4)
 
 
+def test_a_script_without_a_run_folder_is_told_that_nothing_is_learned(tmp_path, engine, caplog):
+    hopeless = domain("arithmetic", reward=lambda prompts, **columns: [0.0] * len(prompts), max_completion_length=2)
+    trainer = DomainGRPOTrainer(POLICY, config(tmp_path, max_steps=9), domains=[hopeless], engine=engine)
+    trainer.train()
+    told = [
+        line for line in caplog.messages if "no group of 8 draws had a gradient; in the last 0% all correct" in line
+    ]
+    assert len(told) == 1 and "What may help: all wrong: easier rows" in told[0]
+
+
 def test_entropy_by_domain_adds_up_to_the_entropy_of_all_rows(tmp_path, engine):
     trainer = DomainGRPOTrainer(POLICY, config(tmp_path, learning_rate=0.0, max_steps=1), domains=both(), engine=engine)
     trainer.train()

@@ -19,7 +19,9 @@ from polyphony.curricula.records import Domain, Prompt
 from polyphony.rewards.registry import HOOKS
 from polyphony.trainer.rows import FileRows, Rows
 
-LIKE_AN_ANSWER = ("solution", "target", "label", "output", "response", "expected", "reference", "gold", "final_answer")
+LIKE_AN_ANSWER = (
+    *("solution", "target", "label", "output", "response", "expected", "reference", "gold", "result", "final_answer"),
+)
 """What others call a reference."""
 LIKE_A_PROMPT = ("messages", "question", "problem", "instruction", "query", "input", "conversations", "text")
 """What others call a prompt."""

@@ -64,6 +64,7 @@ from polyphony.trainer.run.callbacks import Run
 from polyphony.trainer.run.folder import RunFolder
 from polyphony.trainer.run.outset import Outset
 from polyphony.trainer.run.recorder import grader_failures, heldout_metrics
+from polyphony.trainer.run.signals import Signals, warn
 from polyphony.trainer.scoring import Failures, Scorer
 from polyphony.trainer.script_shape import in_place, quantized_by, refuse_misspelt
 from polyphony.trainer.settings import (
@@ -237,6 +238,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.advantages.recoveries = self.curriculum.recoveries
         self.own_best = OwnBest(self.data, model=model, settings=settings.update.distil, loss_type=args.loss_type)
         self.entropy = DomainEntropy(self.data.names, settings.entropy)
+        self.signals = Signals.of(args, self.plan, self.data.domains)
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful, skill_of=self.data.skills)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
@@ -646,6 +648,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
         super().log(logs, start_time)
+        if self.run is None and self.accelerator.is_main_process:  # a run rings them itself
+            for alarm in self.signals.see(self.state.global_step, logs):
+                warn(alarm)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the ledgers beside the weights, last: their file marks the checkpoint as whole, on every rank."""

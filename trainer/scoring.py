@@ -13,12 +13,16 @@ import errno
 import functools
 import logging
 import math
+import os
 import queue
 import socket
+import sysconfig
 import threading
+import traceback
 import urllib.error
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from polyphony.curricula.records import Completion, Domain, Episode, Group, Prompt
@@ -69,6 +73,8 @@ class Scorer:
         self.logged = Logged()
         self.state_of: Callable[[], Any] = lambda: None
         """Returns Transformers' state of the run, as rewards get it."""
+        self._told: set[tuple[str, str]] = set()
+        """Where in whose reward something was raised, and told."""
         self.extra: Extra | None = None
         """What rewards say of each completion by `log_extra`; None where nobody reads it."""
 
@@ -116,7 +122,7 @@ class Scorer:
             raise
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(completions) == 1 or is_unreachable(error):
-                logger.warning("domain %r: the reward raised %s: %s", name, type(error).__name__, error)
+                self._say_raised(name, error)
                 return [None] * len(completions)
             return [self._score(name, [completion])[0] for completion in completions]
         scores = _as_scores(name, values, len(completions))
@@ -128,6 +134,13 @@ class Scorer:
                 self.extra.add(name, column, completions, told)
         return scores
 
+    def _say_raised(self, name: str, error: Exception) -> None:
+        """Warn of what a reward raised, once for each line of code: a draw has hundreds of rows."""
+        if (where := (name, place_of(error))) not in self._told:
+            self._told.add(where)
+            what = f"{type(error).__name__}: {error}"
+            logger.warning("domain %r: the reward raised %s (%s; of this line told once)", name, what, where[1])
+
     def tried(self, completion: Completion) -> float | None:
         """Return the score of one completion and log nothing; what the reward raises is raised: for a look before a run."""
         name = completion.prompt.domain
@@ -135,6 +148,25 @@ class Scorer:
         hooks |= {"trainer_state": self.state_of()}
         values = _call(self.rewards[name], [completion], hooks, opening=self.openings.get(name, ""))
         return _as_scores(name, values, 1)[0]
+
+
+def place_of(error: BaseException) -> str:
+    """Return file and line of what raised it: the last that is neither ours nor a library's, or the last of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(NOT_A_USERS)]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+NOT_A_USERS = (
+    *(
+        f"{Path(__file__).resolve().parent.parent / wing}{os.sep}"
+        for wing in ("curricula", "launch", "rewards", "trainer")
+    ),
+    *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
+"""How the files of this house and of libraries begin."""
 
 
 def with_own(score: float | None, episode: Episode | None) -> float | None:

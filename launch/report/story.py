@@ -180,7 +180,7 @@ def _next(findings: Findings) -> str:
             helps.setdefault(str(alarm["remedy"]), []).append(whose)
     if helps:
         said = [f"{remedy} (for {_list(list(dict.fromkeys(whose)))})" for remedy, whose in list(helps.items())[:2]]
-        what = f"what may help: {'; or '.join(said)}."
+        what = f"what may help: {'; or '.join(said)}.{_by_heart(findings)}"
         return f"{again}; {what}" if again else f"Next, {what}"
     if again:
         return f"{again}."
@@ -196,11 +196,34 @@ def _next(findings: Findings) -> str:
     if nothing_gained and dead_share(run) >= HARDLY:
         return f"Next: hardly a group had a gradient. {SIGNALS['all_dead'].remedy.capitalize()}."
     if nothing_gained:
+        if known := _by_heart(findings):
+            return f"Next:{known}"
         return "Next: more steps, or more held-out items, which narrow the intervals: nothing can be told yet."
     places = [[n for n, e in findings.entropy.items() if e.place == where] for where in ("below", "above")]
     if unsure := _unalarmed(findings, *places):
         return f"Next: see whether the entropy of {_list(unsure)} goes on leaving its band; `entropy.control` holds it."
     return "Next: nothing stands out; a second seed would say how far this holds for the recipe."
+
+
+KNOWN, LATE = 0.5, 4
+"""Share of groups in which all are right that says that training prompts are known, over the last 1 / LATE of a run."""
+
+
+def _by_heart(findings: Findings) -> str:
+    """Say which domains know what they are trained on and gain nothing where they are not; empty where none does."""
+    known = []
+    for name, change in findings.claims("change").items():
+        right = findings.run.metrics.get(f"domain/{name}/dead_correct")
+        if (
+            right is not None
+            and not change.is_above_zero
+            and right.values[-len(right.values) // LATE :].mean() >= KNOWN
+        ):
+            known.append(name)
+    if not known:
+        return ""
+    gain = "gains" if len(known) == 1 else "gain"
+    return f" {_list(known)} {gain} nothing held out though training prompts are known: more rows, or fewer steps."
 
 
 def _sort(claims: Mapping[str, Interval]) -> tuple[list[str], list[str], list[str]]:

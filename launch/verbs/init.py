@@ -87,7 +87,7 @@ class Guess:
         needs = reward is None and not all(map(_is_verls, rows))
         if (answer := column(rows, answers, places, file, must=needs)) and not all(map(_is_verls, rows)):
             renamed["answer"] = answer
-        back = {old: new for new, old in renamed.items()}
+        back, has = {old: new for new, old in renamed.items()}, _names(rows)
         rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
         has_choices = reward in (None, "multiple_choice") and any("choices" in row for row in rows)
         rows, done = with_choices(rows, places, file) if has_choices and answer else (rows, "")
@@ -97,7 +97,7 @@ class Guess:
                 f"{file}: {n_prompts} different prompts; at least {LEAST} are needed to train and to hold out: fewer tell "
                 "no change; a recipe that you write yourself takes any number (README)"
             )
-        found, why = (reward, "as you said") if reward else _reward(unique, file)
+        found, why = (reward, "as you said") if reward else _reward(unique, file, has=has)
         train, heldout = _split(unique)
         sizes = {"repeated": len(rows) - len(unique), "done": done}
         told = {"name": domain_name(file), "file": file, "renamed": renamed, "reward": found, "why": why}
@@ -128,7 +128,7 @@ def init(
 ) -> Path:
     """Write a recipe with rows and schema; return it. `out` is by default called as the first file, in this folder.
 
-    `prompt` and `answer` are columns of every file.
+    `prompt` and `answer` are columns of at least one file; where a file lacks one, its usual names are looked for.
 
     Raises RecipeError where one is there, where rows cannot be used, and where the recipe could not be read; nothing is left
     on disk then.
@@ -148,6 +148,9 @@ def init(
             guesses.append(Guess.of(file, spec, prompt=prompt, answer=answer))
         except RecipeError as error:
             refused += error.problems
+    for option, asked in (("--prompt", prompt), ("--answer", answer)):
+        if asked and guesses and not any(asked in guess.renamed.values() for guess in guesses):
+            refused.append(f"{option} {asked}: no file has such a column")
     if refused:
         raise RecipeError(*refused)
     names = [guess.name for guess in guesses]
@@ -178,12 +181,15 @@ def init(
 def _columns(
     rows: Sequence[Mapping[str, Any]], file: Path, *, prompt: str | None, answer: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return by which names prompts and answers are looked for. Raises RecipeError for a name that no row has."""
+    """Return by which names prompts and answers are looked for: by the one that is asked for alone where a row has it.
+
+    Raises RecipeError where no row has that or a usual one.
+    """
     found = []
     for option, asked, usual in (("--prompt", prompt, PROMPTS), ("--answer", answer, ANSWERS)):
-        if asked is not None and not any(asked in row for row in rows):
+        if asked is not None and not any(name in row for row in rows for name in (asked, *usual)):
             raise RecipeError(f"{file}: {option} {asked}: no such column; it has {_names(rows)}")
-        found.append(usual if asked is None else (asked,))
+        found.append((asked,) if asked is not None and any(asked in row for row in rows) else usual)
     return found[0], found[1]
 
 
@@ -220,8 +226,8 @@ def _is_verls(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]
 
 
-def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
-    """Return the first reward that fits the rows' references, and why."""
+def _reward(rows: Sequence[Mapping[str, Any]], file: Path, *, has: str) -> tuple[str, str]:
+    """Return the first reward that fits the rows' references, and why; `has` names the file's columns."""
     domain = Domain(name="rows", kind="structured")
     try:
         table = PromptTable(rows, domain=domain, where=str(file), is_chat=True)
@@ -231,7 +237,7 @@ def _reward(rows: Sequence[Mapping[str, Any]], file: Path) -> tuple[str, str]:
     references = [_said(prompt.columns.get("answer")) for prompt in sample]
     tried = ("multiple_choice",) if all("choices" in prompt.columns for prompt in sample) else REWARDS
     if not any(references) and "tests" not in sample[0].columns:
-        how = f"it has {_names(rows)}; give --answer COLUMN, or call one {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}"
+        how = f"it has {has}; give --answer COLUMN, or call one {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}"
         if _is_answered(sample[0].prompt):
             how = "its messages end with the answer: move that to a column `answer`"
         raise RecipeError(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
 MODEL = str(RECIPES.parent / "lab" / "policy")
-EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 200
+EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 160
 """MOST: tokens of an episode."""
 PAIRS, ONE_TURN_PAIRS = 5, 20
 LEAST = (1, 16, 32)

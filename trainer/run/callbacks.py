@@ -5,7 +5,6 @@ The same whether a recipe or a script trains. A recipe adds what only it knows: 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +49,11 @@ from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, versions_since
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.run.recovery import Rescue
-from polyphony.trainer.run.signals import SIGNALS, Signals
+from polyphony.trainer.run.signals import SIGNALS, warn
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.run.trained import CheckWeights, Trained
 from polyphony.trainer.shortcuts import ShortcutWatch
-
-logger = logging.getLogger(__name__)
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -94,7 +91,7 @@ class Run(TrainerCallback):
             entropy_band=trainer.entropy.monitor.factors,
             is_main=self.is_main,
         )
-        self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)
+        self.signals = trainer.signals
         # what only a recipe knows
         self.say: Callable[[str], None] = say
         self.imports_from: Sequence[str] = ()
@@ -519,8 +516,8 @@ class Run(TrainerCallback):
         """Write an alarm down with what may help, and tell whoever watches."""
         if not self.is_main:
             return
+        warn(alarm)
         remedy = SIGNALS[alarm.kind].remedy
-        logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
         line = alarm.as_line() | {"remedy": remedy}
         self.folder.append("alarms", line)
         if self.progress is not None:

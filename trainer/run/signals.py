@@ -7,6 +7,7 @@ told once when it begins, and may be told again once it has been away for twice 
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
 
     from polyphony.trainer.slots import DrawPlan
+
+logger = logging.getLogger(__name__)
 
 DRAWS = 8
 """Draws in a row: one that is all dead, or one large gradient, is no news."""
@@ -55,8 +58,9 @@ class Signal:
 SIGNALS: Mapping[str, Signal] = {
     "all_dead": Signal(
         number=f"no group of {DRAWS} draws in a row has a gradient",
-        remedy="all wrong: easier rows, more completions a group, or look whether the reward can be earned at all; all "
-        "correct: harder rows, or stop; `pool` leaves such prompts out",
+        remedy="all wrong: easier rows, more completions a group, prompts as messages where the policy knows a chat "
+        "template, or look whether the reward can be earned at all; all correct: harder rows, or stop; `pool` leaves such "
+        "prompts out",
     ),
     "one_prompt": Signal(
         number="a draw holds one prompt",
@@ -123,6 +127,12 @@ SIGNALS: Mapping[str, Signal] = {
     ),
 }
 """Every kind of alarm, once."""
+
+
+def warn(alarm: Alarm) -> None:
+    """Tell the log of an alarm, with what may help."""
+    remedy = SIGNALS[alarm.kind].remedy
+    logger.warning("step %d: %s: %s. What may help: %s", alarm.step, alarm.title, alarm.message, remedy)
 
 
 @dataclass(kw_only=True, slots=True)
