@@ -88,6 +88,16 @@ def pooled(tmp_path_factory):
     trainer.policy.engine.close()
 
 
+@pytest.fixture
+def small_buckets(pooled, monkeypatch):
+    """A quarter MiB each, for a policy of 2.4."""
+    monkeypatch.setattr(weights, "BUCKET", 2**18)
+    pooled.policy.sync()
+    yield
+    monkeypatch.undo()
+    pooled.policy.sync()
+
+
 def requests(trainer, n: int = 24, *, max_tokens: int = 32) -> list[Request]:
     prompts = [prompt for table in trainer.data.train.values() for prompt in list(table)[: n // 2]]
     return [
@@ -179,10 +189,8 @@ def test_workers_are_sent_the_adapter_alone_and_a_new_one_its_base_as_well(poole
 
 
 @pytest.mark.slow
-def test_weights_that_did_not_change_are_not_sent_again_but_to_a_new_worker(pooled, monkeypatch):
+def test_weights_that_did_not_change_are_not_sent_again(pooled, small_buckets):
     engine = pooled.policy.engine
-    monkeypatch.setattr(weights, "BUCKET", 2**18)  # a quarter MiB, for a policy of 2.4
-    pooled.policy.sync()
     before = engine.pool.workers[0].holds
     assert len(before) > 5
     asked = requests(pooled)
@@ -195,13 +203,7 @@ def test_weights_that_did_not_change_are_not_sent_again_but_to_a_new_worker(pool
         pooled.policy.sync()
         after = engine.pool.workers[0].holds
         assert sum(new != old for new, old in zip(after, before, strict=True)) == 1
-        expected = [c.ids for c in engine.complete(asked)]
-        assert expected != said
-        os.kill(process_of(engine, 0), signal.SIGKILL)
-        assert [c.ids for c in engine.complete(asked)] == expected
-        engine.pool.wait_for_one(of=engine.pool.workers[:1])
-        assert engine.pool.workers[0].holds == after
-        assert [c.ids for c in engine.complete(asked)] == expected
+        assert [c.ids for c in engine.complete(asked)] != said
         assert pooled.policy.check().is_passed
     finally:
         norm.data.copy_(start)
@@ -210,7 +212,7 @@ def test_weights_that_did_not_change_are_not_sent_again_but_to_a_new_worker(pool
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled):
+def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled, small_buckets):
     asked = requests(pooled, 48, max_tokens=48)
     expected = [c.ids for c in pooled.policy.engine.complete(asked)]
     pooled.policy.engine.flush_faults()
@@ -226,7 +228,8 @@ def test_a_worker_killed_while_it_samples_loses_and_doubles_nothing(pooled):
     assert faults.workers_restarted == 1
     assert 0 < faults.regenerated < len(asked)
     pooled.policy.engine.pool.wait_for_one(of=[pooled.policy.engine.pool.workers[0]])
-    # the replacement got the weights of the last sync by itself
+    # the replacement got the weights of the last sync by itself, in all their buckets
+    assert len(pooled.policy.engine.pool.workers[0].holds) > 5
     assert [c.ids for c in pooled.policy.engine.complete(asked)] == expected
     assert pooled.policy.engine.flush_faults().stale == 0
 
