@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyphony.curricula.records import Domain
@@ -33,6 +34,14 @@ EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 160
 PAIRS, ONE_TURN_PAIRS = 5, 20
 LEAST = (1, 16, 32)
 """Own tokens of a turn: as the lab's policy likes, a few words, and so many that a call with arguments has."""
+SHAPE = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "vocab_size": 640,
+}
+"""A policy of which a step costs ten times the lab's."""
 ALWAYS: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
@@ -131,12 +140,15 @@ class ActingBatch:
     Example: `ActingBatch(folder, n=64).seconds(tool_s=0.2)`
     """
 
-    def __init__(self, folder: str, *, n: int) -> None:
-        from polyphony.launch.measures.side_by_side import lab_engine
+    def __init__(self, folder: str, *, n: int, policy: Path | None = None) -> None:
+        """`policy`: a random one in place of the lab's."""
+        from polyphony.launch.measures.side_by_side import lab_engine, twin_engine
+        from polyphony.launch.measures.spine import recipe_of
         from polyphony.trainer.engine.engine import Engine
         from polyphony.trainer.engine.vllm import Request
 
-        self.tool, self.engine, self.folder = SlowTool(), lab_engine(), folder
+        self.tool, self.folder, self.model = SlowTool(), folder, str(policy or MODEL)
+        self.engine = twin_engine(recipe_of(policy, steps=1), Path(folder) / "engine") if policy else lab_engine()
         self.trainer = self._trainer()
         self._lockstep = lambda turns: Engine.converse(self.engine, turns)
         table = self.trainer.data.train["strings"]
@@ -172,7 +184,7 @@ class ActingBatch:
             name="strings", kind="structured", train=self.rows, heldout=held, reward="exact", tools=[self.tool.look]
         )
         return DomainGRPOTrainer(
-            MODEL,
+            self.model,
             self._config(per_device_train_batch_size=8, num_generations=8),
             domains=[domain],
             engine=self.engine,
@@ -194,6 +206,11 @@ class ActingBatch:
             began, cpu = time.perf_counter(), time.process_time()
             found = self.trainer.episodes.complete(self.prompts, self.requests, 1)
         return found, Timing(time.perf_counter() - began, time.process_time() - cpu), seen[0]
+
+    @property
+    def millions(self) -> float:
+        """Return the policy's parameters."""
+        return sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6
 
     @contextmanager
     def sampled(self, **how: Any) -> Iterator[None]:
@@ -255,11 +272,17 @@ def _in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
 def bench_episodes(*, short: bool = False) -> list[Result]:
     """Time 64 episodes of four turns with slow tools and with tools that answer at once, and rows of one turn."""
     n, pairs, mean_s = (8, 1, 0.01) if short else (EPISODES, PAIRS, MEAN_S)
+    from polyphony.launch.measures.spine import random_policy
+
     with tempfile.TemporaryDirectory() as folder:
         acting = ActingBatch(folder, n=n)
         found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS)]
         for least in (1,) if short else LEAST:
-            found += _throughput(acting, pairs=pairs, least=least)
+            found += _throughput(acting, pairs=pairs, how={"min_tokens": least}, name=f"turns of {least} and more")
+        if not short:
+            large = ActingBatch(folder, n=n, policy=random_policy(Path(folder) / "large", **SHAPE))
+            how = {"min_tokens": LEAST[-1], "logit_bias": {large.trainer.processing_class.eos_token_id: 100.0}}
+            found += _throughput(large, pairs=3, how=how, name=f"turns of {LEAST[-1]}, {large.millions:.0f} M")
         found += _waiting(acting, pairs=pairs, mean_s=mean_s)
         trl = acting.by_trl(tool_s=mean_s)
     value, note = found[-1].value, "one run of TRL's loop, on samples of its own"
@@ -286,16 +309,16 @@ def _one_turn(acting: ActingBatch, *, pairs: int) -> Result:
     return paired("one turn, as turns", "s", seen, target=Target(relation="<=", limit=1.03))
 
 
-def _throughput(acting: ActingBatch, *, pairs: int, least: int) -> list[Result]:
-    """Tokens of the policy's own a second, of four turns of at least so many: beside one turn with as many, and beside the
-    engine's own pace with the same turns, which have to read what tools answered."""
+def _throughput(acting: ActingBatch, *, pairs: int, how: dict[str, Any], name: str) -> list[Result]:
+    """Tokens of the policy's own a second, of four turns sampled so: beside one turn with as many, and beside the engine's
+    own pace with the same turns, which have to read what tools answered."""
     found: list[Completion] = []
 
     def rate(work: Any) -> Timing:
         return _spent(work).rate(sum(c.length for c in found))
 
     def of_turns() -> Timing:
-        with acting.sampled(min_tokens=least):
+        with acting.sampled(**how):
             found[:], spent, _ = acting.completions(tool_s=0.0)
         return spent.rate(sum(c.length for c in found))
 
@@ -313,7 +336,7 @@ def _throughput(acting: ActingBatch, *, pairs: int, least: int) -> list[Result]:
     own, read = (sum(sum(m == own for m in c.tool_mask or ()) for c in found) for own in (1, 0))
     one, engine = in_turns(of_turns, of_one, pairs=pairs), in_turns(of_turns, of_engine, pairs=pairs)
     turns = sum(c.episode.turns for c in found if c.episode is not None)
-    note, name = f"{own} own tokens in {turns} turns", f"turns of {least} and more" if least > 1 else "turns"
+    note = f"{own} own tokens in {turns} turns"
     also = f"the same turns sampled from the same tokens, {read} of them of tools, without any tool"
     return [
         paired(f"{name}, tools at once", "tok/s", one, target=Target(relation=">=", limit=0.9), note=note),
