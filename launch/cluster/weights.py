@@ -44,7 +44,8 @@ class PackedWeights:
     def equals(self, other: PackedWeights) -> bool:
         """Whether these are the same parameters, bit for bit."""
         is_alike = (self.names, self.shapes, self.dtypes) == (other.names, other.shapes, other.dtypes)
-        return is_alike and np.array_equal(self.data, other.data)
+        first = slice(2**12)  # where what was trained differs already
+        return is_alike and all(np.array_equal(self.data[of], other.data[of]) for of in (first, slice(None)))
 
 
 Buckets = tuple[ray.ObjectRef, ...]

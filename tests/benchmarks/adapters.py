@@ -29,9 +29,35 @@ def bench_adapter_sync() -> list[Result]:
 
 
 def bench_adapter_worker_sync() -> list[Result]:
-    """The same to one worker on Ray."""
+    """The same to one worker on Ray; and whole weights of which one parameter changed, beside all of them."""
     with _policy("rollouts={engine: ray, workers: 1}") as trainer:
-        return _rows(trainer, "adapter worker sync", lambda: _load_all(trainer.policy.engine))
+        rows = _rows(trainer, "adapter worker sync", lambda: _load_all(trainer.policy.engine))
+        return [*rows, _changed(trainer.policy.engine)]
+
+
+def _changed(engine: Any) -> Result:
+    from polyphony.launch.cluster.weights import put
+
+    kept = put(engine._base())
+    engine.pool.load(engine.version, kept)
+    name, norm = next((name, p) for name, p in engine.model.named_parameters() if "norm" in name)
+    sent = 0
+
+    def load() -> None:
+        nonlocal kept, sent
+        norm.data.mul_(1.01)
+        before, kept = kept, put(engine._base(), kept)
+        sent = sum(new != old for new, old in zip(kept, before, strict=True))
+        engine.pool.load(engine.version, kept)
+
+    def load_all() -> None:
+        nonlocal kept
+        kept = put(engine._base())
+        engine.pool.load(engine.version, kept)
+
+    pairs = in_turns(lambda: timed(load, tree_cpu_s), lambda: timed(load_all, tree_cpu_s), pairs=PAIRS)
+    note = f"{name} changed: {sent} of {len(kept)} buckets sent"
+    return paired("changed worker sync", "s", pairs, note=note)
 
 
 def _load_all(engine: Any) -> None:
