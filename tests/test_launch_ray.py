@@ -258,20 +258,6 @@ def test_a_job_over_several_nodes_is_driven_by_one_that_holds_no_gpu(capsys, tmp
 
 
 @pytest.mark.slow
-def test_more_workers_than_the_cluster_ever_has_room_for_end_the_job_in_one_line(raylets, tmp_path):
-    environment, _, dashboard = raylets
-    overrides = ["rollouts={engine: ray, workers: 3, start_timeout_s: 5}", "tracking.wandb=null"]
-    command = [sys.executable, "-m", "polyphony.launch.cli", "launch", "ray", DEBUG, *overrides]
-    done = subprocess.run(
-        [*command, "--address", dashboard, "--out", str(tmp_path / "run")],
-        env=environment, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "rollouts.workers=3 of 1 CPU each need 3, the Ray cluster has 2" in done.stdout + done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
 def test_a_cluster_with_a_token_is_not_joined_without_it(raylets, monkeypatch, capsys):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
