@@ -238,7 +238,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.advantages.recoveries = self.curriculum.recoveries
         self.own_best = OwnBest(self.data, model=model, settings=settings.update.distil, loss_type=args.loss_type)
         self.entropy = DomainEntropy(self.data.names, settings.entropy)
-        self.signals = Signals.of(args, self.plan, self.data.domains)
+        self.signals = Signals.of(args, self.plan, self.data.domains)  # of a script; a run has its own
         self.meter = Meter(domains=self.data.names, is_useful=self.advantages.is_useful, skill_of=self.data.skills)
         self.pending_metrics: dict[str, float] = {}
         self._rollout: Rollout | None = None
@@ -648,7 +648,7 @@ class DomainGRPOTrainer(GRPOTrainer):
         logs.update(self.pending_metrics)
         self.pending_metrics = {}
         super().log(logs, start_time)
-        if self.run is None and self.accelerator.is_main_process:  # a run rings them itself
+        if self.run is None and self.accelerator.is_main_process:
             for alarm in self.signals.see(self.state.global_step, logs):
                 warn(alarm)
 
@@ -667,7 +667,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         """What has a state of its own beside the curriculum's."""
         states: dict[str, Any] = {"entropy": self.entropy, "shortcuts": self.shortcuts}
         states |= {"distil": self.distil} if self.distil else {}
-        return states | {"owed": self.run.owed, "signals": self.run.signals} if self.run else states
+        return states | (
+            {"owed": self.run.owed, "signals": self.run.signals} if self.run else {"signals": self.signals}
+        )
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken, or a guardrail stopped the run before: Transformers looks only after one."""

@@ -49,7 +49,7 @@ from polyphony.trainer.run.progress import ProgressLine
 from polyphony.trainer.run.provenance import provenance, versions_since
 from polyphony.trainer.run.recorder import Recorder
 from polyphony.trainer.run.recovery import Rescue
-from polyphony.trainer.run.signals import SIGNALS, warn
+from polyphony.trainer.run.signals import SIGNALS, Signals, warn
 from polyphony.trainer.run.stopping import StopOnSignal, largest
 from polyphony.trainer.run.tracking import WandbTracker, track_completions, track_decisions, track_transfer
 from polyphony.trainer.run.trained import CheckWeights, Trained
@@ -91,7 +91,7 @@ class Run(TrainerCallback):
             entropy_band=trainer.entropy.monitor.factors,
             is_main=self.is_main,
         )
-        self.signals = trainer.signals
+        self.signals = Signals.of(trainer.args, trainer.plan, trainer.data.domains)
         # what only a recipe knows
         self.say: Callable[[str], None] = say
         self.imports_from: Sequence[str] = ()
