@@ -136,10 +136,10 @@ class OneDomainTrainer(DomainGRPOTrainer):
 
     @property
     def environments(self) -> list[Any] | None:
-        """Those of the last batch, by row, as TRL keeps them; None where there are none."""
+        """Copies of those of the last batch, by row, as TRL keeps them, which resets what it is given; None without any."""
         rollout: Any = getattr(self, "_rollout", None)
         rows = rollout.rows.values() if rollout else ()
-        return [row.episode.environment for row in rows if row.episode and row.episode.environment] or None
+        return [copy.copy(row.episode.environment) for row in rows if row.episode and row.episode.environment] or None
 
     @environments.setter
     def environments(self, of_trl: Any) -> None:
