@@ -299,9 +299,9 @@ def set_environment() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
-        # of the libraries below; a person cannot act on them
-        for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
+        for category in (DeprecationWarning, FutureWarning):  # of the libraries below; a person cannot act on them
             warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*site-packages")
     warnings.formatwarning = _warning_line
 
 

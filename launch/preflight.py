@@ -260,7 +260,7 @@ def _schedule(args: GRPOConfig, steps: int) -> None:
 
 def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
     """Call a domain's reward on one row, with the reference as the completion; return what is wrong with it."""
-    from polyphony.trainer.scoring import Scorer, place_of
+    from polyphony.trainer.scoring import Scorer, raised
 
     where = f"domains.{domain.name}.reward"
     if domain.reward is None:  # its environments reward, and nobody has acted
@@ -277,7 +277,8 @@ def _tried(domain: Domain, row: Prompt, *, offline: bool) -> list[str]:
     try:
         score = scorer.tried(Completion(ids=(), prompt=row, text=text if isinstance(text, str) else "no answer"))
     except Exception as error:  # a user's may raise anything
-        return [f"{where}: on row {row.id!r} it raised {type(error).__name__}: {error} ({place_of(error)})"]
+        what, line = raised(error)
+        return [f"{where}: on row {row.id!r} it raised {what}{f' ({line})' if line else ''}"]
     if score is None:
         say(f"{where}: no verdict on row {row.id!r}")
     return []

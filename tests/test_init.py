@@ -200,10 +200,10 @@ def test_columns_are_found_by_the_names_that_are_given(tmp_path, capsys):
     recipe = load_recipe(init([file], tmp_path / "mine.yaml", prompt="task", answer="result", model=str(POLICY)))
     assert recipe.domains["sums"].reward == "math" and recipe.grpo["learning_rate"] == 2e-4
     assert "`prompt` is its `task`, `answer` is its `result`" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match=r"--prompt tas: no such column; it has result, task"):
-        init([file], tmp_path / "other.yaml", prompt="tas")
-    with pytest.raises(RecipeError, match=r"--answer resul: no file has such a column"):
+    with pytest.raises(RecipeError, match=rf"--answer resul: no such column; {file} has result, task$"):
         init([file], tmp_path / "other.yaml", prompt="task", answer="resul")
+    with pytest.raises(RecipeError, match="--prompt task and --answer task: one column cannot be both"):
+        init([file], tmp_path / "other.yaml", prompt="task", answer="task")
 
 
 def test_a_column_that_is_given_is_that_of_the_files_that_have_it(tmp_path, capsys):
@@ -214,6 +214,13 @@ def test_a_column_that_is_given_is_that_of_the_files_that_have_it(tmp_path, caps
     assert "`answer` is its `outcome`" in said and "`answer` is its `target`" in said
     with pytest.raises(RecipeError, match="no column is a reference: it has outcome, question; give --answer COLUMN"):
         init(files, tmp_path / "other.yaml", model=str(POLICY))
+
+
+def test_a_column_that_is_given_goes_before_one_of_the_usual_name(tmp_path, capsys):
+    rows = [{"question": row["question"], "outcome": row["target"], "answer": "see the book"} for row in SUMS]
+    recipe = load_recipe(init([written(tmp_path, "sums", rows)], tmp_path / "mine.yaml", answer="outcome"))
+    assert recipe.domains["sums"].reward == "math" and "`answer` is its `outcome`" in capsys.readouterr().err
+    assert "see the book" not in (tmp_path / "mine-rows" / "sums-train.jsonl").read_text()
 
 
 def test_what_is_wrong_with_each_file_is_told_at_once(tmp_path, capsys):

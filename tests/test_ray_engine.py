@@ -37,11 +37,17 @@ DEBUG = str(RECIPES / "debug.yaml")
 
 def test_packed_weights_come_back_as_they_were_and_are_copies():
     named = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
+    named |= {"odd": torch.ones(3, dtype=torch.bfloat16), "wide": torch.tensor([0.5]), "none": torch.zeros(0)}
     packed = pack(named.items())
     named["a"].zero_()  # what was gathered or merged is gone by the time the block is read
     again = dict(unpack(packed))
     assert again["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert (again["b"].dtype, again["b"].tolist()) == (torch.bfloat16, [1.5, -2.0])
+    assert again["wide"].tolist() == [0.5] and list(again) == list(named) and not len(again["none"])
+    assert not len(dict(unpack(pack([("none", torch.zeros(0))])))["none"])
+    assert packed.equals(pack([(name, tensor.clone()) for name, tensor in again.items()]))
+    again["wide"] += 1
+    assert not packed.equals(pack([(name, tensor) for name, tensor in named.items()]))
 
 
 def test_buckets_are_full_but_for_the_last_and_a_large_parameter_is_one_by_itself():
@@ -54,8 +60,10 @@ def test_buckets_are_full_but_for_the_last_and_a_large_parameter_is_one_by_itsel
 def test_what_changed_is_refused_by_a_worker_that_has_nothing_it_is_of():
     worker = object.__new__(RolloutWorker)
     worker.version = NO_WEIGHTS
-    with pytest.raises(RuntimeError, match="without whole weights"):
+    with pytest.raises(RuntimeError, match="without whole weights was sent what changed"):
         worker.load(3, False)
+    with pytest.raises(RuntimeError, match="without whole weights was sent an adapter"):
+        worker.lay_on(3, None)
     assert worker.version == NO_WEIGHTS
 
 

@@ -385,7 +385,10 @@ def test_a_domain_that_knows_its_training_prompts_and_gains_nothing_is_told_so(t
     lines = [{"step": step, "domain/a/dead_correct": step / 20, "domain/b/dead_correct": 0.1} for step in range(1, 21)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "end.json").write_text("{}")
-    says = "Next: a gains nothing held out though training prompts are known: more rows, or fewer steps."
+    says = (
+        "Next: a: training prompts are known, and no gain is told held out: more rows, or fewer steps; more held-out "
+    )
+    says += "items tell smaller gains."
     assert tell(find(read_run(run)))[-1] == says
     (run / "alarms.jsonl").write_text(json.dumps({"kind": "collapse", "domain": "a", "step": 1, "remedy": "x"}) + "\n")
     assert tell(find(read_run(run)))[-1] == f"Next, what may help: x (for collapse of a). {says.removeprefix('Next: ')}"

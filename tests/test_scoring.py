@@ -199,19 +199,35 @@ def fragile(prompts, completions, **columns):
 
 def test_a_reward_that_raises_costs_its_own_sample_and_says_so(caplog):
     assert scorer(math=fragile)([sample(), sample(text="?"), sample()]) == [1.0, None, 1.0]
-    told = f"domain 'math': the reward raised KeyError: '?' ({__file__}:{fragile.__code__.co_firstlineno + 2}; "
+    told = (
+        f"domain 'math': the reward raised KeyError: '?' ({__file__}:{fragile.__code__.co_firstlineno + 2}); told once"
+    )
     assert told in caplog.text
 
 
 def unreadable(prompts, completions, **columns):
-    return [float(json.loads(text)) for text in completions]
+    return [float(json.loads(text)["x"]) for text in completions]
+
+
+async def of_a_group(prompts, completions, **columns):
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(of_a_task())
+    return [1.0] * len(prompts)
+
+
+async def of_a_task():
+    raise KeyError("inside")
 
 
 def test_what_a_reward_raises_is_told_once_with_its_own_line(caplog):
     graded = scorer(math=unreadable)
     assert graded([sample(text="a"), sample(text="b")]) == graded([sample(text="c")]) * 2 == [None, None]
     assert caplog.text.count("the reward raised JSONDecodeError") == 1
-    assert f"({__file__}:{unreadable.__code__.co_firstlineno + 1}; " in caplog.text
+    assert f"({__file__}:{unreadable.__code__.co_firstlineno + 1}); told once" in caplog.text
+    graded([sample(text="{}")])
+    assert "the reward raised KeyError: 'x'" in caplog.text
+    scorer(math=of_a_group)([sample()])
+    assert f"KeyError: 'inside' ({__file__}:{of_a_task.__code__.co_firstlineno + 1})" in caplog.text
 
 
 def of_trl(prompts, completions, log_metric, log_extra, **columns):

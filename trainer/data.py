@@ -20,7 +20,7 @@ from polyphony.rewards.registry import HOOKS
 from polyphony.trainer.rows import FileRows, Rows
 
 LIKE_AN_ANSWER = (
-    *("solution", "target", "label", "output", "response", "expected", "reference", "gold", "result", "final_answer"),
+    *("solution", "target", "label", "output", "response", "expected", "reference", "gold", "final_answer", "result"),
 )
 """What others call a reference."""
 LIKE_A_PROMPT = ("messages", "question", "problem", "instruction", "query", "input", "conversations", "text")

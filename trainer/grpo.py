@@ -649,7 +649,8 @@ class DomainGRPOTrainer(GRPOTrainer):
         self.pending_metrics = {}
         super().log(logs, start_time)
         if self.run is None and self.accelerator.is_main_process:
-            for alarm in self.signals.see(self.state.global_step, logs):
+            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            for alarm in self.signals.see(self.state.global_step, numbers):
                 warn(alarm)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -73,8 +73,8 @@ class Scorer:
         self.logged = Logged()
         self.state_of: Callable[[], Any] = lambda: None
         """Returns Transformers' state of the run, as rewards get it."""
-        self._told: set[tuple[str, str]] = set()
-        """Where in whose reward something was raised, and told."""
+        self._told: set[tuple[str, str, str]] = set()
+        """Whose reward raised what, and where."""
         self.extra: Extra | None = None
         """What rewards say of each completion by `log_extra`; None where nobody reads it."""
 
@@ -135,11 +135,11 @@ class Scorer:
         return scores
 
     def _say_raised(self, name: str, error: Exception) -> None:
-        """Warn of what a reward raised, once for each line of code: a draw has hundreds of rows."""
-        if (where := (name, place_of(error))) not in self._told:
-            self._told.add(where)
-            what = f"{type(error).__name__}: {error}"
-            logger.warning("domain %r: the reward raised %s (%s; of this line told once)", name, what, where[1])
+        """Warn of what a reward raised, once for each kind and line of code: a draw has hundreds of rows."""
+        what, where = raised(error)
+        if (key := (name, what.partition(":")[0], where)) not in self._told:
+            self._told.add(key)
+            logger.warning("domain %r: the reward raised %s%s", name, what, f" ({where}); told once" if where else "")
 
     def tried(self, completion: Completion) -> float | None:
         """Return the score of one completion and log nothing; what the reward raises is raised: for a look before a run."""
@@ -150,22 +150,22 @@ class Scorer:
         return _as_scores(name, values, 1)[0]
 
 
-def place_of(error: BaseException) -> str:
-    """Return file and line of what raised it: the last that is neither ours nor a library's, or the last of all."""
+def raised(error: BaseException) -> tuple[str, str]:
+    """Return in words what a reward raised, and where: the last file and line that is neither ours nor a library's, or the
+    last of all; empty where that is ours. Of a group of errors, the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(NOT_A_USERS)]
-    last = (own or frames)[-1]
-    return f"{last.filename}:{last.lineno}"
+    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(NOT_A_USERS)]
+    theirs = [frame for frame in frames[-1:] if not os.path.realpath(frame.filename).startswith(OURS)]
+    last = (own or theirs or [None])[-1]
+    return f"{type(error).__name__}: {error}", f"{last.filename}:{last.lineno}" if last else ""
 
 
-NOT_A_USERS = (
-    *(
-        f"{Path(__file__).resolve().parent.parent / wing}{os.sep}"
-        for wing in ("curricula", "launch", "rewards", "trainer")
-    ),
-    *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")),
-    "<frozen",
-)
+HOUSE = Path(__file__).resolve().parent.parent
+OURS = tuple(f"{HOUSE / wing}{os.sep}" for wing in ("curricula", "launch", "rewards", "trainer"))
+LIBRARIES = (os.path.realpath(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))
+NOT_A_USERS = (*OURS, *LIBRARIES, os.path.realpath("<frozen"))
 """How the files of this house and of libraries begin."""
 
 

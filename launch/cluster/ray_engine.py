@@ -88,6 +88,7 @@ class RayEngine(Engine):
         if self.pool is not None:
             self.pool.close()
             self.pool = None
+        self._kept = ()
 
     def attach(self, model: Any, accelerator: Any) -> None:
         """Serve another policy; what workers are told of its parameters is asked anew."""

@@ -90,10 +90,12 @@ class RolloutWorker:
         return why_not(self.llm, shape)
 
     def lay_on(self, version: int, adapter: PackedWeights) -> None:
-        """Take over the adapter of sync `version`, over the weights that are there."""
+        """Take over the adapter of sync `version`, over the weights that are there. Raises RuntimeError where none are."""
         from polyphony.launch.cluster.weights import unpack  # slow to import
         from polyphony.trainer.engine.lora import adapter_request, load_adapter
 
+        if self.version == NO_WEIGHTS:
+            raise RuntimeError("a worker without whole weights was sent an adapter")
         self.version = NO_WEIGHTS
         load_adapter(self.llm, unpack(adapter), version=version)
         self.version, self.laid_on = version, adapter_request(version)

@@ -39,7 +39,7 @@ class PackedWeights:
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     data: np.ndarray
-    """uint8, [bytes of all parameters], in the order of `names`."""
+    """uint8, [bytes of all parameters], in the order of `names`, each from a multiple of `ALIGNED` on."""
 
     def equals(self, other: PackedWeights) -> bool:
         """Whether these are the same parameters, bit for bit."""
@@ -62,7 +62,9 @@ def pack(named: Iterable[tuple[str, torch.Tensor]]) -> PackedWeights:
         names.append(name)
         shapes.append(tuple(tensor.shape))
         dtypes.append(tensor.dtype)
-        blocks.append(tensor.reshape(-1).view(torch.uint8).numpy().copy())
+        block = np.zeros(_room(tensor.nbytes), dtype=np.uint8)
+        block[: tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
+        blocks.append(block)
     return PackedWeights(names=names, shapes=shapes, dtypes=dtypes, data=np.concatenate(blocks))
 
 
@@ -74,8 +76,15 @@ def put(named: Named, before: Buckets = ()) -> Buckets:
     placed: list[ray.ObjectRef] = []
     for bucket in map(pack, parted(named, BUCKET)):
         old = before[len(placed)] if len(placed) < len(before) else None
-        placed.append(old if old is not None and bucket.equals(ray.get(old)) else ray.put(bucket))
+        placed.append(old if old is not None and _is_there(bucket, old) else ray.put(bucket))
     return tuple(placed)
+
+
+def _is_there(bucket: PackedWeights, old: ray.ObjectRef) -> bool:
+    try:
+        return bucket.equals(ray.get(old))
+    except RayError:  # a node took it along: as good as changed
+        return False
 
 
 def parted(named: Named, most: int) -> Iterator[Named]:
@@ -99,9 +108,17 @@ def unpack(packed: PackedWeights) -> Iterator[tuple[str, torch.Tensor]]:
     """Return views into the block, by name."""
     whole, start = torch.from_numpy(packed.data), 0
     for name, shape, dtype in zip(packed.names, packed.shapes, packed.dtypes, strict=True):
-        end = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        yield name, whole[start:end].view(dtype).reshape(shape)
-        start = end
+        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        yield name, whole[start : start + size].view(dtype).reshape(shape)
+        start += _room(size)
+
+
+ALIGNED = 16
+"""Bytes: a view of wider numbers cannot begin anywhere."""
+
+
+def _room(size: int) -> int:
+    return -(-max(1, size) // ALIGNED) * ALIGNED
 
 
 POLL_S = 0.5

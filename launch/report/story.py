@@ -205,25 +205,27 @@ def _next(findings: Findings) -> str:
     return "Next: nothing stands out; a second seed would say how far this holds for the recipe."
 
 
-KNOWN, LATE = 0.5, 4
-"""Share of groups in which all are right that says that training prompts are known, over the last 1 / LATE of a run."""
+KNOWN, LATE, ENOUGH, GOOD = 0.5, 4, 8, 0.9
+"""Share of groups in which all are right that says that training prompts are known, over the last 1 / LATE of a run of at
+least so many logged draws; a domain that began above GOOD has little to gain."""
 
 
 def _by_heart(findings: Findings) -> str:
-    """Say which domains know what they are trained on and gain nothing where they are not; empty where none does."""
+    """Say which domains know what they are trained on while no gain is told where they are not; empty where none does."""
     known = []
     for name, change in findings.claims("change").items():
         right = findings.run.metrics.get(f"domain/{name}/dead_correct")
-        if (
-            right is not None
-            and not change.is_above_zero
-            and right.values[-len(right.values) // LATE :].mean() >= KNOWN
-        ):
+        if right is None or len(right.values) < ENOUGH or change.is_above_zero or change.is_below_zero:
+            continue
+        is_known = right.values[-len(right.values) // LATE :].mean() >= KNOWN
+        if is_known and findings.evaluations[0].mean_score(name) < GOOD:
             known.append(name)
     if not known:
         return ""
-    gain = "gains" if len(known) == 1 else "gain"
-    return f" {_list(known)} {gain} nothing held out though training prompts are known: more rows, or fewer steps."
+    return (
+        f" {_list(known)}: training prompts are known, and no gain is told held out: more rows, or fewer steps; more "
+        "held-out items tell smaller gains."
+    )
 
 
 def _sort(claims: Mapping[str, Interval]) -> tuple[list[str], list[str], list[str]]:

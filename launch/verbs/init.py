@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Guess:
         rows, places = read(file)
         if not rows:
             raise RecipeError(f"{file}: has no rows")
-        prompts, answers = _columns(rows, file, prompt=prompt, answer=answer)
+        prompts, answers = _looked_for(rows, prompt, PROMPTS), _looked_for(rows, answer, ANSWERS)
         renamed = {"prompt": column(rows, prompts, places, file, must=True)}
         if not renamed["prompt"]:
             raise RecipeError(
@@ -87,8 +88,11 @@ class Guess:
         needs = reward is None and not all(map(_is_verls, rows))
         if (answer := column(rows, answers, places, file, must=needs)) and not all(map(_is_verls, rows)):
             renamed["answer"] = answer
-        back, has = {old: new for new, old in renamed.items()}, _names(rows)
-        rows = [{back.get(key, key): value for key, value in row.items()} for row in rows]
+        has, moved = _names(rows), {old for new, old in renamed.items() if new != old}
+        rest = [{key: value for key, value in row.items() if key not in (*moved, *renamed)} for row in rows]
+        rows = [
+            {new: row.get(old) for new, old in renamed.items()} | kept for row, kept in zip(rows, rest, strict=True)
+        ]
         has_choices = reward in (None, "multiple_choice") and any("choices" in row for row in rows)
         rows, done = with_choices(rows, places, file) if has_choices and answer else (rows, "")
         unique = list({content_id(row): row for row in rows}.values())
@@ -142,15 +146,13 @@ def init(
             raise RecipeError(f"{path} exists; choose another --out")
     look_in(out.parent.resolve())
     spec, model = _asked(reward), _model(model)
+    _check_columns(files, prompt=prompt, answer=answer)
     guesses, refused = [], []
     for file in files:
         try:
             guesses.append(Guess.of(file, spec, prompt=prompt, answer=answer))
         except RecipeError as error:
             refused += error.problems
-    for option, asked in (("--prompt", prompt), ("--answer", answer)):
-        if asked and guesses and not any(asked in guess.renamed.values() for guess in guesses):
-            refused.append(f"{option} {asked}: no file has such a column")
     if refused:
         raise RecipeError(*refused)
     names = [guess.name for guess in guesses]
@@ -178,19 +180,22 @@ def init(
     return out
 
 
-def _columns(
-    rows: Sequence[Mapping[str, Any]], file: Path, *, prompt: str | None, answer: str | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return by which names prompts and answers are looked for: by the one that is asked for alone where a row has it.
+def _check_columns(files: Sequence[Path], *, prompt: str | None, answer: str | None) -> None:
+    """Raise RecipeError for a column that was asked for and is in no file, or is to be both."""
+    if prompt is not None and prompt == answer:
+        raise RecipeError(f"--prompt {prompt} and --answer {answer}: one column cannot be both")
+    tables = {}
+    for file in files if prompt or answer else ():
+        with suppress(RecipeError):  # told with what else is wrong
+            tables[file] = read(file)[0]
+    for option, asked in (("--prompt", prompt), ("--answer", answer)):
+        if asked and tables and not any(asked in row for rows in tables.values() for row in rows):
+            has = "; ".join(f"{file} has {_names(rows)}" for file, rows in tables.items() if rows)
+            raise RecipeError(f"{option} {asked}: no such column; {has}")
 
-    Raises RecipeError where no row has that or a usual one.
-    """
-    found = []
-    for option, asked, usual in (("--prompt", prompt, PROMPTS), ("--answer", answer, ANSWERS)):
-        if asked is not None and not any(name in row for row in rows for name in (asked, *usual)):
-            raise RecipeError(f"{file}: {option} {asked}: no such column; it has {_names(rows)}")
-        found.append((asked,) if asked is not None and any(asked in row for row in rows) else usual)
-    return found[0], found[1]
+
+def _looked_for(rows: Sequence[Mapping[str, Any]], asked: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
+    return (asked,) if asked is not None and any(asked in row for row in rows) else usual
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> str:
