@@ -30,18 +30,16 @@ if TYPE_CHECKING:
 
 MODEL = str(RECIPES.parent / "lab" / "policy")
 EPISODES, TURNS, MEAN_S, MOST = 64, 4, 0.2, 160
-"""MOST: tokens of an episode."""
+"""MOST: tokens of an episode, where its policy has no room for more."""
 PAIRS, ONE_TURN_PAIRS = 5, 20
 LEAST = (1, 16, 32)
 """Own tokens of a turn: as the lab's policy likes, a few words, and so many that a call with arguments has."""
-SHAPE = {
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "vocab_size": 640,
-}
-"""A policy of which a step costs ten times the lab's."""
+RANDOM: Sequence[tuple[int, dict[str, int]]] = (
+    (32, {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}),
+    (64, {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}),
+)
+"""Own tokens of a turn, and a random policy that has the room: one of which a step costs ten times the lab's, and one as the
+lab's first."""
 ALWAYS: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
@@ -140,20 +138,20 @@ class ActingBatch:
     Example: `ActingBatch(folder, n=64).seconds(tool_s=0.2)`
     """
 
-    def __init__(self, folder: str, *, n: int, policy: Path | None = None) -> None:
-        """`policy`: a random one in place of the lab's."""
+    def __init__(self, folder: str, *, n: int, policy: Path | None = None, most: int = MOST) -> None:
+        """`policy`: a random one in place of the lab's; `most`: tokens of an episode."""
         from polyphony.launch.measures.side_by_side import lab_engine, twin_engine
         from polyphony.launch.measures.spine import recipe_of
         from polyphony.trainer.engine.engine import Engine
         from polyphony.trainer.engine.vllm import Request
 
-        self.tool, self.folder, self.model = SlowTool(), folder, str(policy or MODEL)
+        self.tool, self.folder, self.model, self.most = SlowTool(), folder, str(policy or MODEL), most
         self.engine = twin_engine(recipe_of(policy, steps=1), Path(folder) / "engine") if policy else lab_engine()
         self.trainer = self._trainer()
         self._lockstep = lambda turns: Engine.converse(self.engine, turns)
         table = self.trainer.data.train["strings"]
         self.prompts = self.trainer.data.tokenized([table[i] for i in table.ids[:n]])
-        self.requests = [Request(prompt_ids=p.ids, seed=i, max_tokens=MOST) for i, p in enumerate(self.prompts)]
+        self.requests = [Request(prompt_ids=p.ids, seed=i, max_tokens=most) for i, p in enumerate(self.prompts)]
         self.trainer.policy.sync()
 
     def _config(self, **changes: Any) -> Any:
@@ -161,7 +159,7 @@ class ActingBatch:
 
         return GRPOConfig(
             output_dir=self.folder,
-            max_completion_length=MOST,
+            max_completion_length=self.most,
             max_tool_calling_iterations=TURNS - 1,
             max_steps=1,
             learning_rate=0.0,
@@ -272,17 +270,13 @@ def _in_place_of(owner: Any, name: str, other: Any) -> Iterator[None]:
 def bench_episodes(*, short: bool = False) -> list[Result]:
     """Time 64 episodes of four turns with slow tools and with tools that answer at once, and rows of one turn."""
     n, pairs, mean_s = (8, 1, 0.01) if short else (EPISODES, PAIRS, MEAN_S)
-    from polyphony.launch.measures.spine import random_policy
-
     with tempfile.TemporaryDirectory() as folder:
         acting = ActingBatch(folder, n=n)
         found = [_one_turn(acting, pairs=1 if short else ONE_TURN_PAIRS)]
         for least in (1,) if short else LEAST:
             found += _throughput(acting, pairs=pairs, how={"min_tokens": least}, name=f"turns of {least} and more")
         if not short:
-            large = ActingBatch(folder, n=n, policy=random_policy(Path(folder) / "large", **SHAPE))
-            how = {"min_tokens": LEAST[-1], "logit_bias": {large.trainer.processing_class.eos_token_id: 100.0}}
-            found += _throughput(large, pairs=3, how=how, name=f"turns of {LEAST[-1]}, {large.millions:.0f} M")
+            found += _of_random(Path(folder))
         found += _waiting(acting, pairs=pairs, mean_s=mean_s)
         trl = acting.by_trl(tool_s=mean_s)
     value, note = found[-1].value, "one run of TRL's loop, on samples of its own"
@@ -291,6 +285,20 @@ def bench_episodes(*, short: bool = False) -> list[Result]:
         *found,
         Result(name="episodes, TRL's loop", value=value, unit="s", baseline=trl.clock, ratio=ratio, note=note),
     ]
+
+
+def _of_random(folder: Path) -> list[Result]:
+    """Turns that end after so many tokens."""
+    from polyphony.launch.measures.spine import random_policy
+
+    found = []
+    for length, shape in RANDOM:
+        policy = random_policy(folder / f"random{length}", **shape, vocab_size=640)
+        acting = ActingBatch(str(folder), n=EPISODES, policy=policy, most=TURNS * length + 60)
+        end: Any = acting.trainer.processing_class.eos_token_id  # type: ignore[union-attr]
+        how = {"min_tokens": length, "logit_bias": {end: 100.0}}
+        found += _throughput(acting, pairs=3, how=how, name=f"turns of {length}, {acting.millions:.2g} M")
+    return found
 
 
 def _one_turn(acting: ActingBatch, *, pairs: int) -> Result:
