@@ -200,10 +200,16 @@ def _kill(trainer: subprocess.Popen, victim: str, rng: random.Random) -> bool:
         trainer.wait()
         return True
     below = psutil.Process(trainer.pid).children(recursive=True)
-    workers = [p for p in below if p.name().startswith("ray::") and "RolloutWorker" in " ".join(p.cmdline())]
+    workers = [p for p in below if _is_worker(p)]
     if workers:
         rng.choice(workers).kill()
     return bool(workers)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        return process.name().startswith("ray::") and "RolloutWorker" in " ".join(process.cmdline())
+    return False
 
 
 def _end(trainer: subprocess.Popen) -> None:
