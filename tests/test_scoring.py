@@ -334,8 +334,11 @@ def of_library(name):
 )
 def test_a_judge_that_is_down_is_asked_once_for_all_rows(error, caplog):
     grader = Gone(error)
-    assert scorer(math=grader)([sample()] * 5) == [None] * 5
+    graded = scorer(math=grader)
+    assert graded([sample()] * 5) == [None] * 5
     assert grader.asked == 1 and caplog.text.count("domain 'math': the reward raised") == 1
+    graded([sample()] * 5)
+    assert caplog.text.count("domain 'math': the reward raised") == 2  # whoever is gone for hours is told of
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), BrokenPipeError(), ValueError(), of_library("mine.Timeout")])

@@ -668,9 +668,9 @@ class DomainGRPOTrainer(GRPOTrainer):
         """What has a state of its own beside the curriculum's."""
         states: dict[str, Any] = {"entropy": self.entropy, "shortcuts": self.shortcuts}
         states |= {"distil": self.distil} if self.distil else {}
-        return states | (
-            {"owed": self.run.owed, "signals": self.run.signals} if self.run else {"signals": self.signals}
-        )
+        if self.run is None:
+            return states | {"signals": self.signals}
+        return states | {"owed": self.run.owed, "signals": self.run.signals}
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Take no step where all were taken, or a guardrail stopped the run before: Transformers looks only after one."""

@@ -122,7 +122,7 @@ class Scorer:
             raise
         except Exception as error:  # a user's may raise anything; retried one by one, so that one row costs one row
             if len(completions) == 1 or is_unreachable(error):
-                self._say_raised(name, error)
+                self._say_raised(name, error, again=is_unreachable(error))
                 return [None] * len(completions)
             return [self._score(name, [completion])[0] for completion in completions]
         scores = _as_scores(name, values, len(completions))
@@ -134,12 +134,14 @@ class Scorer:
                 self.extra.add(name, column, completions, told)
         return scores
 
-    def _say_raised(self, name: str, error: Exception) -> None:
-        """Warn of what a reward raised, once for each kind and line of code: a draw has hundreds of rows."""
+    def _say_raised(self, name: str, error: Exception, *, again: bool) -> None:
+        """Warn of what a reward raised, once for each kind and line of code: a draw has hundreds of rows; `again` for what
+        comes once a batch, and may come back after hours."""
         what, where = raised(error)
-        if (key := (name, what.partition(":")[0], where)) not in self._told:
-            self._told.add(key)
-            logger.warning("domain %r: the reward raised %s%s", name, what, f" ({where}); told once" if where else "")
+        if again or (name, what.partition(":")[0], where) not in self._told:
+            self._told.add((name, what.partition(":")[0], where))
+            once = "" if again else "; told once"
+            logger.warning("domain %r: the reward raised %s%s", name, what, f" ({where}){once}" if where else once)
 
     def tried(self, completion: Completion) -> float | None:
         """Return the score of one completion and log nothing; what the reward raises is raised: for a look before a run."""
