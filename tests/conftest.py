@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import venv
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -69,6 +71,18 @@ def pytest_xdist_make_scheduler(config, log):
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def below(word: str) -> list[psutil.Process]:
+    """Return the living processes below this one with `word` in a word of their command; some end while they are asked."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if any(word in part for part in _command_of(child))]
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def bare_interpreter(folder: Path) -> Path:

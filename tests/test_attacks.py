@@ -11,12 +11,12 @@ import json
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from polyphony.rewards.registry import REGISTRY
 from polyphony.rewards.sandbox.client import isolation
 from polyphony.trainer.scoring import Scorer
+from tests.conftest import below
 from tests.test_code import DOUBLE, FAST
 from tests.test_judge import QUICK, Server, gullible
 
@@ -223,15 +223,7 @@ def graded(name, completions, columns, **more):
 
 def ours():
     """Processes of ours that are no waiting workers."""
-    children = psutil.Process().children(recursive=True)
-    return {p for p in children if p.is_running() and not _is_worker(p)}
-
-
-def _is_worker(process):
-    try:
-        return "polyphony.rewards.worker_main" in process.cmdline()
-    except psutil.NoSuchProcess:
-        return True
+    return set(below("")) - set(below("polyphony.rewards.worker_main"))
 
 
 _SLOW = {"procedural": [pytest.mark.slow]}

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 
+import psutil
 import pytest
 
 from polyphony.launch.measures import LAB, Effort
 from polyphony.launch.measures.groups import GROUPS
-from polyphony.launch.measures.result import Result, Target, Timing, in_turns, paired, read_result, repeated, table
+from polyphony.launch.measures.result import (
+    Result,
+    Target,
+    Timing,
+    in_turns,
+    paired,
+    read_result,
+    repeated,
+    table,
+    tree_cpu_s,
+)
 from tests.benchmarks import commands, gpu, run
 
 AT_MOST = Target(relation="<=", limit=1.05)
@@ -120,6 +132,15 @@ def test_the_cost_of_a_command_is_its_own_time_and_memory():
     assert 0 < cost.seconds.clock < 60
     assert 0.01 < cost.seconds.cpu < 60
     assert 0 < cost.peak_gib < 1  # sampled: a command this short may be seen only while it starts
+
+
+def test_one_that_ends_while_it_is_asked_is_no_failure(monkeypatch):
+    ended = psutil.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    found = [[], [ended]]
+    monkeypatch.setattr(psutil.Process, "children", lambda process, recursive: found.pop())
+    assert tree_cpu_s() > 0
+    assert found == []
 
 
 def test_what_two_processes_measured_on_a_gpu_is_one_table(monkeypatch):

@@ -1,3 +1,4 @@
+import os
 import pickle
 import sys
 import threading
@@ -9,6 +10,7 @@ import pytest
 
 from polyphony.rewards import find_reward
 from polyphony.rewards.code import Code, program_of, same_output
+from tests.conftest import below
 from tests.test_sandbox import WAITS, inner_process
 
 FAST = {"wall_s": 2.0, "cpu_s": 2, "memory_bytes": 256 << 20}
@@ -276,7 +278,7 @@ def test_an_unknown_limit_is_refused():
 
 def test_a_killed_process_that_forks_sandboxes_loses_nothing():
     assert grade(["print(4)"], tests=DOUBLE[:1]) == [1.0]
-    (server,) = [p for p in psutil.Process().children() if (p.cmdline() or [""])[-1].endswith("sandbox/__main__.py")]
+    (server,) = [p for p in below("sandbox/__main__.py") if p.ppid() == os.getpid()]
     server.kill()
     assert grade(["print(4)"] * 4, tests=DOUBLE[:1]) == [1.0] * 4
 

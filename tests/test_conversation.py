@@ -38,7 +38,7 @@ from polyphony.trainer.environments.worker_main import packed
 from polyphony.trainer.scoring import Scorer
 from tests.acted import Unruly, look
 from tests.acting import AS_JSON, TEMPLATE, tokenizer
-from tests.conftest import HOUSE
+from tests.conftest import HOUSE, below
 from tests.conftest import POLICY as LAB
 
 TOKENIZER = tokenizer(AS_JSON)
@@ -570,8 +570,7 @@ def left_sleeping() -> list[str]:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [c for c in children if c.status() != psutil.STATUS_ZOMBIE and any("environments" in w for w in c.cmdline())]
+    return below("environments")
 
 
 def test_what_a_recipe_names_lives_in_processes_of_its_own():

@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -37,6 +36,7 @@ from polyphony.trainer.policy import Policy, sums_by_owner
 from polyphony.trainer.run.folder import RunFolder
 from tests.acted import Looking, look
 from tests.acting import tokenizer
+from tests.conftest import below
 from tests.test_trainer import POLICY, config, domain, losses
 
 pytestmark = pytest.mark.slow
@@ -511,8 +511,7 @@ def test_a_recipe_trains_a_domain_whose_environments_live_in_processes(tmp_path,
     assert 0 <= seen["domain/acts/reward"] <= 1
     assert seen["domain/acts/grader_failures"] == 0
     assert "environment/strings/turns" not in seen
-    children = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
-    assert [c for c in children if any("environments" in word for word in c.cmdline())] == []
+    assert below("environments") == []
 
 
 def test_tools_are_shown_with_the_prompts_of_their_domain_alone(acting_recipe, capsys):

@@ -18,7 +18,6 @@ from polyphony.launch.cluster.local import ranks_of
 from tests.conftest import RECIPES
 from tests.forks import forked_ranks, free_port
 
-pytestmark = pytest.mark.slow
 # eight rows a rank and micro-batch, as many as sixteen of one rank
 QUICK = ["rollouts.engine=transformers", "tracking.wandb=null", "grpo.per_device_train_batch_size=8"]
 
@@ -37,6 +36,19 @@ def steps(run) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
+def test_a_rank_is_found_beside_a_process_that_ends_while_it_is_asked(monkeypatch):
+    ended = psutil.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with psutil.Popen(
+        [sys.executable, "-c", "input()", "polyphony.launch.cli"],
+        env={**os.environ, "RANK": "0"},
+        stdin=subprocess.PIPE,
+    ) as rank:
+        monkeypatch.setattr(psutil.Process, "children", lambda process, recursive: [ended, rank])
+        assert ranks_of(os.getpid()) == [rank]
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_group_with_the_reason_and_the_run_goes_on(tmp_path, capsys):
     run = tmp_path / "run"
     changes = ["cluster.processes=2", f"cluster.port={free_port()}", "grpo.max_steps=12", "checkpoint.every=1"]

@@ -3,11 +3,11 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from polyphony.rewards import find_reward
 from polyphony.rewards.math import equal_at_sight, plain_number
+from tests.conftest import below
 
 ROWS = [
     (r"\boxed{4}", "4", 1.0),
@@ -158,8 +158,7 @@ def test_it_works_in_worker_processes(method):
 def test_a_worker_that_is_killed_while_it_waits_loses_nothing():
     grade = find_reward({"name": "math", "workers": 1, "timeout_s": 30.0})
     assert grade([""], [r"\boxed{u+u}"], answer=["2u"]) == [1.0]
-    ours = [p for p in psutil.Process().children() if "polyphony.rewards.worker_main" in p.cmdline()]
-    for process in ours:
+    for process in below("polyphony.rewards.worker_main"):
         process.kill()
         process.wait()
     assert grade([""] * 2, [r"\boxed{v+v}", r"\boxed{w+w}"], answer=["2v", "2w"]) == [1.0, 1.0]

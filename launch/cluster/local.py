@@ -7,6 +7,7 @@ it without a word and without an end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -174,7 +175,8 @@ def run(command: Command, *, run_folder: Path) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for rank in ranks_of(process.pid):
-            rank.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -197,10 +199,15 @@ def ranks_of(agent: int) -> list[psutil.Process]:
     """Return the trainer ranks below accelerate's agent, or the one process that is its own rank."""
     try:
         family = [psutil.Process(agent), *psutil.Process(agent).children(recursive=True)]
-        ranks = [child for child in family if "RANK" in child.environ() and "polyphony.launch.cli" in child.cmdline()]
     except psutil.NoSuchProcess:
         return []
-    return ranks or family[:1]
+    return [child for child in family if _is_rank(child)] or family[:1]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # one of a rank's own that ended meanwhile hides no rank
+        return "RANK" in process.environ() and "polyphony.launch.cli" in process.cmdline()
+    return False
 
 
 def leave_nothing(group: int) -> None:

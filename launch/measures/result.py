@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -59,8 +60,10 @@ def timed(work: Callable[[], object], cpu_s: Callable[[], float] = time.process_
 
 def tree_cpu_s() -> float:
     """Return the processor's seconds of this process, all below it, and those of them that have ended."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(sum(process.cpu_times()[:4]) for process in processes)
+    while True:
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):  # one that ended meanwhile is told of by its parent: ask anew
+            return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
 def in_turns(ours: Callable[[], T], baseline: Callable[[], T], *, pairs: int) -> list[tuple[T, T]]:
