@@ -260,7 +260,7 @@ def test_no_import_inside_a_function_is_cheap():
     found = [
         f"{path.relative_to(HOUSE)}:{node.lineno}"
         for path in MODULES
-        if path.name not in ("cli.py", "doctor.py")  # a verb a module; a package may be missing
+        if path.name not in ("cli.py", "calls.py", "doctor.py")  # a verb a module; a package may be missing
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)

@@ -134,17 +134,19 @@ def test_a_worker_goes_on_until_a_turn_is_whole_or_its_moment_is_over():
 
 
 @pytest.mark.parametrize(
-    ("hear_s", "moment_s", "seconds"),
+    ("hear_s", "way_s", "seconds"),
     [
-        (0.0, 100.0, 9),  # 4 and 5 with one worker, 1 and 2 with the other
+        (0.0, 0.0, 9),  # 4 and 5 with one worker, 1 and 2 with the other
         # heard of: 1 at 2, whose next, 2, is whole at 4; 4 at 5, whose next, 5, is whole at 10; 2 at 6; 5 at 11
-        (1.0, 100.0, 11),
+        (1.0, 0.0, 11),
+        (0.0, 3.0, 15),  # both of 4 and 5 are under way, as 1 and 2 are meanwhile
+        (1.0, 2.0, 15),
     ],
 )
-def test_episodes_stay_with_their_workers_and_wait_to_be_heard(hear_s, moment_s, seconds):
+def test_episodes_stay_with_their_workers_and_wait_to_be_heard(hear_s, way_s, seconds):
     of = Fleet(workers=2, speed=ONE_A_STEP)
     talk = Talk([[4, 5], [1, 2]], max_tokens=8)
-    took, busy = converse(talk, of, hear_s=hear_s, moment_s=moment_s, routes=Routes())
+    took, busy = converse(talk, of, hear_s=hear_s, way_s=way_s, moment_s=100.0, routes=Routes())
     assert busy == 12
     assert took == seconds
 

@@ -305,10 +305,13 @@ class Talk:
         self._of.append((episode, turn))
 
 
-def converse(talk: Talk, of: Fleet, *, hear_s: float, moment_s: float, routes: Any) -> tuple[float, float]:
+def converse(
+    talk: Talk, of: Fleet, *, hear_s: float, way_s: float, moment_s: float, routes: Any
+) -> tuple[float, float]:
     """Return the seconds that episodes take, and those that workers are at it, all together.
 
-    `routes` are the engine's own; it hears of one worker after the other, and is at it for `hear_s`.
+    `routes` are the engine's own; it hears of one worker after the other, and is at it for `hear_s`; a call and its answer
+    are under way for `way_s`, those of all workers at the same time.
     """
     at = [Underway(of.speed) for _ in range(of.workers)]
     calls: list[tuple[float, int, list[int]]] = []
@@ -325,7 +328,7 @@ def converse(talk: Talk, of: Fleet, *, hear_s: float, moment_s: float, routes: A
             at[worker].add(unsent.pop(worker, []))
             whole, spent = at[worker].go_on(moment_s)
             busy += spent
-            heapq.heappush(calls, (now + spent, worker, whole))
+            heapq.heappush(calls, (now + spent + way_s, worker, whole))
         ended, worker, whole = heapq.heappop(calls)
         now = max(now, ended) + hear_s
         for place in whole:

@@ -247,7 +247,9 @@ class Dealing:
     send_s: float
     """For a request; for the completion that comes back the same."""
     hear_s: float
-    """For a call of a worker that goes on with turns, and has nothing to do."""
+    """For a call of a worker that goes on with turns, and has nothing to do; while it hears of one it hears of no other."""
+    way_s: float
+    """What else there is to such a call: it and its answer are under way."""
 
     @classmethod
     def seen(cls) -> Dealing:
@@ -257,14 +259,21 @@ class Dealing:
                 512, COPIES, 20, random.Random(1)
             )
             spent = [_clock(lambda: engine.complete(asked)) for _ in range(6)]
-            heard = [_clock(lambda: engine.converse(Talk([[1] * 100], max_tokens=32))) for _ in range(4)]
-        return cls(send_s=statistics.median(spent[1:]) / len(asked) / 2, hear_s=statistics.median(heard[1:]) / 100)
+            heard = [_clocks(lambda: engine.converse(Talk([[1] * 100], max_tokens=32))) for _ in range(4)]
+        clock, own = (statistics.median(seconds) / 100 for seconds in zip(*heard[1:], strict=True))
+        return cls(send_s=statistics.median(spent[1:]) / len(asked) / 2, hear_s=own, way_s=clock - own)
 
 
 def _clock(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _clocks(work: Callable[[], object]) -> tuple[float, float]:
+    """Return seconds by the clock, and those of the processor in this thread."""
+    began = time.thread_time()
+    return _clock(work), time.thread_time() - began
 
 
 def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths, dealing: Dealing) -> None:
@@ -282,7 +291,7 @@ def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths, dealing: Dea
                     f"{n_groups} groups of {COPIES}",
                     [_draw(engine, of, lengths, n_groups, s) for s in range(5)],
                 )
-            talks = [_converse(engine, of, dealing.hear_s, seed) for seed in range(3)]
+            talks = [_converse(engine, of, dealing, seed) for seed in range(3)]
             _line(workers, f"{8 * workers} episodes of 4 turns", talks)
 
 
@@ -293,14 +302,15 @@ def _draw(engine: Any, of: Fleet, lengths: Lengths, n_groups: int, seed: int) ->
     return draw.seconds, _clock(lambda: engine.complete(asked)), draw.busy / of.workers
 
 
-def _converse(engine: Any, of: Fleet, hear_s: float, seed: int) -> tuple[float, float, float]:
+def _converse(engine: Any, of: Fleet, dealing: Dealing, seed: int) -> tuple[float, float, float]:
     """Return the same of episodes."""
     from polyphony.launch.cluster.ray_turns import Routes, moment_s
 
     rng = random.Random(seed)
     episodes = [[round(rng.lognormvariate(4.0, 0.6)) for _ in range(4)] for _ in range(8 * of.workers)]
     talk = partial(Talk, episodes, max_tokens=512)
-    seconds, busy = converse(talk(), of, hear_s=hear_s, moment_s=moment_s(of.workers), routes=Routes())
+    ways = {"hear_s": dealing.hear_s, "way_s": dealing.way_s, "moment_s": moment_s(of.workers)}
+    seconds, busy = converse(talk(), of, **ways, routes=Routes())
     return seconds, _clock(lambda: engine.converse(talk())), busy / of.workers
 
 
@@ -374,7 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     speed, lengths, trainer = real(repeats=arguments.repeats)
     dealing = Dealing.seen()
     print(
-        f"\ndealing out: {dealing.send_s * 1e6:.0f} us a request, {dealing.hear_s * 1e3:.1f} ms a call that finds nothing"
+        f"\ndealing out: {dealing.send_s * 1e6:.0f} us a request; a call that finds nothing: {dealing.hear_s * 1e3:.1f} ms "
+        f"heard, {dealing.way_s * 1e3:.1f} ms under way"
     )
     sleeping(arguments.sleeping, speed, lengths, dealing)
     of = Fleet(workers=1, speed=speed, send_s=dealing.send_s)
