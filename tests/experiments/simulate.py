@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 
 from polyphony.launch.cli import set_environment
+from polyphony.launch.measures.result import tree_cpu_s
 from polyphony.launch.recipe import load_recipe
 from tests.experiments import fleet
 from tests.experiments.fleet import (
@@ -247,7 +248,8 @@ class Dealing:
     send_s: float
     """For a request; for the completion that comes back the same."""
     hear_s: float
-    """For a call of a worker that goes on with turns, and has nothing to do; while it hears of one it hears of no other."""
+    """For a call of a worker that goes on with turns, and has nothing to do; while it hears of one it hears of no other. Of
+    all processes of such a call, over this machine's cores, where that is more: workers that sleep share them."""
     way_s: float
     """What else there is to such a call: it and its answer are under way."""
 
@@ -260,8 +262,9 @@ class Dealing:
             )
             spent = [_clock(lambda: engine.complete(asked)) for _ in range(6)]
             heard = [_clocks(lambda: engine.converse(Talk([[1] * 100], max_tokens=32))) for _ in range(4)]
-        clock, own = (statistics.median(seconds) / 100 for seconds in zip(*heard[1:], strict=True))
-        return cls(send_s=statistics.median(spent[1:]) / len(asked) / 2, hear_s=own, way_s=clock - own)
+        clock, own, everyone = (statistics.median(seconds) / 100 for seconds in zip(*heard[1:], strict=True))
+        hear = max(own, everyone / psutil.cpu_count())
+        return cls(send_s=statistics.median(spent[1:]) / len(asked) / 2, hear_s=hear, way_s=max(0.0, clock - hear))
 
 
 def _clock(work: Callable[[], object]) -> float:
@@ -270,10 +273,10 @@ def _clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _clocks(work: Callable[[], object]) -> tuple[float, float]:
-    """Return seconds by the clock, and those of the processor in this thread."""
-    began = time.thread_time()
-    return _clock(work), time.thread_time() - began
+def _clocks(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Return seconds by the clock, and the processor's in this thread and in all processes below this one."""
+    own, everyone = time.thread_time(), tree_cpu_s()
+    return _clock(work), time.thread_time() - own, tree_cpu_s() - everyone
 
 
 def sleeping(counts: Sequence[int], speed: Speed, lengths: Lengths, dealing: Dealing) -> None:
