@@ -93,6 +93,7 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(slurm, tmp_path):
 def test_a_job_brings_up_its_own_ray(slurm, tmp_path):
     run = tmp_path / "run"
     overrides = ["rollouts={engine: ray, workers: 1}", "tracking.wandb=null", "grpo.max_steps=1", "eval.samples=1"]
+    overrides += ["grpo.max_completion_length=8"]
     job = launched(slurm, DEBUG, *overrides, "--out", str(run))
     log = run / "logs" / f"slurm-{job}.log"
     wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED"), timeout_s=400, log=log)
