@@ -35,6 +35,7 @@ TOGETHER = {
             "test_probe",
             "test_diversity_reward",
             "test_families",
+            "test_sft",
         ),
         "forks",
     ),
