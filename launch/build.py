@@ -145,7 +145,9 @@ def build_trainer(
         for line in remarks(recipe, args):
             say(line)
         if run and engine is None:  # with large weights, minutes without a word
-            say(f"{recipe.name}: {data.n_train:,} training prompts; loading weights, starting engine {engine_of(recipe)}")
+            say(
+                f"{recipe.name}: {data.n_train:,} training prompts; loading weights, starting engine {engine_of(recipe)}"
+            )
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 
