@@ -144,10 +144,6 @@ def build_trainer(
     if args.process_index == 0:
         for line in remarks(recipe, args):
             say(line)
-        if run and engine is None:  # with large weights, minutes without a word
-            say(
-                f"{recipe.name}: {data.n_train:,} training prompts; loading weights, starting engine {engine_of(recipe)}"
-            )
 
     from polyphony.trainer.grpo import DomainGRPOTrainer
 

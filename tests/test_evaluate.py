@@ -96,7 +96,7 @@ def test_two_models_are_compared_on_the_same_items_and_seeds(tmp_path, capsys):
     AutoTokenizer.from_pretrained(POLICY).save_pretrained(tmp_path / "sharp")
     common = [str(RECIPES / "debug.yaml"), "eval.kl_items=8", "eval.samples=4"]
     assert main(["eval", str(tmp_path / "sharp"), *common, "--json"]) == 0
-    alone = json.loads(capsys.readouterr().out)
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     _, kl, _ = alone["arithmetic"]["statistics"]["kl"]
     assert kl > 0.05 and alone["arithmetic"]["items"] == 16
     assert {"score", "pass@1", "pass@4", "majority", "greedy", "ece", "auroc", "overconfidence"} <= set(
@@ -104,7 +104,7 @@ def test_two_models_are_compared_on_the_same_items_and_seeds(tmp_path, capsys):
     )
     assert "ece" not in alone["stories"]["statistics"] and alone["stories"]["styles"]["prose"] > 0.5
     assert main(["eval", str(POLICY), str(tmp_path / "sharp"), *common, "--json"]) == 0
-    both = json.loads(capsys.readouterr().out)
+    both = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert both["b"]["arithmetic"]["score"] == alone["arithmetic"]["score"]  # the same seeds
     entropy = both["difference"]["stories"]["entropy"]
     assert entropy["excludes_zero"] and entropy["interval"][2] < 0

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+from contextlib import redirect_stdout
 
+import pytest
 import torch
 from vllm import LLM, EngineArgs
 from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
 from vllm.model_executor.layers import utils as linears
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.models.transformers.base import Base
+from vllm.utils.system_utils import suppress_stdout
 
 from polyphony.launch.cluster.weights import Announcement, _endpoint, _is_stateful
 from polyphony.launch.sections import NOT_FREE
 from polyphony.trainer.engine.cpu_build import PACKED, _keeping, unpacked
 from polyphony.trainer.engine.engine import classes_left_alone
+from polyphony.trainer.engine.vllm import with_descriptor
 from tests.test_trl_contract import parameters
 
 MEETING = {"master_address": "10.0.0.1", "master_port": 29400, "world_size": 3}
@@ -58,6 +63,16 @@ def test_keys_that_are_told_apart_exist():
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     assert set(NOT_FREE) <= fields
     assert {"max_num_batched_tokens", "max_num_seqs", "enforce_eager", "disable_log_stats"} <= fields
+
+
+def test_a_standard_output_without_a_descriptor_is_set_aside_while_vllm_starts():
+    with redirect_stdout(io.StringIO()) as said:
+        with pytest.raises(io.UnsupportedOperation), suppress_stdout():
+            pass
+        with with_descriptor(), suppress_stdout():
+            print("starting")
+        print("back")
+    assert said.getvalue() == "back\n"
 
 
 def test_linears_are_packed_for_amx_where_a_function_of_the_module_says_so():

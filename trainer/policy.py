@@ -29,6 +29,7 @@ from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request, Sampling
 from polyphony.trainer.engine.weight_check import WeightCheck, check_weights, tolerance_of
 from polyphony.trainer.ranks import gather_object
+from polyphony.trainer.run import say
 
 Rows = Sequence[Sequence[int]]
 """Token ids, ragged."""
@@ -135,6 +136,8 @@ class Policy:
             engine.sampling = self.sampling  # of the run before, until now
         else:
             make = find_engine(engine) if isinstance(engine, str) else engine
+            if engine == "vllm" and trainer.accelerator.is_main_process:
+                say("the policy is loaded; starting vLLM")  # which takes its time, without a word
             engine = make(
                 trainer.model,
                 trainer.accelerator,

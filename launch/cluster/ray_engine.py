@@ -29,6 +29,7 @@ from polyphony.trainer.engine.engine import Engine
 from polyphony.trainer.engine.turns import Turns
 from polyphony.trainer.engine.vllm import OnFinished, Request
 from polyphony.trainer.ranks import broadcast_object, gather_object
+from polyphony.trainer.run import say
 
 
 def _from_anywhere(model: str) -> str:
@@ -78,6 +79,8 @@ class RayEngine(Engine):
                 max_num_seqs=-(-everyone // self.rollouts.workers),
                 gpu_memory_utilization=self.gpu_memory_utilization,
             )
+            n = self.rollouts.workers
+            say(f"the policy is loaded; starting {n} rollout worker{'s' if n > 1 else ''}")
             self.pool = WorkerPool.start(settings, self.rollouts)
             atexit.register(self.close)
         self.accelerator.wait_for_everyone()

@@ -1,1 +1,1 @@
-"""What the command's verbs do, a file each; `train` and `launch` stand beside this folder."""
+"""What the command's verbs do, a file each beside `options.py`, their arguments, and `calls.py`, which hands these on."""

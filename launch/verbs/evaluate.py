@@ -75,7 +75,10 @@ def results_table(question: Asked, results: Sequence[HeldoutResult]) -> str:
         f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
         for name, read in answers.items()
     ]
-    return "\n".join([statistics_table({name: read.intervals() for name, read in answers.items()}), *styles])
+    table = statistics_table({name: read.intervals() for name, read in answers.items()})
+    return "\n".join(
+        [table, *styles, "over all held-out items; a run's report is over the half that decided nothing in it"]
+    )
 
 
 def results_as_json(question: Asked, results: Sequence[HeldoutResult]) -> dict[str, Any]:

@@ -7,9 +7,12 @@ Left out on purpose: who owns the engine and how weights travel to it (`trainer/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,11 +139,27 @@ def start_llm(settings: EngineSettings, **changes: Any) -> Any:
         which = {name: settings.more[name] for name in WHICH if name in settings.more}
         if settings.adapter is not None and takes_adapters(model=settings.model, dtype=settings.dtype, **which):
             arguments |= settings.adapter.arguments
-        llm = LLM(**{**arguments, **changes, **settings.more})
+        with with_descriptor():
+            llm = LLM(**{**arguments, **changes, **settings.more})
     except ValidationError as error:
         raise ValueError(f"vLLM does not take {settings.model}: {said_of(error.errors()[0]['msg'])}") from error
     check_room(llm, settings.longest)
     return llm
+
+
+@contextmanager
+def with_descriptor() -> Iterator[None]:
+    """Set a standard output aside that has no descriptor, such as a notebook's: vLLM asks for it when it starts."""
+    try:
+        sys.stdout.fileno()
+        has_one = True
+    except (AttributeError, OSError, ValueError):
+        has_one = False
+    if has_one:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def said_of(reason: str) -> str:
