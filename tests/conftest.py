@@ -76,14 +76,16 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def below(word: str) -> list[psutil.Process]:
     """Return the living processes below this one with `word` in a word of their command; some end while they are asked."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if any(word in part for part in _command_of(child))]
+    return [process for process, command in commands_below().items() if any(word in part for part in command)]
 
 
-def _command_of(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.cmdline()
-    return []
+def commands_below() -> dict[psutil.Process, list[str]]:
+    """Return the living processes below this one, and what was called."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process] = process.cmdline()
+    return found
 
 
 def bare_interpreter(folder: Path) -> Path:

@@ -16,7 +16,7 @@ import pytest
 from polyphony.rewards.registry import REGISTRY
 from polyphony.rewards.sandbox.client import isolation
 from polyphony.trainer.scoring import Scorer
-from tests.conftest import below
+from tests.conftest import commands_below
 from tests.test_code import DOUBLE, FAST
 from tests.test_judge import QUICK, Server, gullible
 
@@ -223,7 +223,7 @@ def graded(name, completions, columns, **more):
 
 def ours():
     """Processes of ours that are no waiting workers."""
-    return set(below("")) - set(below("polyphony.rewards.worker_main"))
+    return {process for process, command in commands_below().items() if "polyphony.rewards.worker_main" not in command}
 
 
 _SLOW = {"procedural": [pytest.mark.slow]}

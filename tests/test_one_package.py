@@ -51,7 +51,7 @@ def rows(folder: Path) -> str:
 
 def test_a_script_beside_files_of_our_folders_names_imports_the_library(clash):
     script = "from polyphony.curricula.records import Domain\nfrom polyphony.rewards import find_reward\n"
-    script += "import polyphony.trainer.settings, polyphony.launch.recipe\n"
+    script += "from polyphony.trainer.grpo import DomainGRPOTrainer\nimport polyphony.launch.build\n"
     script += "print(find_reward('exact')(prompts=[''], completions=['2'], answer=['2']))\n"
     (clash / "mine.py").write_text(script)
     assert run([sys.executable, "mine.py"], clash).stdout.strip() == "[1.0]"

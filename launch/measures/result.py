@@ -60,10 +60,11 @@ def timed(work: Callable[[], object], cpu_s: Callable[[], float] = time.process_
 
 def tree_cpu_s() -> float:
     """Return the processor's seconds of this process, all below it, and those of them that have ended."""
-    while True:
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        with suppress(psutil.NoSuchProcess):  # one that ended meanwhile is told of by its parent: ask anew
-            return sum(sum(process.cpu_times()[:4]) for process in processes)
+    seconds, processes = 0.0, [psutil.Process(), *psutil.Process().children(recursive=True)]
+    for process in reversed(processes):  # a parent after its children: it tells of those that have ended meanwhile
+        with suppress(psutil.NoSuchProcess):
+            seconds += sum(process.cpu_times()[:4])
+    return seconds
 
 
 def in_turns(ours: Callable[[], T], baseline: Callable[[], T], *, pairs: int) -> list[tuple[T, T]]:

@@ -63,22 +63,23 @@ def evaluate(question: Asked) -> list[HeldoutResult]:
     return results
 
 
+OVER = "scores are over all held-out items; a run's report has those over the half that decided nothing in it"
+
+
 def results_table(question: Asked, results: Sequence[HeldoutResult]) -> str:
     """Return every statistic of every domain with its 95 % interval, over all held-out items; for two models, the paired
     differences and whether they exclude zero."""
     if len(results) == 2:
         first, second = question.models
         head = f"{second} minus {first}, paired by item; * where the 95 % interval excludes zero (each by itself)"
-        return "\n".join([head, changes_table(compare_results(*results)), *_gaps(*results)])
+        return "\n".join([head, changes_table(compare_results(*results)), *_gaps(*results), OVER])
     answers = {name: results[0].read(name) for name in results[0].answers}
     styles = [
         f"{name}: {len(read.sampled)} items; style " + ", ".join(f"{s} {p:.0%}" for s, p in read.styles().items())
         for name, read in answers.items()
     ]
     table = statistics_table({name: read.intervals() for name, read in answers.items()})
-    return "\n".join(
-        [table, *styles, "over all held-out items; a run's report is over the half that decided nothing in it"]
-    )
+    return "\n".join([table, *styles, OVER])
 
 
 def results_as_json(question: Asked, results: Sequence[HeldoutResult]) -> dict[str, Any]:

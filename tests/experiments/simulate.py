@@ -168,7 +168,7 @@ def real(*, repeats: int) -> tuple[Speed, Lengths, Trainer]:
         (alone, one, _), (both, slowest, _) = took[1], took[2]
         print(f"two over one: {one / slowest:.2f} by processor time, {took[1][2] / took[2][2]:.2f} by the clock;")
         print(
-            f"of 2: {both / 2 / slowest:.2f} by how even the shares are, {alone / both:.2f} by what two take more in all"
+            f"of 2: {both / 2 / slowest:.2f} by how even the shares are, {alone / both:.2f} one's time in all over two's"
         )
         times = of.trainer_times()
         print(f"trainer: a sync {times.sync_s * 1e3:.0f} ms, an update {times.update_s * 1e3:.1f} ms a completion")
