@@ -67,6 +67,7 @@ def by_uv() -> bool:
         without.flush()
         # as pip does, the best version of any index, not of the first that has the name
         how = ["--quiet", "--index-strategy", "unsafe-best-match", "--excludes", without.name, *options_of_uv(told)]
+        how += ["--compile-bytecode"]  # as pip does: where Python may not write it, each process would compile anew
         return run([*uv, *how, *WANTED])
 
 
